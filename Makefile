@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install services demo test check format lint types imports unit chaos clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)  ## Create .venv with elastic-pt in it, at the pinned versions
+
+demo: install  ## Train on this machine, kill a node on the way, compare with an undisturbed run
+	$(BIN)/elastic-pt demo
+
+services: install  ## Install the S3 servers that tests run against (Ceph RGW as root, moto)
+	bash tests/services/install.sh
+
+test: install services check unit chaos  ## Everything: checks, unit, property, distributed and chaos tests
+
+check: lint types imports  ## Format, lint, types, import contracts
+
+format: install  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+unit: install
+	$(BIN)/pytest tests
+
+chaos: install
+	$(BIN)/pytest chaos_tests
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) demo services build *.egg-info

@@ -1,0 +1,1 @@
+"""Real agents on real processes, disturbed on purpose; every scenario checks the whole run."""

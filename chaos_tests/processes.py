@@ -1,0 +1,71 @@
+"""Finding and ending the processes of a scenario, from /proc alone.
+
+Whatever a scenario starts inherits an environment variable with a value of its own, which no change of
+session, group or parent can shake off: that is how leftovers are found.
+"""
+
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+MARK: Final = "ELASTIC_PT_CHAOS"
+_PROC: Final = Path("/proc")
+
+
+@contextmanager
+def mark_children() -> Iterator[str]:
+    """Give everything that is started meanwhile a mark of its own."""
+    before, value = os.environ.get(MARK), uuid.uuid4().hex
+    os.environ[MARK] = value
+    try:
+        yield value
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
+
+
+def marked(value: str) -> dict[int, int]:
+    """Living processes that carry the mark, as pid -> parent's pid; zombies hold nothing and do not count."""
+    wanted = f"{MARK}={value}".encode()
+    found = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            # A process may end, or turn out to be somebody else's, while it is looked at.
+            with suppress(OSError):
+                if wanted not in (entry / "environ").read_bytes().split(b"\0"):
+                    continue
+                state, parent = (entry / "stat").read_text().rpartition(") ")[2].split()[:2]
+                if state != "Z":
+                    found[int(entry.name)] = int(parent)
+    return found
+
+
+def workers_of(agent: int, value: str) -> list[int]:
+    """Worker processes of an agent: the children of its fork server."""
+    parents = marked(value)
+    children = {pid for pid, parent in parents.items() if parent == agent}
+    return sorted(pid for pid, parent in parents.items() if parent in children)
+
+
+def descendants_of(agent: int, value: str) -> set[int]:
+    """All processes below an agent."""
+    parents = marked(value)
+    found: set[int] = set()
+    while more := {
+        pid for pid, parent in parents.items() if parent in found | {agent} and pid not in found
+    }:
+        found |= more
+    return found
+
+
+def kill_all(value: str) -> None:
+    """SIGKILL to everything that carries the mark."""
+    for pid in marked(value):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

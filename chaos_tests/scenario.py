@@ -1,0 +1,218 @@
+"""What every scenario shares: a tiny run, eyes on it, and the verdict over the whole of it.
+
+    start nodes ─► wait until a named step ─► disturb ─► finish ─► check_whole
+
+`check_whole` is the same for all: the digest of the undisturbed run, each row of the plan exactly once in
+the committed history, the end on record, and no process left.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.checkpoint.digest import digest
+from elastic_pt.checkpoint.restore import read_manifest
+from elastic_pt.commit import reference_of
+from elastic_pt.config import Config, parse_config
+from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.membership import NodeStatus
+from elastic_pt.elastic.peers import STATUS, url_of
+from elastic_pt.elastic.records import Commit, Generation, Member, Quarantine
+from elastic_pt.local import Fleet
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
+
+STEPS: Final = 48
+CHECKPOINT_STEPS: Final = 6
+GLOBAL_BATCH: Final = 8
+PATIENCE_S: Final = 90.0
+_POLL_S: Final = 0.01
+_STATUS_TIMEOUT_S: Final = 1.0
+
+
+def make_config(run_url: str, data_url: str, nodes: int, *overrides: str) -> Config:
+    """A run that takes seconds (2 layers, width 64, V = 8) and starts when `nodes` nodes are there."""
+    text = f"""
+[run]
+url = "{run_url}"
+seed = 7
+[data]
+url = "{data_url}"
+sequence_length = 64
+[model]
+layers = 2
+width = 64
+heads = 2
+kv_heads = 1
+[train]
+steps = {STEPS}
+global_batch = {GLOBAL_BATCH}
+micro_batch = 1
+warmup_steps = 4
+[elastic]
+nodes_max = {nodes}
+join_window_s = 30.0
+settle_timeout_s = 60.0
+collective_timeout_s = 60.0
+[checkpoint]
+every_steps = {CHECKPOINT_STEPS}
+"""
+    return parse_config(text, source="chaos_tests", overrides=overrides)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What remains of a finished run."""
+
+    digest: str
+    generations: list[Generation]
+    quarantines: list[Quarantine]
+
+
+class Scenario:
+    """One run with its nodes, and what can be seen of it from outside."""
+
+    def __init__(self, config: Config, fleet: Fleet, directory: Path, mark: str) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.directory = directory
+        self.mark = mark
+        self.store: Store = open_store(config.run.url)
+        self._log = RunLog(self.store, writer="chaos")
+
+    def view(self) -> RunView:
+        """The run's log up to its end."""
+        return self._log.refresh()
+
+    def generation(self) -> Generation:
+        """The newest generation."""
+        generation = self.view().generation
+        assert generation is not None
+        return generation
+
+    def statuses(self) -> list[NodeStatus]:
+        """What the members of the newest generation say of themselves; those that do not answer are left out."""
+        generation = self.view().generation
+        members = () if generation is None else generation.members
+        return [status for each in members if (status := self._ask(each)) is not None]
+
+    def _ask(self, member: Member) -> NodeStatus | None:
+        token = self.store.read("token").decode()
+        request = urllib.request.Request(
+            url_of(member, "/v1/status"), headers={"Authorization": f"Bearer {token}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as answer:
+                return STATUS.validate_json(answer.read())
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return None
+
+    def step(self) -> int:
+        """The newest step that a member of the newest generation has done."""
+        return max((status.step for status in self.statuses()), default=0)
+
+    def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; fails with the nodes' last words after `PATIENCE_S`."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.last_words()}")
+            time.sleep(_POLL_S)
+
+    def until_step(self, step: int, nodes: int) -> None:
+        """Wait until a world of this many nodes has done `step`."""
+
+        def reached() -> bool:
+            codes = self.fleet.exit_codes()
+            assert None in codes.values(), f"all nodes have ended: {codes}\n{self.last_words()}"
+            generation = self.view().generation
+            return (
+                generation is not None and len(generation.members) == nodes and self.step() >= step
+            )
+
+        self.until(f"{nodes} nodes at step {step}", reached)
+        assert self.view().stop is None, f"the run was over before step {step} could be disturbed"
+
+    def finish(self) -> None:
+        """Wait until every node that still runs has ended well."""
+        codes = self.fleet.wait(PATIENCE_S)
+        assert set(codes.values()) == {0}, f"{codes}\n{self.last_words()}"
+
+    def events(self, node: str, name: str) -> list[dict[str, Any]]:
+        """The structured events of one name that a node wrote, in order."""
+        *lines, _ = (self.directory / f"{node}.log").read_text(errors="replace").split("\n")
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        return [event for event in events if event["event"] == name]
+
+    def decisions(self, node: str) -> list[str]:
+        """What a node's membership decided, by kind, in order."""
+        return [event["kind"] for event in self.events(node, "decision")]
+
+    def last_words(self) -> str:
+        """The end of each node's log."""
+        return "\n".join(
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-12:])
+            for path in sorted(self.directory.glob("*.log"))
+        )
+
+    def check_whole(self, reference_digest: str) -> Whole:
+        """The verdict: fails unless the finished run is, to the bit and to the row, the undisturbed one."""
+        view = self.view()
+        assert view.stop is not None
+        assert (view.stop.reason, view.stop.step) == ("completed", self.config.train.steps)
+        check_ledger(self.store, self._log, self.config)
+        assert run_digest(self.store, view) == reference_digest
+        self.until("no process is left", lambda: not marked(self.mark))
+        bodies = [record.body for record in self._log.records()]
+        return Whole(
+            digest=reference_digest,
+            generations=[body for body in bodies if isinstance(body, Generation)],
+            quarantines=[body for body in bodies if isinstance(body, Quarantine)],
+        )
+
+
+def run_digest(store: Store, view: RunView) -> str:
+    """Digest of the newest committed checkpoint."""
+    return digest(store, read_manifest(store, reference_of(view.checkpoints[0]), view.run_id))
+
+
+def check_ledger(store: Store, log: RunLog, config: Config) -> None:
+    """Each row of the plan exactly once in the committed history, in order: no gap, no overlap."""
+    lineage: list[dict[str, Any]] = []
+    for record in log.records():
+        body = record.body
+        if isinstance(body, Generation):
+            resume_step = 0 if body.resume is None else body.resume.step
+            # A checkpoint that was committed and later found unusable: its steps were done again.
+            lineage = [line for line in lineage if line["step"] <= resume_step]
+            assert len(lineage) == resume_step
+        elif isinstance(body, Commit):
+            lineage += [json.loads(line) for line in store.read(body.history).splitlines()]
+            assert len(lineage) == body.newest.step
+    assert [line["step"] for line in lineage] == list(range(1, config.train.steps + 1))
+    ends = [0] + [line["rows"][1] for line in lineage]
+    assert [line["rows"][0] for line in lineage] == ends[:-1]
+    assert ends[-1] == config.train.steps * config.train.global_batch
+
+
+@contextmanager
+def scenario(config: Config, directory: Path) -> Iterator[Scenario]:
+    """A scenario whose processes are all gone at its end, whatever happened."""
+    with mark_children() as mark:
+        try:
+            with Fleet(config, directory) as fleet:
+                yield Scenario(config, fleet, directory, mark)
+        finally:
+            kill_all(mark)
+
+
+def first_member(generation: Generation) -> str:
+    """The node that has rank 0."""
+    return generation.members[0].node

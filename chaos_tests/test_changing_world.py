@@ -1,0 +1,90 @@
+"""Everything is lost, nodes come, checkpoints go bad: the run goes on at whatever size there is."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from chaos_tests.conftest import Interrupted, StartScenario
+from chaos_tests.processes import workers_of
+from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
+
+pytestmark = pytest.mark.chaos
+
+
+def copy_of(interrupted: Interrupted, directory: Path) -> Path:
+    """A copy of the run directory, for one test to go on with."""
+    return shutil.copytree(interrupted.directory, directory / "run")
+
+
+def newest_shard(run: Scenario) -> Path:
+    """The first file of the newest committed checkpoint that holds rows."""
+    newest = run.view().checkpoints[0]
+    directory = Path(run.config.run.url.removeprefix("file://")) / newest.directory
+    return sorted(directory.glob("*.safetensors"))[0]
+
+
+def test_a_run_survives_all_its_nodes(
+    start: StartScenario, interrupted: Interrupted, tmp_path: Path, reference_digest: str
+) -> None:
+    """F19, I5: two new nodes take up what three lost ones left, and little of it is gone."""
+    run = start("elastic.nodes_max=2", run_url=f"file://{copy_of(interrupted, tmp_path)}")
+    committed = run.view().checkpoints[0]
+    # One checkpoint may have been on its way, and steps go on meanwhile.
+    assert interrupted.step - committed.step <= 2 * CHECKPOINT_STEPS
+    for node in ("new-a", "new-b"):
+        run.fleet.start(node)
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    resumed = next(each for each in whole.generations if each.reason == "resumed by new nodes")
+    assert resumed.resume == committed
+    assert {member.node for member in whole.generations[-1].members} == {"new-a", "new-b"}
+
+
+def test_a_node_joins_a_running_world(start: StartScenario, reference_digest: str) -> None:
+    """F21: a newcomer is taken in at a step boundary; no step is lost or done twice for it."""
+    run = start("elastic.nodes_max=2", "elastic.join_window_s=0.5", nodes=1)
+    run.until_step(CHECKPOINT_STEPS + 3, nodes=1)
+    worker = workers_of(run.fleet.pid("node-0"), run.mark)[0]
+    # Steps are much shorter than an agent's start: the worker stands still until the newcomer is noticed.
+    os.kill(worker, signal.SIGSTOP)
+    run.fleet.start("node-1")
+    run.until("node-0 wants to drain", lambda: "drain" in run.decisions("node-0"))
+    step = run.step()
+    os.kill(worker, signal.SIGCONT)
+    run.finish()
+    first, second = run.check_whole(reference_digest).generations
+    assert second.reason == "node-1 joins"
+    assert second.members[: len(first.members)] == first.members
+    assert second.resume is not None
+    assert second.resume.step >= step
+    assert not run.events("node-0", "worker_failed")
+    assert run.events("node-0", "settled")[0]["step"] == second.resume.step
+
+
+@pytest.mark.parametrize("damage", ["bit flip", "truncation"])
+def test_a_bad_checkpoint_gives_way_to_the_one_before(
+    damage: str,
+    start: StartScenario,
+    interrupted: Interrupted,
+    tmp_path: Path,
+    reference_digest: str,
+) -> None:
+    """F35, F36: a committed file that changed is never trained from; the log says which and why."""
+    run = start(run_url=f"file://{copy_of(interrupted, tmp_path)}")
+    newest, before, *_ = run.view().checkpoints
+    shard = newest_shard(run)
+    data = bytearray(shard.read_bytes())
+    if damage == "bit flip":
+        data[len(data) // 2] ^= 0x10
+    else:
+        del data[len(data) // 2 :]
+    shard.write_bytes(data)
+    run.fleet.start("new-a")
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    assert [each.directory for each in whole.quarantines] == [newest.directory]
+    assert shard.name in whole.quarantines[0].why
+    assert whole.generations[-1].resume == before

@@ -1,0 +1,80 @@
+"""The last moments of a run: whatever is lost then, the run ends once, and ends the same."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from chaos_tests.conftest import StartScenario
+from chaos_tests.scenario import PATIENCE_S
+from elastic_pt.elastic.log import record_key
+from elastic_pt.elastic.records import Stop
+
+pytestmark = pytest.mark.chaos
+
+
+def test_a_run_ends_although_its_last_record_was_never_written(
+    start: StartScenario, reference_digest: str, tmp_path: Path
+) -> None:
+    """If the committing node dies between the last COMMIT and STOP, the next node that comes writes STOP."""
+    run = start(nodes=1)
+    run.finish()
+    (last,) = [record for record in run._log.records() if isinstance(record.body, Stop)]
+    (tmp_path / "run" / record_key(last.index)).unlink()
+    again = start(run_url=run.config.run.url)
+    again.fleet.start("latecomer")
+    again.finish()
+    assert len(again.check_whole(reference_digest).generations) == 2
+
+
+def test_a_finished_run_stays_finished(start: StartScenario, reference_digest: str) -> None:
+    """A node that comes after STOP ends at once, well, and adds nothing to the log."""
+    run = start(nodes=1)
+    run.finish()
+    length = run.view().length
+    run.fleet.start("latecomer")
+    run.finish()
+    assert run.view().length == length
+    run.check_whole(reference_digest)
+    assert "Traceback" not in run.last_words()
+
+
+def test_a_node_that_is_told_to_stop_leaves_at_once_and_quietly(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """SIGTERM ends an agent with 143 and no traceback, its peer goes on without waiting for a timeout."""
+    run = start("elastic.heartbeat_timeout_s=60", nodes=2)
+    run.until_step(8, nodes=2)
+    os.kill(run.fleet.pid("node-1"), signal.SIGTERM)
+    codes = run.fleet.wait(PATIENCE_S)
+    assert codes == {"node-0": 0, "node-1": 143}
+    assert run.check_whole(reference_digest).generations[-1].reason == "lost node-1"
+    assert "Traceback" not in run.fleet.tail("node-1", lines=50)
+
+
+def test_a_spare_node_ends_with_the_others(start: StartScenario) -> None:
+    """A node that V slots cannot feed waits as a spare, and ends well when the run does."""
+    run = start("train.global_batch=4", "train.micro_batch=2", "train.steps=12", nodes=3)
+    run.finish()
+    assert run.view().stop is not None
+    assert [len(run.generation().members), run.generation().slots] == [2, (1, 1)]
+
+
+def test_a_run_falls_back_past_any_number_of_bad_checkpoints(
+    start: StartScenario, reference_digest: str, tmp_path: Path
+) -> None:
+    """With a bit flipped in each of the four newest checkpoints, the run resumes from the fifth on its own."""
+    run = start("checkpoint.keep=6", "checkpoint.every_steps=3", nodes=1)
+    run.until("six checkpoints", lambda: len(run.view().checkpoints) >= 6)
+    run.fleet.kill("node-0")
+    newest = run.view().checkpoints[:4]
+    for checkpoint in newest:
+        (shard,) = (tmp_path / "run" / checkpoint.directory).glob("*.safetensors")
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    run.fleet.start("node-1")
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    assert [each.directory for each in whole.quarantines] == [each.directory for each in newest]

@@ -1,0 +1,83 @@
+"""Workers and nodes are killed, rank 0's included; the run goes on and ends as if nothing had happened."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from chaos_tests.conftest import StartScenario
+from chaos_tests.processes import descendants_of, marked, workers_of
+from chaos_tests.scenario import CHECKPOINT_STEPS, first_member
+
+pytestmark = pytest.mark.chaos
+
+KILL_STEP = CHECKPOINT_STEPS + 3
+ORPHAN_S = 2.0
+
+
+def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str) -> None:
+    """F1: losing one worker costs no node: the same nodes go on from the last checkpoint, and say why."""
+    run = start(nodes=2)
+    run.until_step(KILL_STEP, nodes=2)
+    worker = workers_of(run.fleet.pid("node-1"), run.mark)[0]
+    os.kill(worker, signal.SIGKILL)
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    before, after = whole.generations[-2:]
+    assert after.members == before.members
+    assert "node-1" in after.reason
+    assert "SIGKILL" in after.reason
+
+
+def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest: str) -> None:
+    """F4: the nodes that are left go on from the last checkpoint; the log names the one that is gone."""
+    run = start(nodes=3)
+    run.until_step(KILL_STEP, nodes=3)
+    victim = run.generation().members[1].node
+    run.fleet.kill(victim)
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert newest.reason == f"lost {victim}"
+    assert len(newest.members) == 2
+    assert newest.resume is not None
+
+
+def test_killing_rank_0s_node_is_no_different(start: StartScenario, reference_digest: str) -> None:
+    """F6: the node that leads, commits and holds the generation's store is as expendable as any other."""
+    run = start(nodes=3)
+    run.until_step(KILL_STEP, nodes=3)
+    victim = first_member(run.generation())
+    run.fleet.kill(victim)
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert newest.reason == f"lost {victim}"
+    assert victim not in [member.node for member in newest.members]
+
+
+def test_workers_die_with_their_agent(start: StartScenario, reference_digest: str) -> None:
+    """F3: not even a hung worker outlives its agent by two seconds; for the others the node is gone."""
+    run = start(nodes=2)
+    run.until_step(KILL_STEP, nodes=2)
+    agent = run.fleet.pid("node-1")
+    family = descendants_of(agent, run.mark)
+    # A stopped process can notice nothing by itself: only the kernel can end it now.
+    os.kill(workers_of(agent, run.mark)[0], signal.SIGSTOP)
+    os.kill(agent, signal.SIGKILL)
+    killed_s = time.monotonic()
+    run.until("the agent's processes are gone", lambda: not family & marked(run.mark).keys())
+    assert time.monotonic() - killed_s < ORPHAN_S
+    run.fleet.kill("node-1")
+    run.finish()
+    assert run.check_whole(reference_digest).generations[-1].reason == "lost node-1"
+
+
+def test_two_workers_on_each_node(start: StartScenario, reference_digest: str) -> None:
+    """A node is lost whole, with all its workers, and the bits depend on neither nodes nor workers."""
+    run = start("elastic.workers_per_node=2", nodes=2)
+    run.until_step(KILL_STEP, nodes=2)
+    assert run.generation().world_size == 4
+    assert len(workers_of(run.fleet.pid("node-0"), run.mark)) == 2
+    run.fleet.kill("node-0")
+    run.finish()
+    assert run.check_whole(reference_digest).generations[-1].world_size == 2

@@ -1,0 +1,1 @@
+"""Training state as files: layout, upload, restore, retention."""

@@ -1,0 +1,65 @@
+"""One number for the whole training state, whatever world wrote it.
+
+The digest is the SHA-256 of the plain concatenation of tensors, with nothing between them, each as
+its full (all rows) C-ordered little-endian float32 bytes:
+
+    1. model/<parameter>, for every parameter, sorted by name (by code point)
+    2. for every parameter, again sorted: exp_avg/<parameter>, then exp_avg_sq/<parameter>
+
+Tensors that a checkpoint does not have are left out. bfloat16 is widened, which is exact; other types
+would lose bits and are refused. For a float32 model the first part is what anybody gets from
+`for name in sorted(weights): sha256.update(weights[name].numpy().tobytes())`.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+from elastic_pt.checkpoint.layout import Manifest
+from elastic_pt.checkpoint.restore import load_rows, read_tensors
+from elastic_pt.checkpoint.shard_file import TORCH_DTYPES
+from elastic_pt.errors import CheckpointError
+from elastic_pt.store.port import Store
+
+
+def digest(store: Store, manifest: Manifest) -> str:
+    """SHA-256 (hex) over weights and optimizer state as described above, every block's CRC checked.
+
+    Streams with at most 160 MiB in memory. Raises `CheckpointError` if bytes are missing or wrong. Any process.
+    """
+    result = hashlib.sha256()
+    for name, data in read_tensors(store, manifest, canonical_order(manifest)):
+        dtype = manifest.tensors[name].dtype
+        if dtype == "F32":
+            result.update(data)
+        elif dtype == "BF16":
+            wide = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).to(torch.float32)
+            result.update(wide.numpy().data)
+        else:
+            raise CheckpointError(f"{name}: a digest is over float32 tensors, this one is {dtype}")
+    return result.hexdigest()
+
+
+def canonical_order(manifest: Manifest) -> list[str]:
+    """The names of all tensors in the order in which the digest takes them."""
+
+    def rank(name: str) -> tuple[bool, str, str]:
+        kind, _, parameter = name.partition("/")
+        return (kind != "model", parameter, kind)
+
+    return sorted(manifest.tensors, key=rank)
+
+
+def iterate_tensors(
+    store: Store, manifest: Manifest, prefix: str = "model/", threads: int = 8
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor whose name starts with `prefix`, whole, as `(name without the prefix, CPU tensor)`, sorted.
+
+    Holds one tensor at a time, CRC-checked. Raises `CheckpointError` if bytes are missing or wrong. Any process.
+    """
+    for name, entry in manifest.tensors.items():
+        if name.startswith(prefix):
+            tensor = torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype])
+            load_rows(store, manifest, {name: (0, entry.global_shape[0])}, {name: tensor}, threads)
+            yield name.removeprefix(prefix), tensor

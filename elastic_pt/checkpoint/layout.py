@@ -1,0 +1,360 @@
+"""What a checkpoint is made of: names, records, and the checks that every record passes.
+
+    ckpt/<step>-g<generation>-<nonce>/
+        shard-<rank>.safetensors   the rows of every tensor that one worker held
+        part-<rank>.json           what is in that file, written by the agent that uploaded it
+        manifest.json              all parts in one record, written when every part is there
+
+The directory counts if and only if a COMMIT record of the run's log holds its `CheckpointReference`:
+the manifest's size and SHA-256. From there the chain goes down: the manifest holds size and SHA-256 of
+every shard file and a CRC-32 of every block of rows, so whoever holds the reference can tell any other
+bytes from the right ones, whole files or the few rows it needs.
+
+A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does); a file holds rows
+`[first_row, end_row)` of it. The manifest is valid only if, for every tensor, the slices tile all rows
+without gap or overlap. Nothing here knows how many workers will read.
+
+Records check themselves when they are built, so a record that exists is a valid one, whether it was
+decoded or constructed. This module does no I/O; every error is a `CheckpointError` of one line.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from elastic_pt.checkpoint.record import (
+    DOCUMENT_BYTES_MAX,
+    Document,
+    Record,
+    all_whole,
+    as_tuple,
+    shown,
+)
+from elastic_pt.errors import CheckpointError
+
+BLOCK_BYTES_MAX = 4 << 20
+DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}
+
+_RANK_MAX = 99_999
+_DIRECTORY = re.compile(r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})")
+_KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_TENSOR_NAME = re.compile(r"(model|exp_avg|exp_avg_sq)/[A-Za-z0-9_.-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LABEL = re.compile(r"[A-Za-z0-9._:+-]{1,128}")
+
+
+@dataclass(frozen=True)
+class DirectoryName:
+    """The parts of a checkpoint directory's name."""
+
+    step: int
+    generation: int
+    nonce: str
+
+
+def checkpoint_directory(step: int, generation: int, nonce: str) -> str:
+    """The directory of a checkpoint attempt; `nonce` is 4 to 32 of [0-9a-z], the same on all ranks."""
+    directory = f"ckpt/{step:010d}-g{generation}-{nonce}"
+    parse_directory(directory)
+    return directory
+
+
+def parse_directory(directory: str) -> DirectoryName:
+    """Take a checkpoint directory's name apart. Raises `CheckpointError` for any other name."""
+    found = _DIRECTORY.fullmatch(directory)
+    if found is None:
+        raise CheckpointError(f"{shown(directory)} is not the name of a checkpoint directory")
+    return DirectoryName(int(found[1]), int(found[2]), found[3])
+
+
+def shard_key(directory: str, rank: int) -> str:
+    """Key of the shard file of one rank of the world that wrote the checkpoint."""
+    return f"{directory}/shard-{rank:05d}.safetensors"
+
+
+def part_key(directory: str, rank: int) -> str:
+    """Key of the record that describes `shard_key(directory, rank)`."""
+    return f"{directory}/part-{rank:05d}.json"
+
+
+def failed_key(directory: str, rank: int) -> str:
+    """Key of the note that a rank's shard will not come, so that nobody waits for it."""
+    return f"{directory}/failed-{rank:05d}"
+
+
+def manifest_key(directory: str) -> str:
+    """Key of the manifest."""
+    return f"{directory}/manifest.json"
+
+
+@dataclass(frozen=True)
+class TrainingState(Record):
+    """All resumable state that is not a tensor. It knows no rank and no world size.
+
+    There is no RNG state in it, because nothing random depends on what was drawn before: initial
+    weights, data order and every other draw are keyed by `seed` and the step (or row) they are for.
+    `data_position` is the loader's whole state. The state is the one *after* step `step` was applied:
+    `step` counts steps that are done, `optimizer_step` those of them that were not skipped for a
+    non-finite gradient (AdamW's bias correction), `learning_rate_step` the schedule's position.
+    """
+
+    what: ClassVar[str] = "training state"
+
+    step: int
+    rows_seen: int
+    tokens_seen: int
+    seed: int
+    optimizer_step: int
+    learning_rate_step: int
+    data_position: int
+    data_fingerprint: str
+    tokenizer_sha256: str
+    config_fingerprint: str
+    numerics: str
+    slots: int
+
+    def __post_init__(self) -> None:
+        self._whole("step", 0, 9_999_999_999)
+        for field in ("rows_seen", "tokens_seen", "data_position"):
+            self._whole(field, 0)
+        self._whole("seed", 0, (1 << 64) - 1)
+        self._whole("optimizer_step", 0, self.step)
+        self._whole("learning_rate_step", 0, self.step)
+        self._whole("slots", 1)
+        for field in ("data_fingerprint", "config_fingerprint"):
+            self._text(field, _LABEL)
+        self._text("tokenizer_sha256", _SHA256)
+        if self.numerics not in ("exact", "native"):
+            self._refuse("numerics", "'exact' or 'native'")
+
+
+@dataclass(frozen=True)
+class TensorSlice(Record):
+    """Rows `[first_row, end_row)` of one tensor, stored at byte `offset` of one shard file.
+
+    Block i covers `block_rows` rows from `first_row + i * block_rows` on (the last may be shorter) and
+    `block_crc32[i]` is the CRC-32 of its bytes. A block is at most 4 MiB, or a single row.
+    """
+
+    what: ClassVar[str] = "tensor slice"
+
+    name: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    first_row: int
+    end_row: int
+    offset: int
+    block_rows: int
+    block_crc32: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self._text("name", _TENSOR_NAME)
+        if self.dtype not in DTYPE_BYTES:
+            self._refuse("dtype", f"one of {', '.join(DTYPE_BYTES)}")
+        shape = self.global_shape
+        if not (all_whole(shape, 1, 1 << 40) and 1 <= len(shape) <= 8):
+            self._refuse("global_shape", "one to eight sizes of at least 1")
+        self._whole("first_row", 0, shape[0] - 1)
+        self._whole("end_row", self.first_row + 1, shape[0])
+        self._whole("offset", 8)
+        self._whole("block_rows", 1, shape[0])
+        if self.block_rows > 1 and self.block_rows * self.row_bytes > BLOCK_BYTES_MAX:
+            self._refuse(
+                "block_rows", f"at most {BLOCK_BYTES_MAX} bytes of {self.row_bytes}-byte rows"
+            )
+        blocks = -(-(self.end_row - self.first_row) // self.block_rows)
+        crcs = self.block_crc32
+        if not (all_whole(crcs, 0, 0xFFFFFFFF) and len(crcs) == blocks):
+            self._refuse("block_crc32", f"{blocks} CRC-32 values")
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        lists = ("global_shape", "block_crc32")
+        return values | {field: as_tuple(values[field]) for field in lists}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.global_shape[1:]) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def end_offset(self) -> int:
+        """First byte of the file behind this slice."""
+        return self.offset + (self.end_row - self.first_row) * self.row_bytes
+
+
+def rows_per_block(row_bytes: int, rows: int, block_bytes: int = 1 << 20) -> int:
+    """Rows of one block, for rows of `row_bytes` each: as many as `block_bytes` hold, at least one.
+
+    1 MiB is enough to amortise a request and small enough that a reader whose rows begin inside
+    a block throws little away; a checkpoint of 100 GB then has 100,000 CRCs, a megabyte of manifest.
+    """
+    return max(1, min(rows, block_bytes // row_bytes))
+
+
+@dataclass(frozen=True)
+class ShardFile(Record):
+    """One immutable file of a checkpoint. `key` is relative to the run's store, `size` is in bytes."""
+
+    what: ClassVar[str] = "shard file"
+
+    key: str
+    size: int
+    sha256: str
+    slices: tuple[TensorSlice, ...]
+
+    def __post_init__(self) -> None:
+        self._text("key", _KEY)
+        self._whole("size", 8)
+        self._text("sha256", _SHA256)
+        end, names = 0, set()
+        for piece in self.slices:
+            if piece.offset < end or piece.end_offset > self.size or piece.name in names:
+                raise CheckpointError(
+                    f"shard file {self.key}: the bytes of {piece.name} overlap others, "
+                    f"lie outside the file's {self.size} bytes, or are listed twice"
+                )
+            end = piece.end_offset
+            names.add(piece.name)
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values | {"slices": tuple(map(TensorSlice.from_json, as_tuple(values["slices"])))}
+
+
+@dataclass(frozen=True)
+class Part(Document):
+    """One worker's share of a checkpoint, as its agent uploaded it."""
+
+    what: ClassVar[str] = "checkpoint part"
+
+    run_id: str
+    directory: str
+    rank: int
+    file: ShardFile
+    state: TrainingState
+
+    def __post_init__(self) -> None:
+        self._text("run_id", _LABEL)
+        self._text("directory", _DIRECTORY)
+        self._whole("rank", 0, _RANK_MAX)
+        if self.file.key != shard_key(self.directory, self.rank):
+            raise CheckpointError(f"{self.what}: {self.file.key} is not rank {self.rank}'s file")
+        if self.state.step != parse_directory(self.directory).step:
+            raise CheckpointError(
+                f"{self.what}: state of step {self.state.step} in {self.directory}"
+            )
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        file = ShardFile.from_json(values["file"])
+        return values | {"file": file, "state": TrainingState.from_json(values["state"])}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One whole tensor: its pieces, `(file key, slice)` in the order of their rows, tile all rows."""
+
+    name: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    pieces: tuple[tuple[str, TensorSlice], ...]
+
+
+@dataclass(frozen=True)
+class Manifest(Document):
+    """Everything a reader of a checkpoint needs to know; bound to one run, step, generation and place."""
+
+    what: ClassVar[str] = "checkpoint manifest"
+
+    run_id: str
+    directory: str
+    files: tuple[ShardFile, ...]
+    state: TrainingState
+
+    def __post_init__(self) -> None:
+        self._text("run_id", _LABEL)
+        self._text("directory", _DIRECTORY)
+        if self.state.step != self.step:
+            raise CheckpointError(
+                f"{self.what}: state of step {self.state.step} in {self.directory}"
+            )
+        # Ranks count from 0 without gaps, so the sorted keys are known.
+        if [file.key for file in self.files] != [
+            shard_key(self.directory, rank) for rank in range(len(self.files))
+        ]:
+            raise CheckpointError(
+                f"{self.what}: its files are not those of ranks 0, 1, ... of {self.directory}"
+            )
+        if not self.tensors:
+            raise CheckpointError(f"{self.what}: no tensors")
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        files = tuple(map(ShardFile.from_json, as_tuple(values["files"])))
+        return values | {"files": files, "state": TrainingState.from_json(values["state"])}
+
+    @property
+    def step(self) -> int:
+        """The step whose state this is."""
+        return parse_directory(self.directory).step
+
+    @property
+    def generation(self) -> int:
+        """The generation whose workers wrote it."""
+        return parse_directory(self.directory).generation
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Every tensor by name, sorted. Raises `CheckpointError` unless the slices tile all its rows."""
+        pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
+        for file in self.files:
+            for piece in file.slices:
+                pieces.setdefault(piece.name, []).append((file.key, piece))
+        return {name: _tiled(name, pieces[name]) for name in sorted(pieces)}
+
+
+@dataclass(frozen=True)
+class CheckpointReference(Record):
+    """What a COMMIT record says: which directory counts, and which manifest bytes are the right ones."""
+
+    what: ClassVar[str] = "checkpoint reference"
+
+    step: int
+    generation: int
+    directory: str
+    manifest_size: int
+    manifest_sha256: str
+
+    def __post_init__(self) -> None:
+        self._text("directory", _DIRECTORY)
+        name = parse_directory(self.directory)
+        self._whole("step", name.step, name.step)
+        self._whole("generation", name.generation, name.generation)
+        self._whole("manifest_size", 2, DOCUMENT_BYTES_MAX)
+        self._text("manifest_sha256", _SHA256)
+
+    @property
+    def manifest_key(self) -> str:
+        """Key of the manifest this reference is about."""
+        return manifest_key(self.directory)
+
+
+def _tiled(name: str, pieces: list[tuple[str, TensorSlice]]) -> TensorEntry:
+    pieces = sorted(pieces, key=lambda piece: piece[1].first_row)
+    first = pieces[0][1]
+    row = 0
+    for key, piece in pieces:
+        if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
+            raise CheckpointError(f"{name}: {key} has another dtype or shape than {pieces[0][0]}")
+        if piece.first_row != row:
+            kind = "missing" if piece.first_row > row else "there twice"
+            low, high = sorted((row, piece.first_row))
+            raise CheckpointError(f"{name}: rows {low} to {high} are {kind} ({key})")
+        row = piece.end_row
+    if row != first.global_shape[0]:
+        raise CheckpointError(f"{name}: rows {row} to {first.global_shape[0]} are missing")
+    return TensorEntry(name, first.dtype, first.global_shape, tuple(pieces))

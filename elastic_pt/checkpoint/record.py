@@ -1,0 +1,126 @@
+"""Records that check themselves, as strict JSON.
+
+A `Record` is a frozen dataclass whose JSON object has exactly its fields; a `Document` is a record that
+is an object of its own in the store. Decoding refuses what encoding would not have written: other
+fields, other types, another schema, and (for documents, by their seal) any flipped bit.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import fields
+from typing import Any, ClassVar, Self
+
+from elastic_pt.errors import CheckpointError
+from elastic_pt.store.port import CREATE_LIMIT_BYTES
+
+SCHEMA = 1
+DOCUMENT_BYTES_MAX = CREATE_LIMIT_BYTES
+COUNT_MAX = 1 << 53
+TEXT_LENGTH_MAX = 512
+
+
+class Record:
+    """A frozen dataclass whose JSON object has exactly its fields."""
+
+    what: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Decode strictly: a missing, unknown or ill-typed field is a `CheckpointError`."""
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**cls._decoded(_exactly(cls.what, value, names)))
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
+
+    def _whole(self, field: str, low: int, high: int = COUNT_MAX) -> None:
+        value = getattr(self, field)
+        if type(value) is not int or not low <= value <= high:
+            self._refuse(field, f"a whole number from {low} to {high}")
+
+    def _text(self, field: str, pattern: re.Pattern[str]) -> None:
+        value = getattr(self, field)
+        fits = isinstance(value, str) and len(value) <= TEXT_LENGTH_MAX
+        if not fits or not pattern.fullmatch(value) or ".." in value:
+            self._refuse(field, f"text like {pattern.pattern}")
+
+    def _refuse(self, field: str, wanted: str) -> None:
+        value = shown(getattr(self, field))
+        raise CheckpointError(f"{self.what}: {field} = {value}: {wanted} would be right")
+
+
+class Document(Record):
+    """A record that is an object of its own in the store: canonical JSON with a schema version."""
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes: equal records have equal bytes, and any changed bit is noticed by `from_bytes`."""
+        body = {"schema": SCHEMA, "kind": self.what} | self.to_json()
+        seal = hashlib.sha256(_canonical(body)).hexdigest()
+        return _canonical(body | {"sha256": seal}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Decode what `to_bytes` wrote. Raises `CheckpointError` for anything else, one flipped bit included."""
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{cls.what}: not JSON ({len(data)} bytes)") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{cls.what}: not a JSON object")
+        if value.get("schema") != SCHEMA or value.get("kind") != cls.what:
+            found = f"schema {shown(value.get('schema'))} of {shown(value.get('kind'))}"
+            raise CheckpointError(f"{cls.what}: found {found}; schema {SCHEMA} would be right")
+        ours = {key: value[key] for key in value if key not in ("schema", "kind", "sha256")}
+        record = cls.from_json(ours)
+        if record.to_bytes() != data:
+            raise CheckpointError(f"{cls.what}: the bytes do not match their own SHA-256")
+        return record
+
+
+def _plain(value: object) -> object:
+    # Not `asdict`, which copies every number of a large manifest one by one.
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, tuple) and value and isinstance(value[0], Record):
+        return [record.to_json() for record in value]
+    return value
+
+
+def _exactly(what: str, value: object, names: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what}: {shown(value)} is not a JSON object")
+    for problem, wrong in (("missing", names - value.keys()), ("unknown", value.keys() - names)):
+        if wrong:
+            raise CheckpointError(f"{what}: {problem} field {', '.join(map(shown, sorted(wrong)))}")
+    return dict(value)
+
+
+def as_tuple(value: object) -> tuple[Any, ...]:
+    """A JSON array as a tuple; `CheckpointError` for anything else."""
+    if not isinstance(value, list | tuple):
+        raise CheckpointError(f"{shown(value)} is not a JSON array")
+    return tuple(value)
+
+
+def all_whole(values: object, low: int, high: int) -> bool:
+    """Whether this is a tuple of whole numbers from `low` to `high`."""
+    return isinstance(values, tuple) and all(
+        type(value) is int and low <= value <= high for value in values
+    )
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def shown(value: object) -> str:
+    """The value as an error message shows it: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

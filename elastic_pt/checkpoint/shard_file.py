@@ -1,0 +1,247 @@
+"""One worker's rows as a safetensors file: written fast by the worker, described by its agent.
+
+The worker's step waits for `write_shard`, so it does nothing but copy bytes: header, then one `pwrite`
+per tensor into the staging directory (memory). That runs at the speed of one memory copy; a mapped file
+was half as fast, since every new page faults (and a full disk would be a SIGBUS, not an error).
+Hashing happens later, in the agent, in the one pass of `describe_shard`.
+
+The file describes itself: `__metadata__` of the safetensors header holds the training state and, for
+each tensor, its whole shape and first row. Any safetensors reader opens it. There is no pickle.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from elastic_pt.checkpoint.layout import (
+    DTYPE_BYTES,
+    ShardFile,
+    TensorSlice,
+    TrainingState,
+    rows_per_block,
+)
+from elastic_pt.checkpoint.record import SCHEMA
+from elastic_pt.errors import CheckpointError
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_HEADER_BYTES_MAX = 100_000_000
+_COPY_BYTES = 64 << 20
+_READ_BYTES = 1 << 20
+
+
+class LocalRows(NamedTuple):
+    """What one worker holds of a tensor: `rows` is `[first_row, first_row + len(rows))` of `global_shape`."""
+
+    rows: torch.Tensor
+    global_shape: Sequence[int]
+    first_row: int
+
+
+def write_shard(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+    state: TrainingState,
+) -> None:
+    """Write one worker's rows and the training state as a safetensors file (worker process).
+
+    `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
+    `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero
+    rows, or leaves the tensor out. The file appears under `path` at once and whole (temporary name,
+    then rename). It is not synced: the staging directory is memory. Raises `CheckpointError` if a tensor does
+    not fit its description or the staging directory has no room.
+    """
+    kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
+    # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
+    order = sorted(kept, key=lambda name: (-kept[name].rows.element_size(), name))
+    header = _header(kept, order, state)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            offset = _write_at(descriptor, memoryview(header), 0)
+            for name in order:
+                offset = _write_at(descriptor, _bytes_of(kept[name].rows), offset)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: the shard cannot be staged: {error.strerror}") from error
+
+
+def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState]:
+    """Hash a staged shard file in one pass: SHA-256 of the file, CRC-32 of every block (agent process).
+
+    `key` is the object the file will become. Raises `CheckpointError` if the file is not one that
+    `write_shard` finished.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            header_bytes, header = _read_header(file)
+            state, slices = _parse_header(header, 8 + header_bytes, str(path))
+            file.seek(0)
+            bounds = [bound for piece in slices for bound in block_bounds(piece)]
+            size, sha256, crcs = hash_blocks(_chunks(file), bounds)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the staged shard cannot be read: {error.strerror}"
+        ) from error
+    end = slices[-1].end_offset if slices else 8 + header_bytes
+    if size != end:
+        raise CheckpointError(f"{path}: {size} bytes, but its header describes {end}")
+    described, done = [], 0
+    for piece in slices:
+        blocks = len(piece.block_crc32)
+        values = piece.to_json() | {"block_crc32": tuple(crcs[done : done + blocks])}
+        described.append(TensorSlice(**values))
+        done += blocks
+    return ShardFile(key, size, sha256, tuple(described)), state
+
+
+def block_bounds(piece: TensorSlice) -> list[tuple[int, int]]:
+    """Byte ranges `[start, end)` in the file of the slice's blocks, in order."""
+    step = piece.block_rows * piece.row_bytes
+    end = piece.end_offset
+    return [(start, min(start + step, end)) for start in range(piece.offset, end, step)]
+
+
+def hash_blocks(
+    chunks: Iterable[memoryview], bounds: Sequence[tuple[int, int]]
+) -> tuple[int, str, list[int]]:
+    """Size, SHA-256 and one CRC-32 per block of a byte stream that is read once.
+
+    `bounds` are byte ranges, ascending and disjoint. A block beyond the end gets the CRC of what was there.
+    """
+    digest = hashlib.sha256()
+    crcs = [0] * len(bounds)
+    position = block = 0
+    for chunk in chunks:
+        digest.update(chunk)
+        end = position + len(chunk)
+        while block < len(bounds) and bounds[block][0] < end:
+            low, high = max(bounds[block][0], position), min(bounds[block][1], end)
+            crcs[block] = zlib.crc32(chunk[low - position : high - position], crcs[block])
+            if bounds[block][1] > end:
+                break
+            block += 1
+        position = end
+    return position, digest.hexdigest(), crcs
+
+
+def _header(kept: Mapping[str, LocalRows], order: Sequence[str], state: TrainingState) -> bytes:
+    entries: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    offset = 0
+    for name in order:
+        rows, shape, first_row = kept[name]
+        dtype = _DTYPE_NAMES.get(rows.dtype)
+        fits = rows.dim() == len(shape) >= 1 and tuple(rows.shape[1:]) == tuple(shape[1:])
+        if dtype is None or not fits or not 0 <= first_row <= shape[0] - len(rows):
+            raise CheckpointError(
+                f"{name}: {rows.dtype} rows of shape {tuple(rows.shape)} from row {first_row} "
+                f"do not fit a {'/'.join(DTYPE_BYTES)} tensor of shape {tuple(shape)}"
+            )
+        end = offset + rows.numel() * rows.element_size()
+        entries[name] = {"dtype": dtype, "shape": list(rows.shape), "data_offsets": [offset, end]}
+        whole[name] = [first_row, *shape]
+        offset = end
+    metadata = {
+        "elastic_pt_schema": str(SCHEMA),
+        "state": json.dumps(state.to_json()),
+        "rows": json.dumps(whole),
+    }
+    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(rows: torch.Tensor) -> memoryview:
+    flat = rows.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
+    # One pwrite moves at most 2 GiB and may move less.
+    while data:
+        written = os.pwrite(descriptor, data[:_COPY_BYTES], offset)
+        data, offset = data[written:], offset + written
+    return offset
+
+
+def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= _HEADER_BYTES_MAX:
+        raise CheckpointError(f"{file.name}: not a safetensors file")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.name}: its safetensors header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file.name}: its safetensors header is not a JSON object")
+    return length, header
+
+
+def _parse_header(
+    header: dict[str, Any], base: int, path: str
+) -> tuple[TrainingState, list[TensorSlice]]:
+    """State and slices in file order; their CRCs are still zero."""
+    try:
+        metadata = header.pop("__metadata__")
+        if metadata["elastic_pt_schema"] != str(SCHEMA):
+            raise CheckpointError(
+                f"{path}: written with schema {metadata['elastic_pt_schema']!r:.40}"
+            )
+        state = TrainingState.from_json(json.loads(metadata["state"]))
+        whole = json.loads(metadata["rows"])
+        slices = []
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first_row, *shape = whole[name]
+            rows = entry["shape"][0]
+            start, end = entry["data_offsets"]
+            row_bytes = (end - start) // rows
+            block_rows = rows_per_block(row_bytes, rows)
+            crcs = (0,) * -(-rows // block_rows)
+            piece = TensorSlice(
+                name,
+                entry["dtype"],
+                tuple(shape),
+                first_row,
+                first_row + rows,
+                base + start,
+                block_rows,
+                crcs,
+            )
+            if entry["shape"][1:] != shape[1:] or piece.end_offset != base + end:
+                raise CheckpointError(f"{path}: the header contradicts itself about {name}")
+            slices.append(piece)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        ZeroDivisionError,
+        AttributeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: its safetensors header was not written by this project"
+        ) from error
+    return state, slices
+
+
+def _chunks(file: BinaryIO) -> Iterable[memoryview]:
+    # A read into one warm buffer beats a mapping, and a file cut short is an error instead of a SIGBUS.
+    buffer = memoryview(bytearray(_READ_BYTES))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        yield buffer[:count]

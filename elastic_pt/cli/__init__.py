@@ -1,0 +1,113 @@
+"""The command line: `elastic-pt COMMAND …`. Importing it does nothing; `main` is the entry point.
+
+    prepare                             corpus ─► token shards                      cli.prepare
+    run  local  demo                    nodes that train                            cli.training
+    status  log  checkpoints            what a run says of itself                   cli.reading
+    digest  generate  eval  export      what can be made of its checkpoints         cli.weights
+    config  storage-check               before a run                                cli.setup
+
+Commands import what they need when they are called: torch takes two seconds, and `--help` or `status`
+have no use for it. Workers come through here too, because a forked process imports its parent's main
+module again.
+"""
+
+import platform
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any, Final
+
+import typer
+from typer.exceptions import TyperException
+
+from elastic_pt.cli import prepare, reading, setup, training, weights
+from elastic_pt.errors import ConfigError, ElasticPtError
+from elastic_pt.telemetry.events import configure_events
+
+_INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    name="elastic-pt",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prepare")(prepare.prepare)
+app.command("run")(training.run)
+app.command("local")(training.local)
+app.command("demo")(training.demo)
+app.command("status")(reading.status)
+app.command("log")(reading.log)
+app.command("checkpoints")(reading.checkpoints)
+app.command("digest")(weights.digest)
+app.command("generate")(weights.generate)
+app.command("eval")(weights.evaluate)
+app.command("export")(weights.export)
+app.command("config")(setup.config)
+app.command("storage-check")(setup.storage_check)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"elastic-pt {version('elastic-pt')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def entry(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Pre-train a language model on machines that get taken away. A bucket is all that has to survive.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt prepare books/ --out data
+    elastic-pt local run.toml --nodes 3
+    elastic-pt status runs/first
+    elastic-pt generate runs/first --prompt "Once upon"
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    raise SystemExit(run_command_line(sys.argv[1:]))
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run one command; returns the exit code. An expected error is one line on standard error."""
+    # Until an agent sets up its own: a warning must not get into what scripts read from standard output.
+    configure_events("warning", platform.node())
+    try:
+        result: Any = app(args=arguments, prog_name="elastic-pt", standalone_mode=False)
+    except ElasticPtError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:
+        return _fail(_usage_message(error, arguments), ConfigError.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
+
+
+def _usage_message(error: TyperException, arguments: list[str]) -> str:
+    context: typer.Context | None = getattr(error, "ctx", None)
+    path = "elastic-pt" if context is None else context.command_path
+    message = error.format_message().rstrip(".")
+    # The library's message about a value does not always tell the value.
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        if name in arguments[:-1]:
+            message = f"{name} {arguments[arguments.index(name) + 1]}: {message}"
+    return f"{message}; `{path} --help` tells what would be right"

@@ -1,0 +1,67 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from elastic_pt.config import Url
+from elastic_pt.errors import ConfigError
+
+RunUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_URL", help="The run directory: a path or a URL such as s3://bucket/run."
+    ),
+]
+ConfigOrRunUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG|RUN_URL",
+        help="A TOML file, or the URL of a run whose configuration is used.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override one key of the configuration. May be given several times.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        "--step",
+        metavar="N",
+        help="The checkpoint of this step, instead of the newest usable one.",
+        show_default=False,
+    ),
+]
+DataUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="URL",
+        help="Where the prepared data is now, if not at the run's data.url.",
+        show_default=False,
+    ),
+]
+
+
+def absolute_url(text: str, name: str) -> str:
+    """A URL as it is, a plain path as file://. `name` is what the error calls it."""
+    try:
+        url: str = TypeAdapter(Url).validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(f"{name} = {text!r}: {error.errors()[0]['ctx']['error']}") from error
+    return url
+
+
+def is_config_file(text: str) -> bool:
+    """Whether CONFIG|RUN_URL means a file: there is one, or its name ends like one."""
+    return "://" not in text and (Path(text).is_file() or text.endswith(".toml"))

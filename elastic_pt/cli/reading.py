@@ -1,0 +1,119 @@
+"""Commands that read a run from its URL: `status`, `log`, `checkpoints`. None of them needs torch to start."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elastic_pt.cli.options import AsJson, RunUrl, absolute_url
+
+if TYPE_CHECKING:
+    from elastic_pt.inspection import MemberReport, RunStatus
+
+
+def status(run_url: RunUrl, as_json: AsJson = False) -> None:
+    """Show how a run is doing: live from its agents where one answers, else from its log.
+
+    The state is new, running, paused (fewer nodes than elastic.nodes_min),
+    down (nobody answers, not finished), completed or failed.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt status runs/first
+    elastic-pt status s3://bucket/run --json
+    """
+    # The HTTP client takes a moment to import.
+    from elastic_pt.inspection import open_run, read_status
+
+    found = read_status(open_run(absolute_url(run_url, "RUN_URL")))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    for line in status_lines(found):
+        typer.echo(line)
+
+
+def status_lines(status: "RunStatus") -> list[str]:
+    """A run's status for people."""
+    steps = "" if status.steps is None else f" of {status.steps}"
+    loss = "" if status.loss is None else f", loss {status.loss:.4f}"
+    lines = [
+        f"run         {status.url}",
+        f"state       {status.state}"
+        + (f" ({status.reason})" if status.reason not in ("", status.state) else ""),
+        f"step        {status.step}{steps}{loss}",
+        f"generation  {status.generation}, world size {status.world_size}",
+    ]
+    if status.commit is not None:
+        lines.append(f"commit      step {status.commit.step}, {status.commit.age_s:.1f} s ago")
+    lines += [_member_line("member", member) for member in status.members]
+    lines += [_member_line("waits", member) for member in status.waiting]
+    return lines
+
+
+def _member_line(title: str, member: "MemberReport") -> str:
+    line = (
+        f"{title:<11} {member.node}: {member.phase}, pid {member.pid} at {member.address}:{member.port}, "
+        f"{member.workers} workers, {member.slots} slots"
+    )
+    return line + (f", {member.metrics_url}" if member.metrics_url else "")
+
+
+def log(run_url: RunUrl, as_json: AsJson = False) -> None:
+    """Print the run's log, one line per record, and check its hash chain on the way.
+
+    A record that was altered, moved or removed ends it with an error and exit code 3.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt log runs/first
+    elastic-pt log s3://bucket/run --json | jq .kind
+    """
+    # As above.
+    from elastic_pt.inspection import describe, open_run, record_as_json, records
+
+    for record in records(open_run(absolute_url(run_url, "RUN_URL"))):
+        typer.echo(json.dumps(record_as_json(record)) if as_json else describe(record))
+
+
+def checkpoints(
+    run_url: RunUrl,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte; exit code 4 if anything is wrong.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the committed checkpoints that are kept, newest first.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt checkpoints runs/first
+    elastic-pt checkpoints s3://bucket/run --verify --json
+    """
+    # As above; and the check itself needs torch, listing does not.
+    from elastic_pt.errors import CheckpointError
+    from elastic_pt.inspection import open_run, read_checkpoints
+
+    run = open_run(absolute_url(run_url, "RUN_URL"))
+    entries = []
+    for report in read_checkpoints(run):
+        entry = dataclasses.asdict(report.checkpoint) | {"quarantine": report.quarantine or None}
+        if verify:
+            from elastic_pt.artifacts import problems_of
+
+            entry["problems"] = problems_of(run, report.checkpoint)
+        entries.append(entry)
+    if as_json:
+        typer.echo(json.dumps(entries, indent=1))
+    elif not entries:
+        typer.echo("no checkpoint is committed yet")
+    for entry in () if as_json else entries:
+        loss = "" if entry["loss"] is None else f"  loss {entry['loss']:.4f}"
+        verdict = "" if not verify else "  verified" if not entry["problems"] else "  UNUSABLE"
+        held = f"  quarantined: {entry['quarantine']}" if entry["quarantine"] else ""
+        typer.echo(f"step {entry['step']}{loss}  {entry['directory']}{verdict}{held}")
+        for problem in entry.get("problems", ()):
+            typer.echo(f"    {problem}")
+    if any(entry.get("problems") for entry in entries):
+        raise typer.Exit(CheckpointError.exit_code)

@@ -1,0 +1,78 @@
+"""Commands for before a run: `config` and `storage-check`."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from elastic_pt.cli.options import Overrides, absolute_url
+from elastic_pt.config import load_config, parse_config
+from elastic_pt.errors import AccessDenied, ConfigError, NotFound
+
+_PLACEHOLDERS: Final = """\
+[run]
+url = "s3://bucket/run"
+[data]
+url = "s3://bucket/data"
+"""
+
+
+def config(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="A TOML file; without one, the defaults.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the effective configuration, with a sentence for every key.
+
+    Without CONFIG it prints the defaults, with placeholders for run.url and
+    data.url: a file to start from.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt config > run.toml
+    elastic-pt config run.toml --set train.steps=2000
+    """
+    if path is None:
+        effective = parse_config(_PLACEHOLDERS, source="the defaults", overrides=overrides or [])
+    else:
+        effective = load_config(path, overrides or [])
+    typer.echo(effective.to_toml(comments=True).rstrip())
+
+
+def storage_check(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="A directory of the store: a path or a URL.")
+    ],
+) -> None:
+    """Prove on your own store whether it keeps a run of several nodes safe.
+
+    Tries every operation below a fresh name, has eight writers race to create
+    one object, twenty times, and removes what it made. The last line is fenced
+    (exit code 0) or unfenced (exit code 1).
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt storage-check s3://bucket/somewhere
+    elastic-pt storage-check /mnt/shared
+    """
+    from elastic_pt.store.check import check_store
+    from elastic_pt.store.open import open_store
+
+    store = open_store(absolute_url(url, "URL"))
+    try:
+        report = check_store(store)
+    except (NotFound, AccessDenied) as error:
+        if not store.url.startswith("file://"):
+            raise
+        raise ConfigError(
+            f"URL = {url!r}: cannot be used: {error}; a directory that this user may make and write would be right"
+        ) from error
+    # The report ends with "<verdict>: <reason>"; scripts get the verdict on a line of its own.
+    for line in (*report.lines[:-1], report.reason, report.verdict):
+        typer.echo(line)
+    if not report.fenced:
+        raise typer.Exit(1)

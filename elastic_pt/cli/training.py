@@ -1,0 +1,169 @@
+"""Commands that train: `run` (one node's agent), `local` (several nodes on this machine), `demo`."""
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from elastic_pt.cli.options import ConfigOrRunUrl, Overrides, absolute_url, is_config_file
+from elastic_pt.config import Config, load_config
+from elastic_pt.errors import ConfigError, RunFailed
+
+if TYPE_CHECKING:
+    from elastic_pt.store.port import Store
+
+# A node's name becomes part of keys in the run directory.
+_NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+# The commands import what trains when they run, because it imports torch.
+
+
+def run(
+    source: ConfigOrRunUrl,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            "--node",
+            metavar="NAME",
+            help="This node's name, of at most 64 letters, digits, . _ and -; host and process by default.",
+            show_default=False,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDR",
+            help="This node's address for its peers; that of the default route by default.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run this node's agent: start the run or join it, and train until it ends.
+
+    Start it on every node. With a RUN_URL nothing else is needed, and --set
+    changes only what may differ between nodes. It ends with exit code 0 once
+    the run is complete.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt run run.toml
+    elastic-pt run s3://bucket/run
+    elastic-pt run s3://bucket/run --node spot-7 --set elastic.workers_per_node=8
+    """
+    if node is not None and not _NODE_NAME.fullmatch(node):
+        raise ConfigError(
+            f"--node {node!r}: at most 64 letters, digits, '.', '_' and '-', "
+            "the first one a letter or digit, would be right"
+        )
+    config = _configuration(source, overrides or [])
+    from elastic_pt.agent import AgentOptions, run_agent
+
+    stop = run_agent(config, AgentOptions(node=node, address=address))
+    _tell_end(stop.reason, stop.step)
+
+
+def _configuration(source: str, overrides: list[str]) -> Config:
+    if is_config_file(source):
+        return load_config(Path(source), overrides)
+    from elastic_pt.store.open import open_store
+
+    return joined_config(open_store(absolute_url(source, "RUN_URL")), overrides)
+
+
+def joined_config(store: "Store", overrides: list[str]) -> Config:
+    """The run's own configuration, with this node's overrides of what is not part of its identity."""
+    from elastic_pt.identity import read_run_config
+
+    # The run is where it was found, which need not be how the first node called it.
+    here = f"run.url={store.url}"
+    original = read_run_config(store, [here])
+    config = read_run_config(store, [here, *overrides])
+    wanted, found = config.identity(), original.identity()
+    for name in sorted(found):
+        if wanted[name] != found[name]:
+            raise ConfigError(
+                f"--set {name}={wanted[name]}: the run at {store.url} has {found[name]!r} and cannot change it; "
+                "a new run.url would be right"
+            )
+    if config.run.url != original.run.url:
+        raise ConfigError(
+            f"--set run.url={config.run.url}: joins the run at {store.url}; a configuration file "
+            "with another run.url would start a new one"
+        )
+    return config
+
+
+def _tell_end(reason: str, step: int) -> None:
+    typer.echo(f"{reason} at step {step}")
+    if reason != "completed":
+        raise RunFailed(reason)
+
+
+def local(
+    config_path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)
+    ],
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", min=1, help="Nodes to start.", show_default=False)
+    ],
+    workers_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--workers-per-node",
+            metavar="M",
+            min=1,
+            help="Worker processes of each node.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train with several nodes on this machine: as many agents, each with its own workers.
+
+    They are real agents: kill one and the others go on, start another with
+    `elastic-pt run RUN_URL` and it is taken in. Ctrl-C ends them all; the same
+    command goes on from the last checkpoint.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt local run.toml --nodes 3
+    elastic-pt local run.toml --nodes 2 --workers-per-node 4 --set train.steps=500
+    """
+    changes = list(overrides or [])
+    if workers_per_node is not None:
+        changes.append(f"elastic.workers_per_node={workers_per_node}")
+    config = load_config(config_path, changes)
+    from elastic_pt.cli.progress import train_locally
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    stop = train_locally(config, nodes)
+    _tell_end(stop.reason, stop.step)
+
+
+def demo(
+    directory: Annotated[
+        Path,
+        typer.Option(
+            "--directory", metavar="DIR", help="Where data, runs and plot go.", file_okay=False
+        ),
+    ] = Path("demo"),
+) -> None:
+    """Show what it is about, in a few minutes: lose a node, take one in, get the same weights bit for bit.
+
+    Trains a small model on the Python standard library with three nodes on this
+    machine, kills one of them, lets another join, and compares the result with
+    an undisturbed run of two nodes.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt demo
+    elastic-pt demo --directory /tmp/demo
+    """
+    from elastic_pt.demo import run_demo
+
+    run_demo(directory)

@@ -1,0 +1,170 @@
+"""Commands that make something of a run's checkpoints: `digest`, `eval`, `generate`, `export`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elastic_pt.cli.options import AsJson, DataUrl, RunUrl, Step, absolute_url
+from elastic_pt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from elastic_pt.artifacts import Chosen, Trained
+
+# The commands import `artifacts` when they run, because it imports torch.
+
+
+def digest(run_url: RunUrl, step: Step = None) -> None:
+    """Print one SHA-256 over all weights and the optimizer state of a checkpoint.
+
+    Equal digests mean equal bits, whatever world size wrote them. Without --step
+    it takes the newest committed checkpoint of which every byte is right, and
+    says on standard error why it passed over a newer one.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt digest runs/first
+    elastic-pt digest s3://bucket/run --step 2000
+    """
+    from elastic_pt.artifacts import choose_checkpoint, digest_of
+    from elastic_pt.inspection import open_run
+
+    run = open_run(absolute_url(run_url, "RUN_URL"))
+    chosen = choose_checkpoint(run, step)
+    tell_passed_over(chosen)
+    typer.echo(f"step={chosen.manifest.step} sha256={digest_of(run, chosen)}")
+
+
+def tell_passed_over(chosen: "Chosen") -> None:
+    """One line on standard error for each newer checkpoint that was not used."""
+    for step, reason in chosen.passed_over:
+        typer.echo(f"passed over step {step}: {reason}", err=True)
+
+
+def _trained(run_url: str, step: int | None, data_url: str | None) -> "Trained":
+    from elastic_pt.artifacts import open_trained
+    from elastic_pt.inspection import open_run
+
+    run = open_run(absolute_url(run_url, "RUN_URL"))
+    url = None if data_url is None else absolute_url(data_url, "--data")
+    trained = open_trained(run, step, url)
+    tell_passed_over(trained.chosen)
+    return trained
+
+
+def evaluate(
+    run_url: RunUrl, step: Step = None, data_url: DataUrl = None, as_json: AsJson = False
+) -> None:
+    """Measure a checkpoint on the held-out documents: loss, perplexity, bits per byte.
+
+    Loss is the mean cross-entropy per token, in nats. Bits per byte counts UTF-8
+    bytes of the documents, so it compares models with different tokenizers.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt eval runs/first
+    elastic-pt eval s3://bucket/run --step 2000 --json
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from elastic_pt.artifacts import evaluate as measure
+
+    trained = _trained(run_url, step, data_url)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task("held-out tokens", total=trained.data.tokens("held_out"))
+        result = measure(trained, on_tokens=lambda count: bars.advance(task, count))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), indent=1))
+        return
+    typer.echo(f"step           {result.step}")
+    typer.echo(f"held-out loss  {result.loss:.4f} nats per token")
+    typer.echo(f"perplexity     {result.perplexity:.2f}")
+    typer.echo(f"bits per byte  {result.bits_per_byte:.4f}")
+    typer.echo(f"measured on    {result.tokens:,} tokens, {result.bytes:,} bytes")
+    for name, loss in result.loss_by_source.items() if len(result.loss_by_source) > 1 else ():
+        typer.echo(f"  {name}: {loss:.4f}")
+
+
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_URL|DIR", help="A run, or a directory that `export` wrote."),
+    ],
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="What to continue.", show_default=False)
+    ],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="At most so many new tokens.")
+    ] = 200,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token."),
+    ] = 0.8,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k", metavar="K", min=0, help="Choose among so many tokens; 0 takes all."
+        ),
+    ] = 50,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="S", min=0, help="Same seed, same text.")
+    ] = 0,
+    step: Step = None,
+    data_url: DataUrl = None,
+) -> None:
+    """Continue a text with a trained model; prints prompt and continuation.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt generate runs/first --prompt "Once upon a time"
+    elastic-pt generate model/ --prompt "def " --max-tokens 50 --temperature 0
+    """
+    from elastic_pt.artifacts import Sampling, continue_text, open_exported
+
+    directory = Path(source)
+    if "://" not in source and (directory / "config.json").is_file():
+        if step is not None:
+            raise typer.BadParameter(
+                f"--step {step}: an exported directory has one step; a run URL has several"
+            )
+        model = open_exported(directory)
+    else:
+        trained = _trained(source, step, data_url)
+        model = trained.text_model()
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    typer.echo(prompt + continue_text(model, prompt, sampling))
+
+
+def export(
+    run_url: RunUrl,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="A directory that is new or empty.", show_default=False
+        ),
+    ],
+    step: Step = None,
+    data_url: DataUrl = None,
+) -> None:
+    """Write the model as a directory that Hugging Face transformers loads untouched, bit for bit.
+
+    \b
+    [bold]Examples[/bold]
+    elastic-pt export runs/first --out model
+    elastic-pt export s3://bucket/run --step 2000 --out model
+    """
+    from elastic_pt.artifacts import export as write
+
+    trained = _trained(run_url, step, data_url)
+    try:
+        write(trained, out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: cannot be written: {error.strerror or error}; a new directory "
+            "that this user may make, with room for the weights, would be right"
+        ) from error
+    typer.echo(f"wrote step {trained.chosen.manifest.step} to {out}")

@@ -1,0 +1,384 @@
+"""Every knob of a run, in one frozen tree.
+
+A TOML file gives the tree; `--set section.key=value` overrides single leaves; unknown keys are errors.
+Each section is handed alone to the code that needs it. The sections in `IDENTITY_SECTIONS` decide the
+bits of the weights: they are written to the run directory once and every node must agree on them. The
+others may differ from node to node.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from elastic_pt.errors import ConfigError
+
+IDENTITY_SECTIONS = ("data", "model", "train")
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _without_trailing_slash(url: str) -> str:
+    if not url.strip():
+        raise ValueError(
+            "must not be empty; a URL such as s3://bucket/run or a directory would be right"
+        )
+    stripped = url.rstrip("/") or "/"
+    return stripped if "://" in stripped else f"file://{Path(stripped).expanduser().resolve()}"
+
+
+Url = Annotated[str, AfterValidator(_without_trailing_slash)]
+
+
+class Section(BaseModel):
+    """A frozen table of the TOML file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """What this run is."""
+
+    url: Url
+    """The run directory: a path or an fsspec URL (file://, s3://, ...). The only thing that has to survive."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the data order."""
+
+
+class DataSection(Section):
+    """What it reads."""
+
+    url: Url
+    """The directory that `elastic-pt prepare` wrote."""
+    sequence_length: PositiveInt = 256
+    """Tokens per training sequence."""
+    prefetch_steps: PositiveInt = 2
+    """Steps that each worker reads ahead."""
+
+
+class ModelSection(Section):
+    """A Llama-shape decoder. Its vocabulary is that of the prepared data."""
+
+    layers: PositiveInt = 4
+    """Decoder blocks."""
+    width: PositiveInt = 256
+    """Size of the residual stream; a multiple of `heads`, and width / heads must be even."""
+    heads: PositiveInt = 4
+    """Query heads per block."""
+    kv_heads: PositiveInt = 2
+    """Key and value heads per block (grouped-query attention); must divide `heads`."""
+    ffn_width: NonNegativeInt = 0
+    """Inner size of the SwiGLU layer; 0 chooses 8/3 of the width, rounded up to a multiple of 64."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head before attention (the export is then a Qwen3, else a Llama)."""
+    tied_embeddings: bool = True
+    """Use the token embedding as the output layer too."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "ModelSection":
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"model.width = {self.width} does not fit model.heads = {self.heads}: "
+                "width / heads must be an even whole number"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.kv_heads = {self.kv_heads} must divide model.heads = {self.heads}"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Size of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def inner_width(self) -> int:
+        """Inner size of the SwiGLU layer after the default is applied."""
+        return self.ffn_width or -(-(8 * self.width // 3) // 64) * 64
+
+
+class TrainSection(Section):
+    """How it learns. One step reads `global_batch` sequences, in V = global_batch / micro_batch slots."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    global_batch: PositiveInt = 32
+    """Sequences per optimizer step, whatever the number of nodes."""
+    micro_batch: PositiveInt = 4
+    """Sequences per slot; V = global_batch / micro_batch slots are the most workers a run can use."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate."""
+    min_learning_rate_ratio: Share = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """Warm-up, stable, decay (wsd); or warm-up and cosine decay (cosine)."""
+    warmup_steps: NonNegativeInt = 20
+    """Steps of linear warm-up."""
+    decay_share: Share = 0.2
+    """Share of the run that the decay of `wsd` takes, at its end."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; vectors (the norms) are not decayed."""
+    beta1: Decay = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Decay = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the z-loss, which keeps the softmax normaliser near 1; 0 turns it off."""
+    numerics: Literal["exact", "native"] = "exact"
+    """exact: the same bits for every number of workers; native: the library's reduce-scatter."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matrix products; auto is bfloat16 on CUDA, float32 on CPU. Masters are float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; auto takes CUDA if there is any."""
+    threads: PositiveInt = 1
+    """CPU threads per worker. Part of the bits: a matrix product may round differently with another number."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products and attention, or whole blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainSection":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch = {self.global_batch} must be a multiple of "
+                f"train.micro_batch = {self.micro_batch}"
+            )
+        return self
+
+    @property
+    def slots(self) -> int:
+        """V: micro-batches per step, and the most workers that a run can use."""
+        return self.global_batch // self.micro_batch
+
+
+class ElasticSection(Section):
+    """Who takes part."""
+
+    nodes_min: PositiveInt = 1
+    """Nodes below which the run pauses, with its state kept."""
+    nodes_max: PositiveInt = 64
+    """Nodes above which further ones wait as spares."""
+    workers_per_node: NonNegativeInt = 0
+    """Worker processes on this node; 0 takes one per GPU, or one on a CPU node."""
+    heartbeat_interval_s: PositiveFloat = 0.2
+    """Seconds between two questions to each peer."""
+    heartbeat_timeout_s: PositiveFloat = 5.0
+    """Seconds of silence after which a peer counts as gone; a refused connection counts at once."""
+    join_window_s: NonNegativeFloat = 1.0
+    """Seconds without a newcomer before a world is formed, so that nodes join together."""
+    settle_timeout_s: PositiveFloat = 600.0
+    """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""
+    collective_timeout_s: PositiveFloat = 300.0
+    """Seconds after which a collective operation between workers fails."""
+    retries_without_progress: PositiveInt = 3
+    """Failures of this node's own workers without a new step after which the node leaves the run."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "ElasticSection":
+        if self.nodes_min > self.nodes_max:
+            raise ValueError(
+                f"elastic.nodes_min = {self.nodes_min} must not exceed elastic.nodes_max = {self.nodes_max}"
+            )
+        return self
+
+
+class CheckpointSection(Section):
+    """What is kept, and how often."""
+
+    every_steps: PositiveInt = 50
+    """Steps between checkpoints; a checkpoint waits while the one before is still being uploaded."""
+    keep: PositiveInt = 3
+    """Committed checkpoints that are kept."""
+    staging: str = "/dev/shm"
+    """Local directory (best: memory) where workers leave their shards for the agent to upload."""
+
+
+class TelemetrySection(Section):
+    """What operators see."""
+
+    metrics_address: str = "127.0.0.1"
+    """Address on which the agent serves /metrics."""
+    metrics_port: NonNegativeInt = 0
+    """Port of /metrics; 0 takes a free one, which `status` shows."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe event that is written."""
+
+
+class StoreSection(Section):
+    """How the bucket is used."""
+
+    deadline_s: PositiveFloat = 120.0
+    """Seconds for which one request to the bucket is retried."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    elastic: ElasticSection = ElasticSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    store: StoreSection = StoreSection()
+
+    def to_toml(self, *, comments: bool = False) -> str:
+        """The effective configuration as TOML, on request with a sentence per key."""
+        lines: list[str] = []
+        for section_name, section_field in Config.model_fields.items():
+            section = getattr(self, section_name)
+            lines += [f"[{section_name}]"]
+            doc = (section_type(section_field.annotation).__doc__ or "").strip()
+            if comments and doc:
+                lines += [f"# {doc.splitlines()[0]}"]
+            for key, field in type(section).model_fields.items():
+                if comments and field.description:
+                    lines += [f"# {field.description}"]
+                lines += [f"{key} = {_toml_value(getattr(section, key))}"]
+            lines += [""]
+        return "\n".join(lines)
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides the bits of the weights, as `section.key -> value`."""
+        leaves: dict[str, Any] = {"run.seed": self.run.seed}
+        for name in IDENTITY_SECTIONS:
+            section: Section = getattr(self, name)
+            leaves |= {f"{name}.{key}": value for key, value in section.model_dump().items()}
+        del leaves["data.prefetch_steps"], leaves["data.url"]
+        return leaves
+
+    def fingerprint(self) -> str:
+        """SHA-256 over `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def section_type(annotation: Any) -> type[Section]:
+    """The class of a section field."""
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
+    return annotation
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides. Raises `ConfigError` in one line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; a TOML file would be right"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text at byte {error.start}; a TOML file would be right"
+        ) from error
+    return parse_config(text, source=str(path), overrides=overrides)
+
+
+def parse_config(text: str, *, source: str, overrides: Iterable[str] = ()) -> Config:
+    """Parse TOML text (`source` names it in errors) and apply `section.key=value` overrides."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not equals or not dot or not key or "." in key:
+        raise ConfigError(
+            f"--set {override!r}: section.key=value would be right, such as train.steps=100"
+        )
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(
+            f"--set {override!r}: {section} is a value in the file; a [{section}] table would be right"
+        )
+    try:
+        table[key] = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        table[key] = value.strip()
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """All mistakes in one line: field, value, what would be right."""
+    parts = []
+    for mistake in error.errors():
+        field = ".".join(str(part) for part in mistake["loc"]) or source
+        value = mistake["input"]
+        if mistake["type"] == "extra_forbidden":
+            parts.append(
+                f"{field} = {value!r}: unknown key; {_known_keys(mistake['loc'])} would be right"
+            )
+        elif mistake["type"] == "missing":
+            parts.append(f"{field}: missing; {_wanted(mistake['loc'])}")
+        elif mistake["type"] == "value_error":
+            parts.append(str(mistake["ctx"]["error"]))
+        else:
+            parts.append(f"{field} = {value!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}")
+    return f"{source}: " + "; ".join(parts)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    fields = Config.model_fields
+    if len(location) > 1 and str(location[0]) in fields:
+        fields = section_type(fields[str(location[0])].annotation).model_fields
+    return "one of " + ", ".join(fields)
+
+
+def _wanted(location: tuple[int | str, ...]) -> str:
+    field = Config.model_fields[str(location[0])]
+    section = section_type(field.annotation)
+    if len(location) == 1:
+        required = [key for key, leaf in section.model_fields.items() if leaf.is_required()]
+        return f"a [{location[0]}] table with {', '.join(required)} would be right"
+    return section.model_fields[str(location[1])].description or "a value would be right"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = (
+            value.replace("\\", "\\\\")
+            .replace('"', '\\"')
+            .replace("\n", "\\n")
+            .replace("\t", "\\t")
+        )
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,1 @@
+"""Corpus to tokens, and the order in which a run reads them."""

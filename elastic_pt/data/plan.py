@@ -1,0 +1,90 @@
+"""The data plan: which rows a step reads, as a pure function of (plan, step, slot).
+
+Step s reads plan rows [s * global_batch, (s + 1) * global_batch); slot k of that step is
+`micro_batch` consecutive ones of them. Plan row n goes through the mixture to (source, index), and the
+index through the permutation of its epoch to a row of that source. No world size occurs anywhere, and
+nothing has to be replayed: the millionth step costs what the first does.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.order import Integers, Mixture, permute
+from elastic_pt.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a run reads, in which order. Raises `DataError` if a source has not even one whole row."""
+
+    manifest: Manifest
+    sequence_length: int
+    """Tokens that one row predicts; a row holds one more."""
+    seed: int
+    global_batch: int
+    """Rows per step."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "global_batch"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} = {getattr(self, name)}: a positive number would be right")
+        for source, rows in zip(self.manifest.sources, self.rows_per_source, strict=True):
+            if rows < 1:
+                raise DataError(
+                    f"source {source.name}: {source.tokens('train')} tokens hold no row of "
+                    f"data.sequence_length + 1 = {self.sequence_length + 1}; "
+                    "more text or a shorter data.sequence_length would be right"
+                )
+
+    @cached_property
+    def rows_per_source(self) -> tuple[int, ...]:
+        """Whole rows of each source; what is left at the end of its stream is not read."""
+        return tuple(
+            max(0, source.tokens("train") - 1) // self.sequence_length
+            for source in self.manifest.sources
+        )
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all sources together. With weights by token share, one epoch of each source."""
+        return sum(self.rows_per_source)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The order of the sources; building it takes up to a third of a second for ragged weights."""
+        return Mixture(self.manifest.weights)
+
+    def rows(self, step: int, slot: int, micro_batch: int) -> list[tuple[int, int]]:
+        """The `(source, row)` pairs of one slot of one step; steps and slots count from 0."""
+        return self.slot_rows(step, range(slot, slot + 1), micro_batch)
+
+    def slot_rows(self, step: int, slots: range, micro_batch: int) -> list[tuple[int, int]]:
+        """The `(source, row)` pairs of some slots of one step, slot after slot.
+
+        Raises `ValueError` for what is outside of the plan: that is a bug of the caller.
+        """
+        slot_count = self.global_batch // micro_batch
+        if step < 0 or any(not 0 <= slot < slot_count for slot in (*slots[:1], *slots[-1:])):
+            raise ValueError(f"step {step}, {slots}: a step has slots 0 to {slot_count - 1}")
+        first_rows = step * self.global_batch + micro_batch * np.array(slots, dtype=np.int64)
+        source, row = self.locate((first_rows[:, None] + np.arange(micro_batch)).ravel())
+        return list(zip(source.tolist(), row.tolist(), strict=True))
+
+    def locate(self, plan_rows: Integers) -> tuple[Integers, Integers]:
+        """Source and row of each of `plan_rows` (int64 of one dimension, any values from 0)."""
+        source, index = self.mixture.locate(plan_rows)
+        epoch, offset = np.divmod(index, np.array(self.rows_per_source, dtype=np.int64)[source])
+        row = np.empty_like(offset)
+        for number, turn in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            chosen = (source == number) & (epoch == turn)
+            row[chosen] = permute(
+                offset[chosen],
+                self.rows_per_source[number],
+                seed=self.seed,
+                source=number,
+                epoch=turn,
+            )
+        return source, row

@@ -1,0 +1,127 @@
+"""A byte-level byte-pair tokenizer: trained here, or given as a `tokenizer.json`.
+
+Byte level means that every text has tokens and decodes to itself. One special token ends each
+document; its spelling inside a document is ordinary text, so no document can forge an end.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from elastic_pt.data.manifest import REMEDY, Manifest
+from elastic_pt.errors import DataError, NotFound
+from elastic_pt.store.port import Store
+
+END_TOKEN = "<|endoftext|>"
+KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+"""What a given tokenizer may call the end of a document, in order of preference."""
+
+VOCAB_SIZE_MIN = 257
+"""256 bytes and the end token."""
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Learn exactly `vocab_size` tokens from `texts`, which are read once.
+
+    Raises `DataError` when the texts do not hold that many.
+    """
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned < vocab_size:
+        raise DataError(
+            f"vocab_size = {vocab_size} is too large for this corpus, which yields {learned} tokens; "
+            f"{learned} or less would be right"
+        )
+    return _ready(tokenizer)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `DataError` unless `vocab_size` can be asked for at all."""
+    if not VOCAB_SIZE_MIN <= vocab_size <= 2**31:
+        raise DataError(
+            f"vocab_size = {vocab_size}: a number from {VOCAB_SIZE_MIN} "
+            "(256 bytes and the end token) would be right"
+        )
+
+
+def load_tokenizer_file(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`; `DataError` if it is missing, not one, or has no end token."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(
+            f"tokenizer {path}: {reason}; a tokenizer.json of the tokenizers library would be right"
+        ) from error
+    return _parse(text, origin=f"tokenizer {path}")
+
+
+def load_tokenizer(store: Store, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of prepared data, its hash verified."""
+    origin = f"{store.url}/{manifest.tokenizer_key}"
+    try:
+        data = store.read(manifest.tokenizer_key)
+    except NotFound as error:
+        raise DataError(f"{origin}: missing; {REMEDY}") from error
+    if hashlib.sha256(data).hexdigest() != manifest.tokenizer_sha256:
+        raise DataError(f"{origin}: corrupt, its SHA-256 is not that of the manifest; {REMEDY}")
+    return _parse(data.decode("utf-8"), origin=origin)
+
+
+def tokenizer_bytes(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer as the content of a `tokenizer.json`."""
+    text: str = tokenizer.to_str()
+    return text.encode("utf-8")
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which is what an embedding needs, gaps included."""
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return max(ids.values()) + 1
+
+
+def end_token(tokenizer: Tokenizer, *, origin: str = "tokenizer") -> tuple[str, int]:
+    """The token that ends a document, and its id."""
+    for token in KNOWN_END_TOKENS:
+        token_id: int | None = tokenizer.token_to_id(token)
+        if token_id is not None:
+            return token, token_id
+    raise DataError(
+        f"{origin}: has no end-of-document token; one of {KNOWN_END_TOKENS} would be right"
+    )
+
+
+def _parse(text: str, *, origin: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(
+            f"{origin}: not a tokenizer ({str(error).splitlines()[0][:120]}); "
+            "a tokenizer.json of the tokenizers library would be right"
+        ) from error
+    end_token(tokenizer, origin=origin)
+    return _ready(tokenizer)
+
+
+def _ready(tokenizer: Tokenizer) -> Tokenizer:
+    """Whole documents in, ordinary text only; neither setting is part of the saved file."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Who trains: the run's log, membership, rendezvous and the processes of one node."""

@@ -1,0 +1,131 @@
+"""What an agent and its workers tell each other: JSON lines over one Unix socket on the node.
+
+    worker ─► agent   step        a step is done: numbers for metrics, status and the history
+                      activity    what the worker does now (restore, train, ...), for the goodput ledger
+                      staged      a shard file lies in the staging directory
+                      unusable    a committed checkpoint failed verification while it was read
+    agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
+                      released    the agent is done with the checkpoint of a step, so the next one may come
+
+A worker whose agent is gone reads the end of the stream and exits at once: nobody would hear it any more.
+"""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+_LINE_BYTES_MAX: Final = 64 * 1024 * 1024
+_CONNECT_TIMEOUT_S: Final = 30.0
+ORPHANED_EXIT_CODE: Final = 75
+
+Message = dict[str, Any]
+
+
+class AgentSide:
+    """The agent's end. Messages are handled in order, one thread per worker. Agent process."""
+
+    def __init__(self, path: Path, handle: Callable[[Message], None]) -> None:
+        self._handle = handle
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, name="channel", daemon=True).start()
+
+    def broadcast(self, message: Message) -> None:
+        """Tell all workers; one that is gone is left out."""
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            try:
+                connection.sendall(line)
+            except OSError:
+                continue
+
+    def drain_messages(self, timeout_s: float) -> None:
+        """Wait until everything that dead workers said has been handled."""
+        with self._lock:
+            threads = list(self._connections.values())
+        for thread in threads:
+            thread.join(timeout_s)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(
+                target=self._read, args=(connection,), name="channel-reader", daemon=True
+            )
+            with self._lock:
+                self._connections[connection] = thread
+            thread.start()
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            with connection, connection.makefile("rb") as lines:
+                while line := lines.readline(_LINE_BYTES_MAX):
+                    if line.endswith(b"\n"):
+                        self._handle(json.loads(line))
+        except OSError:
+            pass
+        finally:
+            with self._lock:
+                self._connections.pop(connection, None)
+
+
+class WorkerSide:
+    """A worker's end. A thread reads what the agent says; losing the agent ends the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(_CONNECT_TIMEOUT_S)
+        self._socket.connect(str(path))
+        self._socket.settimeout(None)
+        self._closing = False
+        self._drain = False
+        self._released: set[int] = set()
+        threading.Thread(target=self._read, name="channel", daemon=True).start()
+
+    @property
+    def drain_requested(self) -> bool:
+        """Whether the agent wants the world to stop at a step boundary."""
+        return self._drain
+
+    def released(self, step: int) -> bool:
+        """Whether the agent is done with the checkpoint of `step`."""
+        return step in self._released
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Tell the agent something."""
+        self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Say goodbye: the agent sees the end of the stream once it has read everything."""
+        self._closing = True
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> None:
+        try:
+            with self._socket.makefile("rb") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if message["kind"] == "drain":
+                        self._drain = True
+                    elif message["kind"] == "released":
+                        self._released.add(message["step"])
+        except OSError:
+            pass
+        if not self._closing:
+            os._exit(ORPHANED_EXIT_CODE)

@@ -1,0 +1,238 @@
+"""The run is a log in a bucket: `log/<20 digits>.json`, create-once, never overwritten, one total order.
+
+Whoever creates record n has decided what comes n-th; whoever loses that race reads the winner and obeys
+it. That is the whole fence: a writer of an old generation always meets the GENERATION record that
+replaced it before it can create anything behind it, and stops there with `FencedError`. The end of the
+log is found by probing for the next number, never by trusting a listing.
+"""
+
+import datetime
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from elastic_pt.elastic.records import (
+    ORIGIN,
+    Body,
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Quarantine,
+    Record,
+    Stop,
+)
+from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
+from elastic_pt.store.port import Store
+
+_APPEND_ATTEMPTS_MAX: Final = 1000
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the log says up to `head`: a pure fold over its records."""
+
+    head: Record | None = None
+    run_id: str = ""
+    """Nonce of the first record; manifests carry it, so that no checkpoint of another run is accepted."""
+    generation: Generation | None = None
+    commit: Commit | None = None
+    quarantined: frozenset[str] = frozenset()
+    stop: Stop | None = None
+
+    @property
+    def length(self) -> int:
+        """Records so far, and the index that the next one will have."""
+        return 0 if self.head is None else self.head.index + 1
+
+    @property
+    def generation_number(self) -> int:
+        """The newest generation; 0 before the first."""
+        return 0 if self.generation is None else self.generation.number
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint that exists, newest first: committed, kept and not quarantined."""
+        kept = () if self.commit is None else self.commit.checkpoints
+        return tuple(each for each in kept if each.directory not in self.quarantined)
+
+
+def fold(view: RunView, record: Record) -> RunView:
+    """The view after one more record."""
+    seen = replace(view, head=record, run_id=view.run_id or record.nonce)
+    match record.body:
+        case Generation():
+            return replace(seen, generation=record.body)
+        case Commit():
+            return replace(seen, commit=record.body)
+        case Quarantine(directory=directory):
+            return replace(seen, quarantined=seen.quarantined | {directory})
+        case Stop():
+            return replace(seen, stop=record.body)
+
+
+def check_allowed(view: RunView, body: Body, generation: int) -> None:
+    """The fence: raises `FencedError` unless a writer of `generation` may append `body` after `view`."""
+    if view.stop is not None:
+        raise FencedError(f"the run has ended: {view.stop.reason}")
+    if isinstance(body, Generation):
+        if body.number != view.generation_number + 1:
+            raise FencedError(
+                f"generation {view.generation_number} is there already; {body.number} lost the race"
+            )
+    elif generation != view.generation_number:
+        raise FencedError(
+            f"generation {generation} has been replaced by generation {view.generation_number}; it may append nothing"
+        )
+
+
+def record_key(index: int) -> str:
+    """Where record `index` lies."""
+    return f"log/{index:020d}.json"
+
+
+class RunLog:
+    """Reads and appends the log of one run. Agent process (and the command line); safe to share between threads."""
+
+    def __init__(self, store: Store, *, writer: str) -> None:
+        self._store = store
+        self._writer = writer
+        self._view = RunView()
+        self._lock = threading.Lock()
+
+    @property
+    def view(self) -> RunView:
+        """The log as last read; `refresh` reads on."""
+        return self._view
+
+    def refresh(self) -> RunView:
+        """Read on to the end of the log. Costs one request when nothing is new."""
+        with self._lock:
+            return self._refresh()
+
+    def append(self, make: Callable[[RunView], Body], *, generation: int) -> RunView:
+        """Append what `make` says to the newest view, on behalf of a member of `generation`.
+
+        `make` is asked again whenever somebody else was faster. Raises `FencedError` when the newest
+        view does not allow it any more.
+        """
+        with self._lock:
+            for _ in range(_APPEND_ATTEMPTS_MAX):
+                view = self._refresh()
+                body = make(view)
+                check_allowed(view, body, generation)
+                record = self._next_record(view, body)
+                try:
+                    self._store.create(record_key(record.index), record.to_bytes())
+                except AlreadyExists:
+                    continue
+                self._view = fold(view, record)
+                return self._view
+        raise StoreError(
+            f"{self._store.url}: lost {_APPEND_ATTEMPTS_MAX} races for the next record of the log"
+        )
+
+    def records(self) -> Iterator[Record]:
+        """Every record from the first on, with the hash chain checked. Raises `LogDamaged` where it breaks or has a gap."""
+        previous = ORIGIN
+        index = 0
+        while (record := self._read(index)) is not None:
+            _check_link(record, index, previous)
+            yield record
+            previous = record.sha256
+            index += 1
+        self._require_no_gap(index)
+
+    def _refresh(self) -> RunView:
+        opening = self._view.head is None
+        if opening:
+            self._view = self._open()
+        while (record := self._read(self._view.length)) is not None:
+            head = self._view.head
+            _check_link(record, self._view.length, ORIGIN if head is None else head.sha256)
+            self._view = fold(self._view, record)
+        if opening:
+            self._require_no_gap(self._view.length)
+        return self._view
+
+    def _require_no_gap(self, end: int) -> None:
+        """A listing proves nothing, but a record that it shows beyond the end is proof enough of a gap."""
+        later = [key for key in self._store.keys("log/") if key > record_key(end)]
+        if later and self._store.size(record_key(end)) is None:
+            raise LogDamaged(
+                f"{self._store.url}/{record_key(end)}: missing from the middle of the log ({later[0]} is there)"
+            )
+
+    def _open(self) -> RunView:
+        """The view at some record near the end, in O(log n) requests: gallop, bisect, follow the pointers."""
+        if self._store.size(record_key(0)) is None:
+            return RunView()
+        low, high = 0, 1
+        while self._store.size(record_key(high)) is not None:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (middle, high)
+                if self._store.size(record_key(middle)) is not None
+                else (low, middle)
+            )
+        head = self._must_read(low)
+        view = RunView(run_id=self._must_read(0).nonce)
+        for kind in (Kind.GENERATION, Kind.COMMIT, Kind.STOP):
+            if kind in head.latest:
+                view = fold(view, self._must_read(head.latest[kind]))
+        for quarantine in self.chain(head, Kind.QUARANTINE):
+            view = fold(view, quarantine)
+        return replace(view, head=head)
+
+    def chain(self, head: Record, kind: Kind) -> Iterator[Record]:
+        """Records of one kind, newest first, by following the pointers from `head` back."""
+        index = head.latest.get(kind)
+        while index is not None:
+            record = self._must_read(index)
+            yield record
+            index = self._must_read(index - 1).latest.get(kind) if index > 0 else None
+
+    def _next_record(self, view: RunView, body: Body) -> Record:
+        head = view.head
+        record = Record(
+            index=view.length,
+            generation=body.number if isinstance(body, Generation) else view.generation_number,
+            writer=self._writer,
+            nonce=secrets.token_hex(16),
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            previous=ORIGIN if head is None else head.sha256,
+            latest={} if head is None else dict(head.latest),
+            body=body,
+        )
+        record.latest[record.kind] = record.index
+        return record.sealed()
+
+    def _read(self, index: int) -> Record | None:
+        key = record_key(index)
+        try:
+            return Record.from_bytes(self._store.read(key), key=key)
+        except NotFound:
+            return None
+
+    def _must_read(self, index: int) -> Record:
+        record = self._read(index)
+        if record is None:
+            raise LogDamaged(
+                f"{self._store.url}/{record_key(index)}: missing from the middle of the log"
+            )
+        return record
+
+
+def _check_link(record: Record, index: int, previous: str) -> None:
+    if record.index != index:
+        raise LogDamaged(
+            f"{record_key(index)}: calls itself record {record.index}; it is not in its place"
+        )
+    if record.previous != previous:
+        raise LogDamaged(
+            f"{record_key(index)}: does not follow from the record before it; the log was altered"
+        )

@@ -1,0 +1,122 @@
+"""Our rendezvous behind torch elastic's interface: the log decides, one fresh store per generation.
+
+`LogRendezvous` serves our own agent and, through the `torchrun.handlers` entry point, stock torchrun:
+
+    torchrun --rdzv-backend elastic_pt --rdzv-endpoint s3://bucket/run --nnodes 1:8 train.py
+
+With stock torchrun the log holds generations only: what is trained, and its checkpoints, are the script's.
+"""
+
+import secrets
+from collections.abc import Callable
+
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+
+from elastic_pt.elastic.address import local_address
+from elastic_pt.elastic.log import RunLog
+from elastic_pt.elastic.membership import Limits
+from elastic_pt.elastic.node import Formed, Node, NodeOptions
+from elastic_pt.elastic.records import Stop
+from elastic_pt.errors import ConfigError
+from elastic_pt.store.open import open_store
+
+
+class LogRendezvous(RendezvousHandler):
+    """Hands each generation of the log to a `torch.distributed.elastic` agent. Agent process, main thread."""
+
+    def __init__(self, node: Node, run_id: str) -> None:
+        self._node = node
+        self._run_id = run_id
+        self.formed: Formed | None = None
+        """The generation handed out last."""
+
+    def get_backend(self) -> str:
+        """The name under which torchrun finds this handler."""
+        return "elastic_pt"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers may use the generation's store: it is fresh, so nothing stale can be read."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Give up the last generation and wait for the next one with this node in it."""
+        if self.formed is not None:
+            number = self.formed.generation.number
+            self._node.spend(number, "" if self._node.must_reform(number) else "its workers failed")
+        found = self._node.await_generation()
+        if isinstance(found, Stop):
+            raise RendezvousClosedError(f"the run has ended: {found.reason}")
+        self.formed = found
+        self._node.running()
+        generation = found.generation
+        return RendezvousInfo(
+            found.store,
+            found.node_rank,
+            len(generation.members),
+            RendezvousStoreInfo(generation.store_address, generation.store_port),
+        )
+
+    def is_closed(self) -> bool:
+        """Whether the log says the run has ended."""
+        return self._node.view.stop is not None
+
+    def set_closed(self) -> None:
+        """Nothing: one node never closes a run; only the log's STOP record ends it."""
+
+    def num_nodes_waiting(self) -> int:
+        """Nonzero when the running workers have no future and a new generation is due."""
+        return int(
+            self.formed is not None and self._node.must_reform(self.formed.generation.number)
+        )
+
+    def get_run_id(self) -> str:
+        """The run's name."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """Leave; the others see it at once."""
+        self._node.leave()
+        return True
+
+
+def torchrun_backend() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """Entry point for stock torchrun (`torchrun.handlers`): what makes a handler."""
+    return create_handler
+
+
+def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    """A rendezvous for stock torchrun, on the log at `--rdzv-endpoint`. Agent process of torchrun."""
+    url = parameters.endpoint
+    if not url:
+        raise ConfigError("--rdzv-endpoint: missing; the URL of a run directory would be right")
+    address = parameters.local_addr or local_address()
+    store = open_store(url if "://" in url else f"file://{url}")
+    options = NodeOptions(
+        name=parameters.get("node") or f"{address}-{secrets.token_hex(3)}",
+        address=address,
+        workers=1,
+        fingerprint=f"torchrun {parameters.run_id}",
+        limits=Limits(
+            nodes_min=parameters.min_nodes,
+            nodes_max=parameters.max_nodes,
+            slots=None,
+            heartbeat_timeout_s=float(parameters.get("heartbeat_timeout_s", 5.0)),
+            join_window_s=float(parameters.get("join_window_s", 1.0)),
+        ),
+        heartbeat_interval_s=0.2,
+    )
+
+    def make_room(reason: str) -> None:
+        node.spend(node.view.generation_number, reason)
+
+    run_log = RunLog(store, writer=options.name)
+    node = Node(options, store, run_log, choose_resume=lambda _: None, on_drain=make_room)
+    node.start()
+    return LogRendezvous(node, run_id=parameters.run_id)

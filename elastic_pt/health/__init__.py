@@ -1,0 +1,1 @@
+"""Judgements about a run that goes wrong while every process lives."""

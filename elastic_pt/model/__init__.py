@@ -1,0 +1,1 @@
+"""The transformer, its loss, its sharding and its export."""

@@ -1,0 +1,102 @@
+"""From a plain model to one that recomputes, compiles and shards: one function, the model knows nothing of it.
+
+The order matters: recomputation goes inside the compiled region, and FSDP2 outside of both, so that its
+gathering of weights happens around a compiled block. Parameter names stay as the model has them: blocks
+are not wrapped in modules, only their `forward` is replaced.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from elastic_pt.config import TrainSection
+from elastic_pt.errors import ConfigError
+from elastic_pt.model.transformer import Transformer
+
+# Expensive to compute and cheap to keep: what selective checkpointing saves. The rest is recomputed.
+SAVED_OPERATIONS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+    )
+)
+
+
+def resolve_device(train: TrainSection, local_rank: int = 0) -> torch.device:
+    """Where a worker computes. Raises `ConfigError` if CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if train.device == "cuda" and not available:
+        raise ConfigError(
+            'train.device = "cuda": this machine has no CUDA device; "auto" or "cpu" would be right'
+        )
+    if train.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def resolve_compute_dtype(train: TrainSection, device: torch.device) -> torch.dtype:
+    """Type of activations and matrix products; `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if train.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if train.compute_dtype == "bfloat16" else torch.float32
+
+
+def parallelize(
+    model: Transformer, mesh: DeviceMesh, train: TrainSection, compute_dtype: torch.dtype
+) -> None:
+    """Recompute, compile and shard `model` in place, as `train` says. Runs in every worker.
+
+    Afterwards the parameters are float32 DTensors, sharded by rows over the one-dimensional `mesh`.
+    Weights are gathered in `compute_dtype`; gradients are reduced in float32. The model may still be on
+    the meta device: `to_empty` and `initialize.fill_` come after this.
+    """
+    optimize_blocks(model, train)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32,
+        # The rotary tables are an input of each block and stay float32.
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def optimize_blocks(model: Transformer, train: TrainSection) -> None:
+    """The part of `parallelize` that needs no process group: recomputation and compilation, in place."""
+    for block in model.blocks:
+        if train.activation_checkpointing != "none":
+            options: dict[str, Any] = {}
+            if train.activation_checkpointing == "selective":
+                options["context_fn"] = _selective_contexts
+            # There is no dropout, so there is no random state to preserve.
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+            )
+        if train.compile:
+            block.compile()
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_save_or_recompute)  # type: ignore[no-untyped-call]
+
+
+def _save_or_recompute(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    if operation in SAVED_OPERATIONS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

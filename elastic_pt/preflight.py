@@ -1,0 +1,96 @@
+"""What an agent checks and sets before it takes part, so that mistakes are named at the start and not at step 1000."""
+
+import multiprocessing.util
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+import structlog
+import torch
+
+from elastic_pt.config import Config
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.plan import DataPlan
+from elastic_pt.elastic.address import interface_of
+from elastic_pt.errors import ConfigError
+from elastic_pt.plan.compute import footprint
+from elastic_pt.store.check import is_fenced
+from elastic_pt.store.port import Store
+
+log = structlog.get_logger("elastic_pt.preflight")
+
+
+def require_fencing(store: Store, config: Config) -> None:
+    """Refuse a run of several nodes on a store that lets two writers create the same record."""
+    if config.elastic.nodes_max == 1:
+        return
+    report = is_fenced(store)
+    if not report.fenced:
+        raise ConfigError(
+            f"run.url = {store.url!r}: unfenced ({report.reason}); several nodes need a store with "
+            "create-once, or elastic.nodes_max = 1 would be right"
+        )
+
+
+def platform_of_workers(config: Config) -> dict[str, str]:
+    """What computes on this node, as far as it decides the bits and can be told without touching a GPU."""
+    cuda = config.train.device != "cpu" and torch.cuda.device_count() > 0
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": torch.__version__, "processor": "cuda" if cuda else processor}
+
+
+def require_work(config: Config, data: Manifest, workers: int) -> None:
+    """Refuse more workers than a step has slots, and data without a whole row."""
+    if workers > config.train.slots:
+        raise ConfigError(
+            f"elastic.workers_per_node = {workers}: more than the {config.train.slots} slots of a step "
+            "(train.global_batch / train.micro_batch); fewer workers or smaller micro-batches would be right"
+        )
+    DataPlan(
+        data,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+    )
+
+
+def require_staging_space(config: Config, vocabulary: int) -> None:
+    """Refuse a staging directory that could never hold this node's share of a checkpoint.
+
+    Containers give /dev/shm 64 MB unless told otherwise, and writing beyond that kills the writer.
+    """
+    size = footprint(config.model, vocabulary).checkpoint_bytes
+    staging = config.checkpoint.staging
+    try:
+        free = shutil.disk_usage(staging).free
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.staging = {staging!r}: {error.strerror}; a writable local directory would be right"
+        ) from error
+    smallest_share = size // config.elastic.nodes_max
+    if free < smallest_share:
+        raise ConfigError(
+            f"checkpoint.staging = {staging!r}: {free:,} bytes free, but a node's share of a checkpoint takes "
+            f"{smallest_share:,} to {size:,}; a larger directory (docker: --shm-size) would be right"
+        )
+    if free < 2 * size:
+        log.warning("staging_is_small", free_bytes=free, checkpoint_bytes=size, directory=staging)
+
+
+def prepare_environment(config: Config, address: str, scratch: Path) -> None:
+    """What workers inherit from this process, set before the fork server starts."""
+    # The fork server's socket is removed at exit, after the scratch directory is gone: it must not lie in there.
+    multiprocessing.util.get_temp_dir()
+    # Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(config.train.threads)
+    # Required by torch for deterministic matrix products on CUDA.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    interface = interface_of(address)
+    if interface is None:
+        raise ConfigError(
+            f"--address {address}: no interface of this machine has it; one of its own would be right"
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface

@@ -1,0 +1,174 @@
+"""Does this store keep a run safe? Prove it on the user's own store, rather than believe a table.
+
+The log of a run stands on one property: of several writers that create the same key at the same time,
+exactly one wins, and everybody reads the winner. So that is raced: threads, spread over several clients
+of their own, wait at a barrier and create the same key. A round counts the winners by what each create
+returned and by whose bytes are there afterwards. Two winners in any round, or none, and the store is
+`unfenced`; a race that was never lost is evidence, not proof, so more rounds are more evidence.
+"""
+
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic_pt.errors import AlreadyExists, ConfigError, NotFound, StoreError
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import NoAtomicCreate, Store
+
+CLIENTS = 4
+BARRIER_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What a check found: `fenced` means that a multi-node run may use the store."""
+
+    verdict: Literal["fenced", "unfenced"]
+    reason: str
+    lines: tuple[str, ...]
+
+    @property
+    def fenced(self) -> bool:
+        """True if create-once held in every race."""
+        return self.verdict == "fenced"
+
+
+@dataclass(frozen=True)
+class _Round:
+    winners: int
+    agreed: bool
+
+
+class _Failed(Exception):
+    """The store broke its contract; the text says how."""
+
+
+def check_store(
+    store: Store,
+    *,
+    racers: int = 8,
+    rounds: int = 20,
+    open_client: Callable[[str], Store] = open_store,
+) -> StoreReport:
+    """Try every operation below a fresh key of the store, race its create, and remove what was made.
+
+    `racers` threads over `CLIENTS` separate clients create one key, `rounds` times. `AccessDenied`,
+    `ConfigError` about the URL and an unreachable store are raised: they say nothing about fencing.
+    """
+    if racers < 2 or rounds < 1:
+        raise ValueError(f"a race takes two racers and one round, not {racers} and {rounds}")
+    folder = f"storage-check-{uuid.uuid4().hex}/"
+    lines: list[str] = []
+    try:
+        _check_create(store, folder, lines)
+        _check_bytes(store, folder, lines)
+        clients = [store, *(open_client(store.url) for _ in range(min(CLIENTS, racers) - 1))]
+        results = [_race(clients, f"{folder}race-{n}", racers) for n in range(rounds)]
+        lines.append(_tally(results, racers, len(clients)))
+        verdict, reason = _judge(store.url, results)
+    except (_Failed, NoAtomicCreate) as failure:
+        verdict, reason = "unfenced", str(failure)
+    # Not in a finally: where the store is away, cleaning would only wait for a second deadline.
+    _clean(store, folder, rounds)
+    return StoreReport(verdict, reason, (*lines, f"{verdict}: {reason}"))
+
+
+def is_fenced(store: Store, *, open_client: Callable[[str], Store] = open_store) -> StoreReport:
+    """The cheap check of an agent before a run of several nodes: three races of four, the same report."""
+    return check_store(store, racers=4, rounds=3, open_client=open_client)
+
+
+def _check_bytes(store: Store, folder: str, lines: list[str]) -> None:
+    key, data = f"{folder}bytes", bytes(range(256)) * 16
+    store.write(key, b"old")
+    store.write(key, data)
+    _expect("write, then read", store.read(key), data)
+    _expect("read of a range", store.read(key, 10, 300), data[10:300])
+    _expect("read beyond the end", store.read(key, len(data) - 5, len(data) + 5), data[-5:])
+    _expect("size", store.size(key), len(data))
+    listed = key in store.keys(folder)
+    store.delete(key)
+    store.delete(key)
+    _expect("size after delete", store.size(key), None)
+    try:
+        store.read(key)
+    except NotFound:
+        lines.append("write, read, ranges, size, delete: right")
+    else:
+        raise _Failed("a deleted object can still be read")
+    lines.append(f"listing: {'up to date' if listed else 'late, which nothing depends on'}")
+
+
+def _check_create(store: Store, folder: str, lines: list[str]) -> None:
+    key = f"{folder}first"
+    store.create(key, b"first")
+    store.create(
+        key, b"first"
+    )  # the same bytes again: a lost response must not look like a lost race
+    try:
+        store.create(key, b"second")
+    except AlreadyExists:
+        _expect("object after a refused create", store.read(key), b"first")
+    else:
+        raise _Failed("create replaced an object: the store ignores the condition of a create")
+    lines.append("create-once, one after the other: held")
+
+
+def _race(clients: list[Store], key: str, racers: int) -> _Round:
+    start = threading.Barrier(racers)
+
+    def run(number: int) -> bytes | None:
+        mine = f"{number} {uuid.uuid4().hex}".encode()
+        client = clients[number % len(clients)]
+        client.size(key)  # connect before the start, so that the race is between the creates
+        start.wait(BARRIER_TIMEOUT_S)
+        try:
+            client.create(key, mine)
+        except AlreadyExists:
+            return None
+        return mine
+
+    with ThreadPoolExecutor(racers, thread_name_prefix="store-race") as pool:
+        outcomes = list(pool.map(run, range(racers)))
+    winners = [mine for mine in outcomes if mine is not None]
+    seen = {client.read(key) for client in clients}
+    return _Round(winners=len(winners), agreed=len(winners) == 1 and seen == set(winners))
+
+
+def _tally(results: list[_Round], racers: int, clients: int) -> str:
+    counts = sorted(Counter(result.winners for result in results).items())
+    told = ", ".join(f"{winners} winner{'s' * (winners != 1)}: {n} rounds" for winners, n in counts)
+    return f"create-once under a race of {racers} writers over {clients} clients: {told}"
+
+
+def _judge(url: str, results: list[_Round]) -> tuple[Literal["fenced", "unfenced"], str]:
+    bad = [result for result in results if result.winners != 1]
+    if bad:
+        return (
+            "unfenced",
+            f"{len(bad)} of {len(results)} races to create one key had {bad[0].winners} winners",
+        )
+    if not all(result.agreed for result in results):
+        return "unfenced", "after a race the clients did not all read what the winner wrote"
+    if url.startswith("memory://"):
+        return "unfenced", "memory:// lives inside one process, which no other node can see"
+    where = "; every node must mount this directory" if url.startswith("file://") else ""
+    return "fenced", f"each of {len(results)} races to create one key had exactly one winner{where}"
+
+
+def _expect(what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise _Failed(f"{what} gave something else than was written")
+
+
+def _clean(store: Store, folder: str, rounds: int) -> None:
+    # By name, because a listing may be stale.
+    for name in ("bytes", "first", *(f"race-{n}" for n in range(rounds))):
+        try:
+            store.delete(f"{folder}{name}")
+        except (StoreError, ConfigError):
+            return  # the error that matters is already on its way

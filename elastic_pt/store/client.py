@@ -1,0 +1,206 @@
+"""One request to a remote filesystem: built lazily, retried, and its errors made ours.
+
+The fsspec filesystem is built by the first request of each process, never on import or in `__init__`:
+a fork server may hold a `Store` and its children start with clean connections. It is not taken from
+fsspec's instance cache and keeps no listings. Foreign exceptions become a `Fault`, and a `Fault` one of
+our errors, here and nowhere else. A refused request rebuilds the filesystem once, because credentials
+that came from the environment or from a metadata service may have been renewed since.
+"""
+
+import asyncio
+import errno
+import ftplib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum, auto
+from typing import Any, TypeVar
+
+from fsspec.asyn import AsyncFileSystem
+from fsspec.core import url_to_fs
+
+from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound, StoreError
+from elastic_pt.store.retry import Retry, TryAgain
+
+Result = TypeVar("Result")
+
+
+class Fault(Enum):
+    """What a failed request means, whatever the library called it."""
+
+    MISSING = auto()  # no object under that key
+    NO_BUCKET = auto()  # the URL itself is wrong
+    EXISTS = auto()  # the condition of a create did not hold
+    DENIED = auto()  # credentials are missing, expired or not allowed
+    BEYOND = auto()  # the range starts behind the last byte
+    TRANSIENT = auto()  # worth another attempt
+    READ_ONLY = auto()  # the protocol cannot do this at all
+    FINAL = auto()  # not worth another attempt
+    BUG = auto()  # not an error of the store at all
+
+
+class BeyondEnd(StoreError):
+    """The range starts behind the last byte of the object. Never leaves this package."""
+
+
+_FINAL_ERRNOS = frozenset(
+    {
+        errno.EINVAL,
+        errno.EPERM,
+        errno.ENOSYS,
+        errno.ENOTSUP,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.EMSGSIZE,
+    }
+)
+
+
+def fault_of_status(status: int) -> Fault:
+    """What an HTTP status of 400 or more means for a request to an object store."""
+    if status in (401, 403):
+        return Fault.DENIED
+    if status == 404:
+        return Fault.MISSING
+    if status == 412:
+        return Fault.EXISTS
+    if status == 416:
+        return Fault.BEYOND
+    if status in (408, 409, 425, 429) or status >= 500:
+        return Fault.TRANSIENT
+    return Fault.FINAL
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an exception of any fsspec filesystem means, by Python's own types and an HTTP status."""
+    for name in ("code", "status_code", "status"):
+        status = getattr(error, name, None)
+        if isinstance(status, int) and 400 <= status < 600:
+            return fault_of_status(status)
+    if isinstance(error, NotImplementedError):
+        return Fault.READ_ONLY
+    if isinstance(error, FileNotFoundError):
+        return Fault.MISSING
+    if isinstance(error, FileExistsError):
+        return Fault.EXISTS
+    if isinstance(error, PermissionError) or "Forbidden" in str(error):  # gcsfs: a bare OSError
+        return Fault.DENIED
+    if "Credential" in type(error).__name__:  # botocore, google-auth and azure-identity
+        return Fault.DENIED
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError, EOFError)):
+        return Fault.TRANSIENT
+    if isinstance(error, OSError):
+        return Fault.FINAL if error.errno in _FINAL_ERRNOS else Fault.TRANSIENT
+    if isinstance(error, ftplib.Error):  # 4xx replies are temporary by definition (RFC 959)
+        return Fault.TRANSIENT if isinstance(error, ftplib.error_temp) else Fault.FINAL
+    # aiohttp, azure-core and google-auth name their transport errors without a common base class.
+    library = type(error).__module__.partition(".")[0]
+    return Fault.TRANSIENT if library in ("aiohttp", "azure", "google", "requests") else Fault.BUG
+
+
+# Filesystems of a parent process. Collecting one would close its sockets through the event loop's epoll
+# instance, which a fork shares: the parent's requests would then wait for events that never come.
+_INHERITED: list[Any] = []
+
+
+class Client:
+    """Requests to one URL through fsspec. Safe to share between threads; survives a fork by starting anew."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        retry: Retry,
+        options: Mapping[str, Any] | None = None,
+        configure: Callable[[Any], None] = lambda filesystem: None,
+        fault_of: Callable[[Exception], Fault] = fault_of,
+        guard: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.url = url
+        self._retry = retry
+        self._options = {
+            "skip_instance_cache": True,
+            "use_listings_cache": False,
+            **(options or {}),
+        }
+        self._configure = configure
+        self._fault_of = fault_of
+        self._guard = guard or nullcontext()
+        # No lock: two threads may both build one, which costs nothing; a lock could be held across a fork.
+        self._built: tuple[int, Any, str] | None = None
+
+    def request(
+        self,
+        what: str,
+        send: Callable[[Any, str, dict[str, float]], Result],
+        *,
+        bounded: bool = True,
+    ) -> Result:
+        """The result of `send(filesystem, root path, timeout keywords)`, retried until the deadline.
+
+        `bounded` requests are cancelled at the deadline; others rely on the timeouts of the socket,
+        because nobody knows how long their bytes may take.
+        """
+        renewed = False
+
+        def attempt(left_s: float) -> Result:
+            nonlocal renewed
+            filesystem, root = self._filesystem()
+            limited = bounded and isinstance(filesystem, AsyncFileSystem)
+            try:
+                with self._guard:
+                    return send(filesystem, root, {"timeout": left_s} if limited else {})
+            except StoreError:
+                raise
+            except Exception as error:
+                fault = self._fault_of(error)
+                if fault is Fault.DENIED and not renewed:
+                    renewed, self._built = True, None
+                    return attempt(left_s)
+                raise self._ours(fault, what, error) from error
+
+        return self._retry.call(f"{what} of {self.url}", attempt)
+
+    def _filesystem(self) -> tuple[Any, str]:
+        built = self._built
+        if built is not None and built[0] != os.getpid():
+            _INHERITED.append(built[1])
+        if built is None or built[0] != os.getpid():
+            try:
+                filesystem, root = url_to_fs(self.url, **self._options)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(f"{self.url} cannot be opened: {error}") from error
+            except Exception as error:  # some protocols connect and log in here
+                raise self._ours(self._fault_of(error), "opening", error) from error
+            self._configure(filesystem)
+            built = self._built = (os.getpid(), filesystem, root.rstrip("/"))
+        return built[1], built[2]
+
+    def _ours(self, fault: Fault, what: str, error: Exception) -> Exception:
+        reason = " ".join(str(error).split()) or "no answer"
+        text = f"{what} of {self.url}: {reason}"
+        match fault:
+            case Fault.MISSING:
+                return NotFound(text)
+            case Fault.BEYOND:
+                return BeyondEnd(text)
+            case Fault.NO_BUCKET:
+                return ConfigError(f"{self.url} names a bucket that does not exist: {reason}")
+            case Fault.EXISTS:
+                return AlreadyExists(text)
+            case Fault.DENIED:
+                return AccessDenied(
+                    f"{text}; check the credentials in the environment of this process"
+                )
+            case Fault.TRANSIENT:
+                return TryAgain(f"{type(error).__name__}: {reason}")
+            case Fault.READ_ONLY:
+                return ConfigError(f"{text}: this protocol can only be read")
+            case Fault.FINAL:
+                return StoreError(text)
+            case Fault.BUG:
+                return error

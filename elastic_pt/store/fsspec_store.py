@@ -1,0 +1,131 @@
+"""Any other fsspec filesystem: memory, Google Cloud Storage, Azure, and the rest for reading and writing.
+
+Create-once is offered only where the protocol's own exclusive write is known to be atomic. fsspec's
+default for `mode="create"` looks first and writes then, so two writers can both win; a store that only
+has this refuses to create, and a run's log cannot live there. Its prepared data can.
+
+    memory   one lock around every request; one process only
+    gs       ifGenerationMatch=0 (gcsfs maps mode="create" to it)
+    abfs     If-None-Match: * (adlfs maps mode="create" to it)
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from elastic_pt.errors import AlreadyExists, NotFound
+from elastic_pt.store.client import BeyondEnd, Client
+from elastic_pt.store.port import (
+    NoAtomicCreate,
+    checked_key,
+    checked_prefix,
+    checked_range,
+    checked_record,
+    checked_source,
+    holds,
+)
+from elastic_pt.store.retry import Retry
+
+ATOMIC_CREATE = frozenset({"memory", "gs", "gcs", "abfs", "abfss", "az", "adl"})
+
+_MEMORY_LOCK = threading.RLock()
+
+
+class FsspecStore:
+    """A `Store` below any URL that fsspec understands."""
+
+    def __init__(self, url: str, *, retry: Retry) -> None:
+        self._protocol = url.partition("://")[0]
+        guard = _MEMORY_LOCK if self._protocol == "memory" else None
+        self._client = Client(url, retry=retry, guard=guard)
+
+    @property
+    def url(self) -> str:
+        """The URL everything lives below, without a trailing slash."""
+        return self._client.url
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Store.read`."""
+        checked_key(key)
+        checked_range(start, end)
+        if start == end:
+            return b""
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> bytes:
+            return bytes(filesystem.cat_file(f"{root}/{key}", start=start, end=end, **timeout))
+
+        try:
+            return self._client.request(f"reading {key}", send, bounded=end is not None)
+        except BeyondEnd:
+            return b""
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Store.create`."""
+        checked_key(key)
+        body = checked_record(data)
+        if self._protocol not in ATOMIC_CREATE:
+            raise NoAtomicCreate(
+                f"{self.url}: {self._protocol}:// has no atomic create that is known here, so a run's log "
+                "cannot live there; file://, s3://, gs:// or abfs:// would be right"
+            )
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:
+            filesystem.pipe_file(f"{root}/{key}", body, mode="create", **timeout)
+
+        try:
+            self._client.request(f"creating {key}", send)
+        except AlreadyExists:
+            if not holds(self, key, data):
+                raise
+
+    def write(self, key: str, source: bytes | Path) -> None:
+        """See `Store.write`; as atomic as the protocol's own upload of a whole object."""
+        checked_key(key)
+        checked_source(source)
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:
+            if isinstance(source, Path):
+                filesystem.put_file(str(source), f"{root}/{key}", **timeout)
+            else:
+                filesystem.pipe_file(f"{root}/{key}", source, **timeout)
+
+        self._client.request(f"writing {key}", send, bounded=False)
+
+    def size(self, key: str) -> int | None:
+        """See `Store.size`."""
+        checked_key(key)
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> int | None:
+            found = filesystem.info(f"{root}/{key}", **timeout)
+            return int(found["size"]) if found["type"] == "file" else None
+
+        try:
+            return self._client.request(f"measuring {key}", send)
+        except NotFound:
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store.keys`."""
+        folder = checked_prefix(prefix).rpartition("/")[0]
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> list[str]:
+            found = filesystem.find(f"{root}/{folder}".rstrip("/"), **timeout)
+            return [path[len(root) + 1 :] for path in found]
+
+        try:
+            keys = self._client.request(f"listing {prefix}", send, bounded=False)
+        except NotFound:
+            return []
+        return sorted(key for key in keys if key.startswith(prefix) and not key.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        checked_key(key)
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:
+            filesystem.rm_file(f"{root}/{key}", **timeout)
+
+        try:
+            self._client.request(f"deleting {key}", send)
+        except NotFound:
+            return

@@ -1,0 +1,191 @@
+"""A directory: create-once by `link`, replacement by `rename`, both of a finished and synced file.
+
+Files in the making live in one hidden folder below the root, so that a killed writer leaves nothing under
+any key; what is older than an hour there is removed by the next writer. Deleting a key removes the
+directories that it leaves empty, because object stores have none.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound, StoreError
+from elastic_pt.store.port import (
+    NoAtomicCreate,
+    checked_key,
+    checked_prefix,
+    checked_range,
+    checked_record,
+    checked_source,
+    holds,
+)
+
+UNFINISHED = ".elastic-pt-unfinished"
+ABANDONED_AFTER_S = 3600.0
+
+# What `link` answers on FAT and on most buckets mounted through FUSE.
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+
+# A sibling may remove an empty directory between our making it and our using it.
+_PUBLISH_ATTEMPTS = 100
+
+
+class LocalStore:
+    """A `Store` below a directory that all its users mount. Needs hard links and an atomic rename."""
+
+    def __init__(self, url: str) -> None:
+        path = url.removeprefix("file://")
+        if not path.startswith("/"):
+            raise ConfigError(
+                f"{url} is not an absolute path; file:///absolute/path would be right"
+            )
+        self._url = f"file://{path}"
+        self._root = Path(path or "/")
+        self._swept = False
+
+    @property
+    def url(self) -> str:
+        """The URL everything lives below, without a trailing slash."""
+        return self._url
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Store.read`."""
+        checked_range(start, end)
+        with self._errors(f"reading {key}"), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Store.create`: `link` fails if the name is taken, and what it names is already on disk."""
+        checked_record(data)
+        try:
+            self._publish(f"creating {key}", key, data, self._link)
+        except AlreadyExists:
+            if not holds(self, key, data):
+                raise
+
+    def write(self, key: str, source: bytes | Path) -> None:
+        """See `Store.write`."""
+        checked_source(source)
+        self._publish(f"writing {key}", key, source, os.replace)
+
+    def size(self, key: str) -> int | None:
+        """See `Store.size`."""
+        try:
+            with self._errors(f"measuring {key}"):
+                path = self._path(key)
+                return path.stat().st_size if path.is_file() else None
+        except NotFound:
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store.keys`."""
+        folder = self._root / checked_prefix(prefix).rpartition("/")[0]
+        found: list[str] = []
+        for directory, below, names in os.walk(folder):
+            below[:] = [name for name in below if name != UNFINISHED]
+            where = Path(directory).relative_to(self._root)
+            found += [(where / name).as_posix() for name in names]
+        return sorted(key for key in found if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        path = self._path(key)
+        with self._errors(f"deleting {key}"):
+            path.unlink(missing_ok=True)
+        for parent in path.relative_to(self._root).parents:
+            if parent == Path("."):
+                return
+            try:
+                (self._root / parent).rmdir()
+            except OSError:
+                return
+
+    def _path(self, key: str) -> Path:
+        checked_key(key)
+        if key.split("/")[0] == UNFINISHED:
+            raise ValueError(f"not a key: {key!r} is where files in the making live")
+        return self._root / key
+
+    def _publish(
+        self, what: str, key: str, source: bytes | Path, publish: Callable[[Path, Path], None]
+    ) -> None:
+        path = self._path(key)
+        with self._errors(what), self._finished(source) as finished:
+            for left in reversed(range(_PUBLISH_ATTEMPTS)):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    publish(finished, path)
+                    _sync_directory(path.parent)
+                    return
+                except FileNotFoundError:
+                    if not left:
+                        raise
+
+    def _link(self, finished: Path, path: Path) -> None:
+        try:
+            os.link(finished, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise NoAtomicCreate(
+                f"{self._url} is on a file system without hard links, so a run's log cannot live there; "
+                "a local disk, NFS or the bucket's own URL would be right"
+            ) from error
+
+    @contextlib.contextmanager
+    def _finished(self, source: bytes | Path) -> Iterator[Path]:
+        """A synced file with the content of `source`, removed afterwards unless it was renamed."""
+        making = self._root / UNFINISHED
+        making.mkdir(parents=True, exist_ok=True)
+        if not self._swept:
+            self._swept = True
+            _remove_abandoned(making, time.time())
+        path = making / uuid.uuid4().hex
+        try:
+            with path.open("xb") as file:
+                if isinstance(source, Path):
+                    with source.open("rb") as original:
+                        shutil.copyfileobj(original, file, 2**20)
+                else:
+                    file.write(source)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        text = f"{what} of {self._url}"
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise NotFound(f"{text}: {error.strerror}") from error
+        except FileExistsError as error:
+            raise AlreadyExists(f"{text}: the file exists") from error
+        except PermissionError as error:
+            raise AccessDenied(f"{text}: {error.strerror}") from error
+        except OSError as error:
+            raise StoreError(f"{text}: {error.strerror or error}") from error
+
+
+def _remove_abandoned(making: Path, now_s: float) -> None:
+    for path in making.iterdir():
+        with contextlib.suppress(OSError):
+            if now_s - path.stat().st_mtime > ABANDONED_AFTER_S:
+                path.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # already empty again, and removed
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

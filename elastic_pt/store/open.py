@@ -1,0 +1,60 @@
+"""From a URL to a `Store`; the only place that knows which protocol is served by what."""
+
+import importlib.util
+
+from fsspec.registry import available_protocols, get_filesystem_class
+
+from elastic_pt.errors import ConfigError
+from elastic_pt.store.fsspec_store import FsspecStore
+from elastic_pt.store.local import LocalStore
+from elastic_pt.store.port import Store
+from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.s3 import S3Store
+
+# protocol -> (module that serves it, extra of this package that installs the module)
+_EXTRAS = {
+    "gs": ("gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcs"),
+    "abfs": ("adlfs", "azure"),
+    "abfss": ("adlfs", "azure"),
+    "az": ("adlfs", "azure"),
+    "adl": ("adlfs", "azure"),
+}
+
+
+def open_store(url: str, *, deadline_s: float = 120.0) -> Store:
+    """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol; a plain path is a file.
+
+    Opening connects to nothing; the first request does, once per process, and each request is retried
+    for `deadline_s` seconds. Raises `ConfigError` for a URL that cannot work and for a missing extra.
+    """
+    protocol, separator, rest = url.partition("://")
+    rest = rest.rstrip("/")
+    if not separator and not url.startswith("/"):
+        raise ConfigError(f"{url!r} is not a URL; s3://bucket/run or /absolute/path would be right")
+    if not separator or protocol in ("file", "local"):
+        return LocalStore(f"file://{rest}" if separator else f"file://{url.rstrip('/')}")
+    retry = Retry(Backoff(deadline_s))
+    if protocol in ("s3", "s3a"):
+        return S3Store(f"s3://{rest}", retry=retry)
+    _require_protocol(url, protocol)
+    return FsspecStore(f"{protocol}://{rest}", retry=retry)
+
+
+def _require_protocol(url: str, protocol: str) -> None:
+    if protocol not in available_protocols():
+        raise ConfigError(
+            f"{url}: {protocol}:// is unknown; file, memory, s3, gs or abfs would be right"
+        )
+    module, extra = _EXTRAS.get(protocol, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"{url}: {protocol}:// needs the module {module}; pip install 'elastic-pt[{extra}]' would be right"
+        )
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{url}: {protocol}:// needs a module that is missing: {reason}"
+        ) from error

@@ -1,0 +1,259 @@
+"""S3 and what speaks its protocol, through s3fs.
+
+Create-once is one PutObject with `If-None-Match: *`; never a multipart upload, whose condition some
+stores ignore. Large objects are uploaded in parts, each part a request with its own deadline, and appear
+under their key when the last request completes them: a writer that dies leaves no torn object, only
+parts, for which the bucket should have an `AbortIncompleteMultipartUpload` rule.
+
+Endpoint, region, credentials and checksums come from the standard AWS environment and files
+(`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_PROFILE`, `AWS_REQUEST_CHECKSUM_CALCULATION`, ...). s3fs and
+botocore do not retry; `store/retry.py` does.
+"""
+
+import contextlib
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from botocore import exceptions as boto
+from fsspec.asyn import sync
+
+from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
+from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
+from elastic_pt.store.port import (
+    checked_key,
+    checked_prefix,
+    checked_range,
+    checked_record,
+    checked_source,
+    holds,
+)
+from elastic_pt.store.retry import Retry
+
+Result = TypeVar("Result")
+
+PART_BYTES = 16 * 2**20
+PARTS_LIMIT = 10_000
+PARTS_AT_ONCE = 4
+
+_UPLOAD_NONCE = "elastic-pt-upload"
+
+_FAULT_OF_CODE = {
+    "NoSuchBucket": Fault.NO_BUCKET,
+    "InvalidBucketName": Fault.NO_BUCKET,
+    # These come with status 400, although other credentials or another attempt may succeed.
+    "ExpiredToken": Fault.DENIED,
+    "InvalidToken": Fault.DENIED,
+    "TokenRefreshRequired": Fault.DENIED,
+    "RequestTimeout": Fault.TRANSIENT,
+    "IncompleteBody": Fault.TRANSIENT,
+    "BadDigest": Fault.TRANSIENT,
+    "XAmzContentSHA256Mismatch": Fault.TRANSIENT,
+    "SlowDown": Fault.TRANSIENT,
+    "InternalError": Fault.TRANSIENT,  # may come with status 200 when an upload is completed
+    "PreconditionFailed": Fault.EXISTS,
+}
+
+
+def s3_fault_of(error: Exception) -> Fault:
+    """What an exception of s3fs means: by the S3 error code, then the status, then the Python type."""
+    response = _response(error)
+    if response is not None:
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _FAULT_OF_CODE:
+            return _FAULT_OF_CODE[code]
+        return fault_of_status(int(code) if code.isdigit() else int(status))
+    if isinstance(error, boto.ParamValidationError):
+        return Fault.NO_BUCKET
+    if isinstance(error, (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)):
+        return Fault.TRANSIENT
+    if type(error).__name__ == "ResponseParserError":  # a proxy's HTML page instead of XML
+        return Fault.TRANSIENT
+    return fault_of(error)
+
+
+def _response(error: BaseException | None) -> dict[str, Any] | None:
+    while error is not None:
+        if isinstance(error, boto.ClientError):
+            return dict(error.response)
+        error = error.__cause__
+    return None
+
+
+async def _body(filesystem: Any, wanted: dict[str, str]) -> bytes:
+    # Not s3fs's cat_file: it asks for the size first, may mix two versions of a large object, and takes
+    # a "?versionId=" in a key for an instruction.
+    response = await filesystem._call_s3("get_object", **wanted)
+    try:
+        return bytes(await response["Body"].read())
+    finally:
+        response["Body"].close()
+
+
+def _without_library_retries(filesystem: Any) -> None:
+    filesystem.retries = 1
+
+
+class S3Store:
+    """A `Store` below `s3://bucket/prefix`. Needs Get, Put, List and DeleteObject there.
+
+    Without the permission to list, S3 answers 403 for an object that does not exist, so `AccessDenied`.
+    """
+
+    def __init__(self, url: str, *, retry: Retry) -> None:
+        bucket, _, root = url.partition("://")[2].partition("/")
+        if not bucket:
+            raise ConfigError(f"{url} names no bucket; s3://bucket/run would be right")
+        self._bucket = bucket
+        self._root = f"{root}/" if root else ""
+        read_timeout_s = min(60.0, retry.backoff.deadline_s / 2)
+        self._client = Client(
+            url,
+            retry=retry,
+            options={
+                "config_kwargs": {
+                    # Not max_attempts, which counts the retries only.
+                    "retries": {"mode": "standard", "total_max_attempts": 1},
+                    "connect_timeout": min(5.0, read_timeout_s),
+                    "read_timeout": read_timeout_s,
+                    "max_pool_connections": 64,
+                    "tcp_keepalive": True,
+                }
+            },
+            configure=_without_library_retries,
+            fault_of=s3_fault_of,
+        )
+
+    @property
+    def url(self) -> str:
+        """The URL everything lives below, without a trailing slash."""
+        return self._client.url
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Store.read`: one GET, whatever the size."""
+        checked_range(start, end)
+        wanted = {"Bucket": self._bucket, "Key": self._name(key)}
+        if start or end is not None:
+            wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        if start == end:
+            return b""
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> bytes:
+            return bytes(sync(filesystem.loop, _body, filesystem, wanted, **timeout))
+
+        try:
+            return self._client.request(f"reading {key}", send, bounded=end is not None)
+        except BeyondEnd:
+            return b""
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Store.create`: one conditional PUT, and a look at the object if the condition failed."""
+        body = checked_record(data)
+        try:
+            self._call(f"creating {key}", "put_object", key, Body=body, IfNoneMatch="*")
+        except AlreadyExists:
+            if not holds(self, key, data):
+                raise
+
+    def write(self, key: str, source: bytes | Path) -> None:
+        """See `Store.write`: one PUT, or a multipart upload above two parts."""
+        size = checked_source(source)
+        if size > 2 * PART_BYTES:
+            self._write_parts(key, source, size)
+        else:
+            body = source.read_bytes() if isinstance(source, Path) else source
+            self._call(f"writing {key}", "put_object", key, Body=body)
+
+    def size(self, key: str) -> int | None:
+        """See `Store.size`."""
+        try:
+            return int(self._call(f"measuring {key}", "head_object", key)["ContentLength"])
+        except NotFound:
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store.keys`: one request per thousand keys."""
+        found: list[str] = []
+        more: dict[str, str] = {}
+        listed = {"Bucket": self._bucket, "Prefix": self._root + checked_prefix(prefix)}
+        while True:
+            page = self._request(f"listing {prefix}", "list_objects_v2", **listed, **more)
+            found += [entry["Key"][len(self._root) :] for entry in page.get("Contents", [])]
+            if not page.get("IsTruncated"):
+                return sorted(key for key in found if key and not key.endswith("/"))
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        self._call(f"deleting {key}", "delete_object", key)
+
+    def _name(self, key: str) -> str:
+        return self._root + checked_key(key)
+
+    def _call(self, what: str, method: str, key: str, **arguments: Any) -> dict[str, Any]:
+        return self._request(what, method, Bucket=self._bucket, Key=self._name(key), **arguments)
+
+    def _request(self, what: str, method: str, **arguments: Any) -> dict[str, Any]:
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> dict[str, Any]:
+            return dict(filesystem.call_s3(method, **arguments, **timeout))
+
+        return self._client.request(what, send)
+
+    def _write_parts(self, key: str, source: bytes | Path, size: int) -> None:
+        nonce = uuid.uuid4().hex
+        what = f"writing {key}"
+        part_bytes = max(PART_BYTES, -(-size // PARTS_LIMIT))
+        upload = self._call(what, "create_multipart_upload", key, Metadata={_UPLOAD_NONCE: nonce})[
+            "UploadId"
+        ]
+
+        def send_part(number: int) -> dict[str, Any]:
+            body = _bytes_at(source, (number - 1) * part_bytes, part_bytes)
+            sent = self._call(
+                what, "upload_part", key, UploadId=upload, PartNumber=number, Body=body
+            )
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        try:
+            numbers = range(1, -(-size // part_bytes) + 1)
+            parts = _in_threads(send_part, numbers)
+            self._complete(key, upload, parts, nonce)
+        except BaseException:
+            self._abort(key, upload)
+            raise
+
+    def _complete(self, key: str, upload: str, parts: list[dict[str, Any]], nonce: str) -> None:
+        complete = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        try:
+            self._call(f"writing {key}", "complete_multipart_upload", key, **complete)
+        except NotFound:
+            # The upload is gone: an earlier attempt completed it and its response was lost.
+            head = self._call(f"writing {key}", "head_object", key)
+            if head.get("Metadata", {}).get(_UPLOAD_NONCE) != nonce:
+                raise
+
+    def _abort(self, key: str, upload: str) -> None:
+        # The first error is the one to report; the bucket's lifecycle rule removes the parts.
+        with contextlib.suppress(Exception):
+            self._call(f"abandoning {key}", "abort_multipart_upload", key, UploadId=upload)
+
+
+def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:
+    with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="store-part") as pool:
+        sent = [pool.submit(send, number) for number in numbers]
+        try:
+            return [future.result() for future in sent]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _bytes_at(source: bytes | Path, start: int, count: int) -> bytes:
+    if isinstance(source, bytes):
+        return source[start : start + count]
+    with source.open("rb") as file:
+        file.seek(start)
+        return file.read(count)

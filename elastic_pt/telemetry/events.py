@@ -1,0 +1,92 @@
+"""Structured events: one JSON object a line, on standard error and in the run directory.
+
+`configure_events` belongs to the composition roots. Events that go to the bucket wait in a bounded buffer
+and are written by a thread of their own, as `events/<node>/<sequence>.jsonl`: a slow or absent bucket
+drops the oldest events, and never holds up training.
+"""
+
+import json
+import logging
+import sys
+import threading
+from collections import deque
+from typing import Any, Final
+
+import structlog
+
+from elastic_pt.errors import StoreError
+from elastic_pt.store.port import Store
+
+_BUFFER_EVENTS_MAX: Final = 10_000
+_FLUSH_INTERVAL_S: Final = 5.0
+_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+class EventSink:
+    """Collects events for the bucket. Agent process."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._buffer: deque[str] = deque(maxlen=_BUFFER_EVENTS_MAX)
+        self._sequence = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+        self._thread.start()
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Keep one event; never blocks."""
+        self._buffer.append(json.dumps(event, default=str))
+
+    def close(self) -> None:
+        """Write what is left, within a bounded time."""
+        self._closing.set()
+        self._thread.join(timeout=2 * _FLUSH_INTERVAL_S)
+
+    def _run(self) -> None:
+        while not self._closing.wait(_FLUSH_INTERVAL_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        lines = []
+        while self._buffer:
+            lines.append(self._buffer.popleft())
+        if not lines:
+            return
+        try:
+            self._store.write(
+                f"events/{self._name}/{self._sequence:08d}.jsonl",
+                ("\n".join(lines) + "\n").encode(),
+            )
+            self._sequence += 1
+        except StoreError:
+            self._buffer.extendleft(reversed(lines[-_BUFFER_EVENTS_MAX // 2 :]))
+
+
+def configure_events(level: str, node: str, sink: EventSink | None = None) -> None:
+    """Send every event to standard error as JSON and, if given, to the sink."""
+
+    def to_sink(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if sink is not None:
+            sink.take(dict(event))
+        return event
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            lambda _, __, event: {**event, "node": node},
+            to_sink,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

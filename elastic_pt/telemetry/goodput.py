@@ -1,0 +1,55 @@
+"""Where a node's time went: every second is in exactly one bucket, and the buckets add up to all of it.
+
+form        no generation: looking for peers, agreeing
+start       workers start, connect and build the model
+restore     weights come back from a checkpoint
+productive  steps beyond everything done before
+recompute   steps that were done before and lost
+settle      workers have stopped as planned; their checkpoint is on its way
+"""
+
+from enum import StrEnum
+
+
+class Activity(StrEnum):
+    """The buckets."""
+
+    FORM = "form"
+    START = "start"
+    RESTORE = "restore"
+    PRODUCTIVE = "productive"
+    RECOMPUTE = "recompute"
+    SETTLE = "settle"
+
+
+class GoodputLedger:
+    """Accounts for time by activity. Pure: the clock comes in as `now_s`. Agent process."""
+
+    def __init__(self, now_s: float) -> None:
+        self.started_s = now_s
+        self.seconds: dict[Activity, float] = dict.fromkeys(Activity, 0.0)
+        self._activity = Activity.FORM
+        self._since_s = now_s
+        self._frontier_step = 0
+
+    def enter(self, activity: Activity, now_s: float) -> None:
+        """From now on, time goes into another bucket."""
+        self._account(now_s)
+        self._activity = activity
+
+    def step_done(self, step: int, now_s: float) -> None:
+        """A step has ended: the time since the last event was productive, or spent on what was known before."""
+        new = step > self._frontier_step
+        self._activity = Activity.PRODUCTIVE if new else Activity.RECOMPUTE
+        self._account(now_s)
+        self._frontier_step = max(self._frontier_step, step)
+
+    def snapshot(self, now_s: float) -> dict[Activity, float]:
+        """The buckets up to now."""
+        self._account(now_s)
+        return dict(self.seconds)
+
+    def _account(self, now_s: float) -> None:
+        assert now_s >= self._since_s
+        self.seconds[self._activity] += now_s - self._since_s
+        self._since_s = now_s

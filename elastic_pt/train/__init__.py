@@ -1,0 +1,1 @@
+"""The training loop, the step and its exact arithmetic."""

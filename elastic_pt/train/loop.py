@@ -1,0 +1,150 @@
+"""The training loop: every decision of a worker's life between its first and its last step.
+
+    batch ─► run_step ─► report ─► checkpoint due? ─► stop asked for? ─► next step
+
+A checkpoint is staged (copied into the agent's memory) right here, between two steps; hashing and upload
+are the agent's. All workers take the same decisions, because they decide from what `run_step` agreed on.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from elastic_pt.checkpoint.layout import TrainingState
+from elastic_pt.checkpoint.shard_file import write_shard
+from elastic_pt.config import Config
+from elastic_pt.data.loader import StepBatch
+from elastic_pt.elastic.assignment import Outcome
+from elastic_pt.health.ladder import Rung
+from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Control, StepResult, run_step
+
+
+class Agent(Protocol):
+    """What the loop needs of the node's agent (`elastic.channel.WorkerSide`)."""
+
+    @property
+    def drain_requested(self) -> bool:
+        """Whether to stop at a step boundary."""
+
+    def released(self, step: int) -> bool:
+        """Whether the agent is done with the checkpoint of `step`."""
+
+    def send(self, kind: str, **content: object) -> None:
+        """Tell the agent something."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint says about where it comes from."""
+
+    data_fingerprint: str
+    tokenizer_sha256: str
+    config_fingerprint: str
+
+
+def train(
+    config: Config,
+    state: TrainState,
+    batches: Iterator[StepBatch],
+    agent: Agent,
+    staging: Path,
+    identity: Identity,
+) -> Outcome:
+    """Train until the last step or until the agent wants the world to change. Worker process; communicates."""
+    last_checkpoint = state.steps_done
+    staged_step: int | None = None
+    skipped_in_a_row = 0
+    while state.steps_done < config.train.steps:
+        started_s = time.monotonic()
+        batch = next(batches)
+        assert batch.step == state.steps_done
+        data_wait_s = time.monotonic() - started_s
+        pending = staged_step is not None and not agent.released(staged_step)
+        tokens_SBT = batch.tokens_VBT.to(state.device, non_blocking=True)
+        result = run_step(
+            state,
+            tokens_SBT,
+            Control(agent.drain_requested, pending),
+            skipped_in_a_row=skipped_in_a_row,
+        )
+        report(agent, config, state, result, time.monotonic() - started_s, data_wait_s)
+        if result.verdict.rung is Rung.STOP:
+            return Outcome.DIVERGED
+        skipped_in_a_row = skipped_in_a_row + 1 if result.verdict.rung is Rung.SKIP else 0
+        finished = state.steps_done == config.train.steps
+        due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
+        if finished or result.control.drain or (due and not result.control.checkpoint_pending):
+            stage(config, state, agent, staging, identity)
+            last_checkpoint = staged_step = state.steps_done
+        if result.control.drain and not finished:
+            return Outcome.DRAINED
+    return Outcome.COMPLETED
+
+
+def stage(
+    config: Config, state: TrainState, agent: Agent, staging: Path, identity: Identity
+) -> None:
+    """Copy this worker's rows of the whole state into the agent's staging directory, and say so."""
+    started_s = time.monotonic()
+    path = staging / f"{state.steps_done:010d}-rank-{state.rank}.safetensors"
+    rows_seen = state.steps_done * config.train.global_batch
+    write_shard(
+        path,
+        {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
+        TrainingState(
+            step=state.steps_done,
+            optimizer_step=state.optimizer.step_count,
+            rows_seen=rows_seen,
+            tokens_seen=rows_seen * config.data.sequence_length,
+            learning_rate_step=state.steps_done,
+            data_position=state.steps_done,
+            seed=config.run.seed,
+            slots=config.train.slots,
+            numerics=config.train.numerics,
+            data_fingerprint=identity.data_fingerprint,
+            tokenizer_sha256=identity.tokenizer_sha256,
+            config_fingerprint=identity.config_fingerprint,
+        ),
+    )
+    agent.send(
+        "staged",
+        step=state.steps_done,
+        rank=state.rank,
+        path=str(path),
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def report(
+    agent: Agent,
+    config: Config,
+    state: TrainState,
+    result: StepResult,
+    seconds: float,
+    data_wait_s: float,
+) -> None:
+    """Tell the agent about a finished step. Steps are counted from 1 here: `step` are done."""
+    rows = config.train.global_batch
+    agent.send(
+        "step",
+        step=state.steps_done,
+        rank=state.rank,
+        world_size=state.world_size,
+        loss=_json_number(result.loss),
+        z_loss=_json_number(result.z_loss),
+        gradient_norm=_json_number(result.gradient_norm),
+        learning_rate=result.learning_rate,
+        rows=[result.step * rows, (result.step + 1) * rows],
+        tokens=rows * config.data.sequence_length,
+        seconds=seconds,
+        data_wait_s=data_wait_s,
+        skipped=result.verdict.reason,
+    )
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no NaN: a non-finite number becomes null."""
+    return value if abs(value) < float("inf") else None

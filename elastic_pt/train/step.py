@@ -1,0 +1,125 @@
+"""One optimizer step: V slots forward and backward, one agreement of all workers, one update.
+
+    turn 0 .. ceil(V/W)-1:  slot of this worker ─► loss ─► backward (gradients enter the canonical tree)
+    agree_on_step:          losses, row sums of squares and control bits, one all-reduce
+    judge ─► clip ─► AdamW
+
+The agreement is a sum of vectors that are zero wherever a worker has nothing to say, so it is exact in any
+order. Its control bits make all workers stop or checkpoint after the same step at no extra cost.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic_pt.health.ladder import Rung, Verdict, judge
+from elastic_pt.model.loss import LossSums
+from elastic_pt.model.optimizer import local_rows
+from elastic_pt.train.exact import RowSquares, fold
+from elastic_pt.train.schedule import learning_rate
+from elastic_pt.train.state import TrainState
+
+_CLIP_EPSILON: Final = 1e-6
+_CONTROLS: Final = 2
+
+
+@dataclass(frozen=True)
+class Control:
+    """What one worker wants all to do after this step."""
+
+    drain: bool
+    """Checkpoint and stop: the world is about to change."""
+    checkpoint_pending: bool
+    """The checkpoint before is still on its way; a periodic one would have to wait."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all workers know after a step; the same on each of them."""
+
+    step: int
+    loss: float
+    """Mean cross-entropy per token, in nats."""
+    z_loss: float
+    gradient_norm: float
+    learning_rate: float
+    verdict: Verdict
+    control: Control
+    """True where any worker wanted it."""
+
+
+def run_step(
+    state: TrainState, tokens_SBT: Tensor, control: Control, *, skipped_in_a_row: int
+) -> StepResult:
+    """Train step `state.steps_done` and advance the state. Communicates; every worker calls it.
+
+    `tokens_SBT [slots of this worker, micro_batch, sequence_length + 1]`.
+    """
+    train = state.config.train
+    step = state.steps_done
+    losses_2V = torch.zeros(2, train.slots, dtype=torch.float64, device=state.device)
+    for turn in range(state.turn.count):
+        state.turn.index = turn
+        slot = state.turn.slot_of(state.rank)
+        if slot < train.slots:
+            losses_2V[:, slot] = _backward(state, tokens_SBT[turn], 1.0)
+        else:
+            # FSDP2 gathers and reduces in every backward pass, so a worker without a slot runs a tiny one.
+            _backward(state, tokens_SBT.new_zeros(1, 2), 0.0)
+    gradients = [_gradient(parameter) for parameter in state.model.parameters()]
+    losses_2V, norm, agreed = _agree_on_step(state, losses_2V, gradients, control)
+    tokens = train.global_batch * state.config.data.sequence_length
+    loss, z_loss = (value / tokens for value in fold(losses_2V).tolist())
+    verdict = judge(
+        loss, norm, skipped_in_a_row=skipped_in_a_row, skipped_max=train.max_skipped_steps
+    )
+    rate = learning_rate(step, train)
+    if verdict.rung is Rung.UPDATE:
+        scale = min(1.0, train.clip_norm / (norm + _CLIP_EPSILON)) if train.clip_norm else 1.0
+        state.optimizer.step(rate, scale)
+    state.optimizer.zero_grad()
+    state.steps_done = step + 1
+    return StepResult(step, loss, z_loss, norm, rate, verdict, agreed)
+
+
+def _backward(state: TrainState, tokens_BT: Tensor, weight: float) -> Tensor:
+    """Forward and backward of one slot; returns its sums of cross-entropy and z-loss, float64 [2]."""
+    train = state.config.train
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()
+    sums = state.model(inputs_BT, targets_BT, train.z_loss)
+    assert isinstance(sums, LossSums)
+    share = weight / (train.global_batch * state.config.data.sequence_length)
+    (sums.total * share).backward()  # type: ignore[no-untyped-call]
+    return torch.stack((sums.cross_entropy, sums.z_loss)).detach().double()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return local_rows(parameter.grad)
+
+
+def _agree_on_step(
+    state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control
+) -> tuple[Tensor, float, Control]:
+    """One all-reduce: losses of all slots [2, V], gradient norm, and what any worker wants."""
+    exact = state.config.train.numerics == "exact"
+    squares = state.row_squares.total_rows if exact else 1
+    vector = torch.zeros(
+        _CONTROLS + losses_2V.numel() + squares, dtype=torch.float64, device=state.device
+    )
+    vector[:_CONTROLS] = torch.tensor(
+        [control.drain, control.checkpoint_pending], dtype=torch.float64
+    )
+    vector[_CONTROLS:-squares] = losses_2V.flatten()
+    if exact:
+        state.row_squares.write(vector[-squares:], gradients)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        vector[-1] = norm.double().square()
+    dist.all_reduce(vector)
+    norm_value = RowSquares.norm(vector[-squares:])
+    drain, pending = (bool(value) for value in vector[:_CONTROLS].tolist())
+    return vector[_CONTROLS:-squares].view(2, -1), norm_value, Control(drain, pending)

@@ -1,0 +1,163 @@
+"""A worker's life: join the world, build the state, get it back from a checkpoint, train, end.
+
+Composition root of the worker process, which is disposable: it is forked for one generation and killed with
+SIGKILL when that generation has no future. `main` is what the agent's fork server calls.
+
+    main ─► join_world ─► TrainState ─► restore | initialize ─► SlotLoader ─► train.loop.train
+"""
+
+import datetime
+import os
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from elastic_pt.checkpoint.layout import CheckpointReference
+from elastic_pt.checkpoint.restore import load_rows, read_manifest
+from elastic_pt.config import Config, parse_config
+from elastic_pt.data.loader import SlotLoader
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.manifest import read_manifest as read_data_manifest
+from elastic_pt.data.plan import DataPlan
+from elastic_pt.data.shards import TokenReader
+from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, read_assignment
+from elastic_pt.elastic.channel import WorkerSide
+from elastic_pt.errors import CheckpointError, ConfigError
+from elastic_pt.model.parallel import resolve_device
+from elastic_pt.store.open import open_store
+from elastic_pt.telemetry.events import configure_events
+from elastic_pt.train.loop import Identity, train
+from elastic_pt.train.state import TrainState
+
+_WORKERS_PREFIX: Final = "workers"
+
+
+def main(config_text: str, scratch_path: str) -> str:
+    """Train until the run or this generation ends; returns the outcome. Worker process."""
+    scratch = Path(scratch_path)
+    config = parse_config(config_text, source="the run's configuration")
+    assignment = read_assignment(scratch)
+    configure_events(config.telemetry.log_level, f"rank {os.environ['RANK']}")
+    agent = WorkerSide(scratch / SOCKET_NAME)
+    agent.send("activity", activity="start")
+    device = resolve_device(config.train, int(os.environ["LOCAL_RANK"]))
+    make_deterministic(config, device)
+    mesh = join_world(config, assignment, device)
+    data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
+    manifest = read_data_manifest(data_store)
+    state = TrainState(config, manifest.vocab_size, mesh, device)
+    agent.send("activity", activity="restore")
+    restore(config, state, assignment, agent, manifest)
+    agent.send("activity", activity="train")
+    plan = DataPlan(
+        manifest,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+    )
+    loader = SlotLoader(
+        plan,
+        TokenReader(manifest, data_store),
+        slots=range(state.rank, config.train.slots, state.world_size),
+        first_step=state.steps_done,
+        last_step=config.train.steps,
+        micro_batch=config.train.micro_batch,
+        prefetch_steps=config.data.prefetch_steps,
+    )
+    with loader:
+        outcome = train(config, state, iter(loader), agent, scratch, identity(config, manifest))
+    # Nobody closes connections while another worker may still be reading from them.
+    dist.barrier()
+    dist.destroy_process_group()
+    agent.close()
+    return outcome
+
+
+def make_deterministic(config: Config, device: torch.device) -> None:
+    """Pin everything in this process that could change the bits of a micro-batch."""
+    torch.set_num_threads(config.train.threads)
+    if config.train.numerics == "exact":
+        torch.use_deterministic_algorithms(True)
+        # Uninitialised memory is always written before it is read; filling it with NaN first only costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def join_world(config: Config, assignment: Assignment, device: torch.device) -> DeviceMesh:
+    """Connect to the other workers of this generation, over the store made for it alone."""
+    timeout = datetime.timedelta(seconds=config.elastic.collective_timeout_s)
+    store = TCPStore(
+        assignment.store_address, assignment.store_port, is_master=False, timeout=timeout
+    )
+    world_size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(_WORKERS_PREFIX, store),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return init_device_mesh(device.type, (world_size,))
+
+
+def identity(config: Config, manifest: Manifest) -> Identity:
+    """What checkpoints of this run say about where they come from."""
+    return Identity(
+        data_fingerprint=manifest.fingerprint,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        config_fingerprint=config.fingerprint(),
+    )
+
+
+def restore(
+    config: Config, state: TrainState, assignment: Assignment, agent: WorkerSide, data: Manifest
+) -> None:
+    """Fill this worker's rows from the generation's checkpoint, or from the seed at the start of a run.
+
+    A checkpoint that does not verify is reported to the agent, which quarantines it; the next
+    generation resumes from the one before.
+    """
+    resume = assignment.resume
+    if resume is None:
+        state.initialize()
+        return
+    reference = CheckpointReference(
+        resume.step,
+        resume.generation,
+        resume.directory,
+        resume.manifest_size,
+        resume.manifest_sha256,
+    )
+    store = open_store(config.run.url, deadline_s=config.store.deadline_s)
+    slices = dict(state.slices())
+    try:
+        manifest = read_manifest(store, reference, assignment.run_id)
+        found = Identity(
+            manifest.state.data_fingerprint,
+            manifest.state.tokenizer_sha256,
+            manifest.state.config_fingerprint,
+        )
+        if found != identity(config, data):
+            raise ConfigError(
+                f"{resume.directory}: made with another configuration, data or tokenizer ({found})"
+            )
+        load_rows(
+            store,
+            manifest,
+            {
+                name: (each.first_row, each.first_row + each.rows.shape[0])
+                for name, each in slices.items()
+            },
+            into={name: each.rows for name, each in slices.items()},
+        )
+    except CheckpointError as error:
+        agent.send("unusable", directory=resume.directory, why=str(error))
+        raise
+    state.steps_done = manifest.state.step
+    state.optimizer.step_count = manifest.state.optimizer_step

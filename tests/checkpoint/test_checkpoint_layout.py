@@ -1,0 +1,255 @@
+"""Records refuse what they should not hold, and their bytes refuse every change."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.checkpoint.layout import (
+    CheckpointReference,
+    Manifest,
+    Part,
+    ShardFile,
+    TensorSlice,
+    TrainingState,
+    checkpoint_directory,
+    parse_directory,
+    rows_per_block,
+    shard_key,
+)
+from elastic_pt.errors import CheckpointError
+from tests.checkpoint.world import RUN_ID, training_state
+
+DIRECTORY = "ckpt/0000000040-g1-0a1b2c3d"
+
+
+def piece(first_row: int = 0, end_row: int = 4, **changes: Any) -> TensorSlice:
+    """Rows of a (10, 3) float32 tensor, two rows per block."""
+    blocks = -(-(end_row - first_row) // 2)
+    values = {
+        "name": "model/layers.0.weight",
+        "dtype": "F32",
+        "global_shape": (10, 3),
+        "first_row": first_row,
+        "end_row": end_row,
+        "offset": 256,
+        "block_rows": 2,
+        "block_crc32": tuple(range(blocks)),
+    }
+    return TensorSlice(**(values | changes))
+
+
+def shard(rank: int, *pieces: TensorSlice) -> ShardFile:
+    """A shard file of 4096 bytes."""
+    return ShardFile(shard_key(DIRECTORY, rank), 4096, "a" * 64, pieces)
+
+
+def manifest(*files: ShardFile, **changes: Any) -> Manifest:
+    """A manifest of the files."""
+    values = {
+        "run_id": RUN_ID,
+        "directory": DIRECTORY,
+        "files": files,
+        "state": training_state(40),
+    }
+    return Manifest(**(values | changes))
+
+
+def whole() -> Manifest:
+    """A valid manifest of three ranks."""
+    return manifest(shard(0, piece(0, 4)), shard(1, piece(4, 8)), shard(2, piece(8, 10)))
+
+
+def test_documents_come_back_from_their_bytes() -> None:
+    """Encoding and decoding a manifest or a part changes nothing."""
+    part = Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), training_state(40))
+    assert Manifest.from_bytes(whole().to_bytes()) == whole()
+    assert Part.from_bytes(part.to_bytes()) == part
+    assert (whole().step, whole().generation) == (40, 1)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "part"])
+def test_every_flipped_bit_of_a_document_is_noticed(kind: str) -> None:
+    """A manifest or part with any single bit flipped, or cut anywhere, does not decode."""
+    part = Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), training_state(40))
+    document = whole() if kind == "manifest" else part
+    data = document.to_bytes()
+    for position in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            with pytest.raises(CheckpointError):
+                type(document).from_bytes(bytes(changed))
+        with pytest.raises(CheckpointError):
+            type(document).from_bytes(data[:position])
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([(0, 4), (5, 10)], "rows 4 to 5 are missing"),
+        ([(0, 4), (3, 10)], "rows 3 to 4 are there twice"),
+        ([(0, 4), (4, 9)], "rows 9 to 10 are missing"),
+        ([(1, 4), (4, 10)], "rows 0 to 1 are missing"),
+        ([(0, 10), (0, 10)], "rows 0 to 10 are there twice"),
+    ],
+)
+def test_slices_must_tile_every_tensor(files: list[tuple[int, int]], reason: str) -> None:
+    """A manifest whose slices leave a gap or overlap cannot exist."""
+    with pytest.raises(CheckpointError, match=reason):
+        manifest(*(shard(rank, piece(*rows)) for rank, rows in enumerate(files)))
+
+
+def test_slices_of_a_tensor_agree_on_what_it_is() -> None:
+    """Pieces of different dtype or shape are not one tensor."""
+    with pytest.raises(CheckpointError, match="another dtype or shape"):
+        manifest(shard(0, piece(0, 4)), shard(1, piece(4, 10, dtype="BF16")))
+    with pytest.raises(CheckpointError, match="another dtype or shape"):
+        manifest(shard(0, piece(0, 4)), shard(1, piece(4, 10, global_shape=(10, 4))))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": ()},
+        {"files": (shard(0),)},
+        {"files": (shard(1, piece(0, 10)),)},
+        {"directory": "ckpt/0000000041-g1-0a1b2c3d"},
+        {"directory": "ckpt/0000000040-g2-0a1b2c3d"},
+        {"directory": "ckpt/../../etc"},
+        {"state": training_state(41)},
+        {"run_id": ""},
+        {"run_id": "a\nb"},
+    ],
+)
+def test_a_manifest_is_bound_to_its_place(changes: dict[str, Any]) -> None:
+    """Files, directory, step and state of a manifest belong together."""
+    with pytest.raises(CheckpointError):
+        dataclasses.replace(whole(), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "model/../x"},
+        {"name": "weights/x"},
+        {"name": "model/"},
+        {"name": "model/x\n"},
+        {"name": 5},
+        {"dtype": "I8"},
+        {"global_shape": ()},
+        {"global_shape": (10, 0)},
+        {"global_shape": [10, 3]},
+        {"global_shape": (10.0, 3)},
+        {"first_row": -1},
+        {"first_row": True},
+        {"first_row": 4},
+        {"end_row": 11},
+        {"offset": 7},
+        {"offset": 1 << 60},
+        {"block_rows": 0},
+        {"block_rows": 1},
+        {"block_crc32": (1,)},
+        {"block_crc32": (1, -1)},
+        {"block_crc32": (1, 1 << 32)},
+        {"global_shape": (10, 1 << 20)},
+    ],
+)
+def test_absurd_slices_are_refused(changes: dict[str, Any]) -> None:
+    """A slice with a name, shape, range or CRC list that cannot be is an error in one line."""
+    with pytest.raises(CheckpointError) as caught:
+        piece(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_of_a_file_are_used_once() -> None:
+    """Slices that overlap in the file, reach beyond it, or come twice are refused."""
+    with pytest.raises(CheckpointError, match="overlap"):
+        shard(0, piece(0, 4), piece(0, 4, name="model/b", offset=300))
+    with pytest.raises(CheckpointError, match="outside"):
+        shard(0, piece(0, 4, offset=4096 - 47))
+    with pytest.raises(CheckpointError, match="twice"):
+        shard(0, piece(0, 4), piece(4, 8, offset=400))
+    for key in ("/etc/passwd", "ckpt/../x", "a//b", "ckpt/x y", "ckpt/x/"):
+        with pytest.raises(CheckpointError):
+            ShardFile(key, 4096, "a" * 64, ())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": 40.0},
+        {"step": 10**10},
+        {"optimizer_step": 41},
+        {"learning_rate_step": -1},
+        {"rows_seen": -1},
+        {"seed": 1 << 64},
+        {"slots": 0},
+        {"numerics": "fast"},
+        {"tokenizer_sha256": "e" * 63},
+        {"data_fingerprint": None},
+    ],
+)
+def test_absurd_training_states_are_refused(changes: dict[str, Any]) -> None:
+    """Resumable state outside its bounds is an error that names the field."""
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        training_state(**{"step": 40, **changes})
+
+
+def test_json_has_exactly_the_known_fields() -> None:
+    """A missing field, an unknown one, and a value that is no object are refused by name."""
+    values = training_state(40).to_json()
+    assert TrainingState.from_json(values) == training_state(40)
+    with pytest.raises(CheckpointError, match="missing field 'seed'"):
+        TrainingState.from_json({key: values[key] for key in values if key != "seed"})
+    with pytest.raises(CheckpointError, match="unknown field 'world_size'"):
+        TrainingState.from_json(values | {"world_size": 3})
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        TrainingState.from_json([1])
+    with pytest.raises(CheckpointError, match="not a JSON array"):
+        TensorSlice.from_json(piece().to_json() | {"block_crc32": 3})
+
+
+@pytest.mark.parametrize("change", [{"schema": 2}, {"kind": "checkpoint part"}, {"extra": 1}])
+def test_documents_of_another_schema_are_refused(change: dict[str, Any]) -> None:
+    """A manifest of an unknown schema or kind, or with more in it, is not guessed at."""
+    value = json.loads(whole().to_bytes()) | change
+    with pytest.raises(CheckpointError):
+        Manifest.from_bytes(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema":1}'])
+def test_documents_that_are_none_are_refused(data: bytes) -> None:
+    """Whatever lies under a manifest's key, the answer is a `CheckpointError`."""
+    with pytest.raises(CheckpointError):
+        Manifest.from_bytes(data)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9_999_999_999), st.integers(0, 9_999_999_999))
+def test_directory_names_say_step_and_generation(step: int, generation: int) -> None:
+    """A directory's name and its parts are two spellings of one thing."""
+    name = parse_directory(checkpoint_directory(step, generation, "9f3c"))
+    assert (name.step, name.generation, name.nonce) == (step, generation, "9f3c")
+
+
+def test_references_are_bound_to_their_directory() -> None:
+    """A reference whose step or generation is not the directory's cannot exist."""
+    reference = CheckpointReference(40, 1, DIRECTORY, 99, "b" * 64)
+    assert CheckpointReference.from_json(json.loads(json.dumps(reference.to_json()))) == reference
+    for changes in ({"step": 41}, {"generation": 2}, {"manifest_size": 0}, {"manifest_sha256": ""}):
+        with pytest.raises(CheckpointError):
+            dataclasses.replace(reference, **changes)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 1 << 26), st.integers(1, 1 << 30))
+def test_blocks_are_bounded(row_bytes: int, rows: int) -> None:
+    """A block never exceeds 1 MiB unless it is a single row, and is never empty."""
+    block_rows = rows_per_block(row_bytes, rows)
+    assert 1 <= block_rows <= rows
+    assert block_rows == 1 or block_rows * row_bytes <= 1 << 20

@@ -1,0 +1,400 @@
+"""Restoring: any number of workers from any number, the right bits or an error that says where."""
+
+import hashlib
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.checkpoint.layout import (
+    CheckpointReference,
+    Manifest,
+    ShardFile,
+    TensorSlice,
+    manifest_key,
+    part_key,
+    shard_key,
+)
+from elastic_pt.checkpoint.restore import (
+    load_rows,
+    newest_usable,
+    plan_reads,
+    quick_check,
+    read_manifest,
+    verify,
+)
+from elastic_pt.errors import AccessDenied, CheckpointError
+from elastic_pt.store.port import Store
+from tests.checkpoint.world import (
+    RUN_ID,
+    SHAPES,
+    flip,
+    full_tensors,
+    load_world,
+    memory_store,
+    same_bits,
+    training_state,
+    write_checkpoint,
+)
+
+SMALL = {"b": (3,), "w": (4, 2)}
+shapes = st.dictionaries(
+    st.sampled_from(["a", "b.weight", "c", "layers.0.w"]),
+    st.lists(st.integers(1, 23), min_size=1, max_size=3).map(tuple),
+    min_size=1,
+)
+worlds = st.integers(1, 9)
+
+
+@pytest.fixture
+def store() -> Store:
+    """An empty store."""
+    return memory_store()
+
+
+def load_all(store: Store, manifest: Manifest) -> None:
+    """Load every row of everything."""
+    load_world(store, manifest, 1)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shapes=shapes, written_by=worlds, read_by=worlds, seed=st.integers(0, 99))
+def test_any_world_restores_what_any_world_wrote(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], written_by: int, read_by: int, seed: int
+) -> None:
+    """Resharding from W to W' workers gives back every bit, with odd sizes and fewer rows than workers."""
+    store = memory_store()
+    tensors = full_tensors(shapes, seed)
+    reference = write_checkpoint(store, tmp_path, tensors, written_by)
+    manifest = quick_check(store, reference, RUN_ID)
+    restored = load_world(store, manifest, read_by)
+    assert restored.keys() == tensors.keys()
+    assert all(same_bits(restored[name], tensors[name]) for name in tensors)
+    assert manifest.state == training_state()
+
+
+@pytest.mark.parametrize(("written_by", "read_by"), [(1, 5), (4, 3), (9, 1), (2, 7)])
+def test_tensors_of_several_blocks_are_resharded(
+    store: Store, tmp_path: Path, written_by: int, read_by: int
+) -> None:
+    """Row ranges that begin and end inside blocks come back exactly."""
+    tensors = full_tensors(SHAPES)
+    manifest = read_manifest(store, write_checkpoint(store, tmp_path, tensors, written_by), RUN_ID)
+    restored = load_world(store, manifest, read_by)
+    assert all(same_bits(restored[name], tensors[name]) for name in tensors)
+
+
+def test_special_values_and_types_survive(store: Store, tmp_path: Path) -> None:
+    """NaN payloads, infinities, negative zero, subnormals and every stored type keep their bits."""
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, -float("inf"), 1.0])
+    odd.view(torch.int32)[0] |= 0x1234
+    tensors = {
+        "model/a": odd,
+        "model/b": odd.to(torch.bfloat16),
+        "exp_avg/c": odd.double(),
+        "exp_avg_sq/d": torch.tensor([-(1 << 62), 3]),
+    }
+    manifest = read_manifest(store, write_checkpoint(store, tmp_path, tensors, 2), RUN_ID)
+    into = {name: torch.empty_like(full) for name, full in tensors.items()}
+    load_rows(store, manifest, {name: (0, len(full)) for name, full in tensors.items()}, into)
+    assert all(same_bits(into[name], tensors[name]) for name in tensors)
+
+
+def test_parameters_and_views_are_filled_in_place(store: Store, tmp_path: Path) -> None:
+    """An autograd leaf and a strided view receive rows without a copy taking their place."""
+    tensors = full_tensors(SMALL)
+    manifest = read_manifest(store, write_checkpoint(store, tmp_path, tensors, 2), RUN_ID)
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    strided = torch.zeros(2, 4).t()
+    load_rows(store, manifest, {"model/w": (0, 4)}, {"model/w": parameter})
+    load_rows(store, manifest, {"exp_avg/w": (0, 4)}, {"exp_avg/w": strided})
+    assert same_bits(parameter.detach(), tensors["model/w"])
+    assert parameter.is_leaf
+    assert parameter.requires_grad
+    assert torch.equal(strided, tensors["exp_avg/w"])
+
+
+def test_wrong_wishes_are_refused(store: Store, tmp_path: Path) -> None:
+    """Unknown tensors, rows that do not exist, and targets of another shape or type are errors."""
+    manifest = read_manifest(
+        store, write_checkpoint(store, tmp_path, full_tensors(SMALL), 2), RUN_ID
+    )
+    for name, rows, target in (
+        ("model/none", (0, 1), torch.empty(1)),
+        ("model/w", (3, 5), torch.empty(2, 2)),
+        ("model/w", (-1, 1), torch.empty(2, 2)),
+        ("model/w", (0, 2), torch.empty(3, 2)),
+        ("model/w", (0, 2), torch.empty(2, 2, dtype=torch.float64)),
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            load_rows(store, manifest, {name: rows}, {name: target})
+    load_rows(store, manifest, {"model/w": (9, 9)}, {"model/w": torch.empty(0, 2)})
+
+
+@st.composite
+def planned(draw: st.DrawFn) -> tuple[Manifest, dict[str, tuple[int, int]], int]:
+    """A manifest of random slices and block sizes, wanted rows, and a limit."""
+    files: list[list[TensorSlice]] = [[] for _ in range(draw(worlds))]
+    offsets = [256] * len(files)
+    wanted = {}
+    for name in ("model/a", "model/b", "exp_avg/a"):
+        rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 3))
+        cuts = draw(st.lists(st.integers(0, rows), max_size=len(files) - 1))
+        edges = sorted({0, rows, *cuts})
+        for rank, (first, end) in enumerate(itertools.pairwise(edges)):
+            block_rows = draw(st.integers(1, end - first))
+            crcs = (0,) * -(-(end - first) // block_rows)
+            piece = TensorSlice(
+                name, "F32", (rows, columns), first, end, offsets[rank], block_rows, crcs
+            )
+            files[rank].append(piece)
+            offsets[rank] = piece.end_offset
+        first = draw(st.integers(0, rows))
+        wanted[name] = (first, draw(st.integers(first, rows)))
+    directory = "ckpt/0000000040-g1-0a1b2c3d"
+    shards = tuple(
+        ShardFile(shard_key(directory, rank), offsets[rank], "a" * 64, tuple(pieces))
+        for rank, pieces in enumerate(files)
+    )
+    manifest = Manifest(RUN_ID, directory, shards, training_state())
+    return manifest, wanted, draw(st.integers(1, 200))
+
+
+@settings(deadline=None)
+@given(planned())
+def test_a_plan_covers_the_wanted_rows_once(
+    drawn: tuple[Manifest, dict[str, tuple[int, int]], int],
+) -> None:
+    """Every wanted row is in exactly one block, no block is useless, and requests are bounded and maximal."""
+    manifest, wanted, limit = drawn
+    reads = plan_reads(manifest, wanted, limit)
+    rows: dict[str, list[int]] = {name: [] for name in wanted}
+    for read in reads:
+        assert read.end - read.start <= limit or len(read.blocks) == 1
+        assert (read.start, read.end) == (read.blocks[0].start, read.blocks[-1].end)
+        for left, right in zip(read.blocks, read.blocks[1:], strict=False):
+            assert left.end == right.start
+        for block in read.blocks:
+            first, end = wanted[block.tensor]
+            assert block.first_row < end
+            assert first < block.end_row
+            rows[block.tensor] += range(max(first, block.first_row), min(end, block.end_row))
+    for name, (first, end) in wanted.items():
+        assert sorted(rows[name]) == list(range(first, end))
+    for left, right in itertools.pairwise(reads):
+        assert (left.key, left.end) <= (right.key, right.start)
+        touching = left.key == right.key and left.end == right.start
+        assert not touching or right.blocks[0].end - left.start > limit
+
+
+def test_every_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:
+    """One bit flipped in any byte of any object of a checkpoint: `verify` names it, and a load that uses it fails."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+    manifest = read_manifest(store, reference, RUN_ID)
+    assert verify(store, reference, RUN_ID) == []
+    for rank in range(2):
+        used = min(piece.offset for piece in manifest.files[rank].slices)
+        for key in (shard_key(reference.directory, rank), part_key(reference.directory, rank)):
+            for byte in range(store.size(key) or 0):
+                good = flip(store, key, byte, byte % 8)
+                problems = verify(store, reference, RUN_ID)
+                assert problems
+                assert all(key in problem for problem in problems)
+                if key.endswith(".safetensors") and byte >= used:
+                    with pytest.raises(CheckpointError, match=rf"{key}: \w+/\w block 0 \(rows"):
+                        load_all(store, manifest)
+                store.write(key, good)
+    for byte in range(reference.manifest_size):
+        good = flip(store, manifest_key(reference.directory), byte, byte % 8)
+        with pytest.raises(CheckpointError):
+            quick_check(store, reference, RUN_ID)
+        assert verify(store, reference, RUN_ID)
+        store.write(manifest_key(reference.directory), good)
+    assert verify(store, reference, RUN_ID) == []
+
+
+def test_a_load_ignores_damage_in_bytes_it_does_not_use(store: Store, tmp_path: Path) -> None:
+    """A worker whose rows are intact restores, whatever happened to the rows of others."""
+    tensors = full_tensors(SMALL)
+    reference = write_checkpoint(store, tmp_path, tensors, 2)
+    manifest = read_manifest(store, reference, RUN_ID)
+    store.delete(shard_key(reference.directory, 1))
+    into = torch.empty(2, 2)
+    load_rows(store, manifest, {"model/w": (0, 2)}, {"model/w": into})
+    assert same_bits(into, tensors["model/w"][:2])
+    with pytest.raises(CheckpointError, match="missing"):
+        load_rows(store, manifest, {"model/w": (0, 3)}, {"model/w": torch.empty(3, 2)})
+    store.write(shard_key(reference.directory, 1), b"cut")
+    with pytest.raises(CheckpointError, match="the file ends before it"):
+        load_rows(store, manifest, {"model/w": (0, 3)}, {"model/w": torch.empty(3, 2)})
+
+
+def test_rows_are_verified_before_they_are_used(store: Store, tmp_path: Path) -> None:
+    """A block with a wrong CRC leaves no byte in the tensor."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
+    manifest = read_manifest(store, reference, RUN_ID)
+    (key, piece), *_ = manifest.tensors["model/w"].pieces
+    flip(store, key, piece.offset + 5, 3)
+    into = torch.zeros(4, 2)
+    with pytest.raises(CheckpointError):
+        load_rows(store, manifest, {"model/w": (0, 4)}, {"model/w": into})
+    assert torch.equal(into, torch.zeros(4, 2))
+
+
+def two_checkpoints(store: Store, folder: Path) -> tuple[CheckpointReference, CheckpointReference]:
+    """Step 50 and step 40, of the same shapes, written by three ranks."""
+    old = write_checkpoint(store, folder, full_tensors(SMALL, seed=1), 3, step=40)
+    new = write_checkpoint(store, folder, full_tensors(SMALL, seed=2), 3, step=50)
+    return new, old
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "grown", "manifest missing"])
+def test_damage_that_sizes_show_falls_back_before_loading(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    """A truncated, empty, missing or grown object: the quick check passes on to the one before, with the reason."""
+    new, old = two_checkpoints(store, tmp_path)
+    key = shard_key(new.directory, 1)
+    data = store.read(key)
+    if damage == "manifest missing":
+        key = manifest_key(new.directory)
+    if damage.endswith("missing"):
+        store.delete(key)
+    else:
+        store.write(key, {"cut": data[:-1], "empty": b"", "grown": data + b"\0"}[damage])
+    usable = newest_usable(store, [new, old], RUN_ID)
+    assert usable.reference == old
+    assert usable.manifest.step == 40
+    [(passed_over, reason)] = usable.passed_over
+    assert passed_over == new
+    assert key in reason
+    assert verify(store, new, RUN_ID)
+
+
+def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> None:
+    """Shards of equal size swapped between two checkpoints pass no full check and no load."""
+    new, old = two_checkpoints(store, tmp_path)
+    keys = shard_key(new.directory, 0), shard_key(old.directory, 0)
+    left, right = store.read(keys[0]), store.read(keys[1])
+    assert len(left) == len(right)
+    store.write(keys[0], right)
+    store.write(keys[1], left)
+    usable = newest_usable(store, [new, old], RUN_ID, "quick")
+    assert usable.reference == new
+    with pytest.raises(CheckpointError, match=keys[0]):
+        load_all(store, usable.manifest)
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        newest_usable(store, [new, old], RUN_ID, "full")
+    store.write(keys[1], right)
+    full = newest_usable(store, [new, old], RUN_ID, "full")
+    assert full.reference == old
+    assert "SHA-256" in full.passed_over[0][1]
+
+
+def test_shards_swapped_between_ranks_are_found(store: Store, tmp_path: Path) -> None:
+    """The files of two ranks of one checkpoint cannot stand in for each other."""
+    tensors = {"model/w": torch.randn(4, 2)}
+    reference = write_checkpoint(store, tmp_path, tensors, 2)
+    keys = [shard_key(reference.directory, rank) for rank in range(2)]
+    data = [store.read(key) for key in keys]
+    store.write(keys[0], data[1])
+    store.write(keys[1], data[0])
+    assert len(verify(store, reference, RUN_ID)) >= 2
+    with pytest.raises(CheckpointError):
+        load_all(store, read_manifest(store, reference, RUN_ID))
+
+
+def test_replayed_and_foreign_manifests_are_refused(store: Store, tmp_path: Path) -> None:
+    """An older manifest under a newer name, one of another attempt, and one of another run do not count."""
+    new, old = two_checkpoints(store, tmp_path)
+    good = store.read(new.manifest_key)
+    store.write(new.manifest_key, store.read(old.manifest_key))
+    with pytest.raises(CheckpointError, match=r"SHA-256|size"):
+        read_manifest(store, new, RUN_ID)
+    # Even a reference that vouches for the old bytes cannot make them those of another directory.
+    forged = replace(old, step=new.step, directory=new.directory)
+    with pytest.raises(CheckpointError, match=f"written for {old.directory}"):
+        read_manifest(store, forged, RUN_ID)
+    store.write(new.manifest_key, good)
+    with pytest.raises(CheckpointError, match="belongs to run"):
+        read_manifest(store, new, "run-of-somebody-else")
+    assert read_manifest(store, new, RUN_ID).step == 50
+
+
+def test_only_the_committed_manifest_counts(store: Store, tmp_path: Path) -> None:
+    """A well-formed manifest of the same directory, run and size is refused if it is not the committed one."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+    manifest = read_manifest(store, reference, RUN_ID)
+    other = replace(manifest, state=training_state(seed=8)).to_bytes()
+    assert len(other) == reference.manifest_size
+    store.write(reference.manifest_key, other)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        read_manifest(store, reference, RUN_ID)
+
+
+def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> None:
+    """A manifest whose CRC is wrong for bytes that are right would fail a load, so `verify` says it."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
+    manifest = read_manifest(store, reference, RUN_ID)
+    [file] = manifest.files
+    first = replace(file.slices[0], block_crc32=(file.slices[0].block_crc32[0] ^ 1,))
+    wrong = replace(manifest, files=(replace(file, slices=(first, *file.slices[1:])),))
+    data = wrong.to_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    store.write(reference.manifest_key, data)
+    vouched = replace(reference, manifest_size=len(data), manifest_sha256=sha256)
+    problems = verify(store, vouched, RUN_ID)
+    assert (
+        f"{file.key}: {first.name} block 0: its CRC-32 is not the one in the manifest" in problems
+    )
+
+
+def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
+    """With every checkpoint bad the error holds all the reasons; with none at all it says so."""
+    new, old = two_checkpoints(store, tmp_path)
+    store.delete(shard_key(new.directory, 2))
+    store.write(old.manifest_key, b"")
+    with pytest.raises(CheckpointError, match=r"step 50: .*missing.*step 40: .*size"):
+        newest_usable(store, [new, old], RUN_ID)
+    with pytest.raises(CheckpointError, match="none was committed"):
+        newest_usable(store, [], RUN_ID)
+
+
+def test_trouble_with_the_store_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
+    """When access is denied, no checkpoint is passed over: the error goes through as it is."""
+    store = memory_store()
+    references = two_checkpoints(store, tmp_path)
+
+    class Denied:
+        url = store.url
+
+        def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            raise AccessDenied("credentials expired")
+
+        create, write, size, keys, delete = (
+            store.create,
+            store.write,
+            store.size,
+            store.keys,
+            store.delete,
+        )
+
+    with pytest.raises(AccessDenied):
+        newest_usable(Denied(), references, RUN_ID)
+    with pytest.raises(AccessDenied):
+        verify(Denied(), references[0], RUN_ID)
+
+
+def test_parts_are_not_needed_once_the_manifest_exists(store: Store, tmp_path: Path) -> None:
+    """Deleting the part records of a published checkpoint harms nothing."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+    for rank in range(2):
+        store.delete(part_key(reference.directory, rank))
+    assert verify(store, reference, RUN_ID) == []
+    assert newest_usable(store, [reference], RUN_ID, "full").passed_over == ()

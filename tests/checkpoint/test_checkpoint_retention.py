@@ -1,0 +1,131 @@
+"""Retention deletes what is superseded and never what counts or still could."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.checkpoint.layout import (
+    CheckpointReference,
+    checkpoint_directory,
+    manifest_key,
+    shard_key,
+)
+from elastic_pt.checkpoint.restore import newest_usable, verify
+from elastic_pt.checkpoint.retention import expired, leftovers, listed_directories, remove
+from elastic_pt.errors import CheckpointError
+from tests.checkpoint.world import RUN_ID, full_tensors, memory_store, write_checkpoint
+
+SMALL = {"b": (3,), "w": (4, 2)}
+
+
+def reference(step: int, generation: int = 1) -> CheckpointReference:
+    """A committed checkpoint."""
+    directory = checkpoint_directory(step, generation, "0a1b2c3d")
+    return CheckpointReference(step, generation, directory, 100, "a" * 64)
+
+
+references = st.lists(
+    st.builds(reference, st.integers(0, 60), st.integers(1, 4)), unique=True, max_size=20
+)
+
+
+@settings(deadline=None)
+@given(references, st.integers(1, 6))
+def test_the_newest_are_kept(committed: list[CheckpointReference], keep: int) -> None:
+    """Exactly the first `keep` commits stay, in whatever order steps came."""
+    assert expired(committed, keep) == committed[keep:]
+
+
+def test_after_a_fall_back_the_order_of_commits_counts() -> None:
+    """A commit of step 150 after one of step 200 that turned out bad is the newest."""
+    log = [reference(150, 5), reference(200, 4), reference(100, 4)]
+    assert expired(log, 1) == log[1:]
+
+
+def test_the_newest_checkpoint_cannot_be_given_up() -> None:
+    """Keeping none is a programming error, not a wish."""
+    with pytest.raises(AssertionError):
+        expired([reference(1)], 0)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 6)), unique=True, max_size=20),
+    st.data(),
+    st.integers(1, 6),
+    st.integers(0, 60),
+)
+def test_only_uploads_that_nothing_can_commit_are_leftovers(
+    attempts: list[tuple[int, int]], data: st.DataObject, generation: int, newest_step: int
+) -> None:
+    """Kept directories, the current or a later generation's, and steps beyond the newest commit are never touched."""
+    names = {checkpoint_directory(*attempt, "beef"): attempt for attempt in attempts}
+    committed = data.draw(st.sets(st.sampled_from(sorted(names)))) if names else set()
+    torn = leftovers([*names, "ckpt/notes", "log"], committed, generation, newest_step)
+    for name, (step, attempt_generation) in names.items():
+        hopeless = attempt_generation < generation and step <= newest_step
+        assert (name in torn) == (hopeless and name not in committed)
+    assert set(torn) <= names.keys()
+
+
+def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -> None:
+    """A removal that dies after any deletion leaves no checkpoint that verifies, and a second one finishes."""
+    for survived in range(6):
+        store = memory_store()
+        old = write_checkpoint(store, tmp_path, full_tensors(SMALL, seed=1), 2, step=40)
+        new = write_checkpoint(store, tmp_path, full_tensors(SMALL, seed=2), 2, step=50)
+
+        class Dying:
+            url, read, create = store.url, store.read, store.create
+            write, size, keys = store.write, store.size, store.keys
+            left = survived
+
+            def delete(self, key: str, store=store) -> None:  # type: ignore[no-untyped-def]
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+                store.delete(key)
+
+        if survived < 5:
+            with pytest.raises(KeyboardInterrupt):
+                remove(Dying(), new.directory)
+        usable = newest_usable(store, [new, old], RUN_ID)
+        assert usable.reference == (new if survived in (0, 5) else old)
+        remove(store, new.directory)
+        remove(store, new.directory)
+        assert store.keys(new.directory) == []
+        assert listed_directories(store) == [old.directory]
+        assert verify(store, old, RUN_ID) == []
+
+
+def test_removing_does_not_depend_on_the_listing(tmp_path: Path) -> None:
+    """Files that a stale listing leaves out are deleted because the manifest names them."""
+    store = memory_store()
+    gone = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+
+    class Blind:
+        url, read, create = store.url, store.read, store.create
+        write, size, delete = store.write, store.size, store.delete
+
+        def keys(self, prefix: str) -> list[str]:
+            return []
+
+    remove(Blind(), gone.directory)
+    assert store.keys("") == []
+
+
+def test_removing_is_confined_to_checkpoint_directories(tmp_path: Path) -> None:
+    """No other name is accepted, and a manifest copied from elsewhere leads to no foreign file."""
+    store = memory_store()
+    kept = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2, step=40)
+    for name in ("log", "ckpt", "ckpt/", "ckpt/../log", "", f"{kept.directory}/x"):
+        with pytest.raises(CheckpointError):
+            remove(store, name)
+    torn = checkpoint_directory(30, 1, "beef")
+    store.write(manifest_key(torn), store.read(kept.manifest_key))
+    store.write(shard_key(torn, 0), b"half")
+    remove(store, torn)
+    assert listed_directories(store) == [kept.directory]
+    assert verify(store, kept, RUN_ID) == []

@@ -1,0 +1,170 @@
+"""The file a worker stages: readable by anybody, whole or not there, described to the last block."""
+
+import contextlib
+import hashlib
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from elastic_pt.checkpoint.shard_file import (
+    LocalRows,
+    block_bounds,
+    describe_shard,
+    hash_blocks,
+    write_shard,
+)
+from elastic_pt.errors import CheckpointError
+from tests.checkpoint.world import full_tensors, local_rows, same_bits, training_state
+
+KEY = "ckpt/0000000040-g1-0a1b2c3d/shard-00001.safetensors"
+
+
+def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+    """The safetensors library reads the rows, bit for bit, of every supported type and layout."""
+    grid = torch.arange(60, dtype=torch.float32).reshape(6, 10)
+    tensors = {
+        "model/float32": LocalRows(grid, (12, 10), 6),
+        "model/bfloat16": LocalRows(grid[:3].to(torch.bfloat16), (3, 10), 0),
+        "model/not_contiguous": LocalRows(grid.t(), (10, 6), 0),
+        "model/vector": LocalRows(torch.randn(7, dtype=torch.float64), (9,), 1),
+        "model/whole_numbers": LocalRows(torch.arange(5), (5,), 0),
+        "model/parameter": LocalRows(torch.nn.Parameter(torch.randn(2, 2)), (2, 2), 0),
+    }
+    path = tmp_path / "shard.safetensors"
+    write_shard(path, tensors, training_state())
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(same_bits(read[name], tensors[name].rows.detach().contiguous()) for name in tensors)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["elastic_pt_schema"] == "1"
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
+    """State, row ranges, SHA-256 and the CRC of every block are those of the bytes on disk."""
+    path = tmp_path / "shard.safetensors"
+    tensors = local_rows(full_tensors(), 1, 2)
+    write_shard(path, tensors, training_state())
+    file, state = describe_shard(path, KEY)
+    data = path.read_bytes()
+    assert (file.key, file.size, state) == (KEY, len(data), training_state())
+    assert file.sha256 == hashlib.sha256(data).hexdigest()
+    kept = {name: rows for name, rows in tensors.items() if len(rows.rows)}
+    assert {piece.name for piece in file.slices} == kept.keys()
+    assert "model/one.bias" not in kept
+    for piece in file.slices:
+        rows, shape, first_row = kept[piece.name]
+        assert (piece.global_shape, piece.first_row) == (tuple(shape), first_row)
+        assert piece.end_row == first_row + len(rows)
+        assert data[piece.offset : piece.end_offset] == rows.numpy().tobytes()
+        crcs = [zlib.crc32(data[start:end]) for start, end in block_bounds(piece)]
+        assert list(piece.block_crc32) == crcs
+    assert max(len(piece.block_crc32) for piece in file.slices) > 1
+
+
+def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
+    """With fewer rows than workers the last workers' files are empty, and valid."""
+    path = tmp_path / "shard.safetensors"
+    write_shard(path, {"model/x": (torch.empty(0, 3), (2, 3), 4)}, training_state())
+    file, state = describe_shard(path, KEY)
+    assert (file.slices, state) == ((), training_state())
+    assert load_file(path) == {}
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300), st.lists(st.integers(0, 299), max_size=12), st.integers(1, 64))
+def test_hashes_do_not_depend_on_how_the_bytes_arrive(
+    data: bytes, cuts: list[int], chunk: int
+) -> None:
+    """CRCs and SHA-256 of a stream are those of the bytes, whatever the chunks, gaps between blocks included."""
+    edges = sorted({cut for cut in cuts if cut <= len(data)})
+    bounds = list(zip(edges[0::2], edges[1::2], strict=False))
+    view = memoryview(data)
+    chunks = [view[start : start + chunk] for start in range(0, len(data), chunk)]
+    size, sha256, crcs = hash_blocks(chunks, bounds)
+    assert (size, sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert crcs == [zlib.crc32(data[start:end]) for start, end in bounds]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (torch.randn(3, 4), (5, 4), 3),
+        (torch.randn(3, 4), (5, 5), 0),
+        (torch.randn(3, 4), (5,), 0),
+        (torch.randn(3, 4), (5, 4), -1),
+        (torch.tensor(1.0), (), 0),
+        (torch.randn(3, 4).to(torch.float16), (5, 4), 0),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    tmp_path: Path, rows: tuple[torch.Tensor, tuple[int, ...], int]
+) -> None:
+    """A worker cannot stage rows that contradict the tensor they are said to be of."""
+    with pytest.raises(CheckpointError, match="model/x"):
+        write_shard(tmp_path / "shard", {"model/x": rows}, training_state())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When staging memory is full, the worker hears it and no half file stays, under any name."""
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_shard(tmp_path / "shard", {"model/x": (torch.ones(2), (2,), 0)}, training_state())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may take fewer bytes than offered; the file is whole all the same."""
+    import os
+
+    real = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda fd, data, offset: real(fd, data[:100], offset))
+    tensor = torch.randn(50, 9)
+    write_shard(tmp_path / "shard", {"model/x": (tensor, (50, 9), 0)}, training_state())
+    assert same_bits(load_file(tmp_path / "shard")["model/x"], tensor)
+
+
+def test_only_files_of_ours_are_described(tmp_path: Path) -> None:
+    """A file that is cut, grown, empty, foreign, or missing is a `CheckpointError`, not a description."""
+    good = tmp_path / "good"
+    write_shard(good, {"model/x": (torch.randn(8, 8), (8, 8), 0)}, training_state())
+    data = good.read_bytes()
+    bad = tmp_path / "bad"
+    for changed in (b"", data[:4], data[:40], data[:-1], data + b"x", b"\xff" * 64, b"[]" * 40):
+        bad.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            describe_shard(bad, KEY)
+    bad.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        describe_shard(bad, KEY)
+    save_file({"model/x": torch.ones(3)}, bad)
+    with pytest.raises(CheckpointError, match="not written by this project"):
+        describe_shard(bad, KEY)
+    save_file({"model/x": torch.ones(3)}, bad, {"elastic_pt_schema": "9"})
+    with pytest.raises(CheckpointError, match="schema"):
+        describe_shard(bad, KEY)
+
+
+def test_damaged_headers_never_crash_the_agent(tmp_path: Path) -> None:
+    """Any byte of the header may be anything: the outcome is a description or a `CheckpointError`."""
+    path = tmp_path / "shard"
+    write_shard(path, {"model/x": (torch.randn(3, 2), (3, 2), 0)}, training_state())
+    data = path.read_bytes()
+    for position in range(len(data) - 24):
+        for value in (0x00, 0x22, 0x2D, 0x39, data[position] ^ 1):
+            path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
+            with contextlib.suppress(CheckpointError):
+                describe_shard(path, KEY)

@@ -1,0 +1,170 @@
+"""A little world that writes checkpoints through the real path and reads them back at any size."""
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from elastic_pt.checkpoint.layout import (
+    CheckpointReference,
+    Manifest,
+    Part,
+    TrainingState,
+    checkpoint_directory,
+)
+from elastic_pt.checkpoint.restore import load_rows
+from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
+from elastic_pt.checkpoint.upload import StagedShard, collect, publish_manifest, upload_shard
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
+
+RUN_ID = "run-7f3a"
+SHAPES = {"head.weight": (7, 3), "norm.weight": (5,), "one.bias": (1, 2), "wide": (9, 80_000)}
+
+
+def memory_store() -> Store:
+    """An empty store of its own."""
+    return open_store(f"memory://{uuid.uuid4().hex}/run", deadline_s=5.0)
+
+
+def training_state(step: int = 40, **changes: object) -> TrainingState:
+    """A plausible state after `step` steps."""
+    values: dict[str, object] = {
+        "step": step,
+        "rows_seen": step * 32,
+        "tokens_seen": step * 32 * 256,
+        "seed": 7,
+        "optimizer_step": step,
+        "learning_rate_step": step,
+        "data_position": step,
+        "data_fingerprint": "d" * 64,
+        "tokenizer_sha256": "e" * 64,
+        "config_fingerprint": "f" * 64,
+        "numerics": "exact",
+        "slots": 8,
+    }
+    return TrainingState(**(values | changes))  # type: ignore[arg-type]
+
+
+def full_tensors(
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Weights and both moments of every parameter, whole."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{kind}/{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+        for kind in ("model", "exp_avg", "exp_avg_sq")
+    }
+
+
+def row_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The rows of one rank as Shard(0) cuts them: equal chunks, the last ranks may get none."""
+    chunk = -(-rows // world_size)
+    return min(rows, rank * chunk), min(rows, (rank + 1) * chunk)
+
+
+def local_rows(
+    tensors: Mapping[str, torch.Tensor], rank: int, world_size: int
+) -> dict[str, LocalRows]:
+    """What one rank holds."""
+    cut = {name: row_range(len(full), rank, world_size) for name, full in tensors.items()}
+    return {
+        name: LocalRows(full[slice(*cut[name])], tuple(full.shape), cut[name][0])
+        for name, full in tensors.items()
+    }
+
+
+def stage(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    world_size: int,
+    directory: str,
+    state: TrainingState,
+    run_id: str = RUN_ID,
+) -> list[StagedShard]:
+    """Write the shard file of every rank into a local folder."""
+    staged = []
+    for rank in range(world_size):
+        path = folder / f"{directory.rpartition('/')[2]}-{rank}.safetensors"
+        write_shard(path, local_rows(tensors, rank, world_size), state)
+        staged.append(StagedShard(path, run_id, directory, rank))
+    return staged
+
+
+def collected(store: Store, directory: str, world_size: int) -> list[Part]:
+    """All parts, which are there already."""
+    parts = collect(
+        store,
+        directory,
+        range(world_size),
+        deadline_s=0.0,
+        now=lambda: 0.0,
+        wait=lambda _: None,
+        should_stop=lambda: False,
+    )
+    assert parts is not None
+    return parts
+
+
+def write_checkpoint(
+    store: Store,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    world_size: int,
+    *,
+    step: int = 40,
+    generation: int = 1,
+    nonce: str = "0a1b2c3d",
+    run_id: str = RUN_ID,
+) -> CheckpointReference:
+    """The whole road from tensors to the reference that a COMMIT record would hold."""
+    directory = checkpoint_directory(step, generation, nonce)
+    for shard in stage(folder, tensors, world_size, directory, training_state(step), run_id):
+        upload_shard(store, shard)
+        shard.path.unlink()
+    return publish_manifest(store, collected(store, directory, world_size))
+
+
+def load_world(store: Store, manifest: Manifest, world_size: int) -> dict[str, torch.Tensor]:
+    """Load as `world_size` ranks do, each its own rows, and join what they got."""
+    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in manifest.tensors}
+    for rank in range(world_size):
+        wanted, into = {}, {}
+        for name, entry in manifest.tensors.items():
+            first, end = row_range(entry.global_shape[0], rank, world_size)
+            wanted[name] = (first, end)
+            into[name] = torch.full((end - first, *entry.global_shape[1:]), float("nan"))
+        load_rows(store, manifest, wanted, into, threads=2)
+        for name, rows in into.items():
+            pieces[name].append(rows)
+    return {name: torch.cat(rows) for name, rows in pieces.items()}
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal shapes, types and bytes (so NaN equals itself and -0 is not 0)."""
+    return (
+        left.shape == right.shape
+        and left.dtype == right.dtype
+        and torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    )
+
+
+def expected_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest as its documentation defines it, from whole tensors."""
+    result = hashlib.sha256()
+    names = sorted(name.removeprefix("model/") for name in tensors if name.startswith("model/"))
+    order = [f"model/{name}" for name in names]
+    order += [f"{kind}/{name}" for name in names for kind in ("exp_avg", "exp_avg_sq")]
+    for name in filter(tensors.__contains__, order):
+        result.update(tensors[name].to(torch.float32).numpy().astype("<f4").tobytes())
+    return result.hexdigest()
+
+
+def flip(store: Store, key: str, byte: int, bit: int) -> bytes:
+    """Flip one bit of an object; the bytes as they were before."""
+    data = store.read(key)
+    store.write(key, data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :])
+    return data

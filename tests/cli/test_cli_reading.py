@@ -1,0 +1,192 @@
+"""`status`, `log` and `checkpoints`: what a run tells anybody who has its URL."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
+
+from elastic_pt.config import load_config
+from elastic_pt.elastic.log import RunView
+from elastic_pt.elastic.membership import NodeStatus, Phase
+from elastic_pt.elastic.records import Generation, Member, Stop
+from elastic_pt.inspection import State, judge, open_run, read_history
+from elastic_pt.local import Fleet
+
+WAIT_S = 60.0
+
+
+def test_status_of_a_completed_run(trained: Trained) -> None:
+    """A finished run is told from its log alone: step, loss, who trained, which checkpoint counts."""
+    status = elastic_pt("status", trained.run, "--json").json
+    assert (status["state"], status["step"], status["generation"]) == ("completed", STEPS, 1)
+    assert status["world_size"] == 1
+    assert 0 < status["loss"] < 10
+    (member,) = status["members"]
+    assert (member["node"], member["address"], member["slots"]) == ("node-1", "127.0.0.1", 4)
+    assert isinstance(member["pid"], int)
+    assert status["commit"]["step"] == STEPS
+    assert status["commit"]["age_s"] >= 0
+    assert "completed" in elastic_pt("status", f"file://{trained.run}").out
+
+
+def test_status_follows_a_live_run(prepared: Trained, tmp_path: Path) -> None:
+    """While an agent answers, `status` has the step of this moment and its process; once it is gone, the run is down."""
+    url = tmp_path / "live"
+    config = load_config(prepared.config, [f"run.url={url}", "train.steps=1000000"])
+    with Fleet(config, tmp_path / "output") as fleet:
+        pid = fleet.start("solo")
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            result = elastic_pt("status", url, "--json")
+            status = result.json if result.exit_code == 0 else {"step": 0}
+            if status["step"] > 0 and status["commit"] is not None:
+                break
+            assert time.monotonic() < deadline_s, fleet.tail("solo")
+            time.sleep(0.1)
+        assert status["state"] == "running"
+        assert [(each["node"], each["pid"]) for each in status["members"]] == [("solo", pid)]
+        assert status["members"][0]["metrics_url"].startswith("http://")
+        later = elastic_pt("status", url, "--json").json
+        assert later["step"] > status["step"] or later["step"] > later["commit"]["step"]
+        fleet.kill("solo")
+    status = elastic_pt("status", url, "--json").json
+    assert status["state"] == "down"
+    assert status["step"] == status["commit"]["step"]
+    assert "down" in elastic_pt("status", url).out
+
+
+def view_of(*, generation: bool = True, stop: Stop | None = None) -> RunView:
+    """A log with or without a generation and a STOP."""
+    members = (Member("a", "a1", "127.0.0.1", 1, 1, 1),)
+    found = Generation(3, members, (4,), "127.0.0.1", 2, None, "started") if generation else None
+    return RunView(generation=found, stop=stop)
+
+
+def answer_of(phase: Phase) -> NodeStatus:
+    """What a member says."""
+    return NodeStatus(Member("a", "a1", "127.0.0.1", 1, 1, 1), phase, 3, 1, 0, "", "f")
+
+
+@pytest.mark.parametrize(
+    ("view", "phases", "waiting", "nodes_min", "state"),
+    [
+        (view_of(generation=False), [], 0, 1, State.NEW),
+        (view_of(generation=False), [], 2, 3, State.NEW),
+        (view_of(), [Phase.RUNNING], 0, 1, State.RUNNING),
+        (view_of(), [Phase.SETTLING], 0, 2, State.RUNNING),
+        (view_of(), [Phase.WAITING, Phase.WAITING], 0, 2, State.RUNNING),
+        (view_of(), [Phase.WAITING], 0, 2, State.PAUSED),
+        (view_of(), [], 1, 2, State.PAUSED),
+        (view_of(), [], 2, 2, State.RUNNING),
+        (view_of(), [], 0, 1, State.DOWN),
+        (view_of(stop=Stop("completed", 9)), [], 0, 1, State.COMPLETED),
+        (view_of(stop=Stop("diverged: loss is nan", 9)), [Phase.RUNNING], 0, 1, State.FAILED),
+    ],
+)
+def test_the_state_follows_from_the_log_and_the_answers(
+    view: RunView, phases: list[Phase], waiting: int, nodes_min: int, state: State
+) -> None:
+    """Each state has the meaning that the module gives it."""
+    assert judge(view, [answer_of(phase) for phase in phases], waiting, nodes_min)[0] is state
+
+
+def test_log_has_a_line_per_record(trained: Trained) -> None:
+    """The log is told completely and in order, for people and for programs."""
+    records = [
+        json.loads(line) for line in elastic_pt("log", trained.run, "--json").out.splitlines()
+    ]
+    kinds = [record["kind"] for record in records]
+    assert (kinds[0], kinds[-1], set(kinds[1:-1])) == ("GENERATION", "STOP", {"COMMIT"})
+    assert [record["index"] for record in records] == list(range(len(records)))
+    for before, after in itertools.pairwise(records):
+        assert after["previous"] == before["sha256"]
+    lines = elastic_pt("log", trained.run).out.splitlines()
+    assert len(lines) == len(records)
+    assert "node-1" in lines[0]
+    assert f"step {records[1]['body']['checkpoints'][0]['step']} " in lines[1]
+    assert "completed" in lines[-1]
+
+
+def test_log_notices_a_change_and_a_gap(trained: Trained, tmp_path: Path) -> None:
+    """A record that was altered or removed ends `log` with one line that names it, and exit code 3."""
+    altered, gap = tmp_path / "altered", tmp_path / "gap"
+    for copy in (altered, gap):
+        shutil.copytree(trained.run, copy)
+    record = altered / "log" / f"{1:020d}.json"
+    record.write_text(record.read_text().replace('"step": ', '"step": 1', 1))
+    result = elastic_pt("log", altered)
+    assert result.exit_code == 3
+    assert "00002.json: does not follow" in result.err
+    assert result.err.count("\n") == 1
+    (gap / "log" / f"{1:020d}.json").unlink()
+    result = elastic_pt("log", gap)
+    assert result.exit_code == 3
+    assert "00001.json: missing" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_checkpoints_are_listed_newest_first(trained: Trained) -> None:
+    """Committed checkpoints that are kept, and nothing else, newest first."""
+    entries = elastic_pt("checkpoints", trained.run, "--json").json
+    assert [entry["step"] for entry in entries] == sorted(trained.kept, reverse=True)
+    assert entries[0]["step"] == STEPS
+    assert all("problems" not in entry and entry["quarantine"] is None for entry in entries)
+    lines = elastic_pt("checkpoints", trained.run).out.splitlines()
+    assert [int(line.split()[1]) for line in lines] == [entry["step"] for entry in entries]
+
+
+def test_checkpoints_verify_names_what_is_wrong(trained: Trained, tmp_path: Path) -> None:
+    """--verify reads every byte: all is well, or the file is named and the exit code is 4."""
+    well = elastic_pt("checkpoints", trained.run, "--verify", "--json")
+    assert well.exit_code == 0
+    assert all(entry["problems"] == [] for entry in well.json)
+    copy = tmp_path / "run"
+    shutil.copytree(trained.run, copy)
+    newest, damaged, oldest = trained.kept
+    flip(copy, damaged)
+    result = elastic_pt("checkpoints", copy, "--verify", "--json")
+    assert result.exit_code == 4
+    problems = {entry["step"]: entry["problems"] for entry in result.json}
+    assert problems[newest] == problems[oldest] == []
+    assert "shard-" in problems[damaged][0]
+    assert "UNUSABLE" in elastic_pt("checkpoints", copy, "--verify").out
+
+
+def flip(run: Path, step: int) -> None:
+    """Change one bit in the middle of the weights of one checkpoint."""
+    (shard,) = run.glob(f"ckpt/{step:010d}-*/shard-*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+def test_history_has_each_step_once(trained: Trained) -> None:
+    """The history of a run is one entry per committed step, in order."""
+    history = read_history(open_run(f"file://{trained.run}"))
+    assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
+    assert all(entry["loss"] > 0 and entry["generation"] == 1 for entry in history)
+
+
+@pytest.mark.parametrize("command", ["status", "log", "checkpoints", "digest", "eval"])
+def test_a_run_that_does_not_exist_is_one_line(command: str, tmp_path: Path) -> None:
+    """A URL without a run is named in one line with exit code 2, and nothing is created there."""
+    assert_one_line_mistake(elastic_pt(command, tmp_path / "nothing"), "nothing", "no run there")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(trained: Trained) -> None:
+    """`elastic-pt log | head` ends quietly, without a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "elastic_pt", "log", str(trained.run)]
+    with os.fdopen(write, "w") as closed:
+        result = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, timeout=60)
+    assert result.stderr == b""
+    assert result.returncode == 1

@@ -1,0 +1,138 @@
+"""`prepare`, `run` and `local`: what a user can do wrong, and that nothing is left behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
+
+from elastic_pt.cli.progress import fleet_config
+from elastic_pt.config import load_config
+
+WAIT_S = 60.0
+
+
+def test_prepare_tells_what_it_did(texts: Path, tmp_path: Path) -> None:
+    """The summary has the sources, what was left out and why, and the vocabulary."""
+    result = elastic_pt(
+        "prepare", f"mine={texts}@1", "--out", tmp_path / "data", "--vocab-size", 290
+    )
+    assert result.exit_code == 0
+    assert "mine: " in result.out
+    assert "1 empty" in result.out
+    assert "290 tokens" in result.out
+
+
+def test_mistakes_of_prepare_are_one_line(texts: Path, prepared: Trained, tmp_path: Path) -> None:
+    """Each wrong argument of `prepare` is named, with what would be right, and nothing counts as prepared."""
+    out = ("--out", tmp_path / "out")
+    mistakes = {
+        "does not exist": [tmp_path / "missing", *out],
+        "already holds prepared data": [texts, "--out", prepared.data],
+        "vocab_size = 100000": [texts, *out, "--vocab-size", 100000],
+        "held_out = 2.0": [texts, *out, "--held-out", 2],
+        "missing.json": [texts, *out, "--tokenizer", tmp_path / "missing.json"],
+        "weight": [f"a={texts}@-1", *out],
+    }
+    for part, arguments in mistakes.items():
+        assert_one_line_mistake(elastic_pt("prepare", *arguments), part)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_finished_run_ends_at_once(trained: Trained) -> None:
+    """Joining a completed run by its URL does no work and is a success."""
+    command = [sys.executable, "-m", "elastic_pt", "run", str(trained.run)]
+    options = ["--address", "127.0.0.1", "--set", "elastic.nodes_max=1"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=WAIT_S)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"completed at step {STEPS}\n"
+
+
+def test_joining_cannot_change_what_the_run_is(trained: Trained, tmp_path: Path) -> None:
+    """With a RUN_URL, --set of a value that decides the bits is refused by name; a new file in its place too."""
+    assert_one_line_mistake(
+        elastic_pt("run", trained.run, "--set", "train.learning_rate=1"),
+        "train.learning_rate",
+        "cannot change it",
+        "0.002",
+    )
+    assert_one_line_mistake(elastic_pt("run", trained.run, "--set", "run.seed=9"), "run.seed", "3")
+    assert_one_line_mistake(
+        elastic_pt("run", trained.run, "--set", f"run.url={tmp_path}"), "run.url"
+    )
+    assert_one_line_mistake(elastic_pt("run", tmp_path / "nothing"), "no run there")
+
+
+@pytest.mark.parametrize("name", ["../../zz", "", ".hidden", "a/b", "a b", "é", "a" * 65])
+def test_a_node_name_is_fit_for_a_key(name: str, prepared: Trained) -> None:
+    """A name that could lead out of the run directory is refused before anything is written."""
+    assert_one_line_mistake(
+        elastic_pt("run", prepared.config, "--node", name), f"--node {name!r}", "letters, digits"
+    )
+
+
+def test_local_tells_why_its_agents_failed(prepared: Trained, tmp_path: Path) -> None:
+    """When agents refuse to start, `local` ends with their reason in one line, and their exit code."""
+    result = elastic_pt(
+        "local", prepared.config, "--nodes", 1,
+        "--set", f"data.url={tmp_path / 'nothing'}", "--set", f"run.url={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.err.splitlines()[-1].startswith("error: the run did not end; node-1: ")
+    assert "prepare" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def test_all_nodes_that_start_together_fit(prepared: Trained) -> None:
+    """`local` makes room for its nodes and leaves alone what decides when a run pauses."""
+    config = load_config(prepared.config, ["elastic.nodes_max=2", "elastic.nodes_min=2"])
+    effective = fleet_config(config, 5).elastic
+    assert (effective.nodes_min, effective.nodes_max) == (2, 5)
+    assert effective.join_window_s > config.elastic.join_window_s
+    assert fleet_config(config, 5).fingerprint() == config.fingerprint()
+
+
+def test_local_leaves_no_process_behind(prepared: Trained, tmp_path: Path) -> None:
+    """Ctrl-C ends the agents and their workers, and the exit code says what happened."""
+    url = tmp_path / "run"
+    options = ("--nodes", "1", "--set", f"run.url={url}", "--set", "train.steps=1000000")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "elastic_pt", "local", str(prepared.config), *options],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline_s = time.monotonic() + WAIT_S
+        while not list(url.glob("ckpt/*/manifest.json")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        started = descendants(command.pid)
+        assert len(started) >= 3, "an agent, its fork server and a worker"
+        command.send_signal(signal.SIGINT)
+        assert command.wait(WAIT_S) == 130
+        while left := [pid for pid in started if alive(pid)]:
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.05)
+    finally:
+        command.kill()
+        command.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

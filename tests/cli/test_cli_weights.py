@@ -1,0 +1,213 @@
+"""`digest`, `eval`, `generate` and `export`: what can be made of committed checkpoints on any machine."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
+
+from elastic_pt.config import load_config
+from elastic_pt.data.manifest import read_manifest
+from elastic_pt.model.export import load_exported
+from elastic_pt.store.open import open_store
+
+GREEDY = ("--prompt", "abc", "--max-tokens", 8, "--temperature", 0)
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's model as a directory."""
+    out = tmp_path_factory.mktemp("export") / "model"
+    result = elastic_pt("export", trained.run, "--out", out)
+    assert result.exit_code == 0, result
+    return out
+
+
+def test_digest_prints_one_exact_line(trained: Trained) -> None:
+    """Scripts parse `step=N sha256=…`; each step has its own digest, and the newest is the default."""
+    newest = elastic_pt("digest", trained.run)
+    assert newest.exit_code == 0
+    assert newest.err == ""
+    assert re.fullmatch(rf"step={STEPS} sha256=[0-9a-f]{{64}}\n", newest.out)
+    assert elastic_pt("digest", trained.run, "--step", STEPS).out == newest.out
+    before = trained.kept[1]
+    earlier = elastic_pt("digest", trained.run, "--step", before).out
+    assert earlier.startswith(f"step={before} ")
+    assert earlier.split("sha256=")[1] != newest.out.split("sha256=")[1]
+
+
+def damage(run: Path, kind: str, step: int) -> None:
+    """Spoil one committed checkpoint."""
+    (shard,) = run.glob(f"ckpt/{step:010d}-*/shard-*.safetensors")
+    if kind == "missing":
+        shard.unlink()
+    elif kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif kind == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[3 * len(data) // 4] ^= 16
+        shard.write_bytes(data)
+    elif kind == "swapped":
+        others = set(run.glob("ckpt/*/shard-*.safetensors")) - {shard}
+        shard.write_bytes(others.pop().read_bytes())
+    else:
+        (manifest,) = run.glob(f"ckpt/{step:010d}-*/manifest.json")
+        manifest.write_text(manifest.read_text().replace('"step":', '"Step":', 1))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped", "swapped", "manifest"])
+def test_digest_falls_back_past_a_damaged_checkpoint(
+    kind: str, trained: Trained, tmp_path: Path
+) -> None:
+    """A newest checkpoint that is not whole is passed over, with the reason on standard error."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained.run, copy)
+    damage(copy, kind, STEPS)
+    result = elastic_pt("digest", copy)
+    assert result.exit_code == 0
+    before = elastic_pt("digest", trained.run, "--step", trained.kept[1])
+    assert result.out == before.out
+    assert result.err.startswith(f"passed over step {STEPS}: ")
+    assert result.err.count("\n") == 1
+    assert_one_line_mistake(
+        elastic_pt("digest", copy, "--step", STEPS), f"step {STEPS}", exit_code=4
+    )
+
+
+def test_no_usable_checkpoint_is_an_error(trained: Trained, tmp_path: Path) -> None:
+    """When every checkpoint is damaged, the reasons are told in one line and the exit code is 4."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained.run, copy)
+    for step in trained.kept:
+        damage(copy, "missing", step)
+    assert_one_line_mistake(elastic_pt("digest", copy), "no usable checkpoint", exit_code=4)
+
+
+def test_a_step_that_is_not_kept_is_named(trained: Trained) -> None:
+    """A --step without a checkpoint gives the steps that would be right."""
+    assert_one_line_mistake(
+        elastic_pt("digest", trained.run, "--step", 3), "--step 3", f"{STEPS}, "
+    )
+
+
+def test_export_has_the_bits_of_the_checkpoint(trained: Trained, exported: Path) -> None:
+    """The exported weights are those of the checkpoint, bit for bit, with the run's tokenizer."""
+    from elastic_pt.artifacts import open_trained
+    from elastic_pt.inspection import open_run
+
+    weights = open_trained(open_run(f"file://{trained.run}"), None, None).model().state_dict()
+    found = load_exported(exported).state_dict()
+    assert weights.keys() == found.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor.cpu(), found[name]), name
+    assert (exported / "tokenizer.json").read_bytes() == next(
+        trained.data.glob("tokenizer-*.json")
+    ).read_bytes()
+    assert json.loads((exported / "config.json").read_text())["max_position_embeddings"] == 16
+    assert_one_line_mistake(elastic_pt("export", trained.run, "--out", exported), "exists already")
+
+
+def test_an_export_that_cannot_be_written_is_named(trained: Trained, tmp_path: Path) -> None:
+    """A directory that cannot be made is the user's mistake: one line with --out and the path."""
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/x", tmp_path / "file" / "model"):
+        assert_one_line_mistake(elastic_pt("export", trained.run, "--out", out), f"--out {out}")
+
+
+def test_generate_is_the_same_from_run_and_export(trained: Trained, exported: Path) -> None:
+    """The same weights write the same text, wherever they come from; a seed decides the rest."""
+    from_run = elastic_pt("generate", trained.run, *GREEDY)
+    assert from_run.exit_code == 0
+    assert from_run.out.startswith("abc")
+    assert len(from_run.out) > len("abc\n")
+    assert elastic_pt("generate", exported, *GREEDY).out == from_run.out
+    sampled = [
+        elastic_pt("generate", exported, "--prompt", "", "--temperature", 2, "--seed", seed).out
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert_one_line_mistake(
+        elastic_pt("generate", exported, *GREEDY, "--step", STEPS), f"--step {STEPS}"
+    )
+
+
+def test_eval_is_the_mean_over_every_held_out_token(trained: Trained) -> None:
+    """Loss, perplexity and bits per byte are those of plain cross-entropy over all held-out tokens, each once."""
+    result = elastic_pt("eval", trained.run, "--json").json
+    data = read_manifest(open_store(str(trained.data)))
+    assert (result["step"], result["tokens"]) == (STEPS, data.tokens("held_out"))
+    expected = plain_nats(trained)
+    assert result["loss"] == pytest.approx(expected / data.tokens("held_out"), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bits_per_byte"] == pytest.approx(
+        expected / math.log(2) / data.held_out_bytes, rel=1e-5
+    )
+    assert "bits per byte" in elastic_pt("eval", trained.run, "--step", trained.kept[1]).out
+
+
+def test_eval_without_held_out_text_is_refused(
+    trained: Trained, texts: Path, tmp_path: Path
+) -> None:
+    """Nothing held out is an error, not a perfect score."""
+    (tokenizer,) = trained.data.glob("tokenizer-*.json")
+    options = ("--tokenizer", tokenizer, "--held-out", 0)
+    assert elastic_pt("prepare", texts, "--out", tmp_path / "all", *options).exit_code == 0
+    assert_one_line_mistake(
+        elastic_pt("eval", trained.run, "--data", tmp_path / "all"), "nothing was held out"
+    )
+
+
+def plain_nats(trained: Trained) -> float:
+    """Summed cross-entropy of the held-out stream, one window at a time, from full logits."""
+    from elastic_pt.artifacts import open_trained
+    from elastic_pt.inspection import open_run
+
+    opened = open_trained(open_run(f"file://{trained.run}"), None, None)
+    model = opened.model().cpu()
+    length = load_config(trained.config).data.sequence_length
+    shards = opened.data.sources[0].held_out
+    stream = [
+        token
+        for shard in shards
+        for token in numpy.fromfile(trained.data / shard.key, dtype="<u2").tolist()
+    ]
+    tokens = torch.tensor([opened.data.end_token_id, *stream])
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream), length):
+            window = tokens[start : start + length + 1]
+            logits = model.logits(model(window[None, :-1])[0])
+            total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    return total
+
+
+def test_data_that_has_moved_is_named_and_can_be_given(trained: Trained, tmp_path: Path) -> None:
+    """Without its data a run's vocabulary is unknown: one line says so, and --data tells where it is now."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained.run, copy)
+    config = copy / "config.toml"
+    config.write_text(config.read_text().replace(f"file://{trained.data}", "file:///gone/away"))
+    for command in (
+        ("generate", copy, *GREEDY),
+        ("eval", copy),
+        ("export", copy, "--out", tmp_path / "m"),
+    ):
+        assert_one_line_mistake(elastic_pt(*command), "data.url", "/gone/away", "--data")
+    moved = elastic_pt("generate", copy, *GREEDY, "--data", trained.data)
+    assert moved.out == elastic_pt("generate", trained.run, *GREEDY).out
+    assert elastic_pt("digest", copy).out == elastic_pt("digest", trained.run).out
+
+
+def test_other_data_is_refused(trained: Trained, texts: Path, tmp_path: Path) -> None:
+    """Data with another tokenizer would turn tokens into other text: refused in one line."""
+    other = tmp_path / "other"
+    prepared = elastic_pt("prepare", texts, "--out", other, "--vocab-size", 280, "--held-out", 0.2)
+    assert prepared.exit_code == 0
+    assert_one_line_mistake(
+        elastic_pt("generate", trained.run, *GREEDY, "--data", other), "another tokenizer"
+    )

@@ -1,0 +1,48 @@
+"""A small prepared corpus, and manifests that need no files."""
+
+from collections.abc import Callable
+
+import pytest
+from prepared_data import Prepared, words
+
+from elastic_pt.data.documents import SourceSpec
+from elastic_pt.data.manifest import Manifest, Shard, Source
+from elastic_pt.data.prepare import prepare
+from elastic_pt.store.open import open_store
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Two sources in shards of 1000 tokens; nobody may change it."""
+    texts = tmp_path_factory.mktemp("texts")
+    for number in range(60):
+        (texts / ("a" if number % 3 else "b")).mkdir(exist_ok=True)
+        (texts / ("a" if number % 3 else "b") / f"{number}.txt").write_text(words(number))
+    root = tmp_path_factory.mktemp("prepared")
+    store = open_store(str(root))
+    manifest = prepare(
+        [
+            SourceSpec("first", (str(texts / "a"),), weight=0.75),
+            SourceSpec("second", (str(texts / "b"),), weight=0.25),
+        ],
+        store,
+        vocab_size=300,
+        held_out=0.2,
+        shard_tokens=1000,
+    )
+    return Prepared(manifest, store, root)
+
+
+@pytest.fixture(scope="session")
+def manifest_of() -> Callable[..., Manifest]:
+    """Makes a manifest of sources with so many train tokens each; there are no files behind it."""
+
+    def make(tokens: list[int], weights: list[float] | None = None) -> Manifest:
+        shares = weights or [1 / len(tokens)] * len(tokens)
+        sources = tuple(
+            Source(f"s{i}", share, 1, (Shard(f"s{i}", count, "0" * 64),), 0, 0, ())
+            for i, (count, share) in enumerate(zip(tokens, shares, strict=True))
+        )
+        return Manifest(300, "uint16", "<|endoftext|>", 0, "t", "0" * 64, 0.0, sources, {})
+
+    return make

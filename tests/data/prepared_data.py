@@ -1,0 +1,23 @@
+"""What the tests of this folder share by name."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.store.port import Store
+
+
+def words(seed: int, count: int = 200) -> str:
+    """A deterministic text of `count` made-up words."""
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("abcdeé", k=rng.randint(1, 7))) for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data on this machine's disk."""
+
+    manifest: Manifest
+    store: Store
+    root: Path

@@ -1,0 +1,117 @@
+"""The plan: every world reads the same batches, and every row once, whatever gets killed."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.plan import DataPlan
+from elastic_pt.errors import DataError
+
+SLOTS, MICRO_BATCH, STEPS = 16, 2, 12
+BATCH = SLOTS * MICRO_BATCH
+
+Rows = list[tuple[int, int]]
+Make = Callable[..., Manifest]
+
+
+def read_step(plan: DataPlan, step: int, world_size: int, *, strided: bool) -> Rows:
+    """The global batch of a step as the workers of one world read it, put back in the order of slots."""
+    by_slot: dict[int, Rows] = {}
+    for rank in range(world_size):
+        if strided:
+            slots = range(rank, SLOTS, world_size)
+        else:
+            slots = range(rank * SLOTS // world_size, (rank + 1) * SLOTS // world_size)
+        rows = plan.slot_rows(step, slots, MICRO_BATCH)
+        for place, slot in enumerate(slots):
+            assert slot not in by_slot
+            by_slot[slot] = rows[place * MICRO_BATCH : (place + 1) * MICRO_BATCH]
+    return [row for slot in range(SLOTS) for row in by_slot[slot]]
+
+
+# One life of a world: its size, whether slots are strided, the steps it does before it is killed, and how
+# many of the newest of them no checkpoint holds.
+lives = st.lists(
+    st.tuples(st.integers(1, 16), st.booleans(), st.integers(0, 6), st.integers(0, 6)), max_size=8
+)
+
+
+@given(lives=lives, seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
+    lives: list[tuple[int, bool, int, int]], seed: int, manifest_of: Make
+) -> None:
+    """What the committed steps read does not depend on who was killed, when, and how many were left."""
+    # One epoch and a bit of the first source, two epochs and a bit of the second.
+    plan = DataPlan(manifest_of([2561, 1281], [0.5, 0.5]), 16, seed, BATCH)
+    undisturbed = [
+        plan.rows(step, slot, MICRO_BATCH) for step in range(STEPS) for slot in range(SLOTS)
+    ]
+    committed: list[Rows] = []
+    for world_size, strided, steps, lost_steps in [*lives, (1, False, STEPS, 0)]:
+        end = min(STEPS, len(committed) + steps)
+        done = [
+            read_step(plan, step, world_size, strided=strided)
+            for step in range(len(committed), end)
+        ]
+        committed += done[: max(0, len(done) - lost_steps)]
+    assert [row for batch in committed for row in batch] == [
+        row for slot in undisturbed for row in slot
+    ]
+    times_read = Counter(row for batch in committed for row in batch)
+    assert len(times_read) == plan.rows_per_epoch
+    assert {times_read[0, row] for row in range(160)} == {1, 2}
+    assert {times_read[1, row] for row in range(80)} == {2, 3}
+    assert sum(times_read.values()) == STEPS * BATCH
+
+
+@given(rows=st.integers(1, 300), seed=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_is_a_new_order_of_all_rows(rows: int, seed: int, manifest_of: Make) -> None:
+    """Each stretch of rows_per_epoch plan rows of one source holds every row once."""
+    plan = DataPlan(manifest_of([rows * 8 + 1]), 8, seed, 4)
+    assert plan.rows_per_epoch == rows
+    epochs = plan.locate(np.arange(3 * rows, dtype=np.int64))[1].reshape(3, rows)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
+    if rows > 20:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+
+
+def test_a_far_step_is_read_like_a_near_one(manifest_of: Make) -> None:
+    """A step is a function of its number: nothing before it has to be counted."""
+    plan = DataPlan(manifest_of([10**12, 10**9], [0.9, 0.1]), 2048, 7, 1024)
+    near, far = plan.rows(0, 3, 4), plan.rows(10**9, 3, 4)
+    assert near != far
+    assert far == plan.slot_rows(10**9, range(8), 4)[12:16]
+    assert all(0 <= row < plan.rows_per_source[source] for source, row in far)
+
+
+def test_a_source_without_a_whole_row_is_refused(manifest_of: Make) -> None:
+    """A row needs one token more than it predicts; the error names source, tokens and field."""
+    assert DataPlan(manifest_of([100, 17]), 16, 0, 4).rows_per_source == (6, 1)
+    with pytest.raises(
+        DataError, match=r"source s1: 16 tokens hold no row of data.sequence_length"
+    ):
+        DataPlan(manifest_of([100, 16]), 16, 0, 4)
+
+
+@pytest.mark.parametrize(("sequence_length", "global_batch"), [(0, 1), (1, 0), (-3, 1)])
+def test_a_plan_of_nothing_is_refused(
+    sequence_length: int, global_batch: int, manifest_of: Make
+) -> None:
+    """Lengths and batches are positive."""
+    with pytest.raises(DataError, match="a positive number would be right"):
+        DataPlan(manifest_of([100]), sequence_length, 0, global_batch)
+
+
+@pytest.mark.parametrize(("step", "slots"), [(-1, range(1)), (0, range(8, 9)), (0, range(-1, 2))])
+def test_what_is_outside_of_the_plan_is_a_bug(step: int, slots: range, manifest_of: Make) -> None:
+    """A slot that a step does not have is never read from the next step."""
+    with pytest.raises(ValueError, match="a step has slots 0 to 7"):
+        DataPlan(manifest_of([1000]), 16, 0, 16).slot_rows(step, slots, 2)

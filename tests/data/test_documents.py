@@ -1,0 +1,261 @@
+"""Reading a corpus: every format, one order, every kind of bad input."""
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from fsspec.implementations.local import LocalFileSystem
+
+from elastic_pt.data.documents import (
+    PIECE_BYTES,
+    Document,
+    Skip,
+    SourceSpec,
+    merge_sources,
+    parse_source,
+    read_documents,
+    standard_library_source,
+)
+from elastic_pt.errors import DataError
+
+LINES = b'{"text": "one"}\n\n{"text": "two", "id": 2}\n'
+
+
+def read(path: Path | str) -> list[str]:
+    """Texts of all documents, and `!reason` for what was skipped."""
+    return [
+        item.text if isinstance(item, Document) else f"!{item.reason}"
+        for item in read_documents(SourceSpec("s", (str(path),)))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path", "weight"),
+    [
+        ("a.txt", "corpus", "a.txt", None),
+        ("wiki=a.txt", "wiki", "a.txt", None),
+        ("wiki=a.txt@0.3", "wiki", "a.txt", 0.3),
+        ("wiki=a.txt@1e-6", "wiki", "a.txt", 1e-6),
+        ("a.txt@0.3", "corpus", "a.txt@0.3", None),
+        ("s3://user@bucket/day=1/x.txt", "corpus", "s3://user@bucket/day=1/x.txt", None),
+        ("w=s3://user@bucket/day=1@2", "w", "s3://user@bucket/day=1", 2.0),
+        ("w=https://host/x.jsonl?a=b@c", "w", "https://host/x.jsonl?a=b@c", None),
+        ("./lang=en", "corpus", "./lang=en", None),
+        ("w=dump@2024/", "w", "dump@2024/", None),
+        ("w=dump@2024@1", "w", "dump@2024", 1.0),
+    ],
+)
+def test_a_source_is_a_path_with_an_optional_name_and_weight(
+    text: str, name: str, path: str, weight: float | None
+) -> None:
+    """`=` and `@` that belong to a path or URL are never taken for a name or a weight."""
+    assert parse_source(text) == SourceSpec(name, (path,), weight)
+
+
+@pytest.mark.parametrize("text", ["", "w=", "w=@0.5", "w=a@0", "w=a@-1", "w=a@nan", "w=a@inf"])
+def test_a_source_without_a_path_or_with_an_impossible_weight_is_refused(text: str) -> None:
+    """A mistake in a source is a `DataError` that quotes it."""
+    with pytest.raises(DataError, match="would be right"):
+        parse_source(text)
+
+
+def test_sources_of_one_name_are_joined_in_order() -> None:
+    """The same name may come again; its paths are read one after the other."""
+    joined = merge_sources([parse_source(text) for text in ("w=a@0.5", "b.txt", "w=c")])
+    assert joined == (SourceSpec("w", ("a", "c"), 0.5), SourceSpec("corpus", ("b.txt",)))
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [],
+        [parse_source("w=a@0.5"), parse_source("w=b@0.6")],
+        [SourceSpec("../up", ("a",))],
+        [SourceSpec("w", ("a",)), SourceSpec("w", ("b",), suffixes=(".py",))],
+    ],
+)
+def test_sources_that_contradict_each_other_are_refused(specs: list[SourceSpec]) -> None:
+    """One name means one thing, and a name is safe as the name of a folder."""
+    with pytest.raises(DataError, match="would be right"):
+        merge_sources(specs)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.py", "X.TXT"])
+def test_a_text_file_is_a_document(tmp_path: Path, name: str) -> None:
+    """Plain text comes out as it is, without a byte-order mark."""
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbfa\r\n\xc3\xa9")
+    assert read(tmp_path / name) == ["a\r\né"]
+
+
+@pytest.mark.parametrize(
+    "text", ["p" * 999 + "\n\n", "line\n", "é", "a" * (PIECE_BYTES - 1) + "é", "\U0001f600"]
+)
+def test_a_large_text_is_cut_without_losing_a_byte(tmp_path: Path, text: str) -> None:
+    """Pieces are at most 64 KiB, valid text, and give the file when joined."""
+    whole = text * (300_000 // len(text.encode()))
+    (tmp_path / "x.txt").write_text(whole, newline="")
+    pieces = read(tmp_path / "x.txt")
+    assert "".join(pieces) == whole
+    assert max(len(piece.encode()) for piece in pieces) <= PIECE_BYTES
+    if "\n" in text:
+        assert all(piece.endswith("\n") for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x.jsonl", LINES),
+        ("x.jsonl", b"\xef\xbb\xbf" + LINES.rstrip()),
+        ("x.jsonl.gz", gzip.compress(LINES)),
+        ("x.jsonl.zst", zstandard.compress(LINES)),
+        ("x.jsonl.zst", zstandard.compress(LINES[:20]) + zstandard.compress(LINES[20:])),
+    ],
+)
+def test_each_json_line_is_a_document(tmp_path: Path, name: str, data: bytes) -> None:
+    """Compression and blank lines make no difference."""
+    (tmp_path / name).write_bytes(data)
+    assert read(tmp_path / name) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "string_view"])
+def test_each_parquet_row_is_a_document(tmp_path: Path, kind: str) -> None:
+    """The column `text` of any string type is read; a null is a counted skip."""
+    plain = pyarrow.array(["one", None, "", "two"])
+    if kind == "dictionary":
+        column = plain.dictionary_encode()
+    else:
+        column = plain.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": [1, 2, 3, 4], "text": column}), tmp_path / "x.parquet"
+    )
+    assert read(tmp_path / "x.parquet") == ["one", "!text_is_no_string", "!empty", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("x.txt", b"\xff\xfeh\x00", "!invalid_utf8"),
+        ("x.txt", b"", "!empty"),
+        ("x.txt", b" \n\t", "!empty"),
+        ("x.jsonl", b"\xff", "!invalid_utf8"),
+        ("x.jsonl", b'{"text": "cut o', "!broken_json"),
+        ("x.jsonl", b"[" * 100_000, "!broken_json"),
+        ("x.jsonl", b"1" * 10_000, "!broken_json"),
+        ("x.jsonl", b'["text"]', "!not_an_object"),
+        ("x.jsonl", b'{"text": 5}', "!text_is_no_string"),
+        ("x.jsonl", b'{"text": null}', "!text_is_no_string"),
+        ("x.jsonl", b'{"text": ""}', "!empty"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "!invalid_utf8"),
+        ("x.jsonl", b'{"id": 5}', "!no_text"),
+    ],
+)
+def test_what_cannot_be_a_document_is_skipped_with_its_reason(
+    tmp_path: Path, name: str, data: bytes, expected: str
+) -> None:
+    """A bad document is neither a crash nor a silent loss, and the ones beside it are read."""
+    good = LINES if name == "x.jsonl" else b"fine"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(data + (b"\n" + good if name == "x.jsonl" else b""))
+    (tmp_path / "folder" / "y.txt").write_bytes(b"fine")
+    found = read(tmp_path / "folder")
+    assert found[0] == expected
+    assert found[1:] == (["one", "two", "fine"] if name == "x.jsonl" else ["fine"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("x.bin", b"", "unknown suffix"),
+        ("x.jsonl", b'{"content": "a", "id": 1}\n', "found: content, id"),
+        ("x.jsonl.gz", gzip.compress(LINES * 100)[:-9], "cannot be read to its end"),
+        ("x.jsonl.gz", LINES, "cannot be read to its end"),
+        ("x.jsonl.zst", zstandard.compress(LINES)[:-3], "cut off"),
+        ("x.jsonl.zst", LINES, "cannot be read to its end"),
+        ("x.parquet", b"PAR1", "cannot be read to its end"),
+    ],
+)
+def test_a_file_that_is_unusable_as_a_whole_is_an_error(
+    tmp_path: Path, name: str, data: bytes, told: str
+) -> None:
+    """A truncated or foreign file is never taken for a shorter corpus; the error names the file."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=told) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_without_a_text_column_is_an_error(tmp_path: Path) -> None:
+    """The error lists the columns that are there."""
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: no column text \(found: content\)"):
+        read(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "nowhere.txt", "s4://bucket/x.txt"])
+def test_a_missing_path_is_an_error(path: str) -> None:
+    """A path that does not exist, or a URL nobody serves, is told in one line."""
+    with pytest.raises(DataError, match="would be right"):
+        read(path)
+
+
+def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
+    """A folder that holds nothing readable is a mistake, not an empty corpus."""
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(DataError, match="no file with a suffix"):
+        read(tmp_path)
+
+
+def test_other_files_of_a_folder_are_counted(tmp_path: Path) -> None:
+    """Files with another suffix in a folder are left out, and said to be."""
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "y.txt").write_bytes(b"y")
+    assert read(tmp_path) == ["!unknown_suffix", "y"]
+
+
+class _ReversedFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """A local file system that lists folders backwards."""
+
+    protocol = "reversed"
+
+    def find(self, *args: object, **kwargs: object) -> list[str]:
+        return sorted(super().find(*args, **kwargs), reverse=True)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("reversed://")))
+
+
+def test_the_order_of_files_does_not_depend_on_the_listing(tmp_path: Path) -> None:
+    """A folder is read by name, folder by folder, on a file system that lists in another order too."""
+    fsspec.register_implementation("reversed", _ReversedFileSystem, clobber=True)
+    for name in ("b.txt", "a/z.txt", "a-b.txt", "a/b/c.txt", "a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = ["a/b/c.txt", "a/z.txt", "a-b.txt", "a.txt", "b.txt"]
+    assert read(tmp_path) == expected
+    assert read(f"reversed://{tmp_path}") == expected
+
+
+def test_a_url_is_read_like_a_path() -> None:
+    """Anything fsspec opens can hold a corpus."""
+    with fsspec.open("memory://test-documents/x.jsonl", "wb") as file:
+        file.write(json.dumps({"text": "from memory"}).encode())
+    assert read("memory://test-documents") == ["from memory"]
+    assert read("memory://test-documents/x.jsonl") == ["from memory"]
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    """Every machine has it; the limit takes the same documents each time and never goes beyond."""
+    spec = standard_library_source(limit_characters=300_000)
+    texts = [item.text for item in read_documents(spec) if isinstance(item, Document)]
+    assert 200_000 < sum(map(len, texts)) <= 300_000
+    assert texts == [item.text for item in read_documents(spec) if isinstance(item, Document)]
+    assert not any(
+        isinstance(item, Skip) and item.reason != "empty" for item in read_documents(spec)
+    )

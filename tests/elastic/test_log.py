@@ -1,0 +1,169 @@
+"""The log has one order, one lineage, and no room for a fenced writer."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.elastic.log import RunLog, RunView, fold, record_key
+from elastic_pt.elastic.records import (
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Member,
+    Quarantine,
+    Record,
+    Stop,
+)
+from elastic_pt.errors import FencedError, LogDamaged
+from elastic_pt.store.open import open_store
+
+
+def generation(number: int, *nodes: str) -> Generation:
+    """A generation of one-worker nodes."""
+    members = tuple(Member(node, f"{node}-life", "127.0.0.1", 1, 1, 1) for node in nodes or ("a",))
+    return Generation(number, members, (8,) * len(members), "127.0.0.1", 1, None, "test")
+
+
+def commit(step: int, number: int, *older: Checkpoint) -> Commit:
+    """A commit of one step, with older ones kept."""
+    newest = Checkpoint(step, number, f"ckpt/{step:010d}-g{number}-abcd", 1, "0" * 64, 1.0)
+    return Commit((newest, *older), "history/x")
+
+
+def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> None:
+    """Opening by galloping and pointers gives the same view as reading every record, at every length."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+    writer.append(lambda _: generation(1), generation=0)
+    number = 1
+    for step in range(1, 40):
+        if step % 5 == 0:
+            number += 1
+            writer.append(lambda _: generation(number), generation=number - 1)
+        elif step % 7 == 0:
+            directory = writer.view.checkpoints[0].directory
+            writer.append(lambda _: Quarantine(directory, "bad"), generation=number)
+        else:
+            writer.append(
+                lambda view: commit(step, number, *view.checkpoints[:2]), generation=number
+            )
+        late = RunLog(store, writer="b").refresh()
+        replayed = RunView()
+        for record in RunLog(store, writer="c").records():
+            replayed = fold(replayed, record)
+        assert late == replayed == writer.view
+        assert late.run_id == replayed.run_id != ""
+
+
+def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
+    """When several nodes propose the same generation, the log holds one of them and the others are fenced."""
+    store = open_store(f"file://{tmp_path}")
+    RunLog(store, writer="first").append(lambda _: generation(1), generation=0)
+    outcomes: list[str] = []
+
+    def race(name: str) -> None:
+        log = RunLog(store, writer=name)
+        for number in range(2, 12):
+            try:
+                log.append(lambda _: generation(number, name), generation=number - 1)
+                outcomes.append(f"{number} {name}")
+            except FencedError:
+                continue
+
+    threads = [threading.Thread(target=race, args=(name,)) for name in "abcdef"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    generations = [
+        r.body for r in RunLog(store, writer="x").records() if isinstance(r.body, Generation)
+    ]
+    assert [each.number for each in generations] == list(range(1, len(generations) + 1))
+    assert sorted(outcomes) == sorted(f"{g.number} {g.members[0].node}" for g in generations[1:])
+
+
+def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
+    """After a newer generation, or the end, every append of the old one is refused and leaves no record."""
+    store = open_store(f"file://{tmp_path}")
+    old, new = RunLog(store, writer="old"), RunLog(store, writer="new")
+    old.append(lambda _: generation(1), generation=0)
+    new.append(lambda _: generation(2), generation=1)
+    for body in (commit(5, 1), Quarantine("ckpt/x", "bad"), Stop("completed", 5)):
+        with pytest.raises(FencedError, match="replaced by generation 2"):
+            old.append(lambda _: body, generation=1)
+    with pytest.raises(FencedError, match="is there already"):
+        old.append(lambda _: generation(2), generation=1)
+    new.append(lambda _: Stop("completed", 5), generation=2)
+    with pytest.raises(FencedError, match="the run has ended"):
+        new.append(lambda _: commit(6, 2), generation=2)
+    assert new.refresh().length == 3
+
+
+def test_a_slow_writer_builds_on_what_it_lost_to(tmp_path: Path) -> None:
+    """An append that loses its number is made again from the view that includes the winner."""
+    store = open_store(f"file://{tmp_path}")
+    one, two = RunLog(store, writer="one"), RunLog(store, writer="two")
+    one.append(lambda _: generation(1), generation=0)
+    two.refresh()
+    one.append(lambda _: commit(10, 1), generation=1)
+    view = two.append(lambda view: commit(20, 1, *view.checkpoints), generation=1)
+    assert [each.step for each in view.checkpoints] == [20, 10]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None:
+    """Changing any record but the newest is noticed by whoever reads the whole log."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    for step in (1, 2, 3):
+        log.append(lambda _: commit(step, 1), generation=1)
+    path = tmp_path / record_key(victim)
+    document = json.loads(path.read_bytes())
+    document["writer"] = "mallory"
+    path.chmod(0o644)
+    path.write_text(json.dumps(document))
+    with pytest.raises(LogDamaged, match="altered"):
+        list(RunLog(open_store(f"file://{tmp_path}"), writer="b").records())
+
+
+@pytest.mark.parametrize("victim", range(6))
+def test_nothing_builds_on_a_log_with_a_gap(tmp_path: Path, victim: int) -> None:
+    """If any record but the last is gone, its number is never given again: no second lineage can begin there."""
+    store = open_store(f"file://{tmp_path}")
+    log = RunLog(store, writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    for step in range(1, 7):
+        log.append(lambda view: commit(step, 1, *view.checkpoints[:2]), generation=1)
+    (tmp_path / record_key(victim)).unlink()
+    late = RunLog(store, writer="b")
+    try:
+        assert late.append(lambda _: generation(2), generation=1).length == 8
+    except LogDamaged as error:
+        assert record_key(victim) in str(error)  # noqa: PT017
+    with pytest.raises(LogDamaged, match="missing"):
+        list(RunLog(store, writer="c").records())
+    assert store.size(record_key(victim)) is None
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_record_are_refused_by_name(data: bytes) -> None:
+    """Whatever lies under a record's key, reading it gives a record or one error that names the key."""
+    with pytest.raises(LogDamaged, match="log/7"):
+        Record.from_bytes(data, key="log/7")
+
+
+def test_quarantined_checkpoints_do_not_exist(tmp_path: Path) -> None:
+    """A checkpoint is there if and only if the newest COMMIT keeps it and no QUARANTINE names it."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    log.append(lambda _: commit(10, 1), generation=1)
+    log.append(lambda view: commit(20, 1, *view.checkpoints), generation=1)
+    view = log.append(lambda view: Quarantine(view.checkpoints[0].directory, "flip"), generation=1)
+    assert [each.step for each in view.checkpoints] == [10]
+    assert [r.body.newest.step for r in log.chain(view.head, Kind.COMMIT)] == [20, 10]  # type: ignore[union-attr]

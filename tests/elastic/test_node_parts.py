@@ -1,0 +1,109 @@
+"""The small parts of a node: the channel to its workers, its scratch directory, its address, its exit causes."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from elastic_pt.elastic.address import interface_of, local_address
+from elastic_pt.elastic.channel import ORPHANED_EXIT_CODE, AgentSide, Message, WorkerSide
+from elastic_pt.elastic.processes import WorkerFailure
+from elastic_pt.elastic.scratch import scratch_directory
+from elastic_pt.errors import ConfigError
+
+
+def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
+    """Messages arrive complete and in order, and a closed worker's last words are handled before it counts as gone."""
+    heard: Queue[Message] = Queue()
+    agent = AgentSide(tmp_path / "socket", heard.put)
+    worker = WorkerSide(tmp_path / "socket")
+    for number in range(100):
+        worker.send("step", step=number, padding="x" * 5000)
+    assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
+    agent.broadcast({"kind": "released", "step": 7})
+    agent.broadcast({"kind": "drain"})
+    waiting = threading.Event()
+    while not worker.drain_requested:
+        waiting.wait(0.01)
+    assert worker.released(7)
+    assert not worker.released(8)
+    worker.send("last")
+    worker.close()
+    agent.drain_messages(5.0)
+    assert heard.get_nowait()["kind"] == "last"
+    agent.close()
+
+
+def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
+    """Losing the agent ends the worker process at once, with its own exit code."""
+    code = (
+        "import sys, threading; from pathlib import Path; from elastic_pt.elastic.channel import WorkerSide;"
+        "w = WorkerSide(Path(sys.argv[1])); w.send('hello'); threading.Event().wait(30)"
+    )
+    ready = threading.Event()
+    agent = AgentSide(tmp_path / "socket", lambda _: ready.set())
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "socket")])
+    assert ready.wait(30)
+    for connection in list(agent._connections):
+        connection.shutdown(2)
+    assert worker.wait(10) == ORPHANED_EXIT_CODE
+    agent.close()
+
+
+def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
+    """A new agent removes directories whose lock nobody holds, and leaves those of living agents alone."""
+    dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
+    for directory in (dead, alive):
+        directory.mkdir()
+        (directory / "lock").touch()
+        (directory / "shard").write_bytes(b"x")
+    held = os.open(alive / "lock", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with scratch_directory(str(tmp_path)) as mine:
+        assert mine.is_dir()
+        assert not dead.exists()
+        assert (alive / "shard").exists()
+    os.close(held)
+    assert not mine.exists()
+
+
+def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """A wrong checkpoint.staging gives one line that names it."""
+    with (
+        pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*would be right"),
+        scratch_directory(str(tmp_path / "nowhere")),
+    ):
+        pass
+
+
+def test_addresses_and_their_interfaces() -> None:
+    """This machine's address for peers is on one of its interfaces; an address it does not have is on none."""
+    assert interface_of(local_address()) is not None
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("::1") == "lo"
+    assert interface_of("192.0.2.77") is None
+    assert interface_of("2001:db8::77") is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "collateral", "words"),
+    [
+        (WorkerFailure(1, -9, ""), False, "worker 1 killed by SIGKILL"),
+        (WorkerFailure(0, 1, "ValueError: bad"), False, "worker 0 exited with 1: ValueError: bad"),
+        (
+            WorkerFailure(2, 1, "RuntimeError: [gloo/transport/tcp] Connection closed by peer"),
+            True,
+            "worker 2",
+        ),
+        (WorkerFailure(2, 1, "torch.distributed.DistBackendError: NCCL error"), True, "worker 2"),
+    ],
+)
+def test_failures_tell_their_cause(failure: WorkerFailure, collateral: bool, words: str) -> None:
+    """A worker that only lost its peers is told apart from one that failed by itself."""
+    assert failure.collateral is collateral
+    assert str(failure).startswith(words)

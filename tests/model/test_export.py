@@ -1,0 +1,126 @@
+"""The exported directory, read by transformers and by ourselves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elastic_pt.config import ModelSection
+from elastic_pt.errors import ConfigError
+from elastic_pt.model.export import export, foreign_parts, load_exported
+from elastic_pt.model.transformer import Transformer
+
+Build = Callable[..., Transformer]
+
+
+def write(model: Transformer, tokenizer_json: bytes, out: Path, shard_bytes: int = 10**9) -> None:
+    export(
+        ((name, p.detach()) for name, p in model.named_parameters()),
+        model.config,
+        model.vocabulary,
+        tokenizer_json,
+        out,
+        context_length=77,
+        max_shard_bytes=shard_bytes,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_round_trip_keeps_the_bits(
+    build: Build, tokenizer_json: bytes, tmp_path: Path, tied: bool, qk_norm: bool, shard_bytes: int
+) -> None:
+    """transformers loads every weight bit for bit, nothing missing, nothing left over; so do we."""
+    model = build(tied_embeddings=tied, qk_norm=qk_norm)
+    out = tmp_path / "model"
+    write(model, tokenizer_json, out, shard_bytes)
+    assert (len(list(out.glob("model-*.safetensors"))) > 1) == (shard_bytes < 10**9)
+    assert (out / "model.safetensors.index.json").exists()
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        for foreign, part in foreign_parts(name, parameter.detach(), model.config):
+            assert torch.equal(theirs.pop(foreign), part)
+    assert not theirs
+    assert loaded.config.max_position_embeddings == 77
+    assert loaded.config.tie_word_embeddings == tied
+    again = load_exported(out)
+    assert again.config.model_dump() | {"ffn_width": 0} == model.config.model_dump() | {
+        "ffn_width": 0
+    }
+    ours = dict(model.named_parameters())
+    assert all(torch.equal(p, ours.pop(name)) for name, p in again.named_parameters())
+    assert not ours
+
+
+def test_tokenizer_loads(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
+    """AutoTokenizer encodes as our tokenizer does and knows the end-of-text token; generation runs."""
+    out = tmp_path / "model"
+    write(build(), tokenizer_json, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("abba")["input_ids"] == [0, 1, 1, 0]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 2)
+    assert tokenizer.model_max_length == 77
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.eos_token_id == 2
+    new = model.generate(torch.tensor([[0, 1]]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert new.shape == (1, 5)
+
+
+def test_a_used_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
+    """An export never mixes with what is there."""
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        write(build(), tokenizer_json, tmp_path)
+
+
+def test_a_failed_export_leaves_nothing(
+    build: Build, tokenizer_json: bytes, tmp_path: Path
+) -> None:
+    """A directory appears whole or not at all, also when weights are missing or foreign."""
+    model = build()
+    weights = dict(model.named_parameters())
+    del weights["blocks.1.attention.qkv.weight"]
+    with pytest.raises(ConfigError, match=r"missing: blocks\.1\.attention\.qkv\.weight"):
+        export(weights, model.config, 211, tokenizer_json, tmp_path / "out", context_length=8)
+    with pytest.raises(ConfigError, match="not one of this model's"):
+        export(
+            {"x": torch.zeros(1)},
+            model.config,
+            211,
+            tokenizer_json,
+            tmp_path / "out",
+            context_length=8,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"not json", b"[]"])
+def test_a_bad_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
+    """What is not a tokenizer gives one clear line before anything is written."""
+    with pytest.raises(ConfigError, match="tokenizer"):
+        export({}, ModelSection(), 10, content, tmp_path / "out", context_length=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
+    """Loading names the file that is missing, torn or incomplete."""
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_exported(tmp_path)
+    out = tmp_path / "model"
+    write(build(), tokenizer_json, out)
+    shard = out / "model-00001-of-00001.safetensors"
+    weights = shard.read_bytes()
+    shard.write_bytes(weights[:100])
+    with pytest.raises(ConfigError, match=shard.name):
+        load_exported(out)
+    shard.write_bytes(weights)
+    shape = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(shape | {"vocab_size": 5}))
+    with pytest.raises(ConfigError, match="do not fit"):
+        load_exported(out)

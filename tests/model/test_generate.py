@@ -1,0 +1,57 @@
+"""Sampling."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from elastic_pt.model.generate import generate
+from elastic_pt.model.transformer import Transformer
+
+Build = Callable[..., Transformer]
+
+
+def test_greedy_takes_the_likeliest(build: Build) -> None:
+    """At temperature 0 each token is the argmax of the logits after everything before it."""
+    model = build()
+    context = [3, 1, 4]
+    new = generate(model, context, max_new_tokens=4, temperature=0.0)
+    for token in new:
+        with torch.no_grad():
+            assert token == int(model.logits(model(torch.tensor([context]))[0, -1]).argmax())
+        context.append(token)
+
+
+def test_the_seed_decides(build: Build) -> None:
+    """The same seed gives the same text, another seed another one, and top_k 1 is greedy."""
+    model = build()
+    first = generate(model, [1], max_new_tokens=12, seed=1)
+    assert first == generate(model, [1], max_new_tokens=12, seed=1)
+    assert first != generate(model, [1], max_new_tokens=12, seed=2)
+    greedy = generate(model, [1], max_new_tokens=5, temperature=0.0)
+    assert greedy == generate(model, [1], max_new_tokens=5, top_k=1)
+
+
+def test_limits(build: Build) -> None:
+    """The stop token ends the text and is left out; no prompt is a bug."""
+    model = build()
+    full = generate(model, [7, 8], max_new_tokens=6, temperature=0.0)
+    assert generate(model, [7, 8], max_new_tokens=6, temperature=0.0, stop_token=full[0]) == []
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, [], max_new_tokens=1)
+
+
+def test_the_context_limit_hides_earlier_tokens(build: Build) -> None:
+    """With a context limit, what came before it does not change the text; without one it does."""
+    model = build(tied_embeddings=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)  # Initial weights hardly look at the context.
+    short = generate(model, [7, 8], max_new_tokens=1, temperature=0.0)
+    texts = [
+        generate(model, [first, 7, 8], max_new_tokens=1, temperature=0.0, context_length=limit)
+        for limit in (2, 0)
+        for first in range(8)
+    ]
+    assert all(text == short for text in texts[:8])
+    assert any(text != short for text in texts[8:])

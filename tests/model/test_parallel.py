@@ -1,0 +1,134 @@
+"""Recomputation, compilation and sharding change neither names nor losses."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from elastic_pt.config import TrainSection
+from elastic_pt.errors import ConfigError
+from elastic_pt.model.initialize import fill_
+from elastic_pt.model.parallel import (
+    optimize_blocks,
+    parallelize,
+    resolve_compute_dtype,
+    resolve_device,
+)
+from elastic_pt.model.transformer import Transformer, build_on_meta
+
+Build = Callable[..., Transformer]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def loss_and_gradients(model: Transformer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    rows = torch.randint(0, 211, (2, 41), generator=torch.Generator().manual_seed(0))
+    loss = model(rows[:, :-1], rows[:, 1:], z_loss=1e-3).total
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_changes_no_bit(build: Build, how: str) -> None:
+    """Loss, gradients and names are the same with activation checkpointing, bit for bit."""
+    expected_loss, expected = loss_and_gradients(build(qk_norm=True))
+    model = build(qk_norm=True)
+    optimize_blocks(model, TrainSection.model_validate({"activation_checkpointing": how}))
+    loss, gradients = loss_and_gradients(model)
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def kept_bytes(model: Transformer) -> int:
+    """Bytes that forward keeps for backward."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows = torch.zeros(8, 65, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(rows)
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputation_saves_memory(build: Build) -> None:
+    """Full checkpointing keeps less than a third of what is kept without."""
+    model = build(layers=4)
+    without = kept_bytes(model)
+    optimize_blocks(model, TrainSection(activation_checkpointing="full"))
+    assert kept_bytes(model) < without / 3
+
+
+@pytest.mark.parametrize("how", ["none", "selective"])
+def test_compilation_keeps_the_loss(build: Build, how: str) -> None:
+    """A compiled block gives the loss and the gradients of an eager one within rounding."""
+    expected_loss, expected = loss_and_gradients(build(layers=1))
+    model = build(layers=1)
+    optimize_blocks(
+        model, TrainSection.model_validate({"compile": True, "activation_checkpointing": how})
+    )
+    loss, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0.0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharding_changes_no_bit(build: Build, tied: bool) -> None:
+    """A model sharded over one worker has the loss, gradients and names of the plain one."""
+    plain = build(tied_embeddings=tied)
+    expected_loss, expected = loss_and_gradients(plain)
+    model = build_on_meta(plain.config, plain.vocabulary)
+    train = TrainSection(activation_checkpointing="full")
+    parallelize(model, init_device_mesh("cpu", (1,)), train, torch.float32)
+    model.to_empty(device="cpu")
+    fill_(model, layers=2, seed=0)
+    loss, gradients = loss_and_gradients(model)
+    assert torch.equal(loss, expected_loss)
+    assert list(gradients) == list(expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient.to_local(), expected[name])  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("alone")
+def test_bfloat16_computes_on_float32_masters(build: Build) -> None:
+    """With bfloat16 compute, weights and gradients stay float32 and the loss is that of float32 within 1 %."""
+    plain = build()
+    expected_loss, _ = loss_and_gradients(plain)
+    model = build()
+    parallelize(model, init_device_mesh("cpu", (1,)), TrainSection(), torch.bfloat16)
+    loss, gradients = loss_and_gradients(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-2, atol=0.0)
+    assert not torch.equal(loss, expected_loss)
+
+
+def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto takes what is there; asking for an absent device is a user's mistake, in one line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(TrainSection()) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"train\.device"):
+        resolve_device(TrainSection(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device(TrainSection(), local_rank=2) == torch.device("cuda", 2)
+    assert resolve_device(TrainSection(device="cpu")) == torch.device("cpu")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert resolve_compute_dtype(TrainSection(), cuda) == torch.bfloat16
+    assert resolve_compute_dtype(TrainSection(), cpu) == torch.float32
+    assert resolve_compute_dtype(TrainSection(compute_dtype="float32"), cuda) == torch.float32
+    assert resolve_compute_dtype(TrainSection(compute_dtype="bfloat16"), cpu) == torch.bfloat16

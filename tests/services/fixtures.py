@@ -1,0 +1,96 @@
+"""Session fixtures that give tests a bucket on a real S3 server.
+
+`moto_url` and `ceph_url` yield the URL of an empty bucket and set the standard AWS variables, so that
+code under test and the processes it starts reach the server as they would reach any other. The servers
+start once per session, on first use, and end with it.
+
+A service that is missing skips its tests and says what is left out; where `CI=true` it fails them.
+"""
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_commands
+from tests.services.processes import free_port, listens, start, stop, wait_until
+
+MOTO_SERVER = Path(__file__).parents[2] / "services" / "moto-venv" / "bin" / "moto_server"
+
+
+def left_out(what: str) -> None:
+    """Skip the test and name what is left out; fail it where CI promises to leave nothing out."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(
+            f"{what}; `make services` installs it, and CI leaves nothing out", pytrace=False
+        )
+    pytest.skip(f"left out: {what}; `make services` installs it")
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a moto server that lives as long as the session."""
+    if not MOTO_SERVER.exists():
+        left_out("tests against the moto S3 server")
+    port, log = free_port(), tmp_path_factory.mktemp("moto") / "moto.log"
+    server = start([str(MOTO_SERVER), "-H", "127.0.0.1", "-p", str(port)], log, dict(os.environ))
+    try:
+        wait_until("moto", lambda: listens(port), 60.0, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop(server, 5.0)
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """A one-node Ceph with an S3 gateway that lives as long as the session."""
+    missing = missing_commands()
+    if missing:
+        left_out(f"tests against a real Ceph RGW, since {', '.join(missing)} are not installed")
+    cluster = Ceph(tmp_path_factory.mktemp("ceph"))
+    try:
+        cluster.start()
+    except (RuntimeError, TimeoutError, subprocess.TimeoutExpired) as error:
+        pytest.fail(f"Ceph is installed but did not start: {error}", pytrace=False)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def moto_url(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://` and an empty bucket on moto; the AWS variables point there."""
+    return _bucket(moto_endpoint, "moto", "moto-secret", monkeypatch)
+
+
+@pytest.fixture
+def ceph_url(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://` and an empty bucket on a real Ceph RGW; the AWS variables point there."""
+    return _bucket(ceph.endpoint, ACCESS_KEY, SECRET_KEY, monkeypatch)
+
+
+def _bucket(endpoint: str, key: str, secret: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    point_aws_at(endpoint, key, secret, monkeypatch)
+    bucket = f"elastic-pt-{uuid.uuid4().hex[:12]}"
+    options = {"endpoint_url": endpoint, "key": key, "secret": secret, "skip_instance_cache": True}
+    fsspec.filesystem("s3", **options).mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+def point_aws_at(endpoint: str, key: str, secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process and its children talk S3 to `endpoint`, whatever the user's own settings."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)

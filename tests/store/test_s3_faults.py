@@ -1,0 +1,231 @@
+"""S3 when it misbehaves: lost answers, conflicts, throttling, hangs, expired credentials.
+
+A proxy declares each fault at (method, which request) and passes everything else on to a real server.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, StoreError
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
+from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.s3 import PART_BYTES, S3Store
+from tests.services.proxy import Fault, FaultProxy
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("moto", marks=pytest.mark.moto),
+        pytest.param("ceph", marks=pytest.mark.ceph),
+    ]
+)
+def proxied(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Store, FaultProxy]]:
+    """A store whose requests go through the proxy, with the standard AWS variable for an endpoint."""
+    bucket = request.getfixturevalue(f"{request.param}_url")
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield open_store(f"{bucket}/run", deadline_s=20.0), proxy
+
+
+def test_a_create_whose_answer_was_lost_succeeded(proxied: tuple[Store, FaultProxy]) -> None:
+    """The second attempt is refused by our own first one; the bytes show that it is ours."""
+    store, proxy = proxied
+    proxy.fault("PUT", Fault.lost_response())
+    store.create("log/0", b"nonce 1")
+    assert proxy.requests["PUT"] == 2
+    assert store.read("log/0") == b"nonce 1"
+
+
+def test_a_create_answered_500_after_it_happened_succeeded(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """An error after the fact is a lost answer too."""
+    store, proxy = proxied
+    proxy.fault("PUT", Fault.answered_late(500, "InternalError"))
+    store.create("log/0", b"nonce 1")
+    assert store.read("log/0") == b"nonce 1"
+
+
+def test_a_create_that_lost_both_its_answer_and_the_race_is_told(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """Somebody else's bytes are never taken for ours, however the requests were answered."""
+    store, proxy = proxied
+    store.create("log/0", b"theirs")
+    proxy.fault("PUT", Fault.lost_response())
+    with pytest.raises(AlreadyExists):
+        store.create("log/0", b"ours")
+    assert store.read("log/0") == b"theirs"
+
+
+def test_a_conflict_is_tried_again(proxied: tuple[Store, FaultProxy]) -> None:
+    """409 ConditionalRequestConflict says that the race is undecided, not that it is lost."""
+    store, proxy = proxied
+    proxy.fault("PUT", *[Fault.status(409, "ConditionalRequestConflict")] * 2)
+    store.create("log/0", b"1")
+    assert proxy.requests["PUT"] == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(503, "SlowDown"), (500, "InternalError")],
+)
+def test_throttling_and_server_errors_pass(
+    proxied: tuple[Store, FaultProxy], status: int, code: str
+) -> None:
+    """Every operation rides out a few refusals, one request of ours per attempt."""
+    store, proxy = proxied
+    store.write("x", b"1234")
+    before = dict(proxy.requests)
+    for method in ("PUT", "GET", "HEAD", "DELETE"):
+        proxy.fault(method, *[Fault.status(status, code)] * 2)
+    store.write("x", b"12345")
+    assert store.read("x") == b"12345"
+    assert store.size("x") == 5
+    store.delete("x")
+    proxy.fault("GET", Fault.status(status, code))
+    assert store.keys("") == []
+    after = proxy.requests
+    assert after["PUT"] - before["PUT"] == 3
+    assert after["HEAD"] - before.get("HEAD", 0) == 3
+
+
+def test_a_cut_connection_is_tried_again(proxied: tuple[Store, FaultProxy]) -> None:
+    """A reset in the middle of a read costs one attempt."""
+    store, proxy = proxied
+    store.write("x", b"1234")
+    proxy.fault("GET", Fault.hang(0.0), Fault.lost_response())
+    assert store.read("x", 1, 3) == b"23"
+
+
+def test_credentials_are_renewed_once(proxied: tuple[Store, FaultProxy]) -> None:
+    """A refusal may mean that the token has just expired: one new session, at once, then no more."""
+    store, proxy = proxied
+    store.write("x", b"1")
+    proxy.fault("GET", Fault.status(400, "ExpiredToken"))
+    assert store.read("x") == b"1"
+    proxy.fault("GET", *[Fault.status(403, "AccessDenied")] * 2)
+    with pytest.raises(AccessDenied, match="reading x of s3://"):
+        store.read("x")
+    assert proxy.requests["GET"] == 4
+
+
+def test_a_part_of_a_large_upload_is_tried_again_alone(proxied: tuple[Store, FaultProxy]) -> None:
+    """One refused part does not send the others again, and a lost answer to the last request is no failure."""
+    store, proxy = proxied
+    data = os.urandom(1000) * (5 * PART_BYTES // 2000)
+    proxy.fault("PUT", Fault.status(503, "SlowDown"), Fault.lost_response())
+    store.write("large", data)
+    assert proxy.requests["PUT"] == 3 + 2
+    assert store.read("large") == data
+    proxy.fault("POST", Fault.status(500, "InternalError"), Fault.lost_response())
+    store.write("large", data[::-1])
+    assert store.read("large") == data[::-1]
+
+
+def test_a_large_upload_whose_completion_was_lost_succeeded(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """Completed, unanswered, and gone when asked again: the nonce on the object shows that it is ours."""
+    store, proxy = proxied
+    data = bytes(5 * PART_BYTES // 2)
+    sent = proxy.requests["POST"]
+    gone = Fault.status(404, "NoSuchUpload")
+    proxy.fault("POST", Fault.passed(), Fault.lost_response(), gone)
+    store.write("large", data)
+    assert proxy.requests["POST"] - sent == 3
+    assert store.size("large") == len(data)
+
+
+def test_a_large_upload_that_somebody_aborted_is_no_success(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """An upload that is gone without having been completed is an error, though an object is there."""
+    store, proxy = proxied
+    store.write("large", b"old")
+    proxy.fault("POST", Fault.passed(), Fault.status(404, "NoSuchUpload"))
+    with pytest.raises(StoreError):
+        store.write("large", bytes(5 * PART_BYTES // 2))
+    assert store.read("large") == b"old"
+
+
+def test_only_our_own_retries_happen(proxied: tuple[Store, FaultProxy]) -> None:
+    """Each refusal is seen by the one place that retries: s3fs and botocore do not multiply attempts."""
+    store, proxy = proxied
+    slept_s: list[float] = []
+    ours = S3Store(store.url, retry=Retry(Backoff(20.0), sleep=slept_s.append))
+    for code in ("SlowDown", "InternalError"):
+        proxy.fault("PUT", *[Fault.status(503, code)] * 3)
+        ours.write("x", b"1")
+    assert len(slept_s) == 6
+
+
+def test_a_large_upload_that_fails_leaves_the_old_object(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """A writer that gives up half way has written nothing, and takes its parts away."""
+    store, proxy = proxied
+    store.write("large", b"old")
+    proxy.fault("PUT", *[Fault.status(403, "AccessDenied")] * 12)
+    with pytest.raises(AccessDenied):
+        store.write("large", bytes(3 * PART_BYTES))
+    assert store.read("large") == b"old"
+    assert proxy.requests["DELETE"] == 1
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+def test_the_deadline_holds_and_says_what_was_tried(
+    proxied: tuple[Store, FaultProxy], hanging: bool
+) -> None:
+    """A store that refuses or stays silent costs the deadline, and the error names it."""
+    store, proxy = proxied
+    impatient = open_store(store.url, deadline_s=1.0)
+    fault = Fault.hang(30.0) if hanging else Fault.status(503, "SlowDown")
+    proxy.fault("PUT", *[fault] * 1000)
+    with pytest.raises(
+        StoreError,
+        match=r"creating log/0 of s3://.*: gave up after \d+ attempts in [12]\.\d s \(store.deadline_s = 1\)",
+    ):
+        impatient.create("log/0", b"1")
+
+
+def test_a_stale_listing_matters_to_nobody(proxied: tuple[Store, FaultProxy]) -> None:
+    """What was created is found by its key even where no listing works at all."""
+    store, proxy = proxied
+    store.create("log/0", b"1")
+    proxy.fault("GET", Fault.answered_with(200, "<ListBucketResult></ListBucketResult>"))
+    assert store.keys("log/") == []
+    assert store.size("log/0") == 1
+    assert store.read("log/0") == b"1"
+    with pytest.raises(AlreadyExists):
+        store.create("log/0", b"2")
+
+
+def test_a_bucket_that_does_not_exist_is_the_users_mistake(
+    proxied: tuple[Store, FaultProxy],
+) -> None:
+    """A mistyped bucket is a ConfigError that names it, not an object that is not there."""
+    for use in (
+        lambda store: store.write("x", b"1"),
+        lambda store: store.create("x", b"1"),
+        lambda store: store.read("x"),
+        lambda store: store.keys(""),
+    ):
+        with pytest.raises(ConfigError, match="s3://no-such-bucket-here/run names a bucket"):
+            use(open_store("s3://no-such-bucket-here/run", deadline_s=5.0))
+
+
+def test_wrong_credentials_are_denied(
+    proxied: tuple[Store, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing credentials are told as such, without waiting for the deadline."""
+    store, _ = proxied
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(AccessDenied, match="check the credentials"):
+        open_store(store.url).read("x")

@@ -1,0 +1,162 @@
+"""The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from elastic_pt.checkpoint.shard_file import describe_shard
+from elastic_pt.config import Config
+from elastic_pt.data.loader import StepBatch
+from elastic_pt.elastic.assignment import Outcome
+from elastic_pt.model.optimizer import local_rows
+from elastic_pt.train.loop import Identity, train
+from elastic_pt.train.state import TrainState
+from tests.train.world import VOCABULARY, config_for, tokens_of
+
+IDENTITY = Identity("0" * 64, "1" * 64, "2" * 64)
+
+
+class FakeAgent:
+    """An agent that asks for a drain at a step and whose uploads take some steps."""
+
+    def __init__(self, *, drain_at: int | None = None, upload_steps: int = 0) -> None:
+        self.messages: list[tuple[str, dict[str, object]]] = []
+        self._drain_at, self._upload_steps = drain_at, upload_steps
+
+    @property
+    def step(self) -> int:
+        """Steps reported so far."""
+        return max(
+            (int(str(each["step"])) for kind, each in self.messages if kind == "step"), default=0
+        )
+
+    @property
+    def drain_requested(self) -> bool:
+        """Whether the step has come."""
+        return self._drain_at is not None and self.step >= self._drain_at
+
+    def released(self, step: int) -> bool:
+        """Whether enough steps have passed since."""
+        return self.step >= step + self._upload_steps
+
+    def send(self, kind: str, **content: object) -> None:
+        """Take a message."""
+        self.messages.append((kind, content))
+
+    def staged(self) -> list[int]:
+        """Steps of the checkpoints that were staged."""
+        return [int(str(content["step"])) for kind, content in self.messages if kind == "staged"]
+
+
+@pytest.fixture
+def world_of_one(tmp_path: Path) -> Iterator[None]:
+    """A process group with this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/pg", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def start(config: Config) -> tuple[TrainState, Iterator[StepBatch]]:
+    """A fresh state, and the batches from its first step on."""
+    state = TrainState(config, VOCABULARY, init_device_mesh("cpu", (1,)), torch.device("cpu"))
+    state.initialize()
+
+    def batches() -> Iterator[StepBatch]:
+        for step in range(config.train.steps):
+            yield StepBatch(
+                step,
+                torch.stack([tokens_of(step, slot, config) for slot in range(config.train.slots)]),
+            )
+
+    return state, batches()
+
+
+def weights(state: TrainState) -> torch.Tensor:
+    """All weights in one vector."""
+    return torch.cat(
+        [local_rows(each.detach()).flatten().clone() for each in state.model.parameters()]
+    )
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> None:
+    """Every `every_steps` steps and after the last one a shard is staged that holds the state of its step."""
+    config = config_for(tmp_path, "train.steps=7", "checkpoint.every_steps=3")
+    state, batches = start(config)
+    agent = FakeAgent()
+    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.COMPLETED
+    assert agent.staged() == [3, 6, 7]
+    _, saved = describe_shard(tmp_path / "0000000006-rank-0.safetensors", "shard")
+    assert (saved.step, saved.optimizer_step, saved.rows_seen) == (6, 6, 48)
+    assert saved.tokens_seen == 48 * config.data.sequence_length
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_checkpoint_waits_for_the_upload_before(tmp_path: Path) -> None:
+    """While the last checkpoint is still being uploaded the next one is put off; the final one is not."""
+    config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
+    state, batches = start(config)
+    agent = FakeAgent(upload_steps=4)
+    train(config, state, batches, agent, tmp_path, IDENTITY)
+    assert agent.staged() == [2, 7, 9]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) -> None:
+    """When the agent wants the world to change, the worker finishes the step, stages its state and stops."""
+    config = config_for(tmp_path, "train.steps=9")
+    state, batches = start(config)
+    agent = FakeAgent(drain_at=3, upload_steps=99)
+    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.DRAINED
+    assert agent.staged() == [state.steps_done] == [4]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_poisoned_step_is_skipped_and_the_data_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step whose loss is not finite changes no weight and no moment, is reported, and the next step trains."""
+    config = config_for(tmp_path, "train.steps=3")
+    state, batches = start(config)
+    seen = poison(monkeypatch, state, steps={1})
+    agent = FakeAgent()
+    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.COMPLETED
+    before, poisoned, after = seen[1], seen[2], weights(state)
+    assert torch.equal(before, poisoned)
+    assert not torch.equal(poisoned, after)
+    assert state.optimizer.step_count == 2
+    skipped = [content["skipped"] for kind, content in agent.messages if kind == "step"]
+    assert [bool(each) for each in skipped] == [False, True, False]
+    assert torch.isfinite(after).all()
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After more than `max_skipped_steps` non-finite steps in a row the run ends as diverged, weights intact."""
+    config = config_for(tmp_path, "train.steps=20", "train.max_skipped_steps=2")
+    state, batches = start(config)
+    poison(monkeypatch, state, steps=set(range(4, 20)))
+    assert train(config, state, batches, FakeAgent(), tmp_path, IDENTITY) is Outcome.DIVERGED
+    assert state.steps_done == 7
+    assert torch.isfinite(weights(state)).all()
+
+
+def poison(
+    monkeypatch: pytest.MonkeyPatch, state: TrainState, steps: set[int]
+) -> dict[int, torch.Tensor]:
+    """Make the loss of some steps NaN; returns the weights as each step found them."""
+    from elastic_pt.train import step as step_module
+
+    original, seen = step_module._backward, {}
+
+    def backward(state: TrainState, tokens_BT: torch.Tensor, weight: float) -> torch.Tensor:
+        seen.setdefault(state.steps_done, weights(state))
+        share = float("nan") if state.steps_done in steps else weight
+        return original(state, tokens_BT, share) * share
+
+    monkeypatch.setattr(step_module, "_backward", backward)
+    return seen

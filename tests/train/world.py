@@ -1,0 +1,167 @@
+"""A world of gloo workers without agents: trains some steps from a checkpoint (or the seed) to a checkpoint."""
+
+import datetime
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed import TCPStore
+from torch.distributed.device_mesh import init_device_mesh
+
+from elastic_pt.checkpoint.digest import digest
+from elastic_pt.checkpoint.layout import CheckpointReference, TrainingState, checkpoint_directory
+from elastic_pt.checkpoint.restore import load_rows, read_manifest
+from elastic_pt.checkpoint.shard_file import write_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, upload_shard
+from elastic_pt.config import Config, parse_config
+from elastic_pt.store.open import open_store
+from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Control, run_step
+
+VOCABULARY = 97
+RUN_ID = "0123456789abcdef"
+_CONTEXT = torch.multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["elastic_pt.train.loop", "tests.train.world"])
+
+
+def config_for(url: Path, *overrides: str) -> Config:
+    """A tiny model with V = 8 slots of one sequence."""
+    text = f'[run]\nurl = "{url}"\n[data]\nurl = "unused"\nsequence_length = 16\n'
+    tiny = [
+        "model.layers=2",
+        "model.width=32",
+        "model.heads=4",
+        "model.kv_heads=2",
+        "train.global_batch=8",
+        "train.micro_batch=1",
+        "train.steps=20",
+        "train.warmup_steps=3",
+    ]
+    return parse_config(text, source="test", overrides=[*tiny, *overrides])
+
+
+def tokens_of(step: int, slot: int, config: Config) -> torch.Tensor:
+    """Sequences [micro_batch, T + 1] of one slot, a pure function of (step, slot)."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + slot)
+    shape = (config.train.micro_batch, config.data.sequence_length + 1)
+    return torch.randint(VOCABULARY, shape, generator=generator)
+
+
+def train_through(config: Config, worlds: Iterable[tuple[int, int]]) -> tuple[str, list[float]]:
+    """Train with each (world size, last step) in turn, resharding between them; digest and losses at the end."""
+    reference, losses = None, []
+    for generation, (world_size, last_step) in enumerate(worlds, start=1):
+        reference, more = _run_world(config, world_size, generation, reference, last_step)
+        losses += more
+    assert reference is not None
+    store = open_store(config.run.url)
+    return digest(store, read_manifest(store, reference, RUN_ID)), losses
+
+
+def _run_world(
+    config: Config,
+    world_size: int,
+    generation: int,
+    resume: CheckpointReference | None,
+    last_step: int,
+) -> tuple[CheckpointReference, list[float]]:
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = _CONTEXT.SimpleQueue()
+    with tempfile.TemporaryDirectory() as staging:
+        arguments = (config, world_size, resume, last_step, master.port, staging, results)
+        processes = [
+            _CONTEXT.Process(target=_worker, args=(rank, *arguments)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        losses = results.get()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0, f"a worker of {world_size} exited with {process.exitcode}"
+        store = open_store(config.run.url)
+        directory = checkpoint_directory(last_step, generation, "abcd")
+        parts = [
+            upload_shard(store, StagedShard(_shard(staging, rank), RUN_ID, directory, rank))
+            for rank in range(world_size)
+        ]
+        return publish_manifest(store, parts), losses
+
+
+def _shard(staging: str, rank: int) -> Path:
+    return Path(staging) / f"{rank}.safetensors"
+
+
+def _worker(
+    rank: int,
+    config: Config,
+    world_size: int,
+    resume: CheckpointReference | None,
+    last_step: int,
+    port: int,
+    staging: str,
+    results: "torch.multiprocessing.SimpleQueue",
+) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(config.train.numerics == "exact")
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    state = TrainState(
+        config, VOCABULARY, init_device_mesh("cpu", (world_size,)), torch.device("cpu")
+    )
+    _fill(config, state, resume)
+    losses = []
+    while state.steps_done < last_step:
+        step = state.steps_done
+        slots = range(rank, config.train.slots, world_size)
+        tokens = torch.stack([tokens_of(step, slot, config) for slot in slots])
+        result = run_step(state, tokens, Control(False, False), skipped_in_a_row=0)
+        losses.append(result.loss)
+    _save(config, state, _shard(staging, rank))
+    if rank == 0:
+        results.put(losses)
+    dist.destroy_process_group()
+
+
+def _fill(config: Config, state: TrainState, resume: CheckpointReference | None) -> None:
+    if resume is None:
+        state.initialize()
+        return
+    store = open_store(config.run.url)
+    manifest = read_manifest(store, resume, RUN_ID)
+    slices = dict(state.slices())
+    spans = {
+        name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
+    }
+    load_rows(store, manifest, spans, into={name: each.rows for name, each in slices.items()})
+    state.steps_done = manifest.state.step
+    state.optimizer.step_count = manifest.state.optimizer_step
+
+
+def _save(config: Config, state: TrainState, path: Path) -> None:
+    write_shard(
+        path,
+        {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
+        TrainingState(
+            step=state.steps_done,
+            optimizer_step=state.optimizer.step_count,
+            learning_rate_step=state.steps_done,
+            rows_seen=0,
+            tokens_seen=0,
+            data_position=state.steps_done,
+            seed=config.run.seed,
+            slots=config.train.slots,
+            numerics=config.train.numerics,
+            data_fingerprint="0" * 64,
+            tokenizer_sha256="0" * 64,
+            config_fingerprint=config.fingerprint(),
+        ),
+    )
