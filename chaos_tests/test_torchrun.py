@@ -1,5 +1,7 @@
 """Stock torchrun on our rendezvous: scripts that know nothing of this project become elastic."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,9 +71,14 @@ class Torchrun:
         deadline_s = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline_s:
-                words = [self._log(index).read_text()[-2000:] for index in range(len(self.agents))]
-                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n" + "\n---\n".join(words))
+                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.last_words()}")
             time.sleep(0.02)
+
+    def last_words(self) -> str:
+        """The end of each agent's output."""
+        return "\n---\n".join(
+            self._log(index).read_text()[-4000:] for index in range(len(self.agents))
+        )
 
     def _log(self, index: int) -> Path:
         return self._directory / f"agent-{index}.log"
@@ -101,7 +108,7 @@ def test_stock_torchrun_loses_an_agent(torchrun: Torchrun, victim: int) -> None:
     survivor, mark = torchrun.agents[1 - lost]
     torchrun.kill(lost)
     torchrun.until("the other has ended", lambda: survivor.poll() is not None)
-    assert survivor.returncode == 0
+    assert survivor.returncode == 0, torchrun.last_words()
     assert torchrun.lines()[-STEPS_ALONE:] == ["1 1"] * STEPS_ALONE
     newest = RunLog(open_store(torchrun.url), writer="chaos").refresh().generation
     assert newest is not None
@@ -109,3 +116,22 @@ def test_stock_torchrun_loses_an_agent(torchrun: Torchrun, victim: int) -> None:
     assert newest.reason.startswith(f"lost {generation.members[victim].node}")
     assert [member.address for member in newest.members] == ["127.0.0.1"]
     torchrun.until("no process is left", lambda: not marked(mark))
+
+
+def test_stock_torchrun_outlives_a_member_that_never_enters(torchrun: Torchrun) -> None:
+    """A member that stands still takes nobody with it: who waits for it in a new generation goes on to the next."""
+    torchrun.start()
+    torchrun.start()
+    torchrun.until("a world of two adds up", lambda: "2 3" in torchrun.lines())
+    generation = RunLog(open_store(torchrun.url), writer="chaos").refresh().generation
+    assert generation is not None
+    pids = [agent.pid for agent, _ in torchrun.agents]
+    stopped = pids.index(generation.members[1].pid)
+    agent, mark = torchrun.agents[stopped]
+    os.kill(agent.pid, signal.SIGSTOP)
+    for worker in marked(mark).keys() - {agent.pid}:
+        os.kill(worker, signal.SIGKILL)
+    survivor, _ = torchrun.agents[1 - stopped]
+    torchrun.until("the other has ended", lambda: survivor.poll() is not None)
+    assert survivor.returncode == 0, torchrun.last_words()
+    assert torchrun.lines()[-STEPS_ALONE:] == ["1 1"] * STEPS_ALONE

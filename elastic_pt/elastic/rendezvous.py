@@ -9,7 +9,9 @@ With stock torchrun the log holds generations only: what is trained, and its che
 
 import secrets
 from collections.abc import Callable
+from typing import Final
 
+from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousHandler,
@@ -25,6 +27,10 @@ from elastic_pt.elastic.node import Formed, Node, NodeOptions
 from elastic_pt.elastic.records import Stop
 from elastic_pt.errors import ConfigError
 from elastic_pt.store.open import open_store
+
+_ENTERED: Final = "entered"
+_ENTERED_POLL_S: Final = 0.01
+_STORE_GONE_S: Final = 60.0
 
 
 class LogRendezvous(RendezvousHandler):
@@ -86,6 +92,34 @@ class LogRendezvous(RendezvousHandler):
         return True
 
 
+class TorchrunRendezvous(LogRendezvous):
+    """As above, for agents that block on the store right after the rendezvous, as stock torchrun does.
+
+    Such an agent cannot be told that a member died meanwhile, and would die with it. So all members
+    meet in the store first, where waiting ends as soon as the generation has no future.
+    """
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Give up the last generation and wait for the next one that all its members have entered."""
+        while True:
+            info = super().next_rendezvous()
+            if self._all_enter(info):
+                return info
+
+    def _all_enter(self, info: RendezvousInfo) -> bool:
+        assert self.formed is not None
+        try:
+            info.store.add(_ENTERED, 1)
+            while info.store.add(_ENTERED, 0) < info.world_size:
+                if self._node.await_reform(self.formed.generation.number, _ENTERED_POLL_S):
+                    return False
+        except (DistNetworkError, DistStoreError):
+            # Its host is gone: the membership will say so. Until then there is nothing to be entered.
+            self._node.await_reform(self.formed.generation.number, _STORE_GONE_S)
+            return False
+        return True
+
+
 def torchrun_backend() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """Entry point for stock torchrun (`torchrun.handlers`): what makes a handler."""
     return create_handler
@@ -119,4 +153,4 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     run_log = RunLog(store, writer=options.name)
     node = Node(options, store, run_log, choose_resume=lambda _: None, on_drain=make_room)
     node.start()
-    return LogRendezvous(node, run_id=parameters.run_id)
+    return TorchrunRendezvous(node, run_id=parameters.run_id)
