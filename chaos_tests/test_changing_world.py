@@ -45,7 +45,9 @@ def test_a_run_survives_all_its_nodes(
 
 def test_a_node_joins_a_running_world(start: StartScenario, reference_digest: str) -> None:
     """F21: a newcomer is taken in at a step boundary; no step is lost or done twice for it."""
-    run = start("elastic.nodes_max=2", "elastic.join_window_s=0.5", nodes=1)
+    run = start(
+        "elastic.nodes_max=2", "elastic.join_window_s=0.5", "elastic.hang_timeout_s=60", nodes=1
+    )
     run.until_step(CHECKPOINT_STEPS + 3, nodes=1)
     worker = workers_of(run.fleet.pid("node-0"), run.mark)[0]
     # Steps are much shorter than an agent's start: the worker stands still until the newcomer is noticed.

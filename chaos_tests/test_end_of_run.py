@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
+from chaos_tests.processes import workers_of
 from chaos_tests.scenario import PATIENCE_S
 from elastic_pt.elastic.log import record_key
 from elastic_pt.elastic.records import Stop
@@ -40,15 +41,35 @@ def test_a_finished_run_stays_finished(start: StartScenario, reference_digest: s
     assert "Traceback" not in run.last_words()
 
 
-def test_a_node_that_is_told_to_stop_leaves_at_once_and_quietly(
+def test_a_node_that_is_told_to_stop_leaves_in_good_order(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """SIGTERM ends an agent with 143 and no traceback, its peer goes on without waiting for a timeout."""
-    run = start("elastic.heartbeat_timeout_s=60", nodes=2)
+    """SIGTERM has the world stop at a step and commit it; the others go on from there, and no step is done twice."""
+    run = start(nodes=2)
     run.until_step(8, nodes=2)
+    os.kill(run.fleet.pid("node-0"), signal.SIGTERM)
+    assert run.fleet.wait(PATIENCE_S) == {"node-0": 0, "node-1": 0}
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert newest.reason == "node-0 leaves"
+    assert newest.resume is not None
+    assert newest.resume.step == newest.frontier_step
+    assert run.events("node-0", "agent_left")
+    assert "Traceback" not in run.fleet.tail("node-0", lines=50)
+
+
+def test_a_node_that_is_told_twice_goes_at_once(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """A second SIGTERM ends an agent with 143, whatever its last checkpoint needs; the other goes on without it."""
+    # No step will ever end, so there is no step at which to leave in good order.
+    run = start("elastic.hang_timeout_s=60", nodes=2)
+    run.until_step(8, nodes=2)
+    worker = workers_of(run.fleet.pid("node-1"), run.mark)[0]
+    os.kill(worker, signal.SIGSTOP)
     os.kill(run.fleet.pid("node-1"), signal.SIGTERM)
-    codes = run.fleet.wait(PATIENCE_S)
-    assert codes == {"node-0": 0, "node-1": 143}
+    run.until("node-0 wants to drain", lambda: "drain" in run.decisions("node-0"))
+    os.kill(run.fleet.pid("node-1"), signal.SIGTERM)
+    assert run.fleet.wait(PATIENCE_S) == {"node-0": 0, "node-1": 143}
     assert run.check_whole(reference_digest).generations[-1].reason == "lost node-1"
     assert "Traceback" not in run.fleet.tail("node-1", lines=50)
 

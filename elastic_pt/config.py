@@ -190,22 +190,51 @@ class ElasticSection(Section):
     """Worker processes on this node; 0 takes one per GPU, or one on a CPU node."""
     heartbeat_interval_s: PositiveFloat = 0.2
     """Seconds between two questions to each peer."""
-    heartbeat_timeout_s: PositiveFloat = 5.0
-    """Seconds of silence after which a peer counts as gone; a refused connection counts at once."""
-    join_window_s: NonNegativeFloat = 1.0
+    heartbeat_timeout_s: PositiveFloat = 1.5
+    """Seconds without proof of life after which a peer counts as silent; a refused connection counts at once."""
+    takeover_s: PositiveFloat = 3.0
+    """Seconds that a node which is cut off from most members leaves the run to them, while log and pulse stand still."""
+    join_window_s: NonNegativeFloat = 0.5
     """Seconds without a newcomer before a world is formed, so that nodes join together."""
     settle_timeout_s: PositiveFloat = 600.0
     """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""
     collective_timeout_s: PositiveFloat = 300.0
     """Seconds after which a collective operation between workers fails."""
+    hang_timeout_s: PositiveFloat = 2.0
+    """Seconds that a worker may stand still altogether before it is killed; more where it is known to be slow."""
+    startup_timeout_s: PositiveFloat = 600.0
+    """Seconds that a worker may take for one part of its start, or for its first step."""
+    leave_timeout_s: PositiveFloat = 25.0
+    """Seconds that a node which is asked to leave (SIGTERM) may take for its last checkpoint."""
     retries_without_progress: PositiveInt = 3
     """Failures of this node's own workers without a new step after which the node leaves the run."""
+    flaps_max: PositiveInt = 3
+    """Times that a node may bring the world down within `flap_window_s` before it is kept out for a while."""
+    flap_window_s: PositiveFloat = 600.0
+    """Seconds after which a node's failures are forgotten."""
+    quarantine_s: PositiveFloat = 30.0
+    """Seconds that such a node is kept out the first time; twice as long each further time, at most an hour."""
+    same_failures_max: PositiveInt = 3
+    """Times that the same exception may end the same step, on more than one node, before the run stops."""
+    failures_max: PositiveInt = 20
+    """Worker failures in a row, on any nodes, without a new step before the run stops."""
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ElasticSection":
         if self.nodes_min > self.nodes_max:
             raise ValueError(
                 f"elastic.nodes_min = {self.nodes_min} must not exceed elastic.nodes_max = {self.nodes_max}"
+            )
+        if self.heartbeat_timeout_s < 3 * self.heartbeat_interval_s:
+            raise ValueError(
+                f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}: must be at least three times "
+                f"elastic.heartbeat_interval_s = {self.heartbeat_interval_s}"
+            )
+        if self.takeover_s < 2 * self.heartbeat_timeout_s:
+            raise ValueError(
+                f"elastic.takeover_s = {self.takeover_s}: must be at least twice "
+                f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}, or a node that is cut off could "
+                "take over before the others have noticed"
             )
         return self
 

@@ -9,8 +9,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
+import elastic_pt
 from elastic_pt.config import Config, TelemetrySection, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
@@ -34,10 +36,36 @@ def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
     }
 
 
+def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, str]:
+    """What nodes of one world compare when one joins, by name.
+
+    Beyond the run's identity it names the code: a run may go on with newer code, but never with two
+    versions at a time.
+    """
+    identity = identity_of(config, data, platform)
+    return {
+        "code": code_sha256(),
+        "torch": platform["torch"],
+        "processor": platform["processor"],
+        "train.compute_dtype": config.train.compute_dtype,
+        "data": data.fingerprint,
+        "config": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def code_sha256() -> str:
+    """SHA-256 over every source file of this package, by path."""
+    package = Path(elastic_pt.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def agree_on_identity(
     store: Store, config: Config, data: Manifest, platform: Mapping[str, str]
-) -> str:
-    """Publish this node's identity or compare it with the run's; returns its SHA-256.
+) -> None:
+    """Publish this node's identity or compare it with the run's.
 
     Raises `ConfigError` that names the first value that differs. Agent process.
     """
@@ -56,7 +84,6 @@ def agree_on_identity(
     with suppress(AlreadyExists):
         shared = config.model_copy(update={"telemetry": TelemetrySection()})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
-    return hashlib.sha256(encoded).hexdigest()
 
 
 def read_run_config(store: Store, overrides: list[str]) -> Config:

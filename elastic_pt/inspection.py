@@ -29,10 +29,11 @@ import aiohttp
 from pydantic import ValidationError
 
 from elastic_pt.config import Config
+from elastic_pt.elastic.links import TOKEN_KEY, url_of
 from elastic_pt.elastic.lobby import LOBBY, MEMBER
 from elastic_pt.elastic.log import RunLog, RunView, record_key
 from elastic_pt.elastic.membership import NodeStatus, Phase
-from elastic_pt.elastic.peers import STATUS, TOKEN_KEY, url_of
+from elastic_pt.elastic.peers import STATUS
 from elastic_pt.elastic.records import (
     COMPLETED,
     Checkpoint,

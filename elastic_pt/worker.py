@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import torch
+
+# `torch.use_deterministic_algorithms` imports it, which takes 0.3 s: once in the fork server, not in each worker.
+import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,6 +29,7 @@ from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.elastic.channel import WorkerSide
+from elastic_pt.elastic.progress import Phase, Progress
 from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.model.parallel import resolve_device
 from elastic_pt.store.open import open_store
@@ -42,15 +46,19 @@ def main(config_text: str, scratch_path: str) -> str:
     config = parse_config(config_text, source="the run's configuration")
     assignment = read_assignment(scratch)
     configure_events(config.telemetry.log_level, f"rank {os.environ['RANK']}")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    resume_step = 0 if assignment.resume is None else assignment.resume.step
+    progress = Progress(scratch, local_rank, assignment.generation, resume_step)
     agent = WorkerSide(scratch / SOCKET_NAME)
     agent.send("activity", activity="start")
-    device = resolve_device(config.train, int(os.environ["LOCAL_RANK"]))
+    device = resolve_device(config.train, local_rank)
     make_deterministic(config, device)
     mesh = join_world(config, assignment, device)
     data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
     agent.send("activity", activity="restore")
+    progress.enter(Phase.RESTORE, resume_step)
     restore(config, state, assignment, agent, manifest)
     agent.send("activity", activity="train")
     plan = DataPlan(
@@ -69,7 +77,10 @@ def main(config_text: str, scratch_path: str) -> str:
         prefetch_steps=config.data.prefetch_steps,
     )
     with loader:
-        outcome = train(config, state, iter(loader), agent, scratch, identity(config, manifest))
+        outcome = train(
+            config, state, iter(loader), agent, scratch, identity(config, manifest), progress.enter
+        )
+        progress.enter(Phase.END, state.steps_done)
     # Nobody closes connections while another worker may still be reading from them.
     dist.barrier()
     dist.destroy_process_group()

@@ -47,7 +47,8 @@ def run(
 
     Start it on every node. With a RUN_URL nothing else is needed, and --set
     changes only what may differ between nodes. It ends with exit code 0 once
-    the run is complete.
+    the run is complete, or once SIGTERM or Ctrl-C has asked this node to leave
+    and its last checkpoint is committed.
 
     \b
     [bold]Examples[/bold]
@@ -64,7 +65,8 @@ def run(
     from elastic_pt.agent import AgentOptions, run_agent
 
     stop = run_agent(config, AgentOptions(node=node, address=address))
-    _tell_end(stop.reason, stop.step)
+    if stop is not None:
+        _tell_end(stop.reason, stop.step)
 
 
 def _configuration(source: str, overrides: list[str]) -> Config:

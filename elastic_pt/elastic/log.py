@@ -22,12 +22,15 @@ from elastic_pt.elastic.records import (
     Kind,
     Quarantine,
     Record,
+    Recovery,
     Stop,
 )
 from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
 from elastic_pt.store.port import Store
 
 _APPEND_ATTEMPTS_MAX: Final = 1000
+GENERATIONS_KEPT: Final = 64
+BARS_KEPT: Final = 64
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,24 @@ class RunView:
     head: Record | None = None
     run_id: str = ""
     """Nonce of the first record; manifests carry it, so that no checkpoint of another run is accepted."""
-    generation: Generation | None = None
+    generations: tuple[Generation, ...] = ()
+    """The newest ones that were read, oldest first, at most `GENERATIONS_KEPT`."""
+    recovery: Recovery | None = None
     commit: Commit | None = None
     quarantined: frozenset[str] = frozenset()
+    bars: tuple[tuple[int, Quarantine], ...] = ()
+    """Quarantines of nodes that were read, oldest first, each with the index of its record."""
     stop: Stop | None = None
 
     @property
     def length(self) -> int:
         """Records so far, and the index that the next one will have."""
         return 0 if self.head is None else self.head.index + 1
+
+    @property
+    def generation(self) -> Generation | None:
+        """The newest generation."""
+        return self.generations[-1] if self.generations else None
 
     @property
     def generation_number(self) -> int:
@@ -64,9 +76,13 @@ def fold(view: RunView, record: Record) -> RunView:
     seen = replace(view, head=record, run_id=view.run_id or record.nonce)
     match record.body:
         case Generation():
-            return replace(seen, generation=record.body)
+            return replace(seen, generations=(*view.generations, record.body)[-GENERATIONS_KEPT:])
+        case Recovery():
+            return replace(seen, recovery=record.body)
         case Commit():
             return replace(seen, commit=record.body)
+        case Quarantine(node=node) if node:
+            return replace(seen, bars=(*view.bars, (record.index, record.body))[-BARS_KEPT:])
         case Quarantine(directory=directory):
             return replace(seen, quarantined=seen.quarantined | {directory})
         case Stop():
@@ -181,10 +197,10 @@ class RunLog:
             )
         head = self._must_read(low)
         view = RunView(run_id=self._must_read(0).nonce)
-        for kind in (Kind.GENERATION, Kind.COMMIT, Kind.STOP):
+        for kind in (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP):
             if kind in head.latest:
                 view = fold(view, self._must_read(head.latest[kind]))
-        for quarantine in self.chain(head, Kind.QUARANTINE):
+        for quarantine in reversed(list(self.chain(head, Kind.QUARANTINE))):
             view = fold(view, quarantine)
         return replace(view, head=head)
 

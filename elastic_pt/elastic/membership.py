@@ -1,6 +1,7 @@
 """Who should train: a pure decision over what one node sees.
 
-    facts (View, Limits, now_s)  ──► decide ──►  Propose | Drain | Wait | Ended, each with its reason
+    facts (View, Limits, now_s) ──► assess ──► Assessment: who is gone, cut off, failed, leaving
+                                └─► decide ──► Propose | Halt | Drain | Wait | Ended, each with its reason
 
 Every agent runs this over its own view; views differ, so several may propose at once, and the log lets
 one of them through. A node takes part by what it says of itself in heartbeats:
@@ -9,9 +10,17 @@ one of them through. A node takes part by what it says of itself in heartbeats:
     RUNNING   workers of `generation` are up
     SETTLING  workers have stopped on purpose; their checkpoint is on its way to the bucket
 
-A generation is broken once a member is lost or has spent it without being asked to. It is over, in good
-order, once all its members have spent it. Liveness is the observer's own monotonic clock over answers
-it got; no clock of another machine is ever looked at.
+A generation is broken once a member is gone, cannot be reached by another one, or has spent it without
+being asked to. It is over, in good order, once all its members have spent it. Three rules keep two halves
+of a torn network from undoing each other's work:
+
+    asked again   a world is formed only of nodes that answered after the trouble was noticed
+    larger side   who sees fewer than half of the members (or half, without the first) lets the others go
+                  first, for as long as the log or the pulse moves, and `takeover_s` beyond
+    park          of two members that cannot reach each other one waits, whatever else they can reach
+
+Liveness is the observer's own monotonic clock over answers it got; no clock of another machine is ever
+looked at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +28,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from elastic_pt.elastic.records import Generation, Member, Stop
+from elastic_pt.elastic.records import Cause, CauseKind, Generation, Member, Stop
 
 SPARE_SILENCE_SHARE: Final = 0.4
-"""A newcomer calls the members on its own; one silent for this share of the timeout is not taken in."""
+"""A newcomer that was silent for this share of the timeout is not taken in."""
+LINK_GRACE_SHARE: Final = 0.25
+"""How much longer than the timeout a link must be down before one of its ends is parked: until then the
+others may still find that the node itself is gone."""
+MESH_NODES_MAX: Final = 32
+"""Up to here every member asks every other one; in larger worlds members ask the first two."""
+LEADERS: Final = 2
+"""In a large world, members that everyone asks: the leader and who follows it."""
+
+_FULL_PACE_NODES: Final = 256
+_INTERVALS_OF_SILENCE: Final = 2.5
 
 
 class Phase(StrEnum):
@@ -31,6 +50,17 @@ class Phase(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     SETTLING = "settling"
+
+
+@dataclass(frozen=True)
+class StartTimes:
+    """How long this node's workers took to the first step of `generation`, on the agent's clock."""
+
+    generation: int
+    start_s: float
+    group_s: float
+    restore_s: float
+    step_s: float
 
 
 @dataclass(frozen=True)
@@ -45,12 +75,19 @@ class NodeStatus:
     """Records of the log it knows; a peer that knows fewer reads on."""
     spent: int
     """The newest generation whose workers it had and has no more; 0 if none."""
-    failure: str
-    """Why it spent that generation; empty when it stopped as planned."""
-    fingerprint: str
-    """SHA-256 over everything nodes must agree on; nodes with another one never train together."""
+    failure: Cause | None
+    """Why it spent that generation; None when it stopped as planned."""
+    fingerprint: Mapping[str, str]
+    """What nodes must agree on, by name; nodes that differ in one never train together."""
+    unreachable: tuple[str, ...] = ()
+    """Incarnations that should answer this node and do not."""
+    broken: int = 0
+    """The newest generation that it has given up because of something it saw itself."""
+    leaving: bool = False
+    """It wants to go, in good order."""
     step: int = 0
     loss: float | None = None
+    start_times: StartTimes | None = None
     metrics_url: str = ""
 
 
@@ -62,8 +99,11 @@ class Peer:
     """Its newest words; None if it never spoke."""
     watched_since_s: float
     heard_s: float | None
+    """When the newest message was sent that the peer is known to have received: proof of both directions."""
     refused: bool
     """Its address refuses connections, or another incarnation answers there."""
+    reached: bool = False
+    """Connecting to its address has worked."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,17 @@ class Limits:
     """V, the most workers a step can use; None when unknown (stock torchrun)."""
     heartbeat_timeout_s: float
     join_window_s: float
+    takeover_s: float
+    """How long log and pulse must stand still before somebody else's generation is taken over."""
+    heartbeat_interval_s: float = 0.2
+
+    def interval_s(self, nodes: int) -> float:
+        """Seconds between two messages to a peer: longer where one node hears hundreds."""
+        return self.heartbeat_interval_s * max(1.0, nodes / _FULL_PACE_NODES)
+
+    def silence_s(self, nodes: int) -> float:
+        """Seconds without proof of life after which a node of such a world counts as silent."""
+        return max(self.heartbeat_timeout_s, _INTERVALS_OF_SILENCE * self.interval_s(nodes))
 
 
 @dataclass(frozen=True)
@@ -89,6 +140,14 @@ class View:
     """By incarnation."""
     newcomers_changed_s: float = 0.0
     """When the set of nodes that could join last changed."""
+    broken_since_s: float | None = None
+    """When this node noticed that the newest generation has no future."""
+    quiet_since_s: float = 0.0
+    """Since when neither the log nor the pulse has moved."""
+    barred: Mapping[str, str] = field(default_factory=dict)
+    """Nodes in quarantine, by name, and why."""
+    halt: str = ""
+    """Why the run must end, if its history says so."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +155,14 @@ class Propose:
     """Append a GENERATION of these members."""
 
     members: tuple[Member, ...]
+    reason: str
+    causes: tuple[Cause, ...] = ()
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Append STOP: going on would repeat the same failure for ever."""
+
     reason: str
 
 
@@ -121,14 +188,40 @@ class Ended:
     reason: str
 
 
-Decision = Propose | Drain | Wait | Ended
+Decision = Propose | Halt | Drain | Wait | Ended
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What became of the members of the newest generation, as one of them sees it."""
+
+    alive: tuple[Member, ...]
+    """In rank order, this node included, whether they are still wanted or not."""
+    dead: tuple[Member, ...]
+    """Nobody answers at their address any more: they are gone for certain."""
+    silent: tuple[Member, ...]
+    """They should answer and do not, and no other member says that it hears them."""
+    broken_links: tuple[tuple[str, str], ...]
+    """Pairs of live members (by incarnation) one of which cannot reach the other."""
+    failures: tuple[Cause, ...]
+    gave_up: tuple[Member, ...]
+    """Members that found the generation broken, whatever this node sees."""
+    leaving: tuple[Member, ...]
+    """Members that want to go, and those that have gone in good order."""
+    over: bool
+    """All members that are left have stopped their workers."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether the generation's workers have no future."""
+        return bool(self.dead or self.silent or self.broken_links or self.failures or self.gave_up)
 
 
 def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
     """Whether a node that should answer counts as gone."""
     if peer is None:
         return False
-    last_s = peer.watched_since_s if peer.heard_s is None else peer.heard_s
+    last_s = max(peer.watched_since_s, peer.heard_s or peer.watched_since_s)
     return peer.refused or now_s - last_s > timeout_s
 
 
@@ -149,71 +242,348 @@ def slots_per_member(members: Sequence[Member], slots: int | None) -> tuple[int,
     return tuple(counts)
 
 
-def decide(view: View, limits: Limits, now_s: float) -> Decision:
-    """What this node should do now. Pure; agent process."""
-    if view.stop is not None:
-        return Ended(view.stop.reason)
-    if (
-        view.generation is not None
-        and view.generation.rank_of(view.me.member.incarnation) is not None
-    ):
-        return _decide_as_member(view, view.generation, limits, now_s)
-    return _decide_as_newcomer(view, limits, now_s)
+def whom_to_ask(
+    order: Sequence[Member], me: str, peers: Mapping[str, Peer], now_s: float, timeout_s: float
+) -> list[Member]:
+    """Which of the nodes in `order` this one keeps asking.
+
+    All of them in a small world. In a large one the first two that answer, so that a star forms whose
+    centre is never alone; the two themselves watch everyone, by the messages that everyone sends them.
+    """
+    others = [member for member in order if member.incarnation != me]
+    if len(order) <= MESH_NODES_MAX:
+        return others
+    answering = [
+        member for member in others if not is_lost(peers.get(member.incarnation), now_s, timeout_s)
+    ]
+    return answering[:LEADERS]
 
 
-def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s: float) -> Decision:
-    alive: list[Member] = []
-    lost: list[Member] = []
-    for member in generation.members:
-        mine = member.incarnation == view.me.member.incarnation
-        gone = not mine and is_lost(
-            view.peers.get(member.incarnation), now_s, limits.heartbeat_timeout_s
-        )
-        (lost if gone else alive).append(member)
-    statuses = {view.me.member.incarnation: view.me} | {
+def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The first field in which two nodes differ, in words; empty if they agree."""
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            return f"{name} = {theirs.get(name)!r}, where the run has {mine.get(name)!r}"
+    return ""
+
+
+def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> Assessment:
+    """What became of the members. `view.me` is one of them. Pure; agent process."""
+    mine = view.me.member.incarnation
+    timeout_s = limits.silence_s(len(generation.members))
+    statuses = {mine: view.me} | {
         incarnation: peer.status
         for incarnation, peer in view.peers.items()
         if peer.status is not None
     }
+    answers: dict[str, bool] = {mine: True}
+    dead, left = [], []
+    for member in generation.members:
+        peer, said = view.peers.get(member.incarnation), statuses.get(member.incarnation)
+        if member.incarnation == mine:
+            continue
+        refused = peer is not None and peer.refused
+        if (
+            said is not None
+            and said.leaving
+            and said.spent >= generation.number
+            and (refused or is_lost(peer, now_s, timeout_s))
+        ):
+            left.append(member)
+        elif refused:
+            dead.append(member)
+        else:
+            answers[member.incarnation] = not is_lost(peer, now_s, timeout_s)
+
+    links: set[tuple[str, str]] = set()
+    for speaker, answering in answers.items():
+        said = statuses.get(speaker)
+        if answering and said is not None:
+            links |= {
+                (min(speaker, other), max(speaker, other))
+                for other in said.unreachable
+                if other in answers and other != speaker
+            }
+    heard_elsewhere = _heard_by_others(view, generation, answers, statuses)
+    silent, cut_off = [], set()
+    for member in generation.members:
+        if answers.get(member.incarnation, True):
+            continue
+        if member.incarnation in heard_elsewhere:
+            cut_off.add(member.incarnation)
+            if is_lost(
+                view.peers.get(member.incarnation), now_s, timeout_s * (1 + LINK_GRACE_SHARE)
+            ):
+                links.add((min(mine, member.incarnation), max(mine, member.incarnation)))
+        else:
+            silent.append(member)
+
+    gone = {member.incarnation for member in (*dead, *silent, *left)}
+    alive = tuple(member for member in generation.members if member.incarnation not in gone)
     spent = [
         statuses[member.incarnation]
         for member in alive
         if member.incarnation in statuses
         and statuses[member.incarnation].spent >= generation.number
     ]
-    failures = [f"{status.member.node}: {status.failure}" for status in spent if status.failure]
-    newcomers = _newcomers(view, limits, now_s)
-    leads = alive[0].incarnation == view.me.member.incarnation
-
-    if lost or failures or len(spent) == len(alive):
-        causes = [f"lost {member.node}" for member in lost] + failures
-        wanted = _admit([*alive, *newcomers], limits)
-        reason = "; ".join(causes + _join_reasons(wanted, generation.members)) or "resumed"
-        if len(wanted) < limits.nodes_min:
-            return Wait(
-                f"paused: {len(wanted)} of at least {limits.nodes_min} nodes; {reason}", broken=True
+    return Assessment(
+        alive=alive,
+        dead=tuple(dead),
+        silent=tuple(silent),
+        broken_links=tuple(sorted(link for link in links if not gone & set(link))),
+        failures=tuple(status.failure for status in spent if status.failure is not None),
+        gave_up=tuple(
+            member
+            for member in alive
+            if member.incarnation in statuses
+            and statuses[member.incarnation].broken >= generation.number
+        ),
+        leaving=tuple(
+            member
+            for member in generation.members
+            if member in left
+            or (
+                member in alive
+                and member.incarnation in statuses
+                and statuses[member.incarnation].leaving
             )
-        if not leads:
-            return Wait(f"{alive[0].node} leads: {reason}", broken=True)
-        return Propose(wanted, reason)
+        ),
+        over=len(spent) == len(alive),
+    )
 
-    joining = _join_reasons(_admit([*generation.members, *newcomers], limits), generation.members)
-    settled_s = now_s - view.newcomers_changed_s
-    if joining and leads and view.me.phase is Phase.RUNNING and settled_s >= limits.join_window_s:
-        return Drain("; ".join(joining))
-    return Wait("training" if not spent else "waiting for all members to stop")
+
+def _heard_by_others(
+    view: View,
+    generation: Generation,
+    answers: Mapping[str, bool],
+    statuses: Mapping[str, NodeStatus],
+) -> set[str]:
+    """Members that some answering member of a small world (where all ask all) does not call unreachable."""
+    if len(generation.members) > MESH_NODES_MAX:
+        return set()
+    found: set[str] = set()
+    for speaker, answering in answers.items():
+        said = statuses.get(speaker)
+        knows = said is not None and said.generation >= generation.number
+        if speaker != view.me.member.incarnation and answering and said is not None and knows:
+            found |= answers.keys() - set(said.unreachable) - {speaker}
+    return found
+
+
+def decide(view: View, limits: Limits, now_s: float) -> Decision:
+    """What this node should do now. Pure; agent process."""
+    if view.stop is not None:
+        return Ended(view.stop.reason)
+    generation = view.generation
+    if generation is not None and generation.rank_of(view.me.member.incarnation) is not None:
+        return _decide_as_member(view, generation, limits, now_s)
+    return _decide_as_newcomer(view, limits, now_s)
+
+
+def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s: float) -> Decision:
+    found = assess(view, generation, limits, now_s)
+    if found.broken or found.over:
+        return _decide_next_world(view, generation, found, limits, now_s)
+    leads = next(
+        (member.incarnation for member in found.alive if member not in found.leaving), ""
+    ) in (view.me.member.incarnation, "")
+    if leads and view.me.phase is Phase.RUNNING:
+        reasons = [f"{member.node} leaves" for member in found.leaving]
+        newcomers = _newcomers(view, limits, now_s, found.alive)
+        joining = _joiners(_admit([*generation.members, *newcomers], limits), generation.members)
+        if joining and now_s - view.newcomers_changed_s >= limits.join_window_s:
+            reasons += [str(cause) for cause in joining]
+        if reasons:
+            return Drain("; ".join(reasons))
+    stopping = any(
+        peer.status is not None and peer.status.spent >= generation.number
+        for peer in view.peers.values()
+        if peer.status is not None
+        and generation.rank_of(peer.status.member.incarnation) is not None
+    )
+    return Wait("waiting for all members to stop" if stopping else "training")
+
+
+def _decide_next_world(
+    view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
+) -> Decision:
+    """The newest generation is broken or over: who goes on?"""
+    if view.halt and found.failures:
+        return Halt(view.halt)
+    parked = park(found.broken_links, generation.members)
+    stay = [
+        member
+        for member in found.alive
+        if member.incarnation not in parked and member not in found.leaving
+    ]
+    allowed = [member for member in stay if member.node not in view.barred]
+    # Rather a node that fails often than a run that stands still.
+    barred = (
+        [] if len(allowed) < limits.nodes_min else [each for each in stay if each not in allowed]
+    )
+    stay = [member for member in stay if member not in barred]
+    newcomers = _newcomers(view, limits, now_s, stay)
+    wanted = _admit([*stay, *newcomers], limits)
+    causes = (
+        *_losses(view, found, parked, generation, now_s),
+        *found.failures,
+        *(Cause(CauseKind.LEFT, member.node) for member in found.leaving),
+        *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
+        *_joiners(wanted, generation.members),
+    )
+    if not causes:
+        causes = tuple(
+            Cause(CauseKind.GAVE_UP, member.node, "for a while it could not reach the others")
+            for member in found.gave_up
+        )
+    reason = "; ".join(str(cause) for cause in causes) or "resumed"
+    if len(wanted) < limits.nodes_min:
+        return Wait(
+            f"paused: {len(wanted)} of at least {limits.nodes_min} nodes; {reason}", broken=True
+        )
+    if not _is_larger_side([*stay, *barred], found, generation):
+        quiet_s = now_s - max(view.quiet_since_s, view.broken_since_s or now_s)
+        if quiet_s < limits.takeover_s:
+            return Wait(
+                f"cut off with {len(found.alive)} of {len(generation.members)} members: "
+                f"the others go first; {reason}",
+                broken=True,
+            )
+    if wanted[0].incarnation != view.me.member.incarnation:
+        return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
+    since_s = view.broken_since_s if view.broken_since_s is not None else now_s
+    unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
+    if found.broken and unconfirmed:
+        return Wait(f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True)
+    return Propose(wanted, reason, causes)
+
+
+def _losses(
+    view: View,
+    found: Assessment,
+    parked: Sequence[str],
+    generation: Generation,
+    now_s: float,
+) -> list[Cause]:
+    """Causes for the members that do not go on through no decision of their own."""
+    noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
+
+    def sign_of_life_s(member: Member) -> float:
+        peer = view.peers.get(member.incarnation)
+        return noticed_s if peer is None or peer.heard_s is None else peer.heard_s
+
+    causes = []
+    for member in generation.members:
+        silence_s = max(0.0, noticed_s - sign_of_life_s(member))
+        if member in found.dead:
+            detail = "its address refuses connections"
+            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
+        elif member in found.silent:
+            detail = f"silent for {silence_s:.1f} s"
+            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
+        elif member.incarnation in parked:
+            others = {each for link in found.broken_links for each in link}
+            names = [
+                each.node
+                for each in generation.members
+                if each.incarnation in others
+                and each is not member
+                and _linked(found.broken_links, each.incarnation, member.incarnation)
+            ]
+            detail = f"no link to {', '.join(names)}"
+            causes.append(Cause(CauseKind.PARKED, member.node, detail, detect_s=silence_s))
+    return causes
+
+
+def _linked(links: Sequence[tuple[str, str]], one: str, other: str) -> bool:
+    return (min(one, other), max(one, other)) in links
+
+
+def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tuple[str, ...]:
+    """Incarnations that must wait so that those who go on can all reach each other.
+
+    The one with the most broken links first, of equals the one that ranks last: cheap, the same on
+    every node, and with two sides torn apart it is the smaller side.
+    """
+    rank = {member.incarnation: index for index, member in enumerate(order)}
+    left, parked = list(broken_links), []
+    while left:
+        ends = [end for link in left for end in link]
+        worst = max(set(ends), key=lambda end: (ends.count(end), rank.get(end, len(rank)), end))
+        parked.append(worst)
+        left = [link for link in left if worst not in link]
+    return tuple(sorted(parked))
+
+
+def _is_larger_side(side: Sequence[Member], found: Assessment, generation: Generation) -> bool:
+    """Whether a side has more than half of the members that may be alive, or is the first half."""
+    voters = [
+        member
+        for member in generation.members
+        if member not in found.dead and member not in found.leaving
+    ]
+    here = [member for member in voters if member in side]
+    if 2 * len(here) == len(voters):
+        return not voters or voters[0] in here
+    return 2 * len(here) > len(voters)
+
+
+def _answered(view: View, member: Member, since_s: float) -> bool:
+    """Whether a node is known to have received something that was sent since then."""
+    if member.incarnation == view.me.member.incarnation:
+        return True
+    peer = view.peers.get(member.incarnation)
+    return peer is not None and peer.heard_s is not None and peer.heard_s >= since_s
 
 
 def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
+    name = view.me.member.node
+    if name in view.barred:
+        return Wait(f"kept out: {view.barred[name]}")
     members = () if view.generation is None else view.generation.members
-    for member in members:
-        if not is_lost(view.peers.get(member.incarnation), now_s, limits.heartbeat_timeout_s):
-            return Wait(f"asked {member.node} to be taken in")
+    timeout_s = limits.silence_s(len(members))
+    reachable = [
+        member
+        for member in members
+        if not is_lost(view.peers.get(member.incarnation), now_s, timeout_s)
+    ]
+    if reachable:
+        missing = [member.node for member in members if member.incarnation in view.me.unreachable]
+        if missing:
+            return Wait(f"parked: no link to {', '.join(missing)}")
+        return Wait(f"asked {reachable[0].node} to be taken in")
+    if members:
+        refused = all(
+            peer is not None and peer.refused
+            for peer in (view.peers.get(member.incarnation) for member in members)
+        )
+        # Who refuses is most likely gone; who is silent may train on behind a torn network.
+        needed_s = limits.takeover_s / 2 if refused else limits.takeover_s
+        if now_s - view.quiet_since_s < needed_s:
+            return Wait("no member answers: watching whether the run goes on without this node")
+    if view.me.leaving:
+        return Wait("leaving")
+    return _decide_first_world(view, limits, now_s)
+
+
+def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
+    """No member is left, or there never was one: those who wait form a world."""
     candidates = sorted(
-        [view.me.member, *_newcomers(view, limits, now_s)],
+        [view.me.member, *_newcomers(view, limits, now_s, ())],
         key=lambda member: (member.node, member.incarnation),
     )
-    wanted = _admit(candidates, limits)
+    known = {member.incarnation for member in candidates}
+    links = {
+        (min(speaker, other), max(speaker, other))
+        for speaker, said in (
+            (member.incarnation, _status_of(view, member)) for member in candidates
+        )
+        if said is not None
+        for other in said.unreachable
+        if other in known and other != speaker
+    }
+    parked = park(sorted(links), candidates)
+    wanted = _admit([each for each in candidates if each.incarnation not in parked], limits)
     if len(wanted) < limits.nodes_min:
         return Wait(f"waiting for nodes: {len(wanted)} of at least {limits.nodes_min}")
     if wanted[0].incarnation != view.me.member.incarnation:
@@ -224,11 +594,20 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
     return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
 
 
-def _newcomers(view: View, limits: Limits, now_s: float) -> list[Member]:
-    """Live nodes outside the generation that wait, know the same run, and agree with this node."""
+def _status_of(view: View, member: Member) -> NodeStatus | None:
+    if member.incarnation == view.me.member.incarnation:
+        return view.me
+    peer = view.peers.get(member.incarnation)
+    return None if peer is None else peer.status
+
+
+def _newcomers(view: View, limits: Limits, now_s: float, stay: Sequence[Member]) -> list[Member]:
+    """Live nodes outside the generation that wait, can reach all who stay, and agree with this node."""
+    must_reach = {member.incarnation for member in stay}
     members = {
         member.incarnation for member in (view.generation.members if view.generation else ())
     }
+    silence_s = limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE
     return sorted(
         (
             peer.status.member
@@ -236,8 +615,13 @@ def _newcomers(view: View, limits: Limits, now_s: float) -> list[Member]:
             if peer.status is not None
             and incarnation not in members
             and peer.status.phase is Phase.WAITING
-            and peer.status.fingerprint == view.me.fingerprint
-            and not is_lost(peer, now_s, limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE)
+            and not peer.status.leaving
+            and peer.status.member.node not in view.barred
+            and not must_reach & set(peer.status.unreachable)
+            and not difference(view.me.fingerprint, peer.status.fingerprint)
+            and peer.reached
+            and peer.heard_s is not None
+            and not is_lost(peer, now_s, silence_s)
         ),
         key=lambda member: (member.node, member.incarnation),
     )
@@ -255,6 +639,8 @@ def _admit(candidates: Sequence[Member], limits: Limits) -> tuple[Member, ...]:
     return tuple(admitted)
 
 
-def _join_reasons(wanted: Sequence[Member], members: Sequence[Member]) -> list[str]:
+def _joiners(wanted: Sequence[Member], members: Sequence[Member]) -> list[Cause]:
     known = {member.incarnation for member in members}
-    return [f"{member.node} joins" for member in wanted if member.incarnation not in known]
+    return [
+        Cause(CauseKind.JOINED, member.node) for member in wanted if member.incarnation not in known
+    ]

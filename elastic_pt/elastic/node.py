@@ -1,9 +1,8 @@
-"""One node's part in the membership: a thread that hears its peers, decides, and acts on the log.
+"""One node as its agent's main thread sees it: threads that carry its part in the membership.
 
-    heartbeats ─► PeerTable ─┐
-    log.refresh ─► RunView ──┼─► decide(view, limits, now) ─► append GENERATION | ask for a drain | wait
-    main thread ─► phase ────┘                                         │
-                                    await_generation() ◄───────────────┘  (main thread, rendezvous)
+    links (event loop) ─► Participant ─► turn, on a thread that may block on the bucket
+    main thread ─► phase, progress ─┘          │
+                 await_generation() ◄──────────┘  (rendezvous)
 
 Runs in the agent process. The main thread, which owns the workers, tells what became of them
 (`running`, `settling`, `spend`) and asks what to do next (`await_generation`, `must_reform`,
@@ -11,48 +10,29 @@ Runs in the agent process. The main thread, which owns the workers, tells what b
 """
 
 import asyncio
-import dataclasses
 import datetime
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-import aiohttp
 import structlog
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 
+from elastic_pt.elastic.history import Budgets
+from elastic_pt.elastic.links import Links, run_token
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import (
-    Decision,
-    Drain,
-    Ended,
-    Limits,
-    NodeStatus,
-    Phase,
-    Propose,
-    View,
-    Wait,
-    decide,
-    is_lost,
-    slots_per_member,
-)
-from elastic_pt.elastic.peers import PeerTable, run_token, serve, watch
-from elastic_pt.elastic.records import Checkpoint, Generation, Member, Stop
-from elastic_pt.errors import (
-    ElasticPtError,
-    FencedError,
-    LogDamaged,
-    NodeFailure,
-    StoreError,
-)
+from elastic_pt.elastic.membership import Limits, NodeStatus, Phase, StartTimes
+from elastic_pt.elastic.participant import Participant, Surroundings
+from elastic_pt.elastic.pulse import Pulse
+from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Member, Stop
+from elastic_pt.errors import ElasticPtError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.store.port import Store
 
-_ALONE_INTERVAL_S: Final = 1.0
 _STORE_CONNECT: Final = datetime.timedelta(seconds=20)
 
 log = structlog.get_logger("elastic_pt.node")
@@ -74,19 +54,27 @@ class NodeOptions:
     name: str
     address: str
     workers: int
-    fingerprint: str
+    fingerprint: dict[str, str]
     limits: Limits
-    heartbeat_interval_s: float
+    budgets: Budgets = field(default_factory=Budgets)
     metrics_url: str = ""
 
 
+class Left(Exception):
+    """This node has left the run in good order."""
+
+
 class Node:
-    """See the module. `choose_resume` picks where a new generation goes on; `on_drain` asks the workers to stop."""
+    """See the module. `choose_resume` picks where a new generation goes on; `on_drain` asks the workers to stop.
+
+    `hints` is the same bucket with little patience, for what nothing depends on.
+    """
 
     def __init__(
         self,
         options: NodeOptions,
         store: Store,
+        hints: Store,
         run_log: RunLog,
         *,
         choose_resume: Callable[[RunView], Checkpoint | None],
@@ -95,32 +83,39 @@ class Node:
         self._options = options
         self._store = store
         self._log = run_log
-        self._choose_resume = choose_resume
-        self._on_drain = on_drain
-        self._table = PeerTable()
         self._changed = threading.Condition()
-        self._status = NodeStatus(
-            member=Member(
-                options.name, secrets.token_hex(8), options.address, 0, os.getpid(), options.workers
-            ),
-            phase=Phase.WAITING,
-            generation=0,
-            log_length=0,
-            spent=0,
-            failure="",
-            fingerprint=options.fingerprint,
-            metrics_url=options.metrics_url,
+        member = Member(
+            options.name, secrets.token_hex(8), options.address, 0, os.getpid(), options.workers
         )
-        self._newcomers: frozenset[str] = frozenset()
-        self._newcomers_changed_s = time.monotonic()
-        self._decision: Decision = Wait("starting")
-        self._broken: int = 0
-        self._alone = False
-        self._refreshed_s = float("-inf")
-        self._stores: dict[int, TCPStore] = {}
+        self._participant = Participant(
+            NodeStatus(
+                member=member,
+                phase=Phase.WAITING,
+                generation=0,
+                log_length=0,
+                spent=0,
+                failure=None,
+                fingerprint=options.fingerprint,
+                metrics_url=options.metrics_url,
+            ),
+            options.limits,
+            options.budgets,
+            Surroundings(
+                log=run_log,
+                lobby=Lobby(hints, time.monotonic),
+                pulse=Pulse(hints, member.incarnation),
+                clock_s=time.monotonic,
+                bind_store=self._bind_store,
+                choose_resume=choose_resume,
+                on_drain=on_drain,
+            ),
+        )
         self._crash: BaseException | None = None
         self._ready = threading.Event()
         self._leave = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news: asyncio.Event | None = None
+        self._links: Links | None = None
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
     # ---- called by the main thread -------------------------------------------------------------
@@ -131,25 +126,40 @@ class Node:
         self._ready.wait()
         self._raise_crash()
 
+    def request_leave(self) -> None:
+        """Ask to go in good order; safe to call from a signal handler."""
+        self._participant.leaving = True
+        self._tell()
+
     def leave(self) -> None:
         """Stop answering; peers see at once that this node is gone."""
         self._leave.set()
+        self._wake()
         self._thread.join(timeout=10.0)
 
     @property
     def member(self) -> Member:
         """How this node introduces itself."""
-        return self._status.member
+        return self._participant.member
 
     @property
     def view(self) -> RunView:
         """The log as this node last read it."""
         return self._log.view
 
+    def read_at_s(self, generation: int) -> float:
+        """When this node first read that generation's record, on its monotonic clock."""
+        return self._participant.read_at_s(generation)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this node has asked to go."""
+        return self._participant.leaving
+
     @property
     def reason(self) -> str:
         """What this node waits for or does, in words."""
-        return self._decision.reason
+        return self._participant.decision.reason
 
     def running(self) -> None:
         """The workers of the newest generation have been started."""
@@ -159,37 +169,58 @@ class Node:
         """The workers have stopped as planned; their checkpoint is on its way."""
         self._say(phase=Phase.SETTLING)
 
-    def spend(self, generation: int, failure: str) -> None:
-        """The workers of `generation` are gone; `failure` is empty when that was planned."""
-        if generation > self._status.spent:
+    def spend(self, generation: int, failure: Cause | None) -> None:
+        """The workers of `generation` are gone; `failure` is None when that was planned."""
+        if generation > self._participant.status.spent:
             self._say(phase=Phase.WAITING, spent=generation, failure=failure)
         else:
             self._say(phase=Phase.WAITING)
 
+    def failure(
+        self,
+        detail: str,
+        *,
+        kind: CauseKind = CauseKind.FAILED,
+        step: int = 0,
+        signature: str = "",
+    ) -> Cause:
+        """A failure of this node's own workers, as the others are told of it."""
+        return Cause(kind, self.member.node, detail, step, signature)
+
     def progress(self, step: int, loss: float | None) -> None:
         """Where the workers are, for heartbeats and `status`."""
-        self._say(step=step, loss=loss)
+        with self._changed:
+            self._participant.say(step=step, loss=loss)
+
+    def first_step(self, times: StartTimes) -> None:
+        """The workers of a generation have done their first step."""
+        self._say(start_times=times)
 
     def must_reform(self, generation: int) -> bool:
         """Whether workers of `generation` have no future: a member is lost, or the log says so."""
         self._raise_crash()
         view = self._log.view
         return (
-            self._broken >= generation
+            self._participant.broken >= generation
             or view.generation_number > generation
             or view.stop is not None
         )
 
     def await_generation(self) -> Formed | Stop:
-        """Block until the log has a generation with this node that it has not spent, or the end of the run."""
+        """Block until the log has a generation with this node that it has not spent, or the end of the run.
+
+        Raises `Left` when this node has asked to leave and nothing holds it any more, and `ConfigError`
+        when the run refuses it.
+        """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._crash is not None or self._next() is not None)
+                self._changed.wait_for(self._has_next)
                 self._raise_crash()
                 found = self._next()
             if isinstance(found, Stop):
                 return found
-            assert found is not None
+            if found is None:
+                raise Left
             rank = found.rank_of(self.member.incarnation)
             assert rank is not None
             try:
@@ -200,7 +231,9 @@ class Node:
                 )
                 self.spend(
                     found.number,
-                    f"cannot reach the store at {found.store_address}:{found.store_port}",
+                    self.failure(
+                        f"cannot reach the store at {found.store_address}:{found.store_port}"
+                    ),
                 )
 
     def await_settled(
@@ -228,6 +261,7 @@ class Node:
 
     def notice_log(self) -> None:
         """The log has grown through another thread of this process: think again."""
+        self._tell()
         with self._changed:
             self._changed.notify_all()
 
@@ -239,12 +273,31 @@ class Node:
 
     def _say(self, **changes: object) -> None:
         with self._changed:
-            self._status = dataclasses.replace(self._status, **changes)  # type: ignore[arg-type]
+            self._participant.say(**changes)
+        self._tell()
 
-    def _answer(self) -> NodeStatus:
-        view = self._log.view
-        return dataclasses.replace(
-            self._status, log_length=view.length, generation=view.generation_number
+    def _tell(self) -> None:
+        """Peers should hear at once how things stand here, and this node think again."""
+        self._wake(tell=True)
+
+    def _wake(self, *, tell: bool = False) -> None:
+        loop, news, links = self._loop, self._news, self._links
+        if loop is None or news is None or links is None or loop.is_closed():
+            return
+
+        def wake() -> None:
+            news.set()
+            if tell:
+                links.say(asks=False)
+
+        loop.call_soon_threadsafe(wake)
+
+    def _has_next(self) -> bool:
+        return (
+            self._crash is not None
+            or self._participant.refusal is not None
+            or self._next() is not None
+            or self.leaving
         )
 
     def _next(self) -> Generation | Stop | None:
@@ -252,13 +305,13 @@ class Node:
         if view.stop is not None:
             return view.stop
         generation = view.generation
-        if generation is None or generation.number <= self._status.spent:
+        if generation is None or generation.number <= self._participant.status.spent:
             return None
         return generation if generation.rank_of(self.member.incarnation) is not None else None
 
     def _connect(self, generation: Generation) -> TCPStore:
-        own = self._stores.get(generation.number)
-        if own is not None:
+        own = self._participant.stores.get(generation.number)
+        if isinstance(own, TCPStore):
             return own
         return TCPStore(
             generation.store_address,
@@ -267,7 +320,14 @@ class Node:
             timeout=_STORE_CONNECT,
         )
 
+    def _bind_store(self) -> TCPStore:
+        return TCPStore(
+            self._options.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
+        )
+
     def _raise_crash(self) -> None:
+        if self._participant.refusal is not None:
+            raise self._participant.refusal
         if isinstance(self._crash, ElasticPtError):
             raise self._crash
         if self._crash is not None:
@@ -288,145 +348,44 @@ class Node:
 
     async def _serve(self) -> None:
         token = await asyncio.to_thread(run_token, self._store)
-        runner, port = await serve(self._options.address, token, self._answer, self._table)
-        self._say(member=dataclasses.replace(self._status.member, port=port))
+        news = asyncio.Event()
+        links = Links(self._participant, token, news.set)
+        port = await links.serve(self._options.address)
+        self._participant.say(member=replace(self.member, port=port))
+        self._loop, self._news, self._links = asyncio.get_running_loop(), news, links
         await asyncio.to_thread(self._log.refresh)
         self._ready.set()
-        timeout = aiohttp.ClientTimeout(total=self._options.limits.heartbeat_timeout_s)
-        headers = {"Authorization": f"Bearer {token}"}
-        watchers: dict[str, asyncio.Task[None]] = {}
-        lobby = Lobby(self._store, self._status.member)
-        async with aiohttp.ClientSession(
-            timeout=timeout, headers=headers, connector=aiohttp.TCPConnector(limit=0)
-        ) as session:
+        pulse = asyncio.create_task(self._keep_pulse())
+        try:
             while not self._leave.is_set():
-                targets = {each.incarnation: each for each in await self._targets(lobby)}
-                for incarnation, member in targets.items():
-                    if incarnation not in watchers:
-                        watchers[incarnation] = asyncio.create_task(
-                            watch(
-                                member,
-                                session,
-                                self._answer,
-                                self._table,
-                                self._options.heartbeat_interval_s,
-                                lobby.forget,
-                            )
-                        )
-                for incarnation in set(watchers) - set(targets):
-                    watchers.pop(incarnation).cancel()
+                news.clear()
+                await self._turn(links)
                 try:
-                    await self._think()
-                except LogDamaged:
-                    raise
-                except StoreError as error:
-                    log.warning("store_unreachable", error=str(error))
-                await asyncio.sleep(self._options.heartbeat_interval_s / 2)
-            for task in watchers.values():
-                task.cancel()
-        await lobby.forget(self._status.member)
-        await runner.cleanup()
+                    await asyncio.wait_for(news.wait(), self._options.limits.heartbeat_interval_s)
+                except TimeoutError:
+                    continue
+        finally:
+            pulse.cancel()
+            self._loop = None
+            await links.close()
+            await asyncio.to_thread(self._participant.depart)
 
-    async def _targets(self, lobby: Lobby) -> list[Member]:
-        """Whom to ask: the other members; for a newcomer with no live member also whoever waits in the lobby."""
-        view = self._log.view
-        members = () if view.generation is None else view.generation.members
-        others = [each for each in members if each.incarnation != self.member.incarnation]
-        if len(others) < len(members):
-            await lobby.leave()
-            self._alone = False
-            return others
-        now_s = time.monotonic()
-        timeout_s = self._options.limits.heartbeat_timeout_s
-        self._alone = all(
-            is_lost(self._table.peers.get(each.incarnation), now_s, timeout_s) for each in members
-        )
-        return others + await lobby.waiting() if self._alone else others
-
-    async def _think(self) -> None:
-        known = max(
-            (peer.status.log_length for peer in self._table.peers.values() if peer.status),
-            default=0,
-        )
-        before = self._log.view
-        # With no member left to tell it, a newcomer has to look for itself how the log goes on.
-        looks = self._alone and time.monotonic() - self._refreshed_s >= _ALONE_INTERVAL_S
-        if known > before.length or looks:
-            self._refreshed_s = time.monotonic()
-            await asyncio.to_thread(self._log.refresh)
-        decision = self._decide()
-        acts = isinstance(decision, Propose) or (isinstance(decision, Wait) and decision.broken)
-        if acts and self._decision != decision:
-            # Someone may have acted already; what the log says comes before what the peers seem to be.
-            await asyncio.to_thread(self._log.refresh)
-            decision = self._decide()
-        if decision != self._decision:
-            log.info("decision", kind=type(decision).__name__.lower(), reason=decision.reason)
-        self._decision = decision
-        await self._act(decision)
+    async def _turn(self, links: Links) -> None:
+        told = self._participant.status
+        try:
+            await asyncio.to_thread(self._participant.turn)
+        except LogDamaged:
+            raise
+        except StoreError as error:
+            log.warning("store_unreachable", error=str(error))
+        links.aim(self._participant.targets)
+        asks = self._participant.wants_answers()
+        if asks or self._participant.status != told:
+            links.say(asks=asks)
         with self._changed:
             self._changed.notify_all()
 
-    def _decide(self) -> Decision:
-        now_s = time.monotonic()
-        run = self._log.view
-        members = {each.incarnation for each in (run.generation.members if run.generation else ())}
-        newcomers = frozenset(
-            incarnation
-            for incarnation, peer in self._table.peers.items()
-            if peer.status is not None
-            and peer.status.phase is Phase.WAITING
-            and incarnation not in members
-        )
-        if newcomers - self._newcomers:
-            self._newcomers_changed_s = now_s
-        self._newcomers = newcomers
-        view = View(
-            self._answer(), run.generation, run.stop, self._table.peers, self._newcomers_changed_s
-        )
-        return decide(view, self._options.limits, now_s)
-
-    async def _act(self, decision: Decision) -> None:
-        number = self._log.view.generation_number
-        match decision:
-            case Propose():
-                self._broken = number
-                with self._changed:
-                    self._changed.notify_all()
-                await asyncio.to_thread(self._propose, decision, number + 1)
-            case Wait(broken=True):
-                self._broken = number
-            case Drain():
-                # Said again and again: workers that have not connected yet would miss a single word.
-                self._on_drain(decision.reason)
-            case Wait() | Ended():
-                pass
-
-    def _propose(self, proposal: Propose, number: int) -> None:
-        """Bind the generation's store first, then let the log decide."""
-        store = TCPStore(
-            self._options.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
-        )
-        resume = self._choose_resume(self._log.refresh())
-        generation = Generation(
-            number=number,
-            members=proposal.members,
-            slots=slots_per_member(proposal.members, self._options.limits.slots),
-            store_address=self._options.address,
-            store_port=store.port,
-            resume=resume,
-            reason=proposal.reason,
-        )
-        try:
-            self._stores = {number: store}
-            self._log.append(lambda _: generation, generation=number - 1)
-            log.info(
-                "generation",
-                number=number,
-                members=[each.node for each in proposal.members],
-                resume_step=0 if resume is None else resume.step,
-                reason=proposal.reason,
-            )
-        except FencedError as error:
-            self._stores = {}
-            log.info("proposal_lost", number=number, reason=str(error))
+    async def _keep_pulse(self) -> None:
+        while True:
+            await asyncio.to_thread(self._participant.feel_pulse)
+            await asyncio.sleep(self._options.limits.heartbeat_interval_s)

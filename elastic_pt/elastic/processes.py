@@ -3,17 +3,22 @@
 Workers are forked from a warm fork server that has the training stack imported, and are killed with
 SIGKILL at the first sign of trouble: they are disposable, what counts is in the bucket. They die with
 the fork server (PDEATHSIG), which dies with the agent, so no orphan trains on.
+
+    every 20 ms   has one ended? ──────────┐
+    every 0.1 s   does one hang? ─ stacks ─┴► SIGKILL to all ─► evidence ─► root cause ─► on_failure
 """
 
 import ctypes
 import importlib
+import multiprocessing.process
 import os
-import re
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any, Final
 
 import torch.multiprocessing
@@ -27,35 +32,24 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
+from elastic_pt.elastic.failure import (
+    Evidence,
+    OomKills,
+    WorkerFailure,
+    read_error_file,
+    root_cause,
+)
+from elastic_pt.elastic.progress import ProgressReader, process_state
 from elastic_pt.elastic.rendezvous import LogRendezvous
+from elastic_pt.elastic.watchdog import Detector, Hang, WatchdogLimits
+from elastic_pt.errors import NodeFailure
 
 _FORK_SERVER: Final = "elastic_pt.elastic.fork_server"
 _MONITOR_INTERVAL_S: Final = 0.02
+_LOOK_INTERVAL_S: Final = 0.1
+_KILL_TIMEOUT_S: Final = 5.0
 _RESTARTS_MAX: Final = 1_000_000_000
 _PR_SET_PDEATHSIG: Final = 1
-_COLLATERAL: Final = re.compile(
-    r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """Why a worker ended."""
-
-    rank: int
-    exit_code: int
-    message: str
-
-    @property
-    def collateral(self) -> bool:
-        """Whether it only noticed that another worker was gone."""
-        return _COLLATERAL.search(self.message) is not None
-
-    def __str__(self) -> str:
-        if self.exit_code < 0:
-            return f"worker {self.rank} killed by {signal.Signals(-self.exit_code).name}"
-        return f"worker {self.rank} exited with {self.exit_code}: {self.message}"
 
 
 def die_with_parent() -> None:
@@ -84,8 +78,24 @@ def warm_fork_server(modules: list[str]) -> None:
     forkserver.ensure_running()
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """A running worker and what is needed to tell how it fares."""
+
+    rank: int
+    process: Any
+    """Of `multiprocessing`; its exit code is the fork server's word."""
+    reader: ProgressReader
+    detector: Detector
+    oom_kills: OomKills
+    error_file: Path
+
+
 class NodeProcesses(LocalElasticAgent):
-    """Starts, watches and kills this node's workers, one generation after the other. Agent process, main thread."""
+    """Starts, watches and kills this node's workers, one generation after the other. Agent process, main thread.
+
+    `run` raises `NodeFailure` when a worker does not even end by SIGKILL: the node can train no more.
+    """
 
     def __init__(
         self,
@@ -98,11 +108,18 @@ class NodeProcesses(LocalElasticAgent):
         on_start: Callable[[], None],
         on_stop: Callable[[], None],
         on_failure: Callable[[WorkerFailure], None],
+        limits: WatchdogLimits | None = None,
     ) -> None:
         self._rendezvous_handler = rendezvous
+        self._scratch = Path(scratch)
         self._on_start = on_start
         self._on_stop = on_stop
         self._on_failure = on_failure
+        self._limits = limits or WatchdogLimits()
+        self._watched: list[_Watched] = []
+        self._stuck: list[str] = []
+        """Workers that not even SIGKILL has ended."""
+        self._next_look_s = 0.0
         spec = WorkerSpec(
             role="trainer",
             local_world_size=workers,
@@ -134,38 +151,136 @@ class NodeProcesses(LocalElasticAgent):
             for local in range(spec.local_world_size)
         ]
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result: RunResult = super()._monitor_workers(worker_group)
-        if result.state is WorkerState.FAILED:
-            self._stop_workers(worker_group)
-            failures = [
-                (
-                    WorkerFailure(rank, failure.exitcode, _last_line(failure.message)),
-                    failure.timestamp,
-                )
-                for rank, failure in result.failures.items()
-            ]
-            # Of several, the first that did not merely notice another one's end.
-            self._on_failure(min(failures, key=lambda each: (each[0].collateral, each[1]))[0])
-        return result
-
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._on_start()
+        formed = self._rendezvous_handler.formed
+        assert formed is not None
+        readers = [
+            ProgressReader(self._scratch, worker.local_rank, formed.generation.number)
+            for worker in worker_group.workers
+        ]
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        context: Any = self._pcontext
+        now_s = time.monotonic()
+        self._watched = [
+            _Watched(
+                worker.global_rank,
+                # Private to torch, but its own way to ask (`wait`) ends the others with SIGTERM as soon as one
+                # has failed, and then waits 30 s for each that is stopped.
+                context._pc.processes[worker.local_rank],
+                readers[worker.local_rank],
+                Detector(self._limits, now_s),
+                OomKills(pids[worker.local_rank]),
+                Path(context.error_files[worker.local_rank]),
+            )
+            for worker in worker_group.workers
+        ]
         return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        # Workers that hand over their outcome are told to exit within `wait`: any exit that is seen here is bad.
+        exit_codes = {
+            each.rank: each.process.exitcode
+            for each in self._watched
+            if each.process.exitcode is not None
+        }
+        hangs = self._stopped_workers() if exit_codes else self._hung_workers()
+        if not exit_codes and not hangs:
+            result: RunResult = super()._monitor_workers(worker_group)
+            if result.state is not WorkerState.FAILED:
+                return result
+            # One ended between these lines; torch has ended the others, whose exit codes mean nothing now.
+            exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        self._on_failure(self._end_generation(worker_group, exit_codes, hangs))
+        return RunResult(state=WorkerState.FAILED)
+
+    def _hung_workers(self) -> dict[int, Hang]:
+        """Look at all workers, unless that was just done."""
+        now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return {}
+        self._next_look_s = now_s + _LOOK_INTERVAL_S
+        return {
+            each.rank: hang
+            for each in self._watched
+            if (
+                hang := each.detector.observe(
+                    now_s, each.reader.read(), process_state(each.process.pid)
+                )
+            )
+        }
+
+    def _stopped_workers(self) -> dict[int, Hang]:
+        return {
+            each.rank: hang
+            for each in self._watched
+            if (hang := each.detector.stopped(process_state(each.process.pid)))
+        }
+
+    def _end_generation(
+        self, worker_group: WorkerGroup, exit_codes: dict[int, int], hangs: dict[int, Hang]
+    ) -> WorkerFailure:
+        """Kill what is left, and find out why; `exit_codes` are those of workers that ended by themselves."""
+        stacks = {
+            each.rank: each.reader.request_stacks(each.process.pid)
+            for each in self._watched
+            if each.rank in hangs
+        }
+        try:
+            self._stop_workers(worker_group)
+        except NodeFailure as error:
+            why = "; ".join(f"worker {rank} {hang}" for rank, hang in hangs.items())
+            raise NodeFailure(f"{error}{why and f' ({why})'}") from None
+        return root_cause(
+            self._evidence(
+                each,
+                exit_codes.get(each.rank),
+                hangs.get(each.rank),
+                stacks.get(each.rank) or each.reader.stacks(),
+            )
+            for each in self._watched
+        )
+
+    def _evidence(
+        self, worker: _Watched, exit_code: int | None, hang: Hang | None, stacks: str
+    ) -> Evidence:
+        reading = worker.reader.read()
+        return Evidence(
+            worker.rank,
+            exit_code,
+            read_error_file(worker.error_file),
+            hang,
+            worker.oom_kills.happened(),
+            stacks,
+            None if reading is None else reading.step,
+        )
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)
+        if self._stuck:
+            raise NodeFailure("; ".join(self._stuck))
         self._on_stop()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        super()._shutdown(signal.SIGKILL, timeout)
+        """SIGKILL to all workers, and `_KILL_TIMEOUT_S` in all for them to end; whoever has not is left behind."""
+        for each in self._watched:
+            if each.process.is_alive():
+                each.process.kill()
+        deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+        for each in self._watched:
+            each.process.join(max(0.0, deadline_s - time.monotonic()))
+            if each.process.is_alive():
+                pid = each.process.pid
+                self._stuck.append(
+                    f"worker {each.rank} (process {pid}, state {process_state(pid) or 'gone'}) "
+                    f"has not ended {_KILL_TIMEOUT_S:.0f} s after SIGKILL"
+                )
+                # Or this process would wait for it at its own exit, for ever.
+                multiprocessing.process._children.discard(each.process)  # type: ignore[attr-defined]
+        if self._stuck:
+            # torch would try, and wait, once more.
+            self._watched, self._pcontext = [], None
+        super()._shutdown(signal.SIGKILL, 0)
 
     def _exit_barrier(self) -> None:
         """None: the log's STOP record, not a barrier over a store, tells that all are done."""
-
-
-def _last_line(message: Any) -> str:
-    text = message.get("message", message) if isinstance(message, dict) else message
-    lines = str(text).strip().splitlines()
-    return lines[-1][:500] if lines else ""

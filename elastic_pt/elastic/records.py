@@ -1,8 +1,9 @@
 """What a record of the run's log can say, and how it is written down.
 
     GENERATION   who trains from here on, with which slots, resuming from which checkpoint, and why
+    RECOVERY     how long the generation took to its first step, phase by phase
     COMMIT       a checkpoint counts from here on; names every checkpoint that is kept
-    QUARANTINE   a checkpoint that was committed turned out unusable
+    QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self
 
+from pydantic import TypeAdapter
+
 from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
@@ -30,6 +33,7 @@ class Kind(StrEnum):
     """The kinds of records."""
 
     GENERATION = "GENERATION"
+    RECOVERY = "RECOVERY"
     COMMIT = "COMMIT"
     QUARANTINE = "QUARANTINE"
     STOP = "STOP"
@@ -62,6 +66,60 @@ class Checkpoint:
     loss: float | None
 
 
+class CauseKind(StrEnum):
+    """What changes a world."""
+
+    LOST = "lost"
+    """A member is gone: its address refuses connections, or it is silent."""
+    FAILED = "failed"
+    """A member's own worker ended badly."""
+    UNUSABLE = "unusable"
+    """A member could not read the checkpoint to resume from; the next world takes another one."""
+    PARKED = "parked"
+    """A member lives, but not all others can reach it."""
+    GAVE_UP = "gave up"
+    """A member found the world broken; by the time all were asked, everyone answered again."""
+    LEFT = "left"
+    """A member left in good order."""
+    JOINED = "joined"
+    """A newcomer was taken in."""
+    BARRED = "barred"
+    """A member brought the world down too often and waits out its quarantine."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One reason for a new generation."""
+
+    kind: CauseKind
+    node: str
+    detail: str = ""
+    """How it was noticed, or what the worker died of, in one line."""
+    step: int = 0
+    """The step that the failed worker was at; 0 if unknown."""
+    signature: str = ""
+    """What a Python exception has in common with the same one at another time; empty for other causes."""
+    detect_s: float = 0.0
+    """Seconds from the last sign of life to the moment the cause was noticed."""
+
+    def __str__(self) -> str:
+        match self.kind:
+            case CauseKind.LOST:
+                return f"lost {self.node}"
+            case CauseKind.FAILED | CauseKind.UNUSABLE:
+                return f"{self.node}: {self.detail}"
+            case CauseKind.PARKED:
+                return f"{self.node} parked: {self.detail}"
+            case CauseKind.GAVE_UP:
+                return f"{self.node} gave up: {self.detail}"
+            case CauseKind.LEFT:
+                return f"{self.node} leaves"
+            case CauseKind.JOINED:
+                return f"{self.node} joins"
+            case CauseKind.BARRED:
+                return f"{self.node} kept out: {self.detail}"
+
+
 @dataclass(frozen=True)
 class Generation:
     """Who trains. Ranks follow the order of `members`, each member's workers side by side."""
@@ -76,6 +134,12 @@ class Generation:
     resume: Checkpoint | None
     """Where training goes on; None is the start."""
     reason: str
+    causes: tuple[Cause, ...] = ()
+    """What the reason says, for programs."""
+    frontier_step: int = 0
+    """The newest step that any member had done before; steps up to it are done again."""
+    agree_s: float = 0.0
+    """Seconds from the first member noticing, as the proposer saw it, to this record."""
 
     @property
     def world_size(self) -> int:
@@ -109,11 +173,34 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """The generation has done its first step. Seconds are the slowest member's, each on its own clock."""
+
+    number: int
+    start_s: float
+    """From the record to connected workers: the old ones killed, new ones forked."""
+    group_s: float
+    """Process group, model and mesh."""
+    restore_s: float
+    """Weights and optimizer state read, or initialised."""
+    step_s: float
+    """Data and the first step."""
+    total_s: float
+    """From noticing the cause to the first step done, on the clock of the node that proposed."""
+
+
+@dataclass(frozen=True)
 class Quarantine:
-    """A committed checkpoint must not be used any more."""
+    """A committed checkpoint must not be used any more, or a node is kept out for some seconds.
+
+    Every node counts the seconds from when it reads the record: nobody's wall clock matters.
+    """
 
     directory: str
+    """The checkpoint; empty for a node."""
     why: str
+    node: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,13 +211,17 @@ class Stop:
     step: int
 
 
-Body = Generation | Commit | Quarantine | Stop
+Body = Generation | Recovery | Commit | Quarantine | Stop
 
 _KIND_OF: Final[dict[type, Kind]] = {
     Generation: Kind.GENERATION,
+    Recovery: Kind.RECOVERY,
     Commit: Kind.COMMIT,
     Quarantine: Kind.QUARANTINE,
     Stop: Kind.STOP,
+}
+_BODIES: Final[dict[Kind, TypeAdapter[Any]]] = {
+    kind: TypeAdapter(body) for body, kind in _KIND_OF.items()
 }
 
 
@@ -199,21 +290,7 @@ class Record:
 
 
 def _body_from(kind: Kind, body: dict[str, Any]) -> Body:
-    match kind:
-        case Kind.GENERATION:
-            resume = body.pop("resume")
-            return Generation(
-                members=tuple(Member(**member) for member in body.pop("members")),
-                slots=tuple(body.pop("slots")),
-                resume=None if resume is None else Checkpoint(**resume),
-                **body,
-            )
-        case Kind.COMMIT:
-            checkpoints = tuple(Checkpoint(**checkpoint) for checkpoint in body.pop("checkpoints"))
-            if not checkpoints:
-                raise ValueError("a COMMIT without a checkpoint")
-            return Commit(checkpoints=checkpoints, **body)
-        case Kind.QUARANTINE:
-            return Quarantine(**body)
-        case Kind.STOP:
-            return Stop(**body)
+    found: Body = _BODIES[kind].validate_python(body)
+    if isinstance(found, Commit) and not found.checkpoints:
+        raise ValueError("a COMMIT without a checkpoint")
+    return found

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable
 from typing import Final
 
+import torch
 from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -20,6 +21,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Limits
@@ -55,7 +57,10 @@ class LogRendezvous(RendezvousHandler):
         """Give up the last generation and wait for the next one with this node in it."""
         if self.formed is not None:
             number = self.formed.generation.number
-            self._node.spend(number, "" if self._node.must_reform(number) else "its workers failed")
+            own = (
+                None if self._node.must_reform(number) else self._node.failure("its workers failed")
+            )
+            self._node.spend(number, own)
         found = self._node.await_generation()
         if isinstance(found, Stop):
             raise RendezvousClosedError(f"the run has ended: {found.reason}")
@@ -127,7 +132,7 @@ def torchrun_backend() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
 def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     """A rendezvous for stock torchrun, on the log at `--rdzv-endpoint`. Agent process of torchrun."""
-    url = parameters.endpoint
+    url, defaults = parameters.endpoint, ElasticSection()
     if not url:
         raise ConfigError("--rdzv-endpoint: missing; the URL of a run directory would be right")
     address = parameters.local_addr or local_address()
@@ -136,21 +141,25 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
         name=parameters.get("node") or f"{address}-{secrets.token_hex(3)}",
         address=address,
         workers=1,
-        fingerprint=f"torchrun {parameters.run_id}",
+        fingerprint={"torchrun --rdzv-id": parameters.run_id, "torch": torch.__version__},
         limits=Limits(
             nodes_min=parameters.min_nodes,
             nodes_max=parameters.max_nodes,
             slots=None,
-            heartbeat_timeout_s=float(parameters.get("heartbeat_timeout_s", 5.0)),
-            join_window_s=float(parameters.get("join_window_s", 1.0)),
+            heartbeat_timeout_s=float(
+                parameters.get("heartbeat_timeout_s", defaults.heartbeat_timeout_s)
+            ),
+            join_window_s=float(parameters.get("join_window_s", defaults.join_window_s)),
+            takeover_s=float(parameters.get("takeover_s", defaults.takeover_s)),
+            heartbeat_interval_s=defaults.heartbeat_interval_s,
         ),
-        heartbeat_interval_s=0.2,
     )
 
     def make_room(reason: str) -> None:
-        node.spend(node.view.generation_number, reason)
+        # Stock workers cannot be drained; to make room for others they are ended where they are.
+        node.spend(node.view.generation_number, node.failure(reason))
 
     run_log = RunLog(store, writer=options.name)
-    node = Node(options, store, run_log, choose_resume=lambda _: None, on_drain=make_room)
+    node = Node(options, store, store, run_log, choose_resume=lambda _: None, on_drain=make_room)
     node.start()
     return TorchrunRendezvous(node, run_id=parameters.run_id)

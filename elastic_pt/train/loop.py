@@ -7,7 +7,7 @@ are the agent's. All workers take the same decisions, because they decide from w
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.elastic.assignment import Outcome
+from elastic_pt.elastic.progress import Phase
 from elastic_pt.health.ladder import Rung
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, StepResult, run_step
@@ -45,6 +46,10 @@ class Identity:
     config_fingerprint: str
 
 
+def unwatched(phase: Phase, step: int) -> None:
+    """What `train` tells where no agent watches."""
+
+
 def train(
     config: Config,
     state: TrainState,
@@ -52,17 +57,23 @@ def train(
     agent: Agent,
     staging: Path,
     identity: Identity,
+    enter: Callable[[Phase, int], None] = unwatched,
 ) -> Outcome:
-    """Train until the last step or until the agent wants the world to change. Worker process; communicates."""
+    """Train until the last step or until the agent wants the world to change. Worker process; communicates.
+
+    `enter(phase, steps done)` is told what comes next, for the watchdog.
+    """
     last_checkpoint = state.steps_done
     staged_step: int | None = None
     skipped_in_a_row = 0
     while state.steps_done < config.train.steps:
         started_s = time.monotonic()
+        enter(Phase.DATA, state.steps_done)
         batch = next(batches)
         assert batch.step == state.steps_done
         data_wait_s = time.monotonic() - started_s
         pending = staged_step is not None and not agent.released(staged_step)
+        enter(Phase.COMPUTE, state.steps_done)
         tokens_SBT = batch.tokens_VBT.to(state.device, non_blocking=True)
         result = run_step(
             state,
@@ -77,6 +88,7 @@ def train(
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         if finished or result.control.drain or (due and not result.control.checkpoint_pending):
+            enter(Phase.STAGE, state.steps_done)
             stage(config, state, agent, staging, identity)
             last_checkpoint = staged_step = state.steps_done
         if result.control.drain and not finished:

@@ -1,0 +1,167 @@
+"""A node's share in checkpoints: staged shards go up, complete ones are committed, bad ones never used again.
+
+    staged ─► Uploader ─► bucket        (every node)
+              Committer ─► COMMIT       (the node of rank 0)
+    commit or upload ─► `released` ─► workers may stage the next one
+
+Agent process; called from the channel's, the upload, the commit and the membership threads.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from elastic_pt.checkpoint.restore import quick_check
+from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.commit import Committer, directory_of, reference_of
+from elastic_pt.config import Config
+from elastic_pt.elastic.channel import Message
+from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.node import Formed, Node
+from elastic_pt.elastic.records import Checkpoint, Generation, Quarantine
+from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.store.port import Store
+from elastic_pt.telemetry.catalogue import Metrics
+
+log = structlog.get_logger("elastic_pt.checkpointing")
+
+
+def choose_resume(store: Store, run_log: RunLog, view: RunView) -> Checkpoint | None:
+    """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
+
+    None at the start of a run. Raises `CheckpointError` if none of those that were committed is left.
+    """
+    for checkpoint in view.checkpoints:
+        try:
+            quick_check(store, reference_of(checkpoint), view.run_id)
+            return checkpoint
+        except CheckpointError as error:
+            quarantine(run_log, view.generation_number, checkpoint.directory, str(error))
+    if view.commit is not None:
+        raise CheckpointError(
+            f"{store.url}: none of the committed checkpoints is usable; "
+            "`elastic-pt checkpoints --verify` and `elastic-pt log` tell why"
+        )
+    return None
+
+
+def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> None:
+    """Say in the log that a committed checkpoint must not be used any more."""
+    log.error("checkpoint_quarantined", directory=directory, why=why)
+    try:
+        run_log.append(lambda _: Quarantine(directory, why), generation=generation)
+    except FencedError as error:
+        log.info("quarantine_fenced", reason=str(error))
+    except StoreError as error:
+        log.error("quarantine_failed", reason=str(error))
+
+
+class Checkpointing:
+    """See the module. `formed` tells the generation whose workers run; `release(step)` lets them go on."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        run_log: RunLog,
+        node: Node,
+        metrics: Metrics,
+        *,
+        formed: Callable[[], Formed],
+        release: Callable[[int], None],
+    ) -> None:
+        self._log = run_log
+        self._node = node
+        self._metrics = metrics
+        self._formed = formed
+        self._release = release
+        self._workers = node.member.workers
+        self._uploads: dict[int, int] = defaultdict(int)
+        self._uncommitted = (0, 0)
+        """Generation and step of the last checkpoint that this node could not commit."""
+        self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
+        self._committer = Committer(
+            store,
+            run_log,
+            keep=config.checkpoint.keep,
+            last_step=config.train.steps,
+            deadline_s=config.elastic.settle_timeout_s,
+            superseded=node.must_reform,
+            on_commit=self._committed,
+            on_done=release,
+            on_failure=self._commit_failed,
+        )
+        self.staged_step = 0
+        """Step of the newest shard that a worker of this node has staged."""
+
+    def starts(self) -> None:
+        """Workers of a new generation are about to start."""
+        self._uploads.clear()
+
+    def stopped(self) -> None:
+        """The workers are gone: what they staged and nobody reads any more is dropped."""
+        self._uploader.discard()
+
+    def staged(self, message: Message) -> None:
+        """A worker has left a shard."""
+        try:
+            self._submit(message)
+        except ElasticPtError as error:
+            self._upload_failed(int(message["step"]), error)
+
+    def note_step(self, message: Message) -> None:
+        """Rank 0 has done a step; the history of the next commit tells of it."""
+        self._committer.note_step(self._formed().generation.number, message)
+
+    def finish(self, generation: Generation) -> None:
+        """The last step is done: end the run once its checkpoint is committed."""
+        self._committer.finish(generation)
+
+    def given_up(self) -> bool:
+        """Whether the checkpoint that was staged last cannot be committed."""
+        return self._uncommitted == (self._formed().generation.number, self.staged_step)
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what is due, within a bounded time."""
+        self._committer.close(timeout_s)
+        self._uploader.close()
+
+    def _submit(self, message: Message) -> None:
+        generation, step = self._formed().generation, int(message["step"])
+        self.staged_step = step
+        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+        self._uploader.submit(
+            StagedShard(
+                path=Path(message["path"]),
+                run_id=self._node.view.run_id,
+                directory=directory_of(generation, step),
+                rank=message["rank"],
+            )
+        )
+        if message["rank"] == 0:
+            self._committer.expect(step, generation)
+
+    def _uploaded(self, step: int) -> None:
+        self._uploads[step] += 1
+        # The committing node's workers wait for the commit itself, so that checkpoints never overtake it.
+        if self._uploads[step] >= self._workers and self._formed().node_rank != 0:
+            self._release(step)
+
+    def _upload_failed(self, step: int, error: Exception) -> None:
+        self._metrics.checkpoint_failures.inc()
+        log.error("upload_failed", step=step, cause=str(error))
+        self._uploaded(step)
+
+    def _committed(self, checkpoint: Checkpoint) -> None:
+        self._metrics.checkpoint_commits.inc()
+        self._metrics.checkpoint_committed_step.set(checkpoint.step)
+        self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+        self._node.notice_log()
+
+    def _commit_failed(self, step: int, error: Exception) -> None:
+        self._metrics.checkpoint_failures.inc()
+        log.error("commit_failed", step=step, cause=str(error))
+        self._uncommitted = (self._formed().generation.number, step)
+        self._node.notice_log()

@@ -1,0 +1,512 @@
+"""One node's part in the membership: what it knows, decides and does. No thread, socket or clock of its own.
+
+    Message ─► PeerTable ─┐
+    log.refresh ─► RunView ├─► assess, decide ──► append GENERATION, RECOVERY, QUARANTINE, STOP
+    Pulse, Lobby ─────────┘                 └──► ask for a drain | wait | give the workers up
+
+`Node` drives this in production, over real connections and threads; the simulator drives the same code
+over simulated ones. `turn` may block on the bucket. Everything else returns at once.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import structlog
+
+from elastic_pt.elastic.history import Budgets, Moments, halt, kept_out, quarantines_due
+from elastic_pt.elastic.lobby import Lobby
+from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.membership import (
+    LEADERS,
+    MESH_NODES_MAX,
+    Assessment,
+    Decision,
+    Drain,
+    Ended,
+    Halt,
+    Limits,
+    NodeStatus,
+    Phase,
+    Propose,
+    View,
+    Wait,
+    assess,
+    decide,
+    difference,
+    is_lost,
+    slots_per_member,
+    whom_to_ask,
+)
+from elastic_pt.elastic.peers import Message, PeerTable
+from elastic_pt.elastic.pulse import Pulse
+from elastic_pt.elastic.records import (
+    Cause,
+    Checkpoint,
+    Generation,
+    Member,
+    Quarantine,
+    Recovery,
+    Stop,
+)
+from elastic_pt.errors import ConfigError, FencedError, StoreError
+
+_LOOK_INTERVAL_S: Final = 1.0
+_PULSES_PER_TAKEOVER: Final = 4
+
+log = structlog.get_logger("elastic_pt.participant")
+
+
+class BoundStore(Protocol):
+    """A store for one generation's workers, already listening."""
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a participant acts through."""
+
+    log: RunLog
+    lobby: Lobby
+    pulse: Pulse
+    clock_s: Callable[[], float]
+    """This machine's monotonic clock."""
+    bind_store: Callable[[], BoundStore]
+    """Makes a fresh store for one generation, at this node's address."""
+    choose_resume: Callable[[RunView], Checkpoint | None]
+    """Where a new generation goes on."""
+    on_drain: Callable[[str], None]
+    """Asks this node's workers to have all workers stop at a step."""
+
+
+class Participant:
+    """See the module. Agent process; `turn` and `feel_pulse` each from one thread, the rest from any."""
+
+    def __init__(
+        self, me: NodeStatus, limits: Limits, budgets: Budgets, around: Surroundings
+    ) -> None:
+        self._limits = limits
+        self._budgets = budgets
+        self._around = around
+        self._log = around.log
+        self._clock_s = around.clock_s
+        self._status = me
+        self._saying = threading.Lock()
+        self.leaving = False
+        """Whether this node wants to go; apart from the rest because a signal handler sets it."""
+        self.table = PeerTable(around.clock_s)
+        self.targets: tuple[Member, ...] = ()
+        """Whom to keep asking."""
+        self.decision: Decision = Wait("starting")
+        self.broken = 0
+        """The newest generation that this node has given up."""
+        self.stores: dict[int, BoundStore] = {}
+        """The store that this node bound for a generation it proposed, by the generation's number."""
+        self.refusal: ConfigError | None = None
+        """Why no world will take this node in."""
+        self._broken_since_s: float | None = None
+        self._over_since_s: float | None = None
+        self._newcomers: frozenset[str] = frozenset()
+        self._newcomers_changed_s = self._clock_s()
+        self._quiet_since_s = self._clock_s()
+        self._felt: bytes | None = None
+        self._felt_s = self._beaten_s = self._looked_s = float("-inf")
+        self._generations_read: dict[int, float] = {}
+        self._bars_read: dict[int, float] = {}
+        self._length = 0
+        self._no_member_answers = False
+
+    # ---- what it says ----------------------------------------------------------------------------
+
+    @property
+    def member(self) -> Member:
+        """How this node introduces itself."""
+        return self._status.member
+
+    @property
+    def status(self) -> NodeStatus:
+        """What this node says of itself now."""
+        view = self._log.view
+        return replace(
+            self._status,
+            log_length=view.length,
+            generation=view.generation_number,
+            leaving=self.leaving,
+        )
+
+    def say(self, **changes: object) -> None:
+        """Change what this node says of itself."""
+        with self._saying:
+            self._status = dataclasses.replace(self._status, **changes)  # type: ignore[arg-type]
+
+    def read_at_s(self, generation: int) -> float:
+        """When this node first read that generation's record; now if it has not."""
+        return self._generations_read.get(generation, self._clock_s())
+
+    def message_to(self, incarnation: str, *, asks: bool) -> Message:
+        """The next message to a peer."""
+        return self.table.message_to(
+            incarnation, self.status, asks=asks, refusal=self._refusal_of(incarnation)
+        )
+
+    def received(self, message: Message) -> bool:
+        """Take in what a peer said. True if that is a reason for a turn."""
+        if message.refusal:
+            self.refusal = ConfigError(
+                f"{message.status.member.node} does not take this node in: {message.refusal}"
+            )
+        news = self.table.received(message)
+        waiting = self._broken_since_s is not None
+        return news or waiting or bool(message.refusal)
+
+    def _refusal_of(self, incarnation: str) -> str:
+        """Members refuse who differs; where there is no member yet, the node that comes first by name does."""
+        peer = self.table.peers.get(incarnation)
+        if peer is None or peer.status is None or peer.status.phase is not Phase.WAITING:
+            return ""
+        generation = self._log.view.generation
+        mine, theirs = self.member, peer.status.member
+        member = generation is not None and generation.rank_of(mine.incarnation) is not None
+        first = (mine.node, mine.incarnation) < (theirs.node, theirs.incarnation)
+        if generation is not None and generation.rank_of(incarnation) is not None:
+            return ""
+        if not member and not (generation is None and first):
+            return ""
+        return difference(self._status.fingerprint, peer.status.fingerprint)
+
+    # ---- what it does ----------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Look, decide, act. May block on the bucket; raises `StoreError` when it does not answer."""
+        self._aim()
+        known = max(
+            (peer.status.log_length for peer in list(self.table.peers.values()) if peer.status),
+            default=0,
+        )
+        behind = known > self._log.view.length
+        if behind or (self._must_look() and self._clock_s() - self._looked_s >= _LOOK_INTERVAL_S):
+            self._looked_s = self._clock_s()
+            self._refresh()
+            self._aim()
+        decision = self._decide()
+        acts = isinstance(decision, Propose | Halt) or (
+            isinstance(decision, Wait) and decision.broken
+        )
+        if acts and decision != self.decision:
+            # Someone may have acted already; what the log says comes before what the peers seem to be.
+            self._refresh()
+            decision = self._decide()
+        if decision != self.decision:
+            log.info("decision", kind=type(decision).__name__.lower(), reason=decision.reason)
+        self.decision = decision
+        self._act(decision)
+
+    def wants_answers(self) -> bool:
+        """Whether peers should be asked at once, because a world hangs on who still answers."""
+        since_s = self._broken_since_s
+        if since_s is None:
+            return False
+        return any(
+            peer.heard_s is None or peer.heard_s < since_s
+            for peer in list(self.table.peers.values())
+        )
+
+    def interval_s(self) -> float:
+        """Seconds between two messages to a peer."""
+        return self._limits.interval_s(self._world())
+
+    def silence_s(self) -> float:
+        """Seconds without proof of life after which a peer counts as silent."""
+        return self._limits.silence_s(self._world())
+
+    def depart(self) -> None:
+        """Leave nothing behind that would send others looking for this node."""
+        self._around.lobby.leave()
+
+    def feel_pulse(self) -> None:
+        """Beat or feel the pulse, whichever is due. Blocks on the bucket; never raises `StoreError`."""
+        now_s = self._clock_s()
+        view = self._log.view
+        pause_s = self._limits.takeover_s / _PULSES_PER_TAKEOVER
+        generation = view.generation
+        trains = (
+            generation is not None
+            and view.stop is None
+            and generation.rank_of(self.member.incarnation) == 0
+            and self._status.phase is not Phase.WAITING
+            and self.broken < generation.number
+        )
+        try:
+            if trains and generation is not None and now_s - self._beaten_s >= pause_s:
+                self._beaten_s = now_s
+                self._around.pulse.beat(generation.number)
+            elif self._must_look() and now_s - self._felt_s >= pause_s:
+                self._felt_s = now_s
+                felt = self._around.pulse.feel()
+                if felt != self._felt:
+                    self._felt, self._quiet_since_s = felt, self._clock_s()
+        except StoreError as error:
+            # Nobody knows what happens behind a bucket that does not answer: that is no quiet.
+            self._quiet_since_s = self._clock_s()
+            log.debug("pulse_unreachable", cause=str(error))
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _world(self) -> int:
+        generation = self._log.view.generation
+        return 1 if generation is None else len(generation.members)
+
+    def _must_look(self) -> bool:
+        """Whether this node has to watch the bucket, because no member can tell it how the run goes on."""
+        cut_off = isinstance(self.decision, Wait) and self.decision.broken
+        return self._no_member_answers or cut_off
+
+    def _refresh(self) -> None:
+        view = self._log.refresh()
+        now_s = self._clock_s()
+        if view.length != self._length:
+            self._length, self._quiet_since_s = view.length, now_s
+        self._read(view, now_s)
+
+    def _read(self, view: RunView, now_s: float) -> None:
+        """Remember when this node first saw what counts for budgets; forget what the view has dropped."""
+        read = self._generations_read
+        self._generations_read = {
+            each.number: read.get(each.number, now_s) for each in view.generations
+        }
+        bars = self._bars_read
+        self._bars_read = {index: bars.get(index, now_s) for index, _ in view.bars}
+
+    def _aim(self) -> None:
+        """Choose whom to ask: members; with no member to ask also whoever waits in the lobby."""
+        view, now_s = self._log.view, self._clock_s()
+        mine = self.member.incarnation
+        generation = view.generation
+        members = () if generation is None else generation.members
+        peers = self.table.peers
+        targets = whom_to_ask(members, mine, peers, now_s, self.silence_s())
+        if generation is not None and generation.rank_of(mine) is not None:
+            self._around.lobby.leave()
+            self._no_member_answers = False
+            if len(members) > MESH_NODES_MAX and self._leads(members, now_s):
+                for member in members:
+                    self.table.watch(member.incarnation)
+        else:
+            self._no_member_answers = all(
+                is_lost(peers.get(member.incarnation), now_s, self.silence_s())
+                for member in members
+            )
+            if self._no_member_answers and view.stop is None:
+                waiting = self._around.lobby.waiting(self.member)
+                for gone in [each for each in waiting if self._refuses(each)]:
+                    self._around.lobby.forget(gone)
+                order = sorted(
+                    [*waiting, self.member], key=lambda each: (each.node, each.incarnation)
+                )
+                targets += whom_to_ask(order, mine, peers, now_s, self._limits.heartbeat_timeout_s)
+        known = {each.incarnation for each in (*targets, *members)}
+        # Who wants to join is asked back: its address must work for others too.
+        targets += [
+            peer.status.member
+            for incarnation, peer in list(peers.items())
+            if peer.status is not None
+            and incarnation not in known
+            and incarnation != mine
+            and peer.status.phase is Phase.WAITING
+            and not self._forgotten(incarnation, now_s)
+        ]
+        unique = {each.incarnation: each for each in targets}
+        before = {each.incarnation for each in self.targets}
+        for incarnation in unique:
+            self.table.watch(incarnation, anew=incarnation not in before)
+        keep = unique.keys() | {each.incarnation for each in members}
+        for incarnation in list(peers):
+            if incarnation not in keep and self._forgotten(incarnation, now_s):
+                self.table.unwatch(incarnation)
+        self.targets = tuple(unique.values())
+        unreachable = tuple(
+            sorted(
+                incarnation
+                for incarnation in unique
+                if is_lost(peers.get(incarnation), now_s, self.silence_s())
+            )
+        )
+        if unreachable != self._status.unreachable:
+            self.say(unreachable=unreachable)
+
+    def _leads(self, members: tuple[Member, ...], now_s: float) -> bool:
+        """Whether this node is among the first of a large world that still answer."""
+        ahead = 0
+        for member in members:
+            if member.incarnation == self.member.incarnation:
+                return ahead < LEADERS
+            ahead += not is_lost(self.table.peers.get(member.incarnation), now_s, self.silence_s())
+        return False
+
+    def _refuses(self, member: Member) -> bool:
+        peer = self.table.peers.get(member.incarnation)
+        return peer is not None and peer.refused
+
+    def _forgotten(self, incarnation: str, now_s: float) -> bool:
+        """Whether a node outside the world has been away for long."""
+        peer = self.table.peers.get(incarnation)
+        return peer is None or is_lost(peer, now_s, 4 * self.silence_s()) or peer.refused
+
+    def _decide(self) -> Decision:
+        now_s, run = self._clock_s(), self._log.view
+        self._read(run, now_s)
+        peers = dict(self.table.peers)
+        generation, me = run.generation, self.status
+        members = {each.incarnation for each in (generation.members if generation else ())}
+        newcomers = frozenset(
+            incarnation
+            for incarnation, peer in peers.items()
+            if peer.status is not None
+            and peer.status.phase is Phase.WAITING
+            and incarnation not in members
+        )
+        if newcomers - self._newcomers:
+            self._newcomers_changed_s = now_s
+        self._newcomers = newcomers
+        view = View(
+            me,
+            generation,
+            run.stop,
+            peers,
+            self._newcomers_changed_s,
+            quiet_since_s=self._quiet_since_s,
+        )
+        moments = Moments(self._generations_read, self._bars_read)
+        failures: tuple[Cause, ...] = ()
+        halting = ""
+        if generation is not None and me.member.incarnation in members and run.stop is None:
+            found = assess(view, generation, self._limits, now_s)
+            self._notice(generation, found, now_s)
+            failures = found.failures
+            others = len(found.alive) - len({cause.node for cause in failures})
+            halting = halt(run.generations, failures, others, self._budgets) if failures else ""
+        else:
+            self._broken_since_s = None
+        view = replace(
+            view,
+            broken_since_s=self._broken_since_s,
+            barred=kept_out(run, moments, failures, self._budgets, now_s),
+            halt=halting,
+        )
+        return decide(view, self._limits, now_s)
+
+    def _notice(self, generation: Generation, found: Assessment, now_s: float) -> None:
+        """Keep the moment at which the generation was found broken; there is no way back from there."""
+        if self.broken < generation.number:
+            self._broken_since_s = None
+        if (found.broken or found.over) and self._broken_since_s is None:
+            self._broken_since_s = now_s
+        if found.broken and self.broken < generation.number:
+            self.broken = generation.number
+            self.say(broken=generation.number)
+
+    def _act(self, decision: Decision) -> None:
+        number = self._log.view.generation_number
+        match decision:
+            case Propose():
+                self._propose(decision, number + 1)
+            case Halt():
+                self._halt(decision, number)
+            case Drain():
+                # Said again and again: workers that have not connected yet would miss a single word.
+                self._around.on_drain(decision.reason)
+            case Wait() | Ended():
+                self._report(number)
+
+    def _propose(self, proposal: Propose, number: int) -> None:
+        """Bind the generation's store first, then let the log decide."""
+        store = self._around.bind_store()
+        resume = self._around.choose_resume(self._log.refresh())
+        steps = [self._status.step] + [
+            peer.status.step for peer in list(self.table.peers.values()) if peer.status
+        ]
+        noticed_s = self._broken_since_s
+        generation = Generation(
+            number=number,
+            members=proposal.members,
+            slots=slots_per_member(proposal.members, self._limits.slots),
+            store_address=self.member.address,
+            store_port=store.port,
+            resume=resume,
+            reason=proposal.reason,
+            causes=proposal.causes,
+            frontier_step=max(steps),
+            agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
+        )
+        try:
+            self.stores = {number: store}
+            self._log.append(lambda _: generation, generation=number - 1)
+        except FencedError as error:
+            self.stores = {}
+            log.info("proposal_lost", number=number, reason=str(error))
+            self._refresh()
+            return
+        self._refresh()
+        log.info(
+            "generation",
+            number=number,
+            members=[each.node for each in proposal.members],
+            resume_step=0 if resume is None else resume.step,
+            reason=proposal.reason,
+        )
+        moments = Moments(self._generations_read, self._bars_read)
+        for due in quarantines_due(self._log.view, moments, self._budgets, self._clock_s()):
+            self._append(due, number)
+            log.warning("node_kept_out", kept_out=due.node, seconds=due.seconds, reason=due.why)
+
+    def _halt(self, decision: Halt, number: int) -> None:
+        steps = [each.step for each in self._log.view.checkpoints[:1]]
+        log.error("stop", reason=decision.reason)
+        self._append(Stop(decision.reason, max(steps, default=0)), number)
+
+    def _report(self, number: int) -> None:
+        """The first member tells how long the newest generation took to start, once all have."""
+        view = self._log.view
+        generation = view.generation
+        told = view.recovery is not None and view.recovery.number >= number
+        if generation is None or told or view.stop is not None or self.broken >= number:
+            return
+        if generation.rank_of(self.member.incarnation) != 0:
+            return
+        statuses = [
+            self._status
+            if member.incarnation == self.member.incarnation
+            else self._said(member.incarnation)
+            for member in generation.members
+        ]
+        times = [each.start_times for each in statuses if each is not None and each.start_times]
+        if len(times) < len(generation.members) or any(each.generation != number for each in times):
+            return
+        slowest_s = max(
+            each.start_s + each.group_s + each.restore_s + each.step_s for each in times
+        )
+        recovery = Recovery(
+            number=number,
+            start_s=max(each.start_s for each in times),
+            group_s=max(each.group_s for each in times),
+            restore_s=max(each.restore_s for each in times),
+            step_s=max(each.step_s for each in times),
+            total_s=generation.agree_s + slowest_s,
+        )
+        self._append(recovery, number)
+
+    def _said(self, incarnation: str) -> NodeStatus | None:
+        peer = self.table.peers.get(incarnation)
+        return None if peer is None else peer.status
+
+    def _append(self, body: Recovery | Quarantine | Stop, number: int) -> None:
+        try:
+            self._log.append(lambda _: body, generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind=type(body).__name__, reason=str(error))
+        self._refresh()

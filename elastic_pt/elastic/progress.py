@@ -1,0 +1,183 @@
+"""What a worker shows its agent all the time, through two files in the node's scratch directory.
+
+    progress-<local rank>   in shared memory: ticks, step, phase, and when these last changed
+    stacks-<local rank>     Python stacks of all its threads: when asked for, and when a fatal signal ends it
+
+A worker that is in trouble need not cooperate: its numbers simply stop changing, and the stacks are written
+by a signal handler in C that does not need the interpreter's lock.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+
+TICK_INTERVAL_S: Final = 0.1
+STACKS_TIMEOUT_S: Final = 0.3
+
+# Native alignment, not an explicit byte order: only then does `struct` store a number with one instruction,
+# so that a reader never sees half of one.
+_HEADER: Final = struct.Struct("@qq")
+_TICKS: Final = struct.Struct("@q")
+_PROGRESS: Final = struct.Struct("@qqq")
+_TICKS_AT: Final = _HEADER.size
+_PROGRESS_AT: Final = _TICKS_AT + _TICKS.size
+_FILE_BYTES: Final = _PROGRESS_AT + _PROGRESS.size
+_VERSION: Final = 1
+_STACKS_BYTES_MAX: Final = 16 * 1024
+_STACKS_POLL_S: Final = 0.01
+_STACKS_QUIET_S: Final = 0.05
+_PF_EXITING: Final = 0x4
+
+
+class Phase(IntEnum):
+    """What a worker is doing."""
+
+    START = 0
+    """From its first line to a process group and an empty state."""
+    RESTORE = 1
+    DATA = 2
+    """Waiting for the step's batch."""
+    COMPUTE = 3
+    """Inside `run_step`, the other workers' part of it included."""
+    STAGE = 4
+    END = 5
+    """Waiting for the others after its last step."""
+
+
+class Progress:
+    """A worker's account of itself; `enter` is for its main thread, a thread of its own ticks. Worker process.
+
+    The ticks need the interpreter's lock and nothing else: they stand still with a process that is stopped,
+    in uninterruptible sleep or holds that lock for ever, but not with one that waits in a collective.
+    """
+
+    def __init__(self, scratch: Path, local_rank: int, generation: int, step: int) -> None:
+        stacks = (scratch / f"stacks-{local_rank}").open("w")
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        faulthandler.enable(file=stacks, all_threads=True)
+        path = _path(scratch, local_rank)
+        partial = path.with_suffix(".partial")
+        # Written, not truncated to size: on a full file system this fails here and not as SIGBUS at some step.
+        partial.write_bytes(_HEADER.pack(_VERSION, generation).ljust(_FILE_BYTES, b"\0"))
+        with partial.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), _FILE_BYTES)
+        self.enter(Phase.START, step)
+        partial.rename(path)
+        threading.Thread(target=self._tick, name="progress", daemon=True).start()
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Say what comes next; `step` steps of the run are done."""
+        # A reader that sees only some of the three changed sees the rest as one more change: it does not matter.
+        _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
+
+    def _tick(self) -> None:
+        ticks, metronome = 0, threading.Event()
+        while not metronome.wait(TICK_INTERVAL_S):
+            ticks += 1
+            _TICKS.pack_into(self._map, _TICKS_AT, ticks)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A worker's account at one moment."""
+
+    ticks: int
+    step: int
+    """Steps of the run that are done."""
+    phase: Phase
+    changed_s: float
+    """When step or phase last changed, on the machine's monotonic clock."""
+
+
+class ProgressReader:
+    """The account of one worker to be. Agent process; made before the worker starts.
+
+    What an earlier worker left is removed, and a file of another generation is never read.
+    """
+
+    def __init__(self, scratch: Path, local_rank: int, generation: int) -> None:
+        self._path = _path(scratch, local_rank)
+        self._stacks_path = scratch / f"stacks-{local_rank}"
+        self._generation = generation
+        self._map: mmap.mmap | None = None
+        self._path.unlink(missing_ok=True)
+        self._stacks_path.unlink(missing_ok=True)
+
+    def read(self) -> Reading | None:
+        """The account now; None as long as the worker has not begun one."""
+        if self._map is None:
+            try:
+                with self._path.open("rb") as file:
+                    found = mmap.mmap(file.fileno(), _FILE_BYTES, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                return None
+            if _HEADER.unpack_from(found) != (_VERSION, self._generation):
+                return None
+            self._map = found
+        (ticks,) = _TICKS.unpack_from(self._map, _TICKS_AT)
+        changed_ns, step, phase = _PROGRESS.unpack_from(self._map, _PROGRESS_AT)
+        return Reading(ticks, step, Phase(phase), changed_ns / 1e9)
+
+    def stacks(self) -> str:
+        """The stacks that the worker has left so far, bounded from the end, where its main thread stands."""
+        try:
+            text = self._stacks_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+        return text[-_STACKS_BYTES_MAX:]
+
+    def request_stacks(self, pid: int) -> str:
+        """Have the worker write its stacks, and wait for them at most `STACKS_TIMEOUT_S`.
+
+        A stopped worker is woken for it, so the caller kills it at once. Without an answer the text says so,
+        and in which kernel function the process is, if that can be read.
+        """
+        deadline_s = time.monotonic() + STACKS_TIMEOUT_S
+        state = process_state(pid)
+        try:
+            os.kill(pid, signal.SIGUSR2)
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            return ""
+        text, since_s = self.stacks(), time.monotonic()
+        # The handler writes thread by thread, the main thread last: complete is what has not grown for a while.
+        while (now_s := time.monotonic()) < deadline_s:
+            if text and now_s - since_s > _STACKS_QUIET_S:
+                break
+            time.sleep(_STACKS_POLL_S)
+            if (more := self.stacks()) != text:
+                text, since_s = more, time.monotonic()
+        return text or (
+            f"no Python stacks within {STACKS_TIMEOUT_S} s: process {pid} is in state {state or '?'}"
+            f"{_kernel_function(pid)}"
+        )
+
+
+def process_state(pid: int) -> str:
+    """State letter of a process's main thread as in `ps`; X while it is exiting, empty when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return ""
+    state, flags = fields[0], int(fields[6])
+    return "X" if flags & _PF_EXITING and state != "Z" else state
+
+
+def _kernel_function(pid: int) -> str:
+    try:
+        name = Path(f"/proc/{pid}/wchan").read_text()
+    except OSError:
+        return ""
+    return f", in the kernel's {name}" if name.strip("0") else ""
+
+
+def _path(scratch: Path, local_rank: int) -> Path:
+    return scratch / f"progress-{local_rank}"

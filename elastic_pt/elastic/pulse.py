@@ -1,0 +1,36 @@
+"""A sign in the bucket that the newest generation trains, for nodes that can reach the bucket but no member.
+
+The first member overwrites `pulse.json` with a growing count, about once a second: one request a second
+for the whole fleet. Whoever cannot reach the members watches whether it changes, on its own clock. It is a
+hint like the lobby: it only keeps nodes from taking over too early, and the log decides all the same.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from elastic_pt.errors import NotFound
+from elastic_pt.store.port import Store
+
+KEY: Final = "pulse.json"
+
+
+@dataclass
+class Pulse:
+    """One node's hand on the pulse. Agent process. Raises `StoreError` when the bucket does not answer."""
+
+    store: Store
+    incarnation: str
+    _count: int = 0
+
+    def beat(self, generation: int) -> None:
+        """Say that this generation trains."""
+        self._count += 1
+        self.store.write(KEY, json.dumps([generation, self.incarnation, self._count]).encode())
+
+    def feel(self) -> bytes:
+        """Something that changes while a generation trains; empty if none ever has."""
+        try:
+            return self.store.read(KEY)
+        except NotFound:
+            return b""
