@@ -1,9 +1,14 @@
 """The same promises where the run directory is a bucket on a real S3 server."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.scenario import CHECKPOINT_STEPS, first_member
+from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, first_member
+from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
+from tests.services.fixtures import point_aws_at
+from tests.services.proxy import FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ceph]
 
@@ -20,3 +25,51 @@ def test_rank_0s_node_is_lost_on_a_real_bucket(
     newest = run.check_whole(reference_digest).generations[-1]
     assert newest.reason == f"lost {victim}"
     assert newest.resume is not None
+
+
+@pytest.fixture
+def proxied(
+    start: StartScenario, ceph: Ceph, ceph_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Scenario, FaultProxy]]:
+    """Two nodes that reach their bucket through a proxy, watched by a test that reaches it directly."""
+    with FaultProxy(ceph.endpoint) as proxy:
+        run = start("elastic.nodes_max=2", "store.deadline_s=60", run_url=f"{ceph_url}/run")
+        # The test's own connection is made before the address changes.
+        assert run.view().length == 0
+        point_aws_at(proxy.endpoint, ACCESS_KEY, SECRET_KEY, monkeypatch)
+        for number in range(2):
+            run.fleet.start(f"node-{number}")
+        yield run, proxy
+
+
+def test_a_bucket_that_is_away_pauses_nothing(
+    proxied: tuple[Scenario, FaultProxy], reference_digest: str
+) -> None:
+    """F5: while nobody can reach the bucket the world trains on; when it is back the checkpoints are too."""
+    run, proxy = proxied
+    run.until_step(CHECKPOINT_STEPS + 3, nodes=2)
+    proxy.cut()
+    run.until_step(4 * CHECKPOINT_STEPS, nodes=2)
+    proxy.mend()
+    run.finish()
+    assert len(run.check_whole(reference_digest).generations) == 1
+
+
+def test_a_loss_while_the_bucket_is_away_waits_for_it(
+    proxied: tuple[Scenario, FaultProxy], reference_digest: str
+) -> None:
+    """F5: without the log nobody can decide who goes on; as soon as it answers the run resumes by itself."""
+    run, proxy = proxied
+    run.until_step(CHECKPOINT_STEPS + 3, nodes=2)
+    first = run.generation()
+    proxy.cut()
+    victim = first_member(first)
+    survivor = next(each.node for each in first.members if each.node != victim)
+    run.fleet.kill(victim)
+    run.until(
+        "the other cannot reach the bucket", lambda: bool(run.events(survivor, "store_retry"))
+    )
+    assert run.generation() == first
+    proxy.mend()
+    run.finish()
+    assert run.check_whole(reference_digest).generations[-1].reason == f"lost {victim}"

@@ -3,6 +3,8 @@
     proxy.fault("PUT", Fault.status(503, "SlowDown"))      the next PUT is answered 503, the server never sees it
     proxy.fault("PUT", Fault.lost_response())              the next PUT is carried out, its answer is lost
 
+    proxy.cut()                                            from now on nobody gets an answer, until proxy.mend()
+
 Faults are used up in the order in which they were declared, one per request of their method.
 """
 
@@ -68,6 +70,7 @@ class FaultProxy:
         self.upstream = urlsplit(upstream).netloc
         self.requests: dict[str, int] = defaultdict(int)
         self.closing = threading.Event()
+        self._cut = threading.Event()
         self._faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self._lock = threading.Lock()
         proxy = self
@@ -91,10 +94,20 @@ class FaultProxy:
         with self._lock:
             self._faults[method].extend(faults)
 
+    def cut(self) -> None:
+        """Let the server disappear: every connection is closed without an answer."""
+        self._cut.set()
+
+    def mend(self) -> None:
+        """Let it come back."""
+        self._cut.clear()
+
     def take(self, method: str) -> Fault | None:
         """The fault of the request that has just arrived, if any; counts the request."""
         with self._lock:
             self.requests[method] += 1
+            if self._cut.is_set():
+                return Fault(forward=False, answer=None)
             return self._faults[method].popleft() if self._faults[method] else None
 
     def __enter__(self) -> Self:

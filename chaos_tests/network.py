@@ -1,0 +1,209 @@
+"""A network for the nodes of a scenario, with faults: each node on a machine of its own, as far as it can tell.
+
+    [hub: bridge 10.77.0.254, fd77::254] ── veth ── [node-0: eth0 10.77.0.1, fd77::1]
+                                         ── veth ── [node-1: eth0 10.77.0.2, fd77::2] ...
+
+Hub and nodes are network namespaces without a name: each exists as an open file of this process and as the
+network of what runs in it, so nothing is left behind however a test session ends, and sessions cannot
+collide. The machine's own network is never touched. To look around in one while a test stands still:
+`nsenter --net=/proc/<pid of an agent>/ns/net`.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Final, Self
+
+_CLONE_NEWNET: Final = 0x40000000
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_OWN_NAMESPACE: Final = "/proc/thread-self/ns/net"
+_COMMANDS: Final = ("ip", "iptables", "ip6tables", "nsenter")
+_BRIDGE: Final = "hub"
+_HUB_NUMBER: Final = 254
+
+
+def missing_for_networks() -> str:
+    """Why this process cannot make networks, as a clause; empty if it can."""
+    if os.geteuid() != 0:
+        return "which need root"
+    absent = [command for command in _COMMANDS if shutil.which(command) is None]
+    return f"since {', '.join(absent)} are not installed" if absent else ""
+
+
+class Network:
+    """One namespace per node around a hub; a context manager. Faults add up until `heal`. Needs root."""
+
+    def __init__(self, nodes: Sequence[str], *, versions: Collection[int] = (4, 6)) -> None:
+        """`versions` says which versions of IP the nodes speak."""
+        self.nodes = tuple(nodes)
+        self._versions = sorted(versions)
+        self._namespaces: dict[str, int] = {}
+        self._unplugged: set[str] = set()
+        self._hub = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._hub = _new_namespace()
+            self._ip(self._hub, "link", "set", "lo", "up")
+            self._ip(self._hub, "link", "add", _BRIDGE, "type", "bridge")
+            self._ip(self._hub, "link", "set", _BRIDGE, "up")
+            self._give_addresses(self._hub, _BRIDGE, _HUB_NUMBER)
+            for node in self.nodes:
+                self._add(node)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all namespaces; each ends, with its links, when nothing runs in it any more."""
+        while self._namespaces:
+            os.close(self._namespaces.popitem()[1])
+        if self._hub >= 0:
+            os.close(self._hub)
+            self._hub = -1
+
+    def address(self, node: str, version: int | None = None) -> str:
+        """A node's address, of the lowest version of IP that the nodes speak unless another one is wanted."""
+        return _address(version or self._versions[0], 1 + self.nodes.index(node))
+
+    def prefix(self, node: str) -> list[str]:
+        """What to put before a command to have it run on a node, under the same process id."""
+        return _inside(self._namespaces[node])
+
+    @contextmanager
+    def on(self, node: str) -> Iterator[None]:
+        """Put the calling thread, and only it, on a node."""
+        with _entered(self._namespaces[node]):
+            yield
+
+    @contextmanager
+    def on_hub(self) -> Iterator[None]:
+        """Put the calling thread, and only it, on the hub, which reaches every node whatever `block` says."""
+        with _entered(self._hub):
+            yield
+
+    def block(self, node: str, *, from_: str) -> None:
+        """Drop whatever arrives at `node` from another one; the other direction is left as it is."""
+        for version in self._versions:
+            source = self.address(from_, version)
+            self._tables(node, version, "--append", "INPUT", "--source", source, "--jump", "DROP")
+
+    def partition(self, one: str, other: str) -> None:
+        """Cut the path between two nodes, both ways."""
+        self.block(one, from_=other)
+        self.block(other, from_=one)
+
+    def split(self, left: Collection[str], right: Collection[str]) -> None:
+        """Cut every path between two groups of nodes, both ways."""
+        for one in left:
+            for other in right:
+                self.partition(one, other)
+
+    def link_down(self, node: str) -> None:
+        """Pull a node's cable: what it sends and what is sent to it is lost, and nothing is reset."""
+        self._ip(self._hub, "link", "set", self._port(node), "down")
+        self._unplugged.add(node)
+
+    def link_up(self, node: str) -> None:
+        """Plug it in again."""
+        self._ip(self._hub, "link", "set", self._port(node), "up")
+        self._unplugged.discard(node)
+        # Nobody may go on believing for a second that there is no such neighbour.
+        for each in self.nodes:
+            self._ip(self._namespaces[each], "neighbour", "flush", "dev", "eth0")
+
+    def heal(self) -> None:
+        """Undo every fault."""
+        for node in self.nodes:
+            for version in self._versions:
+                self._tables(node, version, "--flush", "INPUT")
+        for node in sorted(self._unplugged):
+            self.link_up(node)
+
+    def _add(self, node: str) -> None:
+        namespace = self._namespaces[node] = _new_namespace()
+        wire = ("type", "veth", "peer", "name", "eth0", "netns", _path(namespace))
+        self._ip(self._hub, "link", "add", self._port(node), *wire)
+        self._ip(self._hub, "link", "set", self._port(node), "master", _BRIDGE, "up")
+        self._ip(namespace, "link", "set", "lo", "up")
+        self._ip(namespace, "link", "set", "eth0", "up")
+        self._give_addresses(namespace, "eth0", 1 + self.nodes.index(node))
+
+    def _give_addresses(self, namespace: int, interface: str, number: int) -> None:
+        for version in self._versions:
+            # Without asking first whether somebody else has it (nodad), an IPv6 address can be used at once.
+            length, now = ("/24", ()) if version == 4 else ("/64", ("nodad",))
+            address = _address(version, number) + length
+            self._ip(namespace, "addr", "add", address, "dev", interface, *now)
+
+    def _port(self, node: str) -> str:
+        return f"port{1 + self.nodes.index(node)}"
+
+    def _tables(self, node: str, version: int, *arguments: str) -> None:
+        command = "iptables" if version == 4 else "ip6tables"
+        _run([*self.prefix(node), command, "--wait", *arguments])
+
+    def _ip(self, namespace: int, *arguments: str) -> None:
+        _run([*_inside(namespace), "ip", *arguments])
+
+
+def _address(version: int, number: int) -> str:
+    return f"10.77.0.{number}" if version == 4 else f"fd77::{number}"
+
+
+def _new_namespace() -> int:
+    """A file that holds a new network namespace. A thread makes it, because who makes one moves into it."""
+
+    def make() -> int:
+        if _LIBC.unshare(_CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "no network namespace can be made here")
+        return os.open(_OWN_NAMESPACE, os.O_RDONLY)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
+
+
+@contextmanager
+def _entered(namespace: int) -> Iterator[None]:
+    before = os.open(_OWN_NAMESPACE, os.O_RDONLY)
+    try:
+        _enter(namespace)
+        try:
+            yield
+        finally:
+            _enter(before)
+    finally:
+        os.close(before)
+
+
+def _enter(namespace: int) -> None:
+    if _LIBC.setns(namespace, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
+
+
+def _path(namespace: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{namespace}"
+
+
+def _inside(namespace: int) -> list[str]:
+    return ["nsenter", f"--net={_path(namespace)}", "--"]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")

@@ -1,0 +1,124 @@
+"""Nodes that hang, flap, come too late or come twice: the run goes on, and never in two places at once."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from chaos_tests.conftest import StartScenario
+from chaos_tests.processes import workers_of
+from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S
+from elastic_pt.elastic.records import CauseKind
+from elastic_pt.inspection import State, open_run, read_status
+
+pytestmark = pytest.mark.chaos
+
+KILL_STEP = CHECKPOINT_STEPS + 3
+
+
+def test_a_worker_that_stands_still_is_killed_and_replaced(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F12: a stopped worker holds nobody up for long; its stacks are kept, and it is blamed, not those who waited."""
+    run = start(nodes=2)
+    run.until_step(KILL_STEP, nodes=2)
+    os.kill(workers_of(run.fleet.pid("node-1"), run.mark)[0], signal.SIGSTOP)
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    (cause,) = newest.causes
+    assert (cause.kind, cause.node) == (CauseKind.FAILED, "node-1")
+    assert "stood still" in cause.detail
+    (failure,) = run.events("node-1", "worker_failed")
+    assert failure["kind"] == "hang"
+    assert "run_step" in failure["stacks"]
+
+
+def test_an_agent_that_stands_still_is_left_behind_and_comes_back(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F13: for the others a stopped agent is gone; when it wakes up it appends nothing and asks to be taken in."""
+    run = start("elastic.join_window_s=0.2", nodes=3)
+    run.until_step(KILL_STEP, nodes=3)
+    first = run.generation()
+    zombie = first.members[0].node
+    os.kill(run.fleet.pid(zombie), signal.SIGSTOP)
+    run.until("the others go on", lambda: run.generation().number > first.number)
+    second = run.generation()
+    os.kill(run.fleet.pid(zombie), signal.SIGCONT)
+    run.finish()
+    assert second.reason == f"lost {zombie}"
+    assert zombie not in [member.node for member in second.members]
+    assert zombie in [member.node for member in run.generation().members]
+    run.check_whole(reference_digest)
+
+
+def test_a_node_that_fails_again_and_again_is_kept_out(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F20: the third failure within ten minutes costs a node its place for a while; the others finish without it."""
+    run = start(nodes=2)
+    for number in range(3):
+        run.until_step(KILL_STEP + 6 * number, nodes=2)
+        generation = run.generation().number
+        os.kill(workers_of(run.fleet.pid("node-1"), run.mark)[0], signal.SIGKILL)
+        run.until("the next generation", lambda: run.generation().number > generation)  # noqa: B023
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    assert [len(each.members) for each in whole.generations] == [2, 2, 2, 1]
+    (quarantine,) = whole.quarantines
+    assert quarantine.node == "node-1"
+    assert "3 failures" in quarantine.why
+    assert CauseKind.BARRED in [cause.kind for cause in whole.generations[-1].causes]
+
+
+def test_below_nodes_min_the_run_pauses_and_resumes_by_itself(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F22: too few nodes stop nothing for good: the state is kept, `status` says why, a new node is enough."""
+    run = start("elastic.nodes_min=2", nodes=2)
+    run.until_step(KILL_STEP, nodes=2)
+    run.fleet.kill("node-1")
+    opened = open_run(run.config.run.url)
+    run.until("status says paused", lambda: read_status(opened).state is State.PAUSED)
+    assert "1 of at least 2 nodes" in read_status(opened).reason
+    run.fleet.start("node-2")
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert newest.reason == "lost node-1; node-2 joins"
+
+
+def test_the_same_failure_everywhere_stops_the_run(start: StartScenario, tmp_path: Path) -> None:
+    """F2: an exception that no other node and no other try gets past ends the run, with its cause, and soon."""
+    data = Path(make_damaged_data(start, tmp_path))
+    run = start(f"data.url=file://{data}", nodes=2)
+    codes = run.fleet.wait(PATIENCE_S)
+    assert set(codes.values()) == {7}
+    stop = run.view().stop
+    assert stop is not None
+    assert "the same failure" in stop.reason
+    assert "DataError" in stop.reason
+    assert len([each for each in run._log.records() if each.kind == "GENERATION"]) <= 4
+
+
+def make_damaged_data(start: StartScenario, directory: Path) -> str:
+    """A copy of the prepared data whose tokens cannot be read."""
+    source = start().config.data.url.removeprefix("file://")
+    copy = shutil.copytree(source, directory / "damaged")
+    for shard in copy.rglob("*"):
+        if shard.is_file() and shard.suffix not in (".json", ".toml"):
+            shard.write_bytes(shard.read_bytes()[:-1000])
+    return str(copy)
+
+
+def test_a_run_that_is_started_twice_is_one_run(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F25: whoever starts a second time joins what is there or waits; there is one lineage and one result."""
+    run = start("elastic.nodes_max=2", nodes=0)
+    for node in ("first-a", "first-b", "second-a", "second-b"):
+        run.fleet.start(node)
+    run.finish()
+    whole = run.check_whole(reference_digest)
+    assert all(len(each.members) <= 2 for each in whole.generations)
