@@ -8,7 +8,7 @@ States of a run:
 
     new        no generation yet
     running    members train, or enough nodes are up and agree on the next generation
-    paused     nodes are up, but fewer than elastic.nodes_min; it goes on by itself when more come
+    paused     nodes are up, but fewer than elastic.nodes_min can train together; it goes on by itself when more come
     down       nobody answers and the log has no STOP; any agent that starts goes on from the last commit
     completed  the last step is done and committed
     failed     the log has a STOP for another reason, which `reason` tells
@@ -32,7 +32,7 @@ from elastic_pt.config import Config
 from elastic_pt.elastic.links import TOKEN_KEY, url_of
 from elastic_pt.elastic.lobby import LOBBY, MEMBER
 from elastic_pt.elastic.log import RunLog, RunView, record_key
-from elastic_pt.elastic.membership import NodeStatus, Phase
+from elastic_pt.elastic.membership import NodeStatus, Phase, park
 from elastic_pt.elastic.peers import STATUS
 from elastic_pt.elastic.records import (
     COMPLETED,
@@ -43,6 +43,7 @@ from elastic_pt.elastic.records import (
     Member,
     Quarantine,
     Record,
+    Recovery,
     Stop,
 )
 from elastic_pt.errors import ConfigError, NotFound
@@ -179,14 +180,36 @@ def judge(
         return state, view.stop.reason
     if any(answer.phase is not Phase.WAITING for answer in answers):
         return State.RUNNING, "" if view.generation is None else view.generation.reason
-    nodes = len(answers) + waiting
+    able, why_not = _able(view, answers)
+    nodes = able + waiting
     if view.generation is None:
-        return State.NEW, f"{nodes} nodes wait for the start"
-    if nodes == 0:
+        return State.NEW, f"{nodes} of at least {nodes_min} nodes wait for the start"
+    if not answers and not waiting:
         return State.DOWN, "no agent answers"
     if nodes < nodes_min:
-        return State.PAUSED, f"{nodes} of at least {nodes_min} nodes"
+        return State.PAUSED, "; ".join((f"{nodes} of at least {nodes_min} nodes", *why_not))
     return State.RUNNING, f"{nodes} nodes agree on generation {view.generation_number + 1}"
+
+
+def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]:
+    """How many of those that answer could train together, and what keeps the other members from it."""
+    members = () if view.generation is None else view.generation.members
+    there = {answer.member.incarnation: answer for answer in answers}
+    stay = {incarnation for incarnation, answer in there.items() if not answer.leaving}
+    links = {
+        (min(here, other), max(here, other))
+        for here in stay
+        for other in there[here].unreachable
+        if other in stay and other != here
+    }
+    parked = park(sorted(links), members)
+    troubles = {
+        "no answer from": [each.node for each in members if each.incarnation not in there],
+        "about to leave:": [there[each].member.node for each in there if each not in stay],
+        "not linked to all others:": [there[each].member.node for each in parked],
+    }
+    why_not = [f"{trouble} {', '.join(nodes)}" for trouble, nodes in troubles.items() if nodes]
+    return len(stay) - len(parked), why_not
 
 
 def records(run: Run) -> Iterator[Record]:
@@ -206,6 +229,14 @@ def describe(record: Record) -> str:
             kept = ", ".join(str(each.step) for each in body.checkpoints)
             loss = "" if body.newest.loss is None else f" loss {body.newest.loss:.4f}"
             text = f"step {body.newest.step}{loss}, kept: {kept} ({body.newest.directory})"
+        case Recovery():
+            text = (
+                f"generation {body.number} to its first step in {body.total_s:.2f} s: "
+                f"start {body.start_s:.2f}, process group {body.group_s:.2f}, "
+                f"restore {body.restore_s:.2f}, first step {body.step_s:.2f}"
+            )
+        case Quarantine(node=node) if node:
+            text = f"node {node} kept out for {body.seconds:g} s: {body.why}"
         case Quarantine():
             text = f"{body.directory}: {body.why}"
         case Stop():
@@ -235,7 +266,7 @@ def read_checkpoints(run: Run) -> list[CheckpointReport]:
         return []
     reasons: dict[str, str] = {}
     for record in run.log.chain(view.head, Kind.QUARANTINE):
-        if isinstance(record.body, Quarantine):
+        if isinstance(record.body, Quarantine) and record.body.directory:
             reasons[record.body.directory] = record.body.why
     return [
         CheckpointReport(each, reasons.get(each.directory, "")) for each in view.commit.checkpoints

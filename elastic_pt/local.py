@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from elastic_pt.config import Config
 from elastic_pt.elastic.processes import die_with_parent
 from elastic_pt.errors import ElasticPtError
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
 
 
@@ -48,12 +49,16 @@ class Fleet:
     ) -> None:
         self.close()
 
-    def start(self, node: str) -> int:
-        """Start a node's agent; returns its process id."""
-        command = [sys.executable, "-m", "elastic_pt", "run", str(self._config_path)]
+    def start(self, node: str, *, address: str = LOOPBACK, prefix: Sequence[str] = ()) -> int:
+        """Start a node's agent, which its peers find at `address`; returns its process id.
+
+        `prefix` goes before the command, to start it somewhere else than here (`nsenter ...`); it must
+        become the agent under the same process id.
+        """
+        command = [*prefix, sys.executable, "-m", "elastic_pt", "run", str(self._config_path)]
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(
-                [*command, "--node", node, "--address", _LOOPBACK],
+                [*command, "--node", node, "--address", address],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

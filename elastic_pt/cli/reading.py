@@ -5,6 +5,8 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from elastic_pt.cli.options import AsJson, RunUrl, absolute_url
 
@@ -60,21 +62,56 @@ def _member_line(title: str, member: "MemberReport") -> str:
     return line + (f", {member.metrics_url}" if member.metrics_url else "")
 
 
-def log(run_url: RunUrl, as_json: AsJson = False) -> None:
+def log(
+    run_url: RunUrl,
+    explanations: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Tell why each generation followed the one before, and where the time of each recovery went.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the run's log, one line per record, and check its hash chain on the way.
 
     A record that was altered, moved or removed ends it with an error and exit code 3.
+    With --explain, one paragraph per change of the world instead: who was lost, failed,
+    left or joined, how soon that was noticed and agreed on, and each phase up to the
+    first step. All times are durations; docs/recovery.md tells how to read them.
 
     \b
     [bold]Examples[/bold]
     elastic-pt log runs/first
+    elastic-pt log runs/first --explain
     elastic-pt log s3://bucket/run --json | jq .kind
     """
     # As above.
+    from elastic_pt.explanation import as_json as explanation_as_json
+    from elastic_pt.explanation import explain
     from elastic_pt.inspection import describe, open_run, record_as_json, records
 
-    for record in records(open_run(absolute_url(run_url, "RUN_URL"))):
-        typer.echo(json.dumps(record_as_json(record)) if as_json else describe(record))
+    found = records(open_run(absolute_url(run_url, "RUN_URL")))
+    if not explanations:
+        for record in found:
+            typer.echo(json.dumps(record_as_json(record)) if as_json else describe(record))
+        return
+    explained = explain(found)
+    for each in explained:
+        if as_json:
+            typer.echo(json.dumps(explanation_as_json(each)))
+        else:
+            _print_paragraph(str(each))
+    if not explained and not as_json:
+        typer.echo("nothing to explain: the world has not changed yet")
+
+
+def _print_paragraph(text: str) -> None:
+    """A headline up to the first colon, and the rest; one line where it goes to a file or a pipe."""
+    console = Console(highlight=False)
+    paragraph = Text(text)
+    paragraph.stylize("bold", 0, text.index(":"))
+    console.print(paragraph, soft_wrap=not console.is_terminal)
 
 
 def checkpoints(

@@ -183,12 +183,23 @@ class OomKills:
     """
 
     def __init__(self, pid: int) -> None:
-        self._path = _oom_counter(pid)
+        self._path = oom_counter(pid)
         self._before = read_oom_kills(self._path)
 
     def happened(self) -> bool:
         """Whether there was one since."""
         return read_oom_kills(self._path) > self._before
+
+
+def oom_counter(pid: int) -> Path:
+    """The file that counts the OOM kills of a living process's cgroup."""
+    machine = Path("/proc/vmstat")
+    try:
+        cgroups = Path(f"/proc/{pid}/cgroup").read_text()
+        candidates = oom_counters(cgroups, Path("/proc/self/mountinfo").read_text())
+    except OSError:
+        return machine
+    return next((path for path in candidates if path.exists()), machine)
 
 
 def read_oom_kills(path: Path) -> int:
@@ -229,16 +240,6 @@ def _directories(mounts: str, kind: str, option: str, group: str) -> list[Path]:
             below = inside.relative_to(root) if inside.is_relative_to(root) else PurePosixPath()
             found.append(Path(point) / below)
     return found
-
-
-def _oom_counter(pid: int) -> Path:
-    machine = Path("/proc/vmstat")
-    try:
-        cgroups = Path(f"/proc/{pid}/cgroup").read_text()
-        candidates = oom_counters(cgroups, Path("/proc/self/mountinfo").read_text())
-    except OSError:
-        return machine
-    return next((path for path in candidates if path.exists()), machine)
 
 
 def _is_collective(error: RecordedError) -> bool:

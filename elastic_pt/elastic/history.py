@@ -97,11 +97,16 @@ def _why(count: int, budgets: Budgets, last: Cause) -> str:
 
 
 def halt(
-    generations: tuple[Generation, ...], failures: Iterable[Cause], others: int, budgets: Budgets
+    generations: tuple[Generation, ...],
+    failures: Iterable[Cause],
+    others: int,
+    frontier_step: int,
+    budgets: Budgets,
 ) -> str:
     """Why the run must end rather than try again; empty while it need not.
 
-    `failures` broke the newest generation; `others` is how many live nodes had none.
+    `failures` broke the newest generation, `others` is how many live nodes had none, and `frontier_step`
+    the newest step that any node is known to have done.
     """
     for failure in failures:
         if failure.kind is not CauseKind.FAILED:
@@ -122,12 +127,10 @@ def halt(
                 f"the same failure {same} times at step {failure.step}, on {', '.join(sorted(nodes))}: "
                 f"{failure.detail}"
             )
-        in_a_row = 1 + _without_progress(generations)
+        in_a_row = _failures_in_a_row(generations, frontier_step)
         if in_a_row >= budgets.failures_max:
-            return (
-                f"{in_a_row} failures in a row without a step beyond {generations[-1].frontier_step}; "
-                f"last: {failure}"
-            )
+            beyond = max(generation.frontier_step for generation in generations)
+            return f"{in_a_row} failures in a row without a step beyond {beyond}; last: {failure}"
     return ""
 
 
@@ -136,12 +139,12 @@ def _failures_backwards(generations: tuple[Generation, ...]) -> Iterable[list[Ca
         yield [cause for cause in generation.causes if cause.kind is CauseKind.FAILED]
 
 
-def _without_progress(generations: tuple[Generation, ...]) -> int:
-    """Newest generations, in a row, that began with a failure and got no further than the one before."""
-    count, reached = 0, None
-    for generation in reversed(generations):
-        failed = any(cause.kind is CauseKind.FAILED for cause in generation.causes)
-        if not failed or (reached is not None and generation.frontier_step < reached):
+def _failures_in_a_row(generations: tuple[Generation, ...], frontier_step: int) -> int:
+    """How many failures, up to the one that has just come, followed each other without a new step between."""
+    reached = [generation.frontier_step for generation in generations] + [frontier_step]
+    count = 1
+    for index, causes in enumerate(_failures_backwards(generations), start=1):
+        if not causes or reached[-index] > max(reached[:-index]):
             break
-        count, reached = count + 1, generation.frontier_step
+        count += 1
     return count

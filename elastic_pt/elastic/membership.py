@@ -35,6 +35,9 @@ SPARE_SILENCE_SHARE: Final = 0.4
 LINK_GRACE_SHARE: Final = 0.25
 """How much longer than the timeout a link must be down before one of its ends is parked: until then the
 others may still find that the node itself is gone."""
+LINK_FRESH_SHARE: Final = 0.5
+"""That a member cannot reach another one counts as a broken link where the other one has been heard within
+this share of the timeout; where it has not, it may itself be gone."""
 MESH_NODES_MAX: Final = 32
 """Up to here every member asks every other one; in larger worlds members ask the first two."""
 LEADERS: Final = 2
@@ -179,6 +182,8 @@ class Wait:
 
     reason: str
     broken: bool = False
+    asking: bool = False
+    """Whether the next answer of a peer may change that."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         if peer.status is not None
     }
     answers: dict[str, bool] = {mine: True}
+    fresh = {mine}
     dead, left = [], []
     for member in generation.members:
         peer, said = view.peers.get(member.incarnation), statuses.get(member.incarnation)
@@ -294,6 +300,8 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
             dead.append(member)
         else:
             answers[member.incarnation] = not is_lost(peer, now_s, timeout_s)
+            if not is_lost(peer, now_s, timeout_s * LINK_FRESH_SHARE):
+                fresh.add(member.incarnation)
 
     links: set[tuple[str, str]] = set()
     for speaker, answering in answers.items():
@@ -302,7 +310,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
             links |= {
                 (min(speaker, other), max(speaker, other))
                 for other in said.unreachable
-                if other in answers and other != speaker
+                if other in fresh and other != speaker
             }
     heard_elsewhere = _heard_by_others(view, generation, answers, statuses)
     silent, cut_off = [], set()
@@ -449,12 +457,17 @@ def _decide_next_world(
                 f"the others go first; {reason}",
                 broken=True,
             )
-    if wanted[0].incarnation != view.me.member.incarnation:
-        return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
+    mine = view.me.member.incarnation
+    turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
+    # Who leads may see things differently and wait for somebody else: then the next in order has a try.
+    if turn == len(wanted) or now_s - since_s < turn * limits.takeover_s:
+        return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
     unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:
-        return Wait(f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True)
+        return Wait(
+            f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True, asking=True
+        )
     return Propose(wanted, reason, causes)
 
 

@@ -110,7 +110,7 @@ class Participant:
         self.refusal: ConfigError | None = None
         """Why no world will take this node in."""
         self._broken_since_s: float | None = None
-        self._over_since_s: float | None = None
+        self._asked_since_s: float | None = None
         self._newcomers: frozenset[str] = frozenset()
         self._newcomers_changed_s = self._clock_s()
         self._quiet_since_s = self._clock_s()
@@ -156,13 +156,16 @@ class Participant:
 
     def received(self, message: Message) -> bool:
         """Take in what a peer said. True if that is a reason for a turn."""
+        if message.status.member.incarnation == self.member.incarnation:
+            # An earlier life had this very address, and it was this node that dialled it.
+            return False
         if message.refusal:
             self.refusal = ConfigError(
                 f"{message.status.member.node} does not take this node in: {message.refusal}"
             )
         news = self.table.received(message)
-        waiting = self._broken_since_s is not None
-        return news or waiting or bool(message.refusal)
+        hangs_on_it = isinstance(self.decision, Wait) and self.decision.asking
+        return news or hangs_on_it or bool(message.refusal)
 
     def _refusal_of(self, incarnation: str) -> str:
         """Members refuse who differs; where there is no member yet, the node that comes first by name does."""
@@ -207,14 +210,9 @@ class Participant:
         self._act(decision)
 
     def wants_answers(self) -> bool:
-        """Whether peers should be asked at once, because a world hangs on who still answers."""
-        since_s = self._broken_since_s
-        if since_s is None:
-            return False
-        return any(
-            peer.heard_s is None or peer.heard_s < since_s
-            for peer in list(self.table.peers.values())
-        )
+        """Whether peers should be asked at once, because a world hangs on who still answers. Once per trouble."""
+        asked_s, self._asked_since_s = self._asked_since_s, self._broken_since_s
+        return self._broken_since_s is not None and self._broken_since_s != asked_s
 
     def interval_s(self) -> float:
         """Seconds between two messages to a peer."""
@@ -266,12 +264,13 @@ class Participant:
         cut_off = isinstance(self.decision, Wait) and self.decision.broken
         return self._no_member_answers or cut_off
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> RunView:
         view = self._log.refresh()
         now_s = self._clock_s()
         if view.length != self._length:
             self._length, self._quiet_since_s = view.length, now_s
         self._read(view, now_s)
+        return view
 
     def _read(self, view: RunView, now_s: float) -> None:
         """Remember when this node first saw what counts for budgets; forget what the view has dropped."""
@@ -295,7 +294,8 @@ class Participant:
             self._no_member_answers = False
             if len(members) > MESH_NODES_MAX and self._leads(members, now_s):
                 for member in members:
-                    self.table.watch(member.incarnation)
+                    if member.incarnation != mine:
+                        self.table.watch(member.incarnation)
         else:
             self._no_member_answers = all(
                 is_lost(peers.get(member.incarnation), now_s, self.silence_s())
@@ -389,7 +389,8 @@ class Participant:
             self._notice(generation, found, now_s)
             failures = found.failures
             others = len(found.alive) - len({cause.node for cause in failures})
-            halting = halt(run.generations, failures, others, self._budgets) if failures else ""
+            frontier = self._frontier_step()
+            halting = halt(run.generations, failures, others, frontier, self._budgets)
         else:
             self._broken_since_s = None
         view = replace(
@@ -425,11 +426,13 @@ class Participant:
 
     def _propose(self, proposal: Propose, number: int) -> None:
         """Bind the generation's store first, then let the log decide."""
+        before = self._log.refresh()
+        resume = self._around.choose_resume(before)
+        if self._log.view.generation_number >= number:
+            # Somebody was faster; or this node itself, in a turn that never heard the bucket's answer.
+            self._refresh()
+            return
         store = self._around.bind_store()
-        resume = self._around.choose_resume(self._log.refresh())
-        steps = [self._status.step] + [
-            peer.status.step for peer in list(self.table.peers.values()) if peer.status
-        ]
         noticed_s = self._broken_since_s
         generation = Generation(
             number=number,
@@ -440,18 +443,25 @@ class Participant:
             resume=resume,
             reason=proposal.reason,
             causes=proposal.causes,
-            frontier_step=max(steps),
+            frontier_step=self._frontier_step(),
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
         )
+
+        def make(view: RunView) -> Generation:
+            # The old generation may commit until the new one is in the log: nobody goes back behind that.
+            if view.commit != before.commit:
+                raise FencedError(f"a newer checkpoint than generation {number} starts from is there")
+            return generation
+
         try:
             self.stores = {number: store}
-            self._log.append(lambda _: generation, generation=number - 1)
+            self._log.append(make, generation=number - 1)
         except FencedError as error:
             self.stores = {}
             log.info("proposal_lost", number=number, reason=str(error))
             self._refresh()
             return
-        self._refresh()
+        view = self._refresh()
         log.info(
             "generation",
             number=number,
@@ -460,9 +470,14 @@ class Participant:
             reason=proposal.reason,
         )
         moments = Moments(self._generations_read, self._bars_read)
-        for due in quarantines_due(self._log.view, moments, self._budgets, self._clock_s()):
+        for due in quarantines_due(view, moments, self._budgets, self._clock_s()):
             self._append(due, number)
             log.warning("node_kept_out", kept_out=due.node, seconds=due.seconds, reason=due.why)
+
+    def _frontier_step(self) -> int:
+        """The newest step that any node is known to have done."""
+        peers = list(self.table.peers.values())
+        return max([self._status.step, *(peer.status.step for peer in peers if peer.status)])
 
     def _halt(self, decision: Halt, number: int) -> None:
         steps = [each.step for each in self._log.view.checkpoints[:1]]

@@ -1,12 +1,13 @@
 """What agents say to each other, and what one of them may conclude from it. No socket and no clock in here.
 
-Two agents that talk exchange `Message`s; each carries the sender's status, its own number, and the number
+Two agents that talk exchange `Message`s; each carries the sender's status, a growing number, and the number
 of the newest message that the sender has received from the receiver. A message that comes back as `seen`
 was received, so the peer was alive, and both directions of the network worked, after the moment it was
 sent: that moment, on this node's own clock, is the proof of life that `Peer.heard_s` keeps. A message that
 asks is answered at once.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ class Message:
     """One word from one agent to another."""
 
     count: Annotated[int, Field(ge=1)]
-    """The sender's number of this message to this receiver."""
+    """The sender's number of this message; it grows from each message to the next."""
     seen: Annotated[int, Field(ge=0)]
     """The newest number that the sender has received from this receiver; 0 if none."""
     asks: bool
@@ -42,76 +43,85 @@ STATUS: Final = TypeAdapter(NodeStatus)
 
 @dataclass
 class _Exchange:
-    """The numbers of one pair of agents."""
+    """What went between this node and one other."""
 
-    count: int = 0
     seen: int = 0
     sent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_UNANSWERED_MAX))
     """Numbers and times of messages that are not known to have arrived, oldest first."""
 
 
 class PeerTable:
-    """What this node has heard, by incarnation. Agent process; used from one thread, read from others."""
+    """What this node has heard, by incarnation. Agent process; safe to share between threads."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
+        self._lock = threading.Lock()
+        self._count = 0
+        """Of all messages to anybody: who was forgotten and comes back must not meet old numbers again."""
         self._exchanges: dict[str, _Exchange] = {}
         self.peers: dict[str, Peer] = {}
 
     def watch(self, incarnation: str, *, anew: bool = False) -> None:
         """Start the silence clock of a node that should answer; `anew` starts it again if it has run."""
-        known = self.peers.get(incarnation)
-        if known is None:
-            self.peers[incarnation] = Peer(None, self._clock_s(), heard_s=None, refused=False)
-        elif anew:
-            self.peers[incarnation] = replace(known, watched_since_s=self._clock_s())
+        with self._lock:
+            known = self.peers.get(incarnation)
+            if known is None:
+                self.peers[incarnation] = Peer(None, self._clock_s(), heard_s=None, refused=False)
+            elif anew:
+                self.peers[incarnation] = replace(known, watched_since_s=self._clock_s())
 
     def unwatch(self, incarnation: str) -> None:
         """Forget a node that nobody needs to hear of any more."""
-        self.peers.pop(incarnation, None)
-        self._exchanges.pop(incarnation, None)
+        with self._lock:
+            self.peers.pop(incarnation, None)
+            self._exchanges.pop(incarnation, None)
 
     def message_to(
         self, incarnation: str, status: NodeStatus, *, asks: bool, refusal: str = ""
     ) -> Message:
         """The next message to a peer; its moment of sending is remembered."""
-        exchange = self._exchanges.setdefault(incarnation, _Exchange())
-        exchange.count += 1
-        exchange.sent.append((exchange.count, self._clock_s()))
-        return Message(exchange.count, exchange.seen, asks, status, refusal)
+        with self._lock:
+            self._count += 1
+            exchange = _Exchange()
+            if incarnation in self.peers:
+                exchange = self._exchanges.setdefault(incarnation, exchange)
+            exchange.sent.append((self._count, self._clock_s()))
+            return Message(self._count, exchange.seen, asks, status, refusal)
 
     def received(self, message: Message) -> bool:
         """Note what a peer said. True if it said something new about itself."""
         incarnation = message.status.member.incarnation
-        known = self.peers.get(incarnation)
-        if known is None:
-            if len(self.peers) >= _PEERS_MAX:
-                return False
-            self.watch(incarnation)
-            known = self.peers[incarnation]
-        exchange = self._exchanges.setdefault(incarnation, _Exchange())
-        # Two connections of one pair may overtake each other: the newest words count.
-        newest = message.count > exchange.seen
-        exchange.seen = max(exchange.seen, message.count)
-        heard_s = known.heard_s
-        while exchange.sent and exchange.sent[0][0] <= message.seen:
-            heard_s = exchange.sent.popleft()[1]
-        self.peers[incarnation] = replace(
-            known,
-            status=message.status if newest else known.status,
-            heard_s=heard_s,
-            refused=False,
-        )
-        return newest and message.status != known.status
+        with self._lock:
+            known = self.peers.get(incarnation)
+            if known is None:
+                if len(self.peers) >= _PEERS_MAX:
+                    return False
+                known = Peer(None, self._clock_s(), heard_s=None, refused=False)
+            exchange = self._exchanges.setdefault(incarnation, _Exchange())
+            # Two connections of one pair may overtake each other: the newest words count.
+            newest = message.count > exchange.seen
+            exchange.seen = max(exchange.seen, message.count)
+            heard_s = known.heard_s
+            while exchange.sent and exchange.sent[0][0] <= message.seen:
+                heard_s = exchange.sent.popleft()[1]
+            self.peers[incarnation] = replace(
+                known,
+                status=message.status if newest else known.status,
+                heard_s=heard_s,
+                refused=False,
+            )
+            return newest and message.status != known.status
 
     def reached(self, incarnation: str) -> None:
         """Note that connecting to a node's address has worked."""
-        known = self.peers.get(incarnation)
-        if known is not None:
-            self.peers[incarnation] = replace(known, reached=True)
+        self._note(incarnation, reached=True)
 
     def refused(self, incarnation: str) -> None:
         """Note that nobody answers for this incarnation at its address any more."""
-        known = self.peers.get(incarnation)
-        if known is not None:
-            self.peers[incarnation] = replace(known, refused=True)
+        self._note(incarnation, refused=True)
+
+    def _note(self, incarnation: str, **changes: bool) -> None:
+        with self._lock:
+            known = self.peers.get(incarnation)
+            if known is not None:
+                self.peers[incarnation] = replace(known, **changes)  # type: ignore[arg-type]

@@ -79,8 +79,9 @@ class Progress:
         _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
 
     def _tick(self) -> None:
-        ticks, metronome = 0, threading.Event()
-        while not metronome.wait(TICK_INTERVAL_S):
+        ticks = 0
+        while True:
+            time.sleep(TICK_INTERVAL_S)
             ticks += 1
             _TICKS.pack_into(self._map, _TICKS_AT, ticks)
 

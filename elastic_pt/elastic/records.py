@@ -286,7 +286,8 @@ class Record:
                 sha256=hashlib.sha256(data).hexdigest(),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise LogDamaged(f"{key}: not a record of a run's log: {error!r}") from error
+            why = " ".join(repr(error).split())
+            raise LogDamaged(f"{key}: not a record of a run's log: {why}") from error
 
 
 def _body_from(kind: Kind, body: dict[str, Any]) -> Body:

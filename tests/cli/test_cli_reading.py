@@ -1,5 +1,6 @@
 """`status`, `log` and `checkpoints`: what a run tells anybody who has its URL."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
@@ -62,39 +64,110 @@ def test_status_follows_a_live_run(prepared: Trained, tmp_path: Path) -> None:
     assert "down" in elastic_pt("status", url).out
 
 
-def view_of(*, generation: bool = True, stop: Stop | None = None) -> RunView:
-    """A log with or without a generation and a STOP."""
-    members = (Member("a", "a1", "127.0.0.1", 1, 1, 1),)
-    found = Generation(3, members, (4,), "127.0.0.1", 2, None, "started") if generation else None
-    return RunView(generation=found, stop=stop)
+def test_a_run_below_nodes_min_is_paused_and_goes_on(prepared: Trained, tmp_path: Path) -> None:
+    """With a node too few the state is `paused` with the reason; a replacement is enough, and the log explains both."""
+    url = tmp_path / "paused"
+    overrides = [f"run.url={url}", "train.steps=1000000", "elastic.nodes_min=2"]
+
+    def until(state: str, generation: int) -> Any:
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            result = elastic_pt("status", url, "--json")
+            found = result.json if result.exit_code == 0 else {"state": "", "generation": 0}
+            if (found["state"], found["generation"]) == (state, generation) and found["step"] > 0:
+                return found
+            assert time.monotonic() < deadline_s, (result.out, fleet.tail("a"), fleet.tail("b"))
+            time.sleep(0.05)
+
+    with Fleet(load_config(prepared.config, overrides), tmp_path / "output") as fleet:
+        fleet.start("a")
+        fleet.start("b")
+        until("running", 1)
+        fleet.kill("b")
+        paused = until("paused", 1)
+        assert paused["reason"] == "1 of at least 2 nodes; no answer from b"
+        fleet.start("b")
+        until("running", 2)
+        deadline_s = time.monotonic() + WAIT_S
+        while "training again" not in (found := elastic_pt("log", url, "--explain").out):
+            assert time.monotonic() < deadline_s, found
+            time.sleep(0.05)
+    assert "generation 2 (2 nodes, world 2): node b lost at step " in found
+    assert "; node b joined after step " in found
 
 
-def answer_of(phase: Phase) -> NodeStatus:
+NODES = [Member(node, f"{node}1", "127.0.0.1", 1, 1, 1) for node in "abc"]
+
+
+def view_of(*, members: int = 2, stop: Stop | None = None) -> RunView:
+    """A log whose newest generation has some of the nodes, or none if there is no generation."""
+    found = Generation(3, tuple(NODES[:members]), (4,), "127.0.0.1", 2, None, "started")
+    return RunView(generations=(found,) if members else (), stop=stop)
+
+
+def answer_of(node: int, phase: Phase, **changes: object) -> NodeStatus:
     """What a member says."""
-    return NodeStatus(Member("a", "a1", "127.0.0.1", 1, 1, 1), phase, 3, 1, 0, "", "f")
+    status = NodeStatus(NODES[node], phase, 3, 1, 0, None, {})
+    return dataclasses.replace(status, **changes)  # type: ignore[arg-type]
+
+
+RUNS, SETTLES, WAITS = (
+    [answer_of(0, phase)] for phase in (Phase.RUNNING, Phase.SETTLING, Phase.WAITING)
+)
+BOTH_WAIT = [*WAITS, answer_of(1, Phase.WAITING)]
 
 
 @pytest.mark.parametrize(
-    ("view", "phases", "waiting", "nodes_min", "state"),
+    ("view", "answers", "waiting", "nodes_min", "state"),
     [
-        (view_of(generation=False), [], 0, 1, State.NEW),
-        (view_of(generation=False), [], 2, 3, State.NEW),
-        (view_of(), [Phase.RUNNING], 0, 1, State.RUNNING),
-        (view_of(), [Phase.SETTLING], 0, 2, State.RUNNING),
-        (view_of(), [Phase.WAITING, Phase.WAITING], 0, 2, State.RUNNING),
-        (view_of(), [Phase.WAITING], 0, 2, State.PAUSED),
+        (view_of(members=0), [], 0, 1, State.NEW),
+        (view_of(members=0), [], 2, 3, State.NEW),
+        (view_of(), RUNS, 0, 1, State.RUNNING),
+        (view_of(), SETTLES, 0, 2, State.RUNNING),
+        (view_of(), BOTH_WAIT, 0, 2, State.RUNNING),
+        (view_of(), WAITS, 0, 2, State.PAUSED),
         (view_of(), [], 1, 2, State.PAUSED),
         (view_of(), [], 2, 2, State.RUNNING),
         (view_of(), [], 0, 1, State.DOWN),
         (view_of(stop=Stop("completed", 9)), [], 0, 1, State.COMPLETED),
-        (view_of(stop=Stop("diverged: loss is nan", 9)), [Phase.RUNNING], 0, 1, State.FAILED),
+        (view_of(stop=Stop("diverged: loss is nan", 9)), RUNS, 0, 1, State.FAILED),
     ],
 )
 def test_the_state_follows_from_the_log_and_the_answers(
-    view: RunView, phases: list[Phase], waiting: int, nodes_min: int, state: State
+    view: RunView, answers: list[NodeStatus], waiting: int, nodes_min: int, state: State
 ) -> None:
     """Each state has the meaning that the module gives it."""
-    assert judge(view, [answer_of(phase) for phase in phases], waiting, nodes_min)[0] is state
+    assert judge(view, answers, waiting, nodes_min)[0] is state
+
+
+def test_a_new_run_tells_how_many_nodes_it_waits_for() -> None:
+    """Before the first generation the reason names both numbers."""
+    _, reason = judge(view_of(members=0), [], 2, 3)
+    assert reason == "2 of at least 3 nodes wait for the start"
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        (BOTH_WAIT, "2 of at least 3 nodes; no answer from c"),
+        (
+            [*BOTH_WAIT, answer_of(2, Phase.WAITING, leaving=True)],
+            "2 of at least 3 nodes; about to leave: c",
+        ),
+        (
+            [*BOTH_WAIT, answer_of(2, Phase.WAITING, unreachable=("a1", "b1"))],
+            "2 of at least 3 nodes; not linked to all others: c",
+        ),
+        (
+            [answer_of(1, Phase.WAITING, unreachable=("c1",))],
+            "1 of at least 3 nodes; no answer from a, c",
+        ),
+    ],
+    ids=["lost", "leaving", "parked", "unreachable and lost"],
+)
+def test_a_paused_run_tells_what_keeps_it(answers: list[NodeStatus], reason: str) -> None:
+    """Nodes that answer count only if they can train together; who is missing, and why, is named."""
+    assert judge(view_of(members=3), answers, 0, 3) == (State.PAUSED, reason)
 
 
 def test_log_has_a_line_per_record(trained: Trained) -> None:
@@ -103,14 +176,17 @@ def test_log_has_a_line_per_record(trained: Trained) -> None:
         json.loads(line) for line in elastic_pt("log", trained.run, "--json").out.splitlines()
     ]
     kinds = [record["kind"] for record in records]
-    assert (kinds[0], kinds[-1], set(kinds[1:-1])) == ("GENERATION", "STOP", {"COMMIT"})
+    assert (kinds[0], kinds[-1]) == ("GENERATION", "STOP")
+    assert set(kinds[1:-1]) == {"RECOVERY", "COMMIT"}
     assert [record["index"] for record in records] == list(range(len(records)))
     for before, after in itertools.pairwise(records):
         assert after["previous"] == before["sha256"]
     lines = elastic_pt("log", trained.run).out.splitlines()
     assert len(lines) == len(records)
     assert "node-1" in lines[0]
-    assert f"step {records[1]['body']['checkpoints'][0]['step']} " in lines[1]
+    commit = kinds.index("COMMIT")
+    assert f"step {records[commit]['body']['checkpoints'][0]['step']} " in lines[commit]
+    assert "generation 1 to its first step in " in lines[kinds.index("RECOVERY")]
     assert "completed" in lines[-1]
 
 
@@ -120,7 +196,7 @@ def test_log_notices_a_change_and_a_gap(trained: Trained, tmp_path: Path) -> Non
     for copy in (altered, gap):
         shutil.copytree(trained.run, copy)
     record = altered / "log" / f"{1:020d}.json"
-    record.write_text(record.read_text().replace('"step": ', '"step": 1', 1))
+    record.write_text(record.read_text().replace('"nonce": "', '"nonce": "0', 1))
     result = elastic_pt("log", altered)
     assert result.exit_code == 3
     assert "00002.json: does not follow" in result.err

@@ -1,5 +1,6 @@
 """The log has one order, one lineage, and no room for a fenced writer."""
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -8,8 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_pt.elastic.log import RunLog, RunView, fold, record_key
+from elastic_pt.elastic.log import (
+    BARS_KEPT,
+    GENERATIONS_KEPT,
+    RunLog,
+    RunView,
+    fold,
+    record_key,
+)
 from elastic_pt.elastic.records import (
+    ORIGIN,
+    Body,
     Checkpoint,
     Commit,
     Generation,
@@ -17,6 +27,7 @@ from elastic_pt.elastic.records import (
     Member,
     Quarantine,
     Record,
+    Recovery,
     Stop,
 )
 from elastic_pt.errors import FencedError, LogDamaged
@@ -36,7 +47,7 @@ def commit(step: int, number: int, *older: Checkpoint) -> Commit:
 
 
 def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> None:
-    """Opening by galloping and pointers gives the same view as reading every record, at every length."""
+    """Opening by galloping and pointers gives the same view as reading every record, but for older generations."""
     store = open_store(f"file://{tmp_path}")
     writer = RunLog(store, writer="a")
     writer.append(lambda _: generation(1), generation=0)
@@ -48,6 +59,10 @@ def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> No
         elif step % 7 == 0:
             directory = writer.view.checkpoints[0].directory
             writer.append(lambda _: Quarantine(directory, "bad"), generation=number)
+        elif step % 6 == 0:
+            writer.append(lambda _: Quarantine("", "flaps", "b", step), generation=number)
+        elif step % 8 == 0:
+            writer.append(lambda _: Recovery(number, 1, 2, 3, 4, step), generation=number)
         else:
             writer.append(
                 lambda view: commit(step, number, *view.checkpoints[:2]), generation=number
@@ -56,8 +71,34 @@ def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> No
         replayed = RunView()
         for record in RunLog(store, writer="c").records():
             replayed = fold(replayed, record)
-        assert late == replayed == writer.view
+        assert replayed == writer.view
+        newest = dataclasses.replace(replayed, generations=replayed.generations[-1:])
+        assert late == newest
         assert late.run_id == replayed.run_id != ""
+    assert [each.number for each in replayed.generations] == list(range(1, number + 1))
+    assert [bar.seconds for _, bar in late.bars] == [6, 12, 18, 24, 36]
+    assert late.recovery == Recovery(7, 1, 2, 3, 4, 32)
+
+
+def test_the_view_of_a_long_run_stays_small() -> None:
+    """Of generations and quarantines only the newest are kept, however many there were."""
+    view = RunView()
+    for index in range(300):
+        bodies: list[Body] = [generation(index + 1), Quarantine("", "flaps", "b", 1.0)]
+        for body in bodies:
+            view = fold(view, Record(view.length, index + 1, "a", "n", "", ORIGIN, {}, body))
+    assert [each.number for each in view.generations] == list(range(301 - GENERATIONS_KEPT, 301))
+    assert [index for index, _ in view.bars] == list(range(601 - 2 * BARS_KEPT, 600, 2))
+
+
+def test_a_quarantined_node_is_no_checkpoint() -> None:
+    """A QUARANTINE that names a node leaves all checkpoints alone."""
+    view = RunView(commit=commit(5, 1))
+    body = Quarantine("", "flaps", "b", 1.0)
+    after = fold(view, Record(0, 1, "a", "n", "", ORIGIN, {}, body))
+    assert after.checkpoints == view.checkpoints
+    assert after.quarantined == frozenset()
+    assert after.bars == ((0, body),)
 
 
 def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
@@ -93,7 +134,13 @@ def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
     old, new = RunLog(store, writer="old"), RunLog(store, writer="new")
     old.append(lambda _: generation(1), generation=0)
     new.append(lambda _: generation(2), generation=1)
-    for body in (commit(5, 1), Quarantine("ckpt/x", "bad"), Stop("completed", 5)):
+    for body in (
+        commit(5, 1),
+        Quarantine("ckpt/x", "bad"),
+        Quarantine("", "flaps", "b", 9.0),
+        Recovery(1, 1, 1, 1, 1, 4),
+        Stop("completed", 5),
+    ):
         with pytest.raises(FencedError, match="replaced by generation 2"):
             old.append(lambda _: body, generation=1)
     with pytest.raises(FencedError, match="is there already"):

@@ -1,4 +1,4 @@
-"""The small parts of a node: the channel to its workers, its scratch directory, its address, its exit causes."""
+"""The small parts of a node: the channel to its workers, its scratch directory, its address."""
 
 import fcntl
 import os
@@ -12,7 +12,6 @@ import pytest
 
 from elastic_pt.elastic.address import interface_of, local_address
 from elastic_pt.elastic.channel import ORPHANED_EXIT_CODE, AgentSide, Message, WorkerSide
-from elastic_pt.elastic.processes import WorkerFailure
 from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.errors import ConfigError
 
@@ -88,22 +87,3 @@ def test_addresses_and_their_interfaces() -> None:
     assert interface_of("::1") == "lo"
     assert interface_of("192.0.2.77") is None
     assert interface_of("2001:db8::77") is None
-
-
-@pytest.mark.parametrize(
-    ("failure", "collateral", "words"),
-    [
-        (WorkerFailure(1, -9, ""), False, "worker 1 killed by SIGKILL"),
-        (WorkerFailure(0, 1, "ValueError: bad"), False, "worker 0 exited with 1: ValueError: bad"),
-        (
-            WorkerFailure(2, 1, "RuntimeError: [gloo/transport/tcp] Connection closed by peer"),
-            True,
-            "worker 2",
-        ),
-        (WorkerFailure(2, 1, "torch.distributed.DistBackendError: NCCL error"), True, "worker 2"),
-    ],
-)
-def test_failures_tell_their_cause(failure: WorkerFailure, collateral: bool, words: str) -> None:
-    """A worker that only lost its peers is told apart from one that failed by itself."""
-    assert failure.collateral is collateral
-    assert str(failure).startswith(words)

@@ -1,0 +1,137 @@
+"""How long training stands still when something happens to it, with real agents on this machine.
+
+    python benchmarks/recovery.py [--repeats 30] [--kinds worker,node] [--peer torchrun] [--json FILE]
+
+    worker   SIGKILL to one worker          silent   a node's link goes down, nothing is reset (as root)
+    node     SIGKILL to a whole node        hang     SIGSTOP to one worker
+    join     a further node is started      leave    SIGTERM to one agent
+
+Printed, as p50 and p99: seconds from the disturbance to the first optimizer step that the new generation
+completes; for `join` and `leave` how much longer than a normal step the survivors wait for their next one.
+Victims take turns over all nodes, that of rank 0 included, after a random pause of some steps.
+With `--peer torchrun`, stock torchrun with FSDP2 and torch.distributed.checkpoint trains the same model in
+the same run, with its defaults and tuned, and is disturbed in the same ways.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+# Run as a file, Python looks for modules beside it; these are named from the root of the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.recovery_ours import measure_ours
+from benchmarks.recovery_peer import SETTINGS, measure_peer
+from benchmarks.recovery_report import KINDS, print_report
+from benchmarks.recovery_run import Plan, prepare_data
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds, then it is a failure")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    parser.add_argument("--directory", type=Path, help="keep runs and logs here")
+    parser.add_argument("--peer", choices=["torchrun"])
+    parser.add_argument("--peer-repeats", type=int, default=3)
+    parser.add_argument("--peer-limit", type=float, default=240.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.kinds = options.kinds.split(",")
+    if unknown := set(options.kinds) - set(KINDS):
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}; {', '.join(KINDS)} would be right")
+    if options.nodes < 2:
+        parser.error("--nodes: at least 2 would be right")
+    return options
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    return {
+        "processor": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average": os.getloadavg(),
+    }
+
+
+@contextmanager
+def working_directory(kept: Path | None) -> Iterator[Path]:
+    """Where runs and logs go: the one asked for, or one that is removed at the end."""
+    if kept is not None:
+        kept.mkdir(parents=True)
+        yield kept.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="recovery-") as directory:
+        yield Path(directory)
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    options = parse_arguments()
+    console = Console()
+    # An orderly end on SIGTERM too, so that every process that was started is ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    report: dict[str, Any] = {
+        "ours": {},
+        "machine": machine(),
+        "seed": options.seed,
+        "nodes": options.nodes,
+        "settings": {},
+    }
+    console.print(f"seed {options.seed}")
+    with working_directory(options.directory) as directory:
+        data_url = prepare_data(directory / "data")
+        plan = Plan(
+            nodes=options.nodes,
+            repeats=options.repeats,
+            limit_s=options.limit,
+            directory=directory / "ours",
+            seed=options.seed,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        for kind in options.kinds:
+            report["ours"][kind] = measure_ours(kind, plan, data_url)
+            write(report, options.json)
+        if options.peer is not None:
+            plan = dataclasses.replace(
+                plan,
+                repeats=options.peer_repeats,
+                limit_s=options.peer_limit,
+                directory=directory / "peer",
+            )
+            for name, setting in SETTINGS.items():
+                report[name] = {}
+                report["settings"][name] = dataclasses.asdict(setting)
+                for kind in options.kinds:
+                    report[name][kind] = measure_peer(name, kind, plan)
+                    write(report, options.json)
+    print_report(report, console)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Keep what has been measured so far, whatever comes next."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Our agents, disturbed again and again: one long-lived run per kind of disturbance.
+
+    whole world ─► a random pause of some steps ─► disturb ─► first step of the new generation ─► Sample
+         ▲                                                                                     │
+         └──────────────────────── a replacement joins, a checkpoint is committed ◄────────────┘
+
+A repetition that does not recover within its limit is recorded as such, and the next one gets a fresh run.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from benchmarks.recovery_network import Network, missing_for_networks
+from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
+from benchmarks.recovery_run import CHECKPOINT_STEPS, POLL_S, OurRun, Plan
+from benchmarks.recovery_watch import (
+    FirstStep,
+    StepWatch,
+    first_step_after,
+    last_step_s,
+    normal_step_s,
+    noticed_s,
+    phases_of,
+)
+from elastic_pt.elastic.records import Generation, Member
+from elastic_pt.errors import ElasticPtError
+
+_FINE_POLL_S: Final = 0.005
+_FAILURES_MAX: Final = 3
+_NORMAL_STEPS: Final = 8
+
+Disturbance = Callable[[OurRun, Generation, Member, random.Random], Sample]
+
+
+def recover(
+    run: OurRun,
+    generation: Generation,
+    survivors: Sequence[Member],
+    randomness: random.Random,
+    disturb: Callable[[], None],
+) -> Sample:
+    """Seconds from a disturbance to the first step of the new generation on all survivors."""
+    nodes = [member.node for member in survivors]
+    limit_s = run.plan.limit_s
+    with run.watch(randomness.choice(survivors), POLL_S) as watch:
+        run.pause(watch, randomness.randint(1, 2 * CHECKPOINT_STEPS))
+        start_s = time.time()
+        disturb()
+        first = first_step_after(run.logs, nodes, generation.number, limit_s=limit_s)
+        if first is None:
+            return Sample(None, failure=f"> {limit_s:g} s")
+        frontier, recomputed = steps_lost(watch, first)
+        again_s = watch.until_beyond(frontier, limit_s)
+    notice_s = noticed_s(run.logs.events, nodes, start_s)
+    beside = {"recomputed_steps": recomputed}
+    if again_s is not None:
+        beside["new_progress_s"] = again_s - start_s
+    if notice_s is not None:
+        beside["detection_s"] = notice_s - start_s
+    phases = phases_of(start_s, notice_s, first.generation_s, first.last)
+    return Sample(first.last.time_s - start_s, phases, beside)
+
+
+def steps_lost(watch: StepWatch, first: FirstStep) -> tuple[int, float]:
+    """The last step of the old generation, and how many of its steps the new one does again."""
+    # A node is seen at a step after it has reported it, so what was seen before is of the old generation.
+    report = first.reports[watch.node]
+    frontier = max(point.step for point in watch.points if point.time_s < report.time_s)
+    return frontier, float(frontier - report.content["step"] + 1)
+
+
+def lose_worker(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """SIGKILL to one worker; its agent goes on."""
+    pid = run.worker(victim)
+    return recover(
+        run, generation, generation.members, randomness, lambda: os.kill(pid, signal.SIGKILL)
+    )
+
+
+def lose_node(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """SIGKILL to an agent, its fork server and its workers at once."""
+    survivors = [member for member in generation.members if member != victim]
+    return recover(run, generation, survivors, randomness, lambda: run.fleet.kill(victim.node))
+
+
+def silence_node(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """A node's link goes down; it can still reach the bucket. It is gone for good afterwards."""
+    survivors = [member for member in generation.members if member != victim]
+    sample = recover(run, generation, survivors, randomness, lambda: run.cut(victim.node))
+    run.fleet.kill(victim.node)
+    return sample
+
+
+def hang_worker(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """SIGSTOP to one worker."""
+    pid = run.worker(victim)
+    return recover(
+        run, generation, generation.members, randomness, lambda: os.kill(pid, signal.SIGSTOP)
+    )
+
+
+def join_node(run: OurRun, generation: Generation, _: Member, randomness: random.Random) -> Sample:
+    """A further node is started, and lost again when it has been measured."""
+    watched = randomness.choice(generation.members)
+    with run.watch(watched, _FINE_POLL_S) as watch:
+        run.pause(watch, max(_NORMAL_STEPS, randomness.randint(1, 2 * CHECKPOINT_STEPS)))
+        start_s = time.time()
+        joiner = run.start_node()
+        nodes = [*(member.node for member in generation.members), joiner]
+        limit_s = run.plan.limit_s
+        first = first_step_after(
+            run.logs, nodes, generation.number, limit_s=limit_s, including=joiner
+        )
+    if first is None:
+        return Sample(None, failure=f"> {limit_s:g} s")
+    run.fleet.kill(joiner)
+    started_s = next(
+        event.time_s
+        for event in run.logs.events
+        if (event.node, event.name) == (joiner, "agent_started")
+    )
+    done_s = first.reports[joiner].time_s
+    beside = {
+        "joiner_s": done_s - start_s,
+        "joiner_agent_s": started_s - start_s,
+        "joiner_agree_s": first.generation_s - started_s,
+        "joiner_step_s": done_s - first.generation_s,
+    }
+    return stalled(run, watch, nodes, start_s, first, beside)
+
+
+def ask_to_leave(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """SIGTERM to an agent."""
+    survivors = [member for member in generation.members if member != victim]
+    nodes = [member.node for member in survivors]
+    with run.watch(randomness.choice(survivors), _FINE_POLL_S) as watch:
+        run.pause(watch, max(_NORMAL_STEPS, randomness.randint(1, 2 * CHECKPOINT_STEPS)))
+        start_s = time.time()
+        os.kill(victim.pid, signal.SIGTERM)
+        limit_s = run.plan.limit_s
+        first = first_step_after(run.logs, nodes, generation.number, limit_s=limit_s)
+    if first is None:
+        return Sample(None, failure=f"> {limit_s:g} s")
+    deadline_s = time.monotonic() + limit_s
+    while victim.node in run.fleet.running():
+        if time.monotonic() > deadline_s:
+            raise ElasticPtError(
+                f"{victim.node} was asked to leave and has not, {limit_s:g} s later"
+            )
+        time.sleep(POLL_S)
+    return stalled(run, watch, nodes, start_s, first, {})
+
+
+def stalled(
+    run: OurRun,
+    watch: StepWatch,
+    nodes: Sequence[str],
+    start_s: float,
+    first: FirstStep,
+    beside: dict[str, float],
+) -> Sample:
+    """How much longer than a normal step a survivor waited for the first step of the new generation."""
+    report = first.reports[watch.node]
+    last_s = last_step_s(watch.points, report.time_s)
+    assert last_s is not None
+    normal_s = normal_step_s(watch.points, start_s)
+    # Whoever noticed did so before the old generation's last step: the stall begins with agreeing.
+    notice_s = noticed_s(run.logs.events, nodes, start_s)
+    phases = phases_of(last_s, notice_s, first.generation_s, report)
+    phases["first step"] -= normal_s
+    _, recomputed = steps_lost(watch, first)
+    beside = {**beside, "normal_step_s": normal_s, "recomputed_steps": recomputed}
+    return Sample(report.time_s - last_s - normal_s, phases, beside)
+
+
+DISTURBANCES: Final[dict[str, Disturbance]] = {
+    "worker": lose_worker,
+    "node": lose_node,
+    "silent": silence_node,
+    "hang": hang_worker,
+    "join": join_node,
+    "leave": ask_to_leave,
+}
+
+
+def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
+    """All repetitions of one kind, in as few runs as possible. Main thread."""
+    if kind == "silent" and (reason := missing_for_networks()):
+        return unavailable(reason)
+    randomness = random.Random(f"{plan.seed} {kind}")
+    samples: list[Sample] = []
+    broken: list[str] = []
+    runs = 0
+    while len(samples) < plan.repeats and len(broken) < _FAILURES_MAX:
+        runs += 1
+        with ExitStack() as stack:
+            network = stack.enter_context(Network(plan.nodes)) if kind == "silent" else None
+            nodes_max = plan.nodes + (kind == "join")
+            directory = plan.directory / f"{kind}-{runs}"
+            run = stack.enter_context(OurRun(plan, directory, data_url, nodes_max, network))
+            try:
+                repeat(kind, run, randomness, samples)
+            except ElasticPtError as error:
+                broken.append(str(error))
+                plan.tell(f"{kind}: {error}")
+                continue
+        if samples[-1].seconds is None:
+            broken.append(samples[-1].failure)
+    if not samples:
+        return unavailable("; ".join(broken))
+    summary = summarize(samples)
+    if broken:
+        summary["fresh_runs_after"] = broken
+    return summary
+
+
+def repeat(kind: str, run: OurRun, randomness: random.Random, samples: list[Sample]) -> None:
+    """Disturb one run until there are enough samples, or it does not recover. Victims take turns."""
+    plan = run.plan
+    while len(samples) < plan.repeats:
+        generation = run.make_whole()
+        victim = generation.members[len(samples) % plan.nodes]
+        sample = DISTURBANCES[kind](run, generation, victim, randomness)
+        place = "" if kind == "join" else f"rank {generation.members.index(victim)}"
+        sample = Sample(sample.seconds, sample.phases, sample.beside, place, sample.failure)
+        samples.append(sample)
+        shown = sample.failure if sample.seconds is None else f"{sample.seconds:.3f} s"
+        phases = " ".join(f"{name} {seconds:.3f}" for name, seconds in sample.phases.items())
+        plan.tell(f"ours {kind} {len(samples)}/{plan.repeats} {place}: {shown}  {phases}")
+        if sample.seconds is None:
+            return

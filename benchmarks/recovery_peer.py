@@ -1,0 +1,311 @@
+"""The peer: jobs of stock torchrun that train the same model, disturbed as ours are.
+
+    agents of torchrun ─► torchrun_peer.py (FSDP2, DCP) ─► steps.jsonl ─► Sample
+
+Each repetition has a job of its own: a job that was disturbed does not take in a replacement reliably. What
+torchrun cannot do is recorded as what became of it: nothing within the limit, or all agents ended.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from benchmarks.recovery_network import Network, missing_for_networks
+from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
+from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan
+from benchmarks.recovery_watch import StepPoint, normal_step_s
+from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.elastic.processes import die_with_parent
+from elastic_pt.errors import ElasticPtError
+
+_SCRIPT: Final = Path(__file__).with_name("torchrun_peer.py")
+_START_S: Final = 180.0
+_POLL_S: Final = 0.01
+_STEPS_BEFORE: Final = 2 * CHECKPOINT_STEPS
+_NETWORK_PORT: Final = 29400
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How torchrun is set up."""
+
+    collective_timeout_s: float
+    arguments: tuple[str, ...] = ()
+    rendezvous: tuple[str, ...] = ()
+    """Parts of `--rdzv-conf`."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+SETTINGS: Final = {
+    # All of torchrun's own defaults; the process group's would be 30 minutes, which nobody keeps.
+    "torchrun_default": Setting(collective_timeout_s=60.0),
+    "torchrun_tuned": Setting(
+        collective_timeout_s=10.0,
+        arguments=("--monitor-interval=0.02", "--shutdown-timeout=1"),
+        rendezvous=("last_call_timeout=1", "keep_alive_interval=1", "keep_alive_max_attempt=3"),
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    ),
+}
+
+
+class TorchrunJob:
+    """Agents of one job, one worker each; a context manager that leaves no process behind. Main thread.
+
+    With a network each agent is in a namespace of its own, else all are on the loopback. The first one
+    hosts the rendezvous.
+    """
+
+    def __init__(
+        self, setting: Setting, directory: Path, nodes_max: int, network: Network | None
+    ) -> None:
+        directory.mkdir(parents=True)
+        self._setting = setting
+        self._directory = directory
+        self._nodes_max = nodes_max
+        self._network = network
+        self._agents: list[tuple[subprocess.Popen[bytes], str]] = []
+        self._read_bytes = 0
+        self._lines: list[Line] = []
+        self._endpoint = (
+            f"127.0.0.1:{_free_port()}"
+            if network is None
+            else f"{network.address(1)}:{_NETWORK_PORT}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for index in self.agents:
+            self.kill(index)
+
+    def start(self) -> None:
+        """Start one more agent."""
+        index = len(self._agents)
+        address, inside, interface = "127.0.0.1", [], "lo"
+        # On one machine torchrun cannot tell by the host's name which agent is the host.
+        rendezvous = ",".join((*self._setting.rendezvous, f"is_host={int(index == 0)}"))
+        if self._network is not None:
+            address, interface = self._network.address(index + 1), "eth0"
+            inside = self._network.inside(index + 1)
+        command = [*inside, sys.executable, "-m", "torch.distributed.run"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self._endpoint}", "--rdzv-id=peer"]
+        command += [f"--nnodes=1:{self._nodes_max}", "--nproc-per-node=1", "--max-restarts=1000"]
+        command += [f"--rdzv-conf={rendezvous}", f"--local-addr={address}"]
+        command += [*self._setting.arguments, str(_SCRIPT), str(self._directory)]
+        command += [f"--timeout={self._setting.collective_timeout_s}"]
+        command += [f"--checkpoint-steps={CHECKPOINT_STEPS}"]
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
+        # Workers of torchrun are in sessions of their own: the mark is how they are found again.
+        with mark_children() as mark, self._log(index).open("wb") as output:
+            agent = subprocess.Popen(
+                command,
+                env=os.environ | environment | self._setting.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self._agents.append((agent, mark))
+
+    @property
+    def agents(self) -> range:
+        """All that were started."""
+        return range(len(self._agents))
+
+    def kill(self, index: int) -> None:
+        """Lose an agent's whole machine."""
+        agent, mark = self._agents[index]
+        kill_all(mark)
+        agent.wait()
+        # A worker that was just being made is found the second time.
+        kill_all(mark)
+
+    def leave(self, index: int) -> None:
+        """SIGTERM to an agent."""
+        self._agents[index][0].terminate()
+
+    def worker(self, index: int) -> int:
+        """Process id of an agent's worker."""
+        agent, mark = self._agents[index]
+        (pid,) = [pid for pid, parent in marked(mark).items() if parent == agent.pid]
+        return pid
+
+    def cut(self, index: int) -> None:
+        """Take an agent's link down."""
+        assert self._network is not None
+        self._network.cut(index + 1)
+
+    def ended(self, among: Sequence[int]) -> bool:
+        """Whether all these agents have ended by themselves."""
+        return all(self._agents[index][0].poll() is not None for index in among)
+
+    def lines(self) -> list[Line]:
+        """A line per completed step, by rank 0 of each world."""
+        path = self._directory / "steps.jsonl"
+        if path.exists() and path.stat().st_size > self._read_bytes:
+            with path.open("rb") as file:
+                file.seek(self._read_bytes)
+                *whole, _ = file.read().split(b"\n")
+            self._read_bytes += sum(len(line) + 1 for line in whole)
+            self._lines += [json.loads(line) for line in whole]
+        return self._lines
+
+    def until_training(self, nodes: int, steps: int) -> None:
+        """Wait until a world of so many nodes has done some steps. Raises `ElasticPtError` if it does not."""
+        deadline_s = time.monotonic() + _START_S
+        while sum(line["world_size"] == nodes for line in self.lines()) < steps:
+            if time.monotonic() > deadline_s:
+                tails = [self._log(index).read_text()[-2000:] for index in range(nodes)]
+                raise ElasticPtError(f"torchrun: not started within {_START_S} s\n{tails}")
+            time.sleep(_POLL_S)
+
+    def _log(self, index: int) -> Path:
+        return self._directory / f"agent-{index}.log"
+
+
+def _free_port() -> int:
+    # torchrun wants the number beforehand; the kernel does not hand it out again so soon.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def disturb(job: TorchrunJob, kind: str, victim: int) -> list[int]:
+    """Do it; returns the agents that should go on."""
+    others = [index for index in job.agents if index != victim]
+    match kind:
+        case "worker":
+            os.kill(job.worker(victim), signal.SIGKILL)
+        case "hang":
+            os.kill(job.worker(victim), signal.SIGSTOP)
+        case "node":
+            job.kill(victim)
+        case "silent":
+            job.cut(victim)
+        case "leave":
+            job.leave(victim)
+        case "join":
+            job.start()
+    return [*others, victim] if kind in ("worker", "hang", "join") else others
+
+
+def await_new_world(
+    job: TorchrunJob, before: Line, world_size: int | None, going_on: Sequence[int], limit_s: float
+) -> Line | str:
+    """The first step of a world other than that of `before`, or what happened instead."""
+    deadline_s = time.monotonic() + limit_s
+    while True:
+        for line in job.lines():
+            other = line["time_s"] > before["time_s"] and line["pid"] != before["pid"]
+            if other and world_size in (None, line["world_size"]):
+                return line
+        if job.ended(going_on):
+            return "the job ended"
+        if time.monotonic() > deadline_s:
+            return f"> {limit_s:g} s"
+        time.sleep(_POLL_S)
+
+
+def await_progress(job: TorchrunJob, first: Line, limit_s: float) -> None:
+    """Wait until a step is done that had not been done before the new world's first one."""
+    deadline_s = time.monotonic() + limit_s
+    before = [line["step"] for line in job.lines() if line["time_s"] < first["time_s"]]
+    while job.lines()[-1]["step"] <= max(before) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+
+
+def sample_of(kind: str, lines: Sequence[Line], start_s: float, first: Line) -> Sample:
+    """What the first step of a new world says about the recovery."""
+    frontier = max(line["step"] for line in lines if line["time_s"] < first["time_s"])
+    beside = {"recomputed_steps": float(frontier - first["step"] + 1)}
+    again_s = next((line["time_s"] for line in lines if line["step"] > frontier), None)
+    if again_s is not None:
+        beside["new_progress_s"] = again_s - start_s
+    if kind == "join":
+        beside["joiner_s"] = first["time_s"] - start_s
+    if kind not in ("join", "leave"):
+        return Sample(first["time_s"] - start_s, phases_from(start_s, first), beside)
+    since = [line for line in lines if line["time_s"] <= first["time_s"]]
+    normal_s = normal_step_s([StepPoint(line["time_s"], line["step"]) for line in since], start_s)
+    # Of several worlds in between, the longest wait counts.
+    last, following = max(
+        ((one, other) for one, other in itertools.pairwise(since) if other["time_s"] > start_s),
+        key=lambda pair: pair[1]["time_s"] - pair[0]["time_s"],
+    )
+    phases = phases_from(last["time_s"], following)
+    phases["first step"] -= normal_s
+    return Sample(sum(phases.values()), phases, {**beside, "normal_step_s": normal_s})
+
+
+def phases_from(since_s: float, first: Line) -> dict[str, float]:
+    """Seconds of each part between a moment and the first step of a world; they add up to all of it."""
+    began_s = max(since_s, first["began_s"])
+    parts = {
+        # torchrun does not tell when it noticed.
+        "detect and agree": began_s - since_s,
+        "fork": first["fork_s"],
+        "process group": first["group_s"],
+        "restore": first["restore_s"],
+    }
+    return parts | {"first step": first["time_s"] - since_s - sum(parts.values())}
+
+
+def measure_once(kind: str, setting: Setting, plan: Plan, directory: Path, turn: int) -> Sample:
+    """One job, one disturbance."""
+    randomness = random.Random(f"{plan.seed} {kind} {turn}")
+    victim = turn % plan.nodes
+    with ExitStack() as stack:
+        network = stack.enter_context(Network(plan.nodes)) if kind == "silent" else None
+        nodes_max = plan.nodes + (kind == "join")
+        job = stack.enter_context(TorchrunJob(setting, directory, nodes_max, network))
+        for _ in range(plan.nodes):
+            job.start()
+        steps = _STEPS_BEFORE + randomness.randint(1, 2 * CHECKPOINT_STEPS)
+        job.until_training(plan.nodes, steps)
+        before = job.lines()[-1]
+        start_s = time.time()
+        going_on = disturb(job, kind, victim)
+        wanted = plan.nodes + 1 if kind == "join" else None
+        found = await_new_world(job, before, wanted, going_on, plan.limit_s)
+        if not isinstance(found, str):
+            await_progress(job, found, plan.limit_s)
+        lines = list(job.lines())
+    place = "" if kind == "join" else ("rendezvous host" if victim == 0 else f"agent {victim}")
+    if isinstance(found, str):
+        return Sample(None, victim=place, failure=found)
+    sample = sample_of(kind, lines, start_s, found)
+    return Sample(sample.seconds, sample.phases, sample.beside, place)
+
+
+def measure_peer(name: str, kind: str, plan: Plan) -> Summary:
+    """All repetitions of one kind under one setting. Victims take turns, the rendezvous host last."""
+    if kind == "silent" and (reason := missing_for_networks()):
+        return unavailable(reason)
+    samples: list[Sample] = []
+    for turn in range(1, plan.repeats + 1):
+        directory = plan.directory / name / f"{kind}-{turn}"
+        try:
+            sample = measure_once(kind, SETTINGS[name], plan, directory, turn)
+        except ElasticPtError as error:
+            plan.tell(f"{name} {kind}: {error}")
+            sample = Sample(None, failure=str(error).partition("\n")[0])
+        samples.append(sample)
+        shown = sample.failure if sample.seconds is None else f"{sample.seconds:.2f} s"
+        phases = " ".join(f"{part} {seconds:.2f}" for part, seconds in sample.phases.items())
+        plan.tell(f"{name} {kind} {turn}/{plan.repeats} {sample.victim}: {shown}  {phases}")
+    return summarize(samples)

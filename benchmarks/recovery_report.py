@@ -1,0 +1,217 @@
+"""What the samples of `recovery.py` add up to: percentiles, median phases, targets, and the table for people.
+
+    Sample ─► summarize ─► {"p50", "p99", "repeats", "phases", "samples", ...} ─► rows ─► table
+                                                                  TARGETS ─► judge ─┘
+
+Pure, but for `print_report`. Percentiles are nearest-rank, so p99 of fewer than 100 samples is the largest
+of them; a repetition that did not recover counts as infinitely long, and as null in the JSON.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+PHASES: Final = ("detect", "agree", "fork", "process group", "restore", "first step")
+"""The parts of a recovery, in order: a member notices; the log has the new generation; its workers run;
+they are connected; they have the state; the first step is done."""
+KINDS: Final = ("worker", "node", "silent", "hang", "join", "leave")
+"""The disturbances, in the order in which they are measured."""
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition. `seconds` is None when it did not recover, and `failure` says what happened instead."""
+
+    seconds: float | None
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by phase; they add up to `seconds`."""
+    beside: Mapping[str, float] = field(default_factory=dict)
+    """Further measurements of this repetition, by name with the unit last."""
+    victim: str = ""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a measurement of a kind, and what it should be at most, in seconds."""
+
+    kind: str
+    title: str
+    beside: str = ""
+    """Which of the `beside` measurements; empty for `seconds`."""
+    p50_max_s: float | None = None
+    p99_max_s: float | None = None
+
+
+# A target that names no percentile holds for all but one in a hundred.
+ROWS: Final = (
+    Row("worker", "worker killed", p50_max_s=0.5, p99_max_s=1.0),
+    Row("node", "node killed, any", p50_max_s=1.0, p99_max_s=2.0),
+    Row("silent", "node falls silent", p50_max_s=2.5),
+    Row("hang", "worker hangs: detected", beside="detection_s", p99_max_s=3.0),
+    Row("hang", "worker hangs"),
+    Row("join", "join: survivors' stall", p99_max_s=0.5),
+    Row("join", "join: joiner's first step", beside="joiner_s", p99_max_s=4.0),
+    Row("leave", "leave: survivors' stall", p99_max_s=0.5),
+)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest-rank percentile: the smallest value that at least `share` of all values do not exceed."""
+    assert values
+    assert 0.0 < share <= 1.0
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def summarize(samples: Sequence[Sample]) -> Summary:
+    """The JSON object of one kind: percentiles, median phases, what was measured beside, and all samples."""
+    assert samples
+    recovered = [sample for sample in samples if sample.seconds is not None]
+    phases = {name: None for sample in recovered for name in sample.phases}
+    summary: Summary = {
+        **_percentiles([sample.seconds for sample in samples]),
+        "repeats": len(samples),
+        "phases": {
+            name: statistics.median(sample.phases.get(name, 0.0) for sample in recovered)
+            for name in phases
+        },
+    }
+    for name in {name: None for sample in samples for name in sample.beside}:
+        summary[name] = _percentiles([sample.beside.get(name) for sample in samples])
+    failures = [sample.failure for sample in samples if sample.failure]
+    if failures:
+        summary["failures"] = {reason: failures.count(reason) for reason in dict.fromkeys(failures)}
+    summary["samples"] = [
+        {
+            "seconds": sample.seconds,
+            "victim": sample.victim,
+            "phases": dict(sample.phases),
+            **sample.beside,
+            **({"failure": sample.failure} if sample.failure else {}),
+        }
+        for sample in samples
+    ]
+    return summary
+
+
+def unavailable(reason: str) -> Summary:
+    """The JSON object of a kind that was not measured, and why."""
+    return {
+        "p50": None,
+        "p99": None,
+        "repeats": 0,
+        "phases": {},
+        "samples": [],
+        "reason": reason,
+    }
+
+
+def _percentiles(values: Sequence[float | None]) -> dict[str, float | None]:
+    numbers = [math.inf if value is None else value for value in values]
+    found = {name: percentile(numbers, share) for name, share in (("p50", 0.5), ("p99", 0.99))}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def value_of(summary: Summary, row: Row, name: str) -> float | None:
+    """A percentile of the row's measurement, or None when there is none."""
+    found: float | None = (summary.get(row.beside, {}) if row.beside else summary).get(name)
+    return found
+
+
+def judge(summary: Summary, row: Row) -> bool | None:
+    """Whether the measurement meets the row's targets; None for a row without any or that was not measured."""
+    limits = {"p50": row.p50_max_s, "p99": row.p99_max_s}
+    wanted = {name: limit for name, limit in limits.items() if limit is not None}
+    if not wanted or not summary["repeats"]:
+        return None
+    values = {name: value_of(summary, row, name) for name in wanted}
+    return all(value is not None and value <= wanted[name] for name, value in values.items())
+
+
+def words(summary: Summary | None, row: Row) -> str:
+    """A cell of the table: p50 and p99, or why there are none."""
+    if summary is None:
+        return ""
+    if not summary["repeats"]:
+        return str(summary["reason"]).partition("\n")[0]
+    values = [value_of(summary, row, name) for name in ("p50", "p99")]
+    if row.beside and values == [None, None]:
+        return "-"
+    text = " / ".join("never" if value is None else f"{value:.2f}" for value in values)
+    failures = "; ".join(
+        f"{count} x {reason}" for reason, count in summary.get("failures", {}).items()
+    )
+    return f"{text}  ({failures})" if failures and not row.beside else text
+
+
+def breakdown(summary: Summary) -> str:
+    """The median phases in order, in one line; for a join also what the joiner's time went into."""
+    joiner = {
+        f"joiner's {name}": summary[key]["p50"]
+        for name, key in (
+            ("agent", "joiner_agent_s"),
+            ("being taken in", "joiner_agree_s"),
+            ("first step", "joiner_step_s"),
+        )
+        if summary.get(key, {}).get("p50") is not None
+    }
+    parts = summary["phases"] | joiner
+    return "  ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
+
+
+def worst(summary: Summary) -> str:
+    """The phases of the slowest repetition, or what became of one that did not recover."""
+    slowest = max(
+        summary["samples"],
+        key=lambda sample: math.inf if sample["seconds"] is None else sample["seconds"],
+    )
+    if slowest["seconds"] is None:
+        return f"{slowest['victim']} {slowest['failure']}".strip()
+    parts = (f"{name} {seconds:.3f}" for name, seconds in slowest["phases"].items())
+    return "  ".join((slowest["victim"], *parts)).strip()
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The table of all sides, and the phases of each row of ours that misses its target."""
+    sides = [name for name in report if name == "ours" or name.startswith("torchrun")]
+    table = Table(title="seconds, p50 / p99 (nearest rank)")
+    table.add_column("disturbance")
+    table.add_column("target")
+    for side in sides:
+        table.add_column(side)
+    table.add_column("ours")
+    missed: dict[str, Summary] = {}
+    for row in ROWS:
+        if all(row.kind not in report[side] for side in sides):
+            continue
+        ours = report.get("ours", {}).get(row.kind)
+        verdict = None if ours is None else judge(ours, row)
+        if verdict is False:
+            missed[row.kind] = ours
+        target = " / ".join(
+            "-" if limit is None else f"{limit:g}" for limit in (row.p50_max_s, row.p99_max_s)
+        )
+        table.add_row(
+            row.title,
+            "" if target == "- / -" else target,
+            *(words(report[side].get(row.kind), row) for side in sides),
+            {None: "", True: "[green]pass[/green]", False: "[red]miss[/red]"}[verdict],
+        )
+    console.print(table)
+    for side in sides:
+        for kind, summary in report[side].items():
+            recomputed = summary.get("recomputed_steps", {}).get("p50")
+            again_s = summary.get("new_progress_s", {}).get("p50")
+            if recomputed is not None:
+                after = "" if again_s is None else f", the first new one after {again_s:.2f} s"
+                console.print(f"{side} {kind}: {recomputed:.0f} steps recomputed{after} (medians)")
+    for kind, summary in missed.items():
+        console.print(f"[red]missed[/red] {kind}, medians: {breakdown(summary)}")
+        console.print(f"       {kind}, the worst: {worst(summary)}")

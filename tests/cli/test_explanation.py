@@ -1,0 +1,390 @@
+"""`log --explain`: what each change of the world was, and where the time went, from the log alone."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from command_line import STEPS, Trained, elastic_pt
+
+from elastic_pt.elastic.log import RunLog
+from elastic_pt.elastic.membership import slots_per_member
+from elastic_pt.elastic.records import (
+    ORIGIN,
+    Body,
+    Cause,
+    CauseKind,
+    Checkpoint,
+    Commit,
+    Generation,
+    Member,
+    Quarantine,
+    Record,
+    Recovery,
+    Stop,
+)
+from elastic_pt.explanation import Change, End, FirstStep, as_json, explain
+from elastic_pt.inspection import describe
+from elastic_pt.store.open import open_store
+
+LOST_B = Cause(CauseKind.LOST, "b", "its address refuses connections", detect_s=0.04)
+JOINED_D = Cause(CauseKind.JOINED, "d")
+RECOVERED = Recovery(2, start_s=0.11, group_s=0.09, restore_s=0.02, step_s=0.11, total_s=0.54)
+PHASES = (
+    "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
+    "training again 0.54 s after it was noticed"
+)
+
+
+def checkpoint(step: int) -> Checkpoint:
+    """A checkpoint that was committed."""
+    return Checkpoint(step, 1, f"ckpt/{step}", 1, "", 2.5)
+
+
+def generation(
+    number: int,
+    nodes: str,
+    *causes: Cause,
+    frontier: int = 412,
+    resume: int = 410,
+    agree_s: float = 0.21,
+    life: int = 1,
+    reason: str = "",
+    slots: int | None = 8,
+) -> Generation:
+    """A GENERATION of one-worker nodes named by letters; `life` tells their incarnations apart."""
+    members = tuple(Member(node, f"{node}{life}", "127.0.0.1", 1, 1, 1) for node in nodes)
+    return Generation(
+        number,
+        members,
+        slots_per_member(members, slots),
+        "127.0.0.1",
+        2,
+        checkpoint(resume) if resume else None,
+        reason or "; ".join(str(cause) for cause in causes) or "started",
+        causes,
+        frontier,
+        agree_s,
+    )
+
+
+FIRST = generation(1, "abc", frontier=0, resume=0, agree_s=0.0)
+COMMIT = Commit((checkpoint(410), checkpoint(400)), "history")
+
+
+def records(*bodies: Body, time: str = "2026-01-01T00:00:00.000+00:00") -> list[Record]:
+    """A log of these."""
+    numbers, number = [], 0
+    for body in bodies:
+        number = body.number if isinstance(body, Generation) else number
+        numbers.append(number)
+    return [
+        Record(index, number, "a", "", time, ORIGIN, {}, body)
+        for index, (body, number) in enumerate(zip(bodies, numbers, strict=True))
+    ]
+
+
+def texts(*bodies: Body) -> list[str]:
+    """The explanations of a log of these, for people."""
+    return [str(each) for each in explain(records(*bodies))]
+
+
+def change(*bodies: Body) -> Change:
+    """The last change of a log of these."""
+    return [each for each in explain(records(*bodies)) if isinstance(each, Change)][-1]
+
+
+def test_a_lost_node_is_told_phase_by_phase() -> None:
+    """Who, at which step, how it was noticed, each phase with its duration, and what was done again."""
+    assert texts(FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED) == [
+        "generation 2 (2 nodes, world 2): node b lost at step 412: its address refuses connections, "
+        "noticed 0.04 s after its last sign of life; agreed after 0.21 s; "
+        f"{PHASES}; 2 steps (411 to 412) done again"
+    ]
+
+
+FAILED = Cause(CauseKind.FAILED, "b", "worker 1 killed by SIGKILL at step 412", 412)
+HUNG = Cause(CauseKind.FAILED, "b", "worker 1 stood still for 2.1 s at step 412 (stopped)", 412)
+UNUSABLE = Cause(CauseKind.UNUSABLE, "b", "worker 1 raised CheckpointError: cut short")
+PARKED = Cause(CauseKind.PARKED, "c", "no link to b", detect_s=9.0)
+GAVE_UP = Cause(CauseKind.GAVE_UP, "b", "for a while it could not reach the others")
+BARRED = Cause(CauseKind.BARRED, "b", "3 failures (kept out for 30 s)")
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (FAILED, "node b failed: worker 1 killed by SIGKILL at step 412"),
+        (HUNG, "node b failed: worker 1 stood still for 2.1 s at step 412 (stopped)"),
+        (
+            UNUSABLE,
+            "node b could not use the checkpoint: worker 1 raised CheckpointError: cut short",
+        ),
+        (PARKED, "node c parked at step 412: no link to b"),
+        (GAVE_UP, "node b gave up at step 412: for a while it could not reach the others"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Cause) else "",
+)
+def test_each_trouble_has_its_words(cause: Cause, words: str) -> None:
+    """Whatever broke a world is named with its node and its cause; how long nobody needed to wait is not told."""
+    (text,) = texts(FIRST, COMMIT, generation(2, "ac", cause), RECOVERED)
+    assert f"): {words}; agreed after 0.21 s; workers" in text
+    assert text.endswith("2 steps (411 to 412) done again")
+
+
+@pytest.mark.parametrize(
+    ("causes", "words"),
+    [
+        ((JOINED_D,), "node d joined after step 410"),
+        ((JOINED_D, Cause(CauseKind.JOINED, "e")), "nodes d, e joined after step 410"),
+        ((Cause(CauseKind.LEFT, "b"),), "node b left after step 410"),
+        (
+            (Cause(CauseKind.LEFT, "b"), JOINED_D),
+            "node b left after step 410; node d joined after step 410",
+        ),
+        (
+            (BARRED, JOINED_D),
+            "node d joined after step 410; node b kept out: 3 failures (kept out for 30 s)",
+        ),
+        ((), "resumed"),
+    ],
+)
+def test_a_planned_change_loses_nothing(causes: Sequence[Cause], words: str) -> None:
+    """Joins, leaves and a stop that needed no change: agreed once all had stopped, and no step done again."""
+    planned = generation(2, "abcd", *causes, frontier=410, agree_s=0.03, reason="resumed")
+    (text,) = texts(FIRST, COMMIT, planned, RECOVERED)
+    assert f"): {words}; agreed 0.03 s after all members had stopped; workers" in text
+    assert "training again 0.54 s after all members had stopped; no step done again" in text
+    assert change(FIRST, COMMIT, planned).planned
+
+
+def test_a_join_during_a_loss_is_no_planned_change() -> None:
+    """One broken member is enough: the steps since the checkpoint are lost for all."""
+    found = change(FIRST, COMMIT, generation(2, "acd", JOINED_D, LOST_B))
+    assert not found.planned
+    assert found.steps_again == 2
+    assert str(found).index("node b lost") < str(found).index("node d joined after step 412")
+
+
+def test_nodes_lost_in_the_same_way_are_told_together() -> None:
+    """Of a rack that goes dark there is one clause, with the range of times it took to notice."""
+    lost_c = dataclasses.replace(LOST_B, node="c", detect_s=0.06)
+    silent = Cause(CauseKind.LOST, "d", "silent for 1.5 s", detect_s=1.52)
+    (text,) = texts(FIRST, COMMIT, generation(2, "a", LOST_B, lost_c, silent), RECOVERED)
+    assert (
+        "(1 node, world 1): nodes b, c lost at step 412: its address refuses connections, "
+        "noticed 0.04 to 0.06 s after its last sign of life; node d lost at step 412: silent for 1.5 s, "
+        "noticed 1.52 s after its last sign of life; agreed"
+    ) in text
+
+
+@pytest.mark.parametrize(
+    ("resume", "frontier", "words"),
+    [
+        (410, 410, "no step done again"),
+        (410, 411, "1 step (411) done again"),
+        (0, 3, "3 steps (1 to 3) done again"),
+        (410, 0, "steps from 411 on done again, however many there were"),
+    ],
+)
+def test_steps_done_again_are_counted_where_they_are_known(
+    resume: int, frontier: int, words: str
+) -> None:
+    """What lies between the checkpoint and the frontier is done again; a node that forgot the frontier counts nothing."""
+    later = generation(2, "ac", LOST_B, resume=resume, frontier=frontier)
+    (text,) = texts(FIRST, COMMIT, later, RECOVERED)
+    assert text.endswith(f"; {words}")
+    assert ("initialised weights" in text) is (resume == 0)
+
+
+def test_a_run_resumed_by_new_nodes() -> None:
+    """Where everybody was lost, nobody knows when and how: the log says so instead of guessing."""
+    anew = generation(2, "abc", frontier=0, agree_s=0.0, life=2, reason="resumed by new nodes")
+    found = change(FIRST, COMMIT, anew, RECOVERED)
+    assert found.resumed_by_new_nodes
+    assert not found.planned
+    assert found.steps_again is None
+    assert str(found) == (
+        "generation 2 (3 nodes, world 3): nobody of generation 1 was left; resumed by new nodes; "
+        "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
+        "training again 0.54 s after the new nodes had formed a world; "
+        "steps from 411 on done again, however many there were"
+    )
+
+
+def test_the_last_member_that_hands_over_is_no_loss() -> None:
+    """New nodes alone do not mean that everybody was lost: here the last member left in good order."""
+    handed_over = generation(
+        2, "d", Cause(CauseKind.LEFT, "a"), JOINED_D, frontier=410, agree_s=0.03
+    )
+    found = change(FIRST, COMMIT, handed_over)
+    assert found.planned
+    assert not found.resumed_by_new_nodes
+
+
+THIRD = generation(3, "a", dataclasses.replace(LOST_B, node="c"))
+FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
+
+
+@pytest.mark.parametrize(
+    ("later", "expected", "words"),
+    [
+        ((RECOVERED,), FirstStep.DONE, "training again"),
+        ((THIRD,), FirstStep.REPLACED, "replaced before its first step was on record"),
+        (
+            (FAILED_AGAIN,),
+            FirstStep.ENDED,
+            "the run ended before its first step was on record",
+        ),
+        ((), FirstStep.AWAITED, "its first step is not on record yet"),
+        (
+            (COMMIT, THIRD),
+            FirstStep.NOT_MEASURED,
+            "went on from step 410; its start is not on record",
+        ),
+        (
+            (dataclasses.replace(THIRD, frontier_step=413),),
+            FirstStep.NOT_MEASURED,
+            "2 steps (411 to 412) done again",
+        ),
+        (
+            (Stop("diverged", 415),),
+            FirstStep.NOT_MEASURED,
+            "went on from step 410; its start is not on record",
+        ),
+    ],
+)
+def test_whether_a_generation_made_its_first_step(
+    later: Sequence[Body], expected: FirstStep, words: str
+) -> None:
+    """A RECOVERY, a COMMIT or a later frontier prove that it trained; without any of them it is not claimed."""
+    found, *_ = explain(records(FIRST, COMMIT, generation(2, "ac", LOST_B), *later))
+    assert isinstance(found, Change)
+    assert found.first_step is expected
+    assert words in str(found)
+    assert ("done again" in str(found)) is (expected in (FirstStep.DONE, FirstStep.NOT_MEASURED))
+
+
+def test_quarantines_are_told_where_they_belong() -> None:
+    """A checkpoint set aside explains the next generation, a node kept out the one that it cost its place in."""
+    bodies = (
+        FIRST,
+        COMMIT,
+        Quarantine("ckpt/410", "shard-00000: cut short"),
+        generation(2, "ac", UNUSABLE, BARRED, resume=400),
+        Quarantine("", "3 failures within 600 s", "b", 30.0),
+        RECOVERED,
+        generation(3, "a", dataclasses.replace(LOST_B, node="c")),
+    )
+    second, third = texts(*bodies)
+    assert "; node b kept out for 30 s: 3 failures within 600 s;" in second
+    assert second.count("kept out") == 1
+    assert "; the checkpoint of step 410 was set aside: shard-00000: cut short; agreed" in second
+    assert "12 steps (401 to 412) done again" in second
+    assert "kept out" not in third
+    assert "set aside" not in third
+
+
+def test_a_checkpoint_that_no_commit_names_is_told_by_its_directory() -> None:
+    """A quarantine is never left out, even if what it names is unknown."""
+    bodies = (FIRST, Quarantine("ckpt/7", "gone"), generation(2, "ac", LOST_B))
+    assert "the checkpoint ckpt/7 was set aside: gone" in texts(*bodies)[0]
+
+
+def test_a_run_of_stock_torchrun_claims_no_step() -> None:
+    """Where the log holds who trains and not what, neither a step nor a phase is told."""
+    first = generation(1, "abc", frontier=0, resume=0, slots=None)
+    second = generation(2, "ac", LOST_B, frontier=0, resume=0, slots=None)
+    assert texts(first, second, dataclasses.replace(second, number=3)) == [
+        f"generation {number} (2 nodes, world 2): node b lost: its address refuses connections, "
+        "noticed 0.04 s after its last sign of life; agreed after 0.21 s"
+        for number in (2, 3)
+    ]
+
+
+def test_a_loss_before_the_first_step() -> None:
+    """Nothing had been done: that is said in words, not as step 0."""
+    (text,) = texts(FIRST, generation(2, "ac", LOST_B, JOINED_D, frontier=0, resume=0))
+    assert "node b lost before the first step: " in text
+    assert "node d joined before the first step" in text
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (Stop("completed", 500), "end: completed at step 500"),
+        (
+            FAILED_AGAIN,
+            "end: failed in generation 1 at step 410: the same failure 3 times at step 412",
+        ),
+    ],
+)
+def test_the_end_of_the_run_is_told(stop: Stop, words: str) -> None:
+    """How a run ended is the last thing that is explained, even if its world never changed."""
+    (end,) = explain(records(FIRST, COMMIT, stop))
+    assert end == End(2, 1, stop.step, stop.reason)
+    assert str(end) == words
+
+
+def test_wall_clocks_do_not_matter() -> None:
+    """Records whose times make no sense are explained in the same words."""
+    bodies = (FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED, Stop("completed", 500))
+    assert explain(records(*bodies)) == explain(records(*bodies, time="not a time at all"))
+
+
+def test_programs_get_the_same_in_fields() -> None:
+    """The JSON form holds the durations as numbers, and the sentence for people beside them."""
+    bodies = (FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED, Stop("completed", 500))
+    recovered, end = (json.loads(json.dumps(as_json(each))) for each in explain(records(*bodies)))
+    assert (recovered["kind"], end["kind"]) == ("change", "end")
+    assert recovered["causes"][0]["detect_s"] == 0.04
+    assert recovered["recovery"]["group_s"] == 0.09
+    assert (recovered["agree_s"], recovered["steps_again"]) == (0.21, 2)
+    assert recovered["text"].startswith("generation 2 (2 nodes, world 2): node b lost")
+    assert end["text"] == "end: completed at step 500"
+
+
+def write_log(url: Path, *bodies: Body) -> None:
+    """A run directory with a log of these."""
+    log = RunLog(open_store(f"file://{url}"), writer="a")
+    for body in bodies:
+        number = log.refresh().generation_number
+        log.append(lambda _, body=body: body, generation=number)  # type: ignore[misc]
+
+
+def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
+    """Into a pipe, each explanation is one line whatever its length, and nothing in it is taken for markup."""
+    odd = Cause(CauseKind.FAILED, "b", "worker 1 raised KeyError: '[bold]x[/bold]' [/]")
+    write_log(tmp_path, FIRST, COMMIT, generation(2, "ac", odd), RECOVERED, Stop("completed", 500))
+    result = elastic_pt("log", tmp_path, "--explain")
+    assert result.exit_code == 0, result
+    first, end = result.out.splitlines()
+    assert "node b failed: worker 1 raised KeyError: '[bold]x[/bold]' [/]; agreed" in first
+    assert end == "end: completed at step 500"
+    lines = elastic_pt("log", tmp_path, "--explain", "--json").out.splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [first, end]
+
+
+def test_a_log_without_a_change_says_so(tmp_path: Path, trained: Trained) -> None:
+    """An empty answer is put in words; a run that completed undisturbed has its end to tell."""
+    write_log(tmp_path, FIRST, COMMIT)
+    assert "nothing to explain" in elastic_pt("log", tmp_path, "--explain").out
+    assert elastic_pt("log", tmp_path, "--explain", "--json").out == ""
+    assert elastic_pt("log", trained.run, "--explain").out == f"end: completed at step {STEPS}\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            RECOVERED,
+            "generation 2 to its first step in 0.54 s: start 0.11, process group 0.09, restore 0.02, first step 0.11",
+        ),
+        (Quarantine("", "3 failures", "b", 30.0), "node b kept out for 30 s: 3 failures"),
+        (Quarantine("ckpt/410", "cut short"), "ckpt/410: cut short"),
+    ],
+)
+def test_each_record_has_its_line(body: Body, words: str) -> None:
+    """`log` without options tells recoveries and both kinds of quarantine too."""
+    assert f"  {words}  (by a)" in describe(records(FIRST, body)[-1])

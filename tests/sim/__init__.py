@@ -1,0 +1,1 @@
+"""A deterministic simulator of many agents: the production membership code over simulated everything else."""

@@ -1,0 +1,523 @@
+"""One agent: the production `Participant`, `RunLog`, `Lobby`, `Pulse` and `Node`, on simulated threads.
+
+What `Node`'s membership thread, `Agent`'s main thread and the committing thread do is done here by
+greenlets, in the same order and with the same waits:
+
+    membership   log.refresh ─► [ turn ─► aim ─► say ─► wait for news ] ...
+    pulse        [ feel_pulse ─► sleep ] ...
+    main         [ await_generation ─► start workers ─► watch ─► settle | fail | give up ─► spend ] ...
+    commit       shards of all members uploaded ─► append COMMIT (STOP after the last step)
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
+
+from elastic_pt.elastic.history import Budgets
+from elastic_pt.elastic.lobby import Lobby
+from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.membership import Limits, NodeStatus, Phase, StartTimes
+from elastic_pt.elastic.node import Formed, Left, Node
+from elastic_pt.elastic.participant import Participant, Surroundings
+from elastic_pt.elastic.pulse import Pulse
+from elastic_pt.elastic.records import (
+    COMPLETED,
+    Body,
+    Checkpoint,
+    Commit,
+    Generation,
+    Member,
+    Record,
+    Stop,
+)
+from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
+from tests.sim.bucket import Bucket
+from tests.sim.checks import Witness
+from tests.sim.links import SimulatedLinks
+from tests.sim.network import Machine, Network
+from tests.sim.scheduler import Condition, Event, Lock, Process, Scheduler
+from tests.sim.training import State, Training, Workers, checkpoint_of
+
+_HINTS_DEADLINE_S: Final = 2.0
+_MONITOR_INTERVAL_S: Final = 0.1
+_STORE_CONNECT_S: Final = 20.0
+_POLL_S: Final = 0.05
+_RETRIES_WITHOUT_PROGRESS: Final = 3
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What all nodes of a simulated run have in common."""
+
+    limits: Limits
+    budgets: Budgets
+    store_deadline_s: float
+    settle_timeout_s: float
+
+
+@dataclass
+class Surrounding:
+    """What all agents of a simulation share."""
+
+    scheduler: Scheduler
+    network: Network
+    bucket: Bucket
+    training: Training
+    witness: Witness
+    habits: Habits
+
+
+@dataclass(eq=False)
+class SimulatedStore:
+    """A TCPStore: an address, as long as its process lives."""
+
+    port: int
+
+
+class WitnessedLog(RunLog):
+    """The production log; the witness hears which agent appends what on whose behalf, and what came of it."""
+
+    def __init__(self, store: Any, process: "AgentProcess") -> None:
+        super().__init__(store, writer=process.name)
+        self._lock = Lock(process)  # type: ignore[assignment]
+        self._process = process
+        self._witness = process.around.witness
+
+    def append(self, make: Callable[[RunView], Body], *, generation: int) -> RunView:
+        attempt = self._witness.appending(self._process, generation)
+
+        def made(view: RunView) -> Body:
+            # The lock is held from here to the end of the append.
+            self._attempt = attempt
+            return make(view)
+
+        try:
+            view = super().append(made, generation=generation)
+        except FencedError:
+            attempt.lost()
+            raise
+        attempt.won()
+        return view
+
+    def _next_record(self, view: RunView, body: Body) -> Record:
+        record = super()._next_record(view, body)
+        self._attempt.tries(record)
+        return record
+
+
+class SimulatedNode(Node):
+    """The production node, as its main thread uses it, with simulated threads behind it."""
+
+    def __init__(self, process: "AgentProcess") -> None:
+        self._process = process
+        self._log = process.log
+        self._participant = process.participant
+        self._changed = Condition(process)  # type: ignore[assignment]
+        self._crash = None
+
+    def _wake(self, *, tell: bool = False) -> None:
+        def wake() -> None:
+            self._process.news.set()
+            if tell:
+                self._process.links.say(asks=False)
+
+        self._process.soon(wake)
+
+    def changed(self) -> None:
+        """Whoever waits for something should look again."""
+        self._changed.notify_all()
+
+    def crash(self, error: BaseException) -> None:
+        """The membership thread has ended."""
+        self._crash = error
+        self.changed()
+
+    def _connect(self, generation: Generation) -> Any:
+        """Torch's client asks again until the timeout, also when it is refused."""
+        own = self._participant.stores.get(generation.number)
+        if own is not None:
+            return own
+        process = self._process
+        deadline_s = process.clock_s() + _STORE_CONNECT_S
+        while True:
+            answered: list[bool] = []
+
+            def opened(end: Any, answered: list[bool] = answered) -> None:
+                end.close()
+                answered.append(True)
+                process.store_answered.set()
+
+            process.store_answered.clear()
+            process.around.network.connect(
+                process,
+                process.machine,
+                generation.store_address,
+                generation.store_port,
+                timeout_s=1.0,
+                on_open=opened,
+                on_refused=lambda: None,
+                on_failed=lambda: None,
+            )
+            process.store_answered.wait(1.0)
+            if answered:
+                return SimulatedStore(generation.store_port)
+            if process.clock_s() >= deadline_s:
+                raise DistNetworkError("timed out")
+
+
+class _StoreListener:
+    """The port of a TCPStore; it lives in its agent's process, on a thread of its own."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+
+    def accept(self, end: Any) -> None:
+        """Anyone may connect."""
+
+
+class AgentProcess(Process):
+    """One life of one node's agent."""
+
+    def __init__(
+        self,
+        around: Surrounding,
+        machine: Machine,
+        node: str,
+        incarnation: str,
+        fingerprint: dict[str, str],
+        workers: int,
+        on_exit: Callable[["AgentProcess", str], None],
+    ) -> None:
+        super().__init__(around.scheduler, f"{node}/{incarnation[:4]}")
+        self.around = around
+        self.machine = machine
+        self.node_name = node
+        self.incarnation = incarnation
+        self._on_exit = on_exit
+        source = around.scheduler.random
+        self.clock_offset_s = source.uniform(0.0, 1e5)
+        self.clock_rate = source.uniform(0.999, 1.001)
+        self.wall_offset_s = source.uniform(-1e5, 1e5)
+        self._member = Member(node, incarnation, machine.address, 0, 1, workers)
+        self._fingerprint = fingerprint
+        self.store = around.bucket.store_for(self, machine.name, around.habits.store_deadline_s)
+        hints = around.bucket.store_for(self, machine.name, _HINTS_DEADLINE_S)
+        self.log = WitnessedLog(self.store, self)
+        self.news = Event(self)
+        self.store_answered = Event(self)
+        self.ready = False
+        self.workers: Workers | None = None
+        self.generation: Generation | None = None
+        """Whose workers this agent has started last."""
+        limits, budgets = around.habits.limits, around.habits.budgets
+        self.participant = Participant(
+            NodeStatus(
+                member=self._member,
+                phase=Phase.WAITING,
+                generation=0,
+                log_length=0,
+                spent=0,
+                failure=None,
+                fingerprint=fingerprint,
+            ),
+            limits,
+            budgets,
+            Surroundings(
+                log=self.log,
+                lobby=Lobby(hints, self.liveness_clock_s),
+                pulse=Pulse(hints, incarnation),
+                clock_s=self.liveness_clock_s,
+                bind_store=self._bind_store,
+                choose_resume=self._choose_resume,
+                on_drain=self._drain,
+            ),
+        )
+        self.node = SimulatedNode(self)
+        self.links = SimulatedLinks(
+            self,
+            machine,
+            around.network,
+            self.participant,
+            self.news.set,
+            lambda message: around.witness.heard(self, message),
+        )
+        self._due: deque[tuple[int, Generation]] = deque()
+        self._committing = False
+        self._uncommitted = (0, 0)
+        self._staged_step = 0
+        self._finish: int | None = None
+        self._frontier_step = 0
+        self._failures_at_frontier = 0
+
+    def liveness_clock_s(self) -> float:
+        """What the membership takes for its clock."""
+        return self.clock_s()
+
+    def wall_clock_s(self) -> float:
+        """The time of day, as this machine has it."""
+        return self.scheduler.now_s + self.wall_offset_s
+
+    def boot(self, port: int | None = None) -> None:
+        """Begin. `port` is where to answer; None takes a free one."""
+        self._port = port
+        self.spawn(self._guarded(self._membership))
+
+    # ---- how it ends -------------------------------------------------------------------------------
+
+    def exit(self, why: str) -> None:
+        """The process ends, and its workers with it; its machine closes its connections."""
+        if self.dead:
+            return
+        self.around.network.process_ended(self, self.machine)
+        self._end(why)
+
+    def vanish(self) -> None:
+        """The machine is gone, without a word."""
+        if not self.dead:
+            self._end("machine gone")
+
+    def _end(self, why: str) -> None:
+        if self.generation is not None:
+            self.around.training.kill(self.generation, self.incarnation)
+        self.kill()
+        self._on_exit(self, why)
+
+    def _guarded(self, run: Callable[[], None]) -> Callable[[], None]:
+        def guarded() -> None:
+            try:
+                run()
+            except ElasticPtError as error:
+                self.exit(f"{type(error).__name__}: {error}")
+
+        return guarded
+
+    # ---- membership thread -------------------------------------------------------------------------
+
+    def _membership(self) -> None:
+        # Production crashes here if the bucket does not answer; whoever started the agent starts it again.
+        self.log.refresh()
+        port = self._port if self._port is not None else self.machine.free_port()
+        self.machine.listeners[port] = _Answering(self)
+        self.participant.say(member=dataclasses.replace(self._member, port=port))
+        self.ready = True
+        self.spawn(self._guarded(self._keep_pulse))
+        self.spawn(self._guarded(self._main))
+        while True:
+            self.news.clear()
+            self._turn()
+            self.news.wait(self.around.habits.limits.heartbeat_interval_s)
+
+    def _turn(self) -> None:
+        participant, links = self.participant, self.links
+        told = participant.status
+        try:
+            participant.turn()
+        except LogDamaged as error:
+            self.around.witness.damaged(self, error)
+        except StoreError:
+            pass
+        links.aim(participant.targets)
+        asks = participant.wants_answers()
+        if asks or participant.status != told:
+            links.say(asks=asks)
+        self.node.changed()
+
+    def _keep_pulse(self) -> None:
+        while True:
+            self.participant.feel_pulse()
+            self.sleep(self.around.habits.limits.heartbeat_interval_s)
+
+    def _bind_store(self) -> SimulatedStore:
+        port = self.machine.free_port()
+        self.machine.listeners[port] = _StoreListener(self)
+        return SimulatedStore(port)
+
+    def _choose_resume(self, view: RunView) -> Checkpoint | None:
+        """As in production, after a look at the newest checkpoint's files."""
+        for checkpoint in view.checkpoints:
+            self.store.size(f"{checkpoint.directory}/manifest.json")
+            return checkpoint
+        return None
+
+    def _drain(self, reason: str) -> None:
+        if self.generation is not None:
+            self.around.training.drain(self.generation, self.incarnation)
+
+    # ---- main thread -------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while True:
+                found = self.node.await_generation()
+                if isinstance(found, Stop):
+                    break
+                self._train(found)
+        except Left:
+            self.participant.depart()
+            self.exit("left")
+            return
+        self.participant.depart()
+        self.exit("run ended")
+
+    def _train(self, formed: Formed) -> None:
+        generation, number = formed.generation, formed.generation.number
+        self.node.running()
+        self.generation = generation
+        self.around.witness.starts(self, generation)
+        source = self.scheduler.random
+        start_s = 0.03 + 0.2 * source.random()
+        self._started_s, self._start_s, self._told = self.clock_s(), start_s, False
+        workers = self.workers = Workers(
+            self,
+            self.machine,
+            self.incarnation,
+            on_change=self.node.changed,
+            on_step=lambda step: self._step_done(step, number),
+            on_checkpoint=lambda step: self._stage(step, generation),
+        )
+        self.around.training.start(generation, workers, start_s)
+        while workers.up:
+            # Looks often, because a membership thread that waits for the bucket wakes nobody.
+            self.node._await(
+                lambda: not workers.up or self.node.must_reform(number), _MONITOR_INTERVAL_S
+            )
+            if self.node.must_reform(number):
+                break
+        if workers.state is State.FAILED:
+            self._worker_failed(workers, number)
+        elif workers.state is State.FINISHED:
+            self._settle(formed, workers)
+        else:
+            self.around.training.kill(generation, self.incarnation)
+            self.sleep(0.01)
+            self.node.spend(number, None)
+
+    def _step_done(self, step: int, number: int) -> None:
+        self.node.progress(step, None)
+        if not self._told:
+            self._told = True
+            self.node.first_step(
+                StartTimes(number, self._start_s, 0.0, 0.0, self.clock_s() - self._started_s)
+            )
+        if step > self._frontier_step:
+            self._frontier_step, self._failures_at_frontier = step, 0
+
+    def _worker_failed(self, workers: Workers, number: int) -> None:
+        node, limits = self.node, self.around.habits.limits
+        collateral = workers.collateral and node.await_reform(
+            number, 2 * limits.heartbeat_timeout_s
+        )
+        own = node.failure(workers.detail, step=workers.step, signature=workers.signature)
+        node.spend(number, None if collateral else own)
+        if collateral or node.must_reform(number):
+            return
+        self._failures_at_frontier += 1
+        if self._failures_at_frontier > _RETRIES_WITHOUT_PROGRESS:
+            raise NodeFailure(f"workers failed {self._failures_at_frontier} times")
+
+    def _settle(self, formed: Formed, workers: Workers) -> None:
+        node, number = self.node, formed.generation.number
+        node.settling()
+        timeout_s, step = self.around.habits.settle_timeout_s, workers.step
+        if step >= self.around.training.plan.steps:
+            if formed.node_rank == 0:
+                self._finish = number
+                self._commit_next()
+            settled = node.await_end(number, timeout_s, self._given_up)
+        else:
+            settled = node.await_settled(number, step, timeout_s, self._given_up)
+        failure = None if settled else node.failure(f"checkpoint of step {step} was not committed")
+        node.spend(number, failure)
+
+    def _given_up(self) -> bool:
+        return self.generation is not None and self._uncommitted == (
+            self.generation.number,
+            self._staged_step,
+        )
+
+    # ---- commit thread -----------------------------------------------------------------------------
+
+    def _stage(self, step: int, generation: Generation) -> None:
+        self._staged_step = step
+        self.spawn(lambda: self._upload(step, generation))
+        if generation.rank_of(self.incarnation) == 0:
+            self._due.append((step, generation))
+            self._commit_next()
+
+    def _upload(self, step: int, generation: Generation) -> None:
+        world = self.around.training.world(generation)
+        directory = checkpoint_of(world, step)["directory"]
+        try:
+            self.store.write(f"{directory}/{self.incarnation}", b"shard")
+        except StoreError:
+            return
+        world.uploaded.setdefault(step, set()).add(self.incarnation)
+
+    def _commit_next(self) -> None:
+        if not self._committing:
+            self._committing = True
+            self.spawn(self._commit_all)
+
+    def _commit_all(self) -> NoReturn | None:
+        while self._due or self._finish is not None:
+            if self._due:
+                step, generation = self._due.popleft()
+                try:
+                    self._commit(step, generation)
+                except FencedError:
+                    pass
+                except ElasticPtError:
+                    self._uncommitted = (generation.number, step)
+                self.around.training.world(generation).staging = False
+                self.node.notice_log()
+            else:
+                number, self._finish = self._finish or 0, None
+                try:
+                    self._stop(number)
+                except FencedError:
+                    pass
+                except ElasticPtError:
+                    self._uncommitted = (number, self._staged_step)
+                self.node.notice_log()
+        self._committing = False
+        return None
+
+    def _commit(self, step: int, generation: Generation) -> None:
+        around = self.around
+        world = around.training.world(generation)
+        deadline_s = self.clock_s() + around.habits.settle_timeout_s
+        members = {each.incarnation for each in generation.members}
+        while not members <= world.uploaded.get(step, set()):
+            if self.node.must_reform(generation.number) or self._due:
+                return
+            if self.clock_s() >= deadline_s:
+                raise StoreError(f"shards of step {step} are missing")
+            self.sleep(_POLL_S)
+        named = checkpoint_of(world, step)
+        self.store.write(f"{named['directory']}/manifest.json", b"manifest")
+        checkpoint = Checkpoint(manifest_size=1, manifest_sha256="0" * 64, loss=None, **named)
+        self.log.append(
+            lambda view: Commit((checkpoint, *view.checkpoints)[:3], "history"),
+            generation=generation.number,
+        )
+
+    def _stop(self, number: int) -> None:
+        last_step = self.around.training.plan.steps
+        view = self.log.refresh()
+        if view.checkpoints and view.checkpoints[0].step >= last_step:
+            self.log.append(lambda _: Stop(COMPLETED, last_step), generation=number)
+
+
+class _Answering:
+    """An agent's own port."""
+
+    def __init__(self, process: AgentProcess) -> None:
+        self.process = process
+
+    def accept(self, end: Any) -> None:
+        """Another agent dials."""
+        self.process.links.accept(end)

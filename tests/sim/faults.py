@@ -1,0 +1,265 @@
+"""What goes wrong, drawn from the seed: each fault begins at a time, and ends at another one.
+
+A seed first draws which kinds of faults it has at all, then as many of them as it likes. What a fault takes
+away it gives back itself, so that faults may overlap in any way.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tests.sim.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault, declared: what, when, for how long, to whom."""
+
+    kind: str
+    at_s: float
+    seconds: float
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.at_s:6.2f} s  {self.kind} {' '.join(self.nodes)} for {self.seconds:.2f} s"
+
+
+Undo = Callable[[], None]
+Injection = Callable[["Simulation", Fault], Undo]
+
+
+def crash(simulation: "Simulation", fault: Fault) -> Undo:
+    """The agent and its workers die; somebody starts the agent again."""
+    for node in fault.nodes:
+        agent = simulation.agent_of(node)
+        if agent is not None:
+            agent.exit("crash")
+    return lambda: None
+
+
+def machine_off(simulation: "Simulation", fault: Fault) -> Undo:
+    """The machine goes without a word, and comes back with nothing running."""
+    for node in fault.nodes:
+        simulation.switch_off(node)
+
+    def undo() -> None:
+        for node in fault.nodes:
+            simulation.switch_on(node)
+
+    return undo
+
+
+def pause_agent(simulation: "Simulation", fault: Fault) -> Undo:
+    """SIGSTOP to the agent alone: its workers go on."""
+    agents = [agent for node in fault.nodes if (agent := simulation.agent_of(node)) is not None]
+    for agent in agents:
+        simulation.ill(agent.machine.name)
+        agent.pause()
+
+    def undo() -> None:
+        for agent in agents:
+            simulation.well(agent.machine.name)
+            agent.resume()
+
+    return undo
+
+
+def pause_machine(simulation: "Simulation", fault: Fault) -> Undo:
+    """The whole machine stands still: agent and workers."""
+    undo_agent = pause_agent(simulation, fault)
+    stopped = [
+        each for each in simulation.training.everyone() if each.machine.name in fault.nodes
+    ]
+    for each in stopped:
+        each.paused = True
+
+    def undo() -> None:
+        for each in stopped:
+            each.paused = False
+        undo_agent()
+
+    return undo
+
+
+def fail_worker(simulation: "Simulation", fault: Fault) -> Undo:
+    """A worker of the node is killed."""
+    for node in fault.nodes:
+        agent = simulation.agent_of(node)
+        if agent is not None and agent.workers is not None:
+            simulation.training.fail(agent.workers, "killed by SIGKILL")
+    return lambda: None
+
+
+def leave(simulation: "Simulation", fault: Fault) -> Undo:
+    """The node is asked to go (SIGTERM); somebody starts it again."""
+    for node in fault.nodes:
+        agent = simulation.agent_of(node)
+        if agent is not None and agent.ready:
+            agent.node.request_leave()
+            agent.node.changed()
+    return lambda: None
+
+
+def _cut(simulation: "Simulation", links: list[tuple[str, str]]) -> Undo:
+    for source, target in links:
+        simulation.cut(source, target)
+
+    def undo() -> None:
+        for source, target in links:
+            simulation.mend(source, target)
+
+    return undo
+
+
+def cut_one_way(simulation: "Simulation", fault: Fault) -> Undo:
+    """Packets of the first node do not reach the second one."""
+    return _cut(simulation, [(fault.nodes[0], fault.nodes[1])])
+
+
+def cut_pair(simulation: "Simulation", fault: Fault) -> Undo:
+    """Two nodes cannot reach each other."""
+    one, other = fault.nodes[:2]
+    return _cut(simulation, [(one, other), (other, one)])
+
+
+def _around(simulation: "Simulation", inside: tuple[str, ...]) -> list[tuple[str, str]]:
+    outside = [node for node in simulation.nodes if node not in inside]
+    return [
+        link for one in inside for other in outside for link in ((one, other), (other, one))
+    ]
+
+
+def cut_side(simulation: "Simulation", fault: Fault) -> Undo:
+    """Some nodes cannot reach the others; all reach the bucket."""
+    return _cut(simulation, _around(simulation, fault.nodes))
+
+
+def cut_side_and_bucket(simulation: "Simulation", fault: Fault) -> Undo:
+    """Some nodes reach neither the others nor the bucket."""
+    undo_links = cut_side(simulation, fault)
+    undo_bucket = cut_bucket(simulation, fault)
+
+    def undo() -> None:
+        undo_links()
+        undo_bucket()
+
+    return undo
+
+
+def cut_bucket(simulation: "Simulation", fault: Fault) -> Undo:
+    """Some nodes do not reach the bucket."""
+    for node in fault.nodes:
+        simulation.cut_bucket(node)
+
+    def undo() -> None:
+        for node in fault.nodes:
+            simulation.mend_bucket(node)
+
+    return undo
+
+
+def clog(simulation: "Simulation", fault: Fault) -> Undo:
+    """What two nodes say to each other takes long."""
+    one, other = fault.nodes[:2]
+    source = simulation.scheduler.random
+    links = {
+        link: source.choice((0.05, 0.3, 1.0, 2.5)) for link in ((one, other), (other, one))
+    }
+    clogs = simulation.network.clogs
+    for link, delay_s in links.items():
+        simulation.ill_link(*link)
+        clogs[link] = clogs.get(link, 0.0) + delay_s
+
+    def undo() -> None:
+        for link, delay_s in links.items():
+            simulation.well_link(*link)
+            clogs[link] -= delay_s
+
+    return undo
+
+
+def bucket_errors(simulation: "Simulation", fault: Fault) -> Undo:
+    """Many requests are refused, or their answers get lost after they were carried out."""
+    source, weather = simulation.scheduler.random, simulation.bucket.weather
+    errors, lost = source.choice((0.1, 0.4)), source.choice((0.1, 0.4))
+    weather.error_share += errors
+    weather.lost_share += lost
+    simulation.ill("bucket")
+
+    def undo() -> None:
+        weather.error_share -= errors
+        weather.lost_share -= lost
+        simulation.well("bucket")
+
+    return undo
+
+
+def bucket_slow(simulation: "Simulation", fault: Fault) -> Undo:
+    """Requests take long."""
+    factor = simulation.scheduler.random.choice((5.0, 20.0, 60.0))
+    simulation.bucket.weather.slowness *= factor
+    simulation.ill("bucket")
+
+    def undo() -> None:
+        simulation.bucket.weather.slowness /= factor
+        simulation.well("bucket")
+
+    return undo
+
+
+def bucket_down(simulation: "Simulation", fault: Fault) -> Undo:
+    """The bucket answers nobody."""
+    simulation.outage(1)
+    return lambda: simulation.outage(-1)
+
+
+KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
+    "crash": (crash, 1, 3.0),
+    "crash of two": (crash, 2, 1.5),
+    "machine off": (machine_off, 1, 2.0),
+    "pause agent": (pause_agent, 1, 2.0),
+    "pause machine": (pause_machine, 1, 2.0),
+    "fail worker": (fail_worker, 1, 3.0),
+    "leave": (leave, 1, 1.5),
+    "cut one way": (cut_one_way, 2, 2.0),
+    "cut pair": (cut_pair, 2, 2.0),
+    "cut side": (cut_side, 0, 2.5),
+    "cut side and bucket": (cut_side_and_bucket, 0, 2.0),
+    "cut bucket": (cut_bucket, 1, 1.5),
+    "clog": (clog, 2, 2.0),
+    "bucket errors": (bucket_errors, 0, 2.0),
+    "bucket slow": (bucket_slow, 0, 1.0),
+    "bucket down": (bucket_down, 0, 1.0),
+}
+"""How it is done, to how many nodes (0: to any number), and how often it is drawn."""
+
+_LENGTHS_S: Final = (0.3, 1.0, 2.0, 4.0, 8.0)
+
+
+def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]:
+    """The faults of a seed, all within the given time."""
+    source = simulation.scheduler.random
+    kinds = source.sample(sorted(KINDS), source.randint(1, 6))
+    nodes = sorted(simulation.nodes)
+    faults: list[Fault] = []
+    for _ in range(source.randint(1, 10)):
+        kind = source.choices(kinds, [KINDS[each][2] for each in kinds])[0]
+        # Trouble likes company: many faults come right after another one.
+        if faults and source.random() < 0.4:
+            at_s = min(until_s, faults[-1].at_s + source.choice((0.05, 0.3, 1.0)) * source.random())
+        else:
+            at_s = source.uniform(from_s, until_s)
+        wanted = KINDS[kind][1] or source.randint(1, max(1, len(nodes) - 1))
+        if len(nodes) < min(2, wanted):
+            continue
+        chosen = tuple(source.sample(nodes, min(wanted, len(nodes))))
+        seconds = source.choice(_LENGTHS_S) * (0.5 + source.random())
+        faults.append(Fault(kind, at_s, min(seconds, until_s - at_s), chosen))
+        if kind in ("fail worker", "crash") and source.random() < 0.25:
+            # The same node again and again.
+            faults += [
+                Fault(kind, min(until_s, at_s + again * (1.0 + 2 * source.random())), 0.0, chosen)
+                for again in range(1, 4)
+            ]
+    return [each for each in faults if len(each.nodes) >= min(2, KINDS[each.kind][1])]

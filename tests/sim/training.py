@@ -1,0 +1,238 @@
+"""Workers as the agents see them: a world makes a step when the workers of all its members can take part.
+
+    start ─► ready ─► step, step, ... ─┬─► finished   (all after the same step: a drain, or the last step)
+                                       ├─► failed     (by itself, or because another member's workers are gone)
+                                       └─► killed     (by its agent, or with it)
+
+Workers are processes of their own: they stand still with their machine, and not with their agent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from elastic_pt.elastic.records import Generation
+from tests.sim.network import Machine, Network
+from tests.sim.scheduler import Process, Scheduler
+
+_STALL_LOOK_S: Final = 0.1
+
+
+class State(StrEnum):
+    """What becomes of one member's workers."""
+
+    STARTING = "starting"
+    READY = "ready"
+    FINISHED = "finished"
+    FAILED = "failed"
+    KILLED = "killed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained."""
+
+    steps: int
+    """The last one; then the run is completed."""
+    step_s: float
+    checkpoint_every: int
+    poison_step: int = 0
+    """The step at which always the same exception comes; 0 for none."""
+
+
+@dataclass(eq=False)
+class Workers:
+    """One member's workers of one generation."""
+
+    agent: Process
+    machine: Machine
+    incarnation: str
+    on_change: Callable[[], None]
+    on_step: Callable[[int], None]
+    on_checkpoint: Callable[[int], None]
+    state: State = State.STARTING
+    detail: str = ""
+    signature: str = ""
+    collateral: bool = False
+    paused: bool = False
+    step: int = 0
+
+    @property
+    def up(self) -> bool:
+        """Whether the processes are there."""
+        return self.state in (State.STARTING, State.READY)
+
+
+@dataclass(eq=False)
+class World:
+    """The workers of one generation."""
+
+    generation: Generation
+    workers: dict[str, Workers] = field(default_factory=dict)
+    step: int = 0
+    drain_at: int = 0
+    """The step after which all stop; 0 while nobody has asked."""
+    staging: bool = False
+    """Whether a checkpoint is on its way; the next one waits until it is committed or given up."""
+    uploaded: dict[int, set[str]] = field(default_factory=dict)
+    """Members whose shards of a step are in the bucket."""
+
+
+class Training:
+    """All worlds there ever were."""
+
+    def __init__(self, scheduler: Scheduler, network: Network, plan: Plan) -> None:
+        self.scheduler = scheduler
+        self.network = network
+        self.plan = plan
+        self.worlds: dict[int, World] = {}
+        self.on_step: Callable[[World], None] = lambda _: None
+        self.steps_done = 0
+
+    def world(self, generation: Generation) -> World:
+        """The world of a generation."""
+        if generation.number not in self.worlds:
+            step = 0 if generation.resume is None else generation.resume.step
+            self.worlds[generation.number] = World(generation, step=step)
+        return self.worlds[generation.number]
+
+    def start(self, generation: Generation, workers: Workers, start_s: float) -> None:
+        """Fork a member's workers; they are ready `start_s` later."""
+        world = self.world(generation)
+        world.workers[workers.incarnation] = workers
+        workers.step = world.step
+        self.scheduler.after(start_s, lambda: self._ready(world, workers))
+
+    def kill(self, generation: Generation, incarnation: str) -> None:
+        """SIGKILL to a member's workers."""
+        world = self.worlds.get(generation.number)
+        workers = None if world is None else world.workers.get(incarnation)
+        if world is not None and workers is not None and workers.up:
+            self._end(world, workers, State.KILLED)
+
+    def fail(self, workers: Workers, detail: str, signature: str = "") -> None:
+        """A member's worker ends badly by itself."""
+        for world in self.worlds.values():
+            if world.workers.get(workers.incarnation) is workers and workers.up:
+                workers.detail, workers.signature = detail, signature
+                self._end(world, workers, State.FAILED)
+
+    def drain(self, generation: Generation, incarnation: str) -> None:
+        """A member's agent asks its workers to have all stop; unheard while they are not connected."""
+        world = self.worlds.get(generation.number)
+        workers = None if world is None else world.workers.get(incarnation)
+        if world is not None and workers is not None and workers.state is State.READY:
+            world.drain_at = world.drain_at or world.step + 1
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _ready(self, world: World, workers: Workers) -> None:
+        if workers.state is not State.STARTING:
+            return
+        workers.state = State.READY
+        members = world.generation.members
+        states = [world.workers.get(each.incarnation) for each in members]
+        if any(each is not None and not each.up for each in states):
+            self._reset_others(world, workers)
+        if all(each is not None and each.state is State.READY for each in states):
+            self._next_step(world)
+
+    def _next_step(self, world: World) -> None:
+        duration_s = self.plan.step_s * (0.8 + 0.4 * self.scheduler.random.random())
+        self.scheduler.after(duration_s, lambda: self._step_done(world))
+
+    def _step_done(self, world: World) -> None:
+        members = [world.workers[each.incarnation] for each in world.generation.members]
+        if any(each.state is not State.READY for each in members):
+            return
+        if not self._can_talk(members):
+            self.scheduler.after(_STALL_LOOK_S, lambda: self._step_done(world))
+            return
+        step = world.step + 1
+        if step == self.plan.poison_step:
+            victim = members[step % len(members)]
+            victim.detail, victim.signature = f"ValueError at step {step}", "ValueError"
+            self._end(world, victim, State.FAILED)
+            return
+        world.step = step
+        self.steps_done += 1
+        self.on_step(world)
+        last = step >= self.plan.steps or step == world.drain_at
+        stage = last or (step % self.plan.checkpoint_every == 0 and not world.staging)
+        world.staging = world.staging or stage
+        for each in members:
+            each.step = step
+            each.agent.soon(lambda each=each: each.on_step(step))
+            if stage:
+                each.agent.soon(lambda each=each: each.on_checkpoint(step))
+        if last:
+            for each in members:
+                self._change(each, State.FINISHED)
+        else:
+            self._next_step(world)
+
+    def _can_talk(self, members: list[Workers]) -> bool:
+        network = self.network
+        if any(each.paused for each in members):
+            return False
+        if not network.cuts and all(each.machine.up for each in members):
+            return True
+        return not any(
+            network.is_cut(one.machine, other.machine)
+            for one in members
+            for other in members
+            if one is not other
+        )
+
+    def _end(self, world: World, workers: Workers, state: State) -> None:
+        self._change(workers, state)
+        for other in world.workers.values():
+            if other is not workers and other.up:
+                self._reset(workers, other)
+
+    def _reset_others(self, world: World, late: Workers) -> None:
+        """Whoever comes to a world that somebody has left already fails at once."""
+        for gone in world.workers.values():
+            if not gone.up:
+                self._reset(gone, late)
+
+    def _reset(self, gone: Workers, other: Workers) -> None:
+        """A collective operation fails where the connection to the others breaks, and hangs where it is silent."""
+        if not gone.machine.up or self.network.is_torn(gone.machine, other.machine):
+            return
+
+        def fail() -> None:
+            if other.state is State.READY and not other.paused:
+                other.detail, other.collateral = "Connection closed by peer", True
+                world = self._world_of(other)
+                self._end(world, other, State.FAILED)
+
+        self.scheduler.after(0.005 + 0.03 * self.scheduler.random.random(), fail)
+
+    def _world_of(self, workers: Workers) -> World:
+        return next(
+            world
+            for world in self.worlds.values()
+            if world.workers.get(workers.incarnation) is workers
+        )
+
+    def _change(self, workers: Workers, state: State) -> None:
+        workers.state = state
+        workers.agent.soon(workers.on_change)
+
+    def everyone(self) -> list[Workers]:
+        """All workers that are there."""
+        return [
+            each for world in self.worlds.values() for each in world.workers.values() if each.up
+        ]
+
+
+def checkpoint_of(world: World, step: int) -> dict[str, Any]:
+    """What a checkpoint of a step is called."""
+    generation = world.generation
+    return {
+        "step": step,
+        "generation": generation.number,
+        "directory": f"ckpt/{step:010d}-g{generation.number}-{generation.members[0].incarnation}",
+    }
