@@ -32,7 +32,13 @@ def missing_for_networks() -> str:
     if os.geteuid() != 0:
         return "which need root"
     absent = [command for command in _COMMANDS if shutil.which(command) is None]
-    return f"since {', '.join(absent)} are not installed" if absent else ""
+    if absent:
+        return f"since {', '.join(absent)} are not installed"
+    try:
+        os.close(_new_namespace())
+    except OSError as error:
+        return f"since this machine allows none: {error.strerror}"
+    return ""
 
 
 class Network:
@@ -170,7 +176,7 @@ def _new_namespace() -> int:
 
     def make() -> int:
         if _LIBC.unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "no network namespace can be made here")
+            raise OSError(ctypes.get_errno(), "no network namespace can be made")
         return os.open(_OWN_NAMESPACE, os.O_RDONLY)
 
     with ThreadPoolExecutor(1) as pool:

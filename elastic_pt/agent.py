@@ -63,6 +63,7 @@ _WARM_MODULES: Final = ["elastic_pt.worker", "elastic_pt.cli"]
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
 _HINTS_DEADLINE_S: Final = 2.0
+_PROGRESS_TIMEOUT_S: Final = 30.0
 
 log = structlog.get_logger("elastic_pt.agent")
 
@@ -198,6 +199,8 @@ class Agent:
             on_failure=self._worker_failed,
             limits=WatchdogLimits(
                 hang_timeout_s=config.elastic.hang_timeout_s,
+                # Nobody makes progress while one worker still tries to read its data.
+                progress_timeout_s=max(_PROGRESS_TIMEOUT_S, config.store.deadline_s),
                 startup_timeout_s=config.elastic.startup_timeout_s,
             ),
         )

@@ -283,15 +283,17 @@ def test_an_oom_kill_is_told_from_another_kill(
 ) -> None:
     """A process that the kernel kills for its memory is counted in its own cgroup; one that is just killed is not."""
     allocate = f"input(); block = b'x' * {size_bytes}; input()"
-    child = subprocess.Popen([sys.executable, "-c", allocate], stdin=subprocess.PIPE)
-    (small_memory_group / "cgroup.procs").write_text(str(child.pid))
-    assert oom_counter(child.pid).parent == small_memory_group
-    oom_kills = OomKills(child.pid)
-    assert child.stdin is not None
-    child.stdin.write(b"\n")
-    child.stdin.flush()
-    if not happens:
-        child.kill()
-    assert child.wait(30) == -signal.SIGKILL
-    child.stdin.close()
-    assert oom_kills.happened() is happens
+    with subprocess.Popen([sys.executable, "-c", allocate], stdin=subprocess.PIPE) as child:
+        try:
+            (small_memory_group / "cgroup.procs").write_text(str(child.pid))
+            assert oom_counter(child.pid).parent == small_memory_group
+            oom_kills = OomKills(child.pid)
+            assert child.stdin is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            if not happens:
+                child.kill()
+            assert child.wait(30) == -signal.SIGKILL
+            assert oom_kills.happened() is happens
+        finally:
+            child.kill()

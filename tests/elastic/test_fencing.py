@@ -288,7 +288,7 @@ BODIES: dict[str, Callable[[RunView, int], Body]] = {
 def write_as_zombie(url: str, parent: Connection) -> None:
     """Process of a zombie: appends what it is asked for, and stands still on the way."""
     store = StandingStill(open_store(url, deadline_s=30.0))
-    log = RunLog(store, writer="zombie")  # type: ignore[arg-type]
+    log = RunLog(store, writer="zombie")
     while order := json.loads(parent.recv_bytes()):
         race = log.refresh().generation_number
         store.moment = Moment(order["moment"])

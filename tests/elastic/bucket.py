@@ -1,0 +1,53 @@
+"""A bucket that counts what is asked of it and that a test can take away."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_pt.errors import StoreError
+from elastic_pt.store.port import Store
+
+
+@dataclass
+class WatchedStore:
+    """A store that counts requests by what they ask and of which kind of key, and answers none while `down`."""
+
+    store: Store
+    down: bool = False
+    requests: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self.store.url
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Store`."""
+        return self._ask("read", key, start, end)  # type: ignore[no-any-return]
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Store`."""
+        self._ask("create", key, data)
+
+    def write(self, key: str, source: bytes | Path) -> None:
+        """See `Store`."""
+        self._ask("write", key, source)
+
+    def size(self, key: str) -> int | None:
+        """See `Store`."""
+        return self._ask("size", key)  # type: ignore[no-any-return]
+
+    def keys(self, prefix: str) -> list[str]:
+        """See `Store`."""
+        return self._ask("keys", prefix)  # type: ignore[no-any-return]
+
+    def delete(self, key: str) -> None:
+        """See `Store`."""
+        self._ask("delete", key)
+
+    def _ask(self, verb: str, key: str, *arguments: Any) -> Any:
+        self.requests[f"{verb} {key.partition('/')[0]}"] += 1
+        if self.down:
+            raise StoreError("the bucket is away")
+        return getattr(self.store, verb)(key, *arguments)
