@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from elastic_pt.elastic.processes import die_with_parent
+from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.errors import ElasticPtError
 
 _CLONE_NEWNET: Final = 0x40000000

@@ -87,7 +87,8 @@ def summarize(samples: Sequence[Sample]) -> Summary:
         summary[name] = _percentiles([sample.beside.get(name) for sample in samples])
     failures = [sample.failure for sample in samples if sample.failure]
     if failures:
-        summary["failures"] = {reason: failures.count(reason) for reason in dict.fromkeys(failures)}
+        counts = {failure: failures.count(failure) for failure in dict.fromkeys(failures)}
+        summary["reason"] = "; ".join(f"{count} x {failure}" for failure, count in counts.items())
     summary["samples"] = [
         {
             "seconds": sample.seconds,
@@ -139,16 +140,12 @@ def words(summary: Summary | None, row: Row) -> str:
     """A cell of the table: p50 and p99, or why there are none."""
     if summary is None:
         return ""
-    if not summary["repeats"]:
-        return str(summary["reason"]).partition("\n")[0]
     values = [value_of(summary, row, name) for name in ("p50", "p99")]
-    if row.beside and values == [None, None]:
-        return "-"
-    text = " / ".join("never" if value is None else f"{value:.2f}" for value in values)
-    failures = "; ".join(
-        f"{count} x {reason}" for reason, count in summary.get("failures", {}).items()
-    )
-    return f"{text}  ({failures})" if failures and not row.beside else text
+    reason = str(summary.get("reason", "")).partition("\n")[0]
+    if values == [None, None]:
+        return reason or "-"
+    text = " / ".join("none" if value is None else f"{value:.2f}" for value in values)
+    return f"{text} ({reason})" if reason else text
 
 
 def breakdown(summary: Summary) -> str:

@@ -21,9 +21,9 @@ from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.restore import read_manifest
 from elastic_pt.commit import reference_of
 from elastic_pt.config import Config, parse_config
+from elastic_pt.elastic.links import url_of
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.membership import NodeStatus
-from elastic_pt.elastic.links import url_of
 from elastic_pt.elastic.peers import STATUS
 from elastic_pt.elastic.records import Commit, Generation, Member, Quarantine
 from elastic_pt.local import Fleet

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.processes import die_with_parent
 from elastic_pt.store.open import open_store
 
 pytestmark = pytest.mark.chaos

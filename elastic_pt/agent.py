@@ -33,11 +33,12 @@ from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
 from elastic_pt.elastic.channel import AgentSide, Message
 from elastic_pt.elastic.failure import WorkerFailure
+from elastic_pt.elastic.forking import await_warm
 from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
-from elastic_pt.elastic.processes import NodeProcesses, start_worker, warm_fork_server
+from elastic_pt.elastic.processes import NodeProcesses, start_worker
 from elastic_pt.elastic.records import CauseKind, Stop
 from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.scratch import scratch_directory
@@ -46,8 +47,8 @@ from elastic_pt.errors import FencedError, NodeFailure
 from elastic_pt.identity import agree_on_identity, fingerprint
 from elastic_pt.observation import Observation
 from elastic_pt.preflight import (
+    environment_of_workers,
     platform_of_workers,
-    prepare_environment,
     require_fencing,
     require_staging_space,
     require_work,
@@ -59,7 +60,6 @@ from elastic_pt.telemetry.events import EventSink, configure_events
 from elastic_pt.telemetry.exporter import serve_metrics
 from elastic_pt.telemetry.goodput import Activity
 
-_WARM_MODULES: Final = ["elastic_pt.worker", "elastic_pt.cli"]
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
 _HINTS_DEADLINE_S: Final = 2.0
@@ -81,7 +81,7 @@ class AgentOptions:
 def run_agent(config: Config, options: AgentOptions) -> Stop | None:
     """Take part in the run until it ends (returns how) or this node leaves (None). Agent process.
 
-    Raises `ElasticPtError`.
+    The fork server has been started (`elastic.forking`). Raises `ElasticPtError`.
     """
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     data = read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
@@ -150,8 +150,7 @@ class Agent:
     def __init__(self, config: Config, store: Store, scratch: Path, me: Introduction) -> None:
         self._config = config
         self._scratch = scratch
-        prepare_environment(config, me.address, scratch)
-        warm_fork_server(_WARM_MODULES)
+        environment = environment_of_workers(me.address, scratch)
         self._observation = Observation(Metrics())
         telemetry = config.telemetry
         self._metrics_server, metrics_url = serve_metrics(
@@ -192,7 +191,7 @@ class Agent:
             self._rendezvous,
             workers=me.workers,
             entrypoint=start_worker,
-            arguments=(config.to_toml(), str(scratch)),
+            arguments=(config.to_toml(), str(scratch), environment),
             scratch=str(scratch),
             on_start=self._before_start,
             on_stop=self._after_stop,
@@ -216,6 +215,8 @@ class Agent:
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, self._asked_to_leave)
+        # Whoever joins before it could start a worker would hold up all others.
+        await_warm(self._config.elastic.startup_timeout_s)
         self._node.start()
         log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
         try:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from elastic_pt.config import Config
-from elastic_pt.elastic.processes import die_with_parent
+from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.errors import ElasticPtError
 
 LOOPBACK = "127.0.0.1"

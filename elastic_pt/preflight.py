@@ -1,6 +1,5 @@
 """What an agent checks and sets before it takes part, so that mistakes are named at the start and not at step 1000."""
 
-import multiprocessing.util
 import os
 import platform
 import shutil
@@ -79,18 +78,21 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         log.warning("staging_is_small", free_bytes=free, checkpoint_bytes=size, directory=staging)
 
 
-def prepare_environment(config: Config, address: str, scratch: Path) -> None:
-    """What workers inherit from this process, set before the fork server starts."""
-    # The fork server's socket is removed at exit, after the scratch directory is gone: it must not lie in there.
-    multiprocessing.util.get_temp_dir()
-    # Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
-    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(config.train.threads)
-    # Required by torch for deterministic matrix products on CUDA.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
+    """What workers need to know of this node beyond that; set in this process too.
+
+    Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
+    """
     interface = interface_of(address)
     if interface is None:
         raise ConfigError(
             f"--address {address}: no interface of this machine has it; one of its own would be right"
         )
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+    environment = {
+        "TMPDIR": str(scratch),
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
+    }
+    os.environ.update(environment)
+    tempfile.tempdir = str(scratch)
+    return environment

@@ -28,7 +28,7 @@ def run(
         typer.Option(
             "--node",
             metavar="NAME",
-            help="This node's name, of at most 64 letters, digits, . _ and -; host and process by default.",
+            help="This node's name, of at most 64 letters, digits, . _ and -; the host's name by default.",
             show_default=False,
         ),
     ] = None,
@@ -62,6 +62,10 @@ def run(
             "the first one a letter or digit, would be right"
         )
     config = _configuration(source, overrides or [])
+    # Before the agent's own imports, which take as long: both run side by side.
+    from elastic_pt.elastic.forking import start_fork_server
+
+    start_fork_server(config.train.threads)
     from elastic_pt.agent import AgentOptions, run_agent
 
     stop = run_agent(config, AgentOptions(node=node, address=address))

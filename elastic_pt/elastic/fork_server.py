@@ -5,6 +5,6 @@ server do for itself. Left alone, a fork server lives as long as any of its work
 of the pipe whose end would tell it), so a hung worker would survive its agent for ever.
 """
 
-from elastic_pt.elastic.processes import die_with_parent
+from elastic_pt.elastic.forking import die_with_parent
 
 die_with_parent()

@@ -113,6 +113,9 @@ def halt(
             continue
         same, nodes = 1, {failure.node}
         for causes in _failures_backwards(generations):
+            if not causes:
+                # Who failed may have left and come back since: that is no other failure.
+                continue
             again = [
                 cause
                 for cause in causes
@@ -144,7 +147,7 @@ def _failures_in_a_row(generations: tuple[Generation, ...], frontier_step: int) 
     reached = [generation.frontier_step for generation in generations] + [frontier_step]
     count = 1
     for index, causes in enumerate(_failures_backwards(generations), start=1):
-        if not causes or reached[-index] > max(reached[:-index]):
+        if reached[-index] > max(reached[:-index]):
             break
-        count += 1
+        count += bool(causes)
     return count

@@ -100,7 +100,8 @@ class Peer:
 
     status: NodeStatus | None
     """Its newest words; None if it never spoke."""
-    watched_since_s: float
+    watched_since_s: float | None
+    """Since when it should answer this node; None while nobody expects that it does."""
     heard_s: float | None
     """When the newest message was sent that the peer is known to have received: proof of both directions."""
     refused: bool
@@ -224,10 +225,10 @@ class Assessment:
 
 def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
     """Whether a node that should answer counts as gone."""
-    if peer is None:
-        return False
+    if peer is None or peer.refused or peer.watched_since_s is None:
+        return peer is not None and peer.refused
     last_s = max(peer.watched_since_s, peer.heard_s or peer.watched_since_s)
-    return peer.refused or now_s - last_s > timeout_s
+    return now_s - last_s > timeout_s
 
 
 def spans(total: int, parts: int) -> list[int]:
@@ -449,19 +450,20 @@ def _decide_next_world(
         return Wait(
             f"paused: {len(wanted)} of at least {limits.nodes_min} nodes; {reason}", broken=True
         )
-    if not _is_larger_side([*stay, *barred], found, generation):
-        quiet_s = now_s - max(view.quiet_since_s, view.broken_since_s or now_s)
-        if quiet_s < limits.takeover_s:
-            return Wait(
-                f"cut off with {len(found.alive)} of {len(generation.members)} members: "
-                f"the others go first; {reason}",
-                broken=True,
-            )
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
+    quiet_s = now_s - max(view.quiet_since_s, since_s)
+    others_first = not _is_larger_side([*stay, *barred], found, generation)
+    if others_first and quiet_s < limits.takeover_s:
+        return Wait(
+            f"cut off with {len(found.alive)} of {len(generation.members)} members: "
+            f"the others go first; {reason}",
+            broken=True,
+        )
     mine = view.me.member.incarnation
     turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
-    # Who leads may see things differently and wait for somebody else: then the next in order has a try.
-    if turn == len(wanted) or now_s - since_s < turn * limits.takeover_s:
+    # Who leads may see things differently, and wait for somebody else: the next in order has a try then,
+    # the two sides by turns.
+    if turn == len(wanted) or quiet_s < (2 * turn + others_first) * limits.takeover_s:
         return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
     unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:

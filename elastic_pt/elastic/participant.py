@@ -107,6 +107,8 @@ class Participant:
         """The newest generation that this node has given up."""
         self.stores: dict[int, BoundStore] = {}
         """The store that this node bound for a generation it proposed, by the generation's number."""
+        self._noticed_s: dict[int, float] = {}
+        """When the trouble was noticed that led to a generation which this node proposed, by its number."""
         self.refusal: ConfigError | None = None
         """Why no world will take this node in."""
         self._broken_since_s: float | None = None
@@ -289,13 +291,11 @@ class Participant:
         members = () if generation is None else generation.members
         peers = self.table.peers
         targets = whom_to_ask(members, mine, peers, now_s, self.silence_s())
+        watches_all = False
         if generation is not None and generation.rank_of(mine) is not None:
             self._around.lobby.leave()
             self._no_member_answers = False
-            if len(members) > MESH_NODES_MAX and self._leads(members, now_s):
-                for member in members:
-                    if member.incarnation != mine:
-                        self.table.watch(member.incarnation)
+            watches_all = len(members) > MESH_NODES_MAX and self._leads(members, now_s)
         else:
             self._no_member_answers = all(
                 is_lost(peers.get(member.incarnation), now_s, self.silence_s())
@@ -324,6 +324,14 @@ class Participant:
         before = {each.incarnation for each in self.targets}
         for incarnation in unique:
             self.table.watch(incarnation, anew=incarnation not in before)
+        for member in members:
+            if watches_all and member.incarnation != mine:
+                self.table.watch(member.incarnation)
+            elif member.incarnation not in unique and not is_lost(
+                peers.get(member.incarnation), now_s, self.silence_s()
+            ):
+                # It was asked once, or speaks now and then; from here on its silence means nothing.
+                self.table.rest(member.incarnation)
         keep = unique.keys() | {each.incarnation for each in members}
         for incarnation in list(peers):
             if incarnation not in keep and self._forgotten(incarnation, now_s):
@@ -450,11 +458,14 @@ class Participant:
         def make(view: RunView) -> Generation:
             # The old generation may commit until the new one is in the log: nobody goes back behind that.
             if view.commit != before.commit:
-                raise FencedError(f"a newer checkpoint than generation {number} starts from is there")
+                raise FencedError(
+                    f"a newer checkpoint than generation {number} starts from is there"
+                )
             return generation
 
         try:
             self.stores = {number: store}
+            self._noticed_s = {} if noticed_s is None else {number: noticed_s}
             self._log.append(make, generation=number - 1)
         except FencedError as error:
             self.stores = {}
@@ -502,18 +513,29 @@ class Participant:
         times = [each.start_times for each in statuses if each is not None and each.start_times]
         if len(times) < len(generation.members) or any(each.generation != number for each in times):
             return
-        slowest_s = max(
-            each.start_s + each.group_s + each.restore_s + each.step_s for each in times
-        )
+        # Members wait for each other between the phases: the last one to end each counts.
+        ends = [
+            max(each.start_s for each in times),
+            max(each.start_s + each.group_s for each in times),
+            max(each.start_s + each.group_s + each.restore_s for each in times),
+            max(each.start_s + each.group_s + each.restore_s + each.step_s for each in times),
+        ]
         recovery = Recovery(
             number=number,
-            start_s=max(each.start_s for each in times),
-            group_s=max(each.group_s for each in times),
-            restore_s=max(each.restore_s for each in times),
-            step_s=max(each.step_s for each in times),
-            total_s=generation.agree_s + slowest_s,
+            start_s=ends[0],
+            group_s=ends[1] - ends[0],
+            restore_s=ends[2] - ends[1],
+            step_s=ends[3] - ends[2],
+            total_s=self._agreed_after_s(generation) + ends[3],
         )
         self._append(recovery, number)
+
+    def _agreed_after_s(self, generation: Generation) -> float:
+        """Seconds from noticing the trouble to the record, its way into the log included if it was this node's."""
+        noticed_s = self._noticed_s.get(generation.number)
+        if noticed_s is None:
+            return generation.agree_s
+        return self.read_at_s(generation.number) - noticed_s
 
     def _said(self, incarnation: str) -> NodeStatus | None:
         peer = self.table.peers.get(incarnation)

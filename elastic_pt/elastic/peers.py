@@ -67,8 +67,12 @@ class PeerTable:
             known = self.peers.get(incarnation)
             if known is None:
                 self.peers[incarnation] = Peer(None, self._clock_s(), heard_s=None, refused=False)
-            elif anew:
+            elif anew or known.watched_since_s is None:
                 self.peers[incarnation] = replace(known, watched_since_s=self._clock_s())
+
+    def rest(self, incarnation: str) -> None:
+        """Stop the silence clock of a node that this one no longer asks; what it says is still noted."""
+        self._note(incarnation, watched_since_s=None)
 
     def unwatch(self, incarnation: str) -> None:
         """Forget a node that nobody needs to hear of any more."""
@@ -120,7 +124,7 @@ class PeerTable:
         """Note that nobody answers for this incarnation at its address any more."""
         self._note(incarnation, refused=True)
 
-    def _note(self, incarnation: str, **changes: bool) -> None:
+    def _note(self, incarnation: str, **changes: object) -> None:
         with self._lock:
             known = self.peers.get(incarnation)
             if known is not None:

@@ -8,7 +8,6 @@ the fork server (PDEATHSIG), which dies with the agent, so no orphan trains on.
     every 0.1 s   does one hang? ─ stacks ─┴► SIGKILL to all ─► evidence ─► root cause ─► on_failure
 """
 
-import ctypes
 import importlib
 import multiprocessing.process
 import os
@@ -17,11 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Final
 
-import torch.multiprocessing
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     Worker,
@@ -39,43 +36,31 @@ from elastic_pt.elastic.failure import (
     read_error_file,
     root_cause,
 )
+from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.elastic.progress import ProgressReader, process_state
 from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.watchdog import Detector, Hang, WatchdogLimits
 from elastic_pt.errors import NodeFailure
 
-_FORK_SERVER: Final = "elastic_pt.elastic.fork_server"
 _MONITOR_INTERVAL_S: Final = 0.02
 _LOOK_INTERVAL_S: Final = 0.1
 _KILL_TIMEOUT_S: Final = 5.0
 _RESTARTS_MAX: Final = 1_000_000_000
-_PR_SET_PDEATHSIG: Final = 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when its parent ends. Worker process, first thing."""
-    parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def start_worker(config_text: str, scratch: str) -> str:
+def start_worker(config_text: str, scratch: str, environment: dict[str, str]) -> str:
     """What the fork server calls in a new worker process; returns the worker's outcome.
+
+    `environment` is what the agent learned after the fork server had started.
 
     The agent has to name this function but must not import the training stack, so the import is here;
     in the fork server it has happened already.
     """
     die_with_parent()
+    os.environ.update(environment)
+    tempfile.tempdir = environment.get("TMPDIR")
     outcome: str = importlib.import_module("elastic_pt.worker").main(config_text, scratch)
     return outcome
-
-
-def warm_fork_server(modules: list[str]) -> None:
-    """Start the server that workers are forked from; it imports `modules` while the node looks for peers."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([_FORK_SERVER, *modules])
-    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.node import Formed, Node, NodeOptions
-from elastic_pt.elastic.records import Stop
+from elastic_pt.elastic.records import CauseKind, Stop
 from elastic_pt.errors import ConfigError
 from elastic_pt.store.open import open_store
 
@@ -157,7 +157,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
     def make_room(reason: str) -> None:
         # Stock workers cannot be drained; to make room for others they are ended where they are.
-        node.spend(node.view.generation_number, node.failure(reason))
+        node.spend(node.view.generation_number, node.failure(reason, kind=CauseKind.GAVE_UP))
 
     run_log = RunLog(store, writer=options.name)
     node = Node(options, store, store, run_log, choose_resume=lambda _: None, on_drain=make_room)

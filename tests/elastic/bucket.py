@@ -15,6 +15,8 @@ class WatchedStore:
 
     store: Store
     down: bool = False
+    deaf_to: str = ""
+    """What it does when asked, and loses the answer of."""
     requests: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -50,4 +52,7 @@ class WatchedStore:
         self.requests[f"{verb} {key.partition('/')[0]}"] += 1
         if self.down:
             raise StoreError("the bucket is away")
-        return getattr(self.store, verb)(key, *arguments)
+        answer = getattr(self.store, verb)(key, *arguments)
+        if verb == self.deaf_to:
+            raise StoreError("the bucket's answer was lost")
+        return answer

@@ -89,6 +89,22 @@ def test_the_first_live_member_leads() -> None:
     assert waits == Wait("b leads: lost a", broken=True)
 
 
+def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
+    """If nothing moves for long although another one leads, the next in order proposes, then the one after it."""
+    world = generation("a", "b", "c")
+    peers = {node: peer(status(node, broken=1)) for node in "abc"}
+    for me, takeovers in (("b", 2), ("c", 4)):
+        others = {node: each for node, each in peers.items() if node != me}
+        for moved in ("quiet_since_s", "broken_since_s"):
+            still_s = NOW_S - takeovers * LIMITS.takeover_s
+            facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0} | {moved: still_s + 0.01}
+            waits = decision(status(me, broken=1), others, of=world, **facts)
+            assert waits.reason.startswith("a leads"), (me, moved)
+            assert nodes(
+                decision(status(me, broken=1), others, of=world, **facts | {moved: still_s})
+            ) == ["a", "b", "c"]
+
+
 def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
     """A member that spent the generation with a failure makes all form the next one, and is in it."""
     cause = failed("b", "worker 1: ValueError: bad", step=7, signature="ValueError@loop.py:9")
@@ -221,7 +237,7 @@ def test_nobody_is_proposed_who_has_not_answered_since() -> None:
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     peers = {"b": b, "c": peer(status("c"), silent_s=before)}
     assert decision(status("a"), peers, of=world) == Wait(
-        "asking whether c can go on; lost b", broken=True
+        "asking whether c can go on; lost b", broken=True, asking=True
     )
     peers = {"b": b, "c": peer(status("c"), silent_s=NOW_S - NOTICED_S)}
     assert nodes(decision(status("a"), peers, of=world)) == ["a", "c"]

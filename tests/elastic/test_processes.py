@@ -27,7 +27,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from elastic_pt.elastic.failure import FailureCause, WorkerFailure, read_error_file
-from elastic_pt.elastic.processes import NodeProcesses, die_with_parent, warm_fork_server
+from elastic_pt.elastic.forking import die_with_parent, start_fork_server
+from elastic_pt.elastic.processes import NodeProcesses
 from elastic_pt.elastic.progress import Phase, Progress, process_state
 from elastic_pt.elastic.watchdog import WatchdogLimits
 from elastic_pt.errors import NodeFailure
@@ -220,7 +221,7 @@ class Node:
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
-    warm_fork_server([__name__])
+    start_fork_server(1, [__name__])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}

@@ -1,0 +1,58 @@
+"""The warm fork server: it imports the training stack once, and every worker is forked from it in milliseconds.
+
+Starting it is the first thing that an agent does, before it imports anything heavy itself, so that both
+imports run side by side; only when it is warm does the node ask to be taken in. Free of torch, for that.
+"""
+
+import ctypes
+import os
+import signal
+from collections.abc import Sequence
+from multiprocessing import forkserver, get_context, util
+from typing import Final
+
+from elastic_pt.errors import NodeFailure
+
+_FORK_SERVER: Final = "elastic_pt.elastic.fork_server"
+WARM_MODULES: Final = ("elastic_pt.worker", "elastic_pt.elastic.processes", "elastic_pt.cli")
+"""What a worker needs, down to the function that it starts with and the command that its agent was started by."""
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when its parent ends. First thing in a process that we start."""
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> None:
+    """Start it, for workers that compute with so many CPU threads each. Agent process, main thread, once.
+
+    What must be known before torch is imported is set in the environment, of this process too.
+    """
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    # Required by torch for deterministic matrix products on CUDA.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # Its socket is removed at exit, after the scratch directory is gone: it must not lie in there.
+    util.get_temp_dir()
+    get_context("forkserver").set_forkserver_preload([_FORK_SERVER, *modules])
+    forkserver.ensure_running()
+
+
+def await_warm(timeout_s: float) -> None:
+    """Block until the fork server has imported everything. Raises `NodeFailure` if that takes longer."""
+    first = get_context("forkserver").Process(target=_nothing, daemon=True)
+    first.start()
+    first.join(timeout_s)
+    if first.exitcode != 0:
+        first.kill()
+        raise NodeFailure(
+            f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
+        )
+
+
+def _nothing() -> None:
+    """What the first forked process does."""
