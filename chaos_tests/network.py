@@ -10,9 +10,11 @@ collide. The machine's own network is never touched. To look around in one while
 """
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ _OWN_NAMESPACE: Final = "/proc/thread-self/ns/net"
 _COMMANDS: Final = ("ip", "iptables", "ip6tables", "nsenter")
 _BRIDGE: Final = "hub"
 _HUB_NUMBER: Final = 254
+_LINKS_TIMEOUT_S: Final = 10.0
+_LINKS_POLL_S: Final = 0.005
 
 
 def missing_for_networks() -> str:
@@ -61,6 +65,7 @@ class Network:
             self._give_addresses(self._hub, _BRIDGE, _HUB_NUMBER)
             for node in self.nodes:
                 self._add(node)
+            self._await_links()
         except BaseException:
             self.close()
             raise
@@ -128,6 +133,7 @@ class Network:
         """Plug it in again."""
         self._ip(self._hub, "link", "set", self._port(node), "up")
         self._unplugged.discard(node)
+        self._await_links()
         # Nobody may go on believing for a second that there is no such neighbour.
         for each in self.nodes:
             self._ip(self._namespaces[each], "neighbour", "flush", "dev", "eth0")
@@ -149,6 +155,21 @@ class Network:
         self._ip(namespace, "link", "set", "eth0", "up")
         self._give_addresses(namespace, "eth0", 1 + self.nodes.index(node))
 
+    def _await_links(self) -> None:
+        """Return once every cable that is plugged in carries packets: the kernel gets there in its own time."""
+        deadline_s = time.monotonic() + _LINKS_TIMEOUT_S
+        while not all(self._carries(node) for node in self.nodes if node not in self._unplugged):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"links are not up after {_LINKS_TIMEOUT_S} s")
+            time.sleep(_LINKS_POLL_S)
+
+    def _carries(self, node: str) -> bool:
+        show = ("-details", "-json", "link", "show", "dev")
+        (port,) = json.loads(self._ip(self._hub, *show, self._port(node)))
+        (inside,) = json.loads(self._ip(self._namespaces[node], *show, "eth0"))
+        forwards = port["linkinfo"]["info_slave_data"]["state"] == "forwarding"
+        return bool(forwards and inside["operstate"] == "UP")
+
     def _give_addresses(self, namespace: int, interface: str, number: int) -> None:
         for version in self._versions:
             # Without asking first whether somebody else has it (nodad), an IPv6 address can be used at once.
@@ -163,8 +184,8 @@ class Network:
         command = "iptables" if version == 4 else "ip6tables"
         _run([*self.prefix(node), command, "--wait", *arguments])
 
-    def _ip(self, namespace: int, *arguments: str) -> None:
-        _run([*_inside(namespace), "ip", *arguments])
+    def _ip(self, namespace: int, *arguments: str) -> str:
+        return _run([*_inside(namespace), "ip", *arguments])
 
 
 def _address(version: int, number: int) -> str:
@@ -209,7 +230,8 @@ def _inside(namespace: int) -> list[str]:
     return ["nsenter", f"--net={_path(namespace)}", "--"]
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+    return done.stdout

@@ -170,8 +170,9 @@ class Links:
             self._open.discard(link)
             if pump is not None:
                 pump.cancel()
-            # Who was there a moment ago may be gone: whoever dials it should look now.
-            self._on_news()
+            if link.incarnation:
+                self._participant.hung_up(link.incarnation)
+                self._on_news()
         return socket
 
     # ---- asking ----------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ class Participant:
         """Why no world will take this node in."""
         self._broken_since_s: float | None = None
         self._asked_since_s: float | None = None
+        self._suspects: dict[str, float] = {}
+        """Peers that hung up, and when."""
         self._newcomers: frozenset[str] = frozenset()
         self._newcomers_changed_s = self._clock_s()
         self._quiet_since_s = self._clock_s()
@@ -168,6 +170,10 @@ class Participant:
         news = self.table.received(message)
         hangs_on_it = isinstance(self.decision, Wait) and self.decision.asking
         return news or hangs_on_it or bool(message.refusal)
+
+    def hung_up(self, incarnation: str) -> None:
+        """Take in that a peer's connection to this node has ended: it may be gone, so look."""
+        self._suspects[incarnation] = self._clock_s()
 
     def _refusal_of(self, incarnation: str) -> str:
         """Members refuse who differs; where there is no member yet, the node that comes first by name does."""
@@ -309,6 +315,7 @@ class Participant:
                     [*waiting, self.member], key=lambda each: (each.node, each.incarnation)
                 )
                 targets += whom_to_ask(order, mine, peers, now_s, self._limits.heartbeat_timeout_s)
+        targets += self._suspected(members)
         known = {each.incarnation for each in (*targets, *members)}
         # Who wants to join is asked back: its address must work for others too.
         targets += [
@@ -355,6 +362,16 @@ class Participant:
                 return ahead < LEADERS
             ahead += not is_lost(self.table.peers.get(member.incarnation), now_s, self.silence_s())
         return False
+
+    def _suspected(self, members: tuple[Member, ...]) -> list[Member]:
+        """Members that hung up and have shown no life since. In a large world nobody else would dial them."""
+        if not self._suspects:
+            return []
+        for incarnation, since_s in list(self._suspects.items()):
+            peer = self.table.peers.get(incarnation)
+            if peer is None or (peer.heard_s is not None and peer.heard_s > since_s):
+                self._suspects.pop(incarnation, None)
+        return [member for member in members if member.incarnation in self._suspects]
 
     def _refuses(self, member: Member) -> bool:
         peer = self.table.peers.get(member.incarnation)

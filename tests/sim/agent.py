@@ -192,16 +192,15 @@ class AgentProcess(Process):
         workers: int,
         on_exit: Callable[["AgentProcess", str], None],
     ) -> None:
-        super().__init__(around.scheduler, f"{node}/{incarnation[:4]}")
+        super().__init__(around.scheduler, f"{machine.name}/{incarnation[:4]}")
         self.around = around
         self.machine = machine
-        self.node_name = node
         self.incarnation = incarnation
         self._on_exit = on_exit
         source = around.scheduler.random
         self.clock_offset_s = source.uniform(0.0, 1e5)
-        self.clock_rate = source.uniform(0.999, 1.001)
-        self.wall_offset_s = source.uniform(-1e5, 1e5)
+        self.clock_rate = source.uniform(0.995, 1.005)
+        self._wall_offset_s = source.uniform(-1e5, 1e5)
         self._member = Member(node, incarnation, machine.address, 0, 1, workers)
         self._fingerprint = fingerprint
         self.store = around.bucket.store_for(self, machine.name, around.habits.store_deadline_s)
@@ -258,8 +257,9 @@ class AgentProcess(Process):
         return self.clock_s()
 
     def wall_clock_s(self) -> float:
-        """The time of day, as this machine has it."""
-        return self.scheduler.now_s + self.wall_offset_s
+        """The time of day, as this machine has it: somebody sets it back and forth, also while all else is well."""
+        hours = round(self._wall_offset_s + self.scheduler.now_s / 5.0) % 3
+        return self.scheduler.now_s + self._wall_offset_s + 3600.0 * hours
 
     def boot(self, port: int | None = None) -> None:
         """Begin. `port` is where to answer; None takes a free one."""

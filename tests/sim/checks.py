@@ -170,9 +170,7 @@ class Witness:
                 f"{record.kind} on behalf of generation {acting} behind GENERATION {current}",
             )
 
-    def _check_generation(
-        self, generation: Generation, before: RunView, attempt: Attempt
-    ) -> None:
+    def _check_generation(self, generation: Generation, before: RunView, attempt: Attempt) -> None:
         address = (generation.store_address, generation.store_port)
         if address in self.stores:
             raise Violation(

@@ -68,9 +68,7 @@ def pause_agent(simulation: "Simulation", fault: Fault) -> Undo:
 def pause_machine(simulation: "Simulation", fault: Fault) -> Undo:
     """The whole machine stands still: agent and workers."""
     undo_agent = pause_agent(simulation, fault)
-    stopped = [
-        each for each in simulation.training.everyone() if each.machine.name in fault.nodes
-    ]
+    stopped = [each for each in simulation.training.everyone() if each.machine.name in fault.nodes]
     for each in stopped:
         each.paused = True
 
@@ -125,9 +123,7 @@ def cut_pair(simulation: "Simulation", fault: Fault) -> Undo:
 
 def _around(simulation: "Simulation", inside: tuple[str, ...]) -> list[tuple[str, str]]:
     outside = [node for node in simulation.nodes if node not in inside]
-    return [
-        link for one in inside for other in outside for link in ((one, other), (other, one))
-    ]
+    return [link for one in inside for other in outside for link in ((one, other), (other, one))]
 
 
 def cut_side(simulation: "Simulation", fault: Fault) -> Undo:
@@ -163,9 +159,7 @@ def clog(simulation: "Simulation", fault: Fault) -> Undo:
     """What two nodes say to each other takes long."""
     one, other = fault.nodes[:2]
     source = simulation.scheduler.random
-    links = {
-        link: source.choice((0.05, 0.3, 1.0, 2.5)) for link in ((one, other), (other, one))
-    }
+    links = {link: source.choice((0.05, 0.3, 1.0, 2.5)) for link in ((one, other), (other, one))}
     clogs = simulation.network.clogs
     for link, delay_s in links.items():
         simulation.ill_link(*link)

@@ -16,7 +16,9 @@ _REFUSED_AGAIN_S: Final = 0.02
 class Link:
     """One open connection. Messages are made when they are sent; several words in a row become one."""
 
-    def __init__(self, links: "SimulatedLinks", end: End, incarnation: str, *, dialled: bool) -> None:
+    def __init__(
+        self, links: "SimulatedLinks", end: End, incarnation: str, *, dialled: bool
+    ) -> None:
         self._links = links
         self._end = end
         self._dialled = dialled
@@ -230,7 +232,7 @@ class SimulatedLinks:
         def closed() -> None:
             for link in links:
                 self.open.pop(link, None)
-            # Who was there a moment ago may be gone: whoever dials it should look now.
+                self.participant.hung_up(link.incarnation)
             self.on_news()
 
         end.on_message = heard

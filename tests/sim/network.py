@@ -147,7 +147,10 @@ class Connection:
     """A pair of ends."""
 
     def __init__(
-        self, network: "Network", dialling: tuple[Process, Machine], dialled: tuple[Process, Machine]
+        self,
+        network: "Network",
+        dialling: tuple[Process, Machine],
+        dialled: tuple[Process, Machine],
     ) -> None:
         self.network = network
         self.near = End(self, *dialling)
@@ -223,9 +226,7 @@ class Network:
 
     def process_ended(self, process: Process, machine: Machine) -> None:
         """Its machine closes its connections."""
-        for port in [
-            port for port, each in machine.listeners.items() if each.process is process
-        ]:
+        for port in [port for port, each in machine.listeners.items() if each.process is process]:
             del machine.listeners[port]
         for connection in list(self.connections):
             for end in (connection.near, connection.far):

@@ -1,8 +1,8 @@
 """One simulated run from one seed: faults for a while, then none, and everything must come together.
 
-    0 s           nodes start, faults strike        every check holds at every event
-    quiet_from_s  the last fault has ended          ─► one running generation of all who can be in it, in time
-    converged     nothing happens any more          ─► no new generation, few requests to the bucket
+0 s           nodes start, faults strike        every check holds at every event
+quiet_from_s  the last fault has ended          ─► one running generation of all who can be in it, in time
+converged     nothing happens any more          ─► no new generation, few requests to the bucket
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from tests.sim.network import Latency, Machine, Network
 from tests.sim.scheduler import Scheduler
 from tests.sim.training import Plan, State, Training
 
-CONVERGENCE_S: Final = 60.0
-"""Simulated seconds after the last fault within which all nodes train together."""
+CONVERGENCE_S: Final = 40.0
+"""Simulated seconds after the last fault within which all nodes train together, and what one request to the
+bucket may take that went when nobody answered. Half of it is what torch's store client waits for a host that is gone."""
 SETTLED_S: Final = 4.0
 """Simulated seconds that it takes to notice the last trouble: only who has trained for so long has converged."""
 QUIET_S: Final = 5.0
@@ -47,7 +48,15 @@ class Scenario:
     plan: Plan
     faults_until_s: float
     stranger: bool
+    """One more node runs other code."""
+    twin: bool
+    """One more agent calls itself by the first node's name."""
     reuse_ports: bool
+    """A restarted agent answers where the one before did."""
+    lost_for_good: str
+    """A machine that does not come back; empty if all do."""
+    cut_for_good: tuple[tuple[str, str], ...]
+    """Directions that stay torn."""
 
 
 @dataclass
@@ -74,9 +83,17 @@ def scenario(scheduler: Scheduler) -> Scenario:
     source = scheduler.random
     count = source.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6))
     nodes = tuple(chr(ord("a") + index) for index in range(count))
+    lasting = source.random()
+    lost_for_good, cut_for_good = "", list[tuple[str, str]]()
+    if lasting < 0.1 and count > 1:
+        lost_for_good = source.choice(nodes)
+    elif lasting < 0.2 and count > 2:
+        one, other = source.sample(nodes, 2)
+        cut_for_good = [(one, other), (other, one)][: source.randint(1, 2)]
+    enough = count - (1 if lost_for_good or cut_for_good else 0)
     quick = source.random() < 0.2
     limits = Limits(
-        nodes_min=1 if source.random() < 0.8 else source.randint(1, count),
+        nodes_min=1 if source.random() < 0.8 else source.randint(1, enough),
         nodes_max=64 if source.random() < 0.8 else max(1, count - 1),
         slots=source.choice((8, 8, 12, 64)),
         heartbeat_timeout_s=1.0 if quick else 1.5,
@@ -102,12 +119,15 @@ def scenario(scheduler: Scheduler) -> Scenario:
         plan=Plan(
             steps=_ENDLESS if source.random() < 0.85 else source.randint(20, 120),
             step_s=source.choice((0.1, 0.2, 0.4)),
-            checkpoint_every=source.choice((5, 10, 25)),
+            checkpoint_every=source.choice((5, 10, 25, _ENDLESS)),
             poison_step=source.randint(5, 60) if source.random() < 0.05 else 0,
         ),
         faults_until_s=source.uniform(6.0, 22.0),
         stranger=source.random() < 0.1,
+        twin=source.random() < 0.05,
         reuse_ports=source.random() < 0.3,
+        lost_for_good=lost_for_good,
+        cut_for_good=tuple(cut_for_good),
     )
 
 
@@ -165,9 +185,10 @@ class Simulation:
                 for node, start_s in zip(plan.nodes, plan.starts_s, strict=True):
                     self._add(node)
                     scheduler.at(start_s, lambda node=node: self.start(node))
-                if plan.stranger:
-                    self._add("z")
-                    scheduler.at(source.uniform(0.0, 5.0), lambda: self.start("z"))
+                for extra in ["z"] * plan.stranger + ["y"] * plan.twin:
+                    self._add(extra)
+                    scheduler.at(source.uniform(0.0, 5.0), lambda extra=extra: self.start(extra))
+                scheduler.at(source.uniform(1.0, plan.faults_until_s), self._begin_lasting)
                 injected = faults.draw(self, 1.0, plan.faults_until_s)
                 for fault in injected:
                     scheduler.at(fault.at_s, lambda fault=fault: self._inject(fault))
@@ -206,7 +227,7 @@ class Simulation:
         while scheduler.now_s < since_s + SETTLED_S:
             if not self._is_converged() or self.generations != generation:
                 since_s, generation = scheduler.now_s, self.generations
-                if since_s > max(began_s, self._bars_until_s) + CONVERGENCE_S:
+                if since_s > max(began_s, self._bars_until_s) + self._convergence_s:
                     rule = "no healthy node is excluded for ever"
                     if self.plan.plan.poison_step:
                         rule = "the same failure again and again ends the run"
@@ -214,12 +235,24 @@ class Simulation:
             scheduler.run(scheduler.now_s + 0.5)
         return since_s - began_s
 
+    @property
+    def _convergence_s(self) -> float:
+        return CONVERGENCE_S + min(60.0, self.habits.store_deadline_s / 2)
+
+    def _begin_lasting(self) -> None:
+        for source, target in self.plan.cut_for_good:
+            self.note(f"cut for good: {source} to {target}")
+            self.cut(source, target)
+        if self.plan.lost_for_good:
+            self.note(f"lost for good: {self.plan.lost_for_good}")
+            self.switch_off(self.plan.lost_for_good)
+
     def _stay(self) -> float:
         """Nothing happens any more, so nothing may change; requests to the bucket per second."""
         scheduler, witness = self.scheduler, self.witness
         self.training.plan = dataclasses.replace(self.training.plan, checkpoint_every=_ENDLESS)
         number, steps = witness.view.generation_number, self.training.steps_done
-        until_s = scheduler.now_s + CONVERGENCE_S
+        until_s = scheduler.now_s + self._convergence_s
         while self.training.worlds[number].staging and scheduler.now_s < until_s:
             scheduler.run(scheduler.now_s + 0.5)
         scheduler.run(scheduler.now_s + 1.0)
@@ -248,10 +281,8 @@ class Simulation:
         if generation is None or self.scheduler.now_s < self._bars_until_s:
             return False
         members = {each.incarnation for each in generation.members}
-        running = [
-            agent for node, agent in self.nodes.items() if agent is not None and agent.ready
-        ]
-        if len(running) < len([each for each in self.nodes if each != "z"]):
+        running = [agent for node, agent in self.nodes.items() if agent is not None and agent.ready]
+        if len(running) < len(set(self.nodes) - {"z", self.plan.lost_for_good}):
             return False
         for agent in running:
             inside = agent.incarnation in members
@@ -266,7 +297,13 @@ class Simulation:
 
     def _fits(self, agent: AgentProcess, members: tuple[Member, ...]) -> bool:
         limits = self.habits.limits
-        workers = sum(each.workers for each in members) + self._workers[agent.node_name]
+        machines = {self.agents[each.incarnation].machine.name for each in members}
+        for one, other in self.plan.cut_for_good:
+            if (agent.machine.name == one and other in machines) or (
+                agent.machine.name == other and one in machines
+            ):
+                return False
+        workers = sum(each.workers for each in members) + self._workers[agent.machine.name]
         return len(members) < limits.nodes_max and (limits.slots is None or workers <= limits.slots)
 
     def describe(self) -> str:
@@ -314,7 +351,13 @@ class Simulation:
                 around, habits=dataclasses.replace(self.habits, limits=limits)
             )
         agent = AgentProcess(
-            around, machine, node, incarnation, fingerprint, self._workers[node], self._exited
+            around,
+            machine,
+            self.plan.nodes[0] if node == "y" else node,
+            incarnation,
+            fingerprint,
+            self._workers[node],
+            self._exited,
         )
         if node == "z":
             self.strangers.add(incarnation)
@@ -327,14 +370,14 @@ class Simulation:
     def _exited(self, agent: AgentProcess, why: str) -> None:
         self.note(f"{agent.name} ends: {why}")
         self.died_s[agent.incarnation] = self.scheduler.now_s
-        if self.nodes[agent.node_name] is agent:
-            self.nodes[agent.node_name] = None
+        if self.nodes[agent.machine.name] is agent:
+            self.nodes[agent.machine.name] = None
         refused = why.startswith("ConfigError")
-        if refused and agent.node_name != "z":
+        if refused and agent.machine.name != "z":
             raise Violation("nobody is refused without a reason", why)
         if not refused and why != "run ended":
             again_s = self.scheduler.random.uniform(0.1, 3.0)
-            self.scheduler.after(again_s, lambda: self.start(agent.node_name))
+            self.scheduler.after(again_s, lambda: self.start(agent.machine.name))
 
     def switch_off(self, node: str) -> None:
         """The node's machine goes."""
@@ -426,9 +469,11 @@ class Simulation:
         for count in range(len(well), 0, -1):
             for side in combinations(well, count):
                 if all(
-                    self._since_s((min(one.node, other.node), max(one.node, other.node)))
+                    self._since_s(
+                        tuple(sorted(self.agents[each.incarnation].machine.name for each in pair))
+                    )
                     <= since_s
-                    for one, other in combinations(side, 2)
+                    for pair in combinations(side, 2)
                 ):
                     return list(side)
         return []
