@@ -80,7 +80,7 @@ def test_agent_gets_the_arguments_and_a_name_of_its_own(start: Start) -> None:
     """The run, overrides, and a name that is new in each life of the job; the agent's exit code is the script's."""
     script = start("run.toml", "--set", "train.steps=3", ends_with="6", ELASTIC_PT_INTERFACE="ib0")
     out, _ = script.communicate(timeout=30)
-    assert out == "agent run run.toml --set train.steps=3 --node n1-77-2 --address 10.1.2.3\n"
+    assert out == "agent run run.toml --set train.steps=3 --node n1-0 --address 10.1.2.3\n"
     assert script.returncode == 6
 
 
