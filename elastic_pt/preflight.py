@@ -83,7 +83,12 @@ def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
 
     Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
     """
-    interface = interface_of(address)
+    try:
+        interface = interface_of(address)
+    except ValueError:
+        raise ConfigError(
+            f"--address {address}: not an IP address; one of this machine's own would be right"
+        ) from None
     if interface is None:
         raise ConfigError(
             f"--address {address}: no interface of this machine has it; one of its own would be right"

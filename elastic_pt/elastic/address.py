@@ -23,7 +23,10 @@ def local_address() -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that has `address`, or None if this machine has no such address."""
+    """Name of the interface that has `address`, or None if this machine has no such address.
+
+    Raises `ValueError` if it is not an IPv4 or IPv6 address at all.
+    """
     wanted = ipaddress.ip_address(address)
     if wanted.is_loopback:
         return "lo"

@@ -23,6 +23,7 @@ Liveness is the observer's own monotonic clock over answers it got; no clock of 
 looked at.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -148,6 +149,8 @@ class View:
     """When this node noticed that the newest generation has no future."""
     quiet_since_s: float = 0.0
     """Since when neither the log nor the pulse has moved."""
+    quiet_until_s: float = math.inf
+    """When that was last seen to be so."""
     barred: Mapping[str, str] = field(default_factory=dict)
     """Nodes in quarantine, by name, and why."""
     halt: str = ""
@@ -399,8 +402,10 @@ def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s:
     if leads and view.me.phase is Phase.RUNNING:
         reasons = [f"{member.node} leaves" for member in found.leaving]
         newcomers = _newcomers(view, limits, now_s, found.alive)
-        joining = _joiners(_admit([*generation.members, *newcomers], limits), generation.members)
-        if joining and now_s - view.newcomers_changed_s >= limits.join_window_s:
+        wanted = _admit([*generation.members, *newcomers], limits)
+        joining = _joiners(wanted, generation.members)
+        settled = now_s - view.newcomers_changed_s >= limits.join_window_s
+        if joining and (settled or len(wanted) == limits.nodes_max):
             reasons += [str(cause) for cause in joining]
         if reasons:
             return Drain("; ".join(reasons))
@@ -451,7 +456,7 @@ def _decide_next_world(
             f"paused: {len(wanted)} of at least {limits.nodes_min} nodes; {reason}", broken=True
         )
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
-    quiet_s = now_s - max(view.quiet_since_s, since_s)
+    quiet_s = max(0.0, min(now_s, view.quiet_until_s) - max(view.quiet_since_s, since_s))
     others_first = not _is_larger_side([*stay, *barred], found, generation)
     if others_first and quiet_s < limits.takeover_s:
         return Wait(
@@ -574,7 +579,7 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         )
         # Who refuses is most likely gone; who is silent may train on behind a torn network.
         needed_s = limits.takeover_s / 2 if refused else limits.takeover_s
-        if now_s - view.quiet_since_s < needed_s:
+        if min(now_s, view.quiet_until_s) - view.quiet_since_s < needed_s:
             return Wait("no member answers: watching whether the run goes on without this node")
     if view.me.leaving:
         return Wait("leaving")

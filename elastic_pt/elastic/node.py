@@ -352,6 +352,7 @@ class Node:
         links = Links(self._participant, token, news.set)
         port = await links.serve(self._options.address)
         self._participant.say(member=replace(self.member, port=port))
+        self._participant.begin()
         self._loop, self._news, self._links = asyncio.get_running_loop(), news, links
         await asyncio.to_thread(self._log.refresh)
         self._ready.set()

@@ -118,6 +118,8 @@ class Participant:
         self._newcomers: frozenset[str] = frozenset()
         self._newcomers_changed_s = self._clock_s()
         self._quiet_since_s = self._clock_s()
+        self._quiet_until_s = float("-inf")
+        """When the pulse was last looked at."""
         self._felt: bytes | None = None
         self._felt_s = self._beaten_s = self._looked_s = float("-inf")
         self._generations_read: dict[int, float] = {}
@@ -147,6 +149,10 @@ class Participant:
         """Change what this node says of itself."""
         with self._saying:
             self._status = dataclasses.replace(self._status, **changes)  # type: ignore[arg-type]
+
+    def begin(self) -> None:
+        """From now on this node takes part: nodes that start together have the join window to meet."""
+        self._newcomers_changed_s = self._quiet_since_s = self._clock_s()
 
     def read_at_s(self, generation: int) -> float:
         """When this node first read that generation's record; now if it has not."""
@@ -256,6 +262,8 @@ class Participant:
                 felt = self._around.pulse.feel()
                 if felt != self._felt:
                     self._felt, self._quiet_since_s = felt, self._clock_s()
+                # Quiet is what lies between two looks that found the same, and no guess at what came after.
+                self._quiet_until_s = now_s
         except StoreError as error:
             # Nobody knows what happens behind a bucket that does not answer: that is no quiet.
             self._quiet_since_s = self._clock_s()
@@ -405,6 +413,7 @@ class Participant:
             peers,
             self._newcomers_changed_s,
             quiet_since_s=self._quiet_since_s,
+            quiet_until_s=self._quiet_until_s,
         )
         moments = Moments(self._generations_read, self._bars_read)
         failures: tuple[Cause, ...] = ()

@@ -64,7 +64,7 @@ osd objectstore = memstore
 memstore device bytes = 4294967296
 osd op num shards = 2
 [client]
-rgw frontends = beast endpoint=127.0.0.1:{gateway_port}
+rgw frontends = beast endpoint=127.0.0.1:{gateway_port} tcp_nodelay=1
 rgw data = {home}/rgw
 rgw enable usage log = false
 rgw enable ops log = false

@@ -1,0 +1,267 @@
+"""Bugs planted in the protocol, one at a time: a simulator that does not find them proves nothing.
+
+Each changes one thing of the production code (or of the little that drives it here), the way somebody who
+had not understood the rule might write it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from unittest.mock import patch
+
+from elastic_pt.elastic import log, membership, participant
+from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.node import Node
+from elastic_pt.elastic.peers import Message, PeerTable
+from elastic_pt.elastic.pulse import Pulse
+from elastic_pt.elastic.records import Body
+from elastic_pt.errors import AlreadyExists, StoreError
+from elastic_pt.store import s3
+from elastic_pt.store.s3 import S3Store
+from tests.sim.agent import AgentProcess, SimulatedStore
+from tests.sim.simulation import Outcome, simulate
+
+SEEDS_MAX: Final = 300
+"""A planted bug must be found within this many seeds."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A planted bug: what is replaced, and by what."""
+
+    name: str
+    what: str
+    target: Any
+    attribute: str
+    replacement: Any
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """With the bug in place."""
+        with patch.object(self.target, self.attribute, self.replacement):
+            yield
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which seed found a mutation, if any did."""
+
+    mutation: Mutation
+    outcome: Outcome | None
+    seeds: int
+
+
+def find(mutation: Mutation, first_seed: int = 0) -> Found:
+    """Simulate seeds with the bug in place until one finds it."""
+    with mutation.planted():
+        for count in range(SEEDS_MAX):
+            outcome = simulate(first_seed + count)
+            if outcome.violation is not None:
+                return Found(mutation, outcome, count + 1)
+    return Found(mutation, None, SEEDS_MAX)
+
+
+# ---- the planted bugs ------------------------------------------------------------------------------
+
+
+def _append_unchecked(
+    self: RunLog, make: Callable[[RunView], Body], *, generation: int
+) -> RunView:
+    with self._lock:
+        body = make(self._view)
+        log.check_allowed(self._view, body, generation)
+        while True:
+            view = self._refresh()
+            record = self._next_record(view, body)
+            try:
+                self._store.create(log.record_key(record.index), record.to_bytes())
+            except AlreadyExists:
+                continue
+            self._view = log.fold(view, record)
+            return self._view
+
+
+_append = RunLog.append
+
+
+def _append_as_first_seen(
+    self: RunLog, make: Callable[[RunView], Body], *, generation: int
+) -> RunView:
+    body = make(self.view)
+    return _append(self, lambda _: body, generation=generation)
+
+
+def _bind_again(self: AgentProcess) -> SimulatedStore:
+    known = list(self.participant.stores.values())
+    if known:
+        return SimulatedStore(known[-1].port)
+    return _bind_store(self)
+
+
+_bind_store = AgentProcess._bind_store
+
+
+def _feel_or_assume(self: Pulse) -> bytes:
+    try:
+        felt = _feel(self)
+    except StoreError:
+        return getattr(self, "last", b"")
+    self.last = felt  # type: ignore[attr-defined]
+    return felt
+
+
+_feel = Pulse.feel
+
+
+def _believe_last_heard(self: PeerTable, message: Message) -> bool:
+    news = _received(self, message)
+    incarnation = message.status.member.incarnation
+    known = self.peers.get(incarnation)
+    if known is not None:
+        self.peers[incarnation] = dataclasses.replace(known, status=message.status)
+    return news
+
+
+def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
+    news = _received(self, message)
+    incarnation = message.status.member.incarnation
+    known = self.peers.get(incarnation)
+    if known is not None:
+        self.peers[incarnation] = dataclasses.replace(known, heard_s=self._clock_s())
+    return news
+
+
+_received = PeerTable.received
+_newcomers = membership._newcomers
+
+
+MUTATIONS: Final = (
+    Mutation(
+        "no fence",
+        "appending does not ask whether the writer's generation still is the newest",
+        log,
+        "check_allowed",
+        lambda view, body, generation: None,
+    ),
+    Mutation(
+        "fence before looking",
+        "the fence is checked against the view from before the log was read on",
+        RunLog,
+        "append",
+        _append_unchecked,
+    ),
+    Mutation(
+        "made for an older log",
+        "what is appended is not made again when somebody else was faster",
+        RunLog,
+        "append",
+        _append_as_first_seen,
+    ),
+    Mutation(
+        "wall clock",
+        "silence is measured by the time of day",
+        AgentProcess,
+        "liveness_clock_s",
+        AgentProcess.wall_clock_s,
+    ),
+    Mutation(
+        "store used again",
+        "a new generation gets the store of the one before",
+        AgentProcess,
+        "_bind_store",
+        _bind_again,
+    ),
+    Mutation(
+        "own record taken for another's",
+        "a create whose answer was lost counts as a race lost",
+        s3,
+        "holds",
+        lambda store, key, data: False,
+    ),
+    Mutation(
+        "another's record taken for its own",
+        "a create that finds a record there counts as won",
+        s3,
+        "holds",
+        lambda store, key, data: True,
+    ),
+    Mutation(
+        "last writer wins",
+        "creating a record overwrites the one that is there",
+        S3Store,
+        "create",
+        S3Store.write,
+    ),
+    Mutation(
+        "not asked again",
+        "whoever answered before the trouble is taken for alive",
+        membership,
+        "_answered",
+        lambda view, member, since_s: True,
+    ),
+    Mutation(
+        "smaller side does not wait",
+        "any side of a torn network goes on at once",
+        membership,
+        "_is_larger_side",
+        lambda *_: True,
+    ),
+    Mutation(
+        "pulse not felt",
+        "newcomers take over without knowing whether the generation trains",
+        Pulse,
+        "feel",
+        lambda self: b"",
+    ),
+    Mutation(
+        "silence of the bucket taken for quiet",
+        "a look at the pulse that fails counts as one that found nothing new",
+        Pulse,
+        "feel",
+        _feel_or_assume,
+    ),
+    Mutation(
+        "old words believed",
+        "a message that was overtaken replaces newer ones",
+        PeerTable,
+        "received",
+        _believe_last_heard,
+    ),
+    Mutation(
+        "hearing is proof",
+        "whoever is heard counts as reachable, though it may not hear this node",
+        PeerTable,
+        "received",
+        _hearing_is_proof,
+    ),
+    Mutation(
+        "workers live on",
+        "workers of a generation without a future are not ended",
+        Node,
+        "must_reform",
+        lambda self, generation: False,
+    ),
+    Mutation(
+        "one node ends the run",
+        "a failed worker is reason enough for STOP",
+        participant,
+        "halt",
+        lambda generations, failures, *_: f"failed: {failures}",
+    ),
+    Mutation(
+        "links not probed",
+        "a newcomer is taken in although it cannot reach every member",
+        membership,
+        "_newcomers",
+        lambda view, limits, now_s, stay: _newcomers(view, limits, now_s, ()),
+    ),
+    Mutation(
+        "nobody is parked",
+        "members that cannot reach each other stay in one world",
+        membership,
+        "park",
+        lambda links, order: (),
+    ),
+)
