@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install services demo test check format lint types imports unit chaos clean
+.PHONY: help install services demo test check format lint types imports unit sim chaos clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -44,6 +44,10 @@ imports: install
 
 unit: install
 	$(BIN)/pytest tests
+
+sim: install  ## Simulate SEEDS=500 schedules of faults, then find every planted bug
+	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),500) --first $(or $(FIRST),0)
+	$(BIN)/python -m tests.sim --mutations
 
 chaos: install
 	$(BIN)/pytest chaos_tests

@@ -62,6 +62,7 @@ from elastic_pt.telemetry.goodput import Activity
 
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
+_END_S: Final = 45
 _HINTS_DEADLINE_S: Final = 2.0
 _PROGRESS_TIMEOUT_S: Final = 30.0
 
@@ -215,11 +216,11 @@ class Agent:
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, self._asked_to_leave)
-        # Whoever joins before it could start a worker would hold up all others.
-        await_warm(self._config.elastic.startup_timeout_s)
-        self._node.start()
-        log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
         try:
+            # Whoever joins before it could start a worker would hold up all others.
+            await_warm(self._config.elastic.startup_timeout_s)
+            self._node.start()
+            log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             while self._train_generation():
                 pass
         except SignalException as caught:
@@ -229,10 +230,10 @@ class Agent:
             log.info("agent_left")
             return None
         finally:
-            signal.alarm(0)
-            # From here on a further signal simply ends the process.
+            # From here on a further signal simply ends the process, and so does time.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            signal.alarm(_END_S)
         return self._node.view.stop
 
     def close(self) -> None:
@@ -268,8 +269,11 @@ class Agent:
             self._diverged(formed)
         elif not self._settle(formed, completed=outcome is Outcome.COMPLETED):
             failure = self._node.failure(
-                f"the checkpoint of step {self._checkpointing.staged_step} was not committed"
+                f"the checkpoint of step {self._checkpointing.staged_step} was not committed",
+                kind=CauseKind.GAVE_UP,
             )
+            if self._node.must_reform(formed.generation.number):
+                failure = None
         self._node.spend(formed.generation.number, failure)
         self._observation.enter(Activity.FORM)
         return True

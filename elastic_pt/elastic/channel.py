@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,9 +45,15 @@ class AgentSide:
             connections = list(self._connections)
         for connection in connections:
             try:
-                connection.sendall(line)
+                whole = connection.send(line, socket.MSG_DONTWAIT) == len(line)
+            except BlockingIOError:
+                whole = False
             except OSError:
                 continue
+            if not whole:
+                # It has read nothing for hundreds of messages; a torn line would be worse than its end.
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def drain_messages(self, timeout_s: float) -> None:
         """Wait until everything that dead workers said has been handled."""

@@ -86,7 +86,11 @@ def quarantines_due(
     for cause in view.generation.causes:
         count = flaps(view, moments, cause.node, budgets, now_s)
         if cause.kind in _BLAMED and count >= budgets.flaps_max:
-            earlier = sum(bar.node == cause.node for _, bar in view.bars)
+            remembered_s = now_s - 2 * _BAR_MAX_S
+            earlier = sum(
+                bar.node == cause.node and moments.bars[index] > remembered_s
+                for index, bar in view.bars
+            )
             seconds = min(_BAR_MAX_S, budgets.bar_s * 2.0**earlier)
             due.append(Quarantine("", _why(count, budgets, cause), cause.node, seconds))
     return due

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Final
 
 import aiohttp
+import structlog
 from aiohttp import web
 from pydantic import ValidationError
 
@@ -31,8 +32,10 @@ TOKEN_KEY: Final = "token"
 """Where the secret lies that this run's agents share."""
 _MESSAGE_BYTES_MAX: Final = 256 * 1024
 _REFUSALS_UNTIL_GONE: Final = 2
-_REFUSED_AGAIN_S: Final = 0.02
+_AGAIN_S: Final = 0.02
 _CLOSING_S: Final = 0.1
+
+log = structlog.get_logger("elastic_pt.links")
 
 
 def run_token(store: Store) -> str:
@@ -49,6 +52,10 @@ def url_of(member: Member, path: str) -> str:
     """URL of a path on a node's agent."""
     host = f"[{member.address}]" if ":" in member.address else member.address
     return f"http://{host}:{member.port}{path}"
+
+
+class _AnotherIncarnation(Exception):
+    """Somebody else answers at a peer's address."""
 
 
 class _Link:
@@ -181,24 +188,29 @@ class Links:
         """Keep one connection to a node, for ever (until cancelled)."""
         table = self._participant.table
         refusals = 0
+        told = ""
         while True:
+            worked = False
             try:
-                refusals = await self._talk(member)
+                worked = await self._talk(member)
+                refusals = 0
+            except _AnotherIncarnation:
+                refusals = _REFUSALS_UNTIL_GONE
             except aiohttp.ClientConnectorError as error:
                 refusals += error.os_error.errno == errno.ECONNREFUSED
-            except (aiohttp.ClientError, TimeoutError, ConnectionError):
-                pass
+            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                if repr(error) != told:
+                    told = repr(error)
+                    log.warning("link_failed", peer=member.node, cause=told)
             if refusals >= _REFUSALS_UNTIL_GONE:
                 table.refused(member.incarnation)
                 self._on_news()
-            await asyncio.sleep(
-                _REFUSED_AGAIN_S
-                if refusals < _REFUSALS_UNTIL_GONE
-                else self._participant.interval_s()
-            )
+            # Look at once where a process may have ended just now; else there is no hurry.
+            at_once = worked or refusals == 1
+            await asyncio.sleep(_AGAIN_S if at_once else self._participant.interval_s())
 
-    async def _talk(self, member: Member) -> int:
-        """One connection's life; returns the refusals that count from here on."""
+    async def _talk(self, member: Member) -> bool:
+        """One connection's life, until it ends; returns whether the peer has said anything over it."""
         assert self._session is not None
         table = self._participant.table
         silence_s = self._participant.silence_s()
@@ -214,15 +226,17 @@ class Links:
         pump = asyncio.create_task(link.pump(self._make, self._participant.interval_s))
         self._open.add(link)
         link.say(asks=True)
+        worked = False
         try:
             while True:
                 # A connection over a network that was torn may stay stuck long after it has healed.
                 received = await asyncio.wait_for(socket.receive(), silence_s)
                 message = _message_in(received)
                 if message is None:
-                    return 0
+                    return worked
                 if message.status.member.incarnation != member.incarnation:
-                    return _REFUSALS_UNTIL_GONE
+                    raise _AnotherIncarnation
+                worked = True
                 table.reached(member.incarnation)
                 self._take(link, message)
         finally:

@@ -25,7 +25,7 @@ looked at.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -145,6 +145,8 @@ class View:
     """By incarnation."""
     newcomers_changed_s: float = 0.0
     """When the set of nodes that could join last changed."""
+    generation_since_s: float = float("inf")
+    """When this node read the newest generation's record."""
     broken_since_s: float | None = None
     """When this node noticed that the newest generation has no future."""
     quiet_since_s: float = 0.0
@@ -209,7 +211,8 @@ class Assessment:
     dead: tuple[Member, ...]
     """Nobody answers at their address any more: they are gone for certain."""
     silent: tuple[Member, ...]
-    """They should answer and do not, and no other member says that it hears them."""
+    """They should answer and do not, and no other member says that it hears them; or they answer, but have
+    not read the newest generation's record by now: whoever has lost the bucket can train with nobody."""
     broken_links: tuple[tuple[str, str], ...]
     """Pairs of live members (by incarnation) one of which cannot reach the other."""
     failures: tuple[Cause, ...]
@@ -265,7 +268,8 @@ def whom_to_ask(
     answering = [
         member for member in others if not is_lost(peers.get(member.incarnation), now_s, timeout_s)
     ]
-    return answering[:LEADERS]
+    # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
+    return answering[: max(LEADERS, len(others) - len(answering))]
 
 
 def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
@@ -319,6 +323,16 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     heard_elsewhere = _heard_by_others(view, generation, answers, statuses)
     silent, cut_off = [], set()
     for member in generation.members:
+        peer, said = view.peers.get(member.incarnation), statuses.get(member.incarnation)
+        if (
+            member.incarnation in answers
+            and said is not None
+            and said.generation < generation.number
+            and peer is not None
+            and (peer.heard_s or 0.0) - view.generation_since_s > limits.takeover_s
+        ):
+            silent.append(member)
+            continue
         if answers.get(member.incarnation, True):
             continue
         if member.incarnation in heard_elsewhere:
@@ -401,8 +415,8 @@ def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s:
     ) in (view.me.member.incarnation, "")
     if leads and view.me.phase is Phase.RUNNING:
         reasons = [f"{member.node} leaves" for member in found.leaving]
-        newcomers = _newcomers(view, limits, now_s, found.alive)
-        wanted = _admit([*generation.members, *newcomers], limits)
+        waiting = newcomers(view, limits, now_s, found.alive)
+        wanted = _admit([*generation.members, *waiting], limits)
         joining = _joiners(wanted, generation.members)
         settled = now_s - view.newcomers_changed_s >= limits.join_window_s
         if joining and (settled or len(wanted) == limits.nodes_max):
@@ -422,8 +436,6 @@ def _decide_next_world(
     view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
 ) -> Decision:
     """The newest generation is broken or over: who goes on?"""
-    if view.halt and found.failures:
-        return Halt(view.halt)
     parked = park(found.broken_links, generation.members)
     stay = [
         member
@@ -436,8 +448,10 @@ def _decide_next_world(
         [] if len(allowed) < limits.nodes_min else [each for each in stay if each not in allowed]
     )
     stay = [member for member in stay if member not in barred]
-    newcomers = _newcomers(view, limits, now_s, stay)
-    wanted = _admit([*stay, *newcomers], limits)
+    wanted = _admit([*stay, *newcomers(view, limits, now_s, stay)], limits)
+    if len(wanted) < limits.nodes_min:
+        free = replace(view, barred={})
+        wanted = _admit([*stay, *newcomers(free, limits, now_s, stay)], limits)
     causes = (
         *_losses(view, found, parked, generation, now_s),
         *found.failures,
@@ -464,6 +478,8 @@ def _decide_next_world(
             f"the others go first; {reason}",
             broken=True,
         )
+    if view.halt and found.failures:
+        return Halt(view.halt)
     mine = view.me.member.incarnation
     turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
     # Who leads may see things differently, and wait for somebody else: the next in order has a try then,
@@ -499,7 +515,10 @@ def _losses(
             detail = "its address refuses connections"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
         elif member in found.silent:
-            detail = f"silent for {silence_s:.1f} s"
+            peer = view.peers.get(member.incarnation)
+            said = None if peer is None else peer.status
+            deaf = said is not None and said.generation < generation.number
+            detail = "it does not read the log" if deaf else f"silent for {silence_s:.1f} s"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
         elif member.incarnation in parked:
             others = {each for link in found.broken_links for each in link}
@@ -557,9 +576,6 @@ def _answered(view: View, member: Member, since_s: float) -> bool:
 
 
 def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
-    name = view.me.member.node
-    if name in view.barred:
-        return Wait(f"kept out: {view.barred[name]}")
     members = () if view.generation is None else view.generation.members
     timeout_s = limits.silence_s(len(members))
     reachable = [
@@ -568,6 +584,8 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         if not is_lost(view.peers.get(member.incarnation), now_s, timeout_s)
     ]
     if reachable:
+        if view.me.member.node in view.barred:
+            return Wait(f"kept out: {view.barred[view.me.member.node]}")
         missing = [member.node for member in members if member.incarnation in view.me.unreachable]
         if missing:
             return Wait(f"parked: no link to {', '.join(missing)}")
@@ -588,10 +606,12 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
 
 def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     """No member is left, or there never was one: those who wait form a world."""
-    candidates = sorted(
-        [view.me.member, *_newcomers(view, limits, now_s, ())],
+    everyone = sorted(
+        [view.me.member, *newcomers(replace(view, barred={}), limits, now_s)],
         key=lambda member: (member.node, member.incarnation),
     )
+    allowed = [member for member in everyone if member.node not in view.barred]
+    candidates = everyone if len(_admit(allowed, limits)) < limits.nodes_min else allowed
     known = {member.incarnation for member in candidates}
     links = {
         (min(speaker, other), max(speaker, other))
@@ -621,9 +641,12 @@ def _status_of(view: View, member: Member) -> NodeStatus | None:
     return None if peer is None else peer.status
 
 
-def _newcomers(view: View, limits: Limits, now_s: float, stay: Sequence[Member]) -> list[Member]:
+def newcomers(
+    view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
+) -> list[Member]:
     """Live nodes outside the generation that wait, can reach all who stay, and agree with this node."""
     must_reach = {member.incarnation for member in stay}
+    number = 0 if view.generation is None else view.generation.number
     members = {
         member.incarnation for member in (view.generation.members if view.generation else ())
     }
@@ -635,6 +658,7 @@ def _newcomers(view: View, limits: Limits, now_s: float, stay: Sequence[Member])
             if peer.status is not None
             and incarnation not in members
             and peer.status.phase is Phase.WAITING
+            and peer.status.generation >= number
             and not peer.status.leaving
             and peer.status.member.node not in view.barred
             and not must_reach & set(peer.status.unreachable)

@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -34,6 +35,9 @@ from elastic_pt.errors import ElasticPtError, LogDamaged, NodeFailure, StoreErro
 from elastic_pt.store.port import Store
 
 _STORE_CONNECT: Final = datetime.timedelta(seconds=20)
+_STORE_ATTEMPT: Final = datetime.timedelta(seconds=1)
+_LEAVE_S: Final = 10.0
+_LOOK_UP_S: Final = 0.1
 
 log = structlog.get_logger("elastic_pt.node")
 
@@ -135,7 +139,8 @@ class Node:
         """Stop answering; peers see at once that this node is gone."""
         self._leave.set()
         self._wake()
-        self._thread.join(timeout=10.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=_LEAVE_S)
 
     @property
     def member(self) -> Member:
@@ -232,7 +237,8 @@ class Node:
                 self.spend(
                     found.number,
                     self.failure(
-                        f"cannot reach the store at {found.store_address}:{found.store_port}"
+                        f"cannot reach the store at {found.store_address}:{found.store_port}",
+                        kind=CauseKind.GAVE_UP,
                     ),
                 )
 
@@ -313,17 +319,31 @@ class Node:
         own = self._participant.stores.get(generation.number)
         if isinstance(own, TCPStore):
             return own
-        return TCPStore(
-            generation.store_address,
-            generation.store_port,
-            is_master=False,
-            timeout=_STORE_CONNECT,
-        )
+        deadline_s = time.monotonic() + _STORE_CONNECT.total_seconds()
+        while True:
+            try:
+                store = TCPStore(
+                    generation.store_address,
+                    generation.store_port,
+                    is_master=False,
+                    timeout=_STORE_ATTEMPT,
+                )
+            except (DistNetworkError, DistStoreError):
+                # Its host may be gone, and the others may have gone on already.
+                if self.must_reform(generation.number) or time.monotonic() > deadline_s:
+                    raise
+            else:
+                store.set_timeout(_STORE_CONNECT)
+                return store
 
     def _bind_store(self) -> TCPStore:
-        return TCPStore(
-            self._options.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
-        )
+        address = self._options.address
+        try:
+            return TCPStore(
+                address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
+            )
+        except (DistNetworkError, DistStoreError) as error:
+            raise StoreError(f"cannot listen at {address}: {str(error).splitlines()[0]}") from error
 
     def _raise_crash(self) -> None:
         if self._participant.refusal is not None:
@@ -358,13 +378,19 @@ class Node:
         self._ready.set()
         pulse = asyncio.create_task(self._keep_pulse())
         try:
-            while not self._leave.is_set():
+            while not self._leave.is_set() and not pulse.done():
                 news.clear()
-                await self._turn(links)
-                try:
+                turn = asyncio.create_task(self._turn(links))
+                # A turn may block on the bucket for long; whoever leaves must not answer meanwhile.
+                while not turn.done() and not self._leave.is_set():
+                    await asyncio.wait({turn}, timeout=_LOOK_UP_S)
+                if not turn.done():
+                    break
+                turn.result()
+                with suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), self._options.limits.heartbeat_interval_s)
-                except TimeoutError:
-                    continue
+            if pulse.done():
+                pulse.result()
         finally:
             pulse.cancel()
             self._loop = None
@@ -378,7 +404,7 @@ class Node:
         except LogDamaged:
             raise
         except StoreError as error:
-            log.warning("store_unreachable", error=str(error))
+            log.warning("turn_failed", error=str(error))
         links.aim(self._participant.targets)
         asks = self._participant.wants_answers()
         if asks or self._participant.status != told:

@@ -37,6 +37,7 @@ from elastic_pt.elastic.membership import (
     decide,
     difference,
     is_lost,
+    newcomers,
     slots_per_member,
     whom_to_ask,
 )
@@ -317,7 +318,7 @@ class Participant:
             )
             if self._no_member_answers and view.stop is None:
                 waiting = self._around.lobby.waiting(self.member)
-                for gone in [each for each in waiting if self._refuses(each)]:
+                for gone in [each for each in waiting if self._is_away(each)]:
                     self._around.lobby.forget(gone)
                 order = sorted(
                     [*waiting, self.member], key=lambda each: (each.node, each.incarnation)
@@ -381,9 +382,10 @@ class Participant:
                 self._suspects.pop(incarnation, None)
         return [member for member in members if member.incarnation in self._suspects]
 
-    def _refuses(self, member: Member) -> bool:
+    def _is_away(self, member: Member) -> bool:
         peer = self.table.peers.get(member.incarnation)
-        return peer is not None and peer.refused
+        silence_s = self._limits.heartbeat_timeout_s
+        return peer is not None and is_lost(peer, self._clock_s(), 2 * silence_s)
 
     def _forgotten(self, incarnation: str, now_s: float) -> bool:
         """Whether a node outside the world has been away for long."""
@@ -396,25 +398,20 @@ class Participant:
         peers = dict(self.table.peers)
         generation, me = run.generation, self.status
         members = {each.incarnation for each in (generation.members if generation else ())}
-        newcomers = frozenset(
-            incarnation
-            for incarnation, peer in peers.items()
-            if peer.status is not None
-            and peer.status.phase is Phase.WAITING
-            and incarnation not in members
-        )
-        if newcomers - self._newcomers:
-            self._newcomers_changed_s = now_s
-        self._newcomers = newcomers
         view = View(
             me,
             generation,
             run.stop,
             peers,
-            self._newcomers_changed_s,
             quiet_since_s=self._quiet_since_s,
             quiet_until_s=self._quiet_until_s,
+            generation_since_s=self._generations_read.get(run.generation_number, float("inf")),
         )
+        waiting = frozenset(each.incarnation for each in newcomers(view, self._limits, now_s))
+        if waiting - self._newcomers:
+            self._newcomers_changed_s = now_s
+        self._newcomers = (self._newcomers | waiting) & peers.keys()
+        view = replace(view, newcomers_changed_s=self._newcomers_changed_s)
         moments = Moments(self._generations_read, self._bars_read)
         failures: tuple[Cause, ...] = ()
         halting = ""
@@ -422,7 +419,9 @@ class Participant:
             found = assess(view, generation, self._limits, now_s)
             self._notice(generation, found, now_s)
             failures = found.failures
-            others = len(found.alive) - len({cause.node for cause in failures})
+            proven = {each.incarnation for each in found.dead}
+            others = sum(each.incarnation not in proven for each in generation.members)
+            others -= len({cause.node for cause in failures})
             frontier = self._frontier_step()
             halting = halt(run.generations, failures, others, frontier, self._budgets)
         else:

@@ -8,6 +8,7 @@ With stock torchrun the log holds generations only: what is trained, and its che
 """
 
 import secrets
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from elastic_pt.config import ElasticSection
 from elastic_pt.elastic.address import local_address
+from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.node import Formed, Node, NodeOptions
@@ -153,6 +155,8 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
             takeover_s=float(parameters.get("takeover_s", defaults.takeover_s)),
             heartbeat_interval_s=defaults.heartbeat_interval_s,
         ),
+        # Nobody tells of steps here, so failures would add up for ever; torchrun has --max-restarts.
+        budgets=Budgets(failures_max=sys.maxsize),
     )
 
     def make_room(reason: str) -> None:

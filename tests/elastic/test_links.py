@@ -283,16 +283,22 @@ def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
     """What a node says of itself reaches who dials it and whom it dials long before the next interval, and is news."""
 
     async def scenario() -> None:
-        async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
-            await connected(a, b)
-            for speaker, listener in ((a, b), (b, a)):
-                listener.news.clear()
+        async with (
+            agent("a", tmp_path) as a,
+            agent("b", tmp_path) as b,
+            agent("c", tmp_path) as c,
+        ):
+            await connected(a, b, c)
+            for speaker, listeners in ((a, [b, c]), (b, [a]), (c, [a])):
+                for listener in listeners:
+                    listener.news.clear()
                 speaker.participant.say(phase=Phase.RUNNING)
                 speaker.links.say(asks=False)
-                await asyncio.wait_for(listener.news.wait(), AT_ONCE_S)
-                said = listener.knows(speaker.member).status
-                assert said is not None
-                assert said.phase is Phase.RUNNING
+                for listener in listeners:
+                    await asyncio.wait_for(listener.news.wait(), AT_ONCE_S)
+                    said = listener.knows(speaker.member).status
+                    assert said is not None
+                    assert said.phase is Phase.RUNNING
 
     run(scenario())
 
@@ -306,6 +312,8 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
             for asker, other in ((a, b), (b, a)):
                 asked_s = time.monotonic()
                 asker.links.say(asks=True)
+                # What is said in the same breath does not take the question back.
+                asker.links.say(asks=False)
                 await until(
                     lambda asker=asker, other=other, asked_s=asked_s: (  # type: ignore[misc]
                         (asker.knows(other.member).heard_s or 0.0) >= asked_s

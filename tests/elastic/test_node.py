@@ -1,47 +1,63 @@
-"""Real nodes over real HTTP on loopback agree through a real log."""
+"""Real nodes over real connections on loopback agree through a real log."""
 
 import contextlib
-import json
+import dataclasses
+import datetime
+import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import Limits
-from elastic_pt.elastic.node import Formed, Node, NodeOptions
-from elastic_pt.elastic.peers import run_token, url_of
-from elastic_pt.elastic.records import Checkpoint, Commit, Stop
+from elastic_pt.elastic.membership import Limits, StartTimes
+from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
+from elastic_pt.elastic.pulse import KEY
+from elastic_pt.elastic.records import CauseKind, Checkpoint, Commit, Recovery, Stop
+from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.store.open import open_store
-from elastic_pt.store.port import Store
+from tests.elastic.bucket import WatchedStore
 
 DEADLINE_S = 20.0
+LIMITS = Limits(
+    nodes_min=1,
+    nodes_max=8,
+    slots=8,
+    heartbeat_timeout_s=2.0,
+    join_window_s=0.3,
+    takeover_s=4.0,
+    heartbeat_interval_s=0.1,
+)
+FINGERPRINT = {"code": "1", "torch": "2.13"}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def bucket(tmp_path: Path) -> WatchedStore:
     """A run directory."""
-    return open_store(f"file://{tmp_path}")
+    return WatchedStore(open_store(f"file://{tmp_path}"))
 
 
 @pytest.fixture
-def make_node(store: Store) -> Iterator[Callable[..., Node]]:
+def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
     """Starts nodes of one run and makes them leave in the end."""
     with contextlib.ExitStack() as stack:
 
         def make(
-            name: str, *, nodes_min: int = 1, on_drain: Callable[[str], None] = lambda _: None
+            name: str,
+            *,
+            nodes_min: int = 1,
+            on_drain: Callable[[str], None] = lambda _: None,
+            fingerprint: dict[str, str] = FINGERPRINT,
+            address: str = "127.0.0.1",
         ) -> Node:
-            limits = Limits(nodes_min, 8, 8, heartbeat_timeout_s=2.0, join_window_s=0.3)
-            options = NodeOptions(name, "127.0.0.1", 1, "same", limits, heartbeat_interval_s=0.05)
+            limits = dataclasses.replace(LIMITS, nodes_min=nodes_min)
             node = Node(
-                options,
-                store,
-                RunLog(store, writer=name),
+                NodeOptions(name, address, 1, fingerprint, limits),
+                bucket,
+                bucket,
+                RunLog(bucket, writer=name),
                 choose_resume=lambda _: None,
                 on_drain=on_drain,
             )
@@ -71,6 +87,12 @@ def formed(*nodes: Node) -> list[Formed]:
     return found  # type: ignore[return-value]
 
 
+def content_with_one(*nodes: Node) -> None:
+    """Let nodes that waited for all others to arrive go on without some of them."""
+    for node in nodes:
+        node._participant._limits = LIMITS
+
+
 def eventually(condition: Callable[[], bool], what: str) -> None:
     """Poll until a condition holds."""
     deadline_s = time.monotonic() + DEADLINE_S
@@ -84,28 +106,35 @@ def names(generation: Formed) -> list[str]:
     return [member.node for member in generation.generation.members]
 
 
-def test_nodes_that_start_together_form_one_generation(make_node: Callable[..., Node]) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_nodes_that_start_together_form_one_generation(
+    make_node: Callable[..., Node], address: str
+) -> None:
     """Nodes find each other through the lobby and agree on one generation, one rank each, one fresh store."""
-    nodes = [make_node(name, nodes_min=3) for name in ("c", "a", "b")]
+    nodes = [make_node(name, nodes_min=3, address=address) for name in ("c", "a", "b")]
     worlds = formed(*nodes)
     assert {tuple(names(world)) for world in worlds} == {("a", "b", "c")}
     assert sorted(world.node_rank for world in worlds) == [0, 1, 2]
     worlds[0].store.set("greeting", "hello")
     assert worlds[1].store.get("greeting") == b"hello"
+    assert {each.address for each in worlds[0].generation.members} == {address}
 
 
 def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[..., Node]) -> None:
     """When the leading node goes, the others form the next generation, on another store, with the reason."""
-    a, b, c = (make_node(name, nodes_min=2) for name in "abc")
+    a, b, c = (make_node(name, nodes_min=3) for name in "abc")
     first = formed(a, b, c)[1]
+    content_with_one(b, c)
+    gone_s = time.monotonic()
     a.leave()
     eventually(lambda: b.must_reform(first.generation.number), "b notices")
     for node in (b, c):
-        node.spend(first.generation.number, "")
+        node.spend(first.generation.number, None)
     second = formed(b, c)[0]
     assert names(second) == ["b", "c"]
     assert second.generation.reason == "lost a"
     assert second.generation.store_port != first.generation.store_port
+    assert b.read_at_s(2) - gone_s < LIMITS.heartbeat_timeout_s, "nobody waited for silence"
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
@@ -119,11 +148,112 @@ def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
     assert set(asked) == {"b joins"}
     assert not a.must_reform(first.generation.number)
     a.settling()
-    a.spend(first.generation.number, "")
+    a.spend(first.generation.number, None)
     assert names(formed(a, b)[0]) == ["a", "b"]
 
 
-def test_everyone_learns_of_the_end_through_heartbeats(make_node: Callable[..., Node]) -> None:
+def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[..., Node]) -> None:
+    """The others hear that a node wants to go and drain; it leaves once it has stopped, and is told as left, not lost."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    a.request_leave()
+    assert a.leaving
+    eventually(lambda: "a leaves" in asked, "the one that stays asks for a drain")
+    assert not b.must_reform(number)
+    for node in (a, b):
+        node.settling()
+        node.spend(number, None)
+    with pytest.raises(Left):
+        a.await_generation()
+    a.leave()
+    (second,) = formed(b)
+    assert names(second) == ["b"]
+    assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
+
+
+def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[..., Node]) -> None:
+    """`await_generation` ends with `Left` as soon as a node that is no member asks to go."""
+    node = make_node("a", nodes_min=2)
+    ended: list[type[BaseException]] = []
+
+    def wait() -> None:
+        try:
+            node.await_generation()
+        except Left as left:
+            ended.append(type(left))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    eventually(lambda: node.reason.startswith("waiting for nodes"), "the node waits")
+    node.request_leave()
+    thread.join(DEADLINE_S)
+    assert ended == [Left]
+
+
+def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., Node]) -> None:
+    """Another fingerprint ends `await_generation` with the field, its value here and the run's; the run goes on."""
+    asked: list[str] = []
+    a = make_node("a", on_drain=asked.append)
+    number = formed(a)[0].generation.number
+    stranger = make_node("b", fingerprint=FINGERPRINT | {"torch": "2.14"})
+    with pytest.raises(
+        ConfigError,
+        match=r"^a does not take this node in: torch = '2\.14', where the run has '2\.13'$",
+    ):
+        stranger.await_generation()
+    assert asked == []
+    assert not a.must_reform(number)
+
+
+def test_a_failed_node_takes_part_in_the_next_world(make_node: Callable[..., Node]) -> None:
+    """A worker's failure is told with its cause, step and signature, and costs one generation."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    cause = b.failure("worker 0: ValueError: bad", step=7, signature="ValueError@loop.py:9")
+    assert (cause.kind, cause.node) == (CauseKind.FAILED, "b")
+    b.spend(number, cause)
+    eventually(lambda: a.must_reform(number), "a hears of it")
+    a.spend(number, None)
+    second = formed(a, b)[0].generation
+    assert second.causes == (cause,)
+    assert second.number == number + 1
+
+
+def test_how_a_start_went_is_told_once(make_node: Callable[..., Node]) -> None:
+    """When every member has told of its first step, the log has a RECOVERY for the generation."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    for node, step_s in ((a, 0.25), (b, 0.5)):
+        node.first_step(StartTimes(number, 0.1, 0.2, 0.3, step_s))
+    eventually(lambda: b.view.recovery is not None, "a RECOVERY")
+    assert isinstance(b.view.recovery, Recovery)
+    assert (b.view.recovery.number, b.view.recovery.total_s) == (number, pytest.approx(1.1))
+
+
+def test_a_store_that_cannot_be_reached_is_a_failure_of_this_node(
+    make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that cannot connect to the generation's store says so; the next generation has another store."""
+    monkeypatch.setattr("elastic_pt.elastic.node._STORE_CONNECT", datetime.timedelta(seconds=0.5))
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    first = formed(a, b)[0].generation
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        unreachable = dataclasses.replace(
+            first, number=2, store_port=nobody.getsockname()[1], reason="by hand"
+        )
+        nobody.close()
+        RunLog(bucket, writer="x").append(lambda _: unreachable, generation=1)
+    for node in (a, b):
+        node.spend(1, None)
+    third = formed(a, b)[0].generation
+    assert third.number == 3
+    assert {each.kind for each in third.causes} == {CauseKind.FAILED}
+    assert f"cannot reach the store at 127.0.0.1:{unreachable.store_port}" in third.reason
+
+
+def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Node]) -> None:
     """A STOP that one node appends ends the others without their polling the bucket."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     world = formed(a, b)[0]
@@ -153,39 +283,77 @@ def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
 
 
 def test_a_node_outside_learns_of_the_end_by_itself(
-    make_node: Callable[..., Node], store: Store
+    make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
     """A waiting node whose members left right after STOP looks at the log and ends too."""
     a = make_node("a")
     world = formed(a)[0]
     spare = make_node("spare")
     eventually(lambda: spare.reason.startswith("asked a"), "the spare sees the member")
-    RunLog(store, writer="x").append(
+    RunLog(bucket, writer="x").append(
         lambda _: Stop("completed", 7), generation=world.generation.number
     )
     a.leave()
     assert spare.await_generation() == Stop("completed", 7)
 
 
-def test_strangers_are_turned_away(make_node: Callable[..., Node], store: Store) -> None:
-    """Without the run's token an agent answers 401; with it, rubbish gets 400 and changes nothing."""
-    node = make_node("a")
+def test_a_fleet_that_trains_hardly_asks_the_bucket(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """While nothing changes, only the first member's pulse goes to the bucket: at most three requests a second for all."""
+    nodes = [make_node(name, nodes_min=4) for name in "abcd"]
+    formed(*nodes)
+    spare_asks = bucket.requests.copy()
+    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first beat")
+    bucket.requests.clear()
+    began_s = time.monotonic()
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more beats")
+    lasted_s = time.monotonic() - began_s
+    assert set(bucket.requests) == {f"write {KEY}"}, spare_asks
+    assert bucket.requests.total() <= 3 * lasted_s
 
-    def ask(path: str, token: str, body: bytes | None = None) -> int:
-        request = urllib.request.Request(
-            url_of(node.member, path), data=body, headers={"Authorization": f"Bearer {token}"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                assert json.load(answer)["member"]["node"] == "a"
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
 
-    token = run_token(store)
-    assert ask("/v1/status", token) == 200
-    assert ask("/v1/status", "wrong") == 401
-    assert ask("/v1/heartbeat", "", b"{}") == 401
-    assert ask("/v1/heartbeat", token, b'{"member": 1}') == 400
-    assert ask("/v1/heartbeat", token, b"x" * 100_000) == 413
-    assert node._table.peers == {}
+def test_no_pulse_is_written_while_nobody_trains(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """The first member's node beats while its workers run, and no more once they are spent."""
+    a = make_node("a", nodes_min=1)
+    number = formed(a)[0].generation.number
+    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "a beat")
+    bucket.down = True
+    a.spend(number, a.failure("worker 0 killed by SIGKILL"))
+    beats = bucket.requests[f"write {KEY}"]
+    looks = bucket.requests.total()
+    eventually(lambda: bucket.requests.total() >= looks + 3, "attempts to go on")
+    assert bucket.requests[f"write {KEY}"] <= beats + 1
+
+
+def test_without_the_bucket_training_goes_on(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """A bucket that is away breaks no generation; what changes meanwhile waits until it is back."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    bucket.down = True
+    bucket.requests.clear()
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 2, "two beats that fail")
+    assert not a.must_reform(number)
+    assert not b.must_reform(number)
+    a.leave()
+    eventually(lambda: b.must_reform(number), "b notices")
+    b.spend(number, None)
+    bucket.down = False
+    assert names(formed(b)[0]) == ["b"]
+
+
+def test_a_crash_of_the_membership_ends_the_wait(
+    make_node: Callable[..., Node], bucket: WatchedStore, tmp_path: Path
+) -> None:
+    """If the thread that carries the membership dies, whoever waits for it is told why, once and for all."""
+    node = make_node("a", nodes_min=2)
+    node._participant.feel_pulse = node._participant.turn = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+    with pytest.raises(NodeFailure, match=r"membership stopped: ZeroDivisionError"):
+        node.await_generation()
+    with pytest.raises(NodeFailure):
+        node.must_reform(1)

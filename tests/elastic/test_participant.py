@@ -337,7 +337,7 @@ def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
     """A node that comes later is asked back by the members; the first of them asks for a drain until it is done."""
     fleet.form("a", "b")
     fleet.start("c")
-    fleet.pass_time(LIMITS.join_window_s + 4 * TICK_S)
+    fleet.pass_time(LIMITS.join_window_s + 6 * TICK_S)
     assert set(fleet.drains) == {"c joins"}
     assert len(fleet.drains) > 1
     assert isinstance(fleet.nodes["a"].decision, Drain)

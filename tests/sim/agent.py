@@ -45,6 +45,8 @@ from tests.sim.training import State, Training, Workers, checkpoint_of
 _HINTS_DEADLINE_S: Final = 2.0
 _MONITOR_INTERVAL_S: Final = 0.1
 _STORE_CONNECT_S: Final = 20.0
+_STORE_ATTEMPT_S: Final = 2.0
+"""Torch's client asks again until its timeout of a second is over, also when it is refused, and once more."""
 _POLL_S: Final = 0.05
 _RETRIES_WITHOUT_PROGRESS: Final = 3
 
@@ -137,7 +139,6 @@ class SimulatedNode(Node):
         self.changed()
 
     def _connect(self, generation: Generation) -> Any:
-        """Torch's client asks again until the timeout, also when it is refused."""
         own = self._participant.stores.get(generation.number)
         if own is not None:
             return own
@@ -157,15 +158,15 @@ class SimulatedNode(Node):
                 process.machine,
                 generation.store_address,
                 generation.store_port,
-                timeout_s=1.0,
+                timeout_s=_STORE_ATTEMPT_S,
                 on_open=opened,
                 on_refused=lambda: None,
                 on_failed=lambda: None,
             )
-            process.store_answered.wait(1.0)
+            process.store_answered.wait(_STORE_ATTEMPT_S)
             if answered:
                 return SimulatedStore(generation.store_port)
-            if process.clock_s() >= deadline_s:
+            if self.must_reform(generation.number) or process.clock_s() >= deadline_s:
                 raise DistNetworkError("timed out")
 
 
@@ -299,10 +300,11 @@ class AgentProcess(Process):
 
     def _membership(self) -> None:
         # Production crashes here if the bucket does not answer; whoever started the agent starts it again.
-        self.log.refresh()
         port = self._port if self._port is not None else self.machine.free_port()
         self.machine.listeners[port] = _Answering(self)
         self.participant.say(member=dataclasses.replace(self._member, port=port))
+        self.participant.begin()
+        self.log.refresh()
         self.ready = True
         self.spawn(self._guarded(self._keep_pulse))
         self.spawn(self._guarded(self._main))

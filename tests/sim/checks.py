@@ -15,6 +15,7 @@ from elastic_pt.elastic.peers import Message
 from elastic_pt.elastic.records import (
     COMPLETED,
     ORIGIN,
+    CauseKind,
     Commit,
     Generation,
     Quarantine,
@@ -214,8 +215,13 @@ class Witness:
                     f"{now_s - last_s:.2f} s ago",
                 )
             return
+        kept_out = {each.node for each in generation.causes if each.kind is CauseKind.BARRED}
         excluded = simulation.largest_well_side(
-            [each for each in before.members if each not in generation.members],
+            [
+                each
+                for each in before.members
+                if each not in generation.members and each.node not in kept_out
+            ],
             now_s - limits.silence_s(len(before.members)) - limits.takeover_s,
         )
         if len(excluded) > len(stay):

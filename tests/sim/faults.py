@@ -4,6 +4,7 @@ A seed first draws which kinds of faults it has at all, then as many of them as 
 away it gives back itself, so that faults may overlap in any way.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -48,6 +49,15 @@ def machine_off(simulation: "Simulation", fault: Fault) -> Undo:
             simulation.switch_on(node)
 
     return undo
+
+
+def crash_beside_silence(simulation: "Simulation", fault: Fault) -> Undo:
+    """One node goes silent, and another one dies before that can be noticed."""
+    silent, *dying = fault.nodes
+    delay_s = 1.5 * simulation.scheduler.random.random()
+    die = dataclasses.replace(fault, nodes=tuple(dying))
+    simulation.scheduler.after(delay_s, lambda: crash(simulation, die) and None)
+    return machine_off(simulation, dataclasses.replace(fault, nodes=(silent,)))
 
 
 def pause_agent(simulation: "Simulation", fault: Fault) -> Undo:
@@ -132,9 +142,13 @@ def cut_side(simulation: "Simulation", fault: Fault) -> Undo:
 
 
 def cut_side_and_bucket(simulation: "Simulation", fault: Fault) -> Undo:
-    """Some nodes reach neither the others nor the bucket."""
+    """Some nodes reach neither the others nor the bucket; the bucket may come back first."""
     undo_links = cut_side(simulation, fault)
     undo_bucket = cut_bucket(simulation, fault)
+    source = simulation.scheduler.random
+    if source.random() < 0.5:
+        simulation.scheduler.after(fault.seconds * source.random(), undo_bucket)
+        return undo_links
 
     def undo() -> None:
         undo_links()
@@ -211,6 +225,7 @@ def bucket_down(simulation: "Simulation", fault: Fault) -> Undo:
 KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "crash": (crash, 1, 3.0),
     "crash of two": (crash, 2, 1.5),
+    "crash beside silence": (crash_beside_silence, 2, 1.5),
     "machine off": (machine_off, 1, 2.0),
     "pause agent": (pause_agent, 1, 2.0),
     "pause machine": (pause_machine, 1, 2.0),
@@ -222,7 +237,7 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "cut side and bucket": (cut_side_and_bucket, 0, 2.0),
     "cut bucket": (cut_bucket, 1, 1.5),
     "clog": (clog, 2, 2.0),
-    "bucket errors": (bucket_errors, 0, 2.0),
+    "bucket errors": (bucket_errors, 0, 3.0),
     "bucket slow": (bucket_slow, 0, 1.0),
     "bucket down": (bucket_down, 0, 1.0),
 }

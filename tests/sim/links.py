@@ -233,7 +233,7 @@ class SimulatedLinks:
             for link in links:
                 self.open.pop(link, None)
                 self.participant.hung_up(link.incarnation)
-            self.on_news()
+                self.on_news()
 
         end.on_message = heard
         end.on_close = closed

@@ -66,9 +66,7 @@ def find(mutation: Mutation, first_seed: int = 0) -> Found:
 # ---- the planted bugs ------------------------------------------------------------------------------
 
 
-def _append_unchecked(
-    self: RunLog, make: Callable[[RunView], Body], *, generation: int
-) -> RunView:
+def _append_unchecked(self: RunLog, make: Callable[[RunView], Body], *, generation: int) -> RunView:
     with self._lock:
         body = make(self._view)
         log.check_allowed(self._view, body, generation)
@@ -89,8 +87,14 @@ _append = RunLog.append
 def _append_as_first_seen(
     self: RunLog, make: Callable[[RunView], Body], *, generation: int
 ) -> RunView:
-    body = make(self.view)
-    return _append(self, lambda _: body, generation=generation)
+    made: list[Body] = []
+
+    def make_once(view: RunView) -> Body:
+        if not made:
+            made.append(make(view))
+        return made[0]
+
+    return _append(self, make_once, generation=generation)
 
 
 def _bind_again(self: AgentProcess) -> SimulatedStore:
@@ -134,7 +138,7 @@ def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
 
 
 _received = PeerTable.received
-_newcomers = membership._newcomers
+_newcomers = membership.newcomers
 
 
 MUTATIONS: Final = (
@@ -254,8 +258,8 @@ MUTATIONS: Final = (
         "links not probed",
         "a newcomer is taken in although it cannot reach every member",
         membership,
-        "_newcomers",
-        lambda view, limits, now_s, stay: _newcomers(view, limits, now_s, ()),
+        "newcomers",
+        lambda view, limits, now_s, stay=(): _newcomers(view, limits, now_s),
     ),
     Mutation(
         "nobody is parked",

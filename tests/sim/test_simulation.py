@@ -1,0 +1,35 @@
+"""Hundreds of seeded schedules of faults, and planted bugs that they must find. `make sim` runs more of them."""
+
+import pytest
+
+from tests.sim.mutations import MUTATIONS, Mutation, find
+from tests.sim.simulation import simulate
+
+SEEDS = 500
+BATCH = 50
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_every_invariant_holds(first: int) -> None:
+    """Whatever strikes, no invariant breaks, and once it is over everyone trains together again."""
+    violations = [
+        f"seed {seed}: {outcome.violation}; replay it with python -m tests.sim --seed {seed}"
+        for seed in range(first, first + BATCH)
+        if (outcome := simulate(seed)).violation is not None
+    ]
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[each.name for each in MUTATIONS])
+def test_a_planted_bug_is_found(mutation: Mutation) -> None:
+    """A simulator that overlooks a broken rule proves nothing about the rule."""
+    found = find(mutation)
+    assert found.outcome is not None, f"{mutation.name}: not found within {found.seeds} seeds"
+    assert found.outcome.violation is not None
+
+
+def test_a_seed_is_replayed_to_the_letter() -> None:
+    """The same seed gives the same events in the same order, or no failure could be looked into."""
+    one, other = (simulate(7, tracing=True) for _ in range(2))
+    assert one.trace
+    assert one.trace == other.trace
