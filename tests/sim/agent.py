@@ -13,7 +13,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
@@ -464,7 +464,7 @@ class AgentProcess(Process):
             self._committing = True
             self.spawn(self._commit_all)
 
-    def _commit_all(self) -> NoReturn | None:
+    def _commit_all(self) -> None:
         while self._due or self._finish is not None:
             if self._due:
                 step, generation = self._due.popleft()
@@ -486,7 +486,7 @@ class AgentProcess(Process):
                     self._uncommitted = (number, self._staged_step)
                 self.node.notice_log()
         self._committing = False
-        return None
+        return
 
     def _commit(self, step: int, generation: Generation) -> None:
         around = self.around
