@@ -1,13 +1,23 @@
 """Nodes of one run agree on everything that decides the bits, or are told what differs."""
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import elastic_pt
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import ConfigError
-from elastic_pt.identity import CONFIG_KEY, agree_on_identity, read_run_config
+from elastic_pt.identity import (
+    CONFIG_KEY,
+    IDENTITY_KEY,
+    agree_on_identity,
+    fingerprint,
+    read_run_config,
+)
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -46,17 +56,18 @@ def test_a_node_that_differs_is_refused_by_name(
 
 
 def test_what_does_not_touch_the_bits_may_differ(store: Store) -> None:
-    """Nodes may have their own telemetry, elastic and checkpoint sections; native numerics allows another torch."""
-    mine = agree_on_identity(store, config(), DATA, PLATFORM)
+    """Nodes may have their own telemetry, elastic and checkpoint sections."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
     other = config("telemetry.metrics_port=9400", "elastic.nodes_min=2", "checkpoint.keep=9")
-    assert agree_on_identity(store, other, DATA, PLATFORM) == mine
+    agree_on_identity(store, other, DATA, PLATFORM)
+    assert fingerprint(other, DATA, PLATFORM) == fingerprint(config(), DATA, PLATFORM)
 
 
 def test_native_runs_do_not_compare_the_platform(store: Store) -> None:
     """Without exact numerics there are no bits to keep, so torch and processor may differ."""
     native = config("train.numerics='native'")
-    mine = agree_on_identity(store, native, DATA, PLATFORM)
-    assert agree_on_identity(store, native, DATA, {"torch": "2.10", "processor": "cuda"}) == mine
+    agree_on_identity(store, native, DATA, PLATFORM)
+    agree_on_identity(store, native, DATA, {"torch": "2.10", "processor": "cuda"})
 
 
 def test_a_run_can_be_joined_by_its_url(store: Store) -> None:
@@ -75,3 +86,88 @@ def test_a_refused_node_publishes_nothing(store: Store) -> None:
     with pytest.raises(ConfigError, match="seed"):
         agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
     assert store.size(CONFIG_KEY) is None
+
+
+def test_the_first_node_writes_down_what_decides_the_bits(store: Store) -> None:
+    """`identity.json` has every value by name, so that whoever differs can be told which one."""
+    agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
+    identity = json.loads(store.read(IDENTITY_KEY))
+    assert identity["run.seed"] == 3
+    assert identity["torch"] == PLATFORM["torch"]
+    assert identity["data.url (fingerprint)"] == DATA.fingerprint
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    """The fields in which two fingerprints differ; both have the same ones."""
+    assert one.keys() == other.keys()
+    return {name for name in one if one[name] != other[name]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data", "platform", "fields"),
+    [
+        ((), {}, {"torch": "2.14.0"}, {"torch", "config"}),
+        (("train.numerics='native'",), {}, {"torch": "2.14.0"}, {"torch"}),
+        (("train.numerics='native'",), {}, {"processor": "cuda"}, {"processor"}),
+        (("run.seed=3",), {}, {}, {"config"}),
+        (("train.learning_rate=0.5",), {}, {}, {"config"}),
+        (("train.compute_dtype='bfloat16'",), {}, {}, {"train.compute_dtype", "config"}),
+        ((), {"vocab_size": 301}, {}, {"data", "config"}),
+        (("elastic.takeover_s=9", "telemetry.metrics_port=9400"), {}, {}, set()),
+    ],
+)
+def test_a_fingerprint_tells_what_differs(
+    overrides: tuple[str, ...],
+    data: dict[str, object],
+    platform: dict[str, str],
+    fields: set[str],
+) -> None:
+    """Each thing that nodes of one world must share shows under its own name, and nothing else does."""
+    numerics = [each for each in overrides if each.startswith("train.numerics")]
+    mine = fingerprint(config(*numerics), DATA, PLATFORM)
+    other = fingerprint(
+        config(*overrides),
+        dataclasses.replace(DATA, **data),
+        PLATFORM | platform,  # type: ignore[arg-type]
+    )
+    assert differing(mine, other) == fields
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of this project's source that the fingerprint looks at in its place."""
+    copy = tmp_path / "elastic_pt"
+    source = Path(elastic_pt.__file__).parent
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(elastic_pt, "__file__", str(copy / "__init__.py"))
+    return copy
+
+
+def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) -> None:
+    """One byte in any source file, a new one, or another name is another code; what is no source is none."""
+    mine = fingerprint(config(), DATA, PLATFORM)
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "agent.cpython-311.pyc").write_bytes(b"compiled")
+    assert fingerprint(config(), DATA, PLATFORM) == mine
+    seen = {mine["code"]}
+    membership = package / "elastic" / "membership.py"
+    for change in (
+        lambda: membership.write_bytes(membership.read_bytes() + b"\n"),
+        lambda: (package / "elastic" / "news.py").write_text(""),
+        # Between the same neighbours: the name itself counts.
+        lambda: membership.rename(membership.with_name("membership_.py")),
+    ):
+        change()
+        other = fingerprint(config(), DATA, PLATFORM)
+        assert differing(mine, other) == {"code"}
+        seen.add(other["code"])
+    assert len(seen) == 4
+
+
+def test_the_same_source_elsewhere_is_the_same_code(package: Path) -> None:
+    """Where a node has installed the code does not matter."""
+    here = fingerprint(config(), DATA, PLATFORM)["code"]
+    moved = package.rename(package.with_name("installed_elsewhere"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic_pt, "__file__", str(moved / "__init__.py"))
+        assert fingerprint(config(), DATA, PLATFORM)["code"] == here

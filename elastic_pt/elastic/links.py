@@ -137,6 +137,7 @@ class Links:
         """Hang up."""
         for dial in self._dials.values():
             dial.cancel()
+        await asyncio.gather(*self._dials.values(), return_exceptions=True)
         if self._session is not None:
             await self._session.close()
         if self._runner is not None:

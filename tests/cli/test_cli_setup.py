@@ -85,6 +85,16 @@ def test_config_output_is_a_config_again(trained: Trained, tmp_path: Path) -> No
         ("model.heads=3", ["model.width", "model.heads"]),
         ("train.beta1=1", ["train.beta1 = 1", "less than 1"]),
         ("train.beta2=1.0", ["train.beta2 = 1.0", "less than 1"]),
+        ("elastic.nodes_min=65", ["elastic.nodes_min = 65", "elastic.nodes_max = 64"]),
+        (
+            "elastic.heartbeat_interval_s=0.6",
+            ["elastic.heartbeat_timeout_s = 1.5", "three times", "heartbeat_interval_s = 0.6"],
+        ),
+        (
+            "elastic.heartbeat_timeout_s=1.6",
+            ["elastic.takeover_s = 3.0", "twice", "elastic.heartbeat_timeout_s = 1.6"],
+        ),
+        ("elastic.leave_timeout_s=0", ["elastic.leave_timeout_s", "greater than 0"]),
     ],
 )
 def test_mistakes_in_overrides_name_the_key(override: str, parts: list[str]) -> None:

@@ -215,12 +215,16 @@ class Witness:
                     f"{now_s - last_s:.2f} s ago",
                 )
             return
-        kept_out = {each.node for each in generation.causes if each.kind is CauseKind.BARRED}
+        chosen = {
+            cause.node
+            for cause in generation.causes
+            if cause.kind in (CauseKind.BARRED, CauseKind.LEFT)
+        }
         excluded = simulation.largest_well_side(
             [
                 each
                 for each in before.members
-                if each not in generation.members and each.node not in kept_out
+                if each not in generation.members and each.node not in chosen
             ],
             now_s - limits.silence_s(len(before.members)) - limits.takeover_s,
         )

@@ -17,7 +17,7 @@ from elastic_pt.elastic.node import Node
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Body
-from elastic_pt.errors import AlreadyExists, StoreError
+from elastic_pt.errors import AlreadyExists
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim.agent import AgentProcess, SimulatedStore
@@ -84,19 +84,6 @@ def _append_unchecked(self: RunLog, make: Callable[[RunView], Body], *, generati
 _append = RunLog.append
 
 
-def _append_as_first_seen(
-    self: RunLog, make: Callable[[RunView], Body], *, generation: int
-) -> RunView:
-    made: list[Body] = []
-
-    def make_once(view: RunView) -> Body:
-        if not made:
-            made.append(make(view))
-        return made[0]
-
-    return _append(self, make_once, generation=generation)
-
-
 def _bind_again(self: AgentProcess) -> SimulatedStore:
     known = list(self.participant.stores.values())
     if known:
@@ -105,18 +92,6 @@ def _bind_again(self: AgentProcess) -> SimulatedStore:
 
 
 _bind_store = AgentProcess._bind_store
-
-
-def _feel_or_assume(self: Pulse) -> bytes:
-    try:
-        felt = _feel(self)
-    except StoreError:
-        return getattr(self, "last", b"")
-    self.last = felt  # type: ignore[attr-defined]
-    return felt
-
-
-_feel = Pulse.feel
 
 
 def _believe_last_heard(self: PeerTable, message: Message) -> bool:
@@ -128,17 +103,7 @@ def _believe_last_heard(self: PeerTable, message: Message) -> bool:
     return news
 
 
-def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
-    news = _received(self, message)
-    incarnation = message.status.member.incarnation
-    known = self.peers.get(incarnation)
-    if known is not None:
-        self.peers[incarnation] = dataclasses.replace(known, heard_s=self._clock_s())
-    return news
-
-
 _received = PeerTable.received
-_newcomers = membership.newcomers
 
 
 MUTATIONS: Final = (
@@ -155,13 +120,6 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
-    ),
-    Mutation(
-        "made for an older log",
-        "what is appended is not made again when somebody else was faster",
-        RunLog,
-        "append",
-        _append_as_first_seen,
     ),
     Mutation(
         "wall clock",
@@ -220,25 +178,11 @@ MUTATIONS: Final = (
         lambda self: b"",
     ),
     Mutation(
-        "silence of the bucket taken for quiet",
-        "a look at the pulse that fails counts as one that found nothing new",
-        Pulse,
-        "feel",
-        _feel_or_assume,
-    ),
-    Mutation(
         "old words believed",
         "a message that was overtaken replaces newer ones",
         PeerTable,
         "received",
         _believe_last_heard,
-    ),
-    Mutation(
-        "hearing is proof",
-        "whoever is heard counts as reachable, though it may not hear this node",
-        PeerTable,
-        "received",
-        _hearing_is_proof,
     ),
     Mutation(
         "workers live on",
@@ -253,19 +197,5 @@ MUTATIONS: Final = (
         participant,
         "halt",
         lambda generations, failures, *_: f"failed: {failures}",
-    ),
-    Mutation(
-        "links not probed",
-        "a newcomer is taken in although it cannot reach every member",
-        membership,
-        "newcomers",
-        lambda view, limits, now_s, stay=(): _newcomers(view, limits, now_s),
-    ),
-    Mutation(
-        "nobody is parked",
-        "members that cannot reach each other stay in one world",
-        membership,
-        "park",
-        lambda links, order: (),
     ),
 )
