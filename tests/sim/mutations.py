@@ -17,7 +17,7 @@ from elastic_pt.elastic.node import Node
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Body
-from elastic_pt.errors import AlreadyExists
+from elastic_pt.errors import AlreadyExists, FencedError, StoreError
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim.agent import AgentProcess, SimulatedStore
@@ -84,6 +84,27 @@ def _append_unchecked(self: RunLog, make: Callable[[RunView], Body], *, generati
 _append = RunLog.append
 
 
+class _AnyCommit:
+    """Taken for the commit that somebody expects."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _append_behind_commits(
+    self: RunLog, make: Callable[[RunView], Body], *, generation: int
+) -> RunView:
+    def make_anyway(view: RunView) -> Body:
+        try:
+            return make(view)
+        except FencedError:
+            return make(dataclasses.replace(view, commit=_AnyCommit()))  # type: ignore[arg-type]
+
+    return _append(self, make_anyway, generation=generation)
+
+
 def _bind_again(self: AgentProcess) -> SimulatedStore:
     known = list(self.participant.stores.values())
     if known:
@@ -92,6 +113,18 @@ def _bind_again(self: AgentProcess) -> SimulatedStore:
 
 
 _bind_store = AgentProcess._bind_store
+
+
+def _feel_or_assume(self: Pulse) -> bytes:
+    try:
+        felt = _feel(self)
+    except StoreError:
+        return getattr(self, "last", b"")
+    self.last = felt  # type: ignore[attr-defined]
+    return felt
+
+
+_feel = Pulse.feel
 
 
 def _believe_last_heard(self: PeerTable, message: Message) -> bool:
@@ -103,7 +136,17 @@ def _believe_last_heard(self: PeerTable, message: Message) -> bool:
     return news
 
 
+def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
+    news = _received(self, message)
+    incarnation = message.status.member.incarnation
+    known = self.peers.get(incarnation)
+    if known is not None:
+        self.peers[incarnation] = dataclasses.replace(known, heard_s=self._clock_s())
+    return news
+
+
 _received = PeerTable.received
+_newcomers = membership.newcomers
 
 
 MUTATIONS: Final = (
@@ -120,6 +163,13 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
+    ),
+    Mutation(
+        "commits overlooked",
+        "a generation goes on from what was the newest checkpoint when its proposal was made",
+        RunLog,
+        "append",
+        _append_behind_commits,
     ),
     Mutation(
         "wall clock",
@@ -176,6 +226,34 @@ MUTATIONS: Final = (
         Pulse,
         "feel",
         lambda self: b"",
+    ),
+    Mutation(
+        "silence of the bucket taken for quiet",
+        "a look at the pulse that fails counts as one that found nothing new",
+        Pulse,
+        "feel",
+        _feel_or_assume,
+    ),
+    Mutation(
+        "hearing is proof",
+        "whoever is heard counts as reachable, though it may not hear this node",
+        PeerTable,
+        "received",
+        _hearing_is_proof,
+    ),
+    Mutation(
+        "links not probed",
+        "a newcomer is taken in although it cannot reach every member",
+        membership,
+        "newcomers",
+        lambda view, limits, now_s, stay=(): _newcomers(view, limits, now_s),
+    ),
+    Mutation(
+        "nobody is parked",
+        "members that cannot reach each other stay in one world",
+        membership,
+        "park",
+        lambda links, order: (),
     ),
     Mutation(
         "old words believed",
