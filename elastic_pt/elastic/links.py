@@ -79,9 +79,8 @@ class _Link:
         """Send whenever there is something to say, and ask every interval if there is one."""
         while True:
             try:
-                await asyncio.wait_for(
-                    self._wake.wait(), None if interval_s is None else interval_s()
-                )
+                async with asyncio.timeout(None if interval_s is None else interval_s()):
+                    await self._wake.wait()
             except TimeoutError:
                 self._asks = True
             asks, self._asks = self._asks, False
@@ -215,13 +214,14 @@ class Links:
         assert self._session is not None
         table = self._participant.table
         silence_s = self._participant.silence_s()
-        connecting = self._session.ws_connect(
-            url_of(member, "/v1/link"),
-            max_msg_size=_MESSAGE_BYTES_MAX,
-            timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
-            compress=0,
-        )
-        socket = await asyncio.wait_for(connecting, silence_s)
+        # Not `asyncio.wait_for`: before Python 3.12 it may swallow the cancellation that ends this task.
+        async with asyncio.timeout(silence_s):
+            socket = await self._session.ws_connect(
+                url_of(member, "/v1/link"),
+                max_msg_size=_MESSAGE_BYTES_MAX,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
+                compress=0,
+            )
         link = _Link(socket.send_str)
         link.incarnation = member.incarnation
         pump = asyncio.create_task(link.pump(self._make, self._participant.interval_s))
@@ -231,7 +231,8 @@ class Links:
         try:
             while True:
                 # A connection over a network that was torn may stay stuck long after it has healed.
-                received = await asyncio.wait_for(socket.receive(), silence_s)
+                async with asyncio.timeout(silence_s):
+                    received = await socket.receive()
                 message = _message_in(received)
                 if message is None:
                     return worked
@@ -244,7 +245,8 @@ class Links:
             self._open.discard(link)
             pump.cancel()
             with suppress(Exception):
-                await asyncio.wait_for(socket.close(), _CLOSING_S)
+                async with asyncio.timeout(_CLOSING_S):
+                    await socket.close()
 
     # ---- both ------------------------------------------------------------------------------------
 

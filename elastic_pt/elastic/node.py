@@ -388,7 +388,8 @@ class Node:
                     break
                 turn.result()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), self._options.limits.heartbeat_interval_s)
+                    async with asyncio.timeout(self._options.limits.heartbeat_interval_s):
+                        await news.wait()
             if pulse.done():
                 pulse.result()
         finally:

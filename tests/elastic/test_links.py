@@ -371,6 +371,23 @@ def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
+    """An agent that closes its links is gone at once, even if a message arrives in that very moment."""
+
+    async def scenario() -> None:
+        limits = dataclasses.replace(RARELY, heartbeat_interval_s=0.001)
+        async with agent("b", tmp_path, limits=limits) as b:
+            for _ in range(40):
+                async with agent("a", tmp_path, limits=limits) as a:
+                    a.asks(b.member)
+                    await until(lambda a=a: a.has_heard(b.member), "b's words")  # type: ignore[misc]
+                    closing_s = time.monotonic()
+                    await asyncio.wait_for(a.links.close(), 4 * AT_ONCE_S)
+                    assert time.monotonic() - closing_s < 4 * AT_ONCE_S
+
+    run(scenario())
+
+
 # ---- who is gone -------------------------------------------------------------------------------------
 
 
