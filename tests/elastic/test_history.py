@@ -94,6 +94,15 @@ def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None
         assert due.seconds == seconds
 
 
+def test_old_quarantines_make_new_ones_no_longer() -> None:
+    """Who has behaved for two hours since it was kept out is trusted as before."""
+    generations = [began(lost("b"))] * 3
+    moments = read_at(NOW_S, NOW_S, NOW_S, bars_s=[NOW_S - 7200.0, NOW_S - 7199.0])
+    view = run(*generations, bars=[bar("b"), bar("b")])
+    (due,) = quarantines_due(view, moments, BUDGETS, NOW_S)
+    assert due.seconds == 20.0
+
+
 def test_quarantine_is_due_only_for_who_broke_the_newest_world() -> None:
     """Two losses are borne, and a node that flapped before is not punished for what others do."""
     moments = read_at(NOW_S, NOW_S, NOW_S, NOW_S)

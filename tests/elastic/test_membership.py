@@ -105,6 +105,27 @@ def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
             ) == ["a", "b", "c"]
 
 
+def test_the_two_sides_of_a_torn_network_have_their_tries_by_turns() -> None:
+    """The second node of the smaller side tries after the first of its own and the second of the larger side."""
+    world, peers = side("ab", "cde")
+    peers = peers | {"a": peer(status("a", unreachable=lives(*"cde")))}
+    del peers["b"]
+    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.takeover_s
+    facts = {"quiet_since_s": 1.0, "broken_since_s": still_s + 0.01}
+    assert decision(me, peers, of=world, **facts).reason.startswith("a leads")
+    facts = {"quiet_since_s": 1.0, "broken_since_s": still_s}
+    assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
+
+
+def test_who_is_not_wanted_never_proposes() -> None:
+    """A parked member waits for those who go on, however long that takes: a world of theirs is not its to form."""
+    world = generation("a", "b", "c")
+    peers = {"a": peer(status("a")), "b": peer(status("b", unreachable=lives("c")))}
+    facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0}
+    waits = decision(status("c"), peers, of=world, **facts)
+    assert waits == Wait("a leads: c parked: no link to b", broken=True)
+
+
 def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
     """A member that spent the generation with a failure makes all form the next one, and is in it."""
     cause = failed("b", "worker 1: ValueError: bad", step=7, signature="ValueError@loop.py:9")
@@ -141,6 +162,28 @@ def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
     assert decision(status("a"), {"b": peer(waiting("b", generation=0))}, of=world) == Wait(
         "training"
     )
+
+
+def test_who_does_not_read_the_log_is_lost() -> None:
+    """A member that answers, but has not read its generation's record takeover_s after this node did, can train with nobody."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s
+    b = waiting("b", generation=0)
+    for heard_s, since_s in ((NOW_S - 0.1, read_s), (NOW_S - 0.6, read_s - 0.5)):
+        peers = {"b": peer(b, silent_s=NOW_S - heard_s)}
+        young = decision(status("a"), peers, of=world, generation_since_s=since_s)
+        assert young == Wait("training")
+    peers = {"b": peer(b)}
+    proposal = decision(status("a"), peers, of=world, generation_since_s=read_s - 0.2)
+    assert nodes(proposal) == ["a"]
+    assert isinstance(proposal, Propose)
+    (cause,) = proposal.causes
+    assert (cause.kind, cause.node, cause.detail) == (
+        CauseKind.LOST,
+        "b",
+        "it does not read the log",
+    )
+    reads = {"b": peer(waiting("b"))}
+    assert decision(status("a"), reads, of=world, generation_since_s=1.0) == Wait("training")
 
 
 def test_what_another_member_gave_up_is_broken_for_all() -> None:
@@ -202,6 +245,16 @@ def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
     assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
 
 
+def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
+    """After a loss, rather a node that is kept out than a run that stands still; with enough others it stays out."""
+    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
+    facts = {"limits": needed, "barred": {"c": "3 failures"}}
+    assert nodes(decision(status("a"), peers, of=generation("a", "b"), **facts)) == ["a", "c"]
+    more = peers | {"d": peer(waiting("d"))}
+    assert nodes(decision(status("a"), more, of=generation("a", "b"), **facts)) == ["a", "d"]
+
+
 def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
     """Who is kept out has answered, and is no side that others would have to wait for."""
     world = generation("a", "b")
@@ -219,6 +272,17 @@ def test_a_run_that_would_fail_for_ever_ends() -> None:
     )
     lost = {"b": refusing(status("b"))}
     assert nodes(decision(status("a"), lost, of=world, halt="again and again")) == ["a"]
+
+
+def test_the_smaller_side_ends_no_run() -> None:
+    """Who is cut off from most members, or from too many to go on, does not decide that there is no hope."""
+    world, peers = side("ab", "cde")
+    me = waiting("a", spent=1, failure=failed("a"), unreachable=lives(*"cde"))
+    facts = {"halt": "again and again", "quiet_since_s": NOW_S}
+    assert decision(me, peers, of=world, **facts).reason.startswith("cut off with 2 of 5 members")
+    few = dataclasses.replace(LIMITS, nodes_min=3)
+    facts = {"halt": "again and again", "limits": few}
+    assert decision(me, peers, of=world, **facts).reason.startswith("paused: 2 of at least 3")
 
 
 def test_the_end_of_the_run_ends_everything() -> None:
@@ -278,6 +342,8 @@ def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
     over_s = NOW_S - LIMITS.takeover_s
     facts = {"quiet_since_s": over_s, "broken_since_s": over_s}
     assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
+    unseen = decision(me, peers, of=world, **facts, quiet_until_s=NOW_S - 0.01)
+    assert unseen.reason.startswith("cut off with 2 of 5 members"), "quiet is what was looked at"
 
 
 def test_the_larger_side_goes_at_once() -> None:

@@ -119,6 +119,9 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
     assert decision(status("a"), peers, of=world, newcomers_changed_s=early) == Wait("training")
     drain = decision(status("a"), peers, of=world, newcomers_changed_s=NOW_S - window_s)
     assert drain == Drain("c joins; d joins")
+    full = dataclasses.replace(LIMITS, nodes_max=3)
+    at_once = decision(status("a"), peers, of=world, limits=full, newcomers_changed_s=NOW_S)
+    assert at_once == Drain("c joins"), "nobody else would be taken in"
     assert decision(status("b"), peers | {"a": peer(status("a"))}, of=world) == Wait("training")
     assert decision(status("a", Phase.SETTLING), peers, of=world) == Wait("training")
 
@@ -134,6 +137,7 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
         (peer(waiting("c"), silent_s=SPARE_SILENCE_SHARE * TIMEOUT_S + 0.01), {}),
         (refusing(waiting("c")), {}),
         (peer(status("c")), {}),
+        (peer(waiting("c", generation=0)), {}),
     ],
     ids=[
         "cannot reach a member",
@@ -144,6 +148,7 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
         "silent",
         "refused",
         "has workers",
+        "does not know the generation",
     ],
 )
 def test_who_would_break_the_world_is_not_taken_in(
@@ -191,6 +196,8 @@ def test_new_nodes_take_over_when_all_members_are_gone(
     early, late = {"quiet_since_s": NOW_S - quiet_s + 0.01}, {"quiet_since_s": NOW_S - quiet_s}
     watching = Wait("no member answers: watching whether the run goes on without this node")
     assert decision(c, members | {"d": peer(d)}, of=world, **early) == watching
+    unseen = late | {"quiet_until_s": NOW_S - 0.01}
+    assert decision(c, members | {"d": peer(d)}, of=world, **unseen) == watching
     proposal = decision(c, members | {"d": peer(d)}, of=world, **late)
     assert nodes(proposal) == ["c", "d"]
     assert proposal.reason == "resumed by new nodes"
@@ -233,6 +240,15 @@ def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
     assert waits == Wait("waiting for nodes: 2 of at least 3")
 
 
+def test_the_first_world_leaves_out_who_is_kept_out_unless_it_is_needed() -> None:
+    """A quarantine outlives the world that called for it; but rather such a node than too few."""
+    a, peers = waiting("a"), {"b": peer(waiting("b")), "c": peer(waiting("c"))}
+    barred = {"b": "3 failures"}
+    assert nodes(decision(a, peers, of=None, barred=barred)) == ["a", "c"]
+    needed = dataclasses.replace(LIMITS, nodes_min=3)
+    assert nodes(decision(a, peers, of=None, limits=needed, barred=barred)) == ["a", "b", "c"]
+
+
 # ---- bounds, shares, whom to ask ---------------------------------------------------------------------
 
 
@@ -257,6 +273,10 @@ def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
 
     assert asked(20) == ["n01", "n03"]
     assert asked(1) == ["n03", "n04"]
+    # A whole rack may be gone with the first ones: the more are, the more of the next ones are asked at a time.
+    for number in range(6):
+        peers[members[number].incarnation] = refusing(status(f"n{number:02}"))
+    assert asked(20) == [f"n{number:02}" for number in range(6, 12)]
 
 
 def test_large_worlds_speak_more_slowly_and_are_judged_by_that() -> None:

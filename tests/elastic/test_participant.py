@@ -8,6 +8,7 @@ from elastic_pt.elastic.lobby import LOBBY
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.membership import (
     MESH_NODES_MAX,
+    SPARE_SILENCE_SHARE,
     Drain,
     Wait,
     slots_per_member,
@@ -45,6 +46,19 @@ def test_the_proposer_holds_the_store_of_its_generation(fleet: Fleet) -> None:
     }
     assert fleet.nodes["b"].stores == {}
     assert generation.slots == slots_per_member(generation.members, LIMITS.slots)
+
+
+def test_nodes_have_the_join_window_from_when_they_take_part(fleet: Fleet) -> None:
+    """How long a node took to get ready does not shorten the time in which it waits for others to arrive."""
+    fleet.start("a")
+    fleet.now_s += 10.0
+    fleet.nodes["a"].begin()
+    fleet.pass_time(LIMITS.join_window_s - 2 * TICK_S)
+    assert fleet.log.generation is None
+    fleet.start("b")
+    fleet.nodes["b"].begin()
+    fleet.pass_time(LIMITS.join_window_s + 1.0)
+    assert names(fleet.log.generation) == ["a", "b"]
 
 
 def test_a_loss_is_told_with_its_cause_and_its_times(fleet: Fleet) -> None:
@@ -197,6 +211,19 @@ def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
     fleet.spend(1, "a", "b")
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["a", "b", "c"]
+
+
+def test_a_newcomer_that_blinks_is_not_waited_for_again(fleet: Fleet) -> None:
+    """The join window is for further nodes: one that was there before and misses a few answers does not start it again."""
+    fleet.form("a")
+    fleet.start("b")
+    fleet.pass_time(4 * TICK_S)
+    fleet.cut = {frozenset("ab")}
+    fleet.pass_time(SPARE_SILENCE_SHARE * LIMITS.heartbeat_timeout_s + LIMITS.join_window_s)
+    assert fleet.nodes["a"].decision == Wait("training")
+    fleet.cut = set()
+    fleet.pass_time(2 * TICK_S)
+    assert fleet.nodes["a"].decision == Drain("b joins")
 
 
 def test_who_leaves_says_so_and_is_left_out(fleet: Fleet) -> None:
@@ -354,6 +381,25 @@ def test_a_large_world_loses_leaders_and_others_alike(
     fleet.run()
     fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
     assert fleet.log.generation_number == 2
+
+
+def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
+    """A member whose connection ended is dialled, which nobody else would do: gone or not is known before it is silent."""
+    large_world(fleet, *LARGE)
+    fleet.run()
+    fleet.pass_time(1.0)
+    n00 = fleet.nodes["n00"]
+    asked = [each.node for each in n00.targets]
+    n00.hung_up("n201")
+    n00.turn()
+    assert [each.node for each in n00.targets] == [*asked, "n20"]
+    fleet.pass_time(2 * TICK_S)
+    assert [each.node for each in n00.targets] == asked, "it has shown that it lives"
+    fleet.dead = {"n20"}
+    n00.hung_up("n201")
+    fleet.pass_time(4 * TICK_S)
+    assert names(fleet.log.generation) == [name for name in LARGE if name != "n20"]
+    assert fleet.log.generations[-1].causes[0].detail == "its address refuses connections"
 
 
 def test_a_world_may_grow_large(fleet: Fleet) -> None:

@@ -99,6 +99,23 @@ def test_who_is_cut_off_waits_while_the_run_goes_on(fleet: Fleet, sign: str) -> 
     assert names(fleet.log.generation) == ["b"]
 
 
+def test_what_was_not_looked_at_was_not_quiet(fleet: Fleet) -> None:
+    """Time in which a node did not get to feel the pulse, because something held it up, is no time of quiet."""
+    fleet.form("a")
+    fleet.start("b")
+    fleet.cut = {frozenset("ab")}
+    b = fleet.nodes["b"]
+    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+        fleet.now_s += TICK_S
+        b.turn()
+    assert fleet.log.generation_number == 1
+    for _ in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+        fleet.now_s += TICK_S
+        b.turn()
+        b.feel_pulse()
+    assert names(fleet.log.generation) == ["b"]
+
+
 def test_a_bucket_that_is_away_is_no_quiet(fleet: Fleet, bucket: WatchedStore) -> None:
     """Who can see neither members nor bucket knows nothing, and does not take over the moment the bucket is back."""
     fleet.form("a")
@@ -141,6 +158,22 @@ def test_without_the_bucket_members_still_notice_and_then_wait(
     bucket.down = False
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["a"]
+
+
+def test_a_member_that_cannot_read_the_log_is_left_behind(fleet: Fleet) -> None:
+    """Who answers and yet does not read the generation's record holds the others up for takeover_s, and no longer."""
+    fleet.start("a", "b")
+    members = (fleet.nodes["a"].member, fleet.nodes["b"].member)
+    world = Generation(1, members, (4, 4), "127.0.0.1", 1, None, "started")
+    RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
+    for passed in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+        fleet.now_s += TICK_S
+        fleet.talk()
+        fleet.nodes["a"].turn()
+        if passed * TICK_S < LIMITS.takeover_s:
+            assert fleet.nodes["a"].broken == 0
+    assert names(fleet.log.generation) == ["a"]
+    assert fleet.log.generations[-1].causes[0].detail == "it does not read the log"
 
 
 def test_members_that_train_ask_nothing_of_the_bucket(fleet: Fleet, bucket: WatchedStore) -> None:
@@ -228,6 +261,20 @@ def test_alone_the_same_failure_is_tried_no_further(fleet: Fleet) -> None:
         fleet.run()
     assert fleet.log.stop is not None
     assert fleet.log.stop.reason.startswith("the same failure 2 times at step 7, on a")
+
+
+def test_others_that_are_only_silent_are_others_to_try(fleet: Fleet) -> None:
+    """A node that may be alive behind a torn network could still be tried: the failures of one are no reason to stop."""
+    fleet.form("a", "b")
+    same = {"step": 7, "signature": "ValueError@loop.py:9"}
+    fleet.spend(1, "a", failure=failed("a", **same))
+    fleet.spend(1, "b")
+    fleet.pass_time(1.0)
+    fleet.run()
+    fleet.off = {"b"}
+    fleet.spend(2, "a", failure=failed("a", **same))
+    fleet.pass_time(4.0)
+    assert fleet.log.stop is None
 
 
 def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) -> None:
