@@ -17,7 +17,7 @@ from elastic_pt.elastic.node import Node
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Body
-from elastic_pt.errors import AlreadyExists, FencedError, StoreError
+from elastic_pt.errors import AlreadyExists, FencedError
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim.agent import AgentProcess, SimulatedStore
@@ -115,18 +115,6 @@ def _bind_again(self: AgentProcess) -> SimulatedStore:
 _bind_store = AgentProcess._bind_store
 
 
-def _feel_or_assume(self: Pulse) -> bytes:
-    try:
-        felt = _feel(self)
-    except StoreError:
-        return getattr(self, "last", b"")
-    self.last = felt  # type: ignore[attr-defined]
-    return felt
-
-
-_feel = Pulse.feel
-
-
 def _believe_last_heard(self: PeerTable, message: Message) -> bool:
     news = _received(self, message)
     incarnation = message.status.member.incarnation
@@ -146,7 +134,6 @@ def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
 
 
 _received = PeerTable.received
-_newcomers = membership.newcomers
 
 
 MUTATIONS: Final = (
@@ -228,32 +215,11 @@ MUTATIONS: Final = (
         lambda self: b"",
     ),
     Mutation(
-        "silence of the bucket taken for quiet",
-        "a look at the pulse that fails counts as one that found nothing new",
-        Pulse,
-        "feel",
-        _feel_or_assume,
-    ),
-    Mutation(
         "hearing is proof",
         "whoever is heard counts as reachable, though it may not hear this node",
         PeerTable,
         "received",
         _hearing_is_proof,
-    ),
-    Mutation(
-        "links not probed",
-        "a newcomer is taken in although it cannot reach every member",
-        membership,
-        "newcomers",
-        lambda view, limits, now_s, stay=(): _newcomers(view, limits, now_s),
-    ),
-    Mutation(
-        "nobody is parked",
-        "members that cannot reach each other stay in one world",
-        membership,
-        "park",
-        lambda links, order: (),
     ),
     Mutation(
         "old words believed",
