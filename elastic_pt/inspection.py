@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from elastic_pt.config import Config
 from elastic_pt.elastic.links import TOKEN_KEY, url_of
-from elastic_pt.elastic.lobby import LOBBY, MEMBER
+from elastic_pt.elastic.lobby import LOBBY, members_in
 from elastic_pt.elastic.log import RunLog, RunView, record_key
 from elastic_pt.elastic.membership import NodeStatus, Phase, park
 from elastic_pt.elastic.peers import STATUS
@@ -148,7 +148,7 @@ def read_status(run: Run) -> RunStatus:
         answers = _ask(run, _members(view))
     waiting: dict[str, NodeStatus] = {}
     if view.stop is None and not answers:
-        waiting = _ask(run, _lobby(run.store))
+        waiting = _ask(run, members_in(run.store.keys(LOBBY)))
     nodes_min = 1 if run.config is None else run.config.elastic.nodes_min
     state, reason = judge(view, list(answers.values()), len(waiting), nodes_min)
     step, loss = _progress(view, answers)
@@ -294,15 +294,6 @@ def read_history(run: Run) -> list[dict[str, Any]]:
 def _members(view: RunView) -> tuple[Member, ...]:
     over = view.stop is not None or view.generation is None
     return () if over or view.generation is None else view.generation.members
-
-
-def _lobby(store: Store) -> list[Member]:
-    """Nodes that have announced themselves; a hint, since a killed one leaves its card behind."""
-    found: list[Member] = []
-    for key in store.keys(LOBBY):
-        with suppress(NotFound, ValidationError):
-            found.append(MEMBER.validate_json(store.read(key)))
-    return found
 
 
 def _ask(run: Run, members: Iterable[Member]) -> dict[str, NodeStatus]:

@@ -24,7 +24,7 @@ looked at.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -109,6 +109,8 @@ class Peer:
     """Its address refuses connections, or another incarnation answers there."""
     reached: bool = False
     """Connecting to its address has worked."""
+    spoke_s: float | None = None
+    """When it last said something. No proof of life: it may have been long on its way."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,11 @@ def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
     return now_s - last_s > timeout_s
 
 
+def incarnations(members: Iterable[Member]) -> frozenset[str]:
+    """What tells members apart, to look them up by."""
+    return frozenset(member.incarnation for member in members)
+
+
 def spans(total: int, parts: int) -> list[int]:
     """`total` things over `parts` takers, as evenly as it goes, the first takers get the remainder."""
     return [total // parts + (part < total % parts) for part in range(parts)]
@@ -344,7 +351,8 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         else:
             silent.append(member)
 
-    gone = {member.incarnation for member in (*dead, *silent, *left)}
+    gone = incarnations([*dead, *silent, *left])
+    has_left = incarnations(left)
     alive = tuple(member for member in generation.members if member.incarnation not in gone)
     spent = [
         statuses[member.incarnation]
@@ -367,9 +375,9 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         leaving=tuple(
             member
             for member in generation.members
-            if member in left
+            if member.incarnation in has_left
             or (
-                member in alive
+                member.incarnation not in gone
                 and member.incarnation in statuses
                 and statuses[member.incarnation].leaving
             )
@@ -410,8 +418,9 @@ def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s:
     found = assess(view, generation, limits, now_s)
     if found.broken or found.over:
         return _decide_next_world(view, generation, found, limits, now_s)
+    leaving = incarnations(found.leaving)
     leads = next(
-        (member.incarnation for member in found.alive if member not in found.leaving), ""
+        (each.incarnation for each in found.alive if each.incarnation not in leaving), ""
     ) in (view.me.member.incarnation, "")
     if leads and view.me.phase is Phase.RUNNING:
         reasons = [f"{member.node} leaves" for member in found.leaving]
@@ -437,17 +446,14 @@ def _decide_next_world(
 ) -> Decision:
     """The newest generation is broken or over: who goes on?"""
     parked = park(found.broken_links, generation.members)
-    stay = [
-        member
-        for member in found.alive
-        if member.incarnation not in parked and member not in found.leaving
-    ]
+    going = incarnations(found.leaving) | set(parked)
+    stay = [member for member in found.alive if member.incarnation not in going]
     allowed = [member for member in stay if member.node not in view.barred]
     # Rather a node that fails often than a run that stands still.
-    barred = (
-        [] if len(allowed) < limits.nodes_min else [each for each in stay if each not in allowed]
-    )
-    stay = [member for member in stay if member not in barred]
+    barred = []
+    if len(allowed) >= limits.nodes_min:
+        barred = [member for member in stay if member.node in view.barred]
+        stay = allowed
     wanted = _admit([*stay, *newcomers(view, limits, now_s, stay)], limits)
     if len(wanted) < limits.nodes_min:
         free = replace(view, barred={})
@@ -509,12 +515,13 @@ def _losses(
         return noticed_s if peer is None or peer.heard_s is None else peer.heard_s
 
     causes = []
+    dead, silent = incarnations(found.dead), incarnations(found.silent)
     for member in generation.members:
         silence_s = max(0.0, noticed_s - sign_of_life_s(member))
-        if member in found.dead:
+        if member.incarnation in dead:
             detail = "its address refuses connections"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
-        elif member in found.silent:
+        elif member.incarnation in silent:
             peer = view.peers.get(member.incarnation)
             said = None if peer is None else peer.status
             deaf = said is not None and said.generation < generation.number
@@ -556,14 +563,11 @@ def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tu
 
 def _is_larger_side(side: Sequence[Member], found: Assessment, generation: Generation) -> bool:
     """Whether a side has more than half of the members that may be alive, or is the first half."""
-    voters = [
-        member
-        for member in generation.members
-        if member not in found.dead and member not in found.leaving
-    ]
-    here = [member for member in voters if member in side]
+    out, inside = incarnations([*found.dead, *found.leaving]), incarnations(side)
+    voters = [each.incarnation for each in generation.members if each.incarnation not in out]
+    here = [incarnation for incarnation in voters if incarnation in inside]
     if 2 * len(here) == len(voters):
-        return not voters or voters[0] in here
+        return not voters or voters[0] in inside
     return 2 * len(here) > len(voters)
 
 
@@ -612,7 +616,7 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     )
     allowed = [member for member in everyone if member.node not in view.barred]
     candidates = everyone if len(_admit(allowed, limits)) < limits.nodes_min else allowed
-    known = {member.incarnation for member in candidates}
+    known = incarnations(candidates)
     links = {
         (min(speaker, other), max(speaker, other))
         for speaker, said in (
@@ -645,11 +649,9 @@ def newcomers(
     view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
 ) -> list[Member]:
     """Live nodes outside the generation that wait, can reach all who stay, and agree with this node."""
-    must_reach = {member.incarnation for member in stay}
+    must_reach = incarnations(stay)
     number = 0 if view.generation is None else view.generation.number
-    members = {
-        member.incarnation for member in (view.generation.members if view.generation else ())
-    }
+    members = incarnations(view.generation.members if view.generation else ())
     silence_s = limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE
     return sorted(
         (
@@ -684,7 +686,7 @@ def _admit(candidates: Sequence[Member], limits: Limits) -> tuple[Member, ...]:
 
 
 def _joiners(wanted: Sequence[Member], members: Sequence[Member]) -> list[Cause]:
-    known = {member.incarnation for member in members}
+    known = incarnations(members)
     return [
         Cause(CauseKind.JOINED, member.node) for member in wanted if member.incarnation not in known
     ]

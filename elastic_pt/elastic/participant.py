@@ -18,7 +18,7 @@ import structlog
 
 from elastic_pt.elastic.history import Budgets, Moments, halt, kept_out, quarantines_due
 from elastic_pt.elastic.lobby import Lobby
-from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.log import RunLog, RunView, record_key
 from elastic_pt.elastic.membership import (
     LEADERS,
     MESH_NODES_MAX,
@@ -36,6 +36,7 @@ from elastic_pt.elastic.membership import (
     assess,
     decide,
     difference,
+    incarnations,
     is_lost,
     newcomers,
     slots_per_member,
@@ -122,7 +123,11 @@ class Participant:
         self._quiet_until_s = float("-inf")
         """When the pulse was last looked at."""
         self._felt: bytes | None = None
-        self._felt_s = self._beaten_s = self._looked_s = float("-inf")
+        self._felt_s = self._beaten_s = self._looked_s = self._glanced_s = float("-inf")
+        self._grown = False
+        """Whether the log was seen to have a record that this node has not read."""
+        self._aimed_at = 0
+        """The generation among whose members this node has chosen whom to ask."""
         self._generations_read: dict[int, float] = {}
         self._bars_read: dict[int, float] = {}
         self._length = 0
@@ -206,9 +211,9 @@ class Participant:
             (peer.status.log_length for peer in list(self.table.peers.values()) if peer.status),
             default=0,
         )
-        behind = known > self._log.view.length
+        behind = known > self._log.view.length or self._grown
         if behind or (self._must_look() and self._clock_s() - self._looked_s >= _LOOK_INTERVAL_S):
-            self._looked_s = self._clock_s()
+            self._looked_s, self._grown = self._clock_s(), False
             self._refresh()
             self._aim()
         decision = self._decide()
@@ -258,6 +263,10 @@ class Participant:
             if trains and generation is not None and now_s - self._beaten_s >= pause_s:
                 self._beaten_s = now_s
                 self._around.pulse.beat(generation.number)
+                if now_s - self._glanced_s >= 2 * pause_s:
+                    # No member can tell that newcomers have taken over: only the log can.
+                    self._glanced_s = now_s
+                    self._grown = self._around.pulse.is_there(record_key(view.length))
             elif self._must_look() and now_s - self._felt_s >= pause_s:
                 self._felt_s = now_s
                 felt = self._around.pulse.feel()
@@ -324,8 +333,11 @@ class Participant:
                     [*waiting, self.member], key=lambda each: (each.node, each.incarnation)
                 )
                 targets += whom_to_ask(order, mine, peers, now_s, self._limits.heartbeat_timeout_s)
-        targets += self._suspected(members)
-        known = {each.incarnation for each in (*targets, *members)}
+        if watches_all:
+            targets += self._suspected(members)
+        else:
+            self._suspects.clear()
+        known = incarnations([*targets, *members])
         # Who wants to join is asked back: its address must work for others too.
         targets += [
             peer.status.member
@@ -337,18 +349,19 @@ class Participant:
             and not self._forgotten(incarnation, now_s)
         ]
         unique = {each.incarnation: each for each in targets}
-        before = {each.incarnation for each in self.targets}
+        before = incarnations(self.targets)
         for incarnation in unique:
             self.table.watch(incarnation, anew=incarnation not in before)
-        for member in members:
-            if watches_all and member.incarnation != mine:
-                self.table.watch(member.incarnation)
-            elif member.incarnation not in unique and not is_lost(
-                peers.get(member.incarnation), now_s, self.silence_s()
-            ):
+        new_world = view.generation_number != self._aimed_at
+        self._aimed_at = view.generation_number
+        inside = incarnations(members)
+        for incarnation in (before | inside) - unique.keys() - {mine}:
+            if watches_all and incarnation in inside:
+                self.table.watch(incarnation, anew=new_world)
+            elif new_world or not is_lost(peers.get(incarnation), now_s, self.silence_s()):
                 # It was asked once, or speaks now and then; from here on its silence means nothing.
-                self.table.rest(member.incarnation)
-        keep = unique.keys() | {each.incarnation for each in members}
+                self.table.rest(incarnation)
+        keep = unique.keys() | inside
         for incarnation in list(peers):
             if incarnation not in keep and self._forgotten(incarnation, now_s):
                 self.table.unwatch(incarnation)
@@ -373,9 +386,11 @@ class Participant:
         return False
 
     def _suspected(self, members: tuple[Member, ...]) -> list[Member]:
-        """Members that hung up and have shown no life since. In a large world nobody else would dial them."""
-        if not self._suspects:
-            return []
+        """Members of a large world that hung up on this node, which leads, and have shown no life since.
+
+        Only who leads looks after them. Would others do so as well, then the end of each such look would be
+        a hanging up to look after for the node that was looked at, without end.
+        """
         for incarnation, since_s in list(self._suspects.items()):
             peer = self.table.peers.get(incarnation)
             if peer is None or (peer.heard_s is not None and peer.heard_s > since_s):
@@ -390,14 +405,18 @@ class Participant:
     def _forgotten(self, incarnation: str, now_s: float) -> bool:
         """Whether a node outside the world has been away for long."""
         peer = self.table.peers.get(incarnation)
-        return peer is None or is_lost(peer, now_s, 4 * self.silence_s()) or peer.refused
+        if peer is None or peer.refused:
+            return True
+        moments = (peer.watched_since_s, peer.heard_s, peer.spoke_s)
+        last_s = max((each for each in moments if each is not None), default=float("-inf"))
+        return now_s - last_s > 4 * self.silence_s()
 
     def _decide(self) -> Decision:
         now_s, run = self._clock_s(), self._log.view
         self._read(run, now_s)
         peers = dict(self.table.peers)
         generation, me = run.generation, self.status
-        members = {each.incarnation for each in (generation.members if generation else ())}
+        members = incarnations(generation.members if generation else ())
         view = View(
             me,
             generation,
@@ -407,7 +426,7 @@ class Participant:
             quiet_until_s=self._quiet_until_s,
             generation_since_s=self._generations_read.get(run.generation_number, float("inf")),
         )
-        waiting = frozenset(each.incarnation for each in newcomers(view, self._limits, now_s))
+        waiting = incarnations(newcomers(view, self._limits, now_s))
         if waiting - self._newcomers:
             self._newcomers_changed_s = now_s
         self._newcomers = (self._newcomers | waiting) & peers.keys()
@@ -419,7 +438,7 @@ class Participant:
             found = assess(view, generation, self._limits, now_s)
             self._notice(generation, found, now_s)
             failures = found.failures
-            proven = {each.incarnation for each in found.dead}
+            proven = incarnations(found.dead)
             others = sum(each.incarnation not in proven for each in generation.members)
             others -= len({cause.node for cause in failures})
             frontier = self._frontier_step()

@@ -100,7 +100,7 @@ class PeerTable:
             if known is None:
                 if len(self.peers) >= _PEERS_MAX:
                     return False
-                known = Peer(None, self._clock_s(), heard_s=None, refused=False)
+                known = Peer(None, None, heard_s=None, refused=False)
             exchange = self._exchanges.setdefault(incarnation, _Exchange())
             # Two connections of one pair may overtake each other: the newest words count.
             newest = message.count > exchange.seen
@@ -113,6 +113,7 @@ class PeerTable:
                 status=message.status if newest else known.status,
                 heard_s=heard_s,
                 refused=False,
+                spoke_s=self._clock_s(),
             )
             return newest and message.status != known.status
 

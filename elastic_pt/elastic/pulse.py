@@ -2,7 +2,8 @@
 
 The first member overwrites `pulse.json` with a growing count, about once a second: one request a second
 for the whole fleet. Whoever cannot reach the members watches whether it changes, on its own clock. It is a
-hint like the lobby: it only keeps nodes from taking over too early, and the log decides all the same.
+hint like the lobby: it only keeps nodes from taking over too early, and the log decides all the same. The
+first member glances at the log every second time: should it have been taken over, nobody else would tell it.
 """
 
 import json
@@ -34,3 +35,7 @@ class Pulse:
             return self.store.read(KEY)
         except NotFound:
             return b""
+
+    def is_there(self, key: str) -> bool:
+        """Whether an object exists: a glance at the log that nothing has to wait for."""
+        return self.store.size(key) is not None

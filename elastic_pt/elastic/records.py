@@ -16,6 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Final, Self
 
 from pydantic import TypeAdapter
@@ -148,10 +149,11 @@ class Generation:
 
     def rank_of(self, incarnation: str) -> int | None:
         """Position of this life of a node among the members, or None."""
-        for rank, member in enumerate(self.members):
-            if member.incarnation == incarnation:
-                return rank
-        return None
+        return self._ranks.get(incarnation)
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {member.incarnation: rank for rank, member in enumerate(self.members)}
 
     def first_worker_rank(self, node_rank: int) -> int:
         """Global rank of the first worker of a member."""

@@ -12,7 +12,7 @@ greenlets, in the same order and with the same waits:
 import dataclasses
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
@@ -52,6 +52,20 @@ _RETRIES_WITHOUT_PROGRESS: Final = 3
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Processor time of an agent, which does one thing after the other. Nothing, unless a simulation is about that."""
+
+    receive_s: float = 0.0
+    """For each message that it receives."""
+    send_s: float = 0.0
+    """For each message that it sends."""
+    turn_s: float = 0.0
+    """For each turn, and each node that it knows of."""
+    record_s: float = 0.0
+    """For each member of a generation whose record it reads."""
+
+
+@dataclass(frozen=True)
 class Habits:
     """What all nodes of a simulated run have in common."""
 
@@ -59,6 +73,7 @@ class Habits:
     budgets: Budgets
     store_deadline_s: float
     settle_timeout_s: float
+    costs: Costs = field(default_factory=Costs)
 
 
 @dataclass
@@ -245,6 +260,9 @@ class AgentProcess(Process):
             self.news.set,
             lambda message: around.witness.heard(self, message),
         )
+        self.links.receive_s = around.habits.costs.receive_s
+        self.links.send_s = around.habits.costs.send_s
+        self._parsed = 0
         self._due: deque[tuple[int, Generation]] = deque()
         self._committing = False
         self._uncommitted = (0, 0)
@@ -316,6 +334,7 @@ class AgentProcess(Process):
     def _turn(self) -> None:
         participant, links = self.participant, self.links
         told = participant.status
+        self._work()
         try:
             participant.turn()
         except LogDamaged as error:
@@ -328,6 +347,18 @@ class AgentProcess(Process):
             links.say(asks=asks)
         self.node.changed()
 
+    def _work(self) -> None:
+        """What a turn, and reading what is new in the log, costs; messages wait meanwhile."""
+        costs = self.around.habits.costs
+        known, number = len(self.participant.table.peers), self.log.view.generation_number
+        cost_s = costs.turn_s * known
+        if number != self._parsed:
+            generation = self.log.view.generation
+            self._parsed = number
+            cost_s += costs.record_s * len(generation.members if generation else ())
+        if cost_s:
+            self.sleep(self.links.busy(cost_s))
+
     def _keep_pulse(self) -> None:
         while True:
             self.participant.feel_pulse()
@@ -339,9 +370,10 @@ class AgentProcess(Process):
         return SimulatedStore(port)
 
     def _choose_resume(self, view: RunView) -> Checkpoint | None:
-        """As in production, after a look at the newest checkpoint's files."""
+        """As in production, after a look at the newest checkpoint's manifest and shards."""
         for checkpoint in view.checkpoints:
-            self.store.size(f"{checkpoint.directory}/manifest.json")
+            for name in ("manifest.json", "shard 0", "shard 1"):
+                self.store.size(f"{checkpoint.directory}/{name}")
             return checkpoint
         return None
 

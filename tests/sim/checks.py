@@ -49,8 +49,8 @@ def detection_bound_s(limits: Limits) -> float:
 
     A member that proposes has given its workers up before; the others cannot make a step without them. So
     only newcomers can supersede a generation that trains. They act after `takeover_s` without a pulse; its
-    rank 0 beats the pulse every `takeover_s / 4`, and looks at the log then. To that come a slow request
-    and the time to kill.
+    rank 0 beats the pulse every `takeover_s / 4`, and glances at the log every second time. To that come slow
+    requests and the time to kill.
     """
     return limits.takeover_s / 2 + 2.0
 
@@ -224,11 +224,14 @@ class Witness:
             [
                 each
                 for each in before.members
-                if each not in generation.members and each.node not in chosen
+                if each not in generation.members
+                and each.node not in chosen
+                # Who waits for the bucket, and has not read the record that it trains by, is no use to anybody.
+                and simulation.agents[each.incarnation].log.view.generation_number >= before.number
             ],
             now_s - limits.silence_s(len(before.members)) - limits.takeover_s,
         )
-        if len(excluded) > len(stay):
+        if 2 * len(excluded) > len(before.members):
             raise Violation(
                 "the larger side goes on",
                 f"generation {generation.number} keeps {[each.node for each in stay]} and leaves "

@@ -157,6 +157,15 @@ def cut_side_and_bucket(simulation: "Simulation", fault: Fault) -> Undo:
     return undo
 
 
+def cut_side_bucket_later(simulation: "Simulation", fault: Fault) -> Undo:
+    """Some nodes cannot reach the others, and for a while in the middle of it not the bucket either."""
+    schedule = simulation.scheduler.after
+    undo: list[Undo] = []
+    schedule(0.35 * fault.seconds, lambda: undo.append(cut_bucket(simulation, fault)))
+    schedule(0.8 * fault.seconds, lambda: undo.pop()())
+    return cut_side(simulation, fault)
+
+
 def cut_bucket(simulation: "Simulation", fault: Fault) -> Undo:
     """Some nodes do not reach the bucket."""
     for node in fault.nodes:
@@ -235,6 +244,7 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "cut pair": (cut_pair, 2, 2.0),
     "cut side": (cut_side, 0, 2.5),
     "cut side and bucket": (cut_side_and_bucket, 0, 2.0),
+    "cut side, bucket later": (cut_side_bucket_later, 0, 1.5),
     "cut bucket": (cut_bucket, 1, 1.5),
     "clog": (clog, 2, 2.0),
     "bucket errors": (bucket_errors, 0, 3.0),
@@ -244,6 +254,7 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
 """How it is done, to how many nodes (0: to any number), and how often it is drawn."""
 
 _LENGTHS_S: Final = (0.3, 1.0, 2.0, 4.0, 8.0)
+_LONG_S: Final = {"cut side, bucket later": 10.0}
 
 
 def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]:
@@ -263,7 +274,7 @@ def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]
         if len(nodes) < min(2, wanted):
             continue
         chosen = tuple(source.sample(nodes, min(wanted, len(nodes))))
-        seconds = source.choice(_LENGTHS_S) * (0.5 + source.random())
+        seconds = _LONG_S.get(kind, source.choice(_LENGTHS_S)) * (0.5 + source.random())
         faults.append(Fault(kind, at_s, min(seconds, until_s - at_s), chosen))
         if kind in ("fail worker", "crash") and source.random() < 0.25:
             # The same node again and again.

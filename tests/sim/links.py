@@ -45,7 +45,13 @@ class Link:
         if self._dialled:
             self._ask_at_s = self._links.process.clock_s() + self._links.participant.interval_s()
         self._links.sent += 1
-        self._end.send(self._links.participant.message_to(self.incarnation, asks=asks))
+        message = self._links.participant.message_to(self.incarnation, asks=asks)
+        if self._links.send_s:
+            self._links.process.after(
+                self._links.busy(self._links.send_s), lambda: self._end.send(message)
+            )
+        else:
+            self._end.send(message)
 
     def _keep_asking(self) -> None:
         """Ask whenever nothing has been said for an interval."""
@@ -197,10 +203,10 @@ class SimulatedLinks:
         self.on_news = on_news
         self._on_received = on_received
         self.open: dict[Link, None] = {}
-        self.sent = 0
-        self.cost_s = 0.0
-        """Processor time that one message costs its receiver."""
-        self.busy_until_s = 0.0
+        self.sent = self.received = 0
+        self.receive_s = self.send_s = 0.0
+        """Processor time that a message costs."""
+        self._busy_until_s = 0.0
         self._dials: dict[str, Dial] = {}
 
     def aim(self, targets: Sequence[Member]) -> None:
@@ -240,13 +246,17 @@ class SimulatedLinks:
 
     def take(self, link: Link, message: Message) -> None:
         """A message has arrived; its receiver handles one after the other."""
-        if not self.cost_s:
+        self.received += 1
+        if self.receive_s:
+            self.process.after(self.busy(self.receive_s), lambda: self._handle(link, message))
+        else:
             self._handle(link, message)
-            return
-        self.busy_until_s = max(self.busy_until_s, self.process.clock_s()) + self.cost_s
-        self.process.after(
-            self.busy_until_s - self.process.clock_s(), lambda: self._handle(link, message)
-        )
+
+    def busy(self, cost_s: float) -> float:
+        """Have the processor do something that takes `cost_s`; seconds from now until it is done."""
+        now_s = self.process.clock_s()
+        self._busy_until_s = max(self._busy_until_s, now_s) + cost_s
+        return self._busy_until_s - now_s
 
     def _handle(self, link: Link, message: Message) -> None:
         news = self.participant.received(message)

@@ -75,9 +75,10 @@ class Process:
         """End at once. Safe to call from one of its own threads, which then runs on until it blocks."""
         self.dead = True
         self.deferred.clear()
-        self.scheduler.at(self.scheduler.now_s, self._unwind)
+        self.scheduler.at(self.scheduler.now_s, self.unwind)
 
-    def _unwind(self) -> None:
+    def unwind(self) -> None:
+        """End its threads."""
         for each in list(self.greenlets):
             if not each.dead:
                 each.throw()

@@ -119,7 +119,7 @@ def scenario(scheduler: Scheduler) -> Scenario:
         plan=Plan(
             steps=_ENDLESS if source.random() < 0.85 else source.randint(20, 120),
             step_s=source.choice((0.1, 0.2, 0.4)),
-            checkpoint_every=source.choice((5, 10, 25, _ENDLESS)),
+            checkpoint_every=source.choice((3, 5, 10, 25, _ENDLESS)),
             poison_step=source.randint(5, 60) if source.random() < 0.05 else 0,
         ),
         faults_until_s=source.uniform(6.0, 22.0),
@@ -134,10 +134,18 @@ def scenario(scheduler: Scheduler) -> Scenario:
 class Simulation:
     """See the module."""
 
-    def __init__(self, seed: int, *, tracing: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        tracing: bool = False,
+        plan: Scenario | None = None,
+        latency: Latency | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self.seed = seed
         self.scheduler = scheduler = Scheduler(seed)
-        self.plan = scenario(scheduler)
+        self.plan = plan or scenario(scheduler)
         self.habits = self.plan.habits
         self.nodes: dict[str, AgentProcess | None] = {}
         """Which life of its agent a node runs, if any."""
@@ -146,8 +154,8 @@ class Simulation:
         self.died_s: dict[str, float] = {}
         self.born_s: dict[str, float] = {}
         self.strangers: set[str] = set()
-        self.network = Network(scheduler, Latency())
-        self.bucket = Bucket(scheduler, Pace())
+        self.network = Network(scheduler, latency or Latency())
+        self.bucket = Bucket(scheduler, pace or Pace())
         self.training = Training(scheduler, self.network, self.plan.plan)
         self.witness = Witness(self)
         self.around = Surrounding(
@@ -166,6 +174,8 @@ class Simulation:
         self._off: Counter[str] = Counter()
         self._outages = 0
         self._bars_until_s = 0.0
+        self.restarts = True
+        """Whether agents that end are started again."""
 
     # ---- one run -----------------------------------------------------------------------------------
 
@@ -177,7 +187,7 @@ class Simulation:
         converged_after_s = requests = 0.0
         injected: list[faults.Fault] = []
         with hermetic(
-            lambda count: f"{source.getrandbits(8 * count):0{2 * count}x}",
+            self._token_hex,
             self._wall_clock_s,
             self._log_event if self.tracing else None,
         ):
@@ -200,9 +210,7 @@ class Simulation:
             except Violation as found:
                 violation = found
             finally:
-                for agent in self.agents.values():
-                    agent.kill()
-                    agent._unwind()
+                self.clear()
         return Outcome(
             seed=self.seed,
             violation=violation,
@@ -219,6 +227,12 @@ class Simulation:
             trace=self.trace_lines,
         )
 
+    def clear(self) -> None:
+        """End all threads that are left."""
+        for agent in self.agents.values():
+            agent.kill()
+            agent.unwind()
+
     def _converge(self) -> float:
         """Wait until all who can train do so, and have for a while; seconds from the last fault to the begin of that."""
         scheduler = self.scheduler
@@ -227,7 +241,9 @@ class Simulation:
         while scheduler.now_s < since_s + SETTLED_S:
             if not self._is_converged() or self.generations != generation:
                 since_s, generation = scheduler.now_s, self.generations
-                if since_s > max(began_s, self._bars_until_s) + self._convergence_s:
+                deadline_s = max(began_s, self._bars_until_s) + self._convergence_s
+                # Quarantines that follow each other without end are no excuse.
+                if since_s > min(deadline_s, began_s + 4 * self._convergence_s):
                     rule = "no healthy node is excluded for ever"
                     if self.plan.plan.poison_step:
                         rule = "the same failure again and again ends the run"
@@ -335,13 +351,13 @@ class Simulation:
         """The node's agent, if it runs."""
         return self.nodes[node]
 
-    def start(self, node: str) -> None:
+    def start(self, node: str, *, incarnation: str | None = None, port: int | None = None) -> None:
         """Start a node's agent."""
         machine = self.network.machines[node]
         if self.nodes[node] is not None or not machine.up or self.witness.view.stop is not None:
             return
         source = self.scheduler.random
-        incarnation = f"{source.getrandbits(64):016x}"
+        incarnation = incarnation or f"{source.getrandbits(64):016x}"
         fingerprint = {"code": "other" if node == "z" else "same"}
         around = self.around
         if node == "z":
@@ -363,7 +379,8 @@ class Simulation:
             self.strangers.add(incarnation)
         self.nodes[node] = self.agents[incarnation] = agent
         self.born_s[incarnation] = self.scheduler.now_s
-        port = machine.next_port if self.plan.reuse_ports and machine.next_port > 20000 else None
+        if self.plan.reuse_ports and machine.next_port > 20000:
+            port = machine.next_port
         agent.boot(None if port in machine.listeners else port)
         self.note(f"{agent.name} starts")
 
@@ -375,7 +392,7 @@ class Simulation:
         refused = why.startswith("ConfigError")
         if refused and agent.machine.name != "z":
             raise Violation("nobody is refused without a reason", why)
-        if not refused and why != "run ended":
+        if not refused and why != "run ended" and self.restarts:
             again_s = self.scheduler.random.uniform(0.1, 3.0)
             self.scheduler.after(again_s, lambda: self.start(agent.machine.name))
 
@@ -501,6 +518,9 @@ class Simulation:
         if isinstance(record.body, Quarantine) and record.body.node:
             until_s = self.scheduler.now_s + record.body.seconds + 1.0
             self._bars_until_s = max(self._bars_until_s, until_s)
+
+    def _token_hex(self, count: int) -> str:
+        return f"{self.scheduler.random.getrandbits(8 * count):0{2 * count}x}"
 
     def _wall_clock_s(self) -> float:
         running = self.scheduler.running

@@ -56,6 +56,8 @@ class Workers:
     signature: str = ""
     collateral: bool = False
     paused: bool = False
+    doomed: bool = False
+    """Whether the end of another member's workers is on its way to it."""
     step: int = 0
 
     @property
@@ -199,10 +201,14 @@ class Training:
 
     def _reset(self, gone: Workers, other: Workers) -> None:
         """A collective operation fails where the connection to the others breaks, and hangs where it is silent."""
-        if not gone.machine.up or self.network.is_torn(gone.machine, other.machine):
+        if other.doomed or not gone.machine.up:
             return
+        if self.network.is_torn(gone.machine, other.machine):
+            return
+        other.doomed = True
 
         def fail() -> None:
+            other.doomed = False
             if other.state is State.READY and not other.paused:
                 other.detail, other.collateral = "Connection closed by peer", True
                 world = self._world_of(other)
