@@ -178,7 +178,7 @@ class Links:
             if pump is not None:
                 pump.cancel()
             if link.incarnation:
-                self._participant.hung_up(link.incarnation)
+                self._participant.contacts.hung_up(link.incarnation)
                 self._on_news()
         return socket
 

@@ -24,7 +24,7 @@ looked at.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -291,96 +291,82 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     """What became of the members. `view.me` is one of them. Pure; agent process."""
     mine = view.me.member.incarnation
     timeout_s = limits.silence_s(len(generation.members))
-    statuses = {mine: view.me} | {
-        incarnation: peer.status
-        for incarnation, peer in view.peers.items()
-        if peer.status is not None
-    }
-    answers: dict[str, bool] = {mine: True}
-    fresh = {mine}
-    dead, left = [], []
-    for member in generation.members:
-        peer, said = view.peers.get(member.incarnation), statuses.get(member.incarnation)
-        if member.incarnation == mine:
-            continue
-        refused = peer is not None and peer.refused
-        if (
-            said is not None
-            and said.leaving
-            and said.spent >= generation.number
-            and (refused or is_lost(peer, now_s, timeout_s))
-        ):
+    # In a large world most members are strangers: nobody here asks them, so nothing here is said of them.
+    known = [
+        (member, peer)
+        for member in generation.members
+        if member.incarnation != mine and (peer := view.peers.get(member.incarnation)) is not None
+    ]
+    dead, left, mute, stale = [], [], [], set()
+    for member, peer in known:
+        said = peer.status
+        lost = is_lost(peer, now_s, timeout_s)
+        if said is not None and said.leaving and said.spent >= generation.number and lost:
             left.append(member)
-        elif refused:
+        elif peer.refused:
             dead.append(member)
         else:
-            answers[member.incarnation] = not is_lost(peer, now_s, timeout_s)
-            if not is_lost(peer, now_s, timeout_s * LINK_FRESH_SHARE):
-                fresh.add(member.incarnation)
-
-    links: set[tuple[str, str]] = set()
-    for speaker, answering in answers.items():
-        said = statuses.get(speaker)
-        if answering and said is not None:
-            links |= {
-                (min(speaker, other), max(speaker, other))
-                for other in said.unreachable
-                if other in fresh and other != speaker
-            }
-    heard_elsewhere = _heard_by_others(view, generation, answers, statuses)
-    silent, cut_off = [], set()
-    for member in generation.members:
-        peer, said = view.peers.get(member.incarnation), statuses.get(member.incarnation)
-        if (
-            member.incarnation in answers
-            and said is not None
+            if lost:
+                mute.append(member)
+            if is_lost(peer, now_s, timeout_s * LINK_FRESH_SHARE):
+                stale.add(member.incarnation)
+    absent = incarnations([*dead, *left])
+    unheard = incarnations(mute)
+    words = {mine: view.me} | {
+        member.incarnation: peer.status
+        for member, peer in known
+        if peer.status is not None and member.incarnation not in absent
+    }
+    links = {
+        (min(speaker, other), max(speaker, other))
+        for speaker, said in words.items()
+        if speaker not in unheard
+        for other in said.unreachable
+        if other != speaker
+        and generation.rank_of(other) is not None
+        and other not in stale
+        and other not in absent
+    }
+    heard_elsewhere = _heard_by_others(view, generation, words, absent | unheard)
+    silent = []
+    for member, peer in known:
+        incarnation, said = member.incarnation, words.get(member.incarnation)
+        if incarnation in absent:
+            continue
+        deaf = (
+            said is not None
             and said.generation < generation.number
-            and peer is not None
             and (peer.heard_s or 0.0) - view.generation_since_s > limits.takeover_s
-        ):
+        )
+        if deaf or (incarnation in unheard and incarnation not in heard_elsewhere):
             silent.append(member)
-            continue
-        if answers.get(member.incarnation, True):
-            continue
-        if member.incarnation in heard_elsewhere:
-            cut_off.add(member.incarnation)
-            if is_lost(
-                view.peers.get(member.incarnation), now_s, timeout_s * (1 + LINK_GRACE_SHARE)
-            ):
-                links.add((min(mine, member.incarnation), max(mine, member.incarnation)))
-        else:
-            silent.append(member)
+        elif incarnation in unheard and is_lost(peer, now_s, timeout_s * (1 + LINK_GRACE_SHARE)):
+            links.add((min(mine, incarnation), max(mine, incarnation)))
 
-    gone = incarnations([*dead, *silent, *left])
-    has_left = incarnations(left)
+    gone = absent | incarnations(silent)
     alive = tuple(member for member in generation.members if member.incarnation not in gone)
-    spent = [
-        statuses[member.incarnation]
-        for member in alive
-        if member.incarnation in statuses
-        and statuses[member.incarnation].spent >= generation.number
-    ]
+    said_alive = {each: said for each, said in words.items() if each not in gone}
+    spent = [said for said in said_alive.values() if said.spent >= generation.number]
+    has_left = incarnations(left)
+    wants_to_go = {each for each, said in said_alive.items() if said.leaving}
+    gave_up = {each for each, said in said_alive.items() if said.broken >= generation.number}
     return Assessment(
         alive=alive,
         dead=tuple(dead),
         silent=tuple(silent),
         broken_links=tuple(sorted(link for link in links if not gone & set(link))),
-        failures=tuple(status.failure for status in spent if status.failure is not None),
-        gave_up=tuple(
-            member
+        failures=tuple(
+            said.failure
             for member in alive
-            if member.incarnation in statuses
-            and statuses[member.incarnation].broken >= generation.number
+            if (said := said_alive.get(member.incarnation)) is not None
+            and said.spent >= generation.number
+            and said.failure is not None
         ),
+        gave_up=tuple(member for member in alive if member.incarnation in gave_up),
         leaving=tuple(
             member
             for member in generation.members
-            if member.incarnation in has_left
-            or (
-                member.incarnation not in gone
-                and member.incarnation in statuses
-                and statuses[member.incarnation].leaving
-            )
+            if member.incarnation in has_left or member.incarnation in wants_to_go
         ),
         over=len(spent) == len(alive),
     )
@@ -389,33 +375,35 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
 def _heard_by_others(
     view: View,
     generation: Generation,
-    answers: Mapping[str, bool],
-    statuses: Mapping[str, NodeStatus],
+    words: Mapping[str, NodeStatus],
+    lost: Collection[str],
 ) -> set[str]:
     """Members that some answering member of a small world (where all ask all) does not call unreachable."""
     if len(generation.members) > MESH_NODES_MAX:
         return set()
+    everyone = incarnations(generation.members)
     found: set[str] = set()
-    for speaker, answering in answers.items():
-        said = statuses.get(speaker)
-        knows = said is not None and said.generation >= generation.number
-        if speaker != view.me.member.incarnation and answering and said is not None and knows:
-            found |= answers.keys() - set(said.unreachable) - {speaker}
+    for speaker, said in words.items():
+        knows = said.generation >= generation.number
+        if speaker != view.me.member.incarnation and speaker not in lost and knows:
+            found |= everyone - set(said.unreachable) - {speaker}
     return found
 
 
-def decide(view: View, limits: Limits, now_s: float) -> Decision:
-    """What this node should do now. Pure; agent process."""
+def decide(view: View, limits: Limits, now_s: float, found: Assessment | None = None) -> Decision:
+    """What this node should do now; `found` is what `assess` says, if it has been asked. Pure; agent process."""
     if view.stop is not None:
         return Ended(view.stop.reason)
     generation = view.generation
     if generation is not None and generation.rank_of(view.me.member.incarnation) is not None:
-        return _decide_as_member(view, generation, limits, now_s)
+        found = found or assess(view, generation, limits, now_s)
+        return _decide_as_member(view, generation, found, limits, now_s)
     return _decide_as_newcomer(view, limits, now_s)
 
 
-def _decide_as_member(view: View, generation: Generation, limits: Limits, now_s: float) -> Decision:
-    found = assess(view, generation, limits, now_s)
+def _decide_as_member(
+    view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
+) -> Decision:
     if found.broken or found.over:
         return _decide_next_world(view, generation, found, limits, now_s)
     leaving = incarnations(found.leaving)

@@ -406,7 +406,7 @@ class Node:
             raise
         except StoreError as error:
             log.warning("turn_failed", error=str(error))
-        links.aim(self._participant.targets)
+        links.aim(self._participant.contacts.targets)
         asks = self._participant.wants_answers()
         if asks or self._participant.status != told:
             links.say(asks=asks)

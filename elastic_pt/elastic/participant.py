@@ -16,12 +16,11 @@ from typing import Final, Protocol
 
 import structlog
 
+from elastic_pt.elastic.contacts import Contacts
 from elastic_pt.elastic.history import Budgets, Moments, halt, kept_out, quarantines_due
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView, record_key
 from elastic_pt.elastic.membership import (
-    LEADERS,
-    MESH_NODES_MAX,
     Assessment,
     Decision,
     Drain,
@@ -37,10 +36,8 @@ from elastic_pt.elastic.membership import (
     decide,
     difference,
     incarnations,
-    is_lost,
     newcomers,
     slots_per_member,
-    whom_to_ask,
 )
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
@@ -102,8 +99,7 @@ class Participant:
         self.leaving = False
         """Whether this node wants to go; apart from the rest because a signal handler sets it."""
         self.table = PeerTable(around.clock_s)
-        self.targets: tuple[Member, ...] = ()
-        """Whom to keep asking."""
+        self.contacts = Contacts(self.table, around.lobby, limits, around.clock_s)
         self.decision: Decision = Wait("starting")
         self.broken = 0
         """The newest generation that this node has given up."""
@@ -115,8 +111,6 @@ class Participant:
         """Why no world will take this node in."""
         self._broken_since_s: float | None = None
         self._asked_since_s: float | None = None
-        self._suspects: dict[str, float] = {}
-        """Peers that hung up, and when."""
         self._newcomers: frozenset[str] = frozenset()
         self._newcomers_changed_s = self._clock_s()
         self._quiet_since_s = self._clock_s()
@@ -126,12 +120,9 @@ class Participant:
         self._felt_s = self._beaten_s = self._looked_s = self._glanced_s = float("-inf")
         self._grown = False
         """Whether the log was seen to have a record that this node has not read."""
-        self._aimed_at = 0
-        """The generation among whose members this node has chosen whom to ask."""
         self._generations_read: dict[int, float] = {}
         self._bars_read: dict[int, float] = {}
         self._length = 0
-        self._no_member_answers = False
 
     # ---- what it says ----------------------------------------------------------------------------
 
@@ -182,10 +173,6 @@ class Participant:
         news = self.table.received(message)
         hangs_on_it = isinstance(self.decision, Wait) and self.decision.asking
         return news or hangs_on_it or bool(message.refusal)
-
-    def hung_up(self, incarnation: str) -> None:
-        """Take in that a peer's connection to this node has ended: it may be gone, so look."""
-        self._suspects[incarnation] = self._clock_s()
 
     def _refusal_of(self, incarnation: str) -> str:
         """Members refuse who differs; where there is no member yet, the node that comes first by name does."""
@@ -288,7 +275,7 @@ class Participant:
     def _must_look(self) -> bool:
         """Whether this node has to watch the bucket, because no member can tell it how the run goes on."""
         cut_off = isinstance(self.decision, Wait) and self.decision.broken
-        return self._no_member_answers or cut_off
+        return self.contacts.no_member_answers or cut_off
 
     def _refresh(self) -> RunView:
         view = self._log.refresh()
@@ -308,108 +295,9 @@ class Participant:
         self._bars_read = {index: bars.get(index, now_s) for index, _ in view.bars}
 
     def _aim(self) -> None:
-        """Choose whom to ask: members; with no member to ask also whoever waits in the lobby."""
-        view, now_s = self._log.view, self._clock_s()
-        mine = self.member.incarnation
-        generation = view.generation
-        members = () if generation is None else generation.members
-        peers = self.table.peers
-        targets = whom_to_ask(members, mine, peers, now_s, self.silence_s())
-        watches_all = False
-        if generation is not None and generation.rank_of(mine) is not None:
-            self._around.lobby.leave()
-            self._no_member_answers = False
-            watches_all = len(members) > MESH_NODES_MAX and self._leads(members, now_s)
-        else:
-            self._no_member_answers = all(
-                is_lost(peers.get(member.incarnation), now_s, self.silence_s())
-                for member in members
-            )
-            if self._no_member_answers and view.stop is None:
-                waiting = self._around.lobby.waiting(self.member)
-                for gone in [each for each in waiting if self._is_away(each)]:
-                    self._around.lobby.forget(gone)
-                order = sorted(
-                    [*waiting, self.member], key=lambda each: (each.node, each.incarnation)
-                )
-                targets += whom_to_ask(order, mine, peers, now_s, self._limits.heartbeat_timeout_s)
-        if watches_all:
-            targets += self._suspected(members)
-        else:
-            self._suspects.clear()
-        known = incarnations([*targets, *members])
-        # Who wants to join is asked back: its address must work for others too.
-        targets += [
-            peer.status.member
-            for incarnation, peer in list(peers.items())
-            if peer.status is not None
-            and incarnation not in known
-            and incarnation != mine
-            and peer.status.phase is Phase.WAITING
-            and not self._forgotten(incarnation, now_s)
-        ]
-        unique = {each.incarnation: each for each in targets}
-        before = incarnations(self.targets)
-        for incarnation in unique:
-            self.table.watch(incarnation, anew=incarnation not in before)
-        new_world = view.generation_number != self._aimed_at
-        self._aimed_at = view.generation_number
-        inside = incarnations(members)
-        for incarnation in (before | inside) - unique.keys() - {mine}:
-            if watches_all and incarnation in inside:
-                self.table.watch(incarnation, anew=new_world)
-            elif new_world or not is_lost(peers.get(incarnation), now_s, self.silence_s()):
-                # It was asked once, or speaks now and then; from here on its silence means nothing.
-                self.table.rest(incarnation)
-        keep = unique.keys() | inside
-        for incarnation in list(peers):
-            if incarnation not in keep and self._forgotten(incarnation, now_s):
-                self.table.unwatch(incarnation)
-        self.targets = tuple(unique.values())
-        unreachable = tuple(
-            sorted(
-                incarnation
-                for incarnation in unique
-                if is_lost(peers.get(incarnation), now_s, self.silence_s())
-            )
-        )
+        unreachable = self.contacts.aim(self._log.view, self.member)
         if unreachable != self._status.unreachable:
             self.say(unreachable=unreachable)
-
-    def _leads(self, members: tuple[Member, ...], now_s: float) -> bool:
-        """Whether this node is among the first of a large world that still answer."""
-        ahead = 0
-        for member in members:
-            if member.incarnation == self.member.incarnation:
-                return ahead < LEADERS
-            ahead += not is_lost(self.table.peers.get(member.incarnation), now_s, self.silence_s())
-        return False
-
-    def _suspected(self, members: tuple[Member, ...]) -> list[Member]:
-        """Members of a large world that hung up on this node, which leads, and have shown no life since.
-
-        Only who leads looks after them. Would others do so as well, then the end of each such look would be
-        a hanging up to look after for the node that was looked at, without end.
-        """
-        for incarnation, since_s in list(self._suspects.items()):
-            peer = self.table.peers.get(incarnation)
-            if peer is None or (peer.heard_s is not None and peer.heard_s > since_s):
-                self._suspects.pop(incarnation, None)
-        return [member for member in members if member.incarnation in self._suspects]
-
-    def _is_away(self, member: Member) -> bool:
-        peer = self.table.peers.get(member.incarnation)
-        silence_s = self._limits.heartbeat_timeout_s
-        return peer is not None and is_lost(peer, self._clock_s(), 2 * silence_s)
-
-    def _forgotten(self, incarnation: str, now_s: float) -> bool:
-        """Whether a node outside the world has been away for long."""
-        peer = self.table.peers.get(incarnation)
-        if peer is None or peer.refused:
-            return True
-        moments = (peer.watched_since_s, peer.heard_s, peer.spoke_s)
-        last_s = max((each for each in moments if each is not None), default=float("-inf"))
-        return now_s - last_s > 4 * self.silence_s()
 
     def _decide(self) -> Decision:
         now_s, run = self._clock_s(), self._log.view
@@ -433,13 +321,13 @@ class Participant:
         view = replace(view, newcomers_changed_s=self._newcomers_changed_s)
         moments = Moments(self._generations_read, self._bars_read)
         failures: tuple[Cause, ...] = ()
-        halting = ""
+        halting, found = "", None
         if generation is not None and me.member.incarnation in members and run.stop is None:
             found = assess(view, generation, self._limits, now_s)
             self._notice(generation, found, now_s)
             failures = found.failures
             proven = incarnations(found.dead)
-            others = sum(each.incarnation not in proven for each in generation.members)
+            others = len(generation.members) - len(proven)
             others -= len({cause.node for cause in failures})
             frontier = self._frontier_step()
             halting = halt(run.generations, failures, others, frontier, self._budgets)
@@ -451,7 +339,7 @@ class Participant:
             barred=kept_out(run, moments, failures, self._budgets, now_s),
             halt=halting,
         )
-        return decide(view, self._limits, now_s)
+        return decide(view, self._limits, now_s, found)
 
     def _notice(self, generation: Generation, found: Assessment, now_s: float) -> None:
         """Keep the moment at which the generation was found broken; there is no way back from there."""

@@ -93,7 +93,7 @@ class Fleet:
     def talk(self) -> None:
         """Everyone asks whom it wants to ask, and is answered."""
         for node in self.alive():
-            for target in node.targets:
+            for target in node.contacts.targets:
                 name, mine = target.node, node.member
                 lives = self.nodes[name].member.incarnation == target.incarnation
                 if name in self.dead or not lives:

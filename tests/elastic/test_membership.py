@@ -198,6 +198,15 @@ def test_what_another_member_gave_up_is_broken_for_all() -> None:
     assert not is_broken(status("a"), older, of=world)
 
 
+def test_a_planned_stop_that_a_loss_disturbs_is_not_held_against_the_survivors() -> None:
+    """Who has to give up the checkpoint of a stop because another member was lost is no cause; only the loss is."""
+    world = generation("a", "b", "c")
+    peers = {"b": refusing(status("b", Phase.SETTLING)), "c": peer(waiting("c", spent=1, broken=1))}
+    proposal = decision(waiting("a", spent=1, broken=1), peers, of=world)
+    assert nodes(proposal) == ["a", "c"]
+    assert causes(proposal) == [(CauseKind.LOST, "b")]
+
+
 def test_no_more_nodes_than_bounds_and_slots_allow() -> None:
     """A newcomer beyond nodes_max, or beyond what V slots can feed, stays a spare and disturbs nobody."""
     world = generation("a", "b")

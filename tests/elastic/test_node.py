@@ -7,9 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Limits, StartTimes
@@ -99,6 +100,39 @@ def names(generation: Formed) -> list[str]:
     return [member.node for member in generation.generation.members]
 
 
+@contextlib.contextmanager
+def deaf_address() -> Iterator[int]:
+    """A port of this machine that neither refuses a connection nor accepts one."""
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        # The first fills the queue; the kernel ignores all further ones.
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        yield deaf.getsockname()[1]
+
+
+@contextlib.contextmanager
+def hanging_turns(node: Node) -> Iterator[None]:
+    """The node's turns hang, as on a bucket that does not answer; one of them does so already."""
+    hangs, answered = threading.Event(), threading.Event()
+
+    def turn() -> None:
+        hangs.set()
+        answered.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node._participant, "turn", turn)
+        assert hangs.wait(DEADLINE_S)
+        try:
+            yield
+        finally:
+            answered.set()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_nodes_that_start_together_form_one_generation(
     make_node: Callable[..., Node], address: str
@@ -185,6 +219,22 @@ def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[...
     assert ended == [Left]
 
 
+def test_who_leaves_waits_for_no_answer_of_the_bucket(make_node: Callable[..., Node]) -> None:
+    """While a node's turn hangs on the bucket, the others hear that it wants to go, and see at once that it has gone."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    with hanging_turns(a):
+        a.request_leave()
+        eventually(lambda: "a leaves" in asked, "the one that stays asks for a drain")
+        assert not b.must_reform(number)
+        leaves = threading.Thread(target=a.leave)
+        leaves.start()
+        eventually(lambda: b.must_reform(number), "b sees that a is gone")
+    leaves.join()
+
+
 def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., Node]) -> None:
     """Another fingerprint ends `await_generation` with the field, its value here and the run's; the run goes on."""
     asked: list[str] = []
@@ -222,7 +272,8 @@ def test_how_a_start_went_is_told_once(make_node: Callable[..., Node]) -> None:
         node.first_step(StartTimes(number, 0.1, 0.2, 0.3, step_s))
     eventually(lambda: b.view.recovery is not None, "a RECOVERY")
     assert isinstance(b.view.recovery, Recovery)
-    assert (b.view.recovery.number, b.view.recovery.total_s) == (number, pytest.approx(1.1))
+    assert b.view.recovery.number == number
+    assert b.view.recovery.total_s == pytest.approx(1.1)
 
 
 def test_a_world_whose_store_cannot_be_reached_is_given_up(
@@ -244,6 +295,33 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
     assert third.number == 3
     assert {each.kind for each in third.causes} == {CauseKind.GAVE_UP}
     assert f"cannot reach the store at 127.0.0.1:{unreachable.store_port}" in third.reason
+
+
+def test_a_deaf_store_holds_nobody_back_from_the_next_world(
+    make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who tries to connect to a store whose machine has vanished follows as soon as the others have gone on without it."""
+    patience = datetime.timedelta(seconds=2 * DEADLINE_S)
+    monkeypatch.setattr("elastic_pt.elastic.node._STORE_CONNECT", patience)
+    a = make_node("a")
+    first = formed(a)[0].generation
+    dialled, found = threading.Event(), []
+
+    class WatchedTCPStore(TCPStore):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            dialled.set()
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("elastic_pt.elastic.node.TCPStore", WatchedTCPStore)
+    with deaf_address() as port:
+        deaf = dataclasses.replace(first, number=2, store_port=port)
+        a._log.append(lambda _: deaf, generation=1)
+        waits = threading.Thread(target=lambda: found.append(a.await_generation()), daemon=True)
+        waits.start()
+        assert dialled.wait(DEADLINE_S)
+        a._log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
+        waits.join(DEADLINE_S)
+    assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
 
 
 def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Node]) -> None:
@@ -293,16 +371,15 @@ def test_a_node_outside_learns_of_the_end_by_itself(
 def test_a_fleet_that_trains_hardly_asks_the_bucket(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """While nothing changes, only the first member's pulse goes to the bucket: at most three requests a second for all."""
+    """While nothing changes, only the first member's pulse and glances reach the bucket: at most three requests a second for all."""
     nodes = [make_node(name, nodes_min=4) for name in "abcd"]
     formed(*nodes)
-    spare_asks = bucket.requests.copy()
     eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first beat")
     bucket.requests.clear()
     began_s = time.monotonic()
     eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more beats")
     lasted_s = time.monotonic() - began_s
-    assert set(bucket.requests) == {f"write {KEY}"}, spare_asks
+    assert set(bucket.requests) == {f"write {KEY}", "size log"}
     assert bucket.requests.total() <= 3 * lasted_s
 
 
@@ -340,12 +417,13 @@ def test_without_the_bucket_training_goes_on(
     assert names(formed(b)[0]) == ["b"]
 
 
+@pytest.mark.parametrize("part", ["turn", "feel_pulse"])
 def test_a_crash_of_the_membership_ends_the_wait(
-    make_node: Callable[..., Node], bucket: WatchedStore, tmp_path: Path
+    make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """If the thread that carries the membership dies, whoever waits for it is told why, once and for all."""
+    """If the thread that carries the membership dies, or its pulse, whoever waits for it is told why, once and for all."""
     node = make_node("a", nodes_min=2)
-    node._participant.feel_pulse = node._participant.turn = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(node._participant, part, lambda: 1 / 0)
     with pytest.raises(NodeFailure, match=r"membership stopped: ZeroDivisionError"):
         node.await_generation()
     with pytest.raises(NodeFailure):

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ from elastic_pt.elastic.address import interface_of, local_address
 from elastic_pt.elastic.channel import ORPHANED_EXIT_CODE, AgentSide, Message, WorkerSide
 from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.errors import ConfigError
+
+DEADLINE_S = 30.0
 
 
 def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
@@ -36,6 +39,38 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
     agent.drain_messages(5.0)
     assert heard.get_nowait()["kind"] == "last"
     agent.close()
+
+
+def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
+    """What the agent tells its workers never waits for one that is stopped; the others hear all of it."""
+    heard: Queue[Message] = Queue()
+    agent = AgentSide(tmp_path / "socket", heard.put)
+    stopped = socket.socket(socket.AF_UNIX)
+    stopped.connect(str(tmp_path / "socket"))
+    worker = WorkerSide(tmp_path / "socket")
+    worker.send("hello")
+    assert heard.get(timeout=DEADLINE_S)["kind"] == "hello"
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        while len(agent._connections) > 1 and told < 10_000:
+            told += 1
+            agent.broadcast({"kind": "released", "step": told, "padding": "x" * 10_000})
+            while not worker.released(told):
+                threading.Event().wait(0.001)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(DEADLINE_S)
+    assert not teller.is_alive()
+    assert len(agent._connections) == 1
+    assert all(worker.released(step) for step in range(1, told + 1))
+    while stopped.recv(1 << 20):
+        pass
+    worker.close()
+    agent.close()
+    stopped.close()
 
 
 def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
     assert set(fleet.drains) == {"c joins"}
     assert len(fleet.drains) > 1
     assert isinstance(fleet.nodes["a"].decision, Drain)
-    assert "c1" in [each.incarnation for each in fleet.nodes["b"].targets]
+    assert "c1" in [each.incarnation for each in fleet.nodes["b"].contacts.targets]
     fleet.spend(1, "a", "b")
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["a", "b", "c"]
@@ -301,7 +301,7 @@ def test_strangers_that_went_away_are_forgotten(fleet: Fleet) -> None:
     fleet.cut = {frozenset("ac"), frozenset("bc")}
     fleet.pass_time(4 * LIMITS.heartbeat_timeout_s + 1.0)
     assert set(fleet.nodes["a"].table.peers) == {"b1"}
-    assert [each.node for each in fleet.nodes["a"].targets] == ["b"]
+    assert [each.node for each in fleet.nodes["a"].contacts.targets] == ["b"]
 
 
 def test_who_cannot_be_reached_is_told_to_the_others(fleet: Fleet) -> None:
@@ -325,7 +325,7 @@ def test_who_is_asked_for_the_first_time_is_given_its_time(fleet: Fleet) -> None
     fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
     a.received(Message(2, 0, True, waiting("z")))
     a.turn()
-    assert [each.node for each in a.targets] == ["z"]
+    assert [each.node for each in a.contacts.targets] == ["z"]
     assert a.status.unreachable == ()
 
 
@@ -389,14 +389,14 @@ def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
     fleet.run()
     fleet.pass_time(1.0)
     n00 = fleet.nodes["n00"]
-    asked = [each.node for each in n00.targets]
-    n00.hung_up("n201")
+    asked = [each.node for each in n00.contacts.targets]
+    n00.contacts.hung_up("n201")
     n00.turn()
-    assert [each.node for each in n00.targets] == [*asked, "n20"]
+    assert [each.node for each in n00.contacts.targets] == [*asked, "n20"]
     fleet.pass_time(2 * TICK_S)
-    assert [each.node for each in n00.targets] == asked, "it has shown that it lives"
+    assert [each.node for each in n00.contacts.targets] == asked, "it has shown that it lives"
     fleet.dead = {"n20"}
-    n00.hung_up("n201")
+    n00.contacts.hung_up("n201")
     fleet.pass_time(4 * TICK_S)
     assert names(fleet.log.generation) == [name for name in LARGE if name != "n20"]
     assert fleet.log.generations[-1].causes[0].detail == "its address refuses connections"

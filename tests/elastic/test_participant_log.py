@@ -9,6 +9,7 @@ from elastic_pt.elastic.membership import (
     Ended,
     Phase,
     StartTimes,
+    Wait,
 )
 from elastic_pt.elastic.pulse import KEY
 from elastic_pt.elastic.records import (
@@ -68,6 +69,46 @@ def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStor
     fleet.now_s += 10.0
     fleet.nodes["a"].feel_pulse()
     assert bucket.requests[f"write {KEY}"] == before
+
+
+def test_the_first_member_glances_at_the_log_with_every_second_beat(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """Looking whether somebody has taken over costs the fleet half a request for each beat, and nothing else."""
+    fleet.form("a", "b")
+    bucket.requests.clear()
+    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+        fleet.pass_time(TICK_S)
+        for node in fleet.alive():
+            node.feel_pulse()
+    assert set(bucket.requests) == {f"write {KEY}", "size log"}
+    assert bucket.requests["size log"] == pytest.approx(bucket.requests[f"write {KEY}"] / 2, abs=1)
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["at once", "not at first"])
+def test_a_lone_member_that_was_replaced_learns_of_it(
+    fleet: Fleet, bucket: WatchedStore, answers: bool
+) -> None:
+    """A node that newcomers have given up while it could reach nobody does not train on beside their world."""
+    fleet.form("a")
+    a = fleet.nodes["a"]
+    theirs = dataclasses.replace(fleet.log.generations[-1], number=2, members=(member("z"),))
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+
+    def train(seconds: float) -> None:
+        for _ in range(round(seconds / TICK_S)):
+            fleet.now_s += TICK_S
+            a.feel_pulse()
+            a.turn()
+
+    if not answers:
+        bucket.deaf_to = "size"
+        train(LIMITS.takeover_s)
+        assert (a.status.generation, a.decision) == (1, Wait("training"))
+        bucket.deaf_to = ""
+    train(LIMITS.takeover_s / 2 + TICK_S)
+    assert a.status.generation == 2
+    assert a.decision != Wait("training")
 
 
 @pytest.mark.parametrize("sign", ["pulse", "log"])

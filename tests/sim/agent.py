@@ -341,7 +341,7 @@ class AgentProcess(Process):
             self.around.witness.damaged(self, error)
         except StoreError:
             pass
-        links.aim(participant.targets)
+        links.aim(participant.contacts.targets)
         asks = participant.wants_answers()
         if asks or participant.status != told:
             links.say(asks=asks)

@@ -238,7 +238,7 @@ class SimulatedLinks:
         def closed() -> None:
             for link in links:
                 self.open.pop(link, None)
-                self.participant.hung_up(link.incarnation)
+                self.participant.contacts.hung_up(link.incarnation)
                 self.on_news()
 
         end.on_message = heard

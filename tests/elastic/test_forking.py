@@ -1,0 +1,54 @@
+"""The fork server's start: a training stack that cannot be imported ends the agent instead of letting it wait."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEADLINE_S = 60.0
+AGENT = """
+from elastic_pt.elastic.forking import await_warm, start_fork_server
+start_fork_server(1, ["stack"])
+await_warm(3600.0)
+print("warm")
+"""
+
+
+def agent_with(directory: Path, stack: str) -> subprocess.CompletedProcess[str]:
+    """An agent whose fork server imports this training stack."""
+    (directory / "stack.py").write_text(stack)
+    paths = os.pathsep.join([str(directory), str(Path(__file__).parents[2])])
+    return subprocess.run(
+        [sys.executable, "-c", AGENT],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=os.environ | {"PYTHONPATH": paths},
+        check=False,
+    )
+
+
+def test_a_warm_fork_server_is_waited_for(tmp_path: Path) -> None:
+    """The agent goes on once the fork server has imported everything."""
+    ended = agent_with(tmp_path, "import json")
+    assert (ended.returncode, ended.stdout) == (0, "warm\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("stack", "told"),
+    [
+        ("raise RuntimeError('this build has no CUDA')", "this build has no CUDA"),
+        ("import os; os.register_at_fork(after_in_child=lambda: os._exit(3))", "NodeFailure"),
+    ],
+    ids=["import", "first fork"],
+)
+def test_an_error_while_warming_up_ends_the_agent_at_once(
+    tmp_path: Path, stack: str, told: str
+) -> None:
+    """A stack that cannot be imported, or processes that die as they are forked, are reported and not waited for."""
+    ended = agent_with(tmp_path, stack)
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    assert told in ended.stderr
