@@ -71,7 +71,7 @@ class Contacts:
             targets += self._suspected(members)
         else:
             self._suspects.clear()
-        targets += self._applicants(me, incarnations([*targets, *members]), silence_s)
+        targets += self._applicants(me, incarnations(targets) | _members(view), silence_s)
         chosen = {each.incarnation: each for each in targets}
         self._set_clocks(view, me, set(chosen), leads, silence_s)
         self.targets = tuple(chosen.values())
@@ -136,7 +136,7 @@ class Contacts:
         self, view: RunView, me: Member, chosen: set[str], leads: bool, silence_s: float
     ) -> None:
         table, now_s = self._table, self._clock_s()
-        inside = incarnations(() if view.generation is None else view.generation.members)
+        inside = _members(view)
         before = incarnations(self.targets)
         new_world = view.generation_number != self._generation
         self._generation = view.generation_number
@@ -163,3 +163,7 @@ class Contacts:
         moments = (peer.watched_since_s, peer.heard_s, peer.spoke_s)
         last_s = max((each for each in moments if each is not None), default=float("-inf"))
         return self._clock_s() - last_s > 4 * silence_s
+
+
+def _members(view: RunView) -> frozenset[str]:
+    return frozenset() if view.generation is None else view.generation.incarnations

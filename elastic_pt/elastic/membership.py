@@ -27,6 +27,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Final
 
 from elastic_pt.elastic.records import Cause, CauseKind, Generation, Member, Stop
@@ -269,14 +270,13 @@ def whom_to_ask(
     All of them in a small world. In a large one the first two that answer, so that a star forms whose
     centre is never alone; the two themselves watch everyone, by the messages that everyone sends them.
     """
-    others = [member for member in order if member.incarnation != me]
+    others = (member for member in order if member.incarnation != me)
     if len(order) <= MESH_NODES_MAX:
-        return others
-    answering = [
-        member for member in others if not is_lost(peers.get(member.incarnation), now_s, timeout_s)
-    ]
+        return list(others)
+    lost = {each for each, peer in peers.items() if is_lost(peer, now_s, timeout_s)}
     # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
-    return answering[: max(LEADERS, len(others) - len(answering))]
+    count = max(LEADERS, sum(member.incarnation in lost for member in order) if lost else 0)
+    return list(islice((each for each in others if each.incarnation not in lost), count))
 
 
 def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
@@ -292,10 +292,11 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     mine = view.me.member.incarnation
     timeout_s = limits.silence_s(len(generation.members))
     # In a large world most members are strangers: nobody here asks them, so nothing here is said of them.
+    spoken_of = view.peers.keys() & generation.incarnations - {mine}
+    ranks = sorted(generation.rank_of(incarnation) or 0 for incarnation in spoken_of)
     known = [
-        (member, peer)
-        for member in generation.members
-        if member.incarnation != mine and (peer := view.peers.get(member.incarnation)) is not None
+        (member, view.peers[member.incarnation])
+        for member in (generation.members[rank] for rank in ranks)
     ]
     dead, left, mute, stale = [], [], [], set()
     for member, peer in known:
@@ -344,30 +345,30 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
             links.add((min(mine, incarnation), max(mine, incarnation)))
 
     gone = absent | incarnations(silent)
-    alive = tuple(member for member in generation.members if member.incarnation not in gone)
+    alive = generation.members
+    if gone:
+        alive = tuple(member for member in alive if member.incarnation not in gone)
     said_alive = {each: said for each, said in words.items() if each not in gone}
-    spent = [said for said in said_alive.values() if said.spent >= generation.number]
-    has_left = incarnations(left)
-    wants_to_go = {each for each, said in said_alive.items() if said.leaving}
+    spent = [
+        said
+        for _, said in sorted(said_alive.items(), key=lambda each: generation.rank_of(each[0]) or 0)
+        if said.spent >= generation.number
+    ]
+    leaving = incarnations(left) | {each for each, said in said_alive.items() if said.leaving}
     gave_up = {each for each, said in said_alive.items() if said.broken >= generation.number}
+
+    def in_rank_order(chosen: Collection[str]) -> tuple[Member, ...]:
+        ranks = sorted(generation.rank_of(each) or 0 for each in chosen)
+        return tuple(generation.members[rank] for rank in ranks)
+
     return Assessment(
         alive=alive,
         dead=tuple(dead),
         silent=tuple(silent),
         broken_links=tuple(sorted(link for link in links if not gone & set(link))),
-        failures=tuple(
-            said.failure
-            for member in alive
-            if (said := said_alive.get(member.incarnation)) is not None
-            and said.spent >= generation.number
-            and said.failure is not None
-        ),
-        gave_up=tuple(member for member in alive if member.incarnation in gave_up),
-        leaving=tuple(
-            member
-            for member in generation.members
-            if member.incarnation in has_left or member.incarnation in wants_to_go
-        ),
+        failures=tuple(said.failure for said in spent if said.failure is not None),
+        gave_up=in_rank_order(gave_up),
+        leaving=in_rank_order(leaving),
         over=len(spent) == len(alive),
     )
 
@@ -381,12 +382,11 @@ def _heard_by_others(
     """Members that some answering member of a small world (where all ask all) does not call unreachable."""
     if len(generation.members) > MESH_NODES_MAX:
         return set()
-    everyone = incarnations(generation.members)
     found: set[str] = set()
     for speaker, said in words.items():
         knows = said.generation >= generation.number
         if speaker != view.me.member.incarnation and speaker not in lost and knows:
-            found |= everyone - set(said.unreachable) - {speaker}
+            found |= generation.incarnations - set(said.unreachable) - {speaker}
     return found
 
 
@@ -639,7 +639,7 @@ def newcomers(
     """Live nodes outside the generation that wait, can reach all who stay, and agree with this node."""
     must_reach = incarnations(stay)
     number = 0 if view.generation is None else view.generation.number
-    members = incarnations(view.generation.members if view.generation else ())
+    members = view.generation.incarnations if view.generation else frozenset()
     silence_s = limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE
     return sorted(
         (

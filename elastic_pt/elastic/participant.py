@@ -304,7 +304,6 @@ class Participant:
         self._read(run, now_s)
         peers = dict(self.table.peers)
         generation, me = run.generation, self.status
-        members = incarnations(generation.members if generation else ())
         view = View(
             me,
             generation,
@@ -322,7 +321,8 @@ class Participant:
         moments = Moments(self._generations_read, self._bars_read)
         failures: tuple[Cause, ...] = ()
         halting, found = "", None
-        if generation is not None and me.member.incarnation in members and run.stop is None:
+        inside = generation is not None and generation.rank_of(me.member.incarnation) is not None
+        if generation is not None and inside and run.stop is None:
             found = assess(view, generation, self._limits, now_s)
             self._notice(generation, found, now_s)
             failures = found.failures

@@ -152,6 +152,11 @@ class Generation:
         return self._ranks.get(incarnation)
 
     @cached_property
+    def incarnations(self) -> frozenset[str]:
+        """This life of each member, to look it up by."""
+        return frozenset(self._ranks)
+
+    @cached_property
     def _ranks(self) -> dict[str, int]:
         return {member.incarnation: rank for rank, member in enumerate(self.members)}
 
