@@ -31,9 +31,13 @@ log = structlog.get_logger("elastic_pt.checkpointing")
 def choose_resume(store: Store, run_log: RunLog, view: RunView) -> Checkpoint | None:
     """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
 
-    None at the start of a run. Raises `CheckpointError` if none of those that were committed is left.
+    One that the newest generation has committed is not looked at again: whoever committed it looked at every
+    file of it just now. None at the start of a run. Raises `CheckpointError` if none of those that were
+    committed is left.
     """
     for checkpoint in view.checkpoints:
+        if checkpoint.generation == view.generation_number:
+            return checkpoint
         try:
             quick_check(store, reference_of(checkpoint), view.run_id)
             return checkpoint

@@ -5,9 +5,12 @@ imports run side by side; only when it is warm does the node ask to be taken in.
 """
 
 import ctypes
+import importlib
 import os
 import signal
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import forkserver, get_context, util
 from typing import Final
 
@@ -42,17 +45,30 @@ def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> No
     forkserver.ensure_running()
 
 
-def await_warm(timeout_s: float) -> None:
-    """Block until the fork server has imported everything. Raises `NodeFailure` if that takes longer."""
-    first = get_context("forkserver").Process(target=_nothing, daemon=True)
-    first.start()
-    first.join(timeout_s)
-    if first.exitcode != 0:
-        first.kill()
+def await_warm(timeout_s: float, modules: Sequence[str] = WARM_MODULES) -> None:
+    """Block until the fork server has imported everything. Raises `NodeFailure` if it takes longer or cannot."""
+    exits: list[int | None] = []
+
+    def fork_first() -> None:
+        first = get_context("forkserver").Process(target=_import_all, args=(modules,), daemon=True)
+        with suppress(EOFError, OSError):
+            first.start()
+            first.join()
+        exits.append(first.exitcode)
+
+    # Aside, because forking waits for the imports, however long they take.
+    forking = threading.Thread(target=fork_first, name="first fork", daemon=True)
+    forking.start()
+    forking.join(timeout_s)
+    if not exits:
         raise NodeFailure(
             f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
         )
+    if exits[0] != 0:
+        raise NodeFailure("the fork server cannot import what workers need; its error is above")
 
 
-def _nothing() -> None:
-    """What the first forked process does."""
+def _import_all(modules: Sequence[str]) -> None:
+    """What the first forked process does: the fork server itself passes over what it cannot find."""
+    for module in modules:
+        importlib.import_module(module)

@@ -123,10 +123,13 @@ class RunLog:
         """The log as last read; `refresh` reads on."""
         return self._view
 
-    def refresh(self) -> RunView:
-        """Read on to the end of the log. Costs one request when nothing is new."""
+    def refresh(self, length: int | None = None) -> RunView:
+        """Read on to the end of the log, or only until so many records are known, as a peer told of them.
+
+        Costs a request for each new record, and one to see that there is no further one.
+        """
         with self._lock:
-            return self._refresh()
+            return self._refresh(length)
 
     def append(self, make: Callable[[RunView], Body], *, generation: int) -> RunView:
         """Append what `make` says to the newest view, on behalf of a member of `generation`.
@@ -161,11 +164,13 @@ class RunLog:
             index += 1
         self._require_no_gap(index)
 
-    def _refresh(self) -> RunView:
+    def _refresh(self, length: int | None = None) -> RunView:
         opening = self._view.head is None
         if opening:
             self._view = self._open()
-        while (record := self._read(self._view.length)) is not None:
+        while (length is None or self._view.length < length) and (
+            record := self._read(self._view.length)
+        ) is not None:
             head = self._view.head
             _check_link(record, self._view.length, ORIGIN if head is None else head.sha256)
             self._view = fold(self._view, record)

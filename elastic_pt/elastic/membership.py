@@ -214,8 +214,10 @@ class Assessment:
     dead: tuple[Member, ...]
     """Nobody answers at their address any more: they are gone for certain."""
     silent: tuple[Member, ...]
-    """They should answer and do not, and no other member says that it hears them; or they answer, but have
-    not read the newest generation's record by now: whoever has lost the bucket can train with nobody."""
+    """They should answer and do not, and no other member says that it hears them."""
+    deaf: tuple[Member, ...]
+    """They answer, but have not read the newest generation's record by now: whoever has lost the bucket can
+    train with nobody."""
     broken_links: tuple[tuple[str, str], ...]
     """Pairs of live members (by incarnation) one of which cannot reach the other."""
     failures: tuple[Cause, ...]
@@ -229,7 +231,14 @@ class Assessment:
     @property
     def broken(self) -> bool:
         """Whether the generation's workers have no future."""
-        return bool(self.dead or self.silent or self.broken_links or self.failures or self.gave_up)
+        return bool(
+            self.dead
+            or self.silent
+            or self.deaf
+            or self.broken_links
+            or self.failures
+            or self.gave_up
+        )
 
 
 def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
@@ -329,22 +338,20 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         and other not in absent
     }
     heard_elsewhere = _heard_by_others(view, generation, words, absent | unheard)
-    silent = []
+    silent, deaf = [], []
     for member, peer in known:
         incarnation, said = member.incarnation, words.get(member.incarnation)
         if incarnation in absent:
             continue
-        deaf = (
-            said is not None
-            and said.generation < generation.number
-            and (peer.heard_s or 0.0) - view.generation_since_s > limits.takeover_s
-        )
-        if deaf or (incarnation in unheard and incarnation not in heard_elsewhere):
+        behind = said is not None and said.generation < generation.number
+        if behind and (peer.heard_s or 0.0) - view.generation_since_s > limits.takeover_s:
+            deaf.append(member)
+        elif incarnation in unheard and incarnation not in heard_elsewhere:
             silent.append(member)
         elif incarnation in unheard and is_lost(peer, now_s, timeout_s * (1 + LINK_GRACE_SHARE)):
             links.add((min(mine, incarnation), max(mine, incarnation)))
 
-    gone = absent | incarnations(silent)
+    gone = absent | incarnations([*silent, *deaf])
     alive = generation.members
     if gone:
         alive = tuple(member for member in alive if member.incarnation not in gone)
@@ -365,6 +372,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         alive=alive,
         dead=tuple(dead),
         silent=tuple(silent),
+        deaf=tuple(deaf),
         broken_links=tuple(sorted(link for link in links if not gone & set(link))),
         failures=tuple(said.failure for said in spent if said.failure is not None),
         gave_up=in_rank_order(gave_up),
@@ -503,17 +511,16 @@ def _losses(
         return noticed_s if peer is None or peer.heard_s is None else peer.heard_s
 
     causes = []
-    dead, silent = incarnations(found.dead), incarnations(found.silent)
+    dead, silent, deaf = (incarnations(each) for each in (found.dead, found.silent, found.deaf))
     for member in generation.members:
         silence_s = max(0.0, noticed_s - sign_of_life_s(member))
         if member.incarnation in dead:
             detail = "its address refuses connections"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
-        elif member.incarnation in silent:
-            peer = view.peers.get(member.incarnation)
-            said = None if peer is None else peer.status
-            deaf = said is not None and said.generation < generation.number
-            detail = "it does not read the log" if deaf else f"silent for {silence_s:.1f} s"
+        elif member.incarnation in silent or member.incarnation in deaf:
+            detail = f"silent for {silence_s:.1f} s"
+            if member.incarnation in deaf:
+                detail = "it does not read the log"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
         elif member.incarnation in parked:
             others = {each for link in found.broken_links for each in link}

@@ -35,7 +35,6 @@ from elastic_pt.errors import ElasticPtError, LogDamaged, NodeFailure, StoreErro
 from elastic_pt.store.port import Store
 
 _STORE_CONNECT: Final = datetime.timedelta(seconds=20)
-_STORE_ATTEMPT: Final = datetime.timedelta(seconds=1)
 _LEAVE_S: Final = 10.0
 _LOOK_UP_S: Final = 0.1
 
@@ -268,8 +267,6 @@ class Node:
     def notice_log(self) -> None:
         """The log has grown through another thread of this process: think again."""
         self._tell()
-        with self._changed:
-            self._changed.notify_all()
 
     # ---- shared --------------------------------------------------------------------------------
 
@@ -295,6 +292,9 @@ class Node:
             news.set()
             if tell:
                 links.say(asks=False)
+            # A turn may block on the bucket for long; who waits looks for itself meanwhile.
+            with self._changed:
+                self._changed.notify_all()
 
         loop.call_soon_threadsafe(wake)
 
@@ -319,22 +319,34 @@ class Node:
         own = self._participant.stores.get(generation.number)
         if isinstance(own, TCPStore):
             return own
-        deadline_s = time.monotonic() + _STORE_CONNECT.total_seconds()
-        while True:
+        outcome: list[TCPStore | RuntimeError] = []
+
+        def connect() -> None:
             try:
-                store = TCPStore(
-                    generation.store_address,
-                    generation.store_port,
-                    is_master=False,
-                    timeout=_STORE_ATTEMPT,
+                outcome.append(
+                    TCPStore(
+                        generation.store_address,
+                        generation.store_port,
+                        is_master=False,
+                        timeout=_STORE_CONNECT,
+                    )
                 )
-            except (DistNetworkError, DistStoreError):
-                # Its host may be gone, and the others may have gone on already.
-                if self.must_reform(generation.number) or time.monotonic() > deadline_s:
-                    raise
-            else:
-                store.set_timeout(_STORE_CONNECT)
-                return store
+            except (DistNetworkError, DistStoreError) as error:
+                outcome.append(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        # Aside, because nothing ends a client's wait for a host that accepted and then stood still. The
+        # others may have gone on without it already.
+        threading.Thread(target=connect, name="store", daemon=True).start()
+        self._await(
+            lambda: bool(outcome) or self.must_reform(generation.number),
+            _STORE_CONNECT.total_seconds(),
+        )
+        found = outcome[0] if outcome else DistNetworkError("it does not answer")
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
 
     def _bind_store(self) -> TCPStore:
         address = self._options.address

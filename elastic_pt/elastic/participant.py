@@ -198,17 +198,19 @@ class Participant:
             (peer.status.log_length for peer in list(self.table.peers.values()) if peer.status),
             default=0,
         )
-        behind = known > self._log.view.length or self._grown
-        if behind or (self._must_look() and self._clock_s() - self._looked_s >= _LOOK_INTERVAL_S):
+        due = self._must_look() and self._clock_s() - self._looked_s >= _LOOK_INTERVAL_S
+        if self._grown or due:
             self._looked_s, self._grown = self._clock_s(), False
             self._refresh()
             self._aim()
+        elif known > self._log.view.length:
+            self._refresh(known)
+            self._aim()
         decision = self._decide()
-        acts = isinstance(decision, Propose | Halt) or (
-            isinstance(decision, Wait) and decision.broken
-        )
-        if acts and decision != self.decision:
-            # Someone may have acted already; what the log says comes before what the peers seem to be.
+        gives_up = isinstance(decision, Wait) and decision.broken and decision != self.decision
+        if gives_up or isinstance(decision, Propose | Halt):
+            # Someone may have acted already, or this node itself, in a turn that never heard the bucket's
+            # answer. What the log says comes before what the peers seem to be.
             self._refresh()
             decision = self._decide()
         if decision != self.decision:
@@ -277,8 +279,10 @@ class Participant:
         cut_off = isinstance(self.decision, Wait) and self.decision.broken
         return self.contacts.no_member_answers or cut_off
 
-    def _refresh(self) -> RunView:
-        view = self._log.refresh()
+    def _refresh(self, length: int | None = None) -> RunView:
+        return self._note(self._log.refresh(length))
+
+    def _note(self, view: RunView) -> RunView:
         now_s = self._clock_s()
         if view.length != self._length:
             self._length, self._quiet_since_s = view.length, now_s
@@ -313,11 +317,6 @@ class Participant:
             quiet_until_s=self._quiet_until_s,
             generation_since_s=self._generations_read.get(run.generation_number, float("inf")),
         )
-        waiting = incarnations(newcomers(view, self._limits, now_s))
-        if waiting - self._newcomers:
-            self._newcomers_changed_s = now_s
-        self._newcomers = (self._newcomers | waiting) & peers.keys()
-        view = replace(view, newcomers_changed_s=self._newcomers_changed_s)
         moments = Moments(self._generations_read, self._bars_read)
         failures: tuple[Cause, ...] = ()
         halting, found = "", None
@@ -339,6 +338,11 @@ class Participant:
             barred=kept_out(run, moments, failures, self._budgets, now_s),
             halt=halting,
         )
+        waiting = incarnations(newcomers(view, self._limits, now_s))
+        if waiting - self._newcomers:
+            self._newcomers_changed_s = now_s
+        self._newcomers = (self._newcomers | waiting) & peers.keys()
+        view = replace(view, newcomers_changed_s=self._newcomers_changed_s)
         return decide(view, self._limits, now_s, found)
 
     def _notice(self, generation: Generation, found: Assessment, now_s: float) -> None:
@@ -365,12 +369,12 @@ class Participant:
                 self._report(number)
 
     def _propose(self, proposal: Propose, number: int) -> None:
-        """Bind the generation's store first, then let the log decide."""
-        before = self._log.refresh()
+        """Bind the generation's store first, then let the log decide. The log has been read in this turn."""
+        before = self._log.view
         resume = self._around.choose_resume(before)
         if self._log.view.generation_number >= number:
-            # Somebody was faster; or this node itself, in a turn that never heard the bucket's answer.
-            self._refresh()
+            # Somebody was faster, as was seen when an unusable checkpoint was put on record.
+            self._note(self._log.view)
             return
         store = self._around.bind_store()
         noticed_s = self._broken_since_s
@@ -398,13 +402,12 @@ class Participant:
         try:
             self.stores = {number: store}
             self._noticed_s = {} if noticed_s is None else {number: noticed_s}
-            self._log.append(make, generation=number - 1)
+            view = self._note(self._log.append(make, generation=number - 1))
         except FencedError as error:
             self.stores = {}
             log.info("proposal_lost", number=number, reason=str(error))
-            self._refresh()
+            self._note(self._log.view)
             return
-        view = self._refresh()
         log.info(
             "generation",
             number=number,
@@ -478,4 +481,4 @@ class Participant:
             self._log.append(lambda _: body, generation=number)
         except FencedError as error:
             log.info("append_fenced", kind=type(body).__name__, reason=str(error))
-        self._refresh()
+        self._note(self._log.view)

@@ -11,17 +11,19 @@ DEADLINE_S = 60.0
 AGENT = """
 from elastic_pt.elastic.forking import await_warm, start_fork_server
 start_fork_server(1, ["stack"])
-await_warm(3600.0)
+await_warm(TIMEOUT, ["stack"])
 print("warm")
 """
 
 
-def agent_with(directory: Path, stack: str) -> subprocess.CompletedProcess[str]:
+def agent_with(
+    directory: Path, stack: str, timeout_s: float = 3600.0
+) -> subprocess.CompletedProcess[str]:
     """An agent whose fork server imports this training stack."""
     (directory / "stack.py").write_text(stack)
     paths = os.pathsep.join([str(directory), str(Path(__file__).parents[2])])
     return subprocess.run(
-        [sys.executable, "-c", AGENT],
+        [sys.executable, "-c", AGENT.replace("TIMEOUT", str(timeout_s))],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -40,9 +42,10 @@ def test_a_warm_fork_server_is_waited_for(tmp_path: Path) -> None:
     ("stack", "told"),
     [
         ("raise RuntimeError('this build has no CUDA')", "this build has no CUDA"),
+        ("import flash_attention", "No module named 'flash_attention'"),
         ("import os; os.register_at_fork(after_in_child=lambda: os._exit(3))", "NodeFailure"),
     ],
-    ids=["import", "first fork"],
+    ids=["import", "missing", "first fork"],
 )
 def test_an_error_while_warming_up_ends_the_agent_at_once(
     tmp_path: Path, stack: str, told: str
@@ -52,3 +55,11 @@ def test_an_error_while_warming_up_ends_the_agent_at_once(
     assert ended.returncode != 0
     assert ended.stdout == ""
     assert told in ended.stderr
+    assert "the fork server cannot import what workers need" in ended.stderr
+
+
+def test_imports_that_take_too_long_end_the_agent(tmp_path: Path) -> None:
+    """A training stack that hangs while it is imported, on a file system that is away perhaps, is given up in time."""
+    ended = agent_with(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
+    assert ended.returncode != 0
+    assert "not ready within 0.5 s (elastic.startup_timeout_s)" in ended.stderr

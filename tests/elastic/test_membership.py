@@ -164,6 +164,15 @@ def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
     )
 
 
+def test_who_fell_silent_before_it_read_the_log_is_told_as_silent() -> None:
+    """The operator is to look for a dead machine, not for a bucket that one node cannot reach."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s + 0.5
+    peers = {"b": silent(waiting("b", generation=0))}
+    proposal = decision(status("a"), peers, of=world, generation_since_s=read_s)
+    assert isinstance(proposal, Propose)
+    assert proposal.causes[0].detail.startswith("silent for")
+
+
 def test_who_does_not_read_the_log_is_lost() -> None:
     """A member that answers, but has not read its generation's record takeover_s after this node did, can train with nobody."""
     world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s

@@ -101,14 +101,14 @@ def names(generation: Formed) -> list[str]:
 
 
 @contextlib.contextmanager
-def deaf_address() -> Iterator[int]:
-    """A port of this machine that neither refuses a connection nor accepts one."""
+def deaf_address(*, accepts: bool) -> Iterator[int]:
+    """A port of this machine that does not refuse connections and never answers; the kernel accepts them or not."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
+        deaf.listen(100 if accepts else 0)
         # The first fills the queue; the kernel ignores all further ones.
-        for _ in range(4):
+        for _ in range(0 if accepts else 4):
             caller = stack.enter_context(socket.socket())
             caller.setblocking(False)
             caller.connect_ex(deaf.getsockname())
@@ -235,6 +235,23 @@ def test_who_leaves_waits_for_no_answer_of_the_bucket(make_node: Callable[..., N
     leaves.join()
 
 
+def test_who_waits_and_leaves_waits_for_no_answer_of_the_bucket(
+    make_node: Callable[..., Node],
+) -> None:
+    """A node that is no member goes at once when it is asked to, though its turn hangs on the bucket."""
+    a, left = make_node("a", nodes_min=2), threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(Left):
+            a.await_generation()
+        left.set()
+
+    with hanging_turns(a):
+        threading.Thread(target=wait, daemon=True).start()
+        a.request_leave()
+        assert left.wait(DEADLINE_S)
+
+
 def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., Node]) -> None:
     """Another fingerprint ends `await_generation` with the field, its value here and the run's; the run goes on."""
     asked: list[str] = []
@@ -297,10 +314,11 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
     assert f"cannot reach the store at 127.0.0.1:{unreachable.store_port}" in third.reason
 
 
+@pytest.mark.parametrize("accepts", [False, True], ids=["vanished", "stopped"])
 def test_a_deaf_store_holds_nobody_back_from_the_next_world(
-    make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+    make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, accepts: bool
 ) -> None:
-    """Who tries to connect to a store whose machine has vanished follows as soon as the others have gone on without it."""
+    """Who tries to reach the store of a host that vanished or stands still follows as soon as the others have gone on."""
     patience = datetime.timedelta(seconds=2 * DEADLINE_S)
     monkeypatch.setattr("elastic_pt.elastic.node._STORE_CONNECT", patience)
     a = make_node("a")
@@ -313,7 +331,7 @@ def test_a_deaf_store_holds_nobody_back_from_the_next_world(
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr("elastic_pt.elastic.node.TCPStore", WatchedTCPStore)
-    with deaf_address() as port:
+    with deaf_address(accepts=accepts) as port:
         deaf = dataclasses.replace(first, number=2, store_port=port)
         a._log.append(lambda _: deaf, generation=1)
         waits = threading.Thread(target=lambda: found.append(a.await_generation()), daemon=True)

@@ -370,10 +370,11 @@ class AgentProcess(Process):
         return SimulatedStore(port)
 
     def _choose_resume(self, view: RunView) -> Checkpoint | None:
-        """As in production, after a look at the newest checkpoint's manifest and shards."""
+        """As in production, after a look at the newest checkpoint's manifest and (at once) its shards."""
         for checkpoint in view.checkpoints:
-            for name in ("manifest.json", "shard 0", "shard 1"):
-                self.store.size(f"{checkpoint.directory}/{name}")
+            if checkpoint.generation != view.generation_number:
+                for name in ("manifest.json", "shards"):
+                    self.store.size(f"{checkpoint.directory}/{name}")
             return checkpoint
         return None
 
