@@ -23,9 +23,9 @@ from elastic_pt.commit import reference_of
 from elastic_pt.config import Config, parse_config
 from elastic_pt.elastic.links import url_of
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import NodeStatus
 from elastic_pt.elastic.peers import STATUS
 from elastic_pt.elastic.records import Commit, Generation, Member, Quarantine
+from elastic_pt.elastic.status import NodeStatus
 from elastic_pt.local import Fleet
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store

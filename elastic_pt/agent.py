@@ -36,12 +36,12 @@ from elastic_pt.elastic.failure import WorkerFailure
 from elastic_pt.elastic.forking import await_warm
 from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
 from elastic_pt.elastic.records import CauseKind, Stop
 from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.scratch import scratch_directory
+from elastic_pt.elastic.status import Limits
 from elastic_pt.elastic.watchdog import WatchdogLimits
 from elastic_pt.errors import FencedError, NodeFailure
 from elastic_pt.identity import agree_on_identity, fingerprint

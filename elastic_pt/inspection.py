@@ -32,7 +32,7 @@ from elastic_pt.config import Config
 from elastic_pt.elastic.links import TOKEN_KEY, url_of
 from elastic_pt.elastic.lobby import LOBBY, members_in
 from elastic_pt.elastic.log import RunLog, RunView, record_key
-from elastic_pt.elastic.membership import NodeStatus, Phase, park
+from elastic_pt.elastic.membership import park
 from elastic_pt.elastic.peers import STATUS
 from elastic_pt.elastic.records import (
     COMPLETED,
@@ -46,6 +46,7 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
+from elastic_pt.elastic.status import NodeStatus, Phase
 from elastic_pt.errors import ConfigError, NotFound
 from elastic_pt.identity import CONFIG_KEY, read_run_config
 from elastic_pt.store.open import open_store

@@ -5,8 +5,8 @@ import time
 from typing import Final
 
 from elastic_pt.elastic.channel import Message
-from elastic_pt.elastic.membership import StartTimes
 from elastic_pt.elastic.records import Generation
+from elastic_pt.elastic.status import StartTimes
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.goodput import Activity, GoodputLedger
 

@@ -7,7 +7,7 @@ import pytest
 from elastic_pt.agent import budgets_of, limits_of
 from elastic_pt.config import Config, parse_config
 from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.membership import Limits
+from elastic_pt.elastic.status import Limits
 
 
 def config(*overrides: str) -> Config:

@@ -9,21 +9,22 @@ In a small world every member asks every other one. In a large one all ask its f
 forms whose centre is never alone; those two watch everyone, by the messages that everyone sends them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunView
-from elastic_pt.elastic.membership import (
+from elastic_pt.elastic.peers import PeerTable
+from elastic_pt.elastic.records import Member
+from elastic_pt.elastic.status import (
     LEADERS,
     MESH_NODES_MAX,
     Limits,
+    Peer,
     Phase,
     incarnations,
     is_lost,
-    whom_to_ask,
 )
-from elastic_pt.elastic.peers import PeerTable
-from elastic_pt.elastic.records import Member
 
 
 class Contacts:
@@ -167,3 +168,20 @@ class Contacts:
 
 def _members(view: RunView) -> frozenset[str]:
     return frozenset() if view.generation is None else view.generation.incarnations
+
+
+def whom_to_ask(
+    order: Sequence[Member], me: str, peers: Mapping[str, Peer], now_s: float, timeout_s: float
+) -> list[Member]:
+    """Which of the nodes in `order` this one keeps asking.
+
+    All of them in a small world. In a large one the first two that answer, so that a star forms whose
+    centre is never alone; the two themselves watch everyone, by the messages that everyone sends them.
+    """
+    others = (member for member in order if member.incarnation != me)
+    if len(order) <= MESH_NODES_MAX:
+        return list(others)
+    lost = {each for each, peer in peers.items() if is_lost(peer, now_s, timeout_s)}
+    # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
+    count = max(LEADERS, sum(member.incarnation in lost for member in order) if lost else 0)
+    return list(islice((each for each in others if each.incarnation not in lost), count))

@@ -27,10 +27,10 @@ from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.links import Links, run_token
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import Limits, NodeStatus, Phase, StartTimes
 from elastic_pt.elastic.participant import Participant, Surroundings
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Member, Stop
+from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes
 from elastic_pt.errors import ElasticPtError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.store.port import Store
 

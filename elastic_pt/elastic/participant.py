@@ -16,29 +16,13 @@ from typing import Final, Protocol
 
 import structlog
 
+from elastic_pt.elastic.admission import newcomers, slots_per_member
+from elastic_pt.elastic.assessment import Assessment, View, assess
 from elastic_pt.elastic.contacts import Contacts
 from elastic_pt.elastic.history import Budgets, Moments, halt, kept_out, quarantines_due
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView, record_key
-from elastic_pt.elastic.membership import (
-    Assessment,
-    Decision,
-    Drain,
-    Ended,
-    Halt,
-    Limits,
-    NodeStatus,
-    Phase,
-    Propose,
-    View,
-    Wait,
-    assess,
-    decide,
-    difference,
-    incarnations,
-    newcomers,
-    slots_per_member,
-)
+from elastic_pt.elastic.membership import Decision, Drain, Ended, Halt, Propose, Wait, decide
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import (
@@ -50,6 +34,7 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
+from elastic_pt.elastic.status import Limits, NodeStatus, Phase, difference, incarnations
 from elastic_pt.errors import ConfigError, FencedError, StoreError
 
 _LOOK_INTERVAL_S: Final = 1.0

@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, TypeAdapter
 
-from elastic_pt.elastic.membership import NodeStatus, Peer
+from elastic_pt.elastic.status import NodeStatus, Peer
 
 _PEERS_MAX: Final = 4096
 _UNANSWERED_MAX: Final = 256

@@ -26,9 +26,9 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.node import Formed, Node, NodeOptions
 from elastic_pt.elastic.records import CauseKind, Stop
+from elastic_pt.elastic.status import Limits
 from elastic_pt.errors import ConfigError
 from elastic_pt.store.open import open_store
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import STEPS, Trained, elastic_pt
 
+from elastic_pt.elastic.admission import slots_per_member
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import slots_per_member
 from elastic_pt.elastic.records import (
     ORIGIN,
     Body,

@@ -17,9 +17,10 @@ from elastic_pt import errors
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
+from elastic_pt.elastic.admission import spans
 from elastic_pt.elastic.assignment import Outcome
-from elastic_pt.elastic.membership import Phase, spans
 from elastic_pt.elastic.records import Kind, Record, Stop
+from elastic_pt.elastic.status import Phase
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.health.ladder import Rung
 from elastic_pt.inspection import CommitReport, MemberReport, RunStatus, State

@@ -6,10 +6,6 @@ from collections.abc import Callable
 from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import (
-    Limits,
-    Phase,
-)
 from elastic_pt.elastic.participant import BoundStore, Participant, Surroundings
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import (
@@ -17,6 +13,7 @@ from elastic_pt.elastic.records import (
     Checkpoint,
     Generation,
 )
+from elastic_pt.elastic.status import Limits, Phase
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.world import LIMITS, waiting
 

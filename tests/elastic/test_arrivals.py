@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from elastic_pt.elastic.lobby import LOBBY, card_key
-from elastic_pt.elastic.membership import MESH_NODES_MAX
+from elastic_pt.elastic.status import MESH_NODES_MAX
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.fleet import TICK_S, Fleet, names
 from tests.elastic.world import LIMITS

@@ -21,11 +21,11 @@ from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.links import TOKEN_KEY, Links, run_token, url_of
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import Limits, NodeStatus, Peer, Phase
 from elastic_pt.elastic.participant import Participant, Surroundings
 from elastic_pt.elastic.peers import MESSAGE, STATUS, Message
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Member
+from elastic_pt.elastic.status import Limits, NodeStatus, Peer, Phase
 from elastic_pt.store.open import open_store
 from tests.elastic.world import waiting
 

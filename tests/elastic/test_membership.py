@@ -7,20 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_pt.elastic.membership import (
-    LINK_FRESH_SHARE,
-    LINK_GRACE_SHARE,
-    MESH_NODES_MAX,
-    Drain,
-    Ended,
-    Halt,
-    Peer,
-    Phase,
-    Propose,
-    Wait,
-    park,
-)
+from elastic_pt.elastic.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
+from elastic_pt.elastic.membership import Drain, Ended, Halt, Propose, Wait, park
 from elastic_pt.elastic.records import CauseKind, Generation, Stop
+from elastic_pt.elastic.status import MESH_NODES_MAX, Peer, Phase
 from tests.elastic.world import (
     LIMITS,
     NOTICED_S,

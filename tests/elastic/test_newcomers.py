@@ -7,20 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_pt.elastic.membership import (
-    MESH_NODES_MAX,
-    SPARE_SILENCE_SHARE,
-    Drain,
-    Limits,
-    NodeStatus,
-    Peer,
-    Phase,
-    Wait,
-    slots_per_member,
-    spans,
-    whom_to_ask,
-)
+from elastic_pt.elastic.admission import SPARE_SILENCE_SHARE, slots_per_member, spans
+from elastic_pt.elastic.contacts import whom_to_ask
+from elastic_pt.elastic.membership import Drain, Wait
 from elastic_pt.elastic.records import CauseKind
+from elastic_pt.elastic.status import MESH_NODES_MAX, Limits, NodeStatus, Peer, Phase
 from tests.elastic.world import (
     LIMITS,
     NOW_S,

@@ -13,10 +13,10 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import Limits, StartTimes
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.pulse import KEY
 from elastic_pt.elastic.records import CauseKind, Checkpoint, Commit, Recovery, Stop
+from elastic_pt.elastic.status import Limits, StartTimes
 from elastic_pt.errors import ConfigError, NodeFailure
 from tests.elastic.bucket import WatchedStore
 

@@ -4,15 +4,10 @@ import dataclasses
 
 import pytest
 
+from elastic_pt.elastic.admission import SPARE_SILENCE_SHARE, slots_per_member
 from elastic_pt.elastic.lobby import LOBBY
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import (
-    MESH_NODES_MAX,
-    SPARE_SILENCE_SHARE,
-    Drain,
-    Wait,
-    slots_per_member,
-)
+from elastic_pt.elastic.membership import Drain, Wait
 from elastic_pt.elastic.peers import Message
 from elastic_pt.elastic.records import (
     CauseKind,
@@ -20,6 +15,7 @@ from elastic_pt.elastic.records import (
     Commit,
     Generation,
 )
+from elastic_pt.elastic.status import MESH_NODES_MAX
 from elastic_pt.errors import ConfigError, StoreError
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.fleet import TICK_S, Fleet, names

@@ -5,12 +5,7 @@ import dataclasses
 import pytest
 
 from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.membership import (
-    Ended,
-    Phase,
-    StartTimes,
-    Wait,
-)
+from elastic_pt.elastic.membership import Ended, Wait
 from elastic_pt.elastic.pulse import KEY
 from elastic_pt.elastic.records import (
     Checkpoint,
@@ -20,6 +15,7 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
+from elastic_pt.elastic.status import Phase, StartTimes
 from elastic_pt.errors import StoreError
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.fleet import BUDGETS, TICK_S, Fleet, names

@@ -3,19 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
-from elastic_pt.elastic.membership import (
-    Decision,
-    Limits,
-    NodeStatus,
-    Peer,
-    Phase,
-    Propose,
-    View,
-    assess,
-    decide,
-    slots_per_member,
-)
+from elastic_pt.elastic.admission import slots_per_member
+from elastic_pt.elastic.assessment import View, assess
+from elastic_pt.elastic.membership import Decision, Propose, decide
 from elastic_pt.elastic.records import Cause, CauseKind, Generation, Member
+from elastic_pt.elastic.status import Limits, NodeStatus, Peer, Phase
 
 NOW_S = 1000.0
 NOTICED_S = NOW_S - 0.5

@@ -20,7 +20,6 @@ from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.membership import Limits, NodeStatus, Phase, StartTimes
 from elastic_pt.elastic.node import Formed, Left, Node
 from elastic_pt.elastic.participant import Participant, Surroundings
 from elastic_pt.elastic.pulse import Pulse
@@ -34,6 +33,7 @@ from elastic_pt.elastic.records import (
     Record,
     Stop,
 )
+from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from tests.sim.bucket import Bucket
 from tests.sim.checks import Witness

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from elastic_pt.elastic.log import RunView, fold, record_key
-from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.peers import Message
 from elastic_pt.elastic.records import (
     COMPLETED,
@@ -23,6 +22,7 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
+from elastic_pt.elastic.status import Limits
 from tests.sim.training import World
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.records import Generation, Member
+from elastic_pt.elastic.status import Limits
 from tests.sim.agent import AgentProcess, Costs, Habits
 from tests.sim.bucket import Pace
 from tests.sim.hermetic import hermetic

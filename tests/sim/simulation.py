@@ -13,8 +13,8 @@ from itertools import combinations
 from typing import Any, Final
 
 from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.membership import Limits
 from elastic_pt.elastic.records import Member, Quarantine, Record
+from elastic_pt.elastic.status import Limits
 from tests.sim import faults
 from tests.sim.agent import AgentProcess, Habits, Surrounding
 from tests.sim.bucket import Bucket, Pace
