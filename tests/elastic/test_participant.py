@@ -13,9 +13,7 @@ from elastic_pt.elastic.records import (
     CauseKind,
     Checkpoint,
     Commit,
-    Generation,
 )
-from elastic_pt.elastic.status import MESH_NODES_MAX
 from elastic_pt.errors import ConfigError, StoreError
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.fleet import TICK_S, Fleet, names
@@ -323,90 +321,3 @@ def test_who_is_asked_for_the_first_time_is_given_its_time(fleet: Fleet) -> None
     a.turn()
     assert [each.node for each in a.contacts.targets] == ["z"]
     assert a.status.unreachable == ()
-
-
-# ---- large worlds ------------------------------------------------------------------------------------
-
-LARGE = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
-
-
-def large_world(fleet: Fleet, *started: str) -> None:
-    """A generation of more nodes than ask each other, of which some are started."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
-    world = Generation(1, tuple(map(member, LARGE)), (), "127.0.0.1", 1, None, "started")
-    RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
-    fleet.start(*started)
-    for node in fleet.alive():
-        node.turn()
-
-
-def test_the_first_two_of_a_large_world_watch_everyone(fleet: Fleet) -> None:
-    """In a large world a leader notices a member that has never spoken; others watch the leaders only."""
-    large_world(fleet, "n00", "n01", "n02")
-    everyone = {member(name).incarnation for name in LARGE}
-    assert set(fleet.nodes["n00"].table.peers) == everyone - {"n001"}
-    assert set(fleet.nodes["n01"].table.peers) == everyone - {"n011"}
-    assert set(fleet.nodes["n02"].table.peers) == {"n001", "n011"}
-    for _ in range(round(LIMITS.heartbeat_timeout_s / TICK_S) + 1):
-        fleet.now_s += TICK_S
-        fleet.talk()
-        fleet.nodes["n01"].turn()
-    assert fleet.nodes["n01"].broken == 1
-
-
-@pytest.mark.parametrize("gone", [["n00"], ["n00", "n01"], ["n07", "n20"]])
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_large_world_loses_leaders_and_others_alike(
-    fleet: Fleet, gone: list[str], silent: bool
-) -> None:
-    """Whoever is gone, refusing or silent, the others form one world without it, once."""
-    large_world(fleet, *LARGE)
-    fleet.run()
-    fleet.pass_time(1.0)
-    if silent:
-        fleet.off = set(gone)
-    else:
-        fleet.dead = set(gone)
-    alive = [name for name in LARGE if name not in gone]
-    # Two leaders in a row may each take a timeout to be noticed, by those who ask nobody else.
-    for _ in range(round(2 * LIMITS.heartbeat_timeout_s / TICK_S) + 5):
-        fleet.pass_time(TICK_S)
-        if fleet.log.generation_number > 1:
-            break
-    assert names(fleet.log.generation) == alive
-    fleet.run()
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
-    assert fleet.log.generation_number == 2
-
-
-def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
-    """A member whose connection ended is dialled, which nobody else would do: gone or not is known before it is silent."""
-    large_world(fleet, *LARGE)
-    fleet.run()
-    fleet.pass_time(1.0)
-    n00 = fleet.nodes["n00"]
-    asked = [each.node for each in n00.contacts.targets]
-    n00.contacts.hung_up("n201")
-    n00.turn()
-    assert [each.node for each in n00.contacts.targets] == [*asked, "n20"]
-    fleet.pass_time(2 * TICK_S)
-    assert [each.node for each in n00.contacts.targets] == asked, "it has shown that it lives"
-    fleet.dead = {"n20"}
-    n00.contacts.hung_up("n201")
-    fleet.pass_time(4 * TICK_S)
-    assert names(fleet.log.generation) == [name for name in LARGE if name != "n20"]
-    assert fleet.log.generations[-1].causes[0].detail == "its address refuses connections"
-
-
-def test_a_world_may_grow_large(fleet: Fleet) -> None:
-    """The node with which members stop asking each other joins as any other: who is not asked any more is not silent."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
-    fleet.form(*LARGE[:-1])
-    fleet.start(LARGE[-1])
-    fleet.pass_time(LIMITS.join_window_s + 1.0)
-    fleet.spend(1, *LARGE[:-1])
-    fleet.pass_time(1.0)
-    assert names(fleet.run()) == LARGE
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
-    assert fleet.log.generation_number == 2
-    assert {node.broken for node in fleet.alive()} == {0}
