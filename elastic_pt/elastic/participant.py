@@ -21,7 +21,7 @@ from elastic_pt.elastic.assessment import Assessment, View, assess
 from elastic_pt.elastic.contacts import Contacts
 from elastic_pt.elastic.history import Budgets, Moments, halt, kept_out, quarantines_due
 from elastic_pt.elastic.lobby import Lobby
-from elastic_pt.elastic.log import RunLog, RunView, record_key
+from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.membership import Decision, Drain, Ended, Halt, Propose, Wait, decide
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
@@ -238,9 +238,8 @@ class Participant:
                 self._beaten_s = now_s
                 self._around.pulse.beat(generation.number)
                 if now_s - self._glanced_s >= 2 * pause_s:
-                    # No member can tell that newcomers have taken over: only the log can.
                     self._glanced_s = now_s
-                    self._grown = self._around.pulse.is_there(record_key(view.length))
+                    self._glance(view, generation)
             elif self._must_look() and now_s - self._felt_s >= pause_s:
                 self._felt_s = now_s
                 felt = self._around.pulse.feel()
@@ -254,6 +253,17 @@ class Participant:
             log.debug("pulse_unreachable", cause=str(error))
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _glance(self, view: RunView, generation: Generation) -> None:
+        """See whether newcomers have taken over: no member can tell, only the log can.
+
+        A turn may still hang on a request from when the bucket was away; the workers must end all the same.
+        """
+        next_record = self._around.pulse.record(view.length)
+        self._grown = next_record is not None
+        if next_record is not None and isinstance(next_record.body, Generation):
+            log.warning("taken_over", generation=next_record.body.number)
+            self._give_up(generation.number)
 
     def _world(self) -> int:
         generation = self._log.view.generation
@@ -337,8 +347,11 @@ class Participant:
         if (found.broken or found.over) and self._broken_since_s is None:
             self._broken_since_s = now_s
         if found.broken and self.broken < generation.number:
-            self.broken = generation.number
-            self.say(broken=generation.number)
+            self._give_up(generation.number)
+
+    def _give_up(self, number: int) -> None:
+        self.broken = number
+        self.say(broken=number)
 
     def _act(self, decision: Decision) -> None:
         number = self._log.view.generation_number

@@ -10,7 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from elastic_pt.errors import NotFound
+from elastic_pt.elastic.log import record_key
+from elastic_pt.elastic.records import Record
+from elastic_pt.errors import LogDamaged, NotFound
 from elastic_pt.store.port import Store
 
 KEY: Final = "pulse.json"
@@ -36,6 +38,10 @@ class Pulse:
         except NotFound:
             return b""
 
-    def is_there(self, key: str) -> bool:
-        """Whether an object exists: a glance at the log that nothing has to wait for."""
-        return self.store.size(key) is not None
+    def record(self, index: int) -> Record | None:
+        """A glance at the log that nothing has to wait for; None if that record is not there (or is damaged)."""
+        key = record_key(index)
+        try:
+            return Record.from_bytes(self.store.read(key), key=key)
+        except (NotFound, LogDamaged):
+            return None

@@ -77,8 +77,8 @@ def test_the_first_member_glances_at_the_log_with_every_second_beat(
         fleet.pass_time(TICK_S)
         for node in fleet.alive():
             node.feel_pulse()
-    assert set(bucket.requests) == {f"write {KEY}", "size log"}
-    assert bucket.requests["size log"] == pytest.approx(bucket.requests[f"write {KEY}"] / 2, abs=1)
+    assert set(bucket.requests) == {f"write {KEY}", "read log"}
+    assert bucket.requests["read log"] == pytest.approx(bucket.requests[f"write {KEY}"] / 2, abs=1)
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["at once", "not at first"])
@@ -98,13 +98,27 @@ def test_a_lone_member_that_was_replaced_learns_of_it(
             a.turn()
 
     if not answers:
-        bucket.deaf_to = "size"
+        bucket.deaf_to = "read"
         train(LIMITS.takeover_s)
         assert (a.status.generation, a.decision) == (1, Wait("training"))
         bucket.deaf_to = ""
     train(LIMITS.takeover_s / 2 + TICK_S)
     assert a.status.generation == 2
     assert a.decision != Wait("training")
+
+
+def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """A request from when the bucket was away may hang for long after: that keeps no workers in a world that is over."""
+    first = fleet.form("a")
+    theirs = dataclasses.replace(first, number=2, members=(member("z"),))
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+    a = fleet.nodes["a"]
+    for _ in range(round(LIMITS.takeover_s / TICK_S)):
+        fleet.now_s += TICK_S
+        a.feel_pulse()
+    assert a.broken == 1
 
 
 @pytest.mark.parametrize("sign", ["pulse", "log"])

@@ -196,6 +196,29 @@ def clog(simulation: "Simulation", fault: Fault) -> Undo:
     return undo
 
 
+def last_words(simulation: "Simulation", fault: Fault) -> Undo:
+    """A node dies as another one's workers do; what it said before is still on its way to everybody then."""
+    dying, failing = fault.nodes
+    clogs = simulation.network.clogs
+    links = [(dying, other) for other in simulation.nodes if other != dying]
+    for link in links:
+        simulation.ill_link(*link)
+        clogs[link] = clogs.get(link, 0.0) + _LAST_WORDS_S
+
+    def die() -> None:
+        crash(simulation, dataclasses.replace(fault, nodes=(dying,)))
+        fail_worker(simulation, dataclasses.replace(fault, nodes=(failing,)))
+
+    simulation.scheduler.after(_LAST_WORDS_S / 2, die)
+
+    def undo() -> None:
+        for link in links:
+            simulation.well_link(*link)
+            clogs[link] -= _LAST_WORDS_S
+
+    return undo
+
+
 def bucket_errors(simulation: "Simulation", fault: Fault) -> Undo:
     """Many requests are refused, or their answers get lost after they were carried out."""
     source, weather = simulation.scheduler.random, simulation.bucket.weather
@@ -247,14 +270,16 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "cut side, bucket later": (cut_side_bucket_later, 0, 1.5),
     "cut bucket": (cut_bucket, 1, 1.5),
     "clog": (clog, 2, 2.0),
+    "last words": (last_words, 2, 1.5),
     "bucket errors": (bucket_errors, 0, 3.0),
     "bucket slow": (bucket_slow, 0, 1.0),
     "bucket down": (bucket_down, 0, 1.0),
 }
 """How it is done, to how many nodes (0: to any number), and how often it is drawn."""
 
+_LAST_WORDS_S: Final = 0.8
 _LENGTHS_S: Final = (0.3, 1.0, 2.0, 4.0, 8.0)
-_LONG_S: Final = {"cut side, bucket later": 10.0}
+_OWN_LENGTHS_S: Final = {"cut side, bucket later": 10.0, "last words": 2.0}
 
 
 def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]:
@@ -274,7 +299,7 @@ def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]
         if len(nodes) < min(2, wanted):
             continue
         chosen = tuple(source.sample(nodes, min(wanted, len(nodes))))
-        seconds = _LONG_S.get(kind, source.choice(_LENGTHS_S)) * (0.5 + source.random())
+        seconds = _OWN_LENGTHS_S.get(kind, source.choice(_LENGTHS_S)) * (0.5 + source.random())
         faults.append(Fault(kind, at_s, min(seconds, until_s - at_s), chosen))
         if kind in ("fail worker", "crash") and source.random() < 0.25:
             # The same node again and again.

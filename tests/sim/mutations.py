@@ -5,18 +5,21 @@ had not understood the rule might write it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
 from elastic_pt.elastic import log, membership, participant
+from elastic_pt.elastic.admission import newcomers
+from elastic_pt.elastic.assessment import View
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.node import Node
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
-from elastic_pt.elastic.records import Body
+from elastic_pt.elastic.records import Body, Member
+from elastic_pt.elastic.status import Limits
 from elastic_pt.errors import AlreadyExists, FencedError
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
@@ -136,6 +139,20 @@ def _hearing_is_proof(self: PeerTable, message: Message) -> bool:
 _received = PeerTable.received
 
 
+def _unprobed_newcomers(
+    view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
+) -> list[Member]:
+    peers = {
+        incarnation: dataclasses.replace(
+            peer,
+            reached=True,
+            status=peer.status and dataclasses.replace(peer.status, unreachable=()),
+        )
+        for incarnation, peer in view.peers.items()
+    }
+    return newcomers(dataclasses.replace(view, peers=peers), limits, now_s, stay)
+
+
 MUTATIONS: Final = (
     Mutation(
         "no fence",
@@ -206,6 +223,20 @@ MUTATIONS: Final = (
         membership,
         "_is_larger_side",
         lambda *_: True,
+    ),
+    Mutation(
+        "nobody parked",
+        "nodes that cannot reach each other are put into one world",
+        membership,
+        "park",
+        lambda links, order: (),
+    ),
+    Mutation(
+        "links not probed",
+        "whoever asks to be taken in is, whether its address works or not",
+        membership,
+        "newcomers",
+        _unprobed_newcomers,
     ),
     Mutation(
         "pulse not felt",

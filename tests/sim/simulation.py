@@ -164,7 +164,9 @@ class Simulation:
         self.bucket.on_change = self.witness.changed
         self.training.on_step = self.witness.stepped
         if self.plan.plan.poison_step:
-            self.witness.expected_stop = lambda stop: "the same failure" in stop.reason
+            # Ended by the count of the same failure, or by the job's budget where one node alone met it.
+            what = f"ValueError at step {self.plan.plan.poison_step}"
+            self.witness.expected_stop = lambda stop: what in stop.reason
         self.tracing = tracing
         self.trace_lines: list[str] = []
         self.generations = 0
@@ -280,6 +282,10 @@ class Simulation:
             raise Violation("a healthy world stays as it is", self.describe())
         if self.training.steps_done == steps:
             raise Violation("a healthy world makes steps", self.describe())
+        workers = [agent.workers for agent in self.nodes.values() if agent is not None]
+        if any(each is not None and each.state is State.FINISHED for each in workers):
+            # The run is about to end.
+            return 0.0
         requests = (sum(self.bucket.requests.values()) - before) / QUIET_S
         if requests > REQUESTS_PER_SECOND_MAX:
             raise Violation(
