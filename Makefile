@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install services demo test check format lint types imports unit sim chaos clean
+.PHONY: help install services demo test check format lint types imports unit sim scale chaos clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -48,6 +48,9 @@ unit: install
 sim: install  ## Simulate SEEDS=500 schedules of faults, then find every planted bug
 	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),500) --first $(or $(FIRST),0)
 	$(BIN)/python -m tests.sim --mutations
+
+scale: install  ## Simulate a fleet of NODES=1000 through starts, losses and joins
+	$(BIN)/python -m tests.sim.scale --nodes $(or $(NODES),1000)
 
 chaos: install
 	$(BIN)/pytest chaos_tests

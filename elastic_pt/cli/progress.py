@@ -26,7 +26,7 @@ from elastic_pt.local import Fleet
 _POLL_S: Final = 0.5
 _LINE_INTERVAL_S: Final = 2.0
 _END_S: Final = 10.0
-_LAST_LINES: Final = 20
+_LAST_LINES: Final = 200
 _ARRIVAL_S: Final = 3.0
 """Agents that start together on a busy machine are up within this time of each other."""
 

@@ -8,7 +8,9 @@ from elastic_pt.elastic.records import Cause, CauseKind, Member
 from elastic_pt.elastic.status import Limits, Phase, difference, incarnations, is_lost
 
 SPARE_SILENCE_SHARE: Final = 0.4
-"""A newcomer that was silent for this share of the timeout is not taken in."""
+"""A newcomer that was silent for this share of the timeout is not taken in, ..."""
+SPARE_INTERVALS: Final = 1.5
+"""... unless that is less than so many of the intervals at which it is asked."""
 
 
 def newcomers(
@@ -18,7 +20,10 @@ def newcomers(
     must_reach = incarnations(stay)
     number = 0 if view.generation is None else view.generation.number
     members = view.generation.incarnations if view.generation else frozenset()
-    silence_s = limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE
+    silence_s = max(
+        limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE,
+        SPARE_INTERVALS * limits.interval_s(len(members)),
+    )
     return sorted(
         (
             peer.status.member

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 
+from elastic_pt.elastic.admission import SPARE_SILENCE_SHARE, newcomers
+from elastic_pt.elastic.assessment import View
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.records import Generation
 from elastic_pt.elastic.status import MESH_NODES_MAX
 from tests.elastic.fleet import TICK_S, Fleet, names
-from tests.elastic.world import LIMITS, member
+from tests.elastic.world import LIMITS, NOW_S, generation, member, peer, status, waiting
 
 LARGE = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
 
@@ -142,3 +144,14 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
     fleet.run()
     fleet.pass_time(5 * LIMITS.heartbeat_timeout_s)
     assert [node for node in fleet.alive() if "n201" in node.table.peers] == []
+
+
+def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
+    """Where a leader asks a newcomer less often than once in the time that a small world would allow it, it still joins."""
+    large = [f"n{number:04}" for number in range(1200)]
+    world, interval_s = generation(*large), LIMITS.interval_s(len(large))
+    assert interval_s > LIMITS.heartbeat_timeout_s * SPARE_SILENCE_SHARE
+    view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=interval_s)})
+    assert newcomers(view, LIMITS, NOW_S) == [member("z")]
+    view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=2 * interval_s)})
+    assert newcomers(view, LIMITS, NOW_S) == []

@@ -1,0 +1,28 @@
+"""A thousand simulated agents go through losses and joins in seconds. `make scale` prints more of it."""
+
+from tests.sim.scale import LIMIT_S, NODES, Fleet, cases
+
+START, LOSS, TENTH, JOIN = (
+    "all nodes start",
+    "one node falls silent",
+    "a tenth falls silent",
+    "a fifth more nodes join",
+)
+REQUESTS_AT_REST_MAX = 3.0
+
+
+def test_a_thousand_agents_form_a_new_world_within_seconds() -> None:
+    """A loss of one, of a tenth, and 200 newcomers each cost a large fleet one new generation and less than 3 s."""
+    chosen = tuple(case for case in cases(NODES) if case.name in (START, LOSS, TENTH, JOIN))
+    measured = {each.name: each for each in Fleet(NODES).measure(chosen)}
+    assert {name: each.members for name, each in measured.items()} == {
+        START: 1000,
+        LOSS: 999,
+        TENTH: 899,
+        JOIN: 1099,
+    }
+    assert {each.generations for each in measured.values()} == {1}
+    slow = {name: each.known_s for name, each in measured.items() if each.known_s > LIMIT_S}
+    assert slow.keys() <= {START}, slow
+    at_rest = {name: each.rest_requests for name, each in measured.items()}
+    assert max(at_rest.values()) <= REQUESTS_AT_REST_MAX, at_rest
