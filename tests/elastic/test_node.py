@@ -397,7 +397,7 @@ def test_a_fleet_that_trains_hardly_asks_the_bucket(
     began_s = time.monotonic()
     eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more beats")
     lasted_s = time.monotonic() - began_s
-    assert set(bucket.requests) == {f"write {KEY}", "size log"}
+    assert set(bucket.requests) == {f"write {KEY}", "read log"}
     assert bucket.requests.total() <= 3 * lasted_s
 
 
