@@ -10,7 +10,6 @@ forms whose centre is never alone; those two watch everyone, by the messages tha
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunView
@@ -142,7 +141,9 @@ class Contacts:
         new_world = view.generation_number != self._generation
         self._generation = view.generation_number
         for incarnation in chosen:
-            table.watch(incarnation, anew=incarnation not in before)
+            # Who leads has waited for its members all along.
+            waited = incarnation in before or (leads and incarnation in inside and not new_world)
+            table.watch(incarnation, anew=not waited)
         for incarnation in (before | inside) - chosen - {me.incarnation}:
             peer = table.peers.get(incarnation)
             if leads and incarnation in inside:
@@ -181,7 +182,13 @@ def whom_to_ask(
     others = (member for member in order if member.incarnation != me)
     if len(order) <= MESH_NODES_MAX:
         return list(others)
-    lost = {each for each, peer in peers.items() if is_lost(peer, now_s, timeout_s)}
-    # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
-    count = max(LEADERS, sum(member.incarnation in lost for member in order) if lost else 0)
-    return list(islice((each for each in others if each.incarnation not in lost), count))
+    chosen, gone = [], 0
+    for member in others:
+        if is_lost(peers.get(member.incarnation), now_s, timeout_s):
+            gone += 1
+            continue
+        chosen.append(member)
+        # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
+        if len(chosen) >= max(LEADERS, gone):
+            break
+    return chosen

@@ -130,6 +130,18 @@ def test_who_leads_nobody_looks_after_nobody(fleet: Fleet) -> None:
     assert [each.node for each in n20.contacts.targets] == ["n00", "n01"]
 
 
+def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
+    """That some members are lost already gives the next ones that fall silent no further time."""
+    large_world(fleet, *LARGE)
+    fleet.run()
+    fleet.pass_time(1.0)
+    fleet.off = {"n01", "n20"}
+    fleet.pass_time(2 * TICK_S)
+    fleet.off |= {"n02"}
+    fleet.pass_time(LIMITS.heartbeat_timeout_s + 3 * TICK_S)
+    assert names(fleet.log.generation) == [name for name in LARGE if name not in fleet.off]
+
+
 def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
     """Nodes that come and go for months leave nothing behind in those that stay."""
     large_world(fleet, *LARGE)
