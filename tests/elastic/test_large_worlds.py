@@ -137,7 +137,7 @@ def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
     fleet.pass_time(1.0)
     fleet.off = {"n01", "n20"}
     fleet.pass_time(2 * TICK_S)
-    fleet.off |= {"n02"}
+    fleet.off |= {"n03"}
     fleet.pass_time(LIMITS.heartbeat_timeout_s + 3 * TICK_S)
     assert names(fleet.log.generation) == [name for name in LARGE if name not in fleet.off]
 
