@@ -109,6 +109,12 @@ def record_key(index: int) -> str:
     return f"log/{index:020d}.json"
 
 
+def _index_of(key: str) -> int:
+    """Which record lies there; -1 for a key of something else."""
+    digits = key.removeprefix("log/").removesuffix(".json")
+    return int(digits) if digits.isdecimal() and key == record_key(int(digits)) else -1
+
+
 class RunLog:
     """Reads and appends the log of one run. Agent process (and the command line); safe to share between threads."""
 
@@ -165,8 +171,7 @@ class RunLog:
         self._require_no_gap(index)
 
     def _refresh(self, length: int | None = None) -> RunView:
-        opening = self._view.head is None
-        if opening:
+        if self._view.head is None:
             self._view = self._open()
         while (length is None or self._view.length < length) and (
             record := self._read(self._view.length)
@@ -174,33 +179,32 @@ class RunLog:
             head = self._view.head
             _check_link(record, self._view.length, ORIGIN if head is None else head.sha256)
             self._view = fold(self._view, record)
-        if opening:
-            self._require_no_gap(self._view.length)
         return self._view
 
     def _require_no_gap(self, end: int) -> None:
         """A listing proves nothing, but a record that it shows beyond the end is proof enough of a gap."""
-        later = [key for key in self._store.keys("log/") if key > record_key(end)]
-        if later and self._store.size(record_key(end)) is None:
-            raise LogDamaged(
-                f"{self._store.url}/{record_key(end)}: missing from the middle of the log ({later[0]} is there)"
-            )
+        newest = max(map(_index_of, self._store.keys("log/")), default=-1)
+        if newest > end and self._store.size(record_key(end)) is None:
+            raise self._gap(end, newest)
+
+    def _gap(self, index: int, later: int) -> LogDamaged:
+        return LogDamaged(
+            f"{self._store.url}/{record_key(index)}: missing from the middle of the log ({record_key(later)} is there)"
+        )
 
     def _open(self) -> RunView:
-        """The view at some record near the end, in O(log n) requests: gallop, bisect, follow the pointers."""
-        if self._store.size(record_key(0)) is None:
+        """The view at the newest record that a listing shows, made of what that record points back to.
+
+        A listing proves nothing: records that it lacks are asked for, and reading goes on from the newest one.
+        """
+        listed = {_index_of(key) for key in self._store.keys("log/")} - {-1}
+        newest = max(listed, default=0)
+        if not listed and self._store.size(record_key(0)) is None:
             return RunView()
-        low, high = 0, 1
-        while self._store.size(record_key(high)) is not None:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (
-                (middle, high)
-                if self._store.size(record_key(middle)) is not None
-                else (low, middle)
-            )
-        head = self._must_read(low)
+        for index in sorted(set(range(newest)) - listed):
+            if self._store.size(record_key(index)) is None:
+                raise self._gap(index, newest)
+        head = self._must_read(newest)
         view = RunView(run_id=self._must_read(0).nonce)
         for kind in (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP):
             if kind in head.latest:

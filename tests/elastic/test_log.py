@@ -47,7 +47,7 @@ def commit(step: int, number: int, *older: Checkpoint) -> Commit:
 
 
 def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> None:
-    """Opening by galloping and pointers gives the same view as reading every record, but for older generations."""
+    """Opening by a listing and pointers gives the same view as reading every record, but for older generations."""
     store = open_store(f"file://{tmp_path}")
     writer = RunLog(store, writer="a")
     writer.append(lambda _: generation(1), generation=0)
