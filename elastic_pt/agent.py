@@ -174,7 +174,9 @@ class Agent:
             store,
             open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
             self._log,
-            choose_resume=lambda view: choose_resume(store, self._log, view),
+            choose_resume=lambda view: choose_resume(
+                store, self._log, view, self._node.member.incarnation
+            ),
             on_drain=lambda reason: self._channel.broadcast({"kind": "drain", "reason": reason}),
         )
         self._channel = AgentSide(scratch / SOCKET_NAME, self._handle)

@@ -28,15 +28,19 @@ from elastic_pt.telemetry.catalogue import Metrics
 log = structlog.get_logger("elastic_pt.checkpointing")
 
 
-def choose_resume(store: Store, run_log: RunLog, view: RunView) -> Checkpoint | None:
+def choose_resume(
+    store: Store, run_log: RunLog, view: RunView, incarnation: str
+) -> Checkpoint | None:
     """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
 
-    One that the newest generation has committed is not looked at again: whoever committed it looked at every
-    file of it just now. None at the start of a run. Raises `CheckpointError` if none of those that were
-    committed is left.
+    A member of the newest generation (by `incarnation`) takes one that this generation has committed as it is:
+    whoever committed it looked at every file of it just now. None at the start of a run. Raises
+    `CheckpointError` if none of those that were committed is left.
     """
+    generation = view.generation
+    inside = generation is not None and generation.rank_of(incarnation) is not None
     for checkpoint in view.checkpoints:
-        if checkpoint.generation == view.generation_number:
+        if inside and checkpoint.generation == view.generation_number:
             return checkpoint
         try:
             quick_check(store, reference_of(checkpoint), view.run_id)

@@ -371,8 +371,10 @@ class AgentProcess(Process):
 
     def _choose_resume(self, view: RunView) -> Checkpoint | None:
         """As in production, after a look at the newest checkpoint's manifest and (at once) its shards."""
+        generation = view.generation
+        inside = generation is not None and generation.rank_of(self.incarnation) is not None
         for checkpoint in view.checkpoints:
-            if checkpoint.generation != view.generation_number:
+            if not inside or checkpoint.generation != view.generation_number:
                 for name in ("manifest.json", "shards"):
                     self.store.size(f"{checkpoint.directory}/{name}")
             return checkpoint
