@@ -116,6 +116,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
                 stale.add(member.incarnation)
     absent = incarnations([*dead, *left])
     unheard = incarnations(mute)
+    unwatched = {member.incarnation for member, peer in known if peer.watched_since_s is None}
     words = {mine: view.me} | {
         member.incarnation: peer.status
         for member, peer in known
@@ -124,7 +125,8 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     links = {
         (min(speaker, other), max(speaker, other))
         for speaker, said in words.items()
-        if speaker not in unheard
+        # What a member said of others is old where nobody waits for its next word.
+        if speaker not in unheard and speaker not in unwatched
         for other in said.unreachable
         if other != speaker
         and generation.rank_of(other) is not None

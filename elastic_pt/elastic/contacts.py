@@ -65,6 +65,8 @@ class Contacts:
                 is_lost(self._table.peers.get(each.incarnation), now_s, silence_s)
                 for each in members
             )
+            # Whom it could not reach once may answer again, and only who is asked can tell.
+            targets += [each for each in members[:LEADERS] if each not in targets]
             if self.no_member_answers and view.stop is None:
                 targets += self._waiting(me)
         if leads:

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from multiprocessing import forkserver, get_context, util
 from typing import Final
 
@@ -51,12 +50,15 @@ def await_warm(timeout_s: float, modules: Sequence[str] = WARM_MODULES) -> None:
 
     def fork_first() -> None:
         first = get_context("forkserver").Process(target=_import_all, args=(modules,), daemon=True)
-        with suppress(EOFError, OSError):
+        try:
             first.start()
             first.join()
-        exits.append(first.exitcode)
+        finally:
+            exits.append(first.exitcode)
 
-    # Aside, because forking waits for the imports, however long they take.
+    # Started here: a child ends with the thread that started it. Forking goes aside, because it waits for the
+    # imports, however long they take.
+    forkserver.ensure_running()
     forking = threading.Thread(target=fork_first, name="first fork", daemon=True)
     forking.start()
     forking.join(timeout_s)

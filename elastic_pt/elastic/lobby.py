@@ -84,8 +84,8 @@ class Lobby:
         keys = self._store.keys(LOBBY)
         mine = card_key(me)
         if mine not in keys:
-            self._store.write(mine, b"")
             self._card = mine
+            self._store.write(mine, b"")
         found = members_in(key for key in keys if key != mine)
         self._found = {each.incarnation: each for each in found}
 

@@ -427,5 +427,8 @@ class Node:
 
     async def _keep_pulse(self) -> None:
         while True:
+            broken = self._participant.broken
             await asyncio.to_thread(self._participant.feel_pulse)
+            if self._participant.broken != broken:
+                self._tell()
             await asyncio.sleep(self._options.limits.heartbeat_interval_s)

@@ -192,8 +192,7 @@ class Participant:
             self._refresh(known)
             self._aim()
         decision = self._decide()
-        gives_up = isinstance(decision, Wait) and decision.broken and decision != self.decision
-        if gives_up or isinstance(decision, Propose | Halt):
+        if isinstance(decision, Propose | Halt):
             # Someone may have acted already, or this node itself, in a turn that never heard the bucket's
             # answer. What the log says comes before what the peers seem to be.
             self._refresh()
@@ -262,7 +261,8 @@ class Participant:
         next_record = self._around.pulse.record(view.length)
         self._grown = next_record is not None
         if next_record is not None and isinstance(next_record.body, Generation):
-            log.warning("taken_over", generation=next_record.body.number)
+            if self._log.view.length == view.length:
+                log.warning("taken_over", generation=next_record.body.number)
             self._give_up(generation.number)
 
     def _world(self) -> int:
@@ -346,12 +346,16 @@ class Participant:
             self._broken_since_s = None
         if (found.broken or found.over) and self._broken_since_s is None:
             self._broken_since_s = now_s
+            # The others are told and asked first; the log is read before anything is done.
+            self._looked_s = now_s
         if found.broken and self.broken < generation.number:
             self._give_up(generation.number)
 
     def _give_up(self, number: int) -> None:
-        self.broken = number
-        self.say(broken=number)
+        with self._saying:
+            if number > self.broken:
+                self.broken = number
+                self._status = replace(self._status, broken=number)
 
     def _act(self, decision: Decision) -> None:
         number = self._log.view.generation_number

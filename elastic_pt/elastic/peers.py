@@ -72,7 +72,7 @@ class PeerTable:
 
     def rest(self, incarnation: str) -> None:
         """Stop the silence clock of a node that this one no longer asks; what it says is still noted."""
-        self._note(incarnation, watched_since_s=None)
+        self._note(incarnation, watched_since_s=None, refused=False)
 
     def unwatch(self, incarnation: str) -> None:
         """Forget a node that nobody needs to hear of any more."""

@@ -11,8 +11,9 @@ MESH_NODES_MAX: Final = 32
 """Up to here every member asks every other one; in larger worlds members ask the first two."""
 LEADERS: Final = 2
 """In a large world, members that everyone asks: the leader and who follows it."""
-_FULL_PACE_NODES: Final = 256
-_INTERVALS_OF_SILENCE: Final = 2.5
+_FULL_PACE_NODES: Final = 512
+_INTERVALS_OF_SILENCE: Final = 3.5
+"""Proof of life is up to two intervals old when all is well; the rest is for messages that are late."""
 
 
 class Phase(StrEnum):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from elastic_pt.elastic.admission import SPARE_SILENCE_SHARE, newcomers
-from elastic_pt.elastic.assessment import View
+from elastic_pt.elastic.assessment import View, assess
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.records import Generation
 from elastic_pt.elastic.status import MESH_NODES_MAX
@@ -160,10 +160,34 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
 
 def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
     """Where a leader asks a newcomer less often than once in the time that a small world would allow it, it still joins."""
-    large = [f"n{number:04}" for number in range(1200)]
+    large = [f"n{number:04}" for number in range(2400)]
     world, interval_s = generation(*large), LIMITS.interval_s(len(large))
     assert interval_s > LIMITS.heartbeat_timeout_s * SPARE_SILENCE_SHARE
     view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=interval_s)})
     assert newcomers(view, LIMITS, NOW_S) == [member("z")]
     view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=2 * interval_s)})
     assert newcomers(view, LIMITS, NOW_S) == []
+
+
+def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
+    fleet: Fleet,
+) -> None:
+    """Who met a torn network when it came goes on asking those who can take it in."""
+    large_world(fleet, *LARGE)
+    fleet.run()
+    fleet.start("z")
+    fleet.cut = {frozenset(("z", name)) for name in LARGE}
+    fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.cut = set()
+    fleet.pass_time(LIMITS.join_window_s + 2.0)
+    assert set(fleet.drains) == {"z joins"}
+
+
+def test_old_words_of_a_member_that_nobody_asks_part_nobody() -> None:
+    """That a member could not reach another one long ago breaks no world of today."""
+    world = generation(*LARGE)
+    complaint = status("n20", unreachable=(member("n21").incarnation,))
+    for watched_since_s, broken in ((None, False), (NOW_S - 100, True)):
+        speaker = dataclasses.replace(peer(complaint), watched_since_s=watched_since_s)
+        view = View(status("n05"), world, None, {"n201": speaker})
+        assert assess(view, world, LIMITS, NOW_S).broken is broken

@@ -6,12 +6,13 @@ import pytest
 
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Ended, Wait
-from elastic_pt.elastic.pulse import KEY
+from elastic_pt.elastic.pulse import KEY, Pulse
 from elastic_pt.elastic.records import (
     Checkpoint,
     Commit,
     Generation,
     Quarantine,
+    Record,
     Recovery,
     Stop,
 )
@@ -119,6 +120,26 @@ def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
         fleet.now_s += TICK_S
         a.feel_pulse()
     assert a.broken == 1
+
+
+def test_a_glance_that_comes_late_takes_nothing_back(
+    fleet: Fleet, bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A world that was given up stays so, though a slow answer about the one before it comes in afterwards."""
+    first = fleet.form("a")
+    a = fleet.nodes["a"]
+    theirs = dataclasses.replace(first, number=2)
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+    glance = Pulse.record
+
+    def slow(pulse: Pulse, index: int) -> Record | None:
+        a._give_up(2)
+        return glance(pulse, index)
+
+    monkeypatch.setattr(Pulse, "record", slow)
+    fleet.now_s += LIMITS.takeover_s
+    a.feel_pulse()
+    assert (a.broken, a.status.broken) == (2, 2)
 
 
 @pytest.mark.parametrize("sign", ["pulse", "log"])

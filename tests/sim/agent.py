@@ -45,8 +45,7 @@ from tests.sim.training import State, Training, Workers, checkpoint_of
 _HINTS_DEADLINE_S: Final = 2.0
 _MONITOR_INTERVAL_S: Final = 0.1
 _STORE_CONNECT_S: Final = 20.0
-_STORE_ATTEMPT_S: Final = 2.0
-"""Torch's client asks again until its timeout of a second is over, also when it is refused, and once more."""
+_STORE_AGAIN_S: Final = 1.0
 _POLL_S: Final = 0.05
 _RETRIES_WITHOUT_PROGRESS: Final = 3
 
@@ -158,31 +157,32 @@ class SimulatedNode(Node):
         if own is not None:
             return own
         process = self._process
-        deadline_s = process.clock_s() + _STORE_CONNECT_S
-        while True:
-            answered: list[bool] = []
+        answered: list[bool] = []
 
-            def opened(end: Any, answered: list[bool] = answered) -> None:
-                end.close()
-                answered.append(True)
-                process.store_answered.set()
+        def opened(end: Any) -> None:
+            end.close()
+            answered.append(True)
+            self.changed()
 
-            process.store_answered.clear()
-            process.around.network.connect(
-                process,
-                process.machine,
-                generation.store_address,
-                generation.store_port,
-                timeout_s=_STORE_ATTEMPT_S,
-                on_open=opened,
-                on_refused=lambda: None,
-                on_failed=lambda: None,
-            )
-            process.store_answered.wait(_STORE_ATTEMPT_S)
-            if answered:
-                return SimulatedStore(generation.store_port)
-            if self.must_reform(generation.number) or process.clock_s() >= deadline_s:
-                raise DistNetworkError("timed out")
+        def dial() -> None:
+            """Torch's client asks again until its time is over, also when it is refused."""
+            if not answered and not self.must_reform(generation.number):
+                process.around.network.connect(
+                    process,
+                    process.machine,
+                    generation.store_address,
+                    generation.store_port,
+                    timeout_s=_STORE_CONNECT_S,
+                    on_open=opened,
+                    on_refused=lambda: process.after(_STORE_AGAIN_S, dial),
+                    on_failed=lambda: None,
+                )
+
+        dial()
+        self._await(lambda: bool(answered) or self.must_reform(generation.number), _STORE_CONNECT_S)
+        if not answered:
+            raise DistNetworkError("timed out")
+        return SimulatedStore(generation.store_port)
 
 
 class _StoreListener:
@@ -223,7 +223,6 @@ class AgentProcess(Process):
         hints = around.bucket.store_for(self, machine.name, _HINTS_DEADLINE_S)
         self.log = WitnessedLog(self.store, self)
         self.news = Event(self)
-        self.store_answered = Event(self)
         self.ready = False
         self.workers: Workers | None = None
         self.generation: Generation | None = None
