@@ -1,6 +1,6 @@
 """Processor time of an agent in a large world: what `tests/sim/scale.py` charges its simulated agents with.
 
-    python benchmarks/agent_costs.py [--nodes 1000] [--repeats 5]
+    python benchmarks/agent_costs.py [--nodes 1000] [--repeats 5] [--json FILE]
 
 One message is sent and received over a real WebSocket on loopback, with the peer table behind it; one turn is
 taken by a leader that watches everybody; one GENERATION record is read. Medians, in microseconds: a message for

@@ -30,7 +30,7 @@ from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.participant import Participant, Surroundings
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Member, Stop
-from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes
+from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes, is_news
 from elastic_pt.errors import ElasticPtError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.store.port import Store
 
@@ -420,7 +420,7 @@ class Node:
             log.warning("turn_failed", error=str(error))
         links.aim(self._participant.contacts.targets)
         asks = self._participant.wants_answers()
-        if asks or self._participant.status != told:
+        if asks or is_news(self._participant.status, told):
             links.say(asks=asks)
         with self._changed:
             self._changed.notify_all()

@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, TypeAdapter
 
-from elastic_pt.elastic.status import NodeStatus, Peer
+from elastic_pt.elastic.status import NodeStatus, Peer, is_news
 
 _PEERS_MAX: Final = 4096
 _UNANSWERED_MAX: Final = 256
@@ -93,7 +93,7 @@ class PeerTable:
             return Message(self._count, exchange.seen, asks, status, refusal)
 
     def received(self, message: Message) -> bool:
-        """Note what a peer said. True if it said something new about itself."""
+        """Note what a peer said. True if it said something new about itself, beside its progress."""
         incarnation = message.status.member.incarnation
         with self._lock:
             known = self.peers.get(incarnation)
@@ -115,7 +115,7 @@ class PeerTable:
                 refused=False,
                 spoke_s=self._clock_s(),
             )
-            return newest and message.status != known.status
+            return newest and (known.status is None or is_news(message.status, known.status))
 
     def reached(self, incarnation: str) -> None:
         """Note that connecting to a node's address has worked."""

@@ -8,7 +8,7 @@
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
 of the record before, and where the newest record of each kind lies) around a body. The pointers in
-`latest` let a reader open a log of any length with a handful of requests. `time` is for people only.
+`latest` let a reader open a log of any length with a listing and a handful of requests. `time` is for people only.
 """
 
 import dataclasses

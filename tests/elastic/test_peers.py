@@ -142,7 +142,8 @@ def test_only_new_words_are_news() -> None:
     assert a.table.received(second)
     assert not a.table.received(first)
     assert not a.table.received(b.says(step=2))
-    assert a.table.received(b.says(step=3))
+    assert not a.table.received(b.says(step=3)), "how far it has come is no reason for a turn"
+    assert a.table.received(b.says(leaving=True))
 
 
 def test_whoever_speaks_is_there_again() -> None:

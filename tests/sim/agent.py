@@ -33,7 +33,7 @@ from elastic_pt.elastic.records import (
     Record,
     Stop,
 )
-from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes
+from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes, is_news
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from tests.sim.bucket import Bucket
 from tests.sim.checks import Witness
@@ -342,7 +342,7 @@ class AgentProcess(Process):
             pass
         links.aim(participant.contacts.targets)
         asks = participant.wants_answers()
-        if asks or participant.status != told:
+        if asks or is_news(participant.status, told):
             links.say(asks=asks)
         self.node.changed()
 
