@@ -26,7 +26,7 @@ from tests.sim.training import Plan
 
 NODES: Final = 1000
 LIMIT_S: Final = 3.0
-"""For losses and joins."""
+"""For losses, and for joins once the last newcomer takes part."""
 _START_LIMIT_S: Final = 5.0
 """A start has the lobby and everybody's first connection before it."""
 _LEADERS_LIMIT_S: Final = 5.0
@@ -61,10 +61,12 @@ class Measured:
     members: int
     generations: int
     """How many it took."""
+    begun_s: float
+    """From the start of new nodes to the moment at which the last of them has opened the log; 0 for losses."""
     decided_s: float
-    """From the fault to the newest generation's record."""
+    """From there, or from the fault, to the newest generation's record."""
     known_s: float
-    """From the fault to the moment at which the last agent knows that generation; infinite if that never came."""
+    """From there to the moment at which the last agent knows that generation; infinite if that never came."""
     messages: float
     """Messages sent per agent in that time."""
     messages_leader: int
@@ -173,6 +175,7 @@ class Fleet(Simulation):
         number = self.witness.view.generation_number
         sent_before = {each.incarnation: each.links.sent for each in self.agents.values()}
         case.strike(self)
+        begun_s = self._until(self._all_begun)
         known_s = self._until(self._all_know)
         newest = self._generation()
         agents = max(1, self._awaited)
@@ -180,7 +183,8 @@ class Fleet(Simulation):
             name=case.name,
             members=len(newest.members),
             generations=newest.number - number,
-            decided_s=self.witness.superseded_s[newest.number - 1] - struck_s,
+            begun_s=begun_s,
+            decided_s=self.witness.superseded_s[newest.number - 1] - struck_s - begun_s,
             known_s=known_s,
             messages=(self._sent() - sent) / agents,
             messages_leader=self._leader().links.sent
@@ -208,6 +212,11 @@ class Fleet(Simulation):
                 return float("inf")
             self.scheduler.run(self.scheduler.now_s + _LOOK_S)
         return self.scheduler.now_s - began_s
+
+    def _all_begun(self) -> bool:
+        """Whether all who are left take part: they answer others and have read the log."""
+        agents = [agent for agent in self.nodes.values() if agent is not None]
+        return len(agents) == self._awaited and all(agent.ready for agent in agents)
 
     def _all_know(self) -> bool:
         """Whether the newest generation is of all who are left, and each of them knows it."""
@@ -272,7 +281,7 @@ def cases(nodes: int) -> tuple[Case, ...]:
 def report(measured: Measured) -> str:
     """One line."""
     return (
-        f"{measured.name:24} {measured.decided_s:5.2f} s to the record, {measured.known_s:5.2f} s until all know"
+        f"{measured.name:24} {measured.begun_s:4.2f} s to begin, {measured.decided_s:4.2f} s to the record, {measured.known_s:5.2f} s until all know"
         f" ({measured.members} members, {measured.generations} generation(s));"
         f" messages per agent {measured.messages:.1f}, leader {measured.messages_leader},"
         f" requests to the bucket {measured.requests};"

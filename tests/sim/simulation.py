@@ -271,7 +271,7 @@ class Simulation:
         self.training.plan = dataclasses.replace(self.training.plan, checkpoint_every=_ENDLESS)
         number, steps = witness.view.generation_number, self.training.steps_done
         until_s = scheduler.now_s + self._convergence_s
-        while self.training.worlds[number].staging and scheduler.now_s < until_s:
+        while self._is_unfinished(number) and scheduler.now_s < until_s:
             scheduler.run(scheduler.now_s + 0.5)
         scheduler.run(scheduler.now_s + 1.0)
         before = sum(self.bucket.requests.values())
@@ -292,6 +292,13 @@ class Simulation:
                 "few requests while nothing changes", f"{requests:.1f} a second; {self.describe()}"
             )
         return requests
+
+    def _is_unfinished(self, number: int) -> bool:
+        """Whether the last checkpoint is still on its way, or a node has to read what was committed before."""
+        length = self.witness.view.length
+        agents = [agent for agent in self.nodes.values() if agent is not None and agent.ready]
+        behind = any(agent.log.view.length < length for agent in agents)
+        return behind or self.training.worlds[number].staging
 
     def _is_converged(self) -> bool:
         view = self.witness.view
