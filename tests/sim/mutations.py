@@ -26,7 +26,7 @@ from elastic_pt.store.s3 import S3Store
 from tests.sim.agent import AgentProcess, SimulatedStore
 from tests.sim.simulation import Outcome, simulate
 
-SEEDS_MAX: Final = 300
+SEEDS_MAX: Final = 500
 """A planted bug must be found within this many seeds."""
 
 
