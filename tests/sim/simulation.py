@@ -9,7 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any, Final
 
 from elastic_pt.elastic.history import Budgets
@@ -103,13 +103,18 @@ def scenario(scheduler: Scheduler) -> Scenario:
     )
     if limits.nodes_min > limits.nodes_max:
         limits = dataclasses.replace(limits, nodes_min=limits.nodes_max)
+    starts_s = tuple(
+        source.uniform(0.0, 1.0) if source.random() < 0.8 else source.uniform(0.0, 15.0)
+        for _ in nodes
+    )
+    workers = tuple(source.choice((1, 1, 1, 2)) for _ in nodes)
+    # However the nodes come together, so many fit into the slots.
+    fitting = sum(total <= (limits.slots or total) for total in accumulate(sorted(workers)[::-1]))
+    limits = dataclasses.replace(limits, nodes_min=min(limits.nodes_min, fitting))
     return Scenario(
         nodes=nodes,
-        starts_s=tuple(
-            source.uniform(0.0, 1.0) if source.random() < 0.8 else source.uniform(0.0, 15.0)
-            for _ in nodes
-        ),
-        workers=tuple(source.choice((1, 1, 1, 2)) for _ in nodes),
+        starts_s=starts_s,
+        workers=workers,
         habits=Habits(
             limits=limits,
             budgets=Budgets(bar_s=3.0),
