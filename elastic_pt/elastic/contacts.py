@@ -66,7 +66,7 @@ class Contacts:
                 for each in members
             )
             # Whom it could not reach once may answer again, and only who is asked can tell.
-            targets += [each for each in members[:LEADERS] if each not in targets]
+            targets += members[:LEADERS]
             if self.no_member_answers and view.stop is None:
                 targets += self._waiting(me)
         if leads:
