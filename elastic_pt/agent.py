@@ -12,6 +12,7 @@ SIGTERM and SIGINT ask the node to leave in good order; a second one, or `elasti
 """
 
 import os
+import random
 import secrets
 import signal
 import socket
@@ -34,7 +35,7 @@ from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, Outcome, writ
 from elastic_pt.elastic.channel import AgentSide, Message
 from elastic_pt.elastic.failure import WorkerFailure
 from elastic_pt.elastic.forking import await_warm
-from elastic_pt.elastic.history import Budgets
+from elastic_pt.elastic.history import Budgets, rest_s
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
@@ -270,12 +271,10 @@ class Agent:
         if outcome is Outcome.DIVERGED:
             self._diverged(formed)
         elif not self._settle(formed, completed=outcome is Outcome.COMPLETED):
-            failure = self._node.failure(
-                f"the checkpoint of step {self._checkpointing.staged_step} was not committed",
-                kind=CauseKind.GAVE_UP,
-            )
-            if self._node.must_reform(formed.generation.number):
-                failure = None
+            trouble = f"the checkpoint of step {self._checkpointing.staged_step} was not committed"
+            if not self._node.must_reform(formed.generation.number):
+                failure = self._node.failure(trouble, kind=CauseKind.GAVE_UP)
+                self._rest_after(trouble)
         self._node.spend(formed.generation.number, failure)
         self._observation.enter(Activity.FORM)
         return True
@@ -357,17 +356,27 @@ class Agent:
             kind=CauseKind.UNUSABLE if unusable else CauseKind.FAILED,
             step=failure.step or 0,
             signature=failure.signature,
+            surroundings=failure.surroundings,
         )
+        own_fault = not (collateral or unusable or self._node.must_reform(number))
+        if own_fault:
+            self._rest_after(str(failure))
         self._node.spend(number, None if collateral else own)
         self._observation.enter(Activity.FORM)
-        if collateral or unusable or self._node.must_reform(number):
-            return
-        self._failures_at_frontier += 1
-        if self._failures_at_frontier > self._config.elastic.retries_without_progress:
+        retries = self._config.elastic.retries_without_progress
+        if own_fault and self._failures_at_frontier > retries and self._node.others_can_go_on():
             raise NodeFailure(
                 f"workers failed {self._failures_at_frontier} times without a step beyond {self._frontier_step}; "
                 f"last: {failure}"
             )
+
+    def _rest_after(self, trouble: str) -> None:
+        """One more failure of this node's own without a new step: give the trouble time to pass."""
+        self._failures_at_frontier += 1
+        seconds = rest_s(self._failures_at_frontier, random.random())
+        if seconds:
+            log.warning("node_rests", seconds=round(seconds, 3), cause=trouble)
+            self._node.rest(trouble, seconds)
 
     # ---- messages of the workers, on the channel's threads -------------------------------------
 

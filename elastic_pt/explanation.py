@@ -26,6 +26,7 @@ from elastic_pt.elastic.records import (
     Quarantine,
     Record,
     Recovery,
+    Reopen,
     Stop,
 )
 
@@ -145,6 +146,8 @@ def explain(records: Iterable[Record]) -> list[Change | End]:
         elif isinstance(body, Quarantine) and not body.node:
             steps = [each.step for each in checkpoints if each.directory == body.directory]
             set_aside.append(SetAside(body.directory, steps[0] if steps else None, body.why))
+        elif isinstance(body, Reopen):
+            ends = []
         elif changes:
             changes[-1] = _later(changes[-1], body)
         if isinstance(body, Commit):

@@ -44,6 +44,7 @@ from elastic_pt.elastic.records import (
     Quarantine,
     Record,
     Recovery,
+    Reopen,
     Stop,
 )
 from elastic_pt.elastic.status import NodeStatus, Phase
@@ -242,6 +243,9 @@ def describe(record: Record) -> str:
             text = f"{body.directory}: {body.why}"
         case Stop():
             text = f"{body.reason} at step {body.step}"
+        case Reopen():
+            platform = ", another platform is accepted" if body.platform else ""
+            text = f"from step {body.step}{platform}: {body.why}"
     return f"{record.index:>5}  {record.time}  {record.kind:<10}  {text}  (by {record.writer})"
 
 

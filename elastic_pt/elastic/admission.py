@@ -16,7 +16,7 @@ SPARE_INTERVALS: Final = 1.5
 def newcomers(
     view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
 ) -> list[Member]:
-    """Live nodes outside the generation that wait, can reach all who stay, and agree with this node."""
+    """Live nodes outside the generation that wait, do not rest, can reach all who stay, and agree with this node."""
     must_reach = incarnations(stay)
     number = 0 if view.generation is None else view.generation.number
     members = view.generation.incarnations if view.generation else frozenset()
@@ -33,6 +33,7 @@ def newcomers(
             and peer.status.phase is Phase.WAITING
             and peer.status.generation >= number
             and not peer.status.leaving
+            and not peer.status.resting
             and peer.status.member.node not in view.barred
             and not must_reach & set(peer.status.unreachable)
             and not difference(view.me.fingerprint, peer.status.fingerprint)

@@ -74,6 +74,8 @@ class Assessment:
     """Members that found the generation broken, whatever this node sees."""
     leaving: tuple[Member, ...]
     """Members that want to go, and those that have gone in good order."""
+    resting: tuple[Member, ...]
+    """Members that take no part for a while, because their own workers kept failing."""
     over: bool
     """All members that are left have stopped their workers."""
 
@@ -173,6 +175,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
         failures=tuple(said.failure for said in spent if said.failure is not None),
         gave_up=in_rank_order(gave_up),
         leaving=in_rank_order(leaving),
+        resting=in_rank_order({each for each, said in said_alive.items() if said.resting}),
         over=len(spent) == len(alive),
     )
 

@@ -4,6 +4,10 @@
 
 The error file is the one that torch elastic's `record` writes around the worker's function; it holds the
 exception and its traceback, and is read before the exit code is believed.
+
+A failure comes from the surroundings or from the program. The surroundings are what a later attempt may find
+changed: space, I/O, the store, memory, the device, the network, a signal from outside. The program is a function
+of state, data and code, and fails again. Only the program's failures may end a run; see `elastic.history`.
 """
 
 import json
@@ -30,6 +34,23 @@ _COLLECTIVE_WORDS: Final = re.compile(
     r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Broken pipe|Socket ?(Timeout|closed)",
     re.IGNORECASE,
 )
+# Exceptions of the surroundings, by name, wherever they stand in a chain of direct causes ("raise ... from").
+_SURROUNDINGS_TYPES: Final = re.compile(
+    r"(\w+\.)*(OSError|IOError|EnvironmentError|FileNotFoundError|FileExistsError|PermissionError"
+    r"|NotADirectoryError|IsADirectoryError|BlockingIOError|InterruptedError|ChildProcessError"
+    r"|ProcessLookupError|EOFError|MemoryError|\w*(Connect\w*|Timeout|TimedOut|BrokenPipe)Error|timeout"
+    r"|gaierror|herror|SSLError|StoreError|NotFound|AccessDenied|OutOfMemoryError|AcceleratorError)$"
+)
+# torch raises a plain RuntimeError for most of them.
+_SURROUNDINGS_WORDS: Final = re.compile(
+    r"out of memory|not enough memory|can't allocate|cannot allocate|No space left|Disk quota|Input/output error"
+    r"|Read-only file system|Stale file handle|Too many open files|Resource temporarily unavailable|unable to (mmap|open)"
+    r"|CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|CUDA-capable device|device-side|ECC error|NVML",
+    re.IGNORECASE,
+)
+_DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n"
+_CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
+_EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _VARYING: Final = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
@@ -68,7 +89,12 @@ class WorkerFailure:
     signature: str = ""
     """The same text for the same deterministic failure, however often it happens: the exception without the
     numbers and addresses in it, the exit code, or the name of a crash's signal. Empty for what came from
-    outside (SIGKILL, OOM, a hang, other workers): that says nothing about next time."""
+    the surroundings: that says nothing about next time."""
+
+    @property
+    def surroundings(self) -> bool:
+        """Whether its surroundings failed it, so that a later attempt may go better."""
+        return not self.signature
 
     @property
     def collateral(self) -> bool:
@@ -138,7 +164,7 @@ def classify(evidence: Evidence) -> WorkerFailure | None:
     if error is not None:
         cause = FailureCause.COLLECTIVE if _is_collective(error) else FailureCause.EXCEPTION
         message, traceback = _one_line(error.message), _bounded(error.traceback)
-        if cause is FailureCause.EXCEPTION:
+        if cause is FailureCause.EXCEPTION and not _of_surroundings(error):
             signature = _VARYING.sub("#", message)
     elif exit_code is not None and exit_code < 0:
         oom = evidence.oom_killed and exit_code == -signal.SIGKILL
@@ -246,6 +272,20 @@ def _is_collective(error: RecordedError) -> bool:
     kind = error.message.partition(":")[0]
     return bool(_COLLECTIVE_TYPES.match(kind)) or (
         kind == _MAYBE_COLLECTIVE_TYPE and bool(_COLLECTIVE_WORDS.search(error.message))
+    )
+
+
+def _of_surroundings(error: RecordedError) -> bool:
+    """Whether the exception, or one that it was directly raised from, is about the surroundings."""
+    kind, _, text = error.message.partition(": ")
+    chain = [(kind, text)]
+    # What was being handled by chance is no cause; only `raise ... from` names one.
+    *causes, _ = error.traceback.rpartition(_CONTEXT)[2].split(_DIRECT_CAUSE)
+    chain += [line for part in causes for line in _EXCEPTION_LINE.findall(part)]
+    return any(
+        _SURROUNDINGS_TYPES.match(kind)
+        or (kind.endswith("RuntimeError") and _SURROUNDINGS_WORDS.search(text))
+        for kind, text in chain
     )
 
 

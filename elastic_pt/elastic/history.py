@@ -2,20 +2,28 @@
 
     a node    that brought the world down `flaps_max` times within `flap_window_s` is kept out for `bar_s`,
               twice as long each further time; the others go on without it
-    the run   ends when the same exception came at the same step `same_failures_max` times, on two nodes or
-              with no other node to try, or after `failures_max` failures in a row without a new step
+              after each further failure without a new step it rests longer, and lets the others go on meanwhile
+    the run   ends by failures of the program alone (a function of state, data and code; see `failure`): the same
+              one at the same step `same_failures_max` times, or `failures_max` in a row without a new step. They
+              must have come on two nodes, or on the only one over attempts that lie `SPACED_S` apart. Whatever the
+              surroundings did to workers passes, so it never ends a run.
 
 Pure functions over the log and the moments at which this node read it. Nobody else's clock matters: a
-node that has just come starts counting then.
+node that has just come starts counting then. A REOPEN forgives the run what it failed of before.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from elastic_pt.elastic.log import RunView
 from elastic_pt.elastic.records import Cause, CauseKind, Generation, Quarantine
 
+SPACED_S: Final = 10.0
+"""Seconds over which the attempts of a node that is alone must be spread before their failures end the run."""
+_REST_S: Final = 1.0
+_REST_MAX_S: Final = 60.0
+_REST_JITTER: Final = 0.25
 _BAR_MAX_S: Final = 3600.0
 _BLAMED: Final = frozenset({CauseKind.LOST, CauseKind.FAILED, CauseKind.PARKED})
 
@@ -100,58 +108,108 @@ def _why(count: int, budgets: Budgets, last: Cause) -> str:
     return f"{count} failures within {budgets.flap_window_s:g} s, last: {last}"
 
 
+def rest_s(failures: int, draw: float) -> float:
+    """Seconds that a node rests after so many failures of its own without a new step; `draw` is in [0, 1).
+
+    None after the first, then 1, 2, 4, ... up to 60, each a quarter more or less.
+    """
+    if failures < 2:
+        return 0.0
+    full_s = min(_REST_MAX_S, _REST_S * 2.0 ** min(failures - 2, 32))
+    return full_s * (1.0 + _REST_JITTER * (2.0 * draw - 1.0))
+
+
+@dataclass(frozen=True)
+class _Attempts:
+    """Failures of the program that followed each other, the newest included."""
+
+    count: int
+    nodes: frozenset[str]
+    first_s: float
+    """When this node learned of the first one."""
+
+    def prove(self, count_min: int, others: int, noticed_s: float) -> bool:
+        """Whether there were enough of them, on two nodes or on the only one with time between them."""
+        alone = not others and noticed_s - self.first_s >= SPACED_S
+        return self.count >= count_min and (len(self.nodes) > 1 or alone)
+
+
 def halt(
-    generations: tuple[Generation, ...],
+    view: RunView,
+    moments: Moments,
     failures: Iterable[Cause],
     others: int,
     frontier_step: int,
     budgets: Budgets,
+    noticed_s: float,
 ) -> str:
     """Why the run must end rather than try again; empty while it need not.
 
-    `failures` broke the newest generation, `others` is how many live nodes had none, and `frontier_step`
-    the newest step that any node is known to have done.
+    `failures` broke the newest generation, as was noticed at `noticed_s`, `others` is how many live nodes had
+    none, and `frontier_step` the newest step that any node is known to have done.
     """
+    generations = [each for each in view.generations if each.number > view.reopened_generation]
     for failure in failures:
-        if failure.kind is not CauseKind.FAILED:
+        if not _is_program(failure):
             continue
-        same, nodes = 1, {failure.node}
-        for causes in _failures_backwards(generations):
-            if not causes:
-                # Who failed may have left and come back since: that is no other failure.
-                continue
-            again = [
-                cause
-                for cause in causes
-                if (cause.signature, cause.step) == (failure.signature, failure.step)
-            ]
-            if not again:
-                break
-            same, nodes = same + 1, nodes | {cause.node for cause in again}
-        tried = len(nodes) > 1 or not others
-        if failure.signature and same >= budgets.same_failures_max and tried:
+        same = _same_attempts(generations, moments, failure, noticed_s)
+        if failure.signature and same.prove(budgets.same_failures_max, others, noticed_s):
             return (
-                f"the same failure {same} times at step {failure.step}, on {', '.join(sorted(nodes))}: "
-                f"{failure.detail}"
+                f"the same failure {same.count} times at step {failure.step}, "
+                f"on {', '.join(sorted(same.nodes))}: {failure.detail}"
             )
-        in_a_row = _failures_in_a_row(generations, frontier_step)
-        if in_a_row >= budgets.failures_max:
-            beyond = max(generation.frontier_step for generation in generations)
-            return f"{in_a_row} failures in a row without a step beyond {beyond}; last: {failure}"
+        in_a_row = _attempts_in_a_row(generations, moments, failure, frontier_step, noticed_s)
+        if in_a_row.prove(budgets.failures_max, others, noticed_s):
+            beyond = max((each.frontier_step for each in generations), default=frontier_step)
+            return f"{in_a_row.count} failures in a row without a step beyond {beyond}; last: {failure}"
     return ""
 
 
-def _failures_backwards(generations: tuple[Generation, ...]) -> Iterable[list[Cause]]:
+def _is_program(cause: Cause) -> bool:
+    return cause.kind is CauseKind.FAILED and not cause.surroundings
+
+
+def _program_failures(generation: Generation) -> list[Cause]:
+    return [cause for cause in generation.causes if _is_program(cause)]
+
+
+def _same_attempts(
+    generations: Sequence[Generation], moments: Moments, failure: Cause, noticed_s: float
+) -> _Attempts:
+    """How often the same failure has come at the same step, with no other one between."""
+    count, nodes, first_s = 1, {failure.node}, noticed_s
     for generation in reversed(generations):
-        yield [cause for cause in generation.causes if cause.kind is CauseKind.FAILED]
+        causes = _program_failures(generation)
+        if not causes:
+            # Who failed may have left and come back since: that is no other failure.
+            continue
+        again = [
+            cause
+            for cause in causes
+            if (cause.signature, cause.step) == (failure.signature, failure.step)
+        ]
+        if not again:
+            break
+        count, nodes = count + 1, nodes | {cause.node for cause in again}
+        first_s = moments.generations.get(generation.number, first_s)
+    return _Attempts(count, frozenset(nodes), first_s)
 
 
-def _failures_in_a_row(generations: tuple[Generation, ...], frontier_step: int) -> int:
+def _attempts_in_a_row(
+    generations: Sequence[Generation],
+    moments: Moments,
+    failure: Cause,
+    frontier_step: int,
+    noticed_s: float,
+) -> _Attempts:
     """How many failures, up to the one that has just come, followed each other without a new step between."""
     reached = [generation.frontier_step for generation in generations] + [frontier_step]
-    count = 1
-    for index, causes in enumerate(_failures_backwards(generations), start=1):
-        if reached[-index] > max(reached[:-index]):
+    count, nodes, first_s = 1, {failure.node}, noticed_s
+    for index, generation in enumerate(reversed(generations), start=1):
+        if index < len(reached) and reached[-index] > max(reached[:-index]):
             break
-        count += bool(causes)
-    return count
+        causes = _program_failures(generation)
+        if causes:
+            count, nodes = count + 1, nodes | {cause.node for cause in causes}
+            first_s = moments.generations.get(generation.number, first_s)
+    return _Attempts(count, frozenset(nodes), first_s)

@@ -9,11 +9,12 @@ log is found by probing for the next number, never by trusting a listing.
 import datetime
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from elastic_pt.elastic.records import (
+    COMPLETED,
     ORIGIN,
     Body,
     Checkpoint,
@@ -23,6 +24,7 @@ from elastic_pt.elastic.records import (
     Quarantine,
     Record,
     Recovery,
+    Reopen,
     Stop,
 )
 from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
@@ -48,6 +50,11 @@ class RunView:
     bars: tuple[tuple[int, Quarantine], ...] = ()
     """Quarantines of nodes that were read, oldest first, each with the index of its record."""
     stop: Stop | None = None
+    """The end of the run, unless a REOPEN has lifted it since."""
+    reopened_generation: int = 0
+    """The newest generation when the run was last reopened: failures up to it count no more."""
+    waived_generation: int = -1
+    """The newest generation when a REOPEN last accepted another platform; -1 if none did."""
 
     @property
     def length(self) -> int:
@@ -63,6 +70,14 @@ class RunView:
     def generation_number(self) -> int:
         """The newest generation; 0 before the first."""
         return 0 if self.generation is None else self.generation.number
+
+    @property
+    def platform(self) -> Mapping[str, str] | None:
+        """The platform that the run is bound to; empty where `identity.json` tells it, None if any is accepted."""
+        generation = self.generation
+        if self.waived_generation >= self.generation_number:
+            return None
+        return {} if generation is None else generation.platform
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -87,11 +102,24 @@ def fold(view: RunView, record: Record) -> RunView:
             return replace(seen, quarantined=seen.quarantined | {directory})
         case Stop():
             return replace(seen, stop=record.body)
+        case Reopen(platform=platform):
+            number = record.generation
+            return replace(
+                seen,
+                stop=None,
+                reopened_generation=number,
+                waived_generation=number if platform else view.waived_generation,
+            )
 
 
 def check_allowed(view: RunView, body: Body, generation: int) -> None:
     """The fence: raises `FencedError` unless a writer of `generation` may append `body` after `view`."""
-    if view.stop is not None:
+    if isinstance(body, Reopen):
+        if view.stop is not None and view.stop.reason == COMPLETED:
+            raise FencedError("the run is complete")
+        if view.stop is None and not body.platform:
+            raise FencedError("the run has not ended")
+    elif view.stop is not None:
         raise FencedError(f"the run has ended: {view.stop.reason}")
     if isinstance(body, Generation):
         if body.number != view.generation_number + 1:
@@ -206,9 +234,12 @@ class RunLog:
                 raise self._gap(index, newest)
         head = self._must_read(newest)
         view = RunView(run_id=self._must_read(0).nonce)
-        for kind in (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP):
-            if kind in head.latest:
-                view = fold(view, self._must_read(head.latest[kind]))
+        kinds = (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP)
+        for index in sorted(head.latest[kind] for kind in kinds if kind in head.latest):
+            view = fold(view, self._must_read(index))
+        for reopened in reversed(list(self.chain(head, Kind.REOPEN))):
+            stop = view.stop if head.latest.get(Kind.STOP, -1) > reopened.index else None
+            view = replace(fold(view, reopened), stop=stop)
         for quarantine in reversed(list(self.chain(head, Kind.QUARANTINE))):
             view = fold(view, quarantine)
         return replace(view, head=head)

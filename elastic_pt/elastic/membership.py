@@ -10,8 +10,9 @@ one of them through. A node takes part by what it says of itself in heartbeats:
     SETTLING  workers have stopped on purpose; their checkpoint is on its way to the bucket
 
 A generation is broken once a member is gone, cannot be reached by another one, or has spent it without
-being asked to. It is over, in good order, once all its members have spent it. Three rules keep two halves
-of a torn network from undoing each other's work:
+being asked to. It is over, in good order, once all its members have spent it. A node whose own workers keep
+failing rests for a while, and the others go on without it; alone, it rests and tries again. Three rules keep
+two halves of a torn network from undoing each other's work:
 
     asked again   a world is formed only of nodes that answered after the trouble was noticed
     larger side   who sees fewer than half of the members (or half, without the first) lets the others go
@@ -115,7 +116,7 @@ def _decide_next_world(
 ) -> Decision:
     """The newest generation is broken or over: who goes on?"""
     parked = park(found.broken_links, generation.members)
-    going = incarnations(found.leaving) | set(parked)
+    going = incarnations(found.leaving) | set(parked) | incarnations(found.resting)
     stay = [member for member in found.alive if member.incarnation not in going]
     allowed = [member for member in stay if member.node not in view.barred]
     # Rather a node that fails often than a run that stands still.
@@ -140,21 +141,21 @@ def _decide_next_world(
             for member in found.gave_up
         )
     reason = "; ".join(str(cause) for cause in causes) or "resumed"
-    if len(wanted) < limits.nodes_min:
-        return Wait(
-            f"paused: {len(wanted)} of at least {limits.nodes_min} nodes; {reason}", broken=True
-        )
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
     quiet_s = max(0.0, min(now_s, view.quiet_until_s) - max(view.quiet_since_s, since_s))
-    others_first = not _is_larger_side([*stay, *barred], found, generation)
+    others_first = not _is_larger_side([*stay, *barred, *found.resting], found, generation)
+    if view.halt and found.failures and (not others_first or quiet_s >= limits.takeover_s):
+        return Halt(view.halt)
+    if len(wanted) < limits.nodes_min:
+        resting = [said for each in found.resting if (said := _rest_of(view, each))]
+        paused = f"paused: {len(wanted)} of at least {limits.nodes_min} nodes"
+        return Wait("; ".join((paused, *(resting or [reason]))), broken=True)
     if others_first and quiet_s < limits.takeover_s:
         return Wait(
             f"cut off with {len(found.alive)} of {len(generation.members)} members: "
             f"the others go first; {reason}",
             broken=True,
         )
-    if view.halt and found.failures:
-        return Halt(view.halt)
     mine = view.me.member.incarnation
     turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
     # Who leads may see things differently, and wait for somebody else: the next in order has a try then,
@@ -209,6 +210,12 @@ def _losses(
     return causes
 
 
+def _rest_of(view: View, member: Member) -> str:
+    """Why a member rests, in words."""
+    said = _status_of(view, member)
+    return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
+
+
 def _linked(links: Sequence[tuple[str, str]], one: str, other: str) -> bool:
     return (min(one, other), max(one, other)) in links
 
@@ -249,6 +256,8 @@ def _answered(view: View, member: Member, since_s: float) -> bool:
 
 def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
     members = () if view.generation is None else view.generation.members
+    if view.me.resting:
+        return Wait(f"rests: {view.me.resting}")
     timeout_s = limits.silence_s(len(members))
     reachable = [
         member

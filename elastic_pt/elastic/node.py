@@ -187,9 +187,20 @@ class Node:
         kind: CauseKind = CauseKind.FAILED,
         step: int = 0,
         signature: str = "",
+        surroundings: bool = False,
     ) -> Cause:
         """A failure of this node's own workers, as the others are told of it."""
-        return Cause(kind, self.member.node, detail, step, signature)
+        return Cause(kind, self.member.node, detail, step, signature, surroundings=surroundings)
+
+    def rest(self, why: str, seconds: float) -> None:
+        """Take no part in the run for so long; the others go on without this node."""
+        with self._changed:
+            self._participant.rest(why, seconds)
+        self._tell()
+
+    def others_can_go_on(self) -> bool:
+        """Whether enough other nodes are alive and fit, so that the run goes on when this one leaves."""
+        return self._participant.others_can_go_on()
 
     def progress(self, step: int, loss: float | None) -> None:
         """Where the workers are, for heartbeats and `status`."""

@@ -34,7 +34,14 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
-from elastic_pt.elastic.status import Limits, NodeStatus, Phase, difference, incarnations
+from elastic_pt.elastic.status import (
+    Limits,
+    NodeStatus,
+    Phase,
+    difference,
+    incarnations,
+    is_lost,
+)
 from elastic_pt.errors import ConfigError, FencedError, StoreError
 
 _LOOK_INTERVAL_S: Final = 1.0
@@ -103,6 +110,8 @@ class Participant:
         """When the pulse was last looked at."""
         self._felt: bytes | None = None
         self._felt_s = self._beaten_s = self._looked_s = self._glanced_s = float("-inf")
+        self._rest = ""
+        self._rest_until_s = float("-inf")
         self._grown = False
         """Whether the log was seen to have a record that this node has not read."""
         self._generations_read: dict[int, float] = {}
@@ -125,7 +134,32 @@ class Participant:
             log_length=view.length,
             generation=view.generation_number,
             leaving=self.leaving,
+            resting=self._rest if self._clock_s() < self._rest_until_s else "",
         )
+
+    def rest(self, why: str, seconds: float) -> None:
+        """Take no part for so long: this node's own workers kept failing, and others go on meanwhile."""
+        with self._saying:
+            self._rest, self._rest_until_s = why, self._clock_s() + seconds
+
+    @property
+    def rested(self) -> bool:
+        """Whether this life of the node has rested before."""
+        return bool(self._rest)
+
+    def others_can_go_on(self) -> bool:
+        """Whether enough other nodes are alive and fit, so that the run goes on when this one leaves."""
+        now_s, timeout_s = self._clock_s(), self.silence_s()
+        fit = [
+            peer.status
+            for peer in list(self.table.peers.values())
+            if peer.status is not None
+            and peer.heard_s is not None
+            and not is_lost(peer, now_s, timeout_s)
+            and not (peer.status.leaving or peer.status.resting)
+            and not difference(self._status.fingerprint, peer.status.fingerprint)
+        ]
+        return len(fit) >= self._limits.nodes_min
 
     def say(self, **changes: object) -> None:
         """Change what this node says of itself."""
@@ -324,7 +358,8 @@ class Participant:
             others = len(generation.members) - len(proven)
             others -= len({cause.node for cause in failures})
             frontier = self._frontier_step()
-            halting = halt(run.generations, failures, others, frontier, self._budgets)
+            noticed_s = now_s if self._broken_since_s is None else self._broken_since_s
+            halting = halt(run, moments, failures, others, frontier, self._budgets, noticed_s)
         else:
             self._broken_since_s = None
         view = replace(

@@ -5,6 +5,7 @@
     COMMIT       a checkpoint counts from here on; names every checkpoint that is kept
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
+    REOPEN       an operator lifted a STOP that was no completion, or accepted another platform
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
 of the record before, and where the newest record of each kind lies) around a body. The pointers in
@@ -14,6 +15,7 @@ of the record before, and where the newest record of each kind lies) around a bo
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -38,6 +40,7 @@ class Kind(StrEnum):
     COMMIT = "COMMIT"
     QUARANTINE = "QUARANTINE"
     STOP = "STOP"
+    REOPEN = "REOPEN"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class Cause:
     """What a Python exception has in common with the same one at another time; empty for other causes."""
     detect_s: float = 0.0
     """Seconds from the last sign of life to the moment the cause was noticed."""
+    surroundings: bool = False
+    """Whether a worker failed through its surroundings (space, I/O, store, memory, device, network, a signal).
+    That may pass. Else it failed through the program: a function of state, data and code."""
 
     def __str__(self) -> str:
         match self.kind:
@@ -141,6 +147,8 @@ class Generation:
     """The newest step that any member had done before; steps up to it are done again."""
     agree_s: float = 0.0
     """Seconds from the first member noticing, as the proposer saw it, to this record."""
+    platform: Mapping[str, str] = field(default_factory=dict)
+    """What computes on the members, as far as it decides the bits, by name; empty in older records."""
 
     @property
     def world_size(self) -> int:
@@ -218,7 +226,18 @@ class Stop:
     step: int
 
 
-Body = Generation | Recovery | Commit | Quarantine | Stop
+@dataclass(frozen=True)
+class Reopen:
+    """An operator lets a run go on: a STOP that was no completion is lifted. See `elastic-pt reopen`."""
+
+    why: str
+    platform: bool
+    """Whether the next generation may run on another platform than those before."""
+    step: int
+    """Steps done in the newest checkpoint that counts; exactness across platforms ends there."""
+
+
+Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen
 
 _KIND_OF: Final[dict[type, Kind]] = {
     Generation: Kind.GENERATION,
@@ -226,6 +245,7 @@ _KIND_OF: Final[dict[type, Kind]] = {
     Commit: Kind.COMMIT,
     Quarantine: Kind.QUARANTINE,
     Stop: Kind.STOP,
+    Reopen: Kind.REOPEN,
 }
 _BODIES: Final[dict[Kind, TypeAdapter[Any]]] = {
     kind: TypeAdapter(body) for body, kind in _KIND_OF.items()

@@ -57,6 +57,8 @@ class NodeStatus:
     """The newest generation that it has given up because of something it saw itself."""
     leaving: bool = False
     """It wants to go, in good order."""
+    resting: str = ""
+    """Why it takes no part for a while: its own workers kept failing, and it gives the trouble time to pass."""
     step: int = 0
     loss: float | None = None
     start_times: StartTimes | None = None

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
-from elastic_pt.elastic.history import Budgets
+from elastic_pt.elastic.history import Budgets, rest_s
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.node import Formed, Left, Node
@@ -26,6 +26,7 @@ from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import (
     COMPLETED,
     Body,
+    CauseKind,
     Checkpoint,
     Commit,
     Generation,
@@ -447,13 +448,26 @@ class AgentProcess(Process):
         collateral = workers.collateral and node.await_reform(
             number, 2 * limits.heartbeat_timeout_s
         )
-        own = node.failure(workers.detail, step=workers.step, signature=workers.signature)
+        own = node.failure(
+            workers.detail,
+            step=workers.step,
+            signature=workers.signature,
+            surroundings=not workers.signature,
+        )
+        own_fault = not (collateral or node.must_reform(number))
+        if own_fault:
+            self._rest_after(workers.detail)
         node.spend(number, None if collateral else own)
-        if collateral or node.must_reform(number):
-            return
-        self._failures_at_frontier += 1
-        if self._failures_at_frontier > _RETRIES_WITHOUT_PROGRESS:
+        too_often = self._failures_at_frontier > _RETRIES_WITHOUT_PROGRESS
+        if own_fault and too_often and node.others_can_go_on():
             raise NodeFailure(f"workers failed {self._failures_at_frontier} times")
+
+    def _rest_after(self, trouble: str) -> None:
+        self._failures_at_frontier += 1
+        self.around.witness.failed(self, self._failures_at_frontier)
+        seconds = rest_s(self._failures_at_frontier, self.scheduler.random.random())
+        if seconds:
+            self.node.rest(trouble, seconds)
 
     def _settle(self, formed: Formed, workers: Workers) -> None:
         node, number = self.node, formed.generation.number
@@ -466,7 +480,11 @@ class AgentProcess(Process):
             settled = node.await_end(number, timeout_s, self._given_up)
         else:
             settled = node.await_settled(number, step, timeout_s, self._given_up)
-        failure = None if settled else node.failure(f"checkpoint of step {step} was not committed")
+        failure = None
+        trouble = f"the checkpoint of step {step} was not committed"
+        if not settled and not node.must_reform(number):
+            failure = node.failure(trouble, kind=CauseKind.GAVE_UP)
+            self._rest_after(trouble)
         node.spend(number, failure)
 
     def _given_up(self) -> bool:

@@ -34,6 +34,9 @@ _KILL_S: Final = 0.5
 
 
 _CLOCK_GRAIN_S: Final = 1e-6
+_FAILURES_WINDOW_S: Final = 4.0
+_FAILURES_MAX: Final = 5
+"""Failures of one node without a new step within that window, at the most."""
 
 
 class Violation(Exception):
@@ -112,6 +115,7 @@ class Witness:
     expected_stop: Callable[[Stop], bool] = lambda stop: False
     _words: dict[tuple[str, str], tuple[int, Message]] = field(default_factory=dict)
     _doomed_since_s: dict[str, float] = field(default_factory=dict)
+    _failed_s: dict[str, list[float]] = field(default_factory=dict)
 
     # ---- the log -----------------------------------------------------------------------------------
 
@@ -226,6 +230,8 @@ class Witness:
                 for each in before.members
                 if each not in generation.members
                 and each.node not in chosen
+                # Who rests leaves the others to it.
+                and not simulation.agents[each.incarnation].participant.rested
                 # Who waits for the bucket, and has not read the record that it trains by, is no use to anybody.
                 and simulation.agents[each.incarnation].log.view.generation_number >= before.number
             ],
@@ -264,7 +270,7 @@ class Witness:
         if stop.reason == COMPLETED and done:
             return
         if not self.expected_stop(stop):
-            raise Violation("a failing node never ends the run", stop.reason)
+            raise Violation("no run ends while a fit node exists", stop.reason)
 
     def appending(self, process: "AgentProcess", generation: int) -> Attempt:
         """An agent begins to append on behalf of a generation."""
@@ -294,6 +300,29 @@ class Witness:
                 "nobody trains on in a superseded generation",
                 f"generation {number} did step {world.step} {now_s - since_s:.1f} s after it was replaced",
             )
+
+    def failed(self, process: "AgentProcess", failures: int) -> None:
+        """A node's own workers have failed so many times in a row without a new step."""
+        now_s = self.simulation.scheduler.now_s
+        times_s = self._failed_s.setdefault(process.incarnation, [])
+        # Whatever made a step in between has begun a new account.
+        times_s[:] = [*times_s[len(times_s) - (failures - 1) :], now_s]
+        lately = sum(now_s - each < _FAILURES_WINDOW_S for each in times_s)
+        if lately > _FAILURES_MAX:
+            raise Violation(
+                "a failing node rests",
+                f"{process.name}: {lately} failures within {_FAILURES_WINDOW_S:g} s",
+            )
+
+    def gave_up(self, process: "AgentProcess") -> None:
+        """A node has left because its own workers kept failing."""
+        others = [
+            agent
+            for agent in self.simulation.agents.values()
+            if agent is not process and self.simulation.died_s.get(agent.incarnation) is None
+        ]
+        if not others:
+            raise Violation("nobody leaves a run that needs it", process.name)
 
     def tick(self) -> None:
         """What must not last."""

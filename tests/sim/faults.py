@@ -99,6 +99,25 @@ def fail_worker(simulation: "Simulation", fault: Fault) -> Undo:
     return lambda: None
 
 
+def unfit(simulation: "Simulation", fault: Fault) -> Undo:
+    """Workers of the nodes fail, and cannot start, as long as it lasts: no space, no memory, no data."""
+    unfit = simulation.training.unfit
+    for node in fault.nodes:
+        unfit[node] += 1
+    fail_worker(simulation, fault)
+
+    def undo() -> None:
+        for node in fault.nodes:
+            unfit[node] -= 1
+
+    return undo
+
+
+def unfit_everywhere(simulation: "Simulation", fault: Fault) -> Undo:
+    """No node's workers can start as long as it lasts: what all of them read is away."""
+    return unfit(simulation, dataclasses.replace(fault, nodes=tuple(simulation.nodes)))
+
+
 def leave(simulation: "Simulation", fault: Fault) -> Undo:
     """The node is asked to go (SIGTERM); somebody starts it again."""
     for node in fault.nodes:
@@ -262,6 +281,8 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "pause agent": (pause_agent, 1, 2.0),
     "pause machine": (pause_machine, 1, 2.0),
     "fail worker": (fail_worker, 1, 3.0),
+    "unfit": (unfit, 1, 2.0),
+    "unfit everywhere": (unfit_everywhere, 0, 1.5),
     "leave": (leave, 1, 1.5),
     "cut one way": (cut_one_way, 2, 2.0),
     "cut pair": (cut_pair, 2, 2.0),

@@ -14,15 +14,18 @@ from unittest.mock import patch
 from elastic_pt.elastic import log, membership, participant
 from elastic_pt.elastic.admission import newcomers
 from elastic_pt.elastic.assessment import View
+from elastic_pt.elastic.history import Moments
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.node import Node
+from elastic_pt.elastic.participant import Participant
 from elastic_pt.elastic.peers import Message, PeerTable
 from elastic_pt.elastic.pulse import Pulse
-from elastic_pt.elastic.records import Body, Member
+from elastic_pt.elastic.records import Body, Cause, CauseKind, Member
 from elastic_pt.elastic.status import Limits
 from elastic_pt.errors import AlreadyExists, FencedError
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
+from tests.sim import agent
 from tests.sim.agent import AgentProcess, SimulatedStore
 from tests.sim.simulation import Outcome, simulate
 
@@ -153,6 +156,14 @@ def _unprobed_newcomers(
     return newcomers(dataclasses.replace(view, peers=peers), limits, now_s, stay)
 
 
+def _halt_after_three(
+    view: RunView, moments: Moments, failures: Sequence[Cause], *_: object
+) -> str:
+    newest = view.generations[-2:]
+    failed = [any(cause.kind is CauseKind.FAILED for cause in each.causes) for each in newest]
+    return "three failures in a row" if failures and failed == [True, True] else ""
+
+
 MUTATIONS: Final = (
     Mutation(
         "no fence",
@@ -271,6 +282,27 @@ MUTATIONS: Final = (
         "a failed worker is reason enough for STOP",
         participant,
         "halt",
-        lambda generations, failures, *_: f"failed: {failures}",
+        lambda view, moments, failures, *_: f"failed: {failures}",
+    ),
+    Mutation(
+        "surroundings end the run",
+        "three failures in a row end the run, whatever they came from",
+        participant,
+        "halt",
+        _halt_after_three,
+    ),
+    Mutation(
+        "no rest",
+        "a node whose workers keep failing tries again at once",
+        agent,
+        "rest_s",
+        lambda failures, draw: 0.0,
+    ),
+    Mutation(
+        "lone node gives up",
+        "a node leaves after some failures, whether others can go on or not",
+        Participant,
+        "others_can_go_on",
+        lambda self: True,
     ),
 )

@@ -407,6 +407,8 @@ class Simulation:
         self.died_s[agent.incarnation] = self.scheduler.now_s
         if self.nodes[agent.machine.name] is agent:
             self.nodes[agent.machine.name] = None
+        if why.startswith("NodeFailure"):
+            self.witness.gave_up(agent)
         refused = why.startswith("ConfigError")
         if refused and agent.machine.name != "z":
             raise Violation("nobody is refused without a reason", why)

@@ -7,6 +7,7 @@
 Workers are processes of their own: they stand still with their machine, and not with their agent.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -89,6 +90,8 @@ class Training:
         self.network = network
         self.plan = plan
         self.worlds: dict[int, World] = {}
+        self.unfit: Counter[str] = Counter()
+        """Machines whose workers cannot start now, through no fault of the program: how many troubles each has."""
         self.on_step: Callable[[World], None] = lambda _: None
         self.steps_done = 0
 
@@ -131,6 +134,9 @@ class Training:
 
     def _ready(self, world: World, workers: Workers) -> None:
         if workers.state is not State.STARTING:
+            return
+        if self.unfit[workers.machine.name]:
+            self.fail(workers, "OSError: [Errno 28] No space left on device")
             return
         workers.state = State.READY
         members = world.generation.members
