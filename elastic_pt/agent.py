@@ -104,6 +104,7 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
             options.address or local_address(),
             workers,
             fingerprint(config, data, platform),
+            platform if config.train.numerics == "exact" else {},
         )
         agent = Agent(config, store, scratch, me)
         stack.callback(agent.close)
@@ -118,6 +119,7 @@ class Introduction:
     address: str
     workers: int
     fingerprint: dict[str, str]
+    platform: dict[str, str]
 
 
 def limits_of(config: Config) -> Limits:
@@ -171,6 +173,7 @@ class Agent:
                 limits=limits_of(config),
                 budgets=budgets_of(config),
                 metrics_url=metrics_url,
+                platform=me.platform,
             ),
             store,
             open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),

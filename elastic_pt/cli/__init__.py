@@ -4,6 +4,7 @@
     run  local  demo                    nodes that train                            cli.training
     status  log  checkpoints            what a run says of itself                   cli.reading
     digest  generate  eval  export      what can be made of its checkpoints         cli.weights
+    reopen                              let a run go on that has failed             cli.control
     config  storage-check               before a run                                cli.setup
 
 Commands import what they need when they are called: torch takes two seconds, and `--help` or `status`
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.exceptions import TyperException
 
-from elastic_pt.cli import prepare, reading, setup, training, weights
+from elastic_pt.cli import control, prepare, reading, setup, training, weights
 from elastic_pt.errors import ConfigError, ElasticPtError
 from elastic_pt.telemetry.events import configure_events
 
@@ -43,6 +44,7 @@ app.command("digest")(weights.digest)
 app.command("generate")(weights.generate)
 app.command("eval")(weights.evaluate)
 app.command("export")(weights.export)
+app.command("reopen")(control.reopen)
 app.command("config")(setup.config)
 app.command("storage-check")(setup.storage_check)
 

@@ -107,7 +107,7 @@ def joined_config(store: "Store", overrides: list[str]) -> Config:
 def _tell_end(reason: str, step: int) -> None:
     typer.echo(f"{reason} at step {step}")
     if reason != "completed":
-        raise RunFailed(reason)
+        raise RunFailed(f"{reason}; `elastic-pt reopen RUN_URL --why TEXT` lets it go on")
 
 
 def local(

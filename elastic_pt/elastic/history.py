@@ -146,7 +146,7 @@ def halt(
     """Why the run must end rather than try again; empty while it need not.
 
     `failures` broke the newest generation, as was noticed at `noticed_s`, `others` is how many live nodes had
-    none, and `frontier_step` the newest step that any node is known to have done.
+    none (0 if they are too few to go on alone), and `frontier_step` the newest step that any node is known to have done.
     """
     generations = [each for each in view.generations if each.number > view.reopened_generation]
     for failure in failures:

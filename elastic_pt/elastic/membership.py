@@ -144,9 +144,11 @@ def _decide_next_world(
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
     quiet_s = max(0.0, min(now_s, view.quiet_until_s) - max(view.quiet_since_s, since_s))
     others_first = not _is_larger_side([*stay, *barred, *found.resting], found, generation)
-    if view.halt and found.failures and (not others_first or quiet_s >= limits.takeover_s):
+    too_few = len(wanted) < limits.nodes_min
+    may_end = not others_first or (not too_few and quiet_s >= limits.takeover_s)
+    if view.halt and found.failures and may_end:
         return Halt(view.halt)
-    if len(wanted) < limits.nodes_min:
+    if too_few:
         resting = [said for each in found.resting if (said := _rest_of(view, each))]
         paused = f"paused: {len(wanted)} of at least {limits.nodes_min} nodes"
         return Wait("; ".join((paused, *(resting or [reason]))), broken=True)

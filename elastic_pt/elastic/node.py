@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -61,6 +61,8 @@ class NodeOptions:
     limits: Limits
     budgets: Budgets = field(default_factory=Budgets)
     metrics_url: str = ""
+    platform: Mapping[str, str] = field(default_factory=dict)
+    """What computes on this node, as far as it decides the bits."""
 
 
 class Left(Exception):
@@ -111,6 +113,7 @@ class Node:
                 bind_store=self._bind_store,
                 choose_resume=choose_resume,
                 on_drain=on_drain,
+                platform=options.platform,
             ),
         )
         self._crash: BaseException | None = None

@@ -10,8 +10,8 @@ over simulated ones. `turn` may block on the bucket. Everything else returns at 
 
 import dataclasses
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import structlog
@@ -73,6 +73,8 @@ class Surroundings:
     """Where a new generation goes on."""
     on_drain: Callable[[str], None]
     """Asks this node's workers to have all workers stop at a step."""
+    platform: Mapping[str, str] = field(default_factory=dict)
+    """What computes on this node, as far as it decides the bits; a generation records it."""
 
 
 class Participant:
@@ -357,6 +359,9 @@ class Participant:
             proven = incarnations(found.dead)
             others = len(generation.members) - len(proven)
             others -= len({cause.node for cause in failures})
+            if others < self._limits.nodes_min:
+                # The run cannot be tried without the nodes that failed.
+                others = 0
             frontier = self._frontier_step()
             noticed_s = now_s if self._broken_since_s is None else self._broken_since_s
             halting = halt(run, moments, failures, others, frontier, self._budgets, noticed_s)
@@ -426,6 +431,7 @@ class Participant:
             causes=proposal.causes,
             frontier_step=self._frontier_step(),
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
+            platform=self._around.platform,
         )
 
         def make(view: RunView) -> Generation:

@@ -39,6 +39,105 @@ def error(message: str, recorded_s: float = 0.0) -> RecordedError:
     return RecordedError(message, f"Traceback (most recent call last):\n{message}", recorded_s)
 
 
+def chained(
+    *messages: str, joint: str = "direct cause of the following exception"
+) -> RecordedError:
+    """An exception that was raised from others, the first one first, as Python prints it."""
+    above = {
+        "direct cause of the following exception": "The above exception was the direct cause of "
+        "the following exception:",
+        "context": "During handling of the above exception, another exception occurred:",
+    }[joint]
+    parts = [
+        f'Traceback (most recent call last):\n  File "x.py", line 1\n{each}' for each in messages
+    ]
+    return RecordedError(messages[-1], f"\n\n{above}\n\n".join(parts), 0.0)
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        Evidence(0, -9),
+        Evidence(0, -9, oom_killed=True),
+        Evidence(0, -7),
+        Evidence(0, None, hang=STOPPED),
+        Evidence(0, 1, error("OSError: [Errno 28] No space left on device")),
+        Evidence(
+            0, 1, error("FileNotFoundError: [Errno 2] No such file or directory: 'manifest.json'")
+        ),
+        Evidence(0, 1, error("PermissionError: [Errno 13] Permission denied: '/data'")),
+        Evidence(0, 1, error("TimeoutError: timed out")),
+        Evidence(0, 1, error("ConnectionResetError: [Errno 104] Connection reset by peer")),
+        Evidence(0, 1, error("MemoryError: ")),
+        Evidence(0, 1, error("MemoryError")),
+        Evidence(0, 1, error("NotFound: read of s3://b/data: missing")),
+        Evidence(0, 1, error("AccessDenied: read of s3://b/data: 403")),
+        Evidence(0, 1, error("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")),
+        Evidence(0, 1, error("AcceleratorError: CUDA error: uncorrectable ECC error encountered")),
+        Evidence(
+            0,
+            1,
+            error(
+                "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
+            ),
+        ),
+        Evidence(
+            0, 1, error("RuntimeError: unable to mmap 4096 bytes: Cannot allocate memory (12)")
+        ),
+        Evidence(
+            0,
+            1,
+            chained(
+                "OSError: [Errno 5] Input/output error", "elastic_pt.errors.DataError: shard: EIO"
+            ),
+        ),
+        Evidence(
+            0,
+            1,
+            chained(
+                "botocore.exceptions.EndpointConnectionError: Could not connect",
+                "elastic_pt.errors.StoreError: no answer",
+                "elastic_pt.errors.DataError: the manifest cannot be read",
+            ),
+        ),
+    ],
+)
+def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Evidence) -> None:
+    """Space, I/O, store, memory, device, network and signals from outside may be over at the next attempt."""
+    failure = classify(evidence)
+    assert failure is not None
+    assert failure.surroundings
+    assert not failure.signature
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        Evidence(0, 1, error("ValueError: rows do not match")),
+        Evidence(0, 1, error("AssertionError")),
+        Evidence(
+            0, 1, error("RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
+        ),
+        Evidence(
+            0, 1, error("DataError: shard-0: corrupt, its SHA-256 is not that of the manifest")
+        ),
+        Evidence(0, 1, error("KeyError: 'OSError'")),
+        Evidence(0, 1, error("ValueError: the text says: No space left on device")),
+        Evidence(
+            0, 1, chained("FileNotFoundError: no cache", "ValueError: bad rows", joint="context")
+        ),
+        Evidence(0, -11),
+        Evidence(0, 3),
+    ],
+)
+def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Evidence) -> None:
+    """An exception that is about none of the surroundings, a crash and an exit code come again; so do errors that
+    only came up while another one was handled."""
+    failure = classify(evidence)
+    assert failure is not None
+    assert not failure.surroundings
+
+
 @pytest.mark.parametrize(
     ("evidence", "cause", "text", "signature"),
     [
@@ -100,7 +199,7 @@ def error(message: str, recorded_s: float = 0.0) -> RecordedError:
             Evidence(2, 1, error("StoreError: s3://b/k: Connection reset by peer")),
             "exception",
             "worker 2 raised StoreError: s3://b/k: Connection reset by peer",
-            "StoreError: s#://b/k: Connection reset by peer",
+            "",
         ),
         (
             Evidence(2, 1, error("RuntimeError: expected 3 rows, got 2")),

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from elastic_pt.elastic.history import Budgets, Moments, flaps, halt, kept_out, quarantines_due
+from elastic_pt.elastic.history import (
+    SPACED_S,
+    Budgets,
+    Moments,
+    flaps,
+    halt,
+    kept_out,
+    quarantines_due,
+    rest_s,
+)
 from elastic_pt.elastic.log import RunView
 from elastic_pt.elastic.records import Cause, CauseKind, Generation, Quarantine
 from tests.elastic.world import NOW_S, failed, generation
@@ -143,9 +152,13 @@ def ends(
     others: int = 1,
     frontier_step: int = 7,
     budgets: Budgets = BUDGETS,
+    every_s: float = 1.0,
+    reopened: int = 0,
 ) -> str:
-    """Why the run must end."""
-    return halt(run(*generations).generations, failures, others, frontier_step, budgets)
+    """Why the run must end, `every_s` seconds after the newest of generations that lie as far apart."""
+    view = dataclasses.replace(run(*generations), reopened_generation=reopened)
+    moments = read_at(*(every_s * number for number in range(len(generations))))
+    return halt(view, moments, failures, others, frontier_step, budgets, every_s * len(generations))
 
 
 def bug(node: str = "a", step: int = 7, signature: str = BUG) -> Cause:
@@ -188,9 +201,42 @@ def test_other_changes_do_not_hide_that_a_failure_comes_back() -> None:
     assert "the same failure 3 times" in ends(generations, bug("b"))
 
 
-def test_without_another_node_to_try_one_is_enough() -> None:
-    """Where every live node has failed, the same exception on one of them ends the run."""
-    assert ends([at_7(), at_7(bug()), at_7(bug())], bug(), others=0) != ""
+def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
+    """Where no other node lives, the same exception ends the run once its attempts lie ten seconds apart."""
+    generations = [at_7(), at_7(bug()), at_7(bug())]
+    assert ends(generations, bug(), others=0, every_s=SPACED_S / 2) != ""
+    assert ends(generations, bug(), others=0, every_s=SPACED_S / 2 - 0.1) == ""
+    assert ends(generations, bug(), others=1, every_s=SPACED_S) == ""
+
+
+def test_failures_of_the_surroundings_never_end_a_run() -> None:
+    """However often, on however many nodes and over however long a time: what may pass is waited for."""
+
+    def outside(node: str) -> Cause:
+        return dataclasses.replace(bug(node), surroundings=True)
+
+    generations = [at_7()] + [at_7(outside(node)) for node in "abcdefabcdef"]
+    assert ends(generations, outside("a"), every_s=100.0) == ""
+    assert ends(generations, outside("a"), others=0, every_s=100.0) == ""
+    assert ends([*generations, at_7(bug("a")), at_7(bug("a"))], bug("b")) != ""
+
+
+def test_a_reopened_run_is_forgiven_what_it_failed_of() -> None:
+    """Failures from before a REOPEN count no more; those after it do."""
+    generations = [at_7(), at_7(bug("a")), at_7(bug("b"))]
+    assert ends(generations, bug("a")) != ""
+    assert ends(generations, bug("a"), reopened=3) == ""
+    assert ends([*generations, at_7(), at_7(bug("a")), at_7(bug("a"))], bug("b"), reopened=3) != ""
+
+
+@pytest.mark.parametrize(
+    ("failures", "seconds"), [(1, 0), (2, 1), (3, 2), (4, 4), (8, 60), (99, 60)]
+)
+def test_a_failing_node_rests_longer_each_time(failures: int, seconds: float) -> None:
+    """The first failure costs nothing; from the second on the rest doubles up to a minute, spread by a quarter."""
+    assert rest_s(failures, 0.5) == seconds
+    assert rest_s(failures, 0.0) == 0.75 * seconds
+    assert rest_s(failures, 1.0) == 1.25 * seconds
 
 
 def test_many_failures_without_a_new_step_end_the_run() -> None:
