@@ -157,6 +157,8 @@ class Participant:
             for peer in list(self.table.peers.values())
             if peer.status is not None
             and peer.heard_s is not None
+            # Nobody asks a former member any more: what it said last is no sign of life.
+            and now_s - peer.heard_s <= timeout_s
             and not is_lost(peer, now_s, timeout_s)
             and not (peer.status.leaving or peer.status.resting)
             and not difference(self._status.fingerprint, peer.status.fingerprint)

@@ -28,6 +28,7 @@ from elastic_pt.elastic.records import (
     Quarantine,
     Record,
     Recovery,
+    Reopen,
     Stop,
 )
 from elastic_pt.errors import FencedError, LogDamaged
@@ -214,3 +215,48 @@ def test_quarantined_checkpoints_do_not_exist(tmp_path: Path) -> None:
     view = log.append(lambda view: Quarantine(view.checkpoints[0].directory, "flip"), generation=1)
     assert [each.step for each in view.checkpoints] == [10]
     assert [r.body.newest.step for r in log.chain(view.head, Kind.COMMIT)] == [20, 10]  # type: ignore[union-attr]
+
+
+def test_a_stop_is_lifted_by_a_reopen_and_only_then(tmp_path: Path) -> None:
+    """After REOPEN the run goes on in the same lineage, for a follower and for a reader that opens late."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+    writer.append(lambda _: generation(1), generation=0)
+    with pytest.raises(FencedError, match="has not ended"):
+        writer.append(lambda _: Reopen("why not", False, 0), generation=1)
+    for number in (1, 2):
+        writer.append(lambda _: Stop("the same failure 3 times", 5), generation=number)
+        with pytest.raises(FencedError, match="has ended"):
+            writer.append(lambda _: generation(number + 1), generation=number)
+        writer.append(lambda _: Reopen("mended", False, 5), generation=number)
+        late = RunLog(store, writer="b").refresh()
+        for view in (writer.view, late):
+            assert view.stop is None
+            assert view.reopened_generation == number
+            assert view.platform == {}
+        writer.append(lambda _: generation(number + 1), generation=number)
+    writer.append(lambda _: Stop("completed", 9), generation=3)
+    for platform in (False, True):
+        with pytest.raises(FencedError, match="complete"):
+            writer.append(lambda _: Reopen("more", platform, 9), generation=3)
+    late = RunLog(store, writer="b").refresh()
+    assert late.stop == Stop("completed", 9)
+    assert [record.kind for record in writer.records()].count(Kind.REOPEN) == 2
+
+
+def test_another_platform_counts_from_the_next_generation_on(tmp_path: Path) -> None:
+    """A REOPEN with `platform` frees the run from its platform until a generation names one again."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+
+    def on(number: int, platform: dict[str, str]) -> Generation:
+        return dataclasses.replace(generation(number), platform=platform)
+
+    writer.append(lambda _: on(1, {"processor": "one"}), generation=0)
+    assert writer.view.platform == {"processor": "one"}
+    writer.append(lambda _: Reopen("no more of these", True, 0), generation=1)
+    assert writer.view.platform is None
+    assert RunLog(store, writer="b").refresh().platform is None
+    writer.append(lambda _: on(2, {"processor": "other"}), generation=1)
+    assert writer.view.platform == {"processor": "other"}
+    assert RunLog(store, writer="b").refresh().platform == {"processor": "other"}

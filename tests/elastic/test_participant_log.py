@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from elastic_pt.elastic.history import SPACED_S
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.membership import Ended, Wait
 from elastic_pt.elastic.pulse import KEY, Pulse
@@ -324,15 +325,20 @@ def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
     assert {node.decision for node in fleet.alive()} == {Ended(stop.reason)}
 
 
-def test_alone_the_same_failure_is_tried_no_further(fleet: Fleet) -> None:
-    """Where there is no other node to try, the failures of one end the run."""
+def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet) -> None:
+    """Where there is no other node to try, failures of one end the run once they lie ten seconds apart."""
     fleet.form("a")
-    for number in (1, 2):
-        fleet.spend(number, "a", failure=failed("a", step=7, signature="ValueError@loop.py:9"))
+    same = failed("a", step=7, signature="ValueError@loop.py:9")
+    for number in (1, 2, 3):
+        fleet.spend(number, "a", failure=same)
         fleet.pass_time(1.0)
+        assert fleet.log.stop is None
         fleet.run()
+    fleet.pass_time(SPACED_S)
+    fleet.spend(4, "a", failure=same)
+    fleet.pass_time(1.0)
     assert fleet.log.stop is not None
-    assert fleet.log.stop.reason.startswith("the same failure 2 times at step 7, on a")
+    assert fleet.log.stop.reason.startswith("the same failure 4 times at step 7, on a")
 
 
 def test_others_that_are_only_silent_are_others_to_try(fleet: Fleet) -> None:
@@ -360,12 +366,69 @@ def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) ->
         fleet.spend(number, "a", failure=failed("a"))
         fleet.pass_time(1.0)
         fleet.run()
+    fleet.pass_time(SPACED_S)
     assert fleet.log.stop is None
     a.say(step=8)
     fleet.spend(3, "a", failure=failed("a"))
     fleet.pass_time(1.0)
     assert fleet.log.stop is not None
     assert fleet.log.stop.reason.startswith("2 failures in a row without a step beyond 9")
+
+
+def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) -> None:
+    """Whatever fails through its surroundings is tried again, on however many nodes and however often."""
+    fleet.form("a", "b")
+    for number in range(1, 6):
+        trouble = {"step": 7, "surroundings": True, "signature": "OSError"}
+        fleet.spend(number, "a", failure=failed("a", **trouble))
+        fleet.spend(number, "b", failure=failed("b", **trouble))
+        fleet.pass_time(SPACED_S)
+        fleet.run()
+    assert fleet.log.stop is None
+
+
+def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> None:
+    """The next world is formed without a node that rests; after its rest it is taken in again."""
+    fleet.form("a", "b")
+    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.spend(1, "a", failure=failed("a", surroundings=True))
+    fleet.spend(1, "b")
+    fleet.pass_time(1.0)
+    assert names(fleet.run()) == ["b"]
+    assert fleet.nodes["a"].decision.reason == "rests: no space in /dev/shm"
+    fleet.pass_time(3.0)
+    assert fleet.drains == []
+    fleet.pass_time(3.0)
+    assert fleet.drains[-1] == "a joins"
+
+
+def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
+    """Alone, a node that rests pauses the run, says what it waits for, and goes on by itself."""
+    fleet.form("a")
+    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.spend(1, "a", failure=failed("a", surroundings=True))
+    fleet.pass_time(4.0)
+    assert fleet.log.generation_number == 1
+    assert fleet.nodes["a"].decision.reason == (
+        "paused: 0 of at least 1 nodes; a rests: no space in /dev/shm"
+    )
+    fleet.pass_time(2.0)
+    assert fleet.log.generation_number == 2
+
+
+def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
+    """A node may leave for its failures only while enough others live that neither leave nor rest."""
+    fleet.form("a", "b")
+    a, b = fleet.nodes["a"], fleet.nodes["b"]
+    assert a.others_can_go_on()
+    b.rest("no space in /dev/shm", 3.0)
+    fleet.pass_time(1.0)
+    assert not a.others_can_go_on()
+    fleet.pass_time(3.0)
+    assert a.others_can_go_on()
+    fleet.dead.add("b")
+    fleet.pass_time(1.0)
+    assert not a.others_can_go_on()
 
 
 def test_a_recovery_is_told_once_all_have_started(fleet: Fleet) -> None:
