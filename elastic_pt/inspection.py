@@ -8,7 +8,8 @@ States of a run:
 
     new        no generation yet
     running    members train, or enough nodes are up and agree on the next generation
-    paused     nodes are up, but fewer than elastic.nodes_min can train together; it goes on by itself when more come
+    paused     nodes are up, but fewer than elastic.nodes_min can train together; it goes on by itself when more come,
+               or when a trouble passes that made nodes rest
     down       nobody answers and the log has no STOP; any agent that starts goes on from the last commit
     completed  the last step is done and committed
     failed     the log has a STOP for another reason, which `reason` tells
@@ -83,6 +84,8 @@ class MemberReport:
     workers: int
     phase: str
     """What it says it does; "down" if it does not answer."""
+    resting: str
+    """Why it takes no part for a while; empty if it does."""
     metrics_url: str
 
 
@@ -197,7 +200,11 @@ def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]
     """How many of those that answer could train together, and what keeps the other members from it."""
     members = () if view.generation is None else view.generation.members
     there = {answer.member.incarnation: answer for answer in answers}
-    stay = {incarnation for incarnation, answer in there.items() if not answer.leaving}
+    stay = {
+        incarnation
+        for incarnation, answer in there.items()
+        if not answer.leaving and not answer.resting
+    }
     links = {
         (min(here, other), max(here, other))
         for here in stay
@@ -207,7 +214,10 @@ def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]
     parked = park(sorted(links), members)
     troubles = {
         "no answer from": [each.node for each in members if each.incarnation not in there],
-        "about to leave:": [there[each].member.node for each in there if each not in stay],
+        "about to leave:": [each.member.node for each in there.values() if each.leaving],
+        "resting:": [
+            f"{each.member.node} ({each.resting})" for each in there.values() if each.resting
+        ],
         "not linked to all others:": [there[each].member.node for each in parked],
     }
     why_not = [f"{trouble} {', '.join(nodes)}" for trouble, nodes in troubles.items() if nodes]
@@ -363,6 +373,7 @@ def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> Mem
         slots=slots,
         workers=member.workers,
         phase="down" if answer is None else answer.phase,
+        resting="" if answer is None else answer.resting,
         metrics_url="" if answer is None else answer.metrics_url,
     )
 

@@ -55,8 +55,9 @@ def status_lines(status: "RunStatus") -> list[str]:
 
 
 def _member_line(title: str, member: "MemberReport") -> str:
+    phase = f"rests: {member.resting}" if member.resting else member.phase
     line = (
-        f"{title:<11} {member.node}: {member.phase}, pid {member.pid} at {member.address}:{member.port}, "
+        f"{title:<11} {member.node}: {phase}, pid {member.pid} at {member.address}:{member.port}, "
         f"{member.workers} workers, {member.slots} slots"
     )
     return line + (f", {member.metrics_url}" if member.metrics_url else "")

@@ -427,7 +427,7 @@ def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
     fleet.pass_time(3.0)
     assert a.others_can_go_on()
     fleet.dead.add("b")
-    fleet.pass_time(1.0)
+    fleet.pass_time(3.0)
     assert not a.others_can_go_on()
 
 

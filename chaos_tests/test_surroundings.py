@@ -1,0 +1,103 @@
+"""Troubles of the surroundings pass: no run ends for good because of them, and a STOP by failure can be lifted."""
+
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from chaos_tests.conftest import StartScenario
+from chaos_tests.processes import workers_of
+from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario
+from elastic_pt.cli import run_command_line
+from elastic_pt.inspection import State, open_run, read_status
+
+pytestmark = pytest.mark.chaos
+
+KILL_STEP = CHECKPOINT_STEPS + 3
+FAILURES = 4
+"""More than the worker failures after which a run used to be ended."""
+
+
+def until_it_rests(run: Scenario, node: str) -> None:
+    """Wait until the node has failed several times and `status` tells what it waits for."""
+    opened = open_run(run.config.run.url)
+    run.until(
+        "the node fails again and again",
+        lambda: len(run.events(node, "worker_failed")) >= FAILURES,
+    )
+    run.until("status says paused", lambda: read_status(opened).state is State.PAUSED)
+    assert f"resting: {node} (worker 0 raised " in read_status(opened).reason
+    assert run.view().stop is None
+
+
+def fill(blob: Path) -> None:
+    """Take all the space that is left where `blob` lies."""
+    with suppress(OSError), blob.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_data_that_is_away_for_a_while_ends_no_run(
+    start: StartScenario, reference_digest: str, data_url: str, tmp_path: Path
+) -> None:
+    """F45: workers that cannot read their data are started again, with pauses, until it is back."""
+    data = Path(shutil.copytree(data_url.removeprefix("file://"), tmp_path / "data"))
+    run = start(f"data.url=file://{data}", nodes=1)
+    run.until_step(KILL_STEP, nodes=1)
+    away = data.rename(tmp_path / "away")
+    os.kill(workers_of(run.fleet.pid("node-0"), run.mark)[0], signal.SIGKILL)
+    until_it_rests(run, "node-0")
+    away.rename(data)
+    run.finish()
+    run.check_whole(reference_digest)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_staging_directory_ends_no_run(
+    start: StartScenario, reference_digest: str, tmp_path: Path
+) -> None:
+    """F39: whoever fills the staging directory of the only node holds the run up, and no longer than that."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", staging], check=True)
+    try:
+        run = start(f"checkpoint.staging={staging}", nodes=1)
+        run.until_step(KILL_STEP, nodes=1)
+        blob = staging / "blob"
+        fill(blob)
+        os.kill(workers_of(run.fleet.pid("node-0"), run.mark)[0], signal.SIGKILL)
+        until_it_rests(run, "node-0")
+        blob.unlink()
+        run.finish()
+        run.check_whole(reference_digest)
+    finally:
+        run.fleet.close()
+        subprocess.run(["umount", "-l", staging], check=True)
+
+
+def test_a_run_that_failed_is_reopened_and_completed(
+    start: StartScenario, reference_digest: str, data_url: str, tmp_path: Path
+) -> None:
+    """F52: alone, a failure of the program ends the run after spaced attempts; mended and reopened, it completes."""
+    data = Path(shutil.copytree(data_url.removeprefix("file://"), tmp_path / "data"))
+    whole = {path: path.read_bytes() for path in data.rglob("*.bin")}
+    for path, content in whole.items():
+        path.write_bytes(content[:-1000])
+    run = start(f"data.url=file://{data}", nodes=1)
+    assert set(run.fleet.wait(PATIENCE_S).values()) == {7}
+    stop = run.view().stop
+    assert stop is not None
+    assert "the same failure" in stop.reason
+    for path, content in whole.items():
+        path.write_bytes(content)
+    url = run.config.run.url
+    assert run_command_line(["reopen", url, "--why", "the shards are whole again"]) == 0
+    assert run.view().stop is None
+    run.fleet.start("node-1")
+    assert run.fleet.wait(PATIENCE_S)["node-1"] == 0, run.last_words()
+    run.check_whole(reference_digest)
+    assert run_command_line(["reopen", url, "--why", "again"]) == 2
