@@ -39,7 +39,7 @@ from elastic_pt.elastic.history import Budgets, rest_s
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
-from elastic_pt.elastic.records import CauseKind, Stop
+from elastic_pt.elastic.records import Cause, CauseKind, Stop
 from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.elastic.status import Limits
@@ -269,6 +269,9 @@ class Agent:
             outcome = Outcome(next(iter(self._processes.run().return_values.values())))
         except RendezvousClosedError:
             return False
+        except OSError as error:
+            self._could_not_start(error)
+            return True
         formed, failure = self._formed, None
         self._channel.drain_messages(_LAST_MESSAGES_S)
         if outcome is Outcome.DIVERGED:
@@ -277,10 +280,16 @@ class Agent:
             trouble = f"the checkpoint of step {self._checkpointing.staged_step} was not committed"
             if not self._node.must_reform(formed.generation.number):
                 failure = self._node.failure(trouble, kind=CauseKind.GAVE_UP)
-                self._rest_after(trouble)
-        self._node.spend(formed.generation.number, failure)
-        self._observation.enter(Activity.FORM)
+        self._end_generation(formed.generation.number, failure, counts=True)
         return True
+
+    def _could_not_start(self, error: OSError) -> None:
+        """This node's own part in starting workers failed (no space, too many open files, ...)."""
+        number = self._formed.generation.number
+        self._after_stop()
+        failure = self._node.failure(f"cannot start workers: {error}", surroundings=True)
+        log.warning("workers_not_started", generation=number, cause=str(error))
+        self._end_generation(number, failure, counts=not self._node.must_reform(number))
 
     def _before_start(self) -> None:
         """Tell the workers of the new generation what they need to know."""
@@ -361,25 +370,30 @@ class Agent:
             signature=failure.signature,
             surroundings=failure.surroundings,
         )
-        own_fault = not (collateral or unusable or self._node.must_reform(number))
-        if own_fault:
-            self._rest_after(str(failure))
-        self._node.spend(number, None if collateral else own)
+        counts = not (collateral or unusable or self._node.must_reform(number))
+        self._end_generation(number, None if collateral else own, counts=counts)
+
+    def _end_generation(self, number: int, failure: Cause | None, *, counts: bool) -> None:
+        """Tell the others that this node's workers of a generation are gone.
+
+        A failure that `counts` is this node's own, without a new step since the last one. The node rests longer
+        after each, so that the trouble can pass. Raises `NodeFailure` after too many of them, but only if the
+        others can go on without it: alone it waits.
+        """
+        if counts and failure is not None:
+            self._failures_at_frontier += 1
+            seconds = rest_s(self._failures_at_frontier, random.random())
+            if seconds:
+                log.warning("node_rests", seconds=round(seconds, 3), cause=failure.detail)
+                self._node.rest(failure.detail, seconds)
+        self._node.spend(number, failure)
         self._observation.enter(Activity.FORM)
-        retries = self._config.elastic.retries_without_progress
-        if own_fault and self._failures_at_frontier > retries and self._node.others_can_go_on():
+        too_many = self._failures_at_frontier > self._config.elastic.retries_without_progress
+        if counts and failure is not None and too_many and self._node.others_can_go_on():
             raise NodeFailure(
                 f"workers failed {self._failures_at_frontier} times without a step beyond {self._frontier_step}; "
-                f"last: {failure}"
+                f"last: {failure.detail}"
             )
-
-    def _rest_after(self, trouble: str) -> None:
-        """One more failure of this node's own without a new step: give the trouble time to pass."""
-        self._failures_at_frontier += 1
-        seconds = rest_s(self._failures_at_frontier, random.random())
-        if seconds:
-            log.warning("node_rests", seconds=round(seconds, 3), cause=trouble)
-            self._node.rest(trouble, seconds)
 
     # ---- messages of the workers, on the channel's threads -------------------------------------
 
