@@ -212,7 +212,8 @@ class Agent:
         )
         self._frontier_step = 0
         self._failures_at_frontier = 0
-        self._skip_reason = ""
+        self._skipped = (0, "")
+        """The newest step that was skipped, and why."""
         self._quarantined = 0
         """The newest generation whose checkpoint turned out unusable on this node."""
 
@@ -337,7 +338,8 @@ class Agent:
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: the run ends, with its last good checkpoint."""
-        reason, step = f"diverged: {self._skip_reason}", self._frontier_step
+        step, why = self._skipped
+        reason = f"diverged: {why}"
         try:
             self._log.append(lambda _: Stop(reason, step), generation=formed.generation.number)
             log.error("stop", reason=reason, step=step)
@@ -420,7 +422,7 @@ class Agent:
             if step > self._frontier_step:
                 self._frontier_step, self._failures_at_frontier = step, 0
             if message["skipped"]:
-                self._skip_reason = message["skipped"]
+                self._skipped = (step, message["skipped"])
                 log.warning("step_skipped", step=step, cause=message["skipped"])
         if message["rank"] == 0:
             self._checkpointing.note_step(message)

@@ -100,6 +100,7 @@ class Checkpointing:
             on_commit=self._committed,
             on_done=release,
             on_failure=self._commit_failed,
+            on_untidy=self._untidy,
         )
         self.staged_step = 0
         """Step of the newest shard that a worker of this node has staged."""
@@ -167,6 +168,10 @@ class Checkpointing:
         self._metrics.checkpoint_committed_step.set(checkpoint.step)
         self._metrics.checkpoint_commit_timestamp.set_to_current_time()
         self._node.notice_log()
+
+    def _untidy(self, error: Exception) -> None:
+        self._metrics.tidy_failures.inc()
+        log.warning("tidy_failed", cause=str(error))
 
     def _commit_failed(self, step: int, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()

@@ -1,12 +1,13 @@
 """From uploaded parts to a checkpoint that counts: what the committing node does, one step after the other.
 
-    collect parts ─► publish manifest ─► history ─► COMMIT ─► remove what expired
+    collect parts ─► publish manifest ─► history ─► COMMIT ─► release the workers
+                                                      └─► Tidier: remove what expired, in a thread of its own
 
 The node of rank 0 commits. It runs this in a thread of its agent; a node that loses its generation on the
-way meets the fence at the COMMIT and appends nothing.
+way meets the fence at the COMMIT and appends nothing. Tidying is no part of a commit: nobody waits for it, its
+failures are its own, and what it could not remove it tries again after the next commit.
 """
 
-import json
 import queue
 import threading
 import time
@@ -22,10 +23,10 @@ from elastic_pt.checkpoint.upload import collect, publish_manifest
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.errors import FencedError
+from elastic_pt.step_history import StepHistory
 from elastic_pt.store.port import Store
 
 _POLL_INTERVAL_S: Final = 0.05
-_HISTORY_STEPS_MAX: Final = 1_000_000
 
 log = structlog.get_logger("elastic_pt.commit")
 
@@ -69,6 +70,7 @@ class Committer:
         on_commit: Callable[[Checkpoint], None],
         on_done: Callable[[int], None],
         on_failure: Callable[[int, Exception], None],
+        on_untidy: Callable[[Exception], None],
     ) -> None:
         self._store = store
         self._log = run_log
@@ -79,8 +81,8 @@ class Committer:
         self._on_commit = on_commit
         self._on_done = on_done
         self._on_failure = on_failure
-        self._history: list[dict[str, Any]] = []
-        self._history_lock = threading.Lock()
+        self._history = StepHistory()
+        self._tidier = Tidier(store, on_untidy)
         self._due: queue.Queue[_Due | None] = queue.Queue()
         self._newest = (0, 0)
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
@@ -88,12 +90,7 @@ class Committer:
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit."""
-        with self._history_lock:
-            kept = [line for line in self._history if line["step"] < message["step"]][
-                -_HISTORY_STEPS_MAX:
-            ]
-            kept.append({"generation": generation} | message)
-            self._history = kept
+        self._history.note(generation, message)
 
     def expect(self, step: int, generation: Generation) -> None:
         """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
@@ -106,8 +103,10 @@ class Committer:
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
+        deadline_s = time.monotonic() + timeout_s
         self._due.put(None)
         self._thread.join(timeout_s)
+        self._tidier.close(max(0.0, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
@@ -151,50 +150,72 @@ class Committer:
             log.info("commit_abandoned", step=step, directory=directory)
             return
         reference = publish_manifest(self._store, parts)
-        history = self._write_history(directory, step)
+        key = f"history/{directory.removeprefix('ckpt/')}.jsonl"
         checkpoint = Checkpoint(
             reference.step,
             reference.generation,
             reference.directory,
             reference.manifest_size,
             reference.manifest_sha256,
-            loss=history[-1]["loss"] if history else None,
+            loss=self._history.write(self._store, key, step),
         )
-
-        gone: set[str] = set()
+        expired: list[str] = []
 
         def commit(view: RunView) -> Commit:
+            # Asked again whenever another record was faster: only the last answer is in the log.
+            nonlocal expired
             candidates = (checkpoint, *view.checkpoints)
-            expired = retention.expired([reference_of(each) for each in candidates], self._keep)
-            gone.update(each.directory for each in expired)
-            kept = tuple(each for each in candidates if each.directory not in gone)
-            return Commit(kept, _history_key(directory))
+            gone = retention.expired([reference_of(each) for each in candidates], self._keep)
+            expired = [each.directory for each in gone]
+            return Commit(tuple(each for each in candidates if each.directory not in expired), key)
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
-        with self._history_lock:
-            self._history = [line for line in self._history if line["step"] > step]
+        self._history.committed(step)
         self._on_commit(checkpoint)
-        self._tidy(view, gone)
+        self._tidier.tidy(view, expired)
 
-    def _tidy(self, view: RunView, expired: set[str]) -> None:
-        """Remove what the log does not keep: expired checkpoints, and uploads that nothing can commit any more."""
+
+class Tidier:
+    """Removes what the log does not keep: expired checkpoints, and uploads that nothing can commit any more.
+
+    Agent process, a thread of its own. `on_untidy` hears of each failure; what is left is tried again after the
+    next commit.
+    """
+
+    def __init__(self, store: Store, on_untidy: Callable[[Exception], None]) -> None:
+        self._store = store
+        self._on_untidy = on_untidy
+        self._due: queue.Queue[tuple[RunView, list[str]] | None] = queue.Queue()
+        self._left: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="tidy", daemon=True)
+        self._thread.start()
+
+    def tidy(self, view: RunView, expired: list[str]) -> None:
+        """Remove what `view` does not keep; its newest commit has just let go of `expired`."""
+        self._due.put((view, expired))
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what is due, within a bounded time."""
+        self._due.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (due := self._due.get()) is not None:
+            view, expired = due
+            self._left.update(expired)
+            try:
+                self._remove(view)
+            # Whatever it is, tidying must go on after the next commit.
+            except Exception as error:
+                self._on_untidy(error)
+
+    def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}
         newest_step = view.checkpoints[0].step if view.checkpoints else 0
-        torn = retention.leftovers(
-            retention.listed_directories(self._store), kept, view.generation_number, newest_step
-        )
-        for directory in sorted(expired | set(torn)):
-            log.info("checkpoint_removed", directory=directory)
+        listed = retention.listed_directories(self._store)
+        torn = retention.leftovers(listed, kept, view.generation_number, newest_step)
+        for directory in sorted((self._left | set(torn)) - kept):
             retention.remove(self._store, directory)
-
-    def _write_history(self, directory: str, step: int) -> list[dict[str, Any]]:
-        with self._history_lock:
-            lines = [line for line in self._history if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        self._store.create(_history_key(directory), text.encode())
-        return lines
-
-
-def _history_key(directory: str) -> str:
-    return f"history/{directory.removeprefix('ckpt/')}.jsonl"
+            self._left.discard(directory)
+            log.info("checkpoint_removed", directory=directory)

@@ -51,12 +51,13 @@ from elastic_pt.elastic.records import (
 from elastic_pt.elastic.status import NodeStatus, Phase
 from elastic_pt.errors import ConfigError, NotFound
 from elastic_pt.identity import CONFIG_KEY, read_run_config
+from elastic_pt.step_history import read_steps
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
 STORE_DEADLINE_S: Final = 30.0
 ANSWER_TIMEOUT_S: Final = 2.0
-_ANSWER_BYTES_MAX: Final = 64 * 1024
+_ANSWER_BYTES_MAX: Final = 1024 * 1024
 
 
 class State(StrEnum):
@@ -298,7 +299,7 @@ def read_history(run: Run) -> list[dict[str, Any]]:
         if not isinstance(record.body, Commit):
             continue
         with suppress(NotFound):
-            lines = [json.loads(line) for line in run.store.read(record.body.history).splitlines()]
+            lines = list(read_steps(run.store, record.body.history))
             if lines:
                 first = lines[0]["step"]
                 by_step = {step: line for step, line in by_step.items() if step < first}
@@ -330,7 +331,7 @@ async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
     async def ask(session: aiohttp.ClientSession, member: Member) -> NodeStatus | None:
         try:
             async with session.get(url_of(member, "/v1/status")) as response:
-                status = STATUS.validate_json(await response.content.read(_ANSWER_BYTES_MAX))
+                status = STATUS.validate_json(await _read_body(response))
         except (aiohttp.ClientError, TimeoutError, ValidationError):
             return None
         # Another run's agent, or another life of this one, may have taken the port.
@@ -339,6 +340,16 @@ async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
         answers = await asyncio.gather(*(ask(session, member) for member in members))
     return {each.member.incarnation: each for each in answers if each is not None}
+
+
+async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, in however many parts it comes; cut off behind `_ANSWER_BYTES_MAX`."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > _ANSWER_BYTES_MAX:
+            break
+    return bytes(body)
 
 
 def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float | None]:

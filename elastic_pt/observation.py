@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from elastic_pt.elastic.channel import Message
@@ -16,9 +17,10 @@ _ACTIVITIES: Final = {"start": Activity.START, "restore": Activity.RESTORE, "tra
 class Observation:
     """Turns what workers say into numbers. Called from the channel's threads and the main thread."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.metrics = metrics
-        self._ledger = GoodputLedger(time.monotonic())
+        self._clock_s = clock_s
+        self._ledger = GoodputLedger(clock_s())
         self._lock = threading.Lock()
         self._generation = 0
         self._entered_s: dict[str, float] = {}
@@ -26,9 +28,11 @@ class Observation:
 
     def enter(self, activity: Activity) -> None:
         """From now on this node's time goes into another bucket."""
+        # Time is taken inside the lock: a thread that waited for it would bring a moment that has passed.
         with self._lock:
-            self._ledger.enter(activity, time.monotonic())
-            self.metrics.account(self._ledger.snapshot(time.monotonic()))
+            now_s = self._clock_s()
+            self._ledger.enter(activity, now_s)
+            self.metrics.account(self._ledger.snapshot(now_s))
 
     def starts(self, generation: Generation, known_s: float) -> None:
         """The workers of a generation, known to this node since `known_s`, are about to start."""
@@ -45,14 +49,14 @@ class Observation:
     def activity(self, name: str) -> None:
         """A worker begins to `start`, `restore` or `train`; of several the last one counts."""
         with self._lock:
-            self._entered_s[name] = time.monotonic()
+            self._entered_s[name] = self._clock_s()
         self.enter(_ACTIVITIES[name])
 
     def step_done(self, message: Message) -> StartTimes | None:
         """A worker of this node has done a step; returns how the start went if it was the first one."""
-        now_s = time.monotonic()
         self.metrics.step_done(message)
         with self._lock:
+            now_s = self._clock_s()
             self._ledger.step_done(int(message["step"]), now_s)
             self.metrics.account(self._ledger.snapshot(now_s))
             if not self._awaits_first_step:

@@ -170,5 +170,4 @@ def restore(
     except CheckpointError as error:
         agent.send("unusable", directory=resume.directory, why=str(error))
         raise
-    state.steps_done = manifest.state.step
-    state.optimizer.step_count = manifest.state.optimizer_step
+    state.resume(manifest.state)

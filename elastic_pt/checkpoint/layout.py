@@ -115,9 +115,12 @@ class TrainingState(Record):
     config_fingerprint: str
     numerics: str
     slots: int
+    skipped_in_a_row: int = 0
+    """Steps just before, without one between them, that were skipped: the next one may be one too many."""
 
     def __post_init__(self) -> None:
         self._whole("step", 0, 9_999_999_999)
+        self._whole("skipped_in_a_row", 0, self.step)
         for field in ("rows_seen", "tokens_seen", "data_position"):
             self._whole(field, 0)
         self._whole("seed", 0, (1 << 64) - 1)

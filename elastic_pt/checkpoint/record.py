@@ -1,6 +1,7 @@
 """Records that check themselves, as strict JSON.
 
-A `Record` is a frozen dataclass whose JSON object has exactly its fields; a `Document` is a record that
+A `Record` is a frozen dataclass whose JSON object has exactly its fields, but for those that hold their
+default: a field that is added later has one, so older documents keep their bytes. A `Document` is a record that
 is an object of its own in the store. Decoding refuses what encoding would not have written: other
 fields, other types, another schema, and (for documents, by their seal) any flipped bit.
 """
@@ -8,7 +9,7 @@ fields, other types, another schema, and (for documents, by their seal) any flip
 import hashlib
 import json
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Self
 
 from elastic_pt.errors import CheckpointError
@@ -21,20 +22,25 @@ TEXT_LENGTH_MAX = 512
 
 
 class Record:
-    """A frozen dataclass whose JSON object has exactly its fields."""
+    """A frozen dataclass whose JSON object has exactly its fields, but for those that hold their default."""
 
     what: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        return {name: _plain(getattr(self, name)) for name in names}
+        return {
+            field.name: _plain(value)
+            for field in fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, field.name)) is not field.default
+        }
 
     @classmethod
     def from_json(cls, value: object) -> Self:
         """Decode strictly: a missing, unknown or ill-typed field is a `CheckpointError`."""
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        return cls(**cls._decoded(_exactly(cls.what, value, names)))
+        known = fields(cls)  # type: ignore[arg-type]
+        required = {field.name for field in known if field.default is MISSING}
+        optional = {field.name for field in known} - required
+        return cls(**cls._decoded(_exactly(cls.what, value, required, optional)))
 
     @classmethod
     def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +99,13 @@ def _plain(value: object) -> object:
     return value
 
 
-def _exactly(what: str, value: object, names: set[str]) -> dict[str, Any]:
+def _exactly(what: str, value: object, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{what}: {shown(value)} is not a JSON object")
-    for problem, wrong in (("missing", names - value.keys()), ("unknown", value.keys() - names)):
+    for problem, wrong in (
+        ("missing", required - value.keys()),
+        ("unknown", value.keys() - required - optional),
+    ):
         if wrong:
             raise CheckpointError(f"{what}: {problem} field {', '.join(map(shown, sorted(wrong)))}")
     return dict(value)

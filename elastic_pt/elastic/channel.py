@@ -19,11 +19,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 _LINE_BYTES_MAX: Final = 64 * 1024 * 1024
 _CONNECT_TIMEOUT_S: Final = 30.0
 ORPHANED_EXIT_CODE: Final = 75
 
+_SHOWN_BYTES: Final = 300
+
 Message = dict[str, Any]
+
+log = structlog.get_logger("elastic_pt.channel")
 
 
 class AgentSide:
@@ -84,12 +90,20 @@ class AgentSide:
             with connection, connection.makefile("rb") as lines:
                 while line := lines.readline(_LINE_BYTES_MAX):
                     if line.endswith(b"\n"):
-                        self._handle(json.loads(line))
+                        self._take(line)
         except OSError:
             pass
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
+
+    def _take(self, line: bytes) -> None:
+        """Handle one message. Whatever goes wrong with it, the next one is heard: the worker would be orphaned."""
+        try:
+            self._handle(json.loads(line))
+        except Exception:
+            text = line[:_SHOWN_BYTES].decode(errors="replace")
+            log.exception("message_failed", message=text)
 
 
 class WorkerSide:

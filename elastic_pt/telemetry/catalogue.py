@@ -57,6 +57,9 @@ class Metrics:
         self.checkpoint_failures = self._counter(
             "checkpoint_failures", "Checkpoints that could not be uploaded or committed."
         )
+        self.tidy_failures = self._counter(
+            "tidy_failures", "Times that files of expired checkpoints could not be removed."
+        )
         self.checkpoint_committed_step = self._gauge(
             "checkpoint_committed_step", "Step of the newest committed checkpoint."
         )

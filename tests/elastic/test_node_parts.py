@@ -122,3 +122,21 @@ def test_addresses_and_their_interfaces() -> None:
     assert interface_of("::1") == "lo"
     assert interface_of("192.0.2.77") is None
     assert interface_of("2001:db8::77") is None
+
+
+def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> None:
+    """Whatever a handler raises, and whatever a line holds, the next message is heard."""
+    heard: Queue[Message] = Queue()
+
+    def handle(message: Message) -> None:
+        heard.put(message)
+        assert message["kind"] != "bad"
+
+    agent = AgentSide(tmp_path / "socket", handle)
+    worker = socket.socket(socket.AF_UNIX)
+    worker.connect(str(tmp_path / "socket"))
+    worker.sendall(b'{"kind": "bad"}\n\xff\xfe no JSON \n{"kind": "good"}\n')
+    assert heard.get(timeout=10)["kind"] == "bad"
+    assert heard.get(timeout=10)["kind"] == "good"
+    worker.close()
+    agent.close()

@@ -1,11 +1,13 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.shard_file import describe_shard
@@ -143,6 +145,39 @@ def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.Monk
     assert train(config, state, batches, FakeAgent(), tmp_path, IDENTITY) is Outcome.DIVERGED
     assert state.steps_done == 7
     assert torch.isfinite(weights(state)).all()
+
+
+@pytest.mark.parametrize("poisoned", [{3, 4, 7}, set(range(4, 20)), {2, 3, 5, 6, 7}])
+@pytest.mark.usefixtures("world_of_one")
+def test_a_restart_changes_neither_outcome_nor_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: set[int]
+) -> None:
+    """Wherever a run with skipped steps is interrupted, it goes on, or gives up, as the undisturbed one does."""
+    config = config_for(tmp_path, "train.steps=9", "train.max_skipped_steps=2")
+    state, batches = start(config)
+    poison(monkeypatch, state, poisoned)
+    undisturbed = train(config, state, batches, FakeAgent(), tmp_path, IDENTITY)
+    for restart_at in range(1, state.steps_done):
+        first, batches = start(config)
+        agent = FakeAgent(drain_at=restart_at - 1)
+        assert train(config, first, batches, agent, tmp_path, IDENTITY) is Outcome.DRAINED
+        assert agent.staged() == [restart_at]
+        second, batches = start(config)
+        take_up(second, tmp_path / f"{restart_at:010d}-rank-0.safetensors")
+        rest = itertools.islice(batches, restart_at, None)
+        assert train(config, second, rest, FakeAgent(), tmp_path, IDENTITY) is undisturbed
+        assert second.steps_done == state.steps_done
+        assert torch.equal(weights(second), weights(state))
+
+
+def take_up(state: TrainState, shard: Path) -> None:
+    """Read a staged shard of a world of one into a fresh state."""
+    _, saved = describe_shard(shard, "shard")
+    tensors = load_file(shard)
+    with torch.no_grad():
+        for name, each in state.slices():
+            each.rows.copy_(tensors[name])
+    state.resume(saved)
 
 
 def poison(

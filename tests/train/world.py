@@ -123,7 +123,7 @@ def _worker(
         step = state.steps_done
         slots = range(rank, config.train.slots, world_size)
         tokens = torch.stack([tokens_of(step, slot, config) for slot in slots])
-        result = run_step(state, tokens, Control(False, False), skipped_in_a_row=0)
+        result = run_step(state, tokens, Control(False, False))
         losses.append(result.loss)
     _save(config, state, _shard(staging, rank))
     if rank == 0:
@@ -142,8 +142,7 @@ def _fill(config: Config, state: TrainState, resume: CheckpointReference | None)
         name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
     }
     load_rows(store, manifest, spans, into={name: each.rows for name, each in slices.items()})
-    state.steps_done = manifest.state.step
-    state.optimizer.step_count = manifest.state.optimizer_step
+    state.resume(manifest.state)
 
 
 def _save(config: Config, state: TrainState, path: Path) -> None:
