@@ -91,6 +91,10 @@ class Network:
         """A node's address, of the lowest version of IP that the nodes speak unless another one is wanted."""
         return _address(version or self._versions[0], 1 + self.nodes.index(node))
 
+    def address_of_hub(self) -> str:
+        """The hub's address, of the lowest version of IP that the nodes speak."""
+        return _address(self._versions[0], _HUB_NUMBER)
+
     def prefix(self, node: str) -> list[str]:
         """What to put before a command to have it run on a node, under the same process id."""
         return _inside(self._namespaces[node])

@@ -267,3 +267,43 @@ def test_an_address_that_is_not_this_nodes_own_is_refused(
     assert len(said) == 1
     assert f"--address {address}" in said[0]
     assert not (tmp_path / "run" / "log").exists()
+
+
+def test_no_name_is_looked_up_from_the_start_to_the_recovery(
+    make_network: MakeNetwork, start: StartScenario, reference_digest: str, tmp_path: Path
+) -> None:
+    """F47: nodes that know each other by address ask no DNS server, so a silent one costs no second."""
+    network = make_network(2)
+    resolver = tmp_path / "resolv.conf"
+    resolver.write_text(f"nameserver {network.address_of_hub()}\noptions timeout:5 attempts:2\n")
+    with network.on_hub():
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind((network.address_of_hub(), 53))
+    server.setblocking(False)
+    hide = ["unshare", "--mount", "sh", "-c"]
+    script = f'mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+    with server:
+        run = start("elastic.nodes_max=2", "elastic.workers_per_node=2", *PATIENT)
+        run.ask_from = network.on_hub
+        for node in network.nodes:
+            run.fleet.start(
+                node,
+                address=network.address(node),
+                prefix=[*network.prefix(node), *hide, script, "sh"],
+            )
+        run.until_step(FAULT_STEP, nodes=2)
+        os.kill(workers_of(run.fleet.pid("node-1"), run.mark)[0], signal.SIGKILL)
+        run.finish()
+        run.check_whole(reference_digest)
+        assert received(server) == []
+
+
+def received(server: socket.socket) -> list[str]:
+    """The names that were asked for, as far as they can be read."""
+    names = []
+    while True:
+        try:
+            query = server.recv(4096)
+        except BlockingIOError:
+            return names
+        names.append(query[12:].partition(b"\0\0")[0].decode(errors="replace"))

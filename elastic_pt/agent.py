@@ -37,6 +37,7 @@ from elastic_pt.elastic.failure import WorkerFailure
 from elastic_pt.elastic.forking import await_warm
 from elastic_pt.elastic.history import Budgets, rest_s
 from elastic_pt.elastic.log import RunLog
+from elastic_pt.elastic.lookups import avoid_getfqdn
 from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
 from elastic_pt.elastic.records import Cause, CauseKind, Stop
@@ -85,6 +86,7 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
 
     The fork server has been started (`elastic.forking`). Raises `ElasticPtError`.
     """
+    avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     data = read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
     name = options.node or socket.gethostname()

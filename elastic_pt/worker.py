@@ -29,6 +29,7 @@ from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.elastic.channel import WorkerSide
+from elastic_pt.elastic.lookups import without_dns
 from elastic_pt.elastic.progress import Phase, Progress
 from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.model.parallel import resolve_device
@@ -102,19 +103,20 @@ def make_deterministic(config: Config, device: torch.device) -> None:
 def join_world(config: Config, assignment: Assignment, device: torch.device) -> DeviceMesh:
     """Connect to the other workers of this generation, over the store made for it alone."""
     timeout = datetime.timedelta(seconds=config.elastic.collective_timeout_s)
-    store = TCPStore(
-        assignment.store_address, assignment.store_port, is_master=False, timeout=timeout
-    )
     world_size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore(_WORKERS_PREFIX, store),
-        rank=int(os.environ["RANK"]),
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return init_device_mesh(device.type, (world_size,))
+    with without_dns():
+        store = TCPStore(
+            assignment.store_address, assignment.store_port, is_master=False, timeout=timeout
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(_WORKERS_PREFIX, store),
+            rank=int(os.environ["RANK"]),
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        return init_device_mesh(device.type, (world_size,))
 
 
 def identity(config: Config, manifest: Manifest) -> Identity:

@@ -27,6 +27,7 @@ from elastic_pt.elastic.history import Budgets
 from elastic_pt.elastic.links import Links, run_token
 from elastic_pt.elastic.lobby import Lobby
 from elastic_pt.elastic.log import RunLog, RunView
+from elastic_pt.elastic.lookups import without_dns
 from elastic_pt.elastic.participant import Participant, Surroundings
 from elastic_pt.elastic.pulse import Pulse
 from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Member, Stop
@@ -337,14 +338,15 @@ class Node:
 
         def connect() -> None:
             try:
-                outcome.append(
-                    TCPStore(
-                        generation.store_address,
-                        generation.store_port,
-                        is_master=False,
-                        timeout=_STORE_CONNECT,
+                with without_dns():
+                    outcome.append(
+                        TCPStore(
+                            generation.store_address,
+                            generation.store_port,
+                            is_master=False,
+                            timeout=_STORE_CONNECT,
+                        )
                     )
-                )
             except (DistNetworkError, DistStoreError) as error:
                 outcome.append(error)
             with self._changed:
@@ -365,9 +367,10 @@ class Node:
     def _bind_store(self) -> TCPStore:
         address = self._options.address
         try:
-            return TCPStore(
-                address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
-            )
+            with without_dns():
+                return TCPStore(
+                    address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_CONNECT
+                )
         except (DistNetworkError, DistStoreError) as error:
             raise StoreError(f"cannot listen at {address}: {str(error).splitlines()[0]}") from error
 

@@ -37,6 +37,7 @@ from elastic_pt.elastic.failure import (
     root_cause,
 )
 from elastic_pt.elastic.forking import die_with_parent
+from elastic_pt.elastic.lookups import avoid_getfqdn
 from elastic_pt.elastic.progress import ProgressReader, process_state
 from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.watchdog import Detector, Hang, WatchdogLimits
@@ -57,6 +58,7 @@ def start_worker(config_text: str, scratch: str, environment: dict[str, str]) ->
     in the fork server it has happened already.
     """
     die_with_parent()
+    avoid_getfqdn()
     os.environ.update(environment)
     tempfile.tempdir = environment.get("TMPDIR")
     outcome: str = importlib.import_module("elastic_pt.worker").main(config_text, scratch)
