@@ -55,7 +55,7 @@ class Fleet:
         `prefix` goes before the command, to start it somewhere else than here (`nsenter ...`); it must
         become the agent under the same process id.
         """
-        command = [*prefix, sys.executable, "-m", "elastic_pt", "run", str(self._config_path)]
+        command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(
                 [*command, "--node", node, "--address", address],

@@ -36,6 +36,11 @@ def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> No
     What must be known before torch is imported is set in the environment, of this process too.
     """
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    # Or the fork server would look for modules in the working directory first, before the standard library.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path
+    )
     # Required by torch for deterministic matrix products on CUDA.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # Its socket is removed at exit, after the scratch directory is gone: it must not lie in there.
