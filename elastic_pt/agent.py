@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from elastic_pt.checkpointing import Checkpointing, choose_resume, quarantine
 from elastic_pt.config import Config
-from elastic_pt.data.manifest import read_manifest
+from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
 from elastic_pt.elastic.channel import AgentSide, Message
@@ -45,12 +45,13 @@ from elastic_pt.elastic.rendezvous import LogRendezvous
 from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.elastic.status import Limits
 from elastic_pt.elastic.watchdog import WatchdogLimits
-from elastic_pt.errors import FencedError, NodeFailure
-from elastic_pt.identity import agree_on_identity, fingerprint
+from elastic_pt.errors import DataError, FencedError, NodeFailure, NotFound, StoreError
+from elastic_pt.identity import IDENTITY_KEY, agree_on_identity, fingerprint
 from elastic_pt.observation import Observation
 from elastic_pt.preflight import (
     environment_of_workers,
     platform_of_workers,
+    require_device,
     require_fencing,
     require_staging_space,
     require_work,
@@ -88,13 +89,14 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
     """
     avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
-    data = read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
+    data = _read_data(config, store)
     name = options.node or socket.gethostname()
     with ExitStack() as stack:
         sink = EventSink(store, f"{name}-{secrets.token_hex(4)}")
         stack.callback(sink.close)
         configure_events(config.telemetry.log_level, name, sink)
         workers = config.elastic.workers_per_node or max(1, torch.cuda.device_count())
+        require_device(config)
         require_fencing(store, config)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
@@ -111,6 +113,19 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         agent = Agent(config, store, scratch, me)
         stack.callback(agent.close)
         return agent.run()
+
+
+def _read_data(config: Config, store: Store) -> Manifest:
+    """The prepared data's manifest. Data that a run has read before and that is missing now is away, not wrong."""
+    try:
+        return read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
+    except DataError as error:
+        if isinstance(error.__cause__, NotFound) and store.size(IDENTITY_KEY) is not None:
+            raise StoreError(
+                f"data.url = {config.data.url!r}: away ({error.__cause__}); the run has read it before, "
+                "so start this node again when it is back"
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -30,8 +26,22 @@ from elastic_pt.errors import ConfigError
 
 IDENTITY_SECTIONS = ("data", "model", "train")
 
+# Every number has a finite range. Beyond it, nothing here was meant, and some library below would fail late.
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Factor = Annotated[float, Field(ge=0.0, le=1e6)]
+PositiveFactor = Annotated[float, Field(gt=0.0, le=1e9)]
+Seconds = Annotated[float, Field(ge=0.001, le=1e6)]
+"""A duration, from a millisecond to eleven days."""
+SecondsOrNone = Annotated[float, Field(ge=0.0, le=1e6)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""A dimension of a tensor."""
+Processes = Annotated[int, Field(ge=0, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 def _without_trailing_slash(url: str) -> str:
@@ -57,7 +67,7 @@ class RunSection(Section):
 
     url: Url
     """The run directory: a path or an fsspec URL (file://, s3://, ...). The only thing that has to survive."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the data order."""
 
 
@@ -66,28 +76,28 @@ class DataSection(Section):
 
     url: Url
     """The directory that `elastic-pt prepare` wrote."""
-    sequence_length: PositiveInt = 256
+    sequence_length: Size = 256
     """Tokens per training sequence."""
-    prefetch_steps: PositiveInt = 2
+    prefetch_steps: Count = 2
     """Steps that each worker reads ahead."""
 
 
 class ModelSection(Section):
     """A Llama-shape decoder. Its vocabulary is that of the prepared data."""
 
-    layers: PositiveInt = 4
+    layers: Size = 4
     """Decoder blocks."""
-    width: PositiveInt = 256
+    width: Size = 256
     """Size of the residual stream; a multiple of `heads`, and width / heads must be even."""
-    heads: PositiveInt = 4
+    heads: Size = 4
     """Query heads per block."""
-    kv_heads: PositiveInt = 2
+    kv_heads: Size = 2
     """Key and value heads per block (grouped-query attention); must divide `heads`."""
-    ffn_width: NonNegativeInt = 0
+    ffn_width: Annotated[int, Field(ge=0, le=2**24)] = 0
     """Inner size of the SwiGLU layer; 0 chooses 8/3 of the width, rounded up to a multiple of 64."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: PositiveFactor = 10000.0
     """Base of the rotary position embedding."""
-    norm_epsilon: PositiveFloat = 1e-5
+    norm_epsilon: PositiveFactor = 1e-5
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
     """Normalise queries and keys per head before attention (the export is then a Qwen3, else a Llama)."""
@@ -121,33 +131,33 @@ class ModelSection(Section):
 class TrainSection(Section):
     """How it learns. One step reads `global_batch` sequences, in V = global_batch / micro_batch slots."""
 
-    steps: PositiveInt = 1000
+    steps: Count = 1000
     """Optimizer steps of the whole run."""
-    global_batch: PositiveInt = 32
+    global_batch: Size = 32
     """Sequences per optimizer step, whatever the number of nodes."""
-    micro_batch: PositiveInt = 4
+    micro_batch: Size = 4
     """Sequences per slot; V = global_batch / micro_batch slots are the most workers a run can use."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: PositiveFactor = 2e-3
     """Peak learning rate."""
     min_learning_rate_ratio: Share = 0.1
     """Learning rate at the last step, as a share of the peak."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """Warm-up, stable, decay (wsd); or warm-up and cosine decay (cosine)."""
-    warmup_steps: NonNegativeInt = 20
+    warmup_steps: CountOrZero = 20
     """Steps of linear warm-up."""
     decay_share: Share = 0.2
     """Share of the run that the decay of `wsd` takes, at its end."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Factor = 0.1
     """Decoupled weight decay of matrices; vectors (the norms) are not decayed."""
     beta1: Decay = 0.9
     """AdamW's decay of the first moment."""
     beta2: Decay = 0.95
     """AdamW's decay of the second moment."""
-    epsilon: PositiveFloat = 1e-8
+    epsilon: PositiveFactor = 1e-8
     """AdamW's epsilon."""
-    clip_norm: NonNegativeFloat = 1.0
+    clip_norm: Factor = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: Factor = 0.0
     """Weight of the z-loss, which keeps the softmax normaliser near 1; 0 turns it off."""
     numerics: Literal["exact", "native"] = "exact"
     """exact: the same bits for every number of workers; native: the library's reduce-scatter."""
@@ -155,13 +165,13 @@ class TrainSection(Section):
     """Type of activations and matrix products; auto is bfloat16 on CUDA, float32 on CPU. Masters are float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; auto takes CUDA if there is any."""
-    threads: PositiveInt = 1
+    threads: Threads = 1
     """CPU threads per worker. Part of the bits: a matrix product may round differently with another number."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products and attention, or whole blocks."""
     compile: bool = False
     """Compile each block with torch.compile."""
-    max_skipped_steps: NonNegativeInt = 3
+    max_skipped_steps: CountOrZero = 3
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
 
     @model_validator(mode="after")
@@ -182,41 +192,41 @@ class TrainSection(Section):
 class ElasticSection(Section):
     """Who takes part."""
 
-    nodes_min: PositiveInt = 1
+    nodes_min: Count = 1
     """Nodes below which the run pauses, with its state kept."""
-    nodes_max: PositiveInt = 64
+    nodes_max: Count = 64
     """Nodes above which further ones wait as spares."""
-    workers_per_node: NonNegativeInt = 0
+    workers_per_node: Processes = 0
     """Worker processes on this node; 0 takes one per GPU, or one on a CPU node."""
-    heartbeat_interval_s: PositiveFloat = 0.2
+    heartbeat_interval_s: Seconds = 0.2
     """Seconds between two questions to each peer."""
-    heartbeat_timeout_s: PositiveFloat = 1.5
+    heartbeat_timeout_s: Seconds = 1.5
     """Seconds without proof of life after which a peer counts as silent; a refused connection counts at once."""
-    takeover_s: PositiveFloat = 3.0
+    takeover_s: Seconds = 3.0
     """Seconds that a node which is cut off from most members leaves the run to them, while log and pulse stand still."""
-    join_window_s: NonNegativeFloat = 0.5
+    join_window_s: SecondsOrNone = 0.5
     """Seconds without a newcomer before a world is formed, so that nodes join together."""
-    settle_timeout_s: PositiveFloat = 600.0
+    settle_timeout_s: Seconds = 600.0
     """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""
-    collective_timeout_s: PositiveFloat = 300.0
+    collective_timeout_s: Seconds = 300.0
     """Seconds after which a collective operation between workers fails."""
-    hang_timeout_s: PositiveFloat = 2.0
+    hang_timeout_s: Seconds = 2.0
     """Seconds that a worker may stand still altogether before it is killed; more where it is known to be slow."""
-    startup_timeout_s: PositiveFloat = 600.0
+    startup_timeout_s: Seconds = 600.0
     """Seconds that a worker may take for one part of its start, or for its first step."""
-    leave_timeout_s: PositiveFloat = 25.0
+    leave_timeout_s: Seconds = 25.0
     """Seconds that a node which is asked to leave (SIGTERM) may take for its last checkpoint."""
-    retries_without_progress: PositiveInt = 3
+    retries_without_progress: Count = 3
     """Failures of this node's own workers without a new step after which the node leaves the run."""
-    flaps_max: PositiveInt = 3
+    flaps_max: Count = 3
     """Times that a node may bring the world down within `flap_window_s` before it is kept out for a while."""
-    flap_window_s: PositiveFloat = 600.0
+    flap_window_s: Seconds = 600.0
     """Seconds after which a node's failures are forgotten."""
-    quarantine_s: PositiveFloat = 30.0
+    quarantine_s: Seconds = 30.0
     """Seconds that such a node is kept out the first time; twice as long each further time, at most an hour."""
-    same_failures_max: PositiveInt = 3
+    same_failures_max: Count = 3
     """Times that the same exception may end the same step, on more than one node, before the run stops."""
-    failures_max: PositiveInt = 20
+    failures_max: Count = 20
     """Worker failures in a row, on any nodes, without a new step before the run stops."""
 
     @model_validator(mode="after")
@@ -242,9 +252,9 @@ class ElasticSection(Section):
 class CheckpointSection(Section):
     """What is kept, and how often."""
 
-    every_steps: PositiveInt = 50
+    every_steps: Count = 50
     """Steps between checkpoints; a checkpoint waits while the one before is still being uploaded."""
-    keep: PositiveInt = 3
+    keep: Count = 3
     """Committed checkpoints that are kept."""
     staging: str = "/dev/shm"
     """Local directory (best: memory) where workers leave their shards for the agent to upload."""
@@ -255,7 +265,7 @@ class TelemetrySection(Section):
 
     metrics_address: str = "127.0.0.1"
     """Address on which the agent serves /metrics."""
-    metrics_port: NonNegativeInt = 0
+    metrics_port: Port = 0
     """Port of /metrics; 0 takes a free one, which `status` shows."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe event that is written."""
@@ -264,7 +274,7 @@ class TelemetrySection(Section):
 class StoreSection(Section):
     """How the bucket is used."""
 
-    deadline_s: PositiveFloat = 120.0
+    deadline_s: Seconds = 120.0
     """Seconds for which one request to the bucket is retried."""
 
 
@@ -379,8 +389,15 @@ def _explain(error: ValidationError, source: str) -> str:
         elif mistake["type"] == "value_error":
             parts.append(str(mistake["ctx"]["error"]))
         else:
-            parts.append(f"{field} = {value!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}")
+            parts.append(f"{field} = {value!r}: {_expectation(mistake['msg'])}")
     return f"{source}: " + "; ".join(parts)
+
+
+def _expectation(message: str) -> str:
+    """What pydantic says of a value, as this project says it."""
+    if message.startswith("Input should be "):
+        return f"expected {message.removeprefix('Input should be ')}"
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> str:

@@ -13,7 +13,7 @@ from elastic_pt.config import Config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.elastic.address import interface_of
-from elastic_pt.errors import ConfigError
+from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.plan.compute import footprint
 from elastic_pt.store.check import is_fenced
 from elastic_pt.store.port import Store
@@ -55,27 +55,42 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
     )
 
 
+def require_device(config: Config) -> None:
+    """Refuse CUDA where there is none, before the run is begun."""
+    if config.train.device == "cuda" and torch.cuda.device_count() == 0:
+        raise ConfigError(
+            "train.device = 'cuda': torch finds no CUDA device on this machine; "
+            "expected a machine with one, or 'cpu' or 'auto'"
+        )
+
+
 def require_staging_space(config: Config, vocabulary: int) -> None:
     """Refuse a staging directory that could never hold this node's share of a checkpoint.
 
-    Containers give /dev/shm 64 MB unless told otherwise, and writing beyond that kills the writer.
+    Containers give /dev/shm 64 MB unless told otherwise, and writing beyond that kills the writer. A directory
+    that is large enough but full now is a `NodeFailure`: that may pass, so the node may be started again.
     """
     size = footprint(config.model, vocabulary).checkpoint_bytes
     staging = config.checkpoint.staging
     try:
-        free = shutil.disk_usage(staging).free
+        usage = shutil.disk_usage(staging)
     except OSError as error:
         raise ConfigError(
             f"checkpoint.staging = {staging!r}: {error.strerror}; a writable local directory would be right"
         ) from error
     smallest_share = size // config.elastic.nodes_max
-    if free < smallest_share:
-        raise ConfigError(
-            f"checkpoint.staging = {staging!r}: {free:,} bytes free, but a node's share of a checkpoint takes "
-            f"{smallest_share:,} to {size:,}; a larger directory (docker: --shm-size) would be right"
+    if usage.free < smallest_share:
+        what = (
+            f"checkpoint.staging = {staging!r}: {usage.free:,} of {usage.total:,} bytes free, but a node's "
+            f"share of a checkpoint takes {smallest_share:,} to {size:,}"
         )
-    if free < 2 * size:
-        log.warning("staging_is_small", free_bytes=free, checkpoint_bytes=size, directory=staging)
+        if usage.total < smallest_share:
+            raise ConfigError(f"{what}; expected a larger directory (docker: --shm-size)")
+        raise NodeFailure(f"{what}; start this node again when there is room")
+    if usage.free < 2 * size:
+        log.warning(
+            "staging_is_small", free_bytes=usage.free, checkpoint_bytes=size, directory=staging
+        )
 
 
 def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:

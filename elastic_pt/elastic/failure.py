@@ -52,7 +52,8 @@ _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the follow
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-_VARYING: Final = re.compile(r"0x[0-9a-fA-F]+|\d+")
+# Names that Python's tempfile makes end in eight of these, whatever comes before; nodes differ in them.
+_VARYING: Final = re.compile(r"0x[0-9a-fA-F]+|(?<=[-_/.])[a-z0-9_]{8}(?=/|$|[\s'\",;:)])|\d+")
 
 
 class FailureCause(StrEnum):
@@ -305,10 +306,13 @@ def _signal_name(number: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MESSAGE_CHARACTERS_MAX]
+    """One bounded line that can be written as UTF-8: an exception's text may hold lone surrogates."""
+    clean = text.encode("utf-8", "backslashreplace").decode()
+    return " ".join(clean.split())[:_MESSAGE_CHARACTERS_MAX]
 
 
 def _bounded(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= _TRACEBACK_CHARACTERS_MAX:
         return text
     return _CUT + text[-_TRACEBACK_CHARACTERS_MAX:]

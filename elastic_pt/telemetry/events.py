@@ -34,6 +34,8 @@ class EventSink:
         self._store = store
         self._name = name
         self._buffer: deque[str] = deque(maxlen=_BUFFER_EVENTS_MAX)
+        self._dropped = 0
+        self._lock = threading.Lock()
         self._sequence = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -41,7 +43,9 @@ class EventSink:
 
     def take(self, event: dict[str, Any]) -> None:
         """Keep one event; never blocks."""
-        self._buffer.append(json.dumps(event, default=str))
+        with self._lock:
+            self._dropped += len(self._buffer) == _BUFFER_EVENTS_MAX
+            self._buffer.append(json.dumps(event, default=str))
 
     def close(self) -> None:
         """Write what is left, within a bounded time."""
@@ -59,14 +63,25 @@ class EventSink:
             lines.append(self._buffer.popleft())
         if not lines:
             return
+        if self._dropped:
+            told = {"event": "events_dropped", "level": "warning", "count": self._dropped}
+            lines.insert(0, json.dumps(told))
         try:
             self._store.write(
                 f"events/{self._name}/{self._sequence:08d}.jsonl",
                 ("\n".join(lines) + "\n").encode(),
             )
             self._sequence += 1
+            self._dropped = 0
         except StoreError:
-            self._buffer.extendleft(reversed(lines[-_BUFFER_EVENTS_MAX // 2 :]))
+            self._put_back(lines[bool(self._dropped) :])
+
+    def _put_back(self, lines: list[str]) -> None:
+        """Keep what could not be written, behind nothing newer: where there is no room the oldest go."""
+        with self._lock:
+            room = max(0, _BUFFER_EVENTS_MAX - len(self._buffer))
+            self._dropped += max(0, len(lines) - room)
+            self._buffer.extendleft(reversed(lines[len(lines) - min(room, len(lines)) :]))
 
 
 def configure_events(level: str, node: str, sink: EventSink | None = None) -> None:

@@ -396,3 +396,27 @@ def test_an_oom_kill_is_told_from_another_kill(
             assert oom_kills.happened() is happens
         finally:
             child.kill()
+
+
+def test_the_same_failure_has_one_signature_on_every_node() -> None:
+    """Numbers, addresses, and the names of scratch and temporary directories are no part of a signature."""
+
+    def signature(scratch: str, address: str) -> str:
+        text = f"ValueError: {scratch}/workers-{scratch[-8:]}/0: row 17 at {address}"
+        failure = classify(Evidence(0, 1, error(text)))
+        assert failure is not None
+        return failure.signature
+
+    here = signature("/dev/shm/elastic_pt-a1b_2xyz", "0x7f12")
+    there = signature("/dev/shm/elastic_pt-q9z0kk_w", "0x55aa")
+    assert here == there
+    assert here.startswith("ValueError: /dev/shm/elastic_pt-#/workers-#/#: row # at #")
+
+
+def test_text_that_is_no_unicode_can_still_be_told() -> None:
+    """A lone surrogate in an exception's text, as a file name may bring it, is written out instead of passed on."""
+    failure = classify(Evidence(0, 1, error("ValueError: bad name '\udcff'")))
+    assert failure is not None
+    for text in (failure.message, failure.signature, failure.traceback, str(failure)):
+        text.encode("utf-8")
+    assert "\\udcff" in failure.message

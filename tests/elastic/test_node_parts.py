@@ -94,9 +94,8 @@ def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
     dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
     for directory in (dead, alive):
         directory.mkdir()
-        (directory / "lock").touch()
         (directory / "shard").write_bytes(b"x")
-    held = os.open(alive / "lock", os.O_RDWR)
+    held = os.open(alive, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     with scratch_directory(str(tmp_path)) as mine:
         assert mine.is_dir()
@@ -106,10 +105,34 @@ def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
     assert not mine.exists()
 
 
+def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
+    """However many agents start and sweep at once, each keeps its own directory until it is done with it."""
+    lost: list[BaseException] = []
+    begin = threading.Barrier(8)
+
+    def live() -> None:
+        try:
+            begin.wait(DEADLINE_S)
+            for _ in range(40):
+                with scratch_directory(str(tmp_path)) as mine:
+                    (mine / "file").write_text("mine")
+                    assert (mine / "file").read_text() == "mine"
+        except BaseException as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=live) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert lost == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     """A wrong checkpoint.staging gives one line that names it."""
     with (
-        pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*would be right"),
+        pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*expected a writable"),
         scratch_directory(str(tmp_path / "nowhere")),
     ):
         pass
