@@ -148,7 +148,7 @@ def timed_step(state: TrainState, numerics: str) -> float:
     )
     dist.barrier()
     started_s = time.perf_counter()
-    run_step(state, tokens, Control(False, False), skipped_in_a_row=0)
+    run_step(state, tokens, Control(False, False))
     if state.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started_s

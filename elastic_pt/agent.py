@@ -209,6 +209,8 @@ class Agent:
         self._frontier_step = 0
         self._failures_at_frontier = 0
         self._skip_reason = ""
+        self._skipped_step = 0
+        """The step that was skipped last on this node; its reason is `_skip_reason`."""
         self._quarantined = 0
         """The newest generation whose checkpoint turned out unusable on this node."""
 
@@ -326,7 +328,7 @@ class Agent:
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: the run ends, with its last good checkpoint."""
-        reason, step = f"diverged: {self._skip_reason}", self._frontier_step
+        reason, step = f"diverged: {self._skip_reason}", self._skipped_step
         try:
             self._log.append(lambda _: Stop(reason, step), generation=formed.generation.number)
             log.error("stop", reason=reason, step=step)
@@ -394,7 +396,7 @@ class Agent:
             if step > self._frontier_step:
                 self._frontier_step, self._failures_at_frontier = step, 0
             if message["skipped"]:
-                self._skip_reason = message["skipped"]
+                self._skip_reason, self._skipped_step = message["skipped"], step
                 log.warning("step_skipped", step=step, cause=message["skipped"])
         if message["rank"] == 0:
             self._checkpointing.note_step(message)

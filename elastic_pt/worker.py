@@ -172,3 +172,4 @@ def restore(
         raise
     state.steps_done = manifest.state.step
     state.optimizer.step_count = manifest.state.optimizer_step
+    state.skipped_in_a_row = manifest.state.skipped_in_a_row

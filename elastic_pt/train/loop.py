@@ -65,7 +65,6 @@ def train(
     """
     last_checkpoint = state.steps_done
     staged_step: int | None = None
-    skipped_in_a_row = 0
     while state.steps_done < config.train.steps:
         started_s = time.monotonic()
         enter(Phase.DATA, state.steps_done)
@@ -79,12 +78,10 @@ def train(
             state,
             tokens_SBT,
             Control(agent.drain_requested, pending),
-            skipped_in_a_row=skipped_in_a_row,
         )
         report(agent, config, state, result, time.monotonic() - started_s, data_wait_s)
         if result.verdict.rung is Rung.STOP:
             return Outcome.DIVERGED
-        skipped_in_a_row = skipped_in_a_row + 1 if result.verdict.rung is Rung.SKIP else 0
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         if finished or result.control.drain or (due and not result.control.checkpoint_pending):
@@ -119,6 +116,7 @@ def stage(
             data_fingerprint=identity.data_fingerprint,
             tokenizer_sha256=identity.tokenizer_sha256,
             config_fingerprint=identity.config_fingerprint,
+            skipped_in_a_row=state.skipped_in_a_row,
         ),
     )
     agent.send(

@@ -1,7 +1,7 @@
 """What training knows between two steps, and how it maps to the tensors of a checkpoint.
 
 The resumable part knows no rank and no world size: the full weights, the two AdamW moments, how many
-steps are done and how many of them updated the weights. The learning rate, the data position and every
+steps are done, how many of them updated the weights, and how many were skipped just now. The learning rate, the data position and every
 random number follow from the step and the seed. A worker holds the rows `shard_rows` of each tensor.
 """
 
@@ -42,6 +42,7 @@ class TrainState:
         self.rank = mesh.get_rank()
         self.world_size = mesh.size()
         self.steps_done = 0
+        self.skipped_in_a_row = 0
         self.turn = Turn(config.train.slots, self.world_size)
         self.model = _build(config, vocabulary, mesh, device, self.turn)
         self.optimizer = ExactAdamW(

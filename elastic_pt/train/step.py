@@ -51,9 +51,7 @@ class StepResult:
     """True where any worker wanted it."""
 
 
-def run_step(
-    state: TrainState, tokens_SBT: Tensor, control: Control, *, skipped_in_a_row: int
-) -> StepResult:
+def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepResult:
     """Train step `state.steps_done` and advance the state. Communicates; every worker calls it.
 
     `tokens_SBT [slots of this worker, micro_batch, sequence_length + 1]`.
@@ -74,7 +72,7 @@ def run_step(
     tokens = train.global_batch * state.config.data.sequence_length
     loss, z_loss = (value / tokens for value in fold(losses_2V).tolist())
     verdict = judge(
-        loss, norm, skipped_in_a_row=skipped_in_a_row, skipped_max=train.max_skipped_steps
+        loss, norm, skipped_in_a_row=state.skipped_in_a_row, skipped_max=train.max_skipped_steps
     )
     rate = learning_rate(step, train)
     if verdict.rung is Rung.UPDATE:
@@ -82,6 +80,7 @@ def run_step(
         state.optimizer.step(rate, scale)
     state.optimizer.zero_grad()
     state.steps_done = step + 1
+    state.skipped_in_a_row = 0 if verdict.rung is Rung.UPDATE else state.skipped_in_a_row + 1
     return StepResult(step, loss, z_loss, norm, rate, verdict, agreed)
 
 

@@ -1,21 +1,31 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.shard_file import describe_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
-from elastic_pt.elastic.assignment import Outcome
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.elastic.assignment import Assignment, Outcome
+from elastic_pt.elastic.channel import WorkerSide
+from elastic_pt.elastic.records import Checkpoint
 from elastic_pt.model.optimizer import local_rows
+from elastic_pt.store.open import open_store
 from elastic_pt.train.loop import Identity, train
 from elastic_pt.train.state import TrainState
-from tests.train.world import VOCABULARY, config_for, tokens_of
+from elastic_pt.worker import restore
+from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
 
 IDENTITY = Identity("0" * 64, "1" * 64, "2" * 64)
 
@@ -160,3 +170,41 @@ def poison(
 
     monkeypatch.setattr(step_module, "_backward", backward)
     return seen
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("poisoned", [{1, 2, 4, 5, 7}, {2, 4, 5, 6}])
+def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: set[int]
+) -> None:
+    """Whichever checkpoint a run is taken up from, it ends after the same step, in the same way, with the same weights."""
+    config = config_for(
+        tmp_path, "train.steps=9", "train.max_skipped_steps=2", "checkpoint.every_steps=1"
+    )
+    who = Identity("0" * 64, "1" * 64, config.fingerprint())
+    state, batches = start(config)
+    poison(monkeypatch, state, steps=poisoned)
+    agent = FakeAgent()
+    outcome = train(config, state, batches, agent, tmp_path, who)
+    assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
+    for step in agent.staged():
+        again, rest = start(config)
+        take_up(config, again, tmp_path / f"{step:010d}-rank-0.safetensors", step)
+        assert train(config, again, islice(rest, step, None), FakeAgent(), tmp_path, who) is outcome
+        assert again.steps_done == state.steps_done
+        assert torch.equal(weights(again), weights(state))
+
+
+def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
+    """Restore a state as a worker does, from a checkpoint in a store made of one staged shard."""
+    store = open_store(config.run.url)
+    directory = checkpoint_directory(step, 1, "abcd")
+    reference = publish_manifest(
+        store, [upload_shard(store, StagedShard(shard, RUN_ID, directory, 0))]
+    )
+    resume = Checkpoint(
+        step, 1, directory, reference.manifest_size, reference.manifest_sha256, loss=None
+    )
+    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
+    assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
+    restore(config, state, assignment, cast(WorkerSide, None), cast(Manifest, data))

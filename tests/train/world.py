@@ -123,7 +123,7 @@ def _worker(
         step = state.steps_done
         slots = range(rank, config.train.slots, world_size)
         tokens = torch.stack([tokens_of(step, slot, config) for slot in slots])
-        result = run_step(state, tokens, Control(False, False), skipped_in_a_row=0)
+        result = run_step(state, tokens, Control(False, False))
         losses.append(result.loss)
     _save(config, state, _shard(staging, rank))
     if rank == 0:
@@ -144,6 +144,7 @@ def _fill(config: Config, state: TrainState, resume: CheckpointReference | None)
     load_rows(store, manifest, spans, into={name: each.rows for name, each in slices.items()})
     state.steps_done = manifest.state.step
     state.optimizer.step_count = manifest.state.optimizer_step
+    state.skipped_in_a_row = manifest.state.skipped_in_a_row
 
 
 def _save(config: Config, state: TrainState, path: Path) -> None:
@@ -163,5 +164,6 @@ def _save(config: Config, state: TrainState, path: Path) -> None:
             data_fingerprint="0" * 64,
             tokenizer_sha256="0" * 64,
             config_fingerprint=config.fingerprint(),
+            skipped_in_a_row=state.skipped_in_a_row,
         ),
     )
