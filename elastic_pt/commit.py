@@ -1,9 +1,11 @@
 """From uploaded parts to a checkpoint that counts: what the committing node does, one step after the other.
 
-    collect parts ─► publish manifest ─► history ─► COMMIT ─► remove what expired
+    collect parts ─► publish manifest ─► history ─► COMMIT ─► workers go on
+                                                       └────► Tidier: remove what expired
 
 The node of rank 0 commits. It runs this in a thread of its agent; a node that loses its generation on the
-way meets the fence at the COMMIT and appends nothing.
+way meets the fence at the COMMIT and appends nothing. Deletes have a thread of their own: nothing waits
+for them, and one that fails is tried again after a later commit.
 """
 
 import json
@@ -17,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from elastic_pt.checkpoint import retention
+from elastic_pt.checkpoint.history import Line, StepHistory, write_history
 from elastic_pt.checkpoint.layout import CheckpointReference, checkpoint_directory
 from elastic_pt.checkpoint.upload import collect, publish_manifest
 from elastic_pt.elastic.log import RunLog, RunView
@@ -25,7 +28,6 @@ from elastic_pt.errors import FencedError
 from elastic_pt.store.port import Store
 
 _POLL_INTERVAL_S: Final = 0.05
-_HISTORY_STEPS_MAX: Final = 1_000_000
 
 log = structlog.get_logger("elastic_pt.commit")
 
@@ -69,6 +71,7 @@ class Committer:
         on_commit: Callable[[Checkpoint], None],
         on_done: Callable[[int], None],
         on_failure: Callable[[int, Exception], None],
+        on_untidy: Callable[[Exception], None],
     ) -> None:
         self._store = store
         self._log = run_log
@@ -79,7 +82,8 @@ class Committer:
         self._on_commit = on_commit
         self._on_done = on_done
         self._on_failure = on_failure
-        self._history: list[dict[str, Any]] = []
+        self._tidier = Tidier(store, on_failure=on_untidy)
+        self._history = StepHistory()
         self._history_lock = threading.Lock()
         self._due: queue.Queue[_Due | None] = queue.Queue()
         self._newest = (0, 0)
@@ -89,11 +93,7 @@ class Committer:
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit."""
         with self._history_lock:
-            kept = [line for line in self._history if line["step"] < message["step"]][
-                -_HISTORY_STEPS_MAX:
-            ]
-            kept.append({"generation": generation} | message)
-            self._history = kept
+            self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation) -> None:
         """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
@@ -107,7 +107,9 @@ class Committer:
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
         self._due.put(None)
+        give_up_at_s = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
+        self._tidier.close(max(0.0, give_up_at_s - time.monotonic()))
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
@@ -158,12 +160,14 @@ class Committer:
             reference.directory,
             reference.manifest_size,
             reference.manifest_sha256,
-            loss=history[-1]["loss"] if history else None,
+            loss=json.loads(history[-1].text)["loss"] if history else None,
         )
 
         gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
+            # Asked again after each lost race: only what the last answer lets go may be deleted.
+            gone.clear()
             candidates = (checkpoint, *view.checkpoints)
             expired = retention.expired([reference_of(each) for each in candidates], self._keep)
             gone.update(each.directory for each in expired)
@@ -173,27 +177,61 @@ class Committer:
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
         with self._history_lock:
-            self._history = [line for line in self._history if line["step"] > step]
+            self._history.forget(step)
         self._on_commit(checkpoint)
-        self._tidy(view, gone)
+        self._tidier.tidy(view, gone)
 
-    def _tidy(self, view: RunView, expired: set[str]) -> None:
-        """Remove what the log does not keep: expired checkpoints, and uploads that nothing can commit any more."""
+    def _write_history(self, directory: str, step: int) -> list[Line]:
+        with self._history_lock:
+            lines = self._history.through(step)
+        write_history(self._store, _history_key(directory), lines)
+        return lines
+
+
+class Tidier:
+    """Removes what the log does not keep any more. Agent process, own thread.
+
+    A failure is told by `on_failure` and changes nothing: what is left is removed after a later commit.
+    """
+
+    def __init__(self, store: Store, *, on_failure: Callable[[Exception], None]) -> None:
+        self._store = store
+        self._on_failure = on_failure
+        self._due: queue.Queue[tuple[RunView, set[str]] | None] = queue.Queue()
+        self._expired: set[str] = set()
+        """Checkpoints that some commit let go and that are not removed yet."""
+        self._thread = threading.Thread(target=self._run, name="tidy", daemon=True)
+        self._thread.start()
+
+    def tidy(self, view: RunView, expired: set[str]) -> None:
+        """Remove, soon, the `expired` checkpoints and the uploads that nothing can commit any more."""
+        self._due.put((view, set(expired)))
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what is due, within a bounded time."""
+        self._due.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (due := self._due.get()) is not None:
+            view, expired = due
+            self._expired |= expired
+            try:
+                self._remove(view)
+            # Whatever it is: a thread that dies unheard would leave every later checkpoint behind.
+            except Exception as error:
+                self._on_failure(error)
+
+    def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}
         newest_step = view.checkpoints[0].step if view.checkpoints else 0
         torn = retention.leftovers(
             retention.listed_directories(self._store), kept, view.generation_number, newest_step
         )
-        for directory in sorted(expired | set(torn)):
-            log.info("checkpoint_removed", directory=directory)
+        for directory in sorted((self._expired | set(torn)) - kept):
             retention.remove(self._store, directory)
-
-    def _write_history(self, directory: str, step: int) -> list[dict[str, Any]]:
-        with self._history_lock:
-            lines = [line for line in self._history if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        self._store.create(_history_key(directory), text.encode())
-        return lines
+            self._expired.discard(directory)
+            log.info("checkpoint_removed", directory=directory)
 
 
 def _history_key(directory: str) -> str:

@@ -28,6 +28,7 @@ from typing import Any, Final
 import aiohttp
 from pydantic import ValidationError
 
+from elastic_pt.checkpoint import history
 from elastic_pt.config import Config
 from elastic_pt.elastic.links import TOKEN_KEY, url_of
 from elastic_pt.elastic.lobby import LOBBY, members_in
@@ -284,7 +285,7 @@ def read_history(run: Run) -> list[dict[str, Any]]:
         if not isinstance(record.body, Commit):
             continue
         with suppress(NotFound):
-            lines = [json.loads(line) for line in run.store.read(record.body.history).splitlines()]
+            lines = history.read_history(run.store, record.body.history)
             if lines:
                 first = lines[0]["step"]
                 by_step = {step: line for step, line in by_step.items() if step < first}
