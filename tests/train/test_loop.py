@@ -1,6 +1,9 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,3 +211,61 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
     assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
     restore(config, state, assignment, cast(WorkerSide, None), cast(Manifest, data))
+
+
+@pytest.fixture
+def small_staging(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB, in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A foreign file that takes all the room there is."""
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_full_staging_costs_checkpoints_and_no_worker(
+    tmp_path: Path, small_staging: Path
+) -> None:
+    """Without room a periodic checkpoint is skipped and leaves nothing behind; the last one waits for room."""
+    config = config_for(tmp_path, "train.steps=5", "checkpoint.every_steps=2")
+    filler = fill(small_staging)
+
+    class Roomy(FakeAgent):
+        """An agent whose machine gets room again once a worker says that it waits for it."""
+
+        def send(self, kind: str, **content: object) -> None:
+            super().send(kind, **content)
+            if kind == "no_room":
+                filler.unlink()
+
+    agent = Roomy()
+    state, batches = start(config)
+    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    kinds = [(kind, content["step"]) for kind, content in agent.messages if kind != "step"]
+    assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
+    assert [path.name for path in small_staging.iterdir()] == ["0000000005-rank-0.safetensors"]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_stop_without_room_waits_for_a_bounded_time(tmp_path: Path, small_staging: Path) -> None:
+    """A worker that must checkpoint says so while it waits, and ends in order when no room comes in time."""
+    config = config_for(tmp_path, "train.steps=1", "elastic.settle_timeout_s=0.5")
+    fill(small_staging)
+    agent = FakeAgent()
+    state, batches = start(config)
+    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    kinds = [kind for kind, _ in agent.messages if kind != "step"]
+    assert set(kinds[:-1]) == {"no_room"}
+    assert kinds[-1] == "skipped"
