@@ -175,7 +175,8 @@ PANELS = [
         "Commits should go on at an even pace; a failure means that a checkpoint did not reach the bucket.",
         ("sum(increase(@checkpoint_commits_total[$__rate_interval]))", "committed"),
         ("sum(increase(@checkpoint_failures_total[$__rate_interval]))", "failed"),
-        ("sum(increase(@tidy_failures_total[$__rate_interval]))", "not tidied"),
+        ("sum(increase(@checkpoint_skips_total[$__rate_interval]))", "skipped"),
+        ("sum(increase(@checkpoint_tidy_failures_total[$__rate_interval]))", "not tidied"),
     ),
 ]
 

@@ -207,6 +207,7 @@ class Agent:
             self._log,
             self._node,
             self._observation.metrics,
+            scratch,
             formed=lambda: self._formed,
             release=lambda step: self._channel.broadcast({"kind": "released", "step": step}),
         )
@@ -422,6 +423,10 @@ class Agent:
                 self._step_done(message)
             case "staged":
                 self._checkpointing.staged(message)
+            case "skipped":
+                self._checkpointing.skipped(message)
+            case "no_room":
+                log.warning("staging_waits_for_room", step=message["step"], cause=message["why"])
             case "activity":
                 self._observation.activity(message["activity"])
             case "unusable":

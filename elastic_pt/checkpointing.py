@@ -7,6 +7,7 @@
 Agent process; called from the channel's, the upload, the commit and the membership threads.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from elastic_pt.elastic.records import Checkpoint, Generation, Quarantine
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
+
+_STAGED = re.compile(r"\.?\d{10}-rank-\d+\.safetensors(\.\d+\.tmp)?")
 
 log = structlog.get_logger("elastic_pt.checkpointing")
 
@@ -76,6 +79,7 @@ class Checkpointing:
         run_log: RunLog,
         node: Node,
         metrics: Metrics,
+        staging: Path,
         *,
         formed: Callable[[], Formed],
         release: Callable[[int], None],
@@ -83,6 +87,7 @@ class Checkpointing:
         self._log = run_log
         self._node = node
         self._metrics = metrics
+        self._staging = staging
         self._formed = formed
         self._release = release
         self._workers = node.member.workers
@@ -108,10 +113,29 @@ class Checkpointing:
     def starts(self) -> None:
         """Workers of a new generation are about to start."""
         self._uploads.clear()
+        self._sweep()
 
     def stopped(self) -> None:
         """The workers are gone: what they staged and nobody reads any more is dropped."""
         self._uploader.discard()
+        self._sweep()
+
+    def skipped(self, message: Message) -> None:
+        """A worker had no room for its shard: this checkpoint will not be one, and nobody waits for it."""
+        self._metrics.checkpoint_skips.inc()
+        log.warning("checkpoint_skipped", step=message["step"], cause=message["why"])
+        try:
+            self._enqueue(message, Path(), missing=message["why"])
+        except ElasticPtError as error:
+            self._upload_failed(int(message["step"]), error)
+
+    def _sweep(self) -> None:
+        """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
+        pending = self._uploader.pending()
+        for path in self._staging.iterdir():
+            if _STAGED.fullmatch(path.name) and path not in pending:
+                path.unlink(missing_ok=True)
+                log.info("staging_swept", path=str(path))
 
     def staged(self, message: Message) -> None:
         """A worker has left a shard."""
@@ -138,15 +162,19 @@ class Checkpointing:
         self._uploader.close()
 
     def _submit(self, message: Message) -> None:
+        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+        self._enqueue(message, Path(message["path"]))
+
+    def _enqueue(self, message: Message, path: Path, missing: str = "") -> None:
         generation, step = self._formed().generation, int(message["step"])
         self.staged_step = step
-        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
         self._uploader.submit(
             StagedShard(
-                path=Path(message["path"]),
+                path=path,
                 run_id=self._node.view.run_id,
                 directory=directory_of(generation, step),
                 rank=message["rank"],
+                missing=missing,
             )
         )
         if message["rank"] == 0:
@@ -170,7 +198,7 @@ class Checkpointing:
         self._node.notice_log()
 
     def _untidy(self, error: Exception) -> None:
-        self._metrics.tidy_failures.inc()
+        self._metrics.checkpoint_tidy_failures.inc()
         log.warning("tidy_failed", cause=str(error))
 
     def _commit_failed(self, step: int, error: Exception) -> None:

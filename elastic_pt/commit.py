@@ -1,13 +1,14 @@
 """From uploaded parts to a checkpoint that counts: what the committing node does, one step after the other.
 
-    collect parts ─► publish manifest ─► history ─► COMMIT ─► release the workers
-                                                      └─► Tidier: remove what expired, in a thread of its own
+    collect parts ─► publish manifest ─► history ─► COMMIT ─► workers go on
+                                                       └────► Tidier: remove what expired
 
 The node of rank 0 commits. It runs this in a thread of its agent; a node that loses its generation on the
-way meets the fence at the COMMIT and appends nothing. Tidying is no part of a commit: nobody waits for it, its
-failures are its own, and what it could not remove it tries again after the next commit.
+way meets the fence at the COMMIT and appends nothing. Deletes have a thread of their own: nothing waits
+for them, and one that fails is tried again after a later commit.
 """
 
+import json
 import queue
 import threading
 import time
@@ -18,12 +19,12 @@ from typing import Any, Final
 import structlog
 
 from elastic_pt.checkpoint import retention
+from elastic_pt.checkpoint.history import Line, StepHistory, write_history
 from elastic_pt.checkpoint.layout import CheckpointReference, checkpoint_directory
 from elastic_pt.checkpoint.upload import collect, publish_manifest
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.errors import FencedError
-from elastic_pt.step_history import StepHistory
 from elastic_pt.store.port import Store
 
 _POLL_INTERVAL_S: Final = 0.05
@@ -81,8 +82,9 @@ class Committer:
         self._on_commit = on_commit
         self._on_done = on_done
         self._on_failure = on_failure
+        self._tidier = Tidier(store, on_failure=on_untidy)
         self._history = StepHistory()
-        self._tidier = Tidier(store, on_untidy)
+        self._history_lock = threading.Lock()
         self._due: queue.Queue[_Due | None] = queue.Queue()
         self._newest = (0, 0)
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
@@ -90,7 +92,8 @@ class Committer:
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit."""
-        self._history.note(generation, message)
+        with self._history_lock:
+            self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation) -> None:
         """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
@@ -103,10 +106,10 @@ class Committer:
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
-        deadline_s = time.monotonic() + timeout_s
         self._due.put(None)
+        give_up_at_s = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
-        self._tidier.close(max(0.0, deadline_s - time.monotonic()))
+        self._tidier.close(max(0.0, give_up_at_s - time.monotonic()))
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
@@ -150,50 +153,59 @@ class Committer:
             log.info("commit_abandoned", step=step, directory=directory)
             return
         reference = publish_manifest(self._store, parts)
-        key = f"history/{directory.removeprefix('ckpt/')}.jsonl"
+        history = self._write_history(directory, step)
         checkpoint = Checkpoint(
             reference.step,
             reference.generation,
             reference.directory,
             reference.manifest_size,
             reference.manifest_sha256,
-            loss=self._history.write(self._store, key, step),
+            loss=json.loads(history[-1].text)["loss"] if history else None,
         )
-        expired: list[str] = []
+
+        gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
-            # Asked again whenever another record was faster: only the last answer is in the log.
-            nonlocal expired
+            # Asked again after each lost race: only what the last answer lets go may be deleted.
+            gone.clear()
             candidates = (checkpoint, *view.checkpoints)
-            gone = retention.expired([reference_of(each) for each in candidates], self._keep)
-            expired = [each.directory for each in gone]
-            return Commit(tuple(each for each in candidates if each.directory not in expired), key)
+            expired = retention.expired([reference_of(each) for each in candidates], self._keep)
+            gone.update(each.directory for each in expired)
+            kept = tuple(each for each in candidates if each.directory not in gone)
+            return Commit(kept, _history_key(directory))
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
-        self._history.committed(step)
+        with self._history_lock:
+            self._history.forget(step)
         self._on_commit(checkpoint)
-        self._tidier.tidy(view, expired)
+        self._tidier.tidy(view, gone)
+
+    def _write_history(self, directory: str, step: int) -> list[Line]:
+        with self._history_lock:
+            lines = self._history.through(step)
+        write_history(self._store, _history_key(directory), lines)
+        return lines
 
 
 class Tidier:
-    """Removes what the log does not keep: expired checkpoints, and uploads that nothing can commit any more.
+    """Removes what the log does not keep any more. Agent process, own thread.
 
-    Agent process, a thread of its own. `on_untidy` hears of each failure; what is left is tried again after the
-    next commit.
+    A failure is told by `on_failure` and changes nothing: what is left is removed after a later commit.
     """
 
-    def __init__(self, store: Store, on_untidy: Callable[[Exception], None]) -> None:
+    def __init__(self, store: Store, *, on_failure: Callable[[Exception], None]) -> None:
         self._store = store
-        self._on_untidy = on_untidy
-        self._due: queue.Queue[tuple[RunView, list[str]] | None] = queue.Queue()
-        self._left: set[str] = set()
+        self._on_failure = on_failure
+        self._due: queue.Queue[tuple[RunView, set[str]] | None] = queue.Queue()
+        self._expired: set[str] = set()
+        """Checkpoints that some commit let go and that are not removed yet."""
         self._thread = threading.Thread(target=self._run, name="tidy", daemon=True)
         self._thread.start()
 
-    def tidy(self, view: RunView, expired: list[str]) -> None:
-        """Remove what `view` does not keep; its newest commit has just let go of `expired`."""
-        self._due.put((view, expired))
+    def tidy(self, view: RunView, expired: set[str]) -> None:
+        """Remove, soon, the `expired` checkpoints and the uploads that nothing can commit any more."""
+        self._due.put((view, set(expired)))
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
@@ -203,19 +215,24 @@ class Tidier:
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
             view, expired = due
-            self._left.update(expired)
+            self._expired |= expired
             try:
                 self._remove(view)
-            # Whatever it is, tidying must go on after the next commit.
+            # Whatever it is: a thread that dies unheard would leave every later checkpoint behind.
             except Exception as error:
-                self._on_untidy(error)
+                self._on_failure(error)
 
     def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}
         newest_step = view.checkpoints[0].step if view.checkpoints else 0
-        listed = retention.listed_directories(self._store)
-        torn = retention.leftovers(listed, kept, view.generation_number, newest_step)
-        for directory in sorted((self._left | set(torn)) - kept):
+        torn = retention.leftovers(
+            retention.listed_directories(self._store), kept, view.generation_number, newest_step
+        )
+        for directory in sorted((self._expired | set(torn)) - kept):
             retention.remove(self._store, directory)
-            self._left.discard(directory)
+            self._expired.discard(directory)
             log.info("checkpoint_removed", directory=directory)
+
+
+def _history_key(directory: str) -> str:
+    return f"history/{directory.removeprefix('ckpt/')}.jsonl"

@@ -29,6 +29,7 @@ from typing import Any, Final
 import aiohttp
 from pydantic import ValidationError
 
+from elastic_pt.checkpoint import history
 from elastic_pt.config import Config
 from elastic_pt.elastic.links import TOKEN_KEY, url_of
 from elastic_pt.elastic.lobby import LOBBY, members_in
@@ -51,7 +52,6 @@ from elastic_pt.elastic.records import (
 from elastic_pt.elastic.status import NodeStatus, Phase
 from elastic_pt.errors import ConfigError, NotFound
 from elastic_pt.identity import CONFIG_KEY, read_run_config
-from elastic_pt.step_history import read_steps
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -299,7 +299,7 @@ def read_history(run: Run) -> list[dict[str, Any]]:
         if not isinstance(record.body, Commit):
             continue
         with suppress(NotFound):
-            lines = list(read_steps(run.store, record.body.history))
+            lines = history.read_history(run.store, record.body.history)
             if lines:
                 first = lines[0]["step"]
                 by_step = {step: line for step, line in by_step.items() if step < first}

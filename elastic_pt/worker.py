@@ -172,4 +172,6 @@ def restore(
     except CheckpointError as error:
         agent.send("unusable", directory=resume.directory, why=str(error))
         raise
-    state.resume(manifest.state)
+    state.steps_done = manifest.state.step
+    state.optimizer.step_count = manifest.state.optimizer_step
+    state.skipped_in_a_row = manifest.state.skipped_in_a_row

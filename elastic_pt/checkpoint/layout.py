@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from elastic_pt.checkpoint.record import (
     DOCUMENT_BYTES_MAX,
@@ -116,17 +116,31 @@ class TrainingState(Record):
     numerics: str
     slots: int
     skipped_in_a_row: int = 0
-    """Steps just before, without one between them, that were skipped: the next one may be one too many."""
+    """Steps just before this state that were skipped one after the other; left out of the JSON where it is 0."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object; one written before `skipped_in_a_row` existed keeps its bytes and its seal."""
+        values = super().to_json()
+        if not self.skipped_in_a_row:
+            del values["skipped_in_a_row"]
+        return values
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Decode strictly; an absent `skipped_in_a_row` is 0."""
+        if isinstance(value, dict):
+            value = {"skipped_in_a_row": 0} | value
+        return super().from_json(value)
 
     def __post_init__(self) -> None:
         self._whole("step", 0, 9_999_999_999)
-        self._whole("skipped_in_a_row", 0, self.step)
         for field in ("rows_seen", "tokens_seen", "data_position"):
             self._whole(field, 0)
         self._whole("seed", 0, (1 << 64) - 1)
         self._whole("optimizer_step", 0, self.step)
         self._whole("learning_rate_step", 0, self.step)
         self._whole("slots", 1)
+        self._whole("skipped_in_a_row", 0, self.step - self.optimizer_step)
         for field in ("data_fingerprint", "config_fingerprint"):
             self._text(field, _LABEL)
         self._text("tokenizer_sha256", _SHA256)

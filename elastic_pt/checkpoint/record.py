@@ -1,7 +1,6 @@
 """Records that check themselves, as strict JSON.
 
-A `Record` is a frozen dataclass whose JSON object has exactly its fields, but for those that hold their
-default: a field that is added later has one, so older documents keep their bytes. A `Document` is a record that
+A `Record` is a frozen dataclass whose JSON object has exactly its fields; a `Document` is a record that
 is an object of its own in the store. Decoding refuses what encoding would not have written: other
 fields, other types, another schema, and (for documents, by their seal) any flipped bit.
 """
@@ -9,7 +8,7 @@ fields, other types, another schema, and (for documents, by their seal) any flip
 import hashlib
 import json
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from elastic_pt.errors import CheckpointError
@@ -22,25 +21,20 @@ TEXT_LENGTH_MAX = 512
 
 
 class Record:
-    """A frozen dataclass whose JSON object has exactly its fields, but for those that hold their default."""
+    """A frozen dataclass whose JSON object has exactly its fields."""
 
     what: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
-        return {
-            field.name: _plain(value)
-            for field in fields(self)  # type: ignore[arg-type]
-            if (value := getattr(self, field.name)) is not field.default
-        }
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_json(cls, value: object) -> Self:
         """Decode strictly: a missing, unknown or ill-typed field is a `CheckpointError`."""
-        known = fields(cls)  # type: ignore[arg-type]
-        required = {field.name for field in known if field.default is MISSING}
-        optional = {field.name for field in known} - required
-        return cls(**cls._decoded(_exactly(cls.what, value, required, optional)))
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**cls._decoded(_exactly(cls.what, value, names)))
 
     @classmethod
     def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +93,10 @@ def _plain(value: object) -> object:
     return value
 
 
-def _exactly(what: str, value: object, required: set[str], optional: set[str]) -> dict[str, Any]:
+def _exactly(what: str, value: object, names: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{what}: {shown(value)} is not a JSON object")
-    for problem, wrong in (
-        ("missing", required - value.keys()),
-        ("unknown", value.keys() - required - optional),
-    ):
+    for problem, wrong in (("missing", names - value.keys()), ("unknown", value.keys() - names)):
         if wrong:
             raise CheckpointError(f"{what}: {problem} field {', '.join(map(shown, sorted(wrong)))}")
     return dict(value)

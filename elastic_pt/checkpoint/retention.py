@@ -9,6 +9,8 @@ a newer checkpoint must be committed. Whoever reads an old log therefore deletes
 """
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from elastic_pt.checkpoint.layout import (
     CheckpointReference,
@@ -21,6 +23,8 @@ from elastic_pt.checkpoint.layout import (
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.store.port import Store
+
+_DELETE_THREADS: Final = 16
 
 
 def expired(references: Sequence[CheckpointReference], keep: int) -> list[CheckpointReference]:
@@ -80,5 +84,6 @@ def remove(store: Store, directory: str) -> None:
     store.delete(manifest_key(directory))
     for rank in range(ranks):
         keys |= {shard_key(directory, rank), part_key(directory, rank)}
-    for key in sorted(keys - {manifest_key(directory)}):
-        store.delete(key)
+    with ThreadPoolExecutor(_DELETE_THREADS) as pool:
+        for _ in pool.map(store.delete, sorted(keys - {manifest_key(directory)})):
+            pass

@@ -9,11 +9,13 @@ The file describes itself: `__metadata__` of the safetensors header holds the tr
 each tensor, its whole shape and first row. Any safetensors reader opens it. There is no pickle.
 """
 
+import errno
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,6 +43,13 @@ _COPY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EFBIG}
+
+
+class StagingFull(CheckpointError):
+    """The staging directory takes no more now; it may later."""
+
+
 class LocalRows(NamedTuple):
     """What one worker holds of a tensor: `rows` is `[first_row, first_row + len(rows))` of `global_shape`."""
 
@@ -59,8 +68,8 @@ def write_shard(
     `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
     `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero
     rows, or leaves the tensor out. The file appears under `path` at once and whole (temporary name,
-    then rename). It is not synced: the staging directory is memory. Raises `CheckpointError` if a tensor does
-    not fit its description or the staging directory has no room.
+    then rename). It is not synced: the staging directory is memory. Raises `StagingFull` if the staging
+    directory has no room (nothing is left behind), another `CheckpointError` if a tensor does not fit its description.
     """
     kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
     # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
@@ -77,8 +86,10 @@ def write_shard(
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: the shard cannot be staged: {error.strerror}") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kind = StagingFull if error.errno in _NO_ROOM else CheckpointError
+        raise kind(f"{path}: the shard cannot be staged: {error.strerror}") from error
 
 
 def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState]:

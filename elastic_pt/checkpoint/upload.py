@@ -13,9 +13,11 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from elastic_pt.checkpoint.layout import (
     CheckpointReference,
@@ -32,6 +34,9 @@ from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, NotFound, StoreError
 from elastic_pt.store.port import Store
 
+_THREADS: Final = 32
+"""Requests of the committing agent that are under way at once."""
+
 
 @dataclass(frozen=True)
 class StagedShard:
@@ -41,6 +46,8 @@ class StagedShard:
     run_id: str
     directory: str
     rank: int
+    missing: str = ""
+    """Why there is no such file; empty if there is one."""
 
     @property
     def step(self) -> int:
@@ -85,6 +92,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: deque[StagedShard] = deque()
         self._busy = False
+        self._current: Path | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="checkpoint-upload", daemon=True)
         self._thread.start()
@@ -112,6 +120,12 @@ class Uploader:
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
 
+    def pending(self) -> set[Path]:
+        """The local files that are still to be uploaded, the one under way included."""
+        with self._changed:
+            current = set() if self._current is None else {self._current}
+            return {shard.path for shard in self._waiting} | current
+
     def discard(self) -> int:
         """Drop what is queued (not what is under way) and its local files; the number of shards dropped."""
         with self._changed:
@@ -119,7 +133,8 @@ class Uploader:
             self._waiting.clear()
             self._changed.notify_all()
         for shard in dropped:
-            shard.path.unlink(missing_ok=True)
+            if not shard.missing:
+                shard.path.unlink(missing_ok=True)
         return len(dropped)
 
     def close(self, timeout_s: float = 0.0) -> bool:
@@ -144,24 +159,31 @@ class Uploader:
                     return
                 shard = self._waiting.popleft()
                 self._busy = True
+                self._current = shard.path
             try:
                 self._upload(shard)
             finally:
                 with self._changed:
                     self._busy = False
+                    self._current = None
                     self._changed.notify_all()
 
     def _upload(self, shard: StagedShard) -> None:
         failure: Exception | None = None
         try:
-            upload_shard(self._store, shard)
+            if shard.missing:
+                note = failed_key(shard.directory, shard.rank)
+                self._store.write(note, shard.missing.encode())
+            else:
+                upload_shard(self._store, shard)
         # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all checkpoints.
         except Exception as error:
             failure = error
             with suppress(StoreError):
                 self._store.write(failed_key(shard.directory, shard.rank), str(error).encode())
-        with suppress(OSError):
-            shard.path.unlink()
+        if not shard.missing:
+            with suppress(OSError):
+                shard.path.unlink()
         if failure is None:
             self._on_uploaded(shard.step)
         else:
@@ -181,28 +203,26 @@ def collect(
 ) -> list[Part] | None:
     """Wait for the part of every rank and return them in the order of `ranks` (committing agent).
 
-    Asks for each key by name, one after another, since all are needed; never lists. `now()` is a monotonic
+    Asks for keys by name, `_THREADS` at a time in the order of the ranks, since all are needed; never lists. `now()` is a monotonic
     clock in seconds and `wait(seconds)` waits. None as soon as `should_stop()`. Raises `CheckpointError`
     when a rank's upload has failed, when `deadline_s` seconds have passed, or when a part is not what it should be.
     """
     give_up_at_s = now() + deadline_s
-    parts: list[Part] = []
-    for rank in ranks:
-        while True:
+    order = list(ranks)
+    found: dict[int, Part] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while missing := [rank for rank in order if rank not in found][:_THREADS]:
             if should_stop():
                 return None
-            part = _read_part(store, directory, rank)
-            if part is not None:
-                parts.append(part)
-                break
-            if store.size(failed_key(directory, rank)) is not None:
-                raise CheckpointError(f"{shard_key(directory, rank)}: its node could not upload it")
+            looks = list(pool.map(lambda rank: _look(store, directory, rank), missing))
+            found |= {part.rank: part for part in looks if part is not None}
+            if None not in looks:
+                continue
             if now() >= give_up_at_s:
-                raise CheckpointError(
-                    f"{part_key(directory, rank)}: not there after {deadline_s} s"
-                )
+                key = part_key(directory, missing[looks.index(None)])
+                raise CheckpointError(f"{key}: not there after {deadline_s} s")
             wait(poll_interval_s)
-    return parts
+    return [found[rank] for rank in order]
 
 
 def publish_manifest(store: Store, parts: Sequence[Part]) -> CheckpointReference:
@@ -226,8 +246,9 @@ def publish_manifest(store: Store, parts: Sequence[Part]) -> CheckpointReference
     files = tuple(sorted((part.file for part in parts), key=lambda file: file.key))
     name = parse_directory(first.directory)
     manifest = Manifest(first.run_id, first.directory, files, first.state)
-    for part in parts:
-        _check_uploaded(store, part)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(lambda part: _check_uploaded(store, part), parts):
+            pass
     data = manifest.to_bytes()
     if len(data) > DOCUMENT_BYTES_MAX:
         raise CheckpointError(
@@ -239,6 +260,14 @@ def publish_manifest(store: Store, parts: Sequence[Part]) -> CheckpointReference
     if read_manifest(store, reference, first.run_id) != manifest:
         raise CheckpointError(f"{reference.manifest_key}: reads back as another manifest")
     return reference
+
+
+def _look(store: Store, directory: str, rank: int) -> Part | None:
+    """The part of a rank; None if it may still come."""
+    part = _read_part(store, directory, rank)
+    if part is None and store.size(failed_key(directory, rank)) is not None:
+        raise CheckpointError(f"{shard_key(directory, rank)}: its node could not upload it")
+    return part
 
 
 def _read_part(store: Store, directory: str, rank: int) -> Part | None:

@@ -57,8 +57,12 @@ class Metrics:
         self.checkpoint_failures = self._counter(
             "checkpoint_failures", "Checkpoints that could not be uploaded or committed."
         )
-        self.tidy_failures = self._counter(
-            "tidy_failures", "Times that files of expired checkpoints could not be removed."
+        self.checkpoint_skips = self._counter(
+            "checkpoint_skips", "Shards that were not written because staging had no room."
+        )
+        self.checkpoint_tidy_failures = self._counter(
+            "checkpoint_tidy_failures",
+            "Times that expired checkpoints could not be removed; a later commit tries again.",
         )
         self.checkpoint_committed_step = self._gauge(
             "checkpoint_committed_step", "Step of the newest committed checkpoint."

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.shard_file import write_shard
+from elastic_pt.checkpoint.shard_file import StagingFull, write_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.elastic.assignment import Outcome
@@ -21,6 +21,9 @@ from elastic_pt.elastic.progress import Phase
 from elastic_pt.health.ladder import Rung
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, StepResult, run_step
+
+_PAUSE_MIN_S: Final = 0.1
+_PAUSE_MAX_S: Final = 5.0
 
 
 class Agent(Protocol):
@@ -85,12 +88,45 @@ def train(
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         if finished or result.control.drain or (due and not result.control.checkpoint_pending):
-            enter(Phase.STAGE, state.steps_done)
-            stage(config, state, agent, staging, identity)
+            # Whoever stops here has no later step to checkpoint, so it waits for room; others go on without.
+            patience_s = (
+                config.elastic.settle_timeout_s if finished or result.control.drain else 0.0
+            )
+            stage_or_skip(config, state, agent, staging, identity, enter, patience_s)
             last_checkpoint = staged_step = state.steps_done
         if result.control.drain and not finished:
             return Outcome.DRAINED
     return Outcome.COMPLETED
+
+
+def stage_or_skip(
+    config: Config,
+    state: TrainState,
+    agent: Agent,
+    staging: Path,
+    identity: Identity,
+    enter: Callable[[Phase, int], None],
+    patience_s: float,
+) -> None:
+    """Stage a checkpoint; where there is no room within `patience_s`, tell the agent that there will be none."""
+    give_up_at_s = time.monotonic() + patience_s
+    pause_s = _PAUSE_MIN_S
+    while True:
+        enter(Phase.STAGE, state.steps_done)
+        try:
+            return stage(config, state, agent, staging, identity)
+        except StagingFull as error:
+            final = time.monotonic() + pause_s > give_up_at_s
+            agent.send(
+                "skipped" if final else "no_room",
+                step=state.steps_done,
+                rank=state.rank,
+                why=str(error),
+            )
+            if final:
+                return None
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _PAUSE_MAX_S)
 
 
 def stage(

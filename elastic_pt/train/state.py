@@ -1,7 +1,7 @@
 """What training knows between two steps, and how it maps to the tensors of a checkpoint.
 
 The resumable part knows no rank and no world size: the full weights, the two AdamW moments, how many
-steps are done, how many of them updated the weights, and how many were skipped just before. The learning rate, the data position and every
+steps are done, how many of them updated the weights, and how many were skipped just now. The learning rate, the data position and every
 random number follow from the step and the seed. A worker holds the rows `shard_rows` of each tensor.
 """
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.config import Config
 from elastic_pt.model import initialize
 from elastic_pt.model.optimizer import ExactAdamW, local_rows
@@ -44,7 +43,6 @@ class TrainState:
         self.world_size = mesh.size()
         self.steps_done = 0
         self.skipped_in_a_row = 0
-        """Steps just before this one that were skipped, without one between them."""
         self.turn = Turn(config.train.slots, self.world_size)
         self.model = _build(config, vocabulary, mesh, device, self.turn)
         self.optimizer = ExactAdamW(
@@ -61,12 +59,6 @@ class TrainState:
     def initialize(self) -> None:
         """Give the weights their values of step 0; communicates nothing."""
         initialize.fill_(self.model, layers=self.config.model.layers, seed=self.config.run.seed)
-
-    def resume(self, found: TrainingState) -> None:
-        """Go on where a checkpoint is, once its rows have been read into `slices`; communicates nothing."""
-        self.steps_done = found.step
-        self.optimizer.step_count = found.optimizer_step
-        self.skipped_in_a_row = found.skipped_in_a_row
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """Every tensor of a checkpoint by name, with this worker's rows of it (live memory)."""

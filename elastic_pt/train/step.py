@@ -72,18 +72,15 @@ def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepRes
     tokens = train.global_batch * state.config.data.sequence_length
     loss, z_loss = (value / tokens for value in fold(losses_2V).tolist())
     verdict = judge(
-        loss,
-        norm,
-        skipped_in_a_row=state.skipped_in_a_row,
-        skipped_max=train.max_skipped_steps,
+        loss, norm, skipped_in_a_row=state.skipped_in_a_row, skipped_max=train.max_skipped_steps
     )
     rate = learning_rate(step, train)
     if verdict.rung is Rung.UPDATE:
         scale = min(1.0, train.clip_norm / (norm + _CLIP_EPSILON)) if train.clip_norm else 1.0
         state.optimizer.step(rate, scale)
     state.optimizer.zero_grad()
-    state.skipped_in_a_row = 0 if verdict.rung is Rung.UPDATE else state.skipped_in_a_row + 1
     state.steps_done = step + 1
+    state.skipped_in_a_row = 0 if verdict.rung is Rung.UPDATE else state.skipped_in_a_row + 1
     return StepResult(step, loss, z_loss, norm, rate, verdict, agreed)
 
 

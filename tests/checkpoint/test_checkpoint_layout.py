@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,3 +254,12 @@ def test_blocks_are_bounded(row_bytes: int, rows: int) -> None:
     block_rows = rows_per_block(row_bytes, rows)
     assert 1 <= block_rows <= rows
     assert block_rows == 1 or block_rows * row_bytes <= 1 << 20
+
+
+def test_a_state_without_the_count_of_skips_keeps_its_bytes() -> None:
+    """A document of a run that knew no `skipped_in_a_row` is read as 0, and its seal still holds."""
+    part = Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), training_state(40))
+    assert b"skipped_in_a_row" not in part.to_bytes()
+    assert Part.from_bytes(part.to_bytes()).state.skipped_in_a_row == 0
+    counted = replace(part, state=training_state(40, optimizer_step=38, skipped_in_a_row=2))
+    assert Part.from_bytes(counted.to_bytes()) == counted

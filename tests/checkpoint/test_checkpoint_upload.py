@@ -350,3 +350,15 @@ def test_the_queue_is_bounded_and_can_be_dropped(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [shards[3].path.name]
     with pytest.raises(CheckpointError, match="ended"):
         uploader.submit(shards[3])
+
+
+def test_a_shard_that_had_no_room_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    """A worker's missing shard becomes a note in the bucket, and the committer gives the checkpoint up at once."""
+    store = memory_store()
+    told: list[int] = []
+    with Uploader(store, on_uploaded=told.append, on_failed=lambda *_: None) as uploader:
+        uploader.submit(StagedShard(Path(), RUN_ID, DIRECTORY, 0, missing="no room"))
+        assert uploader.drain(10)
+    assert told == [50]
+    with pytest.raises(CheckpointError, match="could not upload"):
+        collected(store, DIRECTORY, 1)

@@ -1,23 +1,34 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
-import itertools
+import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.shard_file import describe_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
-from elastic_pt.elastic.assignment import Outcome
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.elastic.assignment import Assignment, Outcome
+from elastic_pt.elastic.channel import WorkerSide
+from elastic_pt.elastic.records import Checkpoint
 from elastic_pt.model.optimizer import local_rows
+from elastic_pt.store.open import open_store
 from elastic_pt.train.loop import Identity, train
 from elastic_pt.train.state import TrainState
-from tests.train.world import VOCABULARY, config_for, tokens_of
+from elastic_pt.worker import restore
+from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
 
 IDENTITY = Identity("0" * 64, "1" * 64, "2" * 64)
 
@@ -147,39 +158,6 @@ def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.isfinite(weights(state)).all()
 
 
-@pytest.mark.parametrize("poisoned", [{3, 4, 7}, set(range(4, 20)), {2, 3, 5, 6, 7}])
-@pytest.mark.usefixtures("world_of_one")
-def test_a_restart_changes_neither_outcome_nor_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: set[int]
-) -> None:
-    """Wherever a run with skipped steps is interrupted, it goes on, or gives up, as the undisturbed one does."""
-    config = config_for(tmp_path, "train.steps=9", "train.max_skipped_steps=2")
-    state, batches = start(config)
-    poison(monkeypatch, state, poisoned)
-    undisturbed = train(config, state, batches, FakeAgent(), tmp_path, IDENTITY)
-    for restart_at in range(1, state.steps_done):
-        first, batches = start(config)
-        agent = FakeAgent(drain_at=restart_at - 1)
-        assert train(config, first, batches, agent, tmp_path, IDENTITY) is Outcome.DRAINED
-        assert agent.staged() == [restart_at]
-        second, batches = start(config)
-        take_up(second, tmp_path / f"{restart_at:010d}-rank-0.safetensors")
-        rest = itertools.islice(batches, restart_at, None)
-        assert train(config, second, rest, FakeAgent(), tmp_path, IDENTITY) is undisturbed
-        assert second.steps_done == state.steps_done
-        assert torch.equal(weights(second), weights(state))
-
-
-def take_up(state: TrainState, shard: Path) -> None:
-    """Read a staged shard of a world of one into a fresh state."""
-    _, saved = describe_shard(shard, "shard")
-    tensors = load_file(shard)
-    with torch.no_grad():
-        for name, each in state.slices():
-            each.rows.copy_(tensors[name])
-    state.resume(saved)
-
-
 def poison(
     monkeypatch: pytest.MonkeyPatch, state: TrainState, steps: set[int]
 ) -> dict[int, torch.Tensor]:
@@ -195,3 +173,99 @@ def poison(
 
     monkeypatch.setattr(step_module, "_backward", backward)
     return seen
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("poisoned", [{1, 2, 4, 5, 7}, {2, 4, 5, 6}])
+def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: set[int]
+) -> None:
+    """Whichever checkpoint a run is taken up from, it ends after the same step, in the same way, with the same weights."""
+    config = config_for(
+        tmp_path, "train.steps=9", "train.max_skipped_steps=2", "checkpoint.every_steps=1"
+    )
+    who = Identity("0" * 64, "1" * 64, config.fingerprint())
+    state, batches = start(config)
+    poison(monkeypatch, state, steps=poisoned)
+    agent = FakeAgent()
+    outcome = train(config, state, batches, agent, tmp_path, who)
+    assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
+    for step in agent.staged():
+        again, rest = start(config)
+        take_up(config, again, tmp_path / f"{step:010d}-rank-0.safetensors", step)
+        assert train(config, again, islice(rest, step, None), FakeAgent(), tmp_path, who) is outcome
+        assert again.steps_done == state.steps_done
+        assert torch.equal(weights(again), weights(state))
+
+
+def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
+    """Restore a state as a worker does, from a checkpoint in a store made of one staged shard."""
+    store = open_store(config.run.url)
+    directory = checkpoint_directory(step, 1, "abcd")
+    reference = publish_manifest(
+        store, [upload_shard(store, StagedShard(shard, RUN_ID, directory, 0))]
+    )
+    resume = Checkpoint(
+        step, 1, directory, reference.manifest_size, reference.manifest_sha256, loss=None
+    )
+    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
+    assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
+    restore(config, state, assignment, cast(WorkerSide, None), cast(Manifest, data))
+
+
+@pytest.fixture
+def small_staging(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB, in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A foreign file that takes all the room there is."""
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_full_staging_costs_checkpoints_and_no_worker(
+    tmp_path: Path, small_staging: Path
+) -> None:
+    """Without room a periodic checkpoint is skipped and leaves nothing behind; the last one waits for room."""
+    config = config_for(tmp_path, "train.steps=5", "checkpoint.every_steps=2")
+    filler = fill(small_staging)
+
+    class Roomy(FakeAgent):
+        """An agent whose machine gets room again once a worker says that it waits for it."""
+
+        def send(self, kind: str, **content: object) -> None:
+            super().send(kind, **content)
+            if kind == "no_room":
+                filler.unlink()
+
+    agent = Roomy()
+    state, batches = start(config)
+    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    kinds = [(kind, content["step"]) for kind, content in agent.messages if kind != "step"]
+    assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
+    assert [path.name for path in small_staging.iterdir()] == ["0000000005-rank-0.safetensors"]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_stop_without_room_waits_for_a_bounded_time(tmp_path: Path, small_staging: Path) -> None:
+    """A worker that must checkpoint says so while it waits, and ends in order when no room comes in time."""
+    config = config_for(tmp_path, "train.steps=1", "elastic.settle_timeout_s=0.5")
+    fill(small_staging)
+    agent = FakeAgent()
+    state, batches = start(config)
+    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    kinds = [kind for kind, _ in agent.messages if kind != "step"]
+    assert set(kinds[:-1]) == {"no_room"}
+    assert kinds[-1] == "skipped"

@@ -142,7 +142,9 @@ def _fill(config: Config, state: TrainState, resume: CheckpointReference | None)
         name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
     }
     load_rows(store, manifest, spans, into={name: each.rows for name, each in slices.items()})
-    state.resume(manifest.state)
+    state.steps_done = manifest.state.step
+    state.optimizer.step_count = manifest.state.optimizer_step
+    state.skipped_in_a_row = manifest.state.skipped_in_a_row
 
 
 def _save(config: Config, state: TrainState, path: Path) -> None:
@@ -162,5 +164,6 @@ def _save(config: Config, state: TrainState, path: Path) -> None:
             data_fingerprint="0" * 64,
             tokenizer_sha256="0" * 64,
             config_fingerprint=config.fingerprint(),
+            skipped_in_a_row=state.skipped_in_a_row,
         ),
     )

@@ -1,0 +1,95 @@
+"""The history of steps between two commits: bounded in memory, written in parts.
+
+A commit names one key. Its object holds a line of JSON per step; where a part is full its last line is
+`{"next": KEY}` and the history goes on there. Parts are created from the last to the first, so whoever
+finds the first one finds them all.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, Final, NamedTuple
+
+from elastic_pt.store.port import Store
+
+PART_BYTES_MAX: Final = 8 << 20
+HISTORY_BYTES_MAX: Final = 64 << 20
+
+
+class Line(NamedTuple):
+    """A step and its line of JSON, newline included."""
+
+    step: int
+    text: bytes
+
+
+class StepHistory:
+    """Steps that no commit tells of yet, in order. Agent process; the caller holds a lock.
+
+    Adding a step costs O(1) on average. Beyond `bytes_max` every second line of the older half is dropped.
+    """
+
+    def __init__(self, bytes_max: int = HISTORY_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._lines: deque[Line] = deque()
+        self._bytes = 0
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Remember a step; it replaces what was known of it and of later ones."""
+        line = Line(entry["step"], json.dumps(entry).encode() + b"\n")
+        while self._lines and self._lines[-1].step >= line.step:
+            self._bytes -= len(self._lines.pop().text)
+        self._lines.append(line)
+        self._bytes += len(line.text)
+        if self._bytes > self._bytes_max:
+            self._thin()
+
+    def through(self, step: int) -> list[Line]:
+        """The lines up to and with `step`."""
+        return [line for line in self._lines if line.step <= step]
+
+    def forget(self, step: int) -> None:
+        """Drop the lines up to and with `step`: a commit tells of them."""
+        while self._lines and self._lines[0].step <= step:
+            self._bytes -= len(self._lines.popleft().text)
+
+    def _thin(self) -> None:
+        lines = list(self._lines)
+        half = len(lines) // 2
+        self._lines = deque(lines[:half:2] + lines[half:])
+        self._bytes = sum(len(line.text) for line in self._lines)
+
+
+def write_history(
+    store: Store, key: str, lines: Sequence[Line], part_bytes_max: int = PART_BYTES_MAX
+) -> None:
+    """Create the history at `key`, in parts of about `part_bytes_max` bytes (committing agent)."""
+    parts: list[list[bytes]] = [[]]
+    size = 0
+    for line in lines:
+        if parts[-1] and size + len(line.text) > part_bytes_max:
+            parts.append([])
+            size = 0
+        parts[-1].append(line.text)
+        size += len(line.text)
+    for index in reversed(range(len(parts))):
+        if index + 1 < len(parts):
+            parts[index].append(json.dumps({"next": _part_key(key, index + 1)}).encode() + b"\n")
+        store.create(_part_key(key, index), b"".join(parts[index]))
+
+
+def read_history(store: Store, key: str) -> list[dict[str, Any]]:
+    """What `write_history` wrote, every part of it. Raises `NotFound` if it is not there."""
+    entries: list[dict[str, Any]] = []
+    for index in count():
+        entries += [json.loads(line) for line in store.read(_part_key(key, index)).splitlines()]
+        # The key of the next part follows from the first one's, whatever the line says.
+        if not entries or "next" not in entries[-1]:
+            break
+        entries.pop()
+    return entries
+
+
+def _part_key(key: str, index: int) -> str:
+    return key if index == 0 else f"{key.removesuffix('.jsonl')}.{index}.jsonl"
