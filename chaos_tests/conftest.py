@@ -12,8 +12,8 @@ from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import prepare
 from elastic_pt.store.open import open_store
 
-_CORPUS_CHARACTERS = 300_000
-_VOCABULARY = 320
+CORPUS_CHARACTERS = 300_000
+VOCABULARY = 320
 
 StartScenario = Callable[..., Scenario]
 
@@ -32,9 +32,9 @@ def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few hundred kilobytes of the standard library, tokenized."""
     url = f"file://{tmp_path_factory.mktemp('data')}"
     prepare(
-        [standard_library_source(_CORPUS_CHARACTERS)],
+        [standard_library_source(CORPUS_CHARACTERS)],
         open_store(url),
-        vocab_size=_VOCABULARY,
+        vocab_size=VOCABULARY,
         held_out=0.05,
     )
     return url

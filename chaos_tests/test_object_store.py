@@ -1,16 +1,27 @@
 """The same promises where the run directory is a bucket on a real S3 server."""
 
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from chaos_tests.conftest import StartScenario
+from chaos_tests.conftest import CORPUS_CHARACTERS, VOCABULARY, StartScenario
+from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, first_member
+from elastic_pt.data.documents import standard_library_source
+from elastic_pt.data.prepare import prepare
+from elastic_pt.store.open import open_store
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at
 from tests.services.proxy import FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ceph]
+
+SHARD_TOKENS = 10_000
+CACHED_SHARDS = 5
+"""Each of two workers maps a shard and needs room for the next one."""
 
 
 def test_rank_0s_node_is_lost_on_a_real_bucket(
@@ -73,3 +84,36 @@ def test_a_loss_while_the_bucket_is_away_waits_for_it(
     proxy.mend()
     run.finish()
     assert run.check_whole(reference_digest).generations[-1].reason == f"lost {victim}"
+
+
+def test_a_corpus_on_s3_larger_than_the_cache(
+    start: StartScenario, ceph_url: str, reference_digest: str, tmp_path: Path
+) -> None:
+    """F46: token shards come through a bounded cache of their own, never into the staging directory, bits unchanged."""
+    url, cache = f"{ceph_url}/data", tmp_path / "cache"
+    manifest = prepare(
+        [standard_library_source(CORPUS_CHARACTERS)],
+        open_store(url),
+        vocab_size=VOCABULARY,
+        held_out=0.05,
+        shard_tokens=SHARD_TOKENS,
+    )
+    bound = CACHED_SHARDS * 2 * SHARD_TOKENS
+    assert bound < 2 * manifest.tokens("train")
+    run = start(
+        "elastic.workers_per_node=2",
+        f"data.url={url}",
+        f"data.cache={cache}",
+        f"data.cache_bytes={bound}",
+        run_url=f"{ceph_url}/run",
+        nodes=1,
+    )
+    run.until_step(CHECKPOINT_STEPS + 3, nodes=1)
+    scratch = [path for path in Path("/dev/shm").glob("elastic_pt-*") if path.is_dir()]
+    assert scratch
+    assert [path for each in scratch for path in each.rglob("*.bin")] == []
+    os.kill(workers_of(run.fleet.pid("node-0"), run.mark)[0], signal.SIGKILL)
+    run.finish()
+    run.check_whole(reference_digest)
+    kept = sum(path.stat().st_size for path in cache.glob("*.bin"))
+    assert 0 < kept <= bound

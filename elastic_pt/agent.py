@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from elastic_pt.checkpointing import Checkpointing, choose_resume, quarantine
 from elastic_pt.config import Config
+from elastic_pt.data.cache import cache_directory
 from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
@@ -128,6 +129,12 @@ def _read_data(config: Config, store: Store) -> Manifest:
         raise
 
 
+def _with_cache(config: Config) -> Config:
+    """The configuration with `data.cache` spelled out, while TMPDIR still is what the user set."""
+    cache = str(cache_directory(config.data.cache))
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
+
+
 @dataclass(frozen=True)
 class Introduction:
     """What this node is to its peers."""
@@ -171,6 +178,7 @@ class Agent:
     def __init__(self, config: Config, store: Store, scratch: Path, me: Introduction) -> None:
         self._config = config
         self._scratch = scratch
+        config = _with_cache(config)
         environment = environment_of_workers(me.address, scratch)
         self._observation = Observation(Metrics())
         telemetry = config.telemetry

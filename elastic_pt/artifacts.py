@@ -25,6 +25,7 @@ from elastic_pt.checkpoint.layout import Manifest
 from elastic_pt.checkpoint.restore import load_rows, newest_usable, verify
 from elastic_pt.commit import reference_of
 from elastic_pt.config import Config
+from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import HeldOutBatch, held_out_batches
 from elastic_pt.data.manifest import Manifest as DataManifest
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
@@ -174,7 +175,9 @@ def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
             "data prepared with --held-out above 0 would be right"
         )
     model = trained.model()
-    reader = TokenReader(data, trained.data_store)
+    section = trained.config.data
+    cache = ShardCache(cache_directory(section.cache), section.cache_bytes)
+    reader = TokenReader(data, trained.data_store, cache=cache)
     length = trained.config.data.sequence_length
     batch = max(1, _BATCH_TOKENS // length)
     nats: dict[str, float] = {}

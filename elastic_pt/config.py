@@ -80,6 +80,10 @@ class DataSection(Section):
     """Tokens per training sequence."""
     prefetch_steps: Count = 2
     """Steps that each worker reads ahead."""
+    cache: str = ""
+    """Directory for token shards that are downloaded; empty: one per user below the system's temporary directory."""
+    cache_bytes: Annotated[int, Field(ge=1, le=2**60)] = 100 * 2**30
+    """Most bytes that it may hold; least recently used files are removed first."""
 
 
 class ModelSection(Section):
@@ -312,7 +316,9 @@ class Config(Section):
         for name in IDENTITY_SECTIONS:
             section: Section = getattr(self, name)
             leaves |= {f"{name}.{key}": value for key, value in section.model_dump().items()}
-        del leaves["data.prefetch_steps"], leaves["data.url"]
+        # Where data lies and how it is read decides no bit.
+        for key in ("url", "prefetch_steps", "cache", "cache_bytes"):
+            del leaves[f"data.{key}"]
         return leaves
 
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from elastic_pt.checkpoint.layout import CheckpointReference
 from elastic_pt.checkpoint.restore import load_rows, read_manifest
 from elastic_pt.config import Config, parse_config
+from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import SlotLoader
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
@@ -70,7 +71,15 @@ def main(config_text: str, scratch_path: str) -> str:
     )
     loader = SlotLoader(
         plan,
-        TokenReader(manifest, data_store),
+        TokenReader(
+            manifest,
+            data_store,
+            cache=ShardCache(
+                cache_directory(config.data.cache),
+                config.data.cache_bytes,
+                readers=int(os.environ["LOCAL_WORLD_SIZE"]),
+            ),
+        ),
         slots=range(state.rank, config.train.slots, state.world_size),
         first_step=state.steps_done,
         last_step=config.train.steps,

@@ -7,18 +7,20 @@ the next. A window may cross from one shard into the next.
 """
 
 import hashlib
+import mmap
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elastic_pt.data.cache import ShardCache
 from elastic_pt.data.manifest import REMEDY, TOKEN_BYTES, Manifest, Shard, Split, TokenType
-from elastic_pt.errors import DataError
+from elastic_pt.errors import DataError, StoreError
 from elastic_pt.store.port import Store
 
 SHARD_TOKENS = 32 * 1024 * 1024
@@ -64,20 +66,30 @@ class ShardWriter:
         self._shards.append(Shard(key, tokens, sha256))
 
 
-class TokenReader:
-    """Reads windows of token ids; each shard is verified (size, then SHA-256) before its first use.
+@dataclass(frozen=True)
+class _Mapped:
+    """A shard in this process's memory map."""
 
-    Shards of a `file://` store are mapped where they are. Others are downloaded once into `cache`, under
-    their SHA-256, so that all workers of a node share them (default: a directory per user below the
-    system's temporary directory). Runs in workers; safe to share between threads.
+    tokens: NDArray[np.unsignedinteger]
+    descriptor: int
+    """Of a downloaded shard: its shared lock keeps the file in the cache. -1 for one that is mapped in place."""
+    size: int
+
+
+class TokenReader:
+    """Reads windows of token ids; each shard is verified (size, then SHA-256) before its first use on this machine.
+
+    Shards of a `file://` store are mapped where they are. Others are downloaded once into `cache`, so that all
+    workers of a machine share them; a reader lets go of those it used least recently, so that the cache can
+    keep its bound. Runs in workers; safe to share between threads.
     """
 
-    def __init__(self, manifest: Manifest, store: Store, *, cache: Path | None = None) -> None:
-        self._manifest, self._store = manifest, store
-        self._cache = cache or Path(tempfile.gettempdir(), f"elastic_pt-data-{os.getuid()}")
+    def __init__(self, manifest: Manifest, store: Store, *, cache: ShardCache) -> None:
+        self._manifest, self._store, self._cache = manifest, store, cache
         self._type = np.dtype(manifest.token_type).newbyteorder("<")
         self._lock = threading.Lock()
-        self._mapped: dict[str, NDArray[np.unsignedinteger]] = {}
+        self._mapped: dict[str, _Mapped] = {}
+        """By key, the least recently used first."""
         self._ends: dict[tuple[int, Split], NDArray[np.int64]] = {
             (number, split): np.cumsum(
                 [shard.tokens for shard in source.shards(split)], dtype=np.int64
@@ -118,75 +130,54 @@ class TokenReader:
 
     def _open(self, shard: Shard) -> NDArray[np.unsignedinteger]:
         with self._lock:
-            mapped = self._mapped.get(shard.key)
-            if mapped is None:
-                if self._store.url.startswith(FILE_SCHEME):
-                    path = Path(self._store.url.removeprefix(FILE_SCHEME), shard.key)
-                    self._check(path, shard)
-                else:
-                    path = self._cached(shard)
-                mapped = self._mapped[shard.key] = np.memmap(path, dtype=self._type, mode="r")
-            return mapped
+            mapped = self._mapped.pop(shard.key, None) or self._map(shard)
+            self._mapped[shard.key] = mapped
+            return mapped.tokens
+
+    def _map(self, shard: Shard) -> _Mapped:
+        size = shard.tokens * TOKEN_BYTES[self._manifest.token_type]
+        if self._store.url.startswith(FILE_SCHEME):
+            path = Path(self._store.url.removeprefix(FILE_SCHEME), shard.key)
+            descriptor = self._cache.open_local(
+                path, shard.sha256, self._name(shard), lambda found: self._check_size(found, shard)
+            )
+            tokens = self._tokens(descriptor)
+            os.close(descriptor)
+            return _Mapped(tokens, -1, 0)
+        self._let_go(size)
+        descriptor = self._cache.open_downloaded(
+            shard.sha256, size, self._name(shard), lambda path: self._download(shard, size, path)
+        )
+        return _Mapped(self._tokens(descriptor), descriptor, size)
+
+    def _tokens(self, descriptor: int) -> NDArray[np.unsignedinteger]:
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), dtype=self._type)
+
+    def _let_go(self, size: int) -> None:
+        """Unmap what was used least recently, so that the cache can make room for `size` bytes."""
+        held = sum(each.size for each in self._mapped.values())
+        for key in [key for key, each in self._mapped.items() if each.descriptor >= 0]:
+            if held + size <= self._cache.mapped_bytes_max:
+                return
+            dropped = self._mapped.pop(key)
+            os.close(dropped.descriptor)
+            held -= dropped.size
 
     def _name(self, shard: Shard) -> str:
         return f"{self._store.url}/{shard.key}"
 
-    def _check(self, path: Path, shard: Shard) -> None:
-        """Raise `DataError` unless the local file is, byte for byte, what the manifest says."""
-        try:
-            with path.open("rb") as file:
-                self._check_size(os.fstat(file.fileno()).st_size, shard)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            self._check_size(None, shard)
-            raise
-        except OSError as error:
-            raise DataError(f"{self._name(shard)}: {error.strerror}; {REMEDY}") from error
-        if digest != shard.sha256:
-            raise DataError(
-                f"{self._name(shard)}: corrupt, its SHA-256 is not that of the manifest; {REMEDY}"
-            )
-
     def _check_size(self, found_bytes: int | None, shard: Shard) -> None:
+        expected = shard.tokens * TOKEN_BYTES[self._manifest.token_type]
         if found_bytes is None:
-            raise DataError(f"{self._name(shard)}: missing; {REMEDY}")
-        expected = self._bytes(shard)
+            raise StoreError(f"{self._name(shard)}: missing; {REMEDY}")
         if found_bytes != expected:
             raise DataError(
                 f"{self._name(shard)}: {found_bytes} bytes where the manifest says {expected}; {REMEDY}"
             )
 
-    def _bytes(self, shard: Shard) -> int:
-        return shard.tokens * TOKEN_BYTES[self._manifest.token_type]
-
-    def _cached(self, shard: Shard) -> Path:
-        """The shard in the cache, from an earlier download if that is intact."""
-        path = self._cache / f"{shard.sha256}.bin"
-        if path.is_file():
-            try:
-                self._check(path, shard)
-            except DataError:
-                path.unlink(missing_ok=True)
-            else:
-                return path
+    def _download(self, shard: Shard, size: int, target: Path) -> None:
         self._check_size(self._store.size(shard.key), shard)
-        try:
-            self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._cache) as folder:
-                arriving = Path(folder, path.name)
-                self._download(shard, arriving)
-                self._check(arriving, shard)
-                arriving.replace(path)
-        except OSError as error:
-            raise DataError(
-                f"data cache {self._cache}: {error.strerror}; a writable directory with "
-                f"{self._bytes(shard)} free bytes would be right"
-            ) from error
-        return path
-
-    def _download(self, shard: Shard, target: Path) -> None:
-        expected = self._bytes(shard)
         with target.open("wb") as file:
-            for start in range(0, expected, TRANSFER_BYTES):
-                end = min(start + TRANSFER_BYTES, expected)
+            for start in range(0, size, TRANSFER_BYTES):
+                end = min(start + TRANSFER_BYTES, size)
                 file.write(self._store.read(shard.key, start, end))

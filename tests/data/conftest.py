@@ -1,6 +1,8 @@
 """A small prepared corpus, and manifests that need no files."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from prepared_data import Prepared, words
@@ -46,3 +48,10 @@ def manifest_of() -> Callable[..., Manifest]:
         return Manifest(300, "uint16", "<|endoftext|>", 0, "t", "0" * 64, 0.0, sources, {})
 
     return make
+
+
+@pytest.fixture
+def copied(prepared: Prepared, tmp_path: Path) -> Prepared:
+    """A copy that a test may damage."""
+    shutil.copytree(prepared.root, tmp_path / "data")
+    return Prepared(prepared.manifest, open_store(str(tmp_path / "data")), tmp_path / "data")

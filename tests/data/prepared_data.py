@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.store.port import Store
 
@@ -21,3 +22,8 @@ class Prepared:
     manifest: Manifest
     store: Store
     root: Path
+
+
+def cache_at(directory: Path | None = None, bytes_max: int = 2**30) -> ShardCache:
+    """A cache of token shards; by default the one that this user's processes share."""
+    return ShardCache(directory or cache_directory(""), bytes_max)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared_data import Prepared
+from prepared_data import Prepared, cache_at
 
 from elastic_pt.data.loader import SlotLoader, held_out_batches
 from elastic_pt.data.plan import DataPlan
@@ -23,7 +23,7 @@ def loader(prepared: Prepared, slots: range, first_step: int = 0, last_step: int
     plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
     return SlotLoader(
         plan,
-        TokenReader(prepared.manifest, prepared.store),
+        TokenReader(prepared.manifest, prepared.store, cache=cache_at()),
         slots=slots,
         first_step=first_step,
         last_step=last_step,
@@ -34,7 +34,7 @@ def loader(prepared: Prepared, slots: range, first_step: int = 0, last_step: int
 
 def test_a_batch_is_what_the_plan_says(prepared: Prepared) -> None:
     """Slot and row of the tensor are slot and row of the plan; the steps come in order and end."""
-    reader = TokenReader(prepared.manifest, prepared.store)
+    reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at())
     plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
     with loader(prepared, range(2, 5), first_step=3) as batches:
         found = list(batches)
@@ -120,7 +120,7 @@ def test_a_damaged_shard_is_raised_as_it_is(prepared: Prepared, tmp_path: Path) 
 def test_every_held_out_token_is_a_target_once(prepared: Prepared, length: int, batch: int) -> None:
     """Targets without padding are the held-out stream; each input is the token before its target."""
     manifest = prepared.manifest
-    reader = TokenReader(manifest, prepared.store)
+    reader = TokenReader(manifest, prepared.store, cache=cache_at())
     targets: dict[int, list[int]] = {0: [], 1: []}
     inputs: dict[int, list[int]] = {0: [], 1: []}
     for part in held_out_batches(manifest, reader, length, batch, ignored=IGNORED):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_data import Prepared, words
+from prepared_data import Prepared, cache_at, words
 
 from elastic_pt.data.documents import SourceSpec
 from elastic_pt.data.manifest import Manifest, read_manifest
@@ -28,7 +28,7 @@ def documents_of(manifest: Manifest, store: Store, split: str, source: int = 0) 
     """The texts that the shards of a split hold, by way of the tokenizer."""
     assert split in ("train", "held_out")
     total = manifest.sources[source].tokens(split)
-    ids = TokenReader(manifest, store).stream(source, split, 0, total).tolist()
+    ids = TokenReader(manifest, store, cache=cache_at()).stream(source, split, 0, total).tolist()
     tokenizer = load_tokenizer(store, manifest)
     texts: list[str] = []
     start = 0

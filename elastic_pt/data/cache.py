@@ -1,0 +1,210 @@
+"""Token shards on this machine: downloaded once, verified once, and bounded, for all who read them here.
+
+    <cache>/<sha256>.bin        a downloaded shard; shared lock while a process maps it
+    <cache>/<sha256>.verified   which file of this machine was found to have that hash: device, inode, size, times
+    <cache>/<sha256>.lock       held while one process downloads or verifies; the others wait for its result
+
+Shards of a `file://` store are mapped where they lie and leave only a marker here. A marker counts for one
+identity of a file, so a file that changes is read again, and a new worker hashes nothing that another one has
+hashed. Downloads beyond `bytes_max` first remove what was used least recently and nobody maps. A process may
+always hold the one shard that it needs, so several processes can exceed a bound that is smaller than that.
+
+The directory must be this user's own: whoever could write to it could choose what a run learns from.
+Worker process, and the command line's.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from elastic_pt.data.manifest import REMEDY
+from elastic_pt.errors import ConfigError, DataError, StoreError
+
+_ARRIVING: Final = ".arriving"
+
+
+def cache_directory(configured: str) -> Path:
+    """Where shards are kept: `data.cache`, or one directory per user below the temporary directory.
+
+    Called where TMPDIR still is what the user set.
+    """
+    if configured:
+        return Path(configured).expanduser().absolute()
+    return Path(tempfile.gettempdir(), f"elastic_pt-data-{os.getuid()}")
+
+
+class ShardCache:
+    """See the module. Safe to share between threads that take turns, and between processes."""
+
+    def __init__(self, directory: Path, bytes_max: int, *, readers: int = 1) -> None:
+        """`readers` is how many processes of this node read through it: what one maps, no other can remove."""
+        self._directory = directory
+        self._bytes_max = bytes_max
+        self.mapped_bytes_max: Final = bytes_max // (2 * readers)
+        """What one reader should map at most, beside the shard that it needs."""
+
+    def open_local(
+        self, path: Path, sha256: str, name: str, check_size: Callable[[int], None]
+    ) -> int:
+        """A descriptor of a file of this machine whose content has that hash; the caller closes it.
+
+        Raises `StoreError` if it cannot be read now, and `DataError` if its content is another one.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{name}: {error.strerror}") from error
+        try:
+            # Before the hash: for a file of the wrong size there is no need to read it.
+            check_size(os.fstat(descriptor).st_size)
+            self._require_own()
+            with self._turn(sha256):
+                self._verify(descriptor, sha256, name)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def open_downloaded(
+        self, sha256: str, size: int, name: str, download: Callable[[Path], None]
+    ) -> int:
+        """A descriptor of the shard in the cache, with a shared lock on it; the caller closes it.
+
+        `download(path)` writes the shard if it is not there. Raises `ConfigError` if it cannot fit, `StoreError` if
+        there is no room now, and `DataError` if what arrived is something else.
+        """
+        self._require_own()
+        if size > self._bytes_max:
+            raise ConfigError(
+                f"data.cache_bytes = {self._bytes_max}: too small for {name}; expected at least {size}"
+            )
+        path = self._directory / f"{sha256}.bin"
+        with self._turn(sha256):
+            for attempt in (1, 2):
+                if not path.exists():
+                    self._make_room(size)
+                    self._fetch(path, name, download)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    self._verify(descriptor, sha256, name)
+                    return descriptor
+                except DataError:
+                    os.close(descriptor)
+                    path.unlink(missing_ok=True)
+                    # What an earlier life left may be damaged; what has just arrived is the store's own.
+                    if attempt == 2:
+                        raise
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+        raise AssertionError("unreachable")
+
+    def _require_own(self) -> None:
+        """Make the directory, or refuse one that somebody else could write to."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = os.lstat(self._directory)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache = {str(self._directory)!r}: {error.strerror}; expected a directory of your own"
+            ) from error
+        private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+        if not private or found.st_uid != os.getuid():
+            raise ConfigError(
+                f"data.cache = {str(self._directory)!r}: belongs to user {found.st_uid} with mode "
+                f"{stat.filemode(found.st_mode)}; expected a directory that only user {os.getuid()} can write to"
+            )
+
+    @contextmanager
+    def _turn(self, sha256: str) -> Iterator[None]:
+        """One process at a time looks after a shard; the kernel gives the turn back if it dies."""
+        try:
+            lock = os.open(
+                self._directory / f"{sha256}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise StoreError(f"data cache {self._directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _verify(self, descriptor: int, sha256: str, name: str) -> None:
+        """Hash the file unless this very file was hashed before."""
+        marker = self._directory / f"{sha256}.verified"
+        identity = _identity(os.fstat(descriptor))
+        with suppress(OSError, ValueError):
+            if json.loads(marker.read_text()) == identity:
+                os.utime(marker)
+                return
+        try:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise StoreError(f"{name}: {error.strerror}") from error
+        if digest != sha256:
+            raise DataError(f"{name}: corrupt, its SHA-256 is not that of the manifest; {REMEDY}")
+        if _identity(os.fstat(descriptor)) == identity:
+            # Without room for a marker the next worker hashes again.
+            with suppress(OSError):
+                partial = marker.with_suffix(f".{os.getpid()}{_ARRIVING}")
+                partial.write_text(json.dumps(identity))
+                partial.replace(marker)
+
+    def _fetch(self, path: Path, name: str, download: Callable[[Path], None]) -> None:
+        arriving = path.with_suffix(_ARRIVING)
+        try:
+            download(arriving)
+            arriving.replace(path)
+        except OSError as error:
+            arriving.unlink(missing_ok=True)
+            raise StoreError(
+                f"data cache {self._directory}: {error.strerror} while {name} was downloaded"
+            ) from error
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was used least recently and nobody maps, until `size` more bytes fit the bound."""
+        shards = []
+        for path in self._directory.glob("*.bin"):
+            with suppress(OSError):
+                marker = path.with_suffix(".verified")
+                used_s = (marker if marker.exists() else path).stat().st_mtime
+                shards.append((used_s, path.stat().st_size, path))
+        left = sum(bytes_ for _, bytes_, _ in shards) + size - self._bytes_max
+        for _, bytes_, path in sorted(shards):
+            if left <= 0:
+                return
+            if _remove_unused(path):
+                left -= bytes_
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a shard that no process maps."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.with_suffix(".verified").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _identity(found: os.stat_result) -> list[int]:
+    """What tells one state of one file from any other one."""
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
