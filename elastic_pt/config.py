@@ -336,7 +336,8 @@ def section_type(annotation: Any) -> type[Section]:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides. Raises `ConfigError` in one line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors on Windows begin a file with a byte order mark.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read: {error.strerror}; a TOML file would be right"

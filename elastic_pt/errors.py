@@ -11,10 +11,11 @@
     ├── CheckpointError            4   a checkpoint is torn, corrupt or foreign, or none is usable
     ├── FencedError                5   a newer generation owns the run; this writer may append nothing
     ├── NodeFailure                6   this node's workers keep failing without progress; the node leaves
-    └── RunFailed                  7   the run has ended without completing; starting it again changes nothing
+    ├── RunFailed                  7   the run has ended without completing; starting it again changes nothing
+    └── UnexpectedError            8   a bug, or a library's error that has no place here: start again, and report it
 
-An error's message is one line for a person. The command line prints it without a traceback
-and exits with `exit_code`; anything that is not an `ElasticPtError` is a bug and shows its traceback.
+An error's message is one line for a person. The command line prints it without a traceback and exits with
+`exit_code`. Anything that is not an `ElasticPtError` becomes an event with its traceback, and `UnexpectedError`.
 """
 
 
@@ -78,3 +79,9 @@ class RunFailed(ElasticPtError):
     """The run has ended without completing; starting it again changes nothing."""
 
     exit_code = 7
+
+
+class UnexpectedError(ElasticPtError):
+    """A bug, or a library's error that has no place here; its traceback is in the events. Start again."""
+
+    exit_code = 8

@@ -12,19 +12,24 @@ have no use for it. Workers come through here too, because a forked process impo
 module again.
 """
 
+import os
 import platform
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any, Final
 
+import structlog
 import typer
 from typer.exceptions import TyperException
 
 from elastic_pt.cli import control, prepare, reading, setup, training, weights
-from elastic_pt.errors import ConfigError, ElasticPtError
+from elastic_pt.errors import ConfigError, ElasticPtError, UnexpectedError
 from elastic_pt.telemetry.events import configure_events
 
 _INTERRUPTED: Final = 130
+_BROKEN_PIPE: Final = 141
+
+log = structlog.get_logger("elastic_pt.cli")
 
 app = typer.Typer(
     name="elastic-pt",
@@ -88,6 +93,9 @@ def run_command_line(arguments: list[str]) -> int:
     """Run one command; returns the exit code. An expected error is one line on standard error."""
     # Until an agent sets up its own: a warning must not get into what scripts read from standard output.
     configure_events("warning", platform.node())
+    for argument in arguments:
+        if not argument.isascii() and argument != argument.encode("utf-8", "ignore").decode():
+            return _fail(f"argument {argument!a}: expected UTF-8 text", ConfigError.exit_code)
     try:
         result: Any = app(args=arguments, prog_name="elastic-pt", standalone_mode=False)
     except ElasticPtError as error:
@@ -96,6 +104,17 @@ def run_command_line(arguments: list[str]) -> int:
         return _fail(_usage_message(error, arguments), ConfigError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; nothing more may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except Exception as error:
+        log.exception("unexpected_error", command=arguments[:1])
+        what = f"{type(error).__name__}: {error}"
+        return _fail(
+            f"unexpected {what}; the traceback is above, and this is worth a report",
+            UnexpectedError.exit_code,
+        )
     return result if isinstance(result, int) else 0
 
 

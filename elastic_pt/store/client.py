@@ -30,6 +30,7 @@ class Fault(Enum):
 
     MISSING = auto()  # no object under that key
     NO_BUCKET = auto()  # the URL itself is wrong
+    SETTINGS = auto()  # the client's own settings are wrong: no request was made
     EXISTS = auto()  # the condition of a create did not hold
     DENIED = auto()  # credentials are missing, expired or not allowed
     BEYOND = auto()  # the range starts behind the last byte
@@ -190,6 +191,11 @@ class Client:
                 return BeyondEnd(text)
             case Fault.NO_BUCKET:
                 return ConfigError(f"{self.url} names a bucket that does not exist: {reason}")
+            case Fault.SETTINGS:
+                return ConfigError(
+                    f"{self.url} cannot be reached with these settings: {reason}; "
+                    "expected working AWS settings in the environment and in ~/.aws"
+                )
             case Fault.EXISTS:
                 return AlreadyExists(text)
             case Fault.DENIED:

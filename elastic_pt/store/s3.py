@@ -11,11 +11,13 @@ botocore do not retry; `store/retry.py` does.
 """
 
 import contextlib
+import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from fsspec.asyn import sync
@@ -57,6 +59,38 @@ _FAULT_OF_CODE = {
 }
 
 
+_NO_LOGIN = (
+    boto.NoCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+    boto.NoAuthTokenError,
+    boto.LoginError,
+)
+# Errors about what the user has configured, raised before any request is made.
+_SETTINGS = (
+    boto.ConfigNotFound,
+    boto.ConfigParseError,
+    boto.InfiniteLoopConfigError,
+    boto.InvalidChecksumConfigError,
+    boto.InvalidConfigError,
+    boto.InvalidDefaultsMode,
+    boto.InvalidEndpointConfigurationError,
+    boto.InvalidIMDSEndpointError,
+    boto.InvalidProxiesConfigError,
+    boto.InvalidRegionError,
+    boto.InvalidRetryConfigurationError,
+    boto.InvalidRetryModeError,
+    boto.InvalidS3AddressingStyleError,
+    boto.MissingDependencyException,
+    boto.NoRegionError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+    boto.UnknownCredentialError,
+    boto.UnknownSignatureVersionError,
+)
+
+
 def s3_fault_of(error: Exception) -> Fault:
     """What an exception of s3fs means: by the S3 error code, then the status, then the Python type."""
     response = _response(error)
@@ -68,11 +102,45 @@ def s3_fault_of(error: Exception) -> Fault:
         return fault_of_status(int(code) if code.isdigit() else int(status))
     if isinstance(error, boto.ParamValidationError):
         return Fault.NO_BUCKET
+    if isinstance(error, _NO_LOGIN):
+        return Fault.DENIED
+    if isinstance(error, _SETTINGS) or _is_invalid_endpoint(error):
+        return Fault.SETTINGS
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)):
         return Fault.TRANSIENT
     if type(error).__name__ == "ResponseParserError":  # a proxy's HTML page instead of XML
         return Fault.TRANSIENT
     return fault_of(error)
+
+
+def _is_invalid_endpoint(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "endpoint" in str(error).lower()
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse AWS settings that no request could be made with. Raises `ConfigError` that names the variable.
+
+    The libraries would retry for minutes, or fail with an error that names nothing.
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        url = environment.get(name, "")
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ConfigError(f"{name} = {url!r}: expected a URL such as https://host:9000")
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        path = environment.get(name, "")
+        if path and not Path(path).exists():
+            raise ConfigError(
+                f"{name} = {path!r}: no such file; expected a file of CA certificates"
+            )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        value = environment.get(name, "")
+        # The value itself is a secret and is not shown.
+        if not value.isprintable() or value != value.strip():
+            raise ConfigError(
+                f"{name}: holds a line end, a space at an end or another control character; "
+                "expected the bare key"
+            )
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:
@@ -107,6 +175,7 @@ class S3Store:
         bucket, _, root = url.partition("://")[2].partition("/")
         if not bucket:
             raise ConfigError(f"{url} names no bucket; s3://bucket/run would be right")
+        check_environment(os.environ)
         self._bucket = bucket
         self._root = f"{root}/" if root else ""
         read_timeout_s = min(60.0, retry.backoff.deadline_s / 2)

@@ -97,6 +97,7 @@ def configure_events(level: str, node: str, sink: EventSink | None = None) -> No
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
             lambda _, __, event: {**event, "node": node},
             to_sink,
             structlog.processors.JSONRenderer(default=str),

@@ -1,5 +1,6 @@
 """Serves /metrics of one agent with prometheus-client's own server."""
 
+import errno
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
@@ -17,9 +18,14 @@ def serve_metrics(
     """
     try:
         server, _ = start_http_server(port, addr=address, registry=metrics.registry)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(
+                f"telemetry.metrics_port = {port}: {error.strerror} on {address}; expected a free port or 0"
+            ) from error
         raise ConfigError(
-            f"telemetry.metrics_port = {port}: {error.strerror} on {address}; a free port or 0 would be right"
+            f"telemetry.metrics_address = {address!r}: {getattr(error, 'strerror', None) or error}; "
+            "expected an address of this machine"
         ) from error
     reachable = node_address if address in ("", "0.0.0.0", "::") else address
     host = f"[{reachable}]" if ":" in reachable else reachable
