@@ -8,6 +8,7 @@ others may differ from node to node.
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,11 @@ from pydantic import (
 
 from elastic_pt.errors import ConfigError
 
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2})")
 IDENTITY_SECTIONS = ("data", "model", "train")
+INTRODUCED: dict[str, Any] = {}
+"""Keys of these sections that came after the first version, by name, with the default that each had then. A run that
+knows nothing of one has that value, and its identity and fingerprint stay what they were."""
 
 # Every number has a finite range. Beyond it, nothing here was meant, and some library below would fail late.
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -44,10 +49,22 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
+def broken_scheme(text: str) -> str:
+    """The scheme of a text that was meant to be a URL and is none (s3:/bucket, S3://bucket); else empty."""
+    found = _SCHEME.match(text.strip())
+    if found is None or (found[2] == "//" and found[1] == found[1].lower()):
+        return ""
+    return found[1]
+
+
 def _without_trailing_slash(url: str) -> str:
     if not url.strip():
         raise ValueError(
             "must not be empty; a URL such as s3://bucket/run or a directory would be right"
+        )
+    if scheme := broken_scheme(url):
+        raise ValueError(
+            f"begins like a URL of {scheme!r} and is none; expected {scheme.lower()}://... or a path"
         )
     stripped = url.rstrip("/") or "/"
     return stripped if "://" in stripped else f"file://{Path(stripped).expanduser().resolve()}"
@@ -319,7 +336,11 @@ class Config(Section):
         # Where data lies and how it is read decides no bit.
         for key in ("url", "prefetch_steps", "cache", "cache_bytes"):
             del leaves[f"data.{key}"]
-        return leaves
+        return {
+            name: value
+            for name, value in leaves.items()
+            if name not in INTRODUCED or value != INTRODUCED[name]
+        }
 
     def fingerprint(self) -> str:
         """SHA-256 over `identity`."""
@@ -394,7 +415,9 @@ def _explain(error: ValidationError, source: str) -> str:
         elif mistake["type"] == "missing":
             parts.append(f"{field}: missing; {_wanted(mistake['loc'])}")
         elif mistake["type"] == "value_error":
-            parts.append(str(mistake["ctx"]["error"]))
+            # A rule over several keys names them itself.
+            leaf = f"{field} = {value!r}: " if len(mistake["loc"]) > 1 else ""
+            parts.append(f"{leaf}{mistake['ctx']['error']}")
         else:
             parts.append(f"{field} = {value!r}: {_expectation(mistake['msg'])}")
     return f"{source}: " + "; ".join(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import elastic_pt
-from elastic_pt.config import Config, TelemetrySection, parse_config
+from elastic_pt.config import INTRODUCED, Config, TelemetrySection, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.store.port import Store
@@ -76,9 +76,10 @@ def agree_on_identity(
     except AlreadyExists:
         theirs = json.loads(store.read(IDENTITY_KEY))
         for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
+            here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
+            if here != there:
                 raise ConfigError(
-                    f"{name} = {mine.get(name)!r}: the run at {store.url} has {theirs.get(name)!r}; "
+                    f"{name} = {here!r}: the run at {store.url} has {there!r}; "
                     "the same value, or another run.url, would be right"
                 ) from None
     with suppress(AlreadyExists):

@@ -1,5 +1,7 @@
 """Arguments and options that several commands share."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -65,3 +67,18 @@ def absolute_url(text: str, name: str) -> str:
 def is_config_file(text: str) -> bool:
     """Whether CONFIG|RUN_URL means a file: there is one, or its name ends like one."""
     return "://" not in text and (Path(text).is_file() or text.endswith(".toml"))
+
+
+def require_new_directory(out: Path) -> None:
+    """Refuse an --out that `export` could not make a directory of, before anything is read."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
+        raise ConfigError(
+            f"--out {out}: a URL; expected a local directory, which can be copied then"
+        )
+    if out.exists() and (not out.is_dir() or out.resolve() == Path.cwd() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists already; expected a new or empty directory")
+    parent = next(each for each in out.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out {out}: {parent} is no directory that this user may write to; expected one"
+        )

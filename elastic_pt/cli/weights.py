@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic_pt.cli.options import AsJson, DataUrl, RunUrl, Step, absolute_url
+from elastic_pt.cli.options import (
+    AsJson,
+    DataUrl,
+    RunUrl,
+    Step,
+    absolute_url,
+    require_new_directory,
+)
 from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -159,6 +166,7 @@ def export(
     """
     from elastic_pt.artifacts import export as write
 
+    require_new_directory(out)
     trained = _trained(run_url, step, data_url)
     try:
         write(trained, out)

@@ -11,6 +11,7 @@ The directory appears under its name by a rename once it is complete, or not at 
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,10 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; a new or empty directory would be right")
     papers = _papers(config, vocabulary, tokenizer_json, context_length, end_of_text)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: whatever lies beside `out` is somebody's.
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    partial.chmod(0o755)
     try:
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         _write_weights(_checked(pairs, config, vocabulary), config, partial, max_shard_bytes)

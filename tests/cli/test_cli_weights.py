@@ -211,3 +211,49 @@ def test_other_data_is_refused(trained: Trained, texts: Path, tmp_path: Path) ->
     assert_one_line_mistake(
         elastic_pt("generate", trained.run, *GREEDY, "--data", other), "another tokenizer"
     )
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/model", "s3:/bucket/model", "gs://bucket/model", "file:/x"]
+)
+def test_an_export_to_a_url_is_refused(
+    url: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--out` is a local directory: a URL is refused by name, and no folder of that name appears."""
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_mistake(elastic_pt("export", trained.run, "--out", url), "--out", "a URL")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_takes_nothing_from_its_neighbours(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory and a file's inside are refused; what is called <out>.partial stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_mistake(elastic_pt("export", trained.run, "--out", "."), "--out .", "expected")
+    (tmp_path / "file").write_text("mine")
+    inside = tmp_path / "file" / "model"
+    assert_one_line_mistake(elastic_pt("export", trained.run, "--out", inside), "--out", "expected")
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "notes").write_text("mine")
+    assert elastic_pt("export", trained.run, "--out", tmp_path / "model").exit_code == 0
+    assert (tmp_path / "model.partial" / "notes").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "model.partial"]
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/run", "S3://bucket/run", "file:/run", "gs:/b"])
+def test_what_looks_like_a_url_is_no_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistyped scheme is refused in every command and in the configuration, and makes no folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(f'[run]\nurl = "{url}"\n[data]\nurl = "data"\n')
+    for arguments in (
+        ("config", "run.toml"),
+        ("run", "run.toml"),
+        ("status", url),
+        ("storage-check", url),
+        ("prepare", "run.toml", "--out", url),
+    ):
+        assert_one_line_mistake(elastic_pt(*arguments), url, "expected")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]

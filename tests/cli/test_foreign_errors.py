@@ -39,7 +39,11 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("AWS_ENDPOINT_URL", "ftp://host", ["AWS_ENDPOINT_URL", "expected"]),
         ("AWS_ENDPOINT_URL", "https://", ["AWS_ENDPOINT_URL", "expected"]),
         ("AWS_CA_BUNDLE", "/nowhere/ca.pem", ["AWS_CA_BUNDLE", "/nowhere/ca.pem", "expected"]),
-        ("AWS_SECRET_ACCESS_KEY", "wJalrEXAMPLE\n", ["AWS_SECRET_ACCESS_KEY", "line end", "expected"]),
+        (
+            "AWS_SECRET_ACCESS_KEY",
+            "wJalrEXAMPLE\n",
+            ["AWS_SECRET_ACCESS_KEY", "line end", "expected"],
+        ),
         ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE\r\n", ["AWS_ACCESS_KEY_ID", "expected"]),
         ("AWS_PROFILE", "nobody", ["nobody", "settings"]),
     ],

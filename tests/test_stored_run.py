@@ -1,0 +1,107 @@
+"""A run that an earlier version began is read, joined and completed by this one, to the same bits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_pt import config as config_module
+from elastic_pt.config import parse_config
+from elastic_pt.errors import ConfigError
+from elastic_pt.identity import agree_on_identity, read_run_config
+from elastic_pt.preflight import platform_of_workers
+from elastic_pt.store.open import open_store
+
+STORED = Path(__file__).parent / "stored_run" / "0.1"
+DIGEST_AT_20 = "step=20 sha256="
+DIGEST_AT_END = "ce5f1352e209643dc7e9e240a6d4e031dd6d7653abe4a77974f21c3176344b54"
+DEFAULT_FINGERPRINT = "4c34c72b88f336b22d0f656f820705ad9592e1bc01822c88e00d3b338cb6cf00"
+WAIT_S = 120.0
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A copy of the stored run, as if it had been made on this kind of machine with this torch."""
+    shutil.copytree(STORED / "run", tmp_path / "run")
+    shutil.copytree(STORED / "data", tmp_path / "data")
+    path = tmp_path / "run" / "identity.json"
+    identity = json.loads(path.read_text())
+    here = platform_of_workers(
+        parse_config((STORED / "run" / "config.toml").read_text(), source="x")
+    )
+    identity |= {name: here[name] for name in ("torch", "processor")}
+    path.write_text(json.dumps(identity, indent=1, sort_keys=True))
+    return tmp_path
+
+
+def elastic_pt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """One command, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "elastic_pt", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+
+
+def test_a_stored_run_is_read(stored: Path) -> None:
+    """State, records, checkpoints and digest of an earlier version's run are told."""
+    url = stored / "run"
+    status = json.loads(elastic_pt("status", url, "--json").stdout)
+    assert (status["state"], status["step"], status["commit"]["step"]) == ("down", 20, 20)
+    assert [
+        json.loads(line)["kind"] for line in elastic_pt("log", url, "--json").stdout.splitlines()
+    ]
+    verified = elastic_pt("checkpoints", url, "--verify")
+    assert verified.returncode == 0, verified.stderr
+    assert elastic_pt("digest", url).stdout.startswith(DIGEST_AT_20)
+
+
+def test_a_stored_run_is_completed_to_the_same_bits(stored: Path) -> None:
+    """A node of this version joins by the URL alone and comes to the digest that the earlier version came to."""
+    url = stored / "run"
+    data = ["--set", f"data.url={stored / 'data'}"]
+    joined = elastic_pt("run", url, "--node", "second", "--address", "127.0.0.1", *data)
+    assert joined.returncode == 0, joined.stderr
+    digest = elastic_pt("digest", url).stdout
+    assert digest.startswith("step=60 sha256=")
+    made_on, here = (
+        json.loads((each / "run" / "identity.json").read_text()) for each in (STORED, stored)
+    )
+    # Another kind of processor or another torch may round differently; the run itself must still complete.
+    if (made_on["processor"], made_on["torch"]) == (here["processor"], here["torch"]):
+        assert digest == f"step=60 sha256={DIGEST_AT_END}\n"
+
+
+def test_the_fingerprint_of_an_unchanged_configuration_stays(stored: Path) -> None:
+    """Checkpoints of earlier versions name a fingerprint: new keys at their defaults do not change it."""
+    default = parse_config('[run]\nurl = "r"\n[data]\nurl = "d"\n', source="x")
+    assert default.fingerprint() == DEFAULT_FINGERPRINT
+    config = read_run_config(open_store(str(stored / "run")), [])
+    (part, *_) = sorted((stored / "run").glob("ckpt/*/part-00000.json"))
+    assert config.fingerprint() == json.loads(part.read_text())["state"]["config_fingerprint"]
+
+
+def test_a_key_that_came_later_means_its_first_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run from before a key is joined with the key's default, and with nothing else."""
+    store = open_store(str(tmp_path))
+    text = '[run]\nurl = "r"\n[data]\nurl = "d"\n'
+    data: Any = type("Data", (), {"fingerprint": "f", "tokenizer_sha256": "t"})()
+    platform = {"torch": "2", "processor": "p"}
+    old = parse_config(text, source="x")
+    # As if z_loss had not been there when the run began.
+    monkeypatch.setattr(config_module, "INTRODUCED", {"train.z_loss": 0.0})
+    monkeypatch.setattr("elastic_pt.identity.INTRODUCED", {"train.z_loss": 0.0})
+    agree_on_identity(store, old, data, platform)
+    assert "train.z_loss" not in json.loads(store.read("identity.json"))
+    agree_on_identity(store, old, data, platform)
+    new = parse_config(text, source="x", overrides=["train.z_loss=0.5"])
+    assert new.fingerprint() != old.fingerprint()
+    with pytest.raises(ConfigError, match=r"train\.z_loss = 0\.5: the run at .* has 0\.0"):
+        agree_on_identity(store, new, data, platform)
