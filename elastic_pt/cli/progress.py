@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from elastic_pt.config import Config
 from elastic_pt.elastic.records import Stop
-from elastic_pt.errors import ElasticPtError, StoreError
+from elastic_pt.errors import ConfigError, ElasticPtError, StoreError
 from elastic_pt.inspection import Run, RunStatus, open_run, read_status
 from elastic_pt.local import Fleet
 
@@ -59,7 +59,9 @@ def train_locally(config: Config, nodes: int) -> Stop:
         finally:
             end(fleet)
         stop = None if run is None else run.log.view.stop
-        if stop is None:
+        # A run that was complete before is no answer to a request that every agent has refused.
+        refused = set(fleet.exit_codes().values()) == {ConfigError.exit_code}
+        if stop is None or refused:
             raise first_failure(fleet, names)
     shutil.rmtree(output, ignore_errors=True)
     return stop
@@ -122,8 +124,9 @@ def first_failure(fleet: Fleet, names: list[str]) -> ElasticPtError:
     codes = fleet.exit_codes()
     failed = [name for name in names if codes.get(name)]
     name = failed[0] if failed else names[0]
-    error = ElasticPtError(f"the run did not end; {name}: {last_error(fleet, name)}")
     code = codes.get(name)
+    what = "refused" if code == ConfigError.exit_code else "the run did not end"
+    error = ElasticPtError(f"{what}; {name}: {last_error(fleet, name)}")
     error.exit_code = code if code is not None and code > 0 else ElasticPtError.exit_code
     return error
 

@@ -81,9 +81,17 @@ def test_local_tells_why_its_agents_failed(prepared: Trained, tmp_path: Path) ->
         "--set", f"data.url={tmp_path / 'nothing'}", "--set", f"run.url={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.exit_code == 2
-    assert result.err.splitlines()[-1].startswith("error: the run did not end; node-1: ")
+    assert result.err.splitlines()[-1].startswith("error: refused; node-1: ")
     assert "prepare" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
+
+
+def test_other_settings_on_a_completed_run_are_no_success(trained: Trained) -> None:
+    """`local` with a value that decides the bits is refused by name, though the run there is complete."""
+    result = elastic_pt("local", trained.config, "--nodes", 1, "--set", "train.learning_rate=0.5")
+    assert result.exit_code == 2
+    assert "completed" not in result.out
+    assert "train.learning_rate = 0.5" in result.err.splitlines()[-1]
 
 
 def test_all_nodes_that_start_together_fit(prepared: Trained) -> None:
