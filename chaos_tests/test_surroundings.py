@@ -79,7 +79,7 @@ def test_a_full_staging_directory_ends_no_run(
 def test_a_run_that_failed_is_reopened_and_completed(
     start: StartScenario, reference_digest: str, data_url: str, tmp_path: Path
 ) -> None:
-    """F52: alone, a failure of the program ends the run after spaced attempts; mended and reopened, it completes."""
+    """F2: alone, a failure of the program ends the run after spaced attempts; mended and reopened, it completes."""
     data = Path(shutil.copytree(data_url.removeprefix("file://"), tmp_path / "data"))
     whole = {path: path.read_bytes() for path in data.rglob("*.bin")}
     for path, content in whole.items():

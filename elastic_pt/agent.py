@@ -102,7 +102,8 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
         platform = platform_of_workers(config)
-        agree_on_identity(store, config, data, platform)
+        bound = RunLog(store, writer=name).refresh().platform
+        agree_on_identity(store, config, data, platform, bound)
         scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
         me = Introduction(
             name,

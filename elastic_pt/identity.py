@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import elastic_pt
@@ -63,9 +64,16 @@ def code_sha256() -> str:
 
 
 def agree_on_identity(
-    store: Store, config: Config, data: Manifest, platform: Mapping[str, str]
+    store: Store,
+    config: Config,
+    data: Manifest,
+    platform: Mapping[str, str],
+    bound: Mapping[str, str] | None = MappingProxyType({}),
 ) -> None:
     """Publish this node's identity or compare it with the run's.
+
+    `bound` is the platform that the log binds the run to (`RunView.platform`): where a generation names one it
+    counts in place of the first node's, and None accepts any, because an operator has reopened the run for it.
 
     Raises `ConfigError` that names the first value that differs. Agent process.
     """
@@ -74,7 +82,9 @@ def agree_on_identity(
     try:
         store.create(IDENTITY_KEY, encoded)
     except AlreadyExists:
-        theirs = json.loads(store.read(IDENTITY_KEY))
+        theirs = json.loads(store.read(IDENTITY_KEY)) | dict(bound or {})
+        if bound is None:
+            theirs |= {name: mine[name] for name in platform if name in mine}
         for name in sorted(mine.keys() | theirs.keys()):
             here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
             if here != there:

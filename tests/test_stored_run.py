@@ -86,6 +86,29 @@ def test_the_fingerprint_of_an_unchanged_configuration_stays(stored: Path) -> No
     assert config.fingerprint() == json.loads(part.read_text())["state"]["config_fingerprint"]
 
 
+def test_another_platform_is_taken_once_an_operator_accepts_it(stored: Path) -> None:
+    """A run whose kind of machine is gone refuses another one by name, until `reopen --platform` says otherwise."""
+    url = stored / "run"
+    path = url / "identity.json"
+    identity = json.loads(path.read_text())
+    path.write_text(json.dumps(identity | {"processor": "extinct"}))
+    arguments = ("run", url, "--address", "127.0.0.1", "--set", f"data.url={stored / 'data'}")
+    refused = elastic_pt(*arguments)
+    assert refused.returncode == 2
+    assert "processor = " in refused.stderr
+    assert "extinct" in refused.stderr
+    reopened = elastic_pt("reopen", url, "--platform", "--why", "none of these are left")
+    assert reopened.returncode == 0, reopened.stderr
+    assert reopened.stdout.startswith("reopened at step 20")
+    joined = elastic_pt(*arguments)
+    assert joined.returncode == 0, joined.stderr
+    records = [json.loads(line) for line in elastic_pt("log", url, "--json").stdout.splitlines()]
+    newest = [each["body"] for each in records if each["kind"] == "GENERATION"][-1]
+    assert newest["platform"]["processor"] == identity["processor"]
+    (lifted,) = [each["body"] for each in records if each["kind"] == "REOPEN"]
+    assert (lifted["step"], lifted["why"]) == (20, "none of these are left")
+
+
 def test_a_key_that_came_later_means_its_first_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

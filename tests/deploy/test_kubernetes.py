@@ -1,5 +1,9 @@
 """The Kubernetes manifests say what the agent needs, with the fewest rights, in options that exist."""
 
+import os
+import re
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from typer.main import get_command
 from elastic_pt import __version__
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
-from elastic_pt.errors import ConfigError, RunFailed
+from elastic_pt.errors import CheckpointError, ConfigError, RunFailed
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
@@ -23,6 +27,7 @@ JOB = MANIFESTS["Job"]["spec"]
 POD = JOB["template"]["spec"]
 (AGENT,) = POD["containers"]
 LABELS = JOB["template"]["metadata"]["labels"]
+FIELDS = {entry["name"]: entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in AGENT["env"]}
 
 
 def options(name: str) -> list[str]:
@@ -86,9 +91,57 @@ def test_arguments_are_options_of_the_command_line() -> None:
     known = {name for parameter in command.params for name in parameter.opts}
     assert {argument for argument in AGENT["args"] if argument.startswith("--")} <= known
     assert AGENT["args"][1] == "/etc/elastic_pt/config.toml"
-    paths = {entry["name"]: entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in AGENT["env"]}
-    assert [paths[value.strip("$()")] for value in options("--address")] == ["status.podIP"]
-    assert [paths[value.strip("$()")] for value in options("--node")] == ["metadata.name"]
+    assert [FIELDS[value.strip("$()")] for value in options("--address")] == ["status.podIP"]
+
+
+def test_a_replaced_pod_is_the_same_node() -> None:
+    """Failures are counted by name, so the name follows from what a replacement keeps: the Job and the index."""
+    (name,) = options("--node")
+    assert [FIELDS[part] for part in re.findall(r"\$\((\w+)\)", name)] == [
+        "metadata.labels['batch.kubernetes.io/job-name']",
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']",
+    ]
+    assert JOB["completionMode"] == "Indexed"
+    # Kubernetes puts values in for $(NAME) only, in commands too; what is left is the shell's.
+    assert not any("$(" in word for word in AGENT["command"])
+
+
+def run_pod(folder: Path, agent: str) -> subprocess.Popen[str]:
+    """The container's command without its init, with a stand-in for the agent."""
+    program = folder / "elastic-pt"
+    program.write_text(f"#!/bin/sh\n{agent}\n")
+    program.chmod(0o755)
+    init, end_of_options, *command = AGENT["command"]
+    dockerfile = (FOLDER.parents[1] / "Dockerfile").read_text()
+    assert f'ENTRYPOINT ["{init}", "{end_of_options}", "elastic-pt"]' in dockerfile
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [*command, "run", "a b"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 6, 7])
+def test_the_end_of_the_agent_is_the_end_of_the_pod(tmp_path: Path, code: int) -> None:
+    """The agent gets the arguments as they are, and its exit code is the container's."""
+    pod = run_pod(tmp_path, f'echo "$1,$2,$#"; exit {code}')
+    assert pod.communicate(timeout=30)[0] == "run,a b,2\n"
+    assert pod.returncode == code
+
+
+@pytest.mark.parametrize(("agent", "pod_ends_with"), [(0, 143), (3, 3), (143, 143)])
+def test_a_pod_that_had_to_leave_has_not_completed_its_index(
+    tmp_path: Path, agent: int, pod_ends_with: int
+) -> None:
+    """SIGTERM reaches the agent, which is waited for; the Job must not take its good end for the end of the run."""
+    pod = run_pod(
+        tmp_path,
+        f"trap 'echo left; exit {agent}' TERM; echo up; while :; do sleep 0.05; done",
+    )
+    assert pod.stdout is not None
+    assert pod.stdout.readline() == "up\n"
+    pod.send_signal(signal.SIGTERM)
+    assert pod.communicate(timeout=30)[0] == "left\n"
+    assert pod.returncode == pod_ends_with
 
 
 def test_config_and_overrides_are_accepted() -> None:
@@ -116,7 +169,9 @@ def test_a_lost_node_is_replaced_and_a_mistake_is_not() -> None:
     assert disruption["action"] == "Ignore"
     assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert mistake["action"] == "FailIndex"
-    assert mistake["onExitCodes"]["values"] == [ConfigError.exit_code, RunFailed.exit_code]
+    final = [ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code]
+    assert mistake["onExitCodes"]["operator"] == "In"
+    assert mistake["onExitCodes"]["values"] == final
     assert mistake["onExitCodes"]["containerName"] == AGENT["name"]
 
 

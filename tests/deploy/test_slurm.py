@@ -1,5 +1,6 @@
 """The batch script, run by bash with stand-ins for the commands it calls."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -8,10 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from elastic_pt import errors
+from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
+
+FINAL = (0, ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code)
+KNOWN = {
+    each.exit_code
+    for _, each in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(each, ElasticPtError)
+}
+PASSING = sorted({*KNOWN, 128 + signal.SIGKILL, 99} - {*FINAL})
 SCRIPT = Path(__file__).parents[2] / "deploy" / "slurm" / "elastic_pt.sbatch"
 AGENT = """trap 'echo agent stopped; exit 143' TERM
 echo agent "$@"
-if [ -n "$AGENT_ENDS_WITH" ]; then exit "$AGENT_ENDS_WITH"; fi
+lives=$(cat "$0.lives" 2>/dev/null || echo 0)
+echo $((lives + 1)) > "$0.lives"
+codes=($AGENT_ENDS_WITH)
+if [ -n "${codes[lives]:-}" ]; then exit "${codes[lives]}"; fi
 exec 3<> <(:)
 while :; do read -r -t 0.2 -u 3; done
 """
@@ -31,7 +45,13 @@ def start(tmp_path: Path) -> Start:
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURMD_NODENAME": "n1", "SLURM_RESTART_COUNT": "2"}
+    slurm = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_ARRAY_JOB_ID": "75",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURMD_NODENAME": "n1",
+        "SLURM_RESTART_COUNT": "2",
+    }
 
     def run(*arguments: str, ends_with: str = "", **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -77,11 +97,36 @@ def test_each_task_is_a_single_node_job_that_is_requeued() -> None:
 
 
 def test_agent_gets_the_arguments_and_a_name_of_its_own(start: Start) -> None:
-    """The run, overrides, and a name that is new in each life of the job; the agent's exit code is the script's."""
-    script = start("run.toml", "--set", "train.steps=3", ends_with="6", ELASTIC_PT_INTERFACE="ib0")
+    """The agent gets the run, the overrides, and an address; its exit code is the script's."""
+    script = start("run.toml", "--set", "train.steps=3", ends_with="7", ELASTIC_PT_INTERFACE="ib0")
     out, _ = script.communicate(timeout=30)
-    assert out == "agent run run.toml --set train.steps=3 --node n1-0 --address 10.1.2.3\n"
-    assert script.returncode == 6
+    assert out == ("agent run run.toml --set train.steps=3 --node slurm-75-2 --address 10.1.2.3\n")
+    assert script.returncode == 7
+
+
+def test_a_task_keeps_its_name_wherever_it_is_queued_again(start: Start) -> None:
+    """Failures are counted by name: another machine and another life of the job change nothing about it."""
+    script = start("run.toml", ends_with="0", SLURMD_NODENAME="n2", SLURM_RESTART_COUNT="3")
+    assert script.communicate(timeout=30)[0] == "agent run run.toml --node slurm-75-2\n"
+
+
+@pytest.mark.parametrize("code", FINAL)
+def test_what_a_new_start_cannot_mend_is_not_started_again(start: Start, code: int) -> None:
+    """After the end of the run, or an error that stays, the task ends with the agent's exit code."""
+    script = start("run.toml", ends_with=f"{code} 0")
+    out, _ = script.communicate(timeout=30)
+    assert out.count("agent run") == 1
+    assert script.returncode == code
+
+
+@pytest.mark.parametrize("code", PASSING)
+def test_what_may_go_better_is_started_again_after_a_growing_pause(start: Start, code: int) -> None:
+    """Any other end of the agent, unknown ones and signals included, leads to a new start in the same task."""
+    script = start("run.toml", ends_with=f"{code} {code} 0")
+    out, _ = script.communicate(timeout=30)
+    lines = [line for line in out.splitlines() if line.startswith(("agent run", "sleep"))]
+    assert sorted(lines) == ["agent run run.toml --node slurm-75-2"] * 3 + ["sleep 10", "sleep 5"]
+    assert script.returncode == 0
 
 
 def test_before_the_time_limit_the_job_is_queued_again(start: Start) -> None:
