@@ -246,7 +246,7 @@ class ElasticSection(Section):
     quarantine_s: Seconds = 30.0
     """Seconds that such a node is kept out the first time; twice as long each further time, at most an hour."""
     same_failures_max: Count = 3
-    """Times that the same exception may end the same step, on more than one node, before the run stops."""
+    """Times that the program may fail in the same way at the same step, on two nodes or alone, before the run stops."""
     failures_max: Count = 20
     """Worker failures in a row, on any nodes, without a new step before the run stops."""
 
