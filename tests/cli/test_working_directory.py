@@ -10,7 +10,7 @@ from command_line import STEPS, Trained
 
 WAIT_S = 120.0
 NAMES = (
-    "random", "queue", "types", "logging", "socket", "json", "ssl", "typing", "tempfile", "platform",
+    "random", "queue", "contextlib", "types", "logging", "socket", "json", "ssl", "typing", "tempfile", "platform",
     "torch", "numpy", "aiohttp", "structlog", "selectors", "signal", "token", "secrets", "copy",
 )  # fmt: skip
 """Modules that agents, fork servers and workers import."""
