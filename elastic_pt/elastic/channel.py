@@ -141,12 +141,18 @@ class WorkerSide:
         try:
             with self._socket.makefile("rb") as lines:
                 for line in lines:
-                    message = json.loads(line)
-                    if message["kind"] == "drain":
-                        self._drain = True
-                    elif message["kind"] == "released":
-                        self._released.add(message["step"])
+                    self._take(line)
         except OSError:
             pass
-        if not self._closing:
-            os._exit(ORPHANED_EXIT_CODE)
+        finally:
+            if not self._closing:
+                os._exit(ORPHANED_EXIT_CODE)
+
+    def _take(self, line: bytes) -> None:
+        """Note what the agent says; a line that cannot be read says nothing, and the next one is heard."""
+        with suppress(ValueError, KeyError, TypeError):
+            message = json.loads(line)
+            if message["kind"] == "drain":
+                self._drain = True
+            elif message["kind"] == "released":
+                self._released.add(message["step"])

@@ -63,18 +63,20 @@ class EventSink:
             lines.append(self._buffer.popleft())
         if not lines:
             return
-        if self._dropped:
-            told = {"event": "events_dropped", "level": "warning", "count": self._dropped}
-            lines.insert(0, json.dumps(told))
+        dropped = self._dropped
+        told = {"event": "events_dropped", "level": "warning", "count": dropped}
+        text = [json.dumps(told), *lines] if dropped else lines
         try:
             self._store.write(
                 f"events/{self._name}/{self._sequence:08d}.jsonl",
-                ("\n".join(lines) + "\n").encode(),
+                ("\n".join(text) + "\n").encode(),
             )
             self._sequence += 1
-            self._dropped = 0
+            with self._lock:
+                # More may have been dropped while this was written.
+                self._dropped -= dropped
         except StoreError:
-            self._put_back(lines[bool(self._dropped) :])
+            self._put_back(lines)
 
     def _put_back(self, lines: list[str]) -> None:
         """Keep what could not be written, behind nothing newer: where there is no room the oldest go."""

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from queue import Queue
 
@@ -145,6 +146,23 @@ def test_addresses_and_their_interfaces() -> None:
     assert interface_of("::1") == "lo"
     assert interface_of("192.0.2.77") is None
     assert interface_of("2001:db8::77") is None
+
+
+def test_a_worker_hears_on_after_a_line_that_is_no_message(tmp_path: Path) -> None:
+    """What a worker cannot read ends neither it nor its hearing."""
+    agent = AgentSide(tmp_path / "socket", lambda _: None)
+    worker = WorkerSide(tmp_path / "socket")
+    while not agent._connections:
+        threading.Event().wait(0.001)
+    (connection,) = agent._connections
+    connection.sendall(b'\xff no JSON\n{"step": 3}\n[1]\n')
+    deadline_s = time.monotonic() + DEADLINE_S
+    agent.broadcast({"kind": "drain"})
+    while not worker.drain_requested:
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.001)
+    worker.close()
+    agent.close()
 
 
 def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> None:

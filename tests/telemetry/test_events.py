@@ -1,6 +1,8 @@
 """Events wait for the bucket in a bounded buffer: the newest survive, and what was lost is counted."""
 
 import json
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,45 @@ from elastic_pt.store.open import open_store
 from elastic_pt.telemetry import events
 from elastic_pt.telemetry.events import EventSink
 from tests.elastic.bucket import WatchedStore
+
+
+class Filling(WatchedStore):
+    """A store that is away, and during whose write more events come."""
+
+    def write(self, key: str, source: bytes | Path) -> None:
+        self.during()
+        super().write(key, source)
+
+    during: Callable[[], None] = staticmethod(lambda: None)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_what_is_dropped_during_a_write_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down: bool
+) -> None:
+    """Kept and dropped events add up to those that were taken, whenever they came and whatever became of the write."""
+    monkeypatch.setattr(events, "_BUFFER_EVENTS_MAX", 4)
+    monkeypatch.setattr(events, "_FLUSH_INTERVAL_S", 3600.0)
+    buffer = deque[str](maxlen=4)
+    store = Filling(open_store(f"file://{tmp_path}"))
+    sink = EventSink(store, "node-1234")
+    sink._buffer = buffer
+    for number in range(3):
+        sink.take({"event": "step", "number": number})
+    store.down = down
+    store.during = lambda: (
+        [sink.take({"event": "step", "number": 3 + n}) for n in range(6)] and None
+    )  # type: ignore[method-assign]
+    sink._flush()
+    store.down, store.during = False, lambda: None  # type: ignore[method-assign]
+    sink._flush()
+    lines = [
+        json.loads(line) for key in store.keys("events/") for line in store.read(key).splitlines()
+    ]
+    kept = [each["number"] for each in lines if each["event"] == "step"]
+    dropped = sum(each["count"] for each in lines if each["event"] == "events_dropped")
+    assert len(kept) + dropped == 9
+    assert kept[-4:] == [5, 6, 7, 8]
 
 
 def test_a_full_buffer_drops_the_oldest_and_tells_how_many(
