@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing import forkserver, get_context, util
@@ -38,9 +39,8 @@ def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> No
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     # Or the fork server would look for modules in the working directory first, before the standard library.
     os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path
-    )
+    # It is told this process's path in no other way before it imports what it has to keep warm.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     # Required by torch for deterministic matrix products on CUDA.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # Its socket is removed at exit, after the scratch directory is gone: it must not lie in there.
