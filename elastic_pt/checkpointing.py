@@ -132,10 +132,14 @@ class Checkpointing:
     def _sweep(self) -> None:
         """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
         pending = self._uploader.pending()
-        for path in self._staging.iterdir():
-            if _STAGED.fullmatch(path.name) and path not in pending:
-                path.unlink(missing_ok=True)
-                log.info("staging_swept", path=str(path))
+        try:
+            for path in self._staging.iterdir():
+                if _STAGED.fullmatch(path.name) and path not in pending:
+                    path.unlink(missing_ok=True)
+                    log.info("staging_swept", path=str(path))
+        except OSError as error:
+            # Sweeping only makes room; a directory in trouble is told by whoever needs it.
+            log.warning("staging_not_swept", cause=str(error))
 
     def staged(self, message: Message) -> None:
         """A worker has left a shard."""

@@ -37,7 +37,8 @@ def cache_directory(configured: str) -> Path:
     """
     if configured:
         return Path(configured).expanduser().absolute()
-    return Path(tempfile.gettempdir(), f"elastic_pt-data-{os.getuid()}")
+    # Not the prefix of scratch directories, which agents sweep; both may lie below the same directory.
+    return Path(tempfile.gettempdir(), f"elastic-pt-tokens-{os.getuid()}")
 
 
 class ShardCache:

@@ -39,15 +39,22 @@ _SURROUNDINGS_TYPES: Final = re.compile(
     r"(\w+\.)*(OSError|IOError|EnvironmentError|FileNotFoundError|FileExistsError|PermissionError"
     r"|NotADirectoryError|IsADirectoryError|BlockingIOError|InterruptedError|ChildProcessError"
     r"|ProcessLookupError|EOFError|MemoryError|\w*(Connect\w*|Timeout|TimedOut|BrokenPipe)Error|timeout"
-    r"|gaierror|herror|SSLError|StoreError|NotFound|AccessDenied|OutOfMemoryError|AcceleratorError)$"
+    r"|gaierror|herror|SSLError|ConfigError|StoreError|NotFound|AccessDenied|OutOfMemoryError|AcceleratorError)$"
 )
 # torch raises a plain RuntimeError for most of them.
 _SURROUNDINGS_WORDS: Final = re.compile(
     r"out of memory|not enough memory|can't allocate|cannot allocate|No space left|Disk quota|Input/output error"
     r"|Read-only file system|Stale file handle|Too many open files|Resource temporarily unavailable|unable to (mmap|open)"
-    r"|CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|CUDA-capable device|device-side|ECC error|NVML",
+    r"|CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|CUDA-capable device|ECC error|NVML",
     re.IGNORECASE,
 )
+# A kernel that reads what is not there does so again: a token beyond the vocabulary, an index beyond a tensor.
+_PROGRAM_WORDS: Final = re.compile(
+    r"device-side assert|illegal (memory access|address)", re.IGNORECASE
+)
+_NO_EVIDENCE: Final = (1, 75)
+"""Exit codes without an error file that prove nothing: Python's own (the file may not have found room, or memory),
+and that of a worker whose channel to the agent broke (`channel.ORPHANED_EXIT_CODE`)."""
 _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n"
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
@@ -175,7 +182,8 @@ def classify(evidence: Evidence) -> WorkerFailure | None:
         elif -exit_code in _CRASHES:
             signature = _signal_name(-exit_code)
     elif exit_code is not None:
-        cause, signature = FailureCause.EXIT, f"exit {exit_code}"
+        cause = FailureCause.EXIT
+        signature = "" if exit_code in _NO_EVIDENCE else f"exit {exit_code}"
     elif evidence.hang is not None:
         cause, message = FailureCause.HANG, str(evidence.hang)
     else:
@@ -283,6 +291,8 @@ def _of_surroundings(error: RecordedError) -> bool:
     # What was being handled by chance is no cause; only `raise ... from` names one.
     *causes, _ = error.traceback.rpartition(_CONTEXT)[2].split(_DIRECT_CAUSE)
     chain += [line for part in causes for line in _EXCEPTION_LINE.findall(part)]
+    if _PROGRAM_WORDS.search(error.message):
+        return False
     return any(
         _SURROUNDINGS_TYPES.match(kind)
         or (kind.endswith("RuntimeError") and _SURROUNDINGS_WORDS.search(text))

@@ -188,7 +188,8 @@ def _same_attempts(
             for cause in causes
             if (cause.signature, cause.step) == (failure.signature, failure.step)
         ]
-        if not again:
+        # Steps that were made since say that the one before was over.
+        if not again or generation.frontier_step < generations[-1].frontier_step:
             break
         count, nodes = count + 1, nodes | {cause.node for cause in again}
         first_s = moments.generations.get(generation.number, first_s)

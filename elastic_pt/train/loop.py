@@ -89,9 +89,11 @@ def train(
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         if finished or result.control.drain or (due and not result.control.checkpoint_pending):
             # Whoever stops here has no later step to checkpoint, so it waits for room; others go on without.
-            patience_s = (
-                config.elastic.settle_timeout_s if finished or result.control.drain else 0.0
+            # Less than the others' patience in the barrier at the end, or they would fail for this worker's trouble.
+            longest_s = (
+                min(config.elastic.settle_timeout_s, config.elastic.collective_timeout_s) / 2
             )
+            patience_s = longest_s if finished or result.control.drain else 0.0
             stage_or_skip(config, state, agent, staging, identity, enter, patience_s)
             last_checkpoint = staged_step = state.steps_done
         if result.control.drain and not finished:

@@ -14,6 +14,7 @@ from prepared_data import Prepared, cache_at
 
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.shards import TokenReader
+from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.errors import ConfigError, DataError, StoreError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -231,6 +232,11 @@ def test_the_default_is_below_the_temporary_directory(
 ) -> None:
     """One directory per user where the machine keeps temporary files; a given one is taken as it is."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cache_directory("") == tmp_path / f"elastic_pt-data-{os.getuid()}"
+    assert cache_directory("") == tmp_path / f"elastic-pt-tokens-{os.getuid()}"
+    kept = cache_directory("") / "shard.bin"
+    kept.parent.mkdir()
+    kept.write_bytes(b"tokens")
+    with scratch_directory(str(tmp_path)):
+        assert kept.exists(), "the sweep of scratch directories took the cache"
     assert cache_directory("/scratch/tokens") == Path("/scratch/tokens")
     assert isinstance(ShardCache(cache_directory(""), 1), ShardCache)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import shlex
+import signal
 import tomllib
 from collections.abc import Iterator
 from enum import StrEnum
@@ -21,7 +22,7 @@ from elastic_pt.elastic.admission import spans
 from elastic_pt.elastic.assignment import Outcome
 from elastic_pt.elastic.records import Kind, Record, Stop
 from elastic_pt.elastic.status import Phase
-from elastic_pt.errors import ElasticPtError
+from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
 from elastic_pt.health.ladder import Rung
 from elastic_pt.inspection import CommitReport, MemberReport, RunStatus, State
 from elastic_pt.telemetry.catalogue import Metrics
@@ -173,6 +174,35 @@ def test_table_of_metrics_is_the_catalogue() -> None:
 def test_table_of_exit_codes_is_the_error_tree() -> None:
     """Each error and its exit code is in the table, and no other."""
     assert table_between(ROOT / "docs" / "operations.md", "exit codes") == exit_code_rows()
+
+
+def supervisor_rows() -> dict[str, str]:
+    """What a supervisor does, by exit code, as the table says."""
+    lines = table_between(ROOT / "docs" / "operations.md", "supervisor")[2:]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    return {code: advice for codes, _, advice in cells for code in codes.split(", ")}
+
+
+def test_a_supervisor_is_told_what_to_do_after_each_exit_code() -> None:
+    """Every code of the error tree, a good end, and the ends by signal and alarm have a row, and no other has."""
+    known = {row.split("|")[1].strip() for row in exit_code_rows()[2:]}
+    signalled = {str(128 + each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    assert supervisor_rows().keys() == {"0", "other"} | known | signalled
+
+
+def test_what_a_restart_cannot_mend_is_restarted_neither_by_the_table_nor_by_the_unit() -> None:
+    """A run that has failed, a mistake, and a run without a usable checkpoint must not be started for ever."""
+    final = [ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code]
+    advice = supervisor_rows()
+    assert [code for code in advice if advice[code].startswith("does not restart")] == [
+        "0",
+        *map(str, final),
+    ]
+    assert "elastic-pt reopen" in advice[str(RunFailed.exit_code)]
+    unit = (ROOT / "docs" / "operations.md").read_text()
+    assert re.findall(r"RestartPreventExitStatus=(.*)", unit) == [" ".join(map(str, final))]
+    # After 0 `on-failure` does not restart.
+    assert re.findall(r"^ +Restart=(.*)", unit, re.MULTILINE) == ["on-failure"]
 
 
 def test_status_keys_are_those_of_the_command() -> None:

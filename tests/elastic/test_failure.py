@@ -69,6 +69,11 @@ def chained(
         Evidence(0, 1, error("TimeoutError: timed out")),
         Evidence(0, 1, error("ConnectionResetError: [Errno 104] Connection reset by peer")),
         Evidence(0, 1, error("MemoryError: ")),
+        Evidence(
+            0, 1, error("ConfigError: data.cache = '/tmp/x': expected a directory of your own")
+        ),
+        Evidence(0, 1),
+        Evidence(0, 75),
         Evidence(0, 1, error("MemoryError")),
         Evidence(0, 1, error("NotFound: read of s3://b/data: missing")),
         Evidence(0, 1, error("AccessDenied: read of s3://b/data: 403")),
@@ -122,6 +127,8 @@ def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Eviden
             0, 1, error("DataError: shard-0: corrupt, its SHA-256 is not that of the manifest")
         ),
         Evidence(0, 1, error("KeyError: 'OSError'")),
+        Evidence(0, 1, error("AcceleratorError: CUDA error: device-side assert triggered")),
+        Evidence(0, 1, error("RuntimeError: CUDA error: an illegal memory access was encountered")),
         Evidence(0, 1, error("ValueError: the text says: No space left on device")),
         Evidence(
             0, 1, chained("FileNotFoundError: no cache", "ValueError: bad rows", joint="context")

@@ -221,6 +221,14 @@ def test_failures_of_the_surroundings_never_end_a_run() -> None:
     assert ends([*generations, at_7(bug("a")), at_7(bug("a"))], bug("b")) != ""
 
 
+def test_the_same_failure_of_another_time_is_another_failure() -> None:
+    """Equal failures before a first step count together only if the run has made no step between them."""
+    start = [bug("a", step=0), bug("b", step=0)]
+    early = [began(frontier_step=7), began(start[0], frontier_step=7)]
+    assert ends([*early, began(start[1], frontier_step=7)], start[0], frontier_step=7) != ""
+    assert ends([*early, began(start[1], frontier_step=900)], start[0], frontier_step=900) == ""
+
+
 def test_a_reopened_run_is_forgiven_what_it_failed_of() -> None:
     """Failures from before a REOPEN count no more; those after it do."""
     generations = [at_7(), at_7(bug("a")), at_7(bug("b"))]
