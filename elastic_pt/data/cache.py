@@ -3,6 +3,8 @@
     <cache>/<sha256>.bin        a downloaded shard; shared lock while a process maps it
     <cache>/<sha256>.verified   which file of this machine was found to have that hash: device, inode, size, times
     <cache>/<sha256>.lock       held while one process downloads or verifies; the others wait for its result
+    <cache>/<sha256>.arriving   a download under way, and <sha256>.room, as large as it will be, which reserves its bytes
+    <cache>/room.lock           held while one process makes room and reserves it
 
 Shards of a `file://` store are mapped where they lie and leave only a marker here. A marker counts for one
 identity of a file, so a file that changes is read again, and a new worker hashes nothing that another one has
@@ -13,6 +15,7 @@ The directory must be this user's own: whoever could write to it could choose wh
 Worker process, and the command line's.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +31,8 @@ from elastic_pt.data.manifest import REMEDY
 from elastic_pt.errors import ConfigError, DataError, StoreError
 
 _ARRIVING: Final = ".arriving"
+_ROOM: Final = ".room"
+_ATTEMPTS_MAX: Final = 10
 
 
 def cache_directory(configured: str) -> Path:
@@ -88,25 +93,28 @@ class ShardCache:
             )
         path = self._directory / f"{sha256}.bin"
         with self._turn(sha256):
-            for attempt in (1, 2):
+            damaged = False
+            for _ in range(_ATTEMPTS_MAX):
                 if not path.exists():
-                    self._make_room(size)
-                    self._fetch(path, name, download)
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fetch(path, size, name, download)
+                descriptor = _open_shared(path)
+                if descriptor is None:
+                    # Another process has made room with it in this very moment.
+                    continue
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)
                     self._verify(descriptor, sha256, name)
                     return descriptor
                 except DataError:
                     os.close(descriptor)
                     path.unlink(missing_ok=True)
                     # What an earlier life left may be damaged; what has just arrived is the store's own.
-                    if attempt == 2:
+                    if damaged:
                         raise
+                    damaged = True
                 except BaseException:
                     os.close(descriptor)
                     raise
-        raise AssertionError("unreachable")
+        raise StoreError(f"data cache {self._directory}: {name} was removed as often as it arrived")
 
     def _require_own(self) -> None:
         """Make the directory, or refuse one that somebody else could write to."""
@@ -162,31 +170,76 @@ class ShardCache:
                 partial.write_text(json.dumps(identity))
                 partial.replace(marker)
 
-    def _fetch(self, path: Path, name: str, download: Callable[[Path], None]) -> None:
-        arriving = path.with_suffix(_ARRIVING)
+    def _fetch(self, path: Path, size: int, name: str, download: Callable[[Path], None]) -> None:
+        arriving, room = path.with_suffix(_ARRIVING), path.with_suffix(_ROOM)
         try:
+            with self._turn("room"):
+                self._make_room(size)
+                with room.open("wb") as reservation:
+                    # As large as the shard will be, and without a byte on the disk.
+                    reservation.truncate(size)
             download(arriving)
             arriving.replace(path)
         except OSError as error:
-            arriving.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # The disk is smaller than the bound: the next attempt finds what nobody maps gone.
+                with self._turn("room"):
+                    self._make_room(self._bytes_max)
             raise StoreError(
                 f"data cache {self._directory}: {error.strerror} while {name} was downloaded"
             ) from error
+        finally:
+            arriving.unlink(missing_ok=True)
+            room.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
         """Remove what was used least recently and nobody maps, until `size` more bytes fit the bound."""
-        shards = []
-        for path in self._directory.glob("*.bin"):
+        for path in [*self._directory.glob(f"*{_ROOM}"), *self._directory.glob(f"*{_ARRIVING}")]:
+            self._sweep(path)
+        taken, shards = 0, []
+        for path in [*self._directory.glob("*.bin"), *self._directory.glob(f"*{_ROOM}")]:
             with suppress(OSError):
-                marker = path.with_suffix(".verified")
-                used_s = (marker if marker.exists() else path).stat().st_mtime
-                shards.append((used_s, path.stat().st_size, path))
-        left = sum(bytes_ for _, bytes_, _ in shards) + size - self._bytes_max
+                found = path.stat()
+                taken += found.st_size
+                if path.suffix == ".bin":
+                    marker = path.with_suffix(".verified")
+                    used_s = marker.stat().st_mtime if marker.exists() else found.st_mtime
+                    shards.append((used_s, found.st_size, path))
+        left = taken + size - self._bytes_max
         for _, bytes_, path in sorted(shards):
             if left <= 0:
                 return
             if _remove_unused(path):
                 left -= bytes_
+
+    def _sweep(self, path: Path) -> None:
+        """Remove what a download has left whose process is gone: nobody holds its lock."""
+        with suppress(OSError):
+            lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(lock)
+
+
+def _open_shared(path: Path) -> int | None:
+    """A descriptor with a shared lock on the file that lies at `path`; None if it was removed meanwhile."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _remove_unused(path: Path) -> bool:
@@ -197,6 +250,8 @@ def _remove_unused(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            return False
         path.with_suffix(".verified").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return True

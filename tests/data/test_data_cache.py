@@ -210,6 +210,47 @@ ShardCache(Path(sys.argv[1]), 10_000).open_downloaded(sys.argv[2], 1000, "a shar
 """
 
 
+CROWD = """
+import fcntl, hashlib, os, random, sys
+from pathlib import Path
+from elastic_pt.data.cache import ShardCache
+
+directory, seed = Path(sys.argv[1]), int(sys.argv[2])
+source = random.Random(seed)
+cache = ShardCache(directory, 8000)
+for _ in range(150):
+    data = bytes([source.randrange(24), 7]) * 500
+    sha256 = hashlib.sha256(data).hexdigest()
+    os.close(cache.open_downloaded(sha256, 1000, "a shard", lambda path: path.write_bytes(data)))
+    with open(directory / "room.lock", "r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        taken = sum(path.stat().st_size for path in directory.glob("*.bin"))
+    assert taken <= 8000, taken
+"""
+
+
+def test_processes_that_make_room_at_once_keep_the_bound(tmp_path: Path) -> None:
+    """Four processes that hold a shard and fetch another one at the same time keep a bound of eight."""
+    crowd = [
+        subprocess.Popen([sys.executable, "-c", CROWD, str(tmp_path), str(seed)])
+        for seed in range(4)
+    ]
+    assert [each.wait(WAIT_S) for each in crowd] == [0, 0, 0, 0]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".verified", ".lock"}
+
+
+def test_a_download_that_was_killed_takes_no_room(tmp_path: Path) -> None:
+    """What a killed process had begun is swept when another shard needs the room."""
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), sha256(SHARD)], timeout=WAIT_S
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".arriving", ".room"}
+    other = b"\x03\x04" * 500
+    os.close(cache_at(tmp_path, 1000).open_downloaded(sha256(other), 1000, "a shard", put(other)))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".verified", ".lock"}
+
+
 def test_two_processes_download_a_shard_once(tmp_path: Path) -> None:
     """While one process downloads, another one that needs the same shard waits for it."""
     first = subprocess.Popen(
