@@ -179,7 +179,10 @@ class ShardCache:
                     # As large as the shard will be, and without a byte on the disk.
                     reservation.truncate(size)
             download(arriving)
-            arriving.replace(path)
+            # Together, or whoever counts in between sees neither the shard nor its reservation.
+            with self._turn("room"):
+                arriving.replace(path)
+                room.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # The disk is smaller than the bound: the next attempt finds what nobody maps gone.
