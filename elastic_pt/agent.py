@@ -102,8 +102,8 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
         platform = platform_of_workers(config)
-        bound = RunLog(store, writer=name).refresh().platform
-        agree_on_identity(store, config, data, platform, bound)
+        run_log = RunLog(store, writer=name)
+        agree_on_identity(store, config, data, platform, run_log.refresh().platform)
         scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
         me = Introduction(
             name,
@@ -112,7 +112,7 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
             fingerprint(config, data, platform),
             platform if config.train.numerics == "exact" else {},
         )
-        agent = Agent(config, store, scratch, me)
+        agent = Agent(config, store, run_log, scratch, me)
         stack.callback(agent.close)
         return agent.run()
 
@@ -176,7 +176,9 @@ def budgets_of(config: Config) -> Budgets:
 class Agent:
     """See the module."""
 
-    def __init__(self, config: Config, store: Store, scratch: Path, me: Introduction) -> None:
+    def __init__(
+        self, config: Config, store: Store, run_log: RunLog, scratch: Path, me: Introduction
+    ) -> None:
         self._config = config
         self._scratch = scratch
         config = _with_cache(config)
@@ -189,7 +191,7 @@ class Agent:
             telemetry.metrics_port,
             me.address,
         )
-        self._log = RunLog(store, writer=me.name)
+        self._log = run_log
         self._node = Node(
             NodeOptions(
                 name=me.name,

@@ -38,7 +38,7 @@ Factor = Annotated[float, Field(ge=0.0, le=1e6)]
 PositiveFactor = Annotated[float, Field(gt=0.0, le=1e9)]
 Seconds = Annotated[float, Field(ge=0.001, le=1e6)]
 """A duration, from a millisecond to eleven days."""
-SecondsOrNone = Annotated[float, Field(ge=0.0, le=1e6)]
+SecondsOrZero = Annotated[float, Field(ge=0.0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -225,7 +225,7 @@ class ElasticSection(Section):
     """Seconds without proof of life after which a peer counts as silent; a refused connection counts at once."""
     takeover_s: Seconds = 3.0
     """Seconds that a node which is cut off from most members leaves the run to them, while log and pulse stand still."""
-    join_window_s: SecondsOrNone = 0.5
+    join_window_s: SecondsOrZero = 0.5
     """Seconds without a newcomer before a world is formed, so that nodes join together."""
     settle_timeout_s: Seconds = 600.0
     """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""

@@ -1,14 +1,13 @@
 """Arguments and options that several commands share."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from elastic_pt.config import Url
+from elastic_pt.config import Url, broken_scheme
 from elastic_pt.errors import ConfigError
 
 RunUrl = Annotated[
@@ -71,7 +70,8 @@ def is_config_file(text: str) -> bool:
 
 def require_new_directory(out: Path) -> None:
     """Refuse an --out that `export` could not make a directory of, before anything is read."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
+    # As a path, `//` is one slash: any URL looks broken then.
+    if broken_scheme(str(out)):
         raise ConfigError(
             f"--out {out}: a URL; expected a local directory, which can be copied then"
         )

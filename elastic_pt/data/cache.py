@@ -32,6 +32,7 @@ from elastic_pt.errors import ConfigError, DataError, StoreError
 
 _ARRIVING: Final = ".arriving"
 _ROOM: Final = ".room"
+_MARKING: Final = ".marking"
 _ATTEMPTS_MAX: Final = 10
 
 
@@ -82,6 +83,8 @@ class ShardCache:
         self, sha256: str, size: int, name: str, download: Callable[[Path], None]
     ) -> int:
         """A descriptor of the shard in the cache, with a shared lock on it; the caller closes it.
+
+        The lock lasts as long as the descriptor or a copy of it, and a memory map keeps a copy.
 
         `download(path)` writes the shard if it is not there. Raises `ConfigError` if it cannot fit, `StoreError` if
         there is no room now, and `DataError` if what arrived is something else.
@@ -166,7 +169,7 @@ class ShardCache:
         if _identity(os.fstat(descriptor)) == identity:
             # Without room for a marker the next worker hashes again.
             with suppress(OSError):
-                partial = marker.with_suffix(f".{os.getpid()}{_ARRIVING}")
+                partial = marker.with_suffix(_MARKING)
                 partial.write_text(json.dumps(identity))
                 partial.replace(marker)
 

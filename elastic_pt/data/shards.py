@@ -71,9 +71,8 @@ class _Mapped:
     """A shard in this process's memory map."""
 
     tokens: NDArray[np.unsignedinteger]
-    descriptor: int
-    """Of a downloaded shard: its shared lock keeps the file in the cache. -1 for one that is mapped in place."""
-    size: int
+    cached_bytes: int
+    """What it takes in the cache, where no other process can remove it meanwhile; 0 for one mapped in place."""
 
 
 class TokenReader:
@@ -141,27 +140,28 @@ class TokenReader:
             descriptor = self._cache.open_local(
                 path, shard.sha256, self._name(shard), lambda found: self._check_size(found, shard)
             )
-            tokens = self._tokens(descriptor)
-            os.close(descriptor)
-            return _Mapped(tokens, -1, 0)
+            return _Mapped(self._tokens(descriptor), 0)
         self._let_go(size)
         descriptor = self._cache.open_downloaded(
             shard.sha256, size, self._name(shard), lambda path: self._download(shard, size, path)
         )
-        return _Mapped(self._tokens(descriptor), descriptor, size)
+        return _Mapped(self._tokens(descriptor), size)
 
     def _tokens(self, descriptor: int) -> NDArray[np.unsignedinteger]:
-        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), dtype=self._type)
+        """Map a file and close the descriptor: the map keeps a copy of it, and with that the cache's lock."""
+        try:
+            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(mapped, dtype=self._type)
 
     def _let_go(self, size: int) -> None:
         """Unmap what was used least recently, so that the cache can make room for `size` bytes."""
-        held = sum(each.size for each in self._mapped.values())
-        for key in [key for key, each in self._mapped.items() if each.descriptor >= 0]:
+        held = sum(each.cached_bytes for each in self._mapped.values())
+        for key in [key for key, each in self._mapped.items() if each.cached_bytes]:
             if held + size <= self._cache.mapped_bytes_max:
                 return
-            dropped = self._mapped.pop(key)
-            os.close(dropped.descriptor)
-            held -= dropped.size
+            held -= self._mapped.pop(key).cached_bytes
 
     def _name(self, shard: Shard) -> str:
         return f"{self._store.url}/{shard.key}"

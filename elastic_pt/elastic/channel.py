@@ -98,7 +98,7 @@ class AgentSide:
                 self._connections.pop(connection, None)
 
     def _take(self, line: bytes) -> None:
-        """Handle one message. Whatever goes wrong with it, the next one is heard: the worker would be orphaned."""
+        """Handle one message. Whatever goes wrong with it, the next one is heard, or the worker would be orphaned."""
         try:
             self._handle(json.loads(line))
         except Exception:

@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from elastic_pt.elastic.channel import ORPHANED_EXIT_CODE
 from elastic_pt.elastic.watchdog import Hang
 
 _MESSAGE_CHARACTERS_MAX: Final = 500
@@ -52,9 +53,9 @@ _SURROUNDINGS_WORDS: Final = re.compile(
 _PROGRAM_WORDS: Final = re.compile(
     r"device-side assert|illegal (memory access|address)", re.IGNORECASE
 )
-_NO_EVIDENCE: Final = (1, 75)
+_NO_EVIDENCE: Final = (1, ORPHANED_EXIT_CODE)
 """Exit codes without an error file that prove nothing: Python's own (the file may not have found room, or memory),
-and that of a worker whose channel to the agent broke (`channel.ORPHANED_EXIT_CODE`)."""
+and that of a worker whose channel to the agent broke."""
 _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n"
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)

@@ -144,11 +144,6 @@ class Participant:
         with self._saying:
             self._rest, self._rest_until_s = why, self._clock_s() + seconds
 
-    @property
-    def rested(self) -> bool:
-        """Whether this life of the node has rested before."""
-        return bool(self._rest)
-
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit, so that the run goes on when this one leaves."""
         now_s, timeout_s = self._clock_s(), self.silence_s()

@@ -270,6 +270,8 @@ class AgentProcess(Process):
         self._finish: int | None = None
         self._frontier_step = 0
         self._failures_at_frontier = 0
+        self.rested = False
+        """Whether this life of the node has rested."""
 
     def liveness_clock_s(self) -> float:
         """What the membership takes for its clock."""
@@ -467,6 +469,7 @@ class AgentProcess(Process):
         self.around.witness.failed(self, self._failures_at_frontier)
         seconds = rest_s(self._failures_at_frontier, self.scheduler.random.random())
         if seconds:
+            self.rested = True
             self.node.rest(trouble, seconds)
 
     def _settle(self, formed: Formed, workers: Workers) -> None:

@@ -231,7 +231,7 @@ class Witness:
                 if each not in generation.members
                 and each.node not in chosen
                 # Who rests leaves the others to it.
-                and not simulation.agents[each.incarnation].participant.rested
+                and not simulation.agents[each.incarnation].rested
                 # Who waits for the bucket, and has not read the record that it trains by, is no use to anybody.
                 and simulation.agents[each.incarnation].log.view.generation_number >= before.number
             ],
