@@ -23,10 +23,10 @@ import typer
 from typer.exceptions import TyperException
 
 from elastic_pt.cli import control, prepare, reading, setup, training, weights
+from elastic_pt.cli.options import INTERRUPTED
 from elastic_pt.errors import ConfigError, ElasticPtError, UnexpectedError
 from elastic_pt.telemetry.events import configure_events
 
-_INTERRUPTED: Final = 130
 _BROKEN_PIPE: Final = 141
 
 log = structlog.get_logger("elastic_pt.cli")
@@ -103,7 +103,7 @@ def run_command_line(arguments: list[str]) -> int:
     except TyperException as error:
         return _fail(_usage_message(error, arguments), ConfigError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has enough of it; nothing more may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from elastic_pt.config import Url, broken_scheme
 from elastic_pt.errors import ConfigError
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
 RunUrl = Annotated[
     str,
     typer.Argument(

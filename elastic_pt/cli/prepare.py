@@ -1,17 +1,29 @@
 """`prepare`: from a corpus to token shards."""
 
+import json
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from elastic_pt.cli.options import absolute_url
+from elastic_pt.cli.options import INTERRUPTED, absolute_url
+from elastic_pt.errors import ConfigError
+
+VOCAB_SIZE = 8192
+LISTED_FILES = 10
+"""Lines of left-out.jsonl that the summary shows."""
 
 if TYPE_CHECKING:
     from elastic_pt.data.manifest import Manifest
     from elastic_pt.data.prepare import Progress
+
+_Result = TypeVar("_Result")
 
 
 def prepare(
@@ -31,8 +43,14 @@ def prepare(
         ),
     ],
     vocab_size: Annotated[
-        int, typer.Option("--vocab-size", metavar="N", help="Tokens that the tokenizer learns.")
-    ] = 8192,
+        int | None,
+        typer.Option(
+            "--vocab-size",
+            metavar="N",
+            help="Tokens that the tokenizer learns.",
+            show_default=str(VOCAB_SIZE),
+        ),
+    ] = None,
     held_out: Annotated[
         float,
         typer.Option(
@@ -48,11 +66,20 @@ def prepare(
             show_default=False,
         ),
     ] = None,
+    allow_left_out: Annotated[
+        float,
+        typer.Option(
+            "--allow-left-out",
+            metavar="SHARE",
+            help="Share of a source's files that may be left out.",
+        ),
+    ] = 0.1,
 ) -> None:
     """Turn text into token shards: filter, drop duplicates, hold out, learn a tokenizer, tokenize.
 
     What cannot be used (invalid UTF-8, broken lines, empty or repeated
-    documents) is left out and counted.
+    documents, files of other kinds) is left out, counted, and listed in
+    left-out.jsonl; a source that loses more files than allowed is refused.
 
     \b
     [bold]Examples[/bold]
@@ -62,23 +89,52 @@ def prepare(
     """
     # Tokenizer and parquet libraries take a moment to import.
     from elastic_pt.data.documents import parse_source
+    from elastic_pt.data.left_out import LEFT_OUT_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
     from elastic_pt.store.open import open_store
 
+    if tokenizer and vocab_size is not None:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: expected none beside --tokenizer, which has its own"
+        )
     specs = [parse_source(source) for source in sources]
     store = open_store(absolute_url(out, "--out"))
-    with progress_bars() as show:
-        manifest = prepare_data(
-            specs,
-            store,
-            vocab_size=vocab_size,
-            held_out=held_out,
-            tokenizer_file=tokenizer,
-            progress=show,
-        )
+    try:
+        with progress_bars() as show:
+            manifest = in_a_thread(
+                lambda: prepare_data(
+                    specs,
+                    store,
+                    vocab_size=VOCAB_SIZE if vocab_size is None else vocab_size,
+                    held_out=held_out,
+                    tokenizer_file=tokenizer,
+                    allow_left_out=allow_left_out,
+                    progress=show,
+                )
+            )
+    except KeyboardInterrupt:
+        print("interrupted before the manifest was written", file=sys.stderr, flush=True)
+        # An orderly end would wait for the compiled code in the thread.
+        os._exit(INTERRUPTED)
     for line in summary(manifest):
         typer.echo(line)
+    for line in listed_files(store.read(LEFT_OUT_KEY), f"{store.url}/{LEFT_OUT_KEY}"):
+        typer.echo(line)
     typer.echo(f"wrote        {store.url}")
+
+
+def in_a_thread(work: Callable[[], _Result]) -> _Result:
+    """Call `work` in a thread: no signal reaches the main thread while it runs compiled code."""
+    outcome: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return outcome.result()
 
 
 @contextmanager
@@ -120,3 +176,17 @@ def summary(manifest: "Manifest") -> list[str]:
         f"vocabulary   {manifest.vocab_size:,} tokens; a document ends with {manifest.end_token}",
         f"fingerprint  {manifest.fingerprint}",
     ]
+
+
+def listed_files(lines: bytes, url: str) -> list[str]:
+    """What was left out, by path: the first lines of left-out.jsonl, for people."""
+    records = [json.loads(line) for line in lines.splitlines()]
+    shown = [
+        f"left out     {record['file']}: "
+        + (f"{record['documents']:,} " if "documents" in record else "")
+        + record["reason"]
+        for record in records[:LISTED_FILES]
+    ]
+    if len(records) > LISTED_FILES:
+        shown.append(f"left out     … {len(records) - LISTED_FILES:,} more lines in {url}")
+    return shown

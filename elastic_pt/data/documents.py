@@ -9,32 +9,47 @@ either. Files of a folder come in the order of their names, whatever the listing
 | .jsonl (.jsonl.gz, .jsonl.zst)| each line: the string in the field `text`                         |
 | .parquet                      | each row: the string in the column `text`                         |
 
-What cannot be a document (invalid UTF-8, a broken line, an empty text) comes out as a `Skip` with its
-reason, so the caller counts it. What makes a whole file unusable is a `DataError`.
+`list_files` looks at the names alone: a file of a folder that cannot be read at all (another suffix, a
+pipe) is named there with its reason. `read_documents` reads what was listed: what cannot be a document
+(invalid UTF-8, a broken line, an empty text) comes out as a `Skip` with its reason. What makes a whole
+file unusable is a `DataError`.
+
+Time is linear in the bytes, uncompressed, whatever they hold. Memory is that of one document, which has
+at most 64 MiB; a longer one is skipped without being held.
 """
 
 import codecs
 import gzip
+import io
 import json
 import math
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import IO, Any
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from elastic_pt.errors import DataError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 DEFAULT_SOURCE_NAME = "corpus"
 PIECE_BYTES = 64 * 1024
 """Longest document taken from a plain-text file, so that one large file can be split and held out from."""
+DOCUMENT_BYTES_MAX = 64 * 2**20
+"""Longest line of a JSON-lines file and longest text of a Parquet row."""
 PARQUET_BATCH_ROWS = 256
+PARQUET_BATCH_BYTES = 64 * 2**20
+"""Rows are read in batches of about so many bytes, and of at most 256."""
+READ_BYTES = 2**20
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -67,13 +82,16 @@ class SourceSpec:
 class Document:
     """A text that can be tokenized: not empty, and valid Unicode."""
 
+    url: str
+    """The file it comes from."""
     text: str
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Something that was left out, to be counted under `reason`."""
+    """One document that is left out, or a whole file."""
 
+    url: str
     reason: str
 
 
@@ -82,10 +100,23 @@ class SourceFile:
     """One file of a source, on its file system."""
 
     path: str
+    """As the file system lists it: an S3 key is no path, so `//` and `.` in it stay."""
     url: str
     """What errors call it."""
     suffix: str
     file_system: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of one source, in the order in which they are read."""
+
+    spec: SourceSpec
+    files: tuple[SourceFile, ...]
+    left_out: tuple[Skip, ...]
+    """Files that cannot hold a document of the source."""
+    incidental: int
+    """How many of `left_out` are hidden (a name with a leading dot) or empty, so that no text is lost."""
 
 
 def parse_source(text: str) -> SourceSpec:
@@ -102,36 +133,30 @@ def parse_source(text: str) -> SourceSpec:
     if weighted:
         path, weight = weighted[1], float(weighted[2])
         if not (math.isfinite(weight) and weight > 0):
-            raise DataError(
-                f"source {text!r}: weight {weighted[2]}; a positive number would be right"
-            )
+            raise DataError(f"source {text!r}: weight {weighted[2]}; expected a positive number")
     if not path.strip():
-        raise DataError(
-            f"source {text!r}: no path; PATH, NAME=PATH or NAME=PATH@WEIGHT would be right"
-        )
+        raise DataError(f"source {text!r}: no path; expected PATH, NAME=PATH or NAME=PATH@WEIGHT")
     return SourceSpec(name=name, paths=(path,), weight=weight)
 
 
 def merge_sources(specs: Sequence[SourceSpec]) -> tuple[SourceSpec, ...]:
     """Join sources of the same name, in order of first mention. `DataError` if they contradict each other."""
     if not specs:
-        raise DataError("sources = []: at least one file, folder or URL would be right")
+        raise DataError("sources = []: expected at least one file, folder or URL")
     merged: dict[str, SourceSpec] = {}
     for spec in specs:
         if not re.fullmatch(_NAME, spec.name):
-            raise DataError(f"source name {spec.name!r}: letters, digits, _ and - would be right")
+            raise DataError(f"source name {spec.name!r}: expected letters, digits, _ and -")
         known = merged.setdefault(spec.name, spec)
         if known is spec:
             continue
         weights = {weight for weight in (known.weight, spec.weight) if weight is not None}
         if len(weights) > 1:
-            raise DataError(
-                f"source {spec.name}: weights {sorted(weights)}; one weight would be right"
-            )
+            raise DataError(f"source {spec.name}: weights {sorted(weights)}; expected one weight")
         joined = replace(known, paths=known.paths + spec.paths, weight=next(iter(weights), None))
         if replace(spec, paths=joined.paths, weight=joined.weight) != joined:
             raise DataError(
-                f"source {spec.name}: given twice with different filters; one would be right"
+                f"source {spec.name}: given twice with different filters; expected one set"
             )
         merged[spec.name] = joined
     return tuple(merged.values())
@@ -148,58 +173,128 @@ def standard_library_source(limit_characters: int | None = None) -> SourceSpec:
     )
 
 
-def read_documents(spec: SourceSpec) -> Iterator[Document | Skip]:
-    """All documents of a source, one in memory at a time, always in the same order."""
-    characters = 0
+def list_files(spec: SourceSpec) -> SourceFiles:
+    """The files of a source by their names alone. `DataError` if a path is missing or holds none."""
+    files: list[SourceFile] = []
+    left_out: list[Skip] = []
+    incidental = 0
     for path in spec.paths:
-        for item in _list_files(path, spec):
-            for found in [item] if isinstance(item, Skip) else _read_file(item):
-                if isinstance(found, Document) and spec.limit_characters is not None:
-                    characters += len(found.text)
-                    if characters > spec.limit_characters:
-                        return
-                yield found
+        found = _found_files(path)
+        known = len(files)
+        for listed in found:
+            suffix = _suffix(listed.name, spec.suffixes)
+            url = listed.url
+            if set(listed.parts[:-1]) & set(spec.exclude_folders):
+                continue
+            if suffix is not None and listed.is_file:
+                files.append(SourceFile(listed.path, url, suffix, listed.file_system))
+            elif spec.suffixes == SUFFIXES:  # else the source asks for some files of the folder
+                left_out.append(Skip(url, "unknown_suffix" if listed.is_file else "not_a_file"))
+                incidental += listed.is_incidental
+        if len(files) == known:
+            raise DataError(
+                f"source {path}: no file with a suffix of {' '.join(spec.suffixes)} among {len(found)} files; "
+                "expected at least one"
+            )
+    return SourceFiles(spec, tuple(files), tuple(left_out), incidental)
 
 
-def _list_files(path: str, spec: SourceSpec) -> list[SourceFile | Skip]:
+def read_documents(source: SourceFiles) -> Iterator[Document | Skip]:
+    """All documents of a source, one in memory at a time, always in the same order."""
+    characters, limit = 0, source.spec.limit_characters
+    for file in source.files:
+        for found in _read_file(file):
+            if isinstance(found, Document) and limit is not None:
+                characters += len(found.text)
+                if characters > limit:
+                    return
+            yield found
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a file system says of one name."""
+
+    path: str
+    parts: tuple[str, ...]
+    """Names below the folder that was asked for, the file's own last."""
+    is_file: bool
+    is_empty: bool
+    file_system: Any
+
+    @property
+    def name(self) -> str:
+        return self.parts[-1]
+
+    @property
+    def url(self) -> str:
+        url: str = self.file_system.unstrip_protocol(self.path)
+        return url
+
+    @property
+    def is_incidental(self) -> bool:
+        return (self.is_file and self.is_empty) or any(part.startswith(".") for part in self.parts)
+
+
+def _found_files(path: str) -> list[_Listed]:
     """The file itself, or the files below a folder in the order of their names."""
     try:
         file_system, root = fsspec.core.url_to_fs(path)
         is_folder = file_system.isdir(root)
         exists = is_folder or file_system.exists(root)
+        # A folder that cannot be listed must not be taken for an empty one.
+        found = _find(file_system, root) if is_folder else {}
+        # The listing does not say what a link leads to.
+        is_file = exists and file_system.isfile(root)
+        linked = {
+            name: file_system.isfile(name)
+            for name, info in found.items()
+            if info["type"] == "other"
+        }
     except Exception as error:  # a file system of fsspec raises whatever its SDK does
         raise DataError(
-            f"source {path}: {_one_line(error)}; a file, folder or URL would be right"
+            f"source {path}: {_one_line(error)}; expected a file, folder or URL"
         ) from error
     if not exists:
-        raise DataError(f"source {path}: does not exist; a file, folder or URL would be right")
+        raise DataError(f"source {path}: does not exist; expected a file, folder or URL")
     if not is_folder:
-        suffix = _suffix(root, SUFFIXES)
-        if suffix is None:
+        name = root.rpartition("/")[2]
+        if not is_file:
             raise DataError(
-                f"source {path}: unknown suffix; one of {' '.join(SUFFIXES)} would be right"
+                f"source {path}: a pipe or device; expected a file, since it is read several times"
             )
-        return [SourceFile(root, path, suffix, file_system)]
-    folder = PurePosixPath(root)
-    # As tuples of names, so that a/b comes before a-b on every file system.
-    below = sorted(
-        PurePosixPath(found).relative_to(folder).parts for found in file_system.find(root)
-    )
-    files: list[SourceFile | Skip] = []
-    for parts in below:
-        if set(parts[:-1]) & set(spec.exclude_folders):
+        if _suffix(name, SUFFIXES) is None:
+            raise DataError(f"source {path}: unknown suffix; expected one of {' '.join(SUFFIXES)}")
+        return [_Listed(root, (name,), True, False, file_system)]
+    below: list[_Listed] = []
+    for listed, info in found.items():
+        inside = listed.removeprefix(root.rstrip("/")).removeprefix("/")
+        # The key of a folder, an empty object that S3 consoles and other tools write.
+        if not inside or inside.endswith("/"):
             continue
-        suffix = _suffix(parts[-1], spec.suffixes)
-        if suffix is not None:
-            name = str(folder.joinpath(*parts))
-            files.append(SourceFile(name, file_system.unstrip_protocol(name), suffix, file_system))
-        elif spec.suffixes == SUFFIXES:
-            files.append(Skip("unknown_suffix"))
-    if not any(isinstance(item, SourceFile) for item in files):
-        raise DataError(
-            f"source {path}: no file with a suffix of {' '.join(spec.suffixes)} in this folder"
-        )
-    return files
+        is_file = linked.get(listed, info["type"] == "file")
+        parts = tuple(inside.split("/"))
+        below.append(_Listed(listed, parts, is_file, info.get("size") == 0, file_system))
+    # As tuples of names, so that a/b comes before a-b on every file system.
+    return sorted(below, key=lambda each: each.parts)
+
+
+def _find(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
+    """What is below a folder. Raises what the file system raises for a folder that it cannot list."""
+    if file_system.async_impl:  # one flat listing, which has no part that could fail alone
+        listing: dict[str, dict[str, Any]] = file_system.find(root, detail=True)
+        return listing
+    # The library's own walk passes over a folder that it cannot list.
+    found: dict[str, dict[str, Any]] = {}
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        for info in file_system.ls(folder, detail=True):
+            if info["type"] != "directory":
+                found[info["name"]] = info
+            elif info["name"].rstrip("/") != folder.rstrip("/"):
+                folders.append(info["name"])
+    return found
 
 
 def _suffix(name: str, suffixes: tuple[str, ...]) -> str | None:
@@ -210,16 +305,18 @@ def _read_file(file: SourceFile) -> Iterator[Document | Skip]:
     try:
         with file.file_system.open(file.path, "rb") as stream:
             if file.suffix in TEXT_SUFFIXES:
-                yield from (_document(piece) for piece in _pieces(stream))
+                yield from (_document(piece, file) for piece in _pieces(stream))
             elif file.suffix in JSON_SUFFIXES:
-                with _decompressed(stream, file.suffix) as lines:
-                    yield from _json_documents(lines, file)
+                with _decompressed(stream, file.suffix) as plain:
+                    yield from _json_documents(_lines(plain), file)
             else:
                 yield from _parquet_documents(stream, file)
     except DataError:
         raise
-    except Exception as error:  # pyarrow, zstandard and the SDKs below fsspec share no base class
-        raise DataError(f"{file.url}: cannot be read to its end: {_one_line(error)}") from error
+    except Exception as error:  # pyarrow, zstd and the SDKs below fsspec share no base class
+        raise DataError(
+            f"{file.url}: cannot be read to its end: {_one_line(error)}; expected a whole {file.suffix} file"
+        ) from error
 
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
@@ -243,77 +340,64 @@ def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
         rest = rest[end:]
 
 
-def _document(data: bytes) -> Document | Skip:
+def _document(data: bytes, file: SourceFile) -> Document | Skip:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return Skip("invalid_utf8")
-    return Document(text) if text.strip() else Skip("empty")
+        return Skip(file.url, "invalid_utf8")
+    return _text_document(text, file)
 
 
 def _decompressed(stream: IO[bytes], suffix: str) -> Any:
     if suffix.endswith(".gz"):
         return gzip.GzipFile(fileobj=stream)
     if suffix.endswith(".zst"):
-        return _ZstdLines(stream)
+        return zstd.ZstdFile(stream)
     return stream
 
 
-class _ZstdLines:
-    """Lines of a zstd stream that must end with a whole frame (the library's own reader takes a torn one)."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> "_ZstdLines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest, frame = b"", zstandard.ZstdDecompressor().decompressobj()
-        started = False
-        while block := self._stream.read(1 << 17):
-            while block:
-                rest += frame.decompress(block)
-                started = True
-                block = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame, started = zstandard.ZstdDecompressor().decompressobj(), False
-            *lines, rest = rest.split(b"\n")
-            yield from lines
-        if started:
-            raise EOFError("the last zstd frame is cut off")
-        if rest:
-            yield rest
+def _lines(stream: Any) -> Iterator[bytes | None]:
+    """Lines with their ends; None for one of more than `DOCUMENT_BYTES_MAX`, which is never held whole."""
+    # The files of fsspec copy a whole block for each line that is read from them.
+    buffered = io.BufferedReader(stream, READ_BYTES)
+    while line := buffered.readline(DOCUMENT_BYTES_MAX + 1):
+        if len(line) <= DOCUMENT_BYTES_MAX:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = buffered.readline(READ_BYTES)
+        yield None
+    buffered.detach()
 
 
-def _json_documents(lines: Any, file: SourceFile) -> Iterator[Document | Skip]:
+def _json_documents(lines: Iterator[bytes | None], file: SourceFile) -> Iterator[Document | Skip]:
     """One document per line; blank lines count for nothing."""
     texts, fields = 0, set[str]()
     for line in lines:
-        if not line.strip():
+        if line is None:
+            yield Skip(file.url, "too_long")
+            continue
+        if line.isspace():
             continue
         try:
             value = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            yield Skip("invalid_utf8")
+            yield Skip(file.url, "invalid_utf8")
         except (ValueError, RecursionError):
-            yield Skip("broken_json")
+            yield Skip(file.url, "broken_json")
         else:
             if isinstance(value, dict) and "text" not in value:
                 fields.update(list(value)[: 20 - len(fields)])
-                yield Skip("no_text")
+                yield Skip(file.url, "no_text")
             elif not isinstance(value, dict):
-                yield Skip("not_an_object")
+                yield Skip(file.url, "not_an_object")
             else:
                 texts += 1
-                yield _text_document(value["text"])
+                yield _text_document(value["text"], file)
     if fields and not texts:
         found = ", ".join(sorted(fields)) or "none"
         raise DataError(
-            f"{file.url}: no line has a field text (found: {found}); a string there would be right"
+            f"{file.url}: no line has a field text (found: {found}); expected a string there"
         )
 
 
@@ -321,30 +405,45 @@ def _parquet_documents(stream: IO[bytes], file: SourceFile) -> Iterator[Document
     table = pyarrow.parquet.ParquetFile(stream)
     if "text" not in table.schema_arrow.names:
         found = ", ".join(table.schema_arrow.names[:20]) or "none"
-        raise DataError(
-            f"{file.url}: no column text (found: {found}); strings there would be right"
-        )
-    for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=["text"]):
-        column = batch.column(0)
-        if pyarrow.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        for value in column:
-            try:
-                yield _text_document(value.as_py())
-            except UnicodeDecodeError:
-                yield Skip("invalid_utf8")
+        raise DataError(f"{file.url}: no column text (found: {found}); expected strings there")
+    for group in range(table.num_row_groups):
+        rows = _batch_rows(table.metadata.row_group(group))
+        for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=["text"]):
+            column = batch.column(0)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for value in column:
+                yield _row_document(value, file)
 
 
-def _text_document(value: object) -> Document | Skip:
-    if not isinstance(value, str):
-        return Skip("text_is_no_string")
-    if not value.strip():
-        return Skip("empty")
+def _batch_rows(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """Rows of one batch, by the mean size of a row."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    in_text: int = sum(
+        each.total_uncompressed_size for each in columns if each.path_in_schema == "text"
+    )
+    rows: int = PARQUET_BATCH_BYTES * group.num_rows // max(1, in_text)
+    return max(1, min(PARQUET_BATCH_ROWS, rows))
+
+
+def _row_document(value: pyarrow.Scalar, file: SourceFile) -> Document | Skip:
     try:
-        value.encode("utf-8")
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return Skip(file.url, "invalid_utf8")
+    return _text_document(text, file)
+
+
+def _text_document(value: object, file: SourceFile) -> Document | Skip:
+    if not isinstance(value, str):
+        return Skip(file.url, "text_is_no_string")
+    if not value or value.isspace():
+        return Skip(file.url, "empty")
+    try:
+        size = len(value.encode("utf-8"))
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
-        return Skip("invalid_utf8")
-    return Document(value)
+        return Skip(file.url, "invalid_utf8")
+    return Document(file.url, value) if size <= DOCUMENT_BYTES_MAX else Skip(file.url, "too_long")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """From text to token shards, in three passes over the sources, one batch of documents in memory.
 
     scan    hash every document (SHA-256 of its text): the first of equal ones counts, and the hash
-            alone decides whether it trains or is held out
+            alone decides whether it trains or is held out; what is left out is listed
     learn   train the tokenizer on the documents that train (not with a given tokenizer)
     encode  tokenize, write shards, and last of all the manifest
 
@@ -16,11 +16,26 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from elastic_pt.data.documents import Document, Skip, SourceSpec, merge_sources, read_documents
+from elastic_pt.data.documents import (
+    Document,
+    Skip,
+    SourceFiles,
+    SourceSpec,
+    list_files,
+    merge_sources,
+    read_documents,
+)
+from elastic_pt.data.encoder import BATCH_CHARACTERS, Encoder, pieces
+from elastic_pt.data.left_out import (
+    DUPLICATE,
+    LEFT_OUT_KEY,
+    SHARE_MAX,
+    SourceLosses,
+    count_by_reason,
+)
 from elastic_pt.data.manifest import MANIFEST_KEY, Manifest, Source, TokenType
 from elastic_pt.data.order import PERIOD_MAX, whole_weights
 from elastic_pt.data.shards import HASH_CHARACTERS, SHARD_TOKENS, ShardWriter
@@ -33,10 +48,11 @@ from elastic_pt.data.tokenizer import (
     vocabulary_size,
 )
 from elastic_pt.errors import AlreadyExists, DataError
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import NoAtomicCreate, Store
 
-BATCH_CHARACTERS = 1_000_000
 BATCH_DOCUMENTS = 1024
+TRIED_DOCUMENTS = 64
+"""Documents of each source that a given tokenizer has to give back before the corpus is read."""
 PROGRESS_DOCUMENTS = 256
 """Documents between two calls of the progress callback."""
 
@@ -68,7 +84,6 @@ class Scan:
 
     fates: tuple[bytearray, ...]
     digests: tuple[bytes, ...]
-    skipped: dict[str, int]
 
     @property
     def documents(self) -> int:
@@ -83,30 +98,47 @@ def prepare(
     vocab_size: int = 8192,
     held_out: float = 0.01,
     tokenizer_file: Path | None = None,
+    allow_left_out: float = SHARE_MAX,
     shard_tokens: int = SHARD_TOKENS,
     progress: Report | None = None,
 ) -> Manifest:
     """Tokenize `sources` into `out` and return the manifest, which is written last and only once.
 
     `held_out` is the share of documents kept for evaluation, in [0, 1). `tokenizer_file` is a
-    `tokenizer.json` to use instead of learning `vocab_size` tokens. Raises `DataError` for anything the
-    user can mend; what is left out is counted in `Manifest.skipped`. Runs in the command's process.
+    `tokenizer.json` to use instead of learning `vocab_size` tokens. `allow_left_out` is the share of a
+    source's files that may be left out, in [0, 1]. What is left out is counted in `Manifest.skipped` and
+    listed in `left-out.jsonl`. Raises `DataError` for anything the user can mend, before a document is
+    read where that can be known. Runs in the command's process.
     """
     report = progress or (lambda _: None)
-    _check_arguments(out, vocab_size, held_out, shard_tokens)
+    _check_arguments(out, vocab_size, held_out, allow_left_out, shard_tokens)
     specs = merge_sources(sources)
+    _shares([spec.weight for spec in specs], [1] * len(specs))
     given = load_tokenizer_file(tokenizer_file) if tokenizer_file else None
-    scan = _scan(specs, held_out, report)
-    tokenizer = given or train_tokenizer(_train_texts(specs, scan, report), vocab_size)
+    out.write(LEFT_OUT_KEY, b"")
+    losses = [SourceLosses(list_files(spec)) for spec in specs]
+    _check_losses(losses, allow_left_out)
+    if given:
+        encoder = Encoder(given, end_token(given)[1], is_given=True)
+        _try_tokenizer(encoder, f"tokenizer {tokenizer_file}", losses, allow_left_out)
+    scan = _scan(losses, held_out, report)
+    _check_losses(losses, allow_left_out)
+    files = [each.source for each in losses]
+    tokenizer = given or train_tokenizer(_train_texts(files, scan, report), vocab_size)
     size = vocabulary_size(tokenizer)
     end, end_id = end_token(tokenizer)
     token_type: TokenType = "uint16" if size <= 2**16 else "uint32"
-    target = _Target(out, tokenizer, end_id, token_type, shard_tokens)
-    encoded = _encode(specs, scan, target, report)
+    target = _Target(
+        out, Encoder(tokenizer, end_id, is_given=given is not None), token_type, shard_tokens
+    )
+    encoded = _encode(losses, scan, target, report)
+    _check_losses(losses, allow_left_out)
     tokenizer_data = tokenizer_bytes(tokenizer)
     tokenizer_sha256 = hashlib.sha256(tokenizer_data).hexdigest()
     tokenizer_key = f"tokenizer-{tokenizer_sha256[:HASH_CHARACTERS]}.json"
     out.write(tokenizer_key, tokenizer_data)
+    lines = [line + "\n" for each in losses for line in each.lines()]
+    out.write(LEFT_OUT_KEY, "".join(lines).encode("ascii"))
     manifest = Manifest(
         vocab_size=size,
         token_type=token_type,
@@ -116,52 +148,85 @@ def prepare(
         tokenizer_sha256=tokenizer_sha256,
         held_out_share=float(held_out),
         sources=encoded,
-        skipped=scan.skipped,
+        skipped=count_by_reason(losses),
     )
-    try:
-        out.create(MANIFEST_KEY, manifest.to_json())
-    except AlreadyExists as error:
-        raise _occupied(out) from error
+    _write_manifest(out, manifest)
     return manifest
 
 
-def _check_arguments(out: Store, vocab_size: int, held_out: float, shard_tokens: int) -> None:
+def _check_arguments(
+    out: Store, vocab_size: int, held_out: float, allow_left_out: float, shard_tokens: int
+) -> None:
     check_vocab_size(vocab_size)
     if not 0 <= held_out < 1:
-        raise DataError(f"held_out = {held_out}: a share of at least 0 and below 1 would be right")
+        raise DataError(f"held_out = {held_out}: expected a share of at least 0 and below 1")
+    if not 0 <= allow_left_out <= 1:
+        raise DataError(f"allow_left_out = {allow_left_out}: expected a share from 0 to 1")
     if shard_tokens < 1:
-        raise DataError(f"shard_tokens = {shard_tokens}: a positive number would be right")
+        raise DataError(f"shard_tokens = {shard_tokens}: expected a positive number")
     if out.size(MANIFEST_KEY) is not None:
         raise _occupied(out)
 
 
+def _check_losses(losses: list[SourceLosses], share_max: float) -> None:
+    for each in losses:
+        each.check(share_max)
+
+
+def _try_tokenizer(
+    encoder: Encoder, origin: str, losses: list[SourceLosses], share_max: float
+) -> None:
+    """Refuse a given tokenizer that loses text, by the first documents of each source."""
+    for each in losses:
+        found = (item.text for item in read_documents(each.source) if isinstance(item, Document))
+        texts = list(islice(found, TRIED_DOCUMENTS))
+        encoded = encoder.encode(texts)
+        lost = [text for text, ids in zip(texts, encoded, strict=True) if ids is None]
+        if len(lost) > share_max * len(texts):
+            raise DataError(
+                f"{origin}: changes {len(lost)} of the first {len(texts)} documents of source "
+                f"{each.source.spec.name}: {encoder.explain_loss(lost[0])}; "
+                "expected a tokenizer that gives every text back"
+            )
+
+
+def _write_manifest(out: Store, manifest: Manifest) -> None:
+    try:
+        out.create(MANIFEST_KEY, manifest.to_json())
+    except AlreadyExists as error:
+        raise _occupied(out) from error
+    except NoAtomicCreate:
+        # All that it names is there and never changes, so the worst of two at once is that the later one stays.
+        if out.size(MANIFEST_KEY) is not None:
+            raise _occupied(out) from None
+        out.write(MANIFEST_KEY, manifest.to_json())
+
+
 def _occupied(out: Store) -> DataError:
-    return DataError(
-        f"{out.url}: already holds prepared data; another, empty directory would be right"
-    )
+    return DataError(f"{out.url}: already holds prepared data; expected an empty directory")
 
 
-def _scan(specs: tuple[SourceSpec, ...], held_out: float, report: Report) -> Scan:
-    """Decide the fate of every document."""
+def _scan(losses: list[SourceLosses], held_out: float, report: Report) -> Scan:
+    """Decide the fate of every document, and note in `losses` what is left out."""
     threshold = int(held_out * 2**64)
     seen: set[bytes] = set()
-    skipped: dict[str, int] = {}
     smallest: list[tuple[bytes, int]] = []  # per source: hash and place of a train document
     fates: list[bytearray] = []
     digests: list[bytes] = []
-    for spec in specs:
+    for lost in losses:
         fates.append(bytearray())
         smallest.append((b"\xff" * 33, 0))
         rolling = hashlib.sha256()
-        for item in read_documents(spec):
+        for item in read_documents(lost.source):
             if isinstance(item, Skip):
-                skipped[item.reason] = skipped.get(item.reason, 0) + 1
+                lost.skip(item)
                 continue
             digest = _digest(item)
             rolling.update(digest)
+            lost.keep(item.url)
             if digest in seen:
                 fate = Fate.DUPLICATE
-                skipped["duplicate"] = skipped.get("duplicate", 0) + 1
+                lost.skip(Skip(item.url, DUPLICATE))
             else:
                 seen.add(digest)
                 below = int.from_bytes(digest[:8], "big") < threshold
@@ -175,8 +240,8 @@ def _scan(specs: tuple[SourceSpec, ...], held_out: float, report: Report) -> Sca
     report(Progress("scan", sum(map(len, fates)), None))
     if held_out > 0:
         _mend_small_splits(fates, smallest)
-    _check_something_left(specs, fates, skipped)
-    return Scan(tuple(fates), tuple(digests), dict(sorted(skipped.items())))
+    _check_something_left(losses, fates)
+    return Scan(tuple(fates), tuple(digests))
 
 
 def _mend_small_splits(fates: list[bytearray], smallest: list[tuple[bytes, int]]) -> None:
@@ -195,43 +260,49 @@ def _mend_small_splits(fates: list[bytearray], smallest: list[tuple[bytes, int]]
             fates[number][place] = Fate.HELD_OUT
 
 
-def _check_something_left(
-    specs: tuple[SourceSpec, ...], fates: list[bytearray], skipped: dict[str, int]
-) -> None:
-    for spec, of_source in zip(specs, fates, strict=True):
+def _check_something_left(losses: list[SourceLosses], fates: list[bytearray]) -> None:
+    for lost, of_source in zip(losses, fates, strict=True):
         if Fate.TRAIN not in of_source:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            raise DataError(
-                f"source {spec.name} ({', '.join(spec.paths)}): no document left to train on "
-                f"(held out: {of_source.count(Fate.HELD_OUT)}; left out of all sources: {left_out or 'none'}); "
-                "more text would be right"
-            )
+            raise _nothing_left(lost, losses, of_source.count(Fate.HELD_OUT))
+
+
+def _nothing_left(
+    source: SourceLosses, losses: list[SourceLosses], held_out_documents: int
+) -> DataError:
+    counts = count_by_reason(losses)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    spec = source.source.spec
+    return DataError(
+        f"source {spec.name} ({', '.join(spec.paths)}): no document left to train on "
+        f"(held out: {held_out_documents}; left out of all sources: {left_out or 'none'}); "
+        "expected more text"
+    )
 
 
 def _digest(document: Document) -> bytes:
     return hashlib.sha256(document.text.encode("utf-8")).digest()
 
 
-def _train_texts(specs: tuple[SourceSpec, ...], scan: Scan, report: Report) -> Iterator[str]:
+def _train_texts(sources: list[SourceFiles], scan: Scan, report: Report) -> Iterator[str]:
     """What the tokenizer learns from: every document that trains, none that is held out."""
     done = 0
-    for number, spec in enumerate(specs):
-        for document, fate in _with_fate(spec, scan, number):
+    for number, source in enumerate(sources):
+        for document, fate in _with_fate(source, scan, number):
             if fate == Fate.TRAIN:
-                yield document.text
+                yield from pieces(document.text)
             done += 1
             if done % PROGRESS_DOCUMENTS == 0:
                 report(Progress("learn", done, scan.documents))
     report(Progress("learn", done, scan.documents))
 
 
-def _with_fate(spec: SourceSpec, scan: Scan, number: int) -> Iterator[tuple[Document, Fate]]:
+def _with_fate(source: SourceFiles, scan: Scan, number: int) -> Iterator[tuple[Document, Fate]]:
     """Read a source again beside what the scan decided; `DataError` if its texts are not the same."""
     changed = DataError(
-        f"source {spec.name}: changed while it was prepared; prepare again when it rests"
+        f"source {source.spec.name}: changed while it was prepared; expected files at rest"
     )
     fates, rolling, place = scan.fates[number], hashlib.sha256(), 0
-    for item in read_documents(spec):
+    for item in read_documents(source):
         if isinstance(item, Skip):
             continue
         if place == len(fates):
@@ -248,8 +319,7 @@ class _Target:
     """Where tokens go, and how they are made."""
 
     store: Store
-    tokenizer: Tokenizer
-    end_id: int
+    encoder: Encoder
     token_type: TokenType
     shard_tokens: int
 
@@ -260,21 +330,25 @@ class _Target:
 
 
 def _encode(
-    specs: tuple[SourceSpec, ...], scan: Scan, target: _Target, report: Report
+    losses: list[SourceLosses], scan: Scan, target: _Target, report: Report
 ) -> tuple[Source, ...]:
     """Write the shards of all sources; the sources as the manifest has them."""
     encoded: list[Source] = []
     done = 0
-    for number, spec in enumerate(specs):
-        encoder = _SourceEncoder(spec.name, target)
-        for document, fate in _with_fate(spec, scan, number):
+    for number, lost in enumerate(losses):
+        encoder = _SourceEncoder(lost, target)
+        for document, fate in _with_fate(lost.source, scan, number):
             encoder.add(document, fate)
             done += 1
             if done % PROGRESS_DOCUMENTS == 0:
                 report(Progress("encode", done, scan.documents))
         encoded.append(encoder.close())
+        if not encoded[-1].documents:
+            raise _nothing_left(lost, losses, encoded[-1].held_out_documents)
     report(Progress("encode", done, scan.documents))
-    weights = _shares([spec.weight for spec in specs], [each.tokens("train") for each in encoded])
+    weights = _shares(
+        [each.source.spec.weight for each in losses], [each.tokens("train") for each in encoded]
+    )
     return tuple(
         replace(source, weight=weight) for source, weight in zip(encoded, weights, strict=True)
     )
@@ -283,8 +357,9 @@ def _encode(
 class _SourceEncoder:
     """Tokenizes one source in batches; documents keep their order within each split."""
 
-    def __init__(self, name: str, target: _Target) -> None:
-        self._name, self._target = name, target
+    def __init__(self, losses: SourceLosses, target: _Target) -> None:
+        self._losses, self._encoder = losses, target.encoder
+        name = losses.source.spec.name
         self._writers = {
             Fate.TRAIN: target.writer(name, "train"),
             Fate.HELD_OUT: target.writer(name, "held-out"),
@@ -298,9 +373,6 @@ class _SourceEncoder:
         """Take the next document of the source."""
         if fate == Fate.DUPLICATE:
             return
-        self._documents[fate] += 1
-        if fate == Fate.HELD_OUT:
-            self._held_out_bytes += len(document.text.encode("utf-8"))
         self._batch.append((document, fate))
         self._batch_characters += len(document.text)
         if self._batch_characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
@@ -310,7 +382,7 @@ class _SourceEncoder:
         """Write the last shards; the source as the manifest has it, its weight still open."""
         self._flush()
         return Source(
-            name=self._name,
+            name=self._losses.source.spec.name,
             weight=0.0,
             documents=self._documents[Fate.TRAIN],
             train=self._writers[Fate.TRAIN].close(),
@@ -320,10 +392,15 @@ class _SourceEncoder:
         )
 
     def _flush(self) -> None:
-        texts = [document.text for document, _ in self._batch]
-        encodings = self._target.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (_, fate), encoding in zip(self._batch, encodings, strict=True):
-            self._writers[fate].add([*encoding.ids, self._target.end_id])
+        encoded = self._encoder.encode([document.text for document, _ in self._batch])
+        for (document, fate), ids in zip(self._batch, encoded, strict=True):
+            if ids is None:
+                self._losses.drop(Skip(document.url, "changed_by_tokenizer"))
+                continue
+            self._documents[fate] += 1
+            if fate == Fate.HELD_OUT:
+                self._held_out_bytes += len(document.text.encode("utf-8"))
+            self._writers[fate].add(ids)
         self._batch, self._batch_characters = [], 0
 
 
@@ -338,7 +415,7 @@ def _shares(wanted: list[float | None], tokens: list[int]) -> list[float]:
     if open_tokens and given >= 1:
         raise DataError(
             f"weights {[weight for weight in wanted if weight is not None]} leave no share for the sources "
-            "without one; weights that sum to less than 1, or a weight for every source, would be right"
+            "without one; expected weights that sum to less than 1, or a weight for every source"
         )
     raw = [
         weight if weight is not None else (1 - given) * count / open_tokens

@@ -43,9 +43,9 @@ class ShardWriter:
         self._pending_tokens = 0
         self._shards: list[Shard] = []
 
-    def add(self, ids: Sequence[int]) -> None:
+    def add(self, ids: Sequence[int] | NDArray[np.unsignedinteger]) -> None:
         """Append the ids of one document."""
-        self._pending.append(np.array(ids, dtype=self._type))
+        self._pending.append(np.asarray(ids, dtype=self._type))
         self._pending_tokens += len(ids)
         while self._pending_tokens >= self._shard_tokens:
             self._write(self._shard_tokens)

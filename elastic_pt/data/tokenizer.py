@@ -2,16 +2,21 @@
 
 Byte level means that every text has tokens and decodes to itself. One special token ends each
 document; its spelling inside a document is ordinary text, so no document can forge an end.
+
+What a given tokenizer may do instead is refused here where its file alone shows it (an end token that
+text can spell, dropout). Whether it gives back the texts of a corpus is known from those (data.encoder).
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, FixedLength
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
 from elastic_pt.data.manifest import REMEDY, Manifest
@@ -22,8 +27,13 @@ END_TOKEN = "<|endoftext|>"
 KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 """What a given tokenizer may call the end of a document, in order of preference."""
 
+_EXPECTED = "expected a tokenizer.json of the tokenizers library"
+
 VOCAB_SIZE_MIN = 257
 """256 bytes and the end token."""
+VOCAB_SIZE_MAX = 2**24
+WORD_BYTES_MAX = 1024
+"""Learning cuts longer words: its time grows with the length of a word times that of the corpus."""
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -32,8 +42,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     Raises `DataError` when the texts do not hold that many.
     """
     check_vocab_size(vocab_size)
+    words = ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = PreTokenizers([words, FixedLength(WORD_BYTES_MAX)])
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -42,34 +53,53 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.pre_tokenizer = words
     learned = tokenizer.get_vocab_size()
     if learned < vocab_size:
         raise DataError(
             f"vocab_size = {vocab_size} is too large for this corpus, which yields {learned} tokens; "
-            f"{learned} or less would be right"
+            f"expected {learned} or less"
         )
     return _ready(tokenizer)
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise `DataError` unless `vocab_size` can be asked for at all."""
-    if not VOCAB_SIZE_MIN <= vocab_size <= 2**31:
+    if not VOCAB_SIZE_MIN <= vocab_size <= VOCAB_SIZE_MAX:
         raise DataError(
-            f"vocab_size = {vocab_size}: a number from {VOCAB_SIZE_MIN} "
-            "(256 bytes and the end token) would be right"
+            f"vocab_size = {vocab_size}: expected a number from {VOCAB_SIZE_MIN} "
+            f"(256 bytes and the end token) to {VOCAB_SIZE_MAX}"
         )
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`; `DataError` if it is missing, not one, or has no end token."""
+    """Read a `tokenizer.json`; `DataError` if it is missing, not one, or cannot mark the end of a document."""
+    origin = f"tokenizer {path}"
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{origin}: a folder, pipe or device; {_EXPECTED}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError(
-            f"tokenizer {path}: {reason}; a tokenizer.json of the tokenizers library would be right"
-        ) from error
-    return _parse(text, origin=f"tokenizer {path}")
+        raise DataError(f"{origin}: {reason}; {_EXPECTED}") from error
+    tokenizer = _parse(text, origin=origin)
+    _require_end_of_its_own(tokenizer, origin)
+    # Dropout chooses the tokens of a text by chance.
+    dropout = json.loads(text)["model"].get("dropout")
+    if dropout:
+        raise DataError(f"{origin}: model.dropout = {dropout}; expected none")
+    return tokenizer
+
+
+def _require_end_of_its_own(tokenizer: Tokenizer, origin: str) -> None:
+    """Refuse a tokenizer whose end token a text can spell."""
+    token, token_id = end_token(tokenizer, origin=origin)
+    for text in (token, f"a{token}b", f"a {token} b", f"\n{token}\n", token * 2):
+        if token_id in tokenizer.encode(text, add_special_tokens=False).ids:
+            raise DataError(
+                f"{origin}: a document that holds the text {token!r} gives the token that ends a document; "
+                "expected an end token that is special and no part of the model's vocabulary"
+            )
 
 
 def load_tokenizer(store: Store, manifest: Manifest) -> Tokenizer:
@@ -103,7 +133,7 @@ def end_token(tokenizer: Tokenizer, *, origin: str = "tokenizer") -> tuple[str, 
         if token_id is not None:
             return token, token_id
     raise DataError(
-        f"{origin}: has no end-of-document token; one of {KNOWN_END_TOKENS} would be right"
+        f"{origin}: has no end-of-document token; expected one of {' '.join(KNOWN_END_TOKENS)}"
     )
 
 
@@ -112,8 +142,7 @@ def _parse(text: str, *, origin: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise DataError(
-            f"{origin}: not a tokenizer ({str(error).splitlines()[0][:120]}); "
-            "a tokenizer.json of the tokenizers library would be right"
+            f"{origin}: not a tokenizer ({str(error).splitlines()[0][:120]}); {_EXPECTED}"
         ) from error
     end_token(tokenizer, origin=origin)
     return _ready(tokenizer)

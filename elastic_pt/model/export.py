@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from elastic_pt.config import ModelSection
@@ -63,7 +64,8 @@ def export(
 
     `weights` gives each parameter of `Transformer(config, vocabulary)` once, in any order, as a full float32
     tensor. `context_length` is the sequence length in training. `end_of_text` is the token that ends a
-    text; by default the tokenizer's only special token, if it has just one.
+    text; by default the tokenizer's only special token, if it has just one. A post-processor that adds tokens
+    to a text is left out of the exported tokenizer: training never saw them.
 
     Raises `ConfigError` for a used directory, an unusable tokenizer, or weights that are not this model's,
     and `OSError` if the directory cannot be written.
@@ -71,6 +73,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; a new or empty directory would be right")
     papers = _papers(config, vocabulary, tokenizer_json, context_length, end_of_text)
+    tokenizer_json = _as_trained(tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: whatever lies beside `out` is somebody's.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -240,6 +243,21 @@ def _end_of_text(tokenizer_json: bytes, wanted: str | None) -> tuple[int | None,
             f"end-of-text token {wanted!r}: one of {', '.join(special)} would be right"
         )
     return special[wanted], wanted
+
+
+def _as_trained(tokenizer_json: bytes) -> bytes:
+    """The tokenizer without a post-processor, if that adds tokens to a text."""
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(
+            f"tokenizer: {error}; expected a tokenizer.json of the tokenizers library"
+        ) from error
+    if tokenizer.num_special_tokens_to_add(is_pair=False) == 0:
+        return tokenizer_json
+    content = json.loads(tokenizer_json)
+    content["post_processor"] = None
+    return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

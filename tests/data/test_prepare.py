@@ -183,7 +183,8 @@ def test_skips_are_counted_in_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "in" / "d.png").write_bytes(b"")
     (tmp_path / "in" / "e.jsonl").write_text('{"text": 1}\n{"text": \n{"text": ""}\n')
     store = open_store(str(tmp_path / "out"))
-    manifest = prepare([SourceSpec("s", (str(tmp_path / "in"),))], store, vocab_size=260)
+    spec = SourceSpec("s", (str(tmp_path / "in"),))
+    manifest = prepare([spec], store, vocab_size=260, allow_left_out=0.5)
     assert (
         read_manifest(store).skipped
         == manifest.skipped
@@ -224,11 +225,11 @@ def test_a_source_of_duplicates_alone_is_refused(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ({"vocab_size": 100_000}, r"vocab_size = 100000 is too large .* yields \d+ tokens"),
-        ({"vocab_size": 256}, "vocab_size = 256: a number from 257"),
-        ({"held_out": 1.0}, "held_out = 1.0: a share"),
-        ({"held_out": -0.1}, "held_out = -0.1: a share"),
-        ({"held_out": float("nan")}, "held_out = nan: a share"),
-        ({"shard_tokens": 0}, "shard_tokens = 0: a positive number"),
+        ({"vocab_size": 256}, "vocab_size = 256: expected a number from 257"),
+        ({"held_out": 1.0}, "held_out = 1.0: expected a share"),
+        ({"held_out": -0.1}, "held_out = -0.1: expected a share"),
+        ({"held_out": float("nan")}, "held_out = nan: expected a share"),
+        ({"shard_tokens": 0}, "shard_tokens = 0: expected a positive number"),
         ({"tokenizer_file": Path("/nowhere.json")}, "tokenizer /nowhere.json: No such file"),
     ],
 )
