@@ -32,7 +32,7 @@ def test_a_source_that_loses_files_is_refused_before_it_is_read(tmp_path: Path) 
         r"expected at most a share of 0\.1, or --allow-left-out 0\.17$",
     ):
         prepare([spec], store, vocab_size=260)
-    with pytest.raises(DataError, match="3 of 12 files .*allow-left-out 0.26"):
+    with pytest.raises(DataError, match=r"3 of 12 files .*allow-left-out 0\.26"):
         prepare([spec], store, vocab_size=260, allow_left_out=0.17)
     assert store.size("manifest.json") is None
     assert prepare([spec], store, vocab_size=260, allow_left_out=0.26).skipped == {

@@ -1,5 +1,6 @@
 """Prepare: the same shards from the same texts, nothing twice, nothing lost in silence."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.data.prepare import Progress, prepare
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.data.tokenizer import load_tokenizer
-from elastic_pt.errors import AlreadyExists, DataError
+from elastic_pt.errors import AlreadyExists, DataError, StoreError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -270,6 +271,42 @@ def test_losing_the_race_for_the_manifest_is_told(tmp_path: Path) -> None:
     spec = write_lines(tmp_path / "x.jsonl", [words(1)])
     with pytest.raises(DataError, match="already holds prepared data"):
         prepare([spec], _RacedStore(open_store(str(tmp_path / "out"))), vocab_size=260)
+
+
+def test_a_file_system_without_hard_links_holds_prepared_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a run's log needs a create that one of several writers wins; a second prepare is still refused."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    spec = write_lines(tmp_path / "x.jsonl", [words(1)])
+    store = open_store(str(tmp_path / "out"))
+    manifest = prepare([spec], store, vocab_size=260)
+    assert read_manifest(store) == manifest
+    with pytest.raises(DataError, match="already holds prepared data"):
+        prepare([spec], store, vocab_size=260)
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [((1.0, None), "leave no share"), ((1e-12, 1.0), "weight")],
+)
+def test_weights_and_output_are_checked_before_the_corpus_is_read(
+    tmp_path: Path, weights: tuple[float | None, ...], told: str
+) -> None:
+    """A corpus of days is not read for a mistake that was known at the start."""
+    missing = [SourceSpec(f"s{n}", ("/nowhere",), weight) for n, weight in enumerate(weights)]
+    with pytest.raises(DataError, match=told):
+        prepare(missing, open_store(str(tmp_path / "out")))
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_corpus_is_read() -> None:
+    """The first object is written before the first document is read."""
+    with pytest.raises(StoreError, match="left-out"):
+        prepare([SourceSpec("s", ("/nowhere",))], open_store("file:///proc/prepared"))
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:

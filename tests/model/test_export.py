@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_pt.config import ModelSection
@@ -72,6 +73,22 @@ def test_tokenizer_loads(build: Build, tokenizer_json: bytes, tmp_path: Path) ->
     assert new.shape == (1, 5)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_exported_tokenizer_adds_no_tokens(
+    build: Build, tokenizer_json: bytes, tmp_path: Path, adds: bool
+) -> None:
+    """A post-processor that adds tokens, which training never saw, is left out; another one stays."""
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    template = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 2)]
+    )
+    tokenizer.post_processor = template if adds else processors.ByteLevel()
+    given = tokenizer.to_str().encode()
+    write(build(), given, tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("abba")["input_ids"] == [0, 1, 1, 0]
+    assert ((tmp_path / "model" / "tokenizer.json").read_bytes() == given) == (not adds)
+
+
 def test_a_used_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
     """An export never mixes with what is there."""
     (tmp_path / "precious").write_text("x")
@@ -100,7 +117,7 @@ def test_a_failed_export_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"not json", b"[]"])
+@pytest.mark.parametrize("content", [b"not json", b"[]", b"{}"])
 def test_a_bad_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
     """What is not a tokenizer gives one clear line before anything is written."""
     with pytest.raises(ConfigError, match="tokenizer"):

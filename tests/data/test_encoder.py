@@ -1,0 +1,191 @@
+"""Texts to ids: pieces change nothing, and a tokenizer that loses or forges is found out."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepared_data import Prepared, words
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.trainers import BpeTrainer
+
+from elastic_pt.data import encoder
+from elastic_pt.data.documents import SourceSpec
+from elastic_pt.data.encoder import Encoder, pieces
+from elastic_pt.data.prepare import prepare
+from elastic_pt.data.tokenizer import (
+    WORD_BYTES_MAX,
+    load_tokenizer,
+    load_tokenizer_file,
+    train_tokenizer,
+)
+from elastic_pt.errors import DataError
+from elastic_pt.store.open import open_store
+
+LETTERS = "abc xyz\n\t 0.'é中\u3000"
+
+
+def encoder_of(prepared: Prepared) -> Encoder:
+    """The encoder of data that was prepared with a tokenizer learned here."""
+    tokenizer = load_tokenizer(prepared.store, prepared.manifest)
+    return Encoder(tokenizer, prepared.manifest.end_token_id, is_given=False)
+
+
+@given(st.text(LETTERS, min_size=100, max_size=400), st.integers(2, 40))
+@settings(max_examples=200, deadline=None)
+def test_pieces_give_the_text_and_its_ids(prepared: Prepared, text: str, size: int) -> None:
+    """Pieces are bounded and joined are the text; wherever a cut had a place, the ids are those of the whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "PIECE_CHARACTERS", size)
+        patch.setattr(encoder, "BATCH_CHARACTERS", 3 * size)
+        cut = list(pieces(text))
+        assert "".join(cut) == text
+        assert max(map(len, cut)) <= size
+        (ids,) = encoder_of(prepared).encode([text])
+    assert ids is not None
+    clean = all(left[-1].isalnum() and right[0] == " " for left, right in itertools.pairwise(cut))
+    tokenizer = load_tokenizer(prepared.store, prepared.manifest)
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    if clean:
+        assert ids.tolist() == [*whole, prepared.manifest.end_token_id]
+    assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
+
+
+def test_a_long_text_of_words_has_the_ids_of_the_whole(prepared: Prepared) -> None:
+    """At the real sizes: a text of several batches, between short ones, in one call."""
+    texts = ["a", words(5, 250_000), "b b", words(6, 60_000), ""]
+    encoded = encoder_of(prepared).encode(texts)
+    tokenizer = load_tokenizer(prepared.store, prepared.manifest)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert ids is not None
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids.tolist() == [*whole, prepared.manifest.end_token_id]
+
+
+def test_learning_cuts_long_words_and_no_others() -> None:
+    """Words up to the limit give the tokenizer that the library alone gives; the file knows no limit."""
+    rng = random.Random(3)
+    texts = ["".join(rng.choices("abcd", k=WORD_BYTES_MAX - 1)) + " " + words(n) for n in range(40)]
+    plain = Tokenizer(BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    plain.train_from_iterator(texts, trainer=trainer)
+    assert train_tokenizer(iter(texts), 400).to_str() == plain.to_str()
+
+
+def _saved(tokenizer: Tokenizer, path: Path) -> Path:
+    tokenizer.save(str(path))
+    return path
+
+
+def _word_level(*special: str) -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({"a": 0, "</s>": 1, "b": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    vocabulary = [("</s>", 0.0), *((chr(n), -5.0) for n in range(32, 127))]
+    return Tokenizer(Unigram(vocabulary, unk_id=0, byte_fallback=False))
+
+
+def _added_word() -> Tokenizer:
+    tokenizer = train_tokenizer(iter([words(1)]), 260)
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize("make", [_word_level, lambda: _word_level("</s>"), _unigram, _added_word])
+def test_an_end_that_text_can_spell_is_refused(
+    tmp_path: Path, make: Callable[[], Tokenizer]
+) -> None:
+    """A document that holds the end token's text would be cut in two."""
+    path = _saved(make(), tmp_path / "t.json")
+    with pytest.raises(DataError, match=r"t\.json: a document that holds the text .*expected"):
+        load_tokenizer_file(path)
+
+
+def test_an_end_found_in_a_text_later_is_refused(prepared: Prepared) -> None:
+    """What no trial showed is found when the text is encoded."""
+    tokenizer = load_tokenizer(prepared.store, prepared.manifest)
+    end_id = tokenizer.encode("a", add_special_tokens=False).ids[0]
+    with pytest.raises(DataError, match="gives the token that ends a document"):
+        Encoder(tokenizer, end_id, is_given=True).encode(["b", "a"])
+
+
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that chooses tokens by chance would give other shards each time."""
+    content = json.loads(train_tokenizer(iter([words(1)]), 260).to_str())
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"model\.dropout = 0\.1; expected none"):
+        load_tokenizer_file(tmp_path / "t.json")
+
+
+def _lower_case() -> Tokenizer:
+    tokenizer = train_tokenizer(iter([words(1)]), 260)
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def _without_some_letters() -> Tokenizer:
+    """Byte level by name, but with the letters of ASCII alone: others vanish without a word."""
+    tokenizer = train_tokenizer(iter([words(1)]), 260)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] = {
+        token: number
+        for token, number in content["model"]["vocab"].items()
+        if token.isascii() or token == "Ġ"
+    }
+    content["model"]["merges"] = []
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize("make", [_lower_case, _without_some_letters])
+def test_a_tokenizer_that_loses_text_is_refused_before_the_corpus_is_read(
+    tmp_path: Path, make: Callable[[], Tokenizer]
+) -> None:
+    """The error shows what becomes of a text of this corpus."""
+    lines = "".join(json.dumps({"text": f"Ä text Number {n}"}) + "\n" for n in range(100))
+    (tmp_path / "x.jsonl").write_text(lines)
+    spec = SourceSpec("s", (str(tmp_path / "x.jsonl"),))
+    path = _saved(make(), tmp_path / "t.json")
+    stages: list[str] = []
+    with pytest.raises(DataError, match=r"t\.json: changes 64 of the first 64 .*comes back as"):
+        prepare(
+            [spec],
+            open_store(str(tmp_path / "out")),
+            tokenizer_file=path,
+            progress=lambda progress: stages.append(progress.stage),
+        )
+    assert stages == []
+
+
+def test_a_document_that_a_given_tokenizer_changes_is_left_out(tmp_path: Path) -> None:
+    """A few such documents are listed; the others keep their order, split and count."""
+    texts = [words(n, 20).replace("é", "e") for n in range(99)]
+    texts[80] = "Upper case"
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    spec = SourceSpec("s", (str(tmp_path / "x.jsonl"),))
+    path = _saved(_lower_case(), tmp_path / "t.json")
+    store = open_store(str(tmp_path / "out"))
+    manifest = prepare([spec], store, tokenizer_file=path, held_out=0.2)
+    assert manifest.skipped == {"changed_by_tokenizer": 1}
+    source = manifest.sources[0]
+    assert source.documents + source.held_out_documents == 98
+    assert b'"reason": "changed_by_tokenizer", "documents": 1' in store.read("left-out.jsonl")
