@@ -72,6 +72,24 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1]
 
 
+def test_the_bytes_are_those_of_the_first_version(tmp_path: Path) -> None:
+    """Texts of both kinds, several pieces, sources and shards: every byte is what version 0.1 wrote."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for number in range(30):
+        text = "\n\n".join(words(seed, 300) for seed in range(number * 50, number * 50 + 50))
+        (tmp_path / "a" / ("b" if number % 2 else "") / f"{number}.txt").write_text(text)
+    lines = write_lines(tmp_path / "x.jsonl", [words(number) for number in range(400)])
+    sources = [
+        SourceSpec("first", (str(tmp_path / "a"),), weight=0.75),
+        SourceSpec("second", lines.paths),
+    ]
+    store = open_store(str(tmp_path / "out"))
+    manifest = prepare(sources, store, vocab_size=500, held_out=0.1, shard_tokens=10000)
+    assert (
+        manifest.fingerprint == "ee27c82e6f46b070526ab1f49f8d7c25871689c07a1d6c7bc082a952e0bd1553"
+    )
+
+
 def test_equal_documents_count_once_across_files_and_sources(tmp_path: Path) -> None:
     """The first of equal documents is kept, wherever the others are, and they are counted."""
     first = write_lines(tmp_path / "a.jsonl", [words(1), words(2), words(1)])

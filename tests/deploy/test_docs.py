@@ -248,7 +248,7 @@ def test_every_dependency_has_its_sentence() -> None:
     asked = [requirement for group in groups for requirement in group]
     names = {re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in asked}
     rows = re.findall(
-        r"^\| (?:`\w+` \| )?`([\w-]+)` \| (.+) \|$",
+        r"^\| (?:`\w+` \| )?`([\w.-]+)` \| (.+) \|$",
         (ROOT / "docs" / "dependencies.md").read_text(),
         re.MULTILINE,
     )
