@@ -84,7 +84,7 @@ class Encoder:
                     min(len(piece), len(back)),
                 )
                 part = slice(max(0, same - 10), same + _EXCERPT_CHARACTERS - 10)
-                return f"{piece[part]!r} comes back as {back[part]!r}"
+                return f"{piece[part]!a} comes back as {back[part]!a}"
         return "every piece of the text comes back"
 
     def _encodings(self, texts: Sequence[str]) -> Iterator[tuple[str, bool, Encoding]]:
