@@ -306,10 +306,10 @@ class Agent:
         self._channel.drain_messages(_LAST_MESSAGES_S)
         if outcome is Outcome.DIVERGED:
             self._diverged(formed)
-        elif not self._settle(formed, completed=outcome is Outcome.COMPLETED):
-            trouble = f"the checkpoint of step {self._checkpointing.staged_step} was not committed"
-            if not self._node.must_reform(formed.generation.number):
-                failure = self._node.failure(trouble, kind=CauseKind.GAVE_UP)
+        else:
+            settled = self._settle(formed, completed=outcome is Outcome.COMPLETED)
+            if not settled and not self._node.must_reform(formed.generation.number):
+                failure = self._checkpoint_lost()
         self._end_generation(formed.generation.number, failure, counts=True)
         return True
 
@@ -355,7 +355,11 @@ class Agent:
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
         number, timeout_s = formed.generation.number, self._config.elastic.settle_timeout_s
-        step, given_up = self._checkpointing.staged_step, self._checkpointing.given_up
+        step = self._checkpointing.staged_step
+
+        def given_up() -> bool:
+            return self._checkpointing.lost() is not None
+
         if completed:
             if formed.node_rank == 0:
                 self._checkpointing.finish(formed.generation)
@@ -364,6 +368,18 @@ class Agent:
             settled = self._node.await_settled(number, step, timeout_s, given_up)
         log.info("settled" if settled else "settle_failed", step=step, generation=number)
         return settled
+
+    def _checkpoint_lost(self) -> Cause | None:
+        """What the others are told when a checkpoint that this node waited for is none; None if another node knows why."""
+        lost, step = self._checkpointing.lost(), self._checkpointing.staged_step
+        if lost is not None and not lost.own:
+            return None
+        why = "nobody said why" if lost is None else lost.why
+        return self._node.failure(
+            f"the checkpoint of step {step} was not committed: {why}",
+            kind=CauseKind.GAVE_UP,
+            surroundings=lost is None or lost.surroundings,
+        )
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: the run ends, with its last good checkpoint."""

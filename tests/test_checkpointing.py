@@ -64,7 +64,7 @@ def test_what_dead_workers_left_in_staging_is_swept(tmp_path: Path) -> None:
         release=lambda _: None,
     )
     for act in (checkpointing.stopped, checkpointing.starts):
-        left = ("0000000007-rank-0.safetensors", ".0000000008-rank-1.safetensors.4711.tmp")
+        left = ("0000000007-g2-rank-0.safetensors", ".0000000008-g3-rank-1.safetensors.4711.tmp")
         for name in (*left, "agent.sock", "assignment.json"):
             (staging / name).write_bytes(b"x")
         act()
