@@ -320,7 +320,7 @@ def collect(
     """
     started_s = now()
     found: list[NodeNotice] = []
-    at_once = _THREADS
+    at_once = 1
     with ThreadPoolExecutor(_THREADS) as pool:
         while len(found) < len(nodes):
             if should_stop():
