@@ -238,17 +238,20 @@ class Checkpointing:
     def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("commit_failed", step=step, cause=str(error))
+        refused = isinstance(error, NodeRefused)
+        first_rank = generation.first_worker_rank(self._formed().node_rank)
         self._lose(
             (generation.number, step),
             str(error),
-            own=not isinstance(error, NodeRefused),
-            surroundings=isinstance(error, StoreError),
+            # The committing node may be the one that could not do its share.
+            own=not isinstance(error, NodeRefused) or error.first_rank == first_rank,
+            surroundings=refused or isinstance(error, StoreError),
         )
 
     def _lose(self, place: tuple[int, int], why: str, *, own: bool, surroundings: bool) -> None:
         """The checkpoint of a generation and step will not be one: whoever waits for it learns so."""
         known = self._lost
-        # The committing node may read its own refusal: what it knows of itself stands.
+        # What a node knows of itself stands.
         if own or known is None or (known.generation, known.step) != place:
             self._lost = Lost(*place, why, own, surroundings)
         self._node.notice_log()

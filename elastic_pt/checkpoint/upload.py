@@ -58,6 +58,10 @@ _POLL_SHARE: Final = 0.1
 class NodeRefused(CheckpointError):
     """A node has said that its share of a checkpoint will not come."""
 
+    def __init__(self, text: str, first_rank: int) -> None:
+        super().__init__(text)
+        self.first_rank = first_rank
+
 
 @dataclass(frozen=True)
 class StagedShard:
@@ -394,7 +398,7 @@ def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | Non
     if (notice.directory, notice.first_rank) != (directory, ranks.start):
         raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
     if isinstance(notice, NodeRefusal):
-        raise NodeRefused(f"{key}: its node could not upload it: {notice.why}")
+        raise NodeRefused(f"{key}: its node could not upload it: {notice.why}", ranks.start)
     if notice.ranks != ranks:
         raise CheckpointError(
             f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"
