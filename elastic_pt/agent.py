@@ -309,7 +309,7 @@ class Agent:
         else:
             settled = self._settle(formed, completed=outcome is Outcome.COMPLETED)
             if not settled and not self._node.must_reform(formed.generation.number):
-                failure = self._checkpoint_lost()
+                failure = self._checkpointing.failure()
         self._end_generation(formed.generation.number, failure, counts=True)
         return True
 
@@ -368,18 +368,6 @@ class Agent:
             settled = self._node.await_settled(number, step, timeout_s, given_up)
         log.info("settled" if settled else "settle_failed", step=step, generation=number)
         return settled
-
-    def _checkpoint_lost(self) -> Cause | None:
-        """What the others are told when a checkpoint that this node waited for is none; None if another node knows why."""
-        lost, step = self._checkpointing.lost(), self._checkpointing.staged_step
-        if lost is not None and not lost.own:
-            return None
-        why = "nobody said why" if lost is None else lost.why
-        return self._node.failure(
-            f"the checkpoint of step {step} was not committed: {why}",
-            kind=CauseKind.GAVE_UP,
-            surroundings=lost is None or lost.surroundings,
-        )
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: the run ends, with its last good checkpoint."""

@@ -23,7 +23,7 @@ from elastic_pt.config import Config
 from elastic_pt.elastic.channel import Message
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.node import Formed, Node
-from elastic_pt.elastic.records import Checkpoint, Generation, Quarantine
+from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
@@ -176,6 +176,18 @@ class Checkpointing:
         """Why the checkpoint that was staged last cannot be committed; None while it may be."""
         lost, due = self._lost, (self._formed().generation.number, self.staged_step)
         return lost if lost is not None and (lost.generation, lost.step) == due else None
+
+    def failure(self) -> Cause | None:
+        """What the others are told when the checkpoint that was staged last is none; None if another node knows why."""
+        lost = self.lost()
+        if lost is not None and not lost.own:
+            return None
+        why = "nobody said why" if lost is None else lost.why
+        return self._node.failure(
+            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            kind=CauseKind.GAVE_UP,
+            surroundings=lost is None or lost.surroundings,
+        )
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""

@@ -3,17 +3,20 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.shard_file import Staging, write_shard
+from elastic_pt.checkpoint.upload import StagedShard, refuse_node
 from elastic_pt.checkpointing import Checkpointing, Lost, choose_resume
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.node import Formed, Node
-from elastic_pt.elastic.records import Checkpoint, Commit
+from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Commit
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
@@ -76,6 +79,7 @@ def member_of(
         view=SimpleNamespace(run_id=RUN_ID),
         notice_log=lambda: None,
     )
+    node.failure = partial(Node.failure, cast(Node, node))
     return Checkpointing(
         config_for(folder, "elastic.settle_timeout_s=5.0"),
         store,
@@ -118,8 +122,37 @@ def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: 
     assert lost is not None
     assert not lost.own
     assert "no space left" in lost.why
+    assert committing.failure() is None
+    assert full.failure() == Cause(
+        CauseKind.GAVE_UP,
+        "b",
+        "the checkpoint of step 7 was not committed: no space left",
+        surroundings=True,
+    )
     committing.close(WAIT_S)
     full.close(WAIT_S)
+
+
+def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> None:
+    """The node of rank 0 may read that it refused before its upload thread tells: the trouble is its own."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    checkpointing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    path = Staging(tmp_path / "staging", 3).path(7, 0)
+    write_shard(path, local_rows(full_tensors(), 0, 4), training_state(7))
+    directory = checkpoint_directory(7, 3, "abca")
+    refuse_node(
+        open_store(f"file://{tmp_path}/run"),
+        StagedShard(path, RUN_ID, directory, 1, range(2)),
+        "the store failed",
+    )
+    checkpointing.staged({"step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1})
+    assert released.wait(WAIT_S)
+    failure = checkpointing.failure()
+    assert failure is not None
+    assert failure.surroundings
+    assert "the store failed" in failure.detail
+    checkpointing.close(WAIT_S)
 
 
 def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:
