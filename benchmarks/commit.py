@@ -1,33 +1,65 @@
-"""How long the committing node takes from the last upload to the end of `collect` and `publish_manifest`.
+"""From the last upload to the COMMIT of a large world, with a store whose every answer takes a while.
 
-The store is in this process and waits `--latency-ms` per request; parts are there already. The slices of a
-rank are those of `--tensors` tensors. Usage: python benchmarks/commit.py --ranks 1000 --tensors 60
+    python benchmarks/commit.py --nodes 1000 --workers 8 --latency-ms 30
+
+The store is in this process. Every worker holds one row of each tensor of a 1B model and of its moments, about 80 KB of
+slices; node records, notices, manifest, history and log are the real ones, and so is the time to make and to read
+them. Shards are not uploaded: their `write` and the `size` that checks it are what "beside the uploads" leaves
+out. All nodes finish their last upload at the same moment, after the committing node has waited for `--wait-s`: the worst case.
+
+`node` is what one node does after its last upload: the nodes do it at the same time. `commit` is from then on, when all
+notices appear at once, to the COMMIT. `worker` is what a worker then reads to learn where its rows are, and
+`check` what a node that takes the run up looks at, for the sizes of all files.
 """
 
 import argparse
-import tempfile
+import threading
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from elastic_pt.checkpoint.layout import Part, TrainingState, checkpoint_directory
-from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.upload import StagedShard, collect, publish_manifest, upload_shard
+from elastic_pt.checkpoint.layout import (
+    ShardFile,
+    Tensor,
+    TensorSlice,
+    TrainingState,
+    shard_key,
+)
+from elastic_pt.checkpoint.restore import quick_check, read_index
+from elastic_pt.checkpoint.upload import StagedShard, UploadedShard, publish_node
+from elastic_pt.commit import Committer, directory_of, reference_of
+from elastic_pt.elastic.log import RunLog
+from elastic_pt.elastic.records import Checkpoint, Generation, Member
 from elastic_pt.store.open import open_store
 
-DIRECTORY = checkpoint_directory(10, 1, "abcd")
+STEP = 10
+SHARD_BYTES = 1 << 40
+LAYERS = 16
+PER_LAYER = (
+    "attention.query.weight",
+    "attention.key.weight",
+    "attention.value.weight",
+    "attention.output.weight",
+    "attention_norm.weight",
+    "feed_forward.gate.weight",
+    "feed_forward.up.weight",
+    "feed_forward.down.weight",
+    "feed_forward_norm.weight",
+)
+COLUMNS = 2048
 
 
 class SlowStore:
-    """A store whose every request takes a fixed time, counted by kind."""
+    """A store whose every request takes a fixed time, counted by kind; notices are hidden until `reveal`."""
 
-    def __init__(self, latency_s: float) -> None:
-        self._store = open_store("memory://commit-benchmark/run")
-        self.latency_s = latency_s
+    def __init__(self) -> None:
+        self._store = open_store(f"memory://{uuid.uuid4().hex}/run")
+        self.latency_s = 0.0
+        self.hides = False
         self.requests: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         answer = getattr(self._store, name)
@@ -35,54 +67,146 @@ class SlowStore:
             return answer
 
         def ask(*arguments: Any, **named: Any) -> Any:
-            self.requests[name] += 1
+            with self._lock:
+                self.requests[name] += 1
             time.sleep(self.latency_s)
+            if self.hides and name == "read" and "/notice-" in arguments[0]:
+                return self._store.read("hidden")
+            if name == "size" and arguments[0].endswith(".safetensors"):
+                return SHARD_BYTES
             return answer(*arguments, **named)
 
         return ask
 
 
-def put_parts(store: Any, ranks: int, tensors: int) -> None:
-    """Upload a shard and a part for every rank."""
-    zeros = "0" * 64
-    state = TrainingState(10, 0, 0, 0, 10, 10, 10, zeros, zeros, zeros, "exact", ranks)
-    row = torch.zeros(1, 4)
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in range(ranks):
-            path = Path(folder) / "shard"
-            rows = {f"model/layer.{i}.weight": (row, (ranks, 4), rank) for i in range(tensors)}
-            write_shard(path, rows, state)
-            upload_shard(store, StagedShard(path, "0123456789abcdef", DIRECTORY, rank))
+def tensors_of(world_size: int) -> tuple[Tensor, ...]:
+    """All tensors of a 1B model and its moments, as many rows each as there are workers."""
+    names = [f"layers.{layer}.{part}" for layer in range(LAYERS) for part in PER_LAYER]
+    names += ["embedding.weight", "norm.weight", "output.weight"]
+    return tuple(
+        Tensor(f"{kind}/{name}", "F32", (world_size,) if "norm" in name else (world_size, COLUMNS))
+        for kind in ("exp_avg", "exp_avg_sq", "model")
+        for name in sorted(names)
+    )
+
+
+def uploaded(
+    tensors: tuple[Tensor, ...], state: TrainingState, shard: StagedShard
+) -> UploadedShard:
+    """One worker's shard, as if it had just been uploaded."""
+    offset, slices = 65_536, []
+    for tensor in tensors:
+        slices.append(
+            TensorSlice(
+                tensor.name,
+                tensor.dtype,
+                tensor.global_shape,
+                shard.rank,
+                shard.rank + 1,
+                offset,
+                1,
+                (2_900_000_000 + shard.rank,),
+            )
+        )
+        offset = slices[-1].end_offset
+    key = shard_key(shard.directory, shard.rank)
+    file = ShardFile(key, SHARD_BYTES, f"{shard.rank:064x}", tuple(slices))
+    return UploadedShard(shard, file, state, tensors)
 
 
 def main() -> None:
-    """Measure and print one line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=1000)
-    parser.add_argument("--tensors", type=int, default=60)
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--latency-ms", type=float, default=30.0)
+    parser.add_argument("--wait-s", type=float, default=10.0)
     options = parser.parse_args()
-    store: Any = SlowStore(0.0)
-    put_parts(store, options.ranks, options.tensors)
-    store.latency_s = options.latency_ms / 1000
+    world_size = options.nodes * options.workers
+    store: Any = SlowStore()
+    run_log = RunLog(store, writer="node-0")
+    members = tuple(
+        Member(f"node-{n}", f"{n:08x}", "10.0.0.1", 29_500, 1, options.workers)
+        for n in range(options.nodes)
+    )
+    generation = Generation(1, members, (), "10.0.0.1", 29_400, None, "started")
+    run_log.append(lambda _: generation, generation=0)
+    directory, run_id = directory_of(generation, STEP), run_log.view.run_id
+    zeros = "0" * 64
+    state = TrainingState(STEP, 0, 0, 0, STEP, STEP, STEP, zeros, zeros, zeros, "exact", world_size)
+    tensors = tensors_of(world_size)
+
+    node_s, sizes = 0.0, []
+    store.requests.clear()
+    for ranks in generation.worker_ranks():
+        shards = [
+            uploaded(tensors, state, StagedShard(Path(), run_id, directory, rank, ranks))
+            for rank in ranks
+        ]
+        store.latency_s = options.latency_ms / 1000 if ranks.start == 0 else 0.0
+        started_s = time.monotonic()
+        notice = publish_node(store, shards)
+        if ranks.start == 0:
+            node_s = time.monotonic() - started_s
+        sizes.append((notice.share.size, len(notice.to_bytes())))
+    by_nodes = Counter(store.requests)
+
+    committed = threading.Event()
+    commits: list[Checkpoint] = []
+
+    def on_commit(checkpoint: Checkpoint) -> None:
+        commits.append(checkpoint)
+        committed.set()
+
+    store.latency_s, store.hides = options.latency_ms / 1000, True
+    store.requests.clear()
+    committer = Committer(
+        store,
+        run_log,
+        keep=2,
+        last_step=10 * STEP,
+        deadline_s=600.0,
+        superseded=lambda _: False,
+        on_commit=on_commit,
+        on_done=lambda _: None,
+        on_failure=lambda _, __, error: print(f"the commit failed: {error}"),
+        on_untidy=lambda error: print(f"tidying failed: {error}"),
+    )
+    committer.note_step(1, {"step": STEP, "loss": 1.0})
+    committer.expect(STEP, generation)
+    time.sleep(options.wait_s)
+    polls = store.requests.total()
+    store.hides, started_s = False, time.monotonic()
+    assert committed.wait(600)
+    commit_s = time.monotonic() - started_s
+    by_committer = Counter(store.requests)
+    committer.close(10.0)
+
+    reference = reference_of(commits[0])
+    wanted = {tensor.name: (world_size // 2, world_size // 2 + 1) for tensor in tensors}
     store.requests.clear()
     started_s = time.monotonic()
-    parts: list[Part] | None = collect(
-        store,
-        DIRECTORY,
-        range(options.ranks),
-        deadline_s=600.0,
-        now=time.monotonic,
-        wait=time.sleep,
-        should_stop=lambda: False,
-    )
-    assert parts is not None
-    collected_s = time.monotonic()
-    reference = publish_manifest(store, parts)
+    read_index(store, reference, run_id, wanted)
+    worker_s, worker_requests = time.monotonic() - started_s, store.requests.total()
+    store.requests.clear()
+    started_s = time.monotonic()
+    quick_check(store, reference, run_id)
+    check_s = time.monotonic() - started_s
+
+    total = by_nodes.total() + by_committer.total()
     print(
-        f"ranks {options.ranks}: collect {collected_s - started_s:.2f} s, "
-        f"publish {time.monotonic() - collected_s:.2f} s, "
-        f"manifest {reference.manifest_size} bytes, requests {dict(store.requests)}"
+        f"{options.nodes} nodes x {options.workers} workers, {options.latency_ms:g} ms a request:\n"
+        f"  node    {node_s:.2f} s after its last upload; record {sizes[-1][0] / 1e3:.0f} KB, "
+        f"notice {sizes[-1][1] / 1e3:.1f} KB\n"
+        f"  commit  {commit_s:.2f} s from the notices to the COMMIT; manifest "
+        f"{reference.manifest_size / 1e6:.2f} MB\n"
+        f"  total   {node_s + commit_s:.2f} s from the last upload to the COMMIT\n"
+        f"  requests beside the uploads: {total / options.nodes:.2f} a node "
+        f"(nodes {dict(by_nodes)}, committing node {dict(by_committer)}, of which {polls} while it waited)\n"
+        f"  worker  {worker_s:.2f} s and {worker_requests} requests to learn where its rows are\n"
+        f"  check   {check_s:.2f} s and {store.requests.total()} requests for the sizes of all files"
     )
 
 

@@ -13,6 +13,7 @@ from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario
 from elastic_pt.cli import run_command_line
+from elastic_pt.elastic.records import CauseKind
 from elastic_pt.inspection import State, open_run, read_status
 
 pytestmark = pytest.mark.chaos
@@ -74,6 +75,41 @@ def test_a_full_staging_directory_ends_no_run(
     finally:
         run.fleet.close()
         subprocess.run(["umount", "-l", staging], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_the_node_without_room_for_the_last_checkpoint_is_the_one_that_rests(
+    start: StartScenario, reference_digest: str, tmp_path: Path
+) -> None:
+    """F39: a node that cannot stage the last checkpoint says so itself; the committing node is blamed for nothing and completes the run."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    run = start(
+        f"checkpoint.staging={staging}",
+        "elastic.nodes_max=2",
+        "elastic.nodes_min=1",
+        "elastic.settle_timeout_s=6.0",
+        nodes=1,
+    )
+    # Only this node sees the small file system.
+    mount = 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"'
+    pid = run.fleet.start("node-1", prefix=["unshare", "--mount", "sh", "-c", mount, str(staging)])
+    run.until_step(KILL_STEP, nodes=2)
+    committing = run.generation().members[0].node
+    assert committing == "node-0"
+    fill(Path(f"/proc/{pid}/root{staging}/blob"))
+    codes = run.fleet.wait(PATIENCE_S)
+    assert codes["node-0"] == 0, run.last_words()
+    assert codes["node-1"] in (0, 6), run.last_words()
+    assert run.events("node-1", "checkpoint_skipped")
+    whole = run.check_whole(reference_digest)
+    causes = [cause for generation in whole.generations for cause in generation.causes]
+    gave_up = [cause for cause in causes if cause.kind is CauseKind.GAVE_UP]
+    assert gave_up
+    for cause in gave_up:
+        assert (cause.node, cause.surroundings) == ("node-1", True)
+        assert "cannot be staged" in cause.detail
+    assert run.events("node-0", "node_rests") == []
 
 
 def test_a_run_that_failed_is_reopened_and_completed(

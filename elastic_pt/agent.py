@@ -306,10 +306,10 @@ class Agent:
         self._channel.drain_messages(_LAST_MESSAGES_S)
         if outcome is Outcome.DIVERGED:
             self._diverged(formed)
-        elif not self._settle(formed, completed=outcome is Outcome.COMPLETED):
-            trouble = f"the checkpoint of step {self._checkpointing.staged_step} was not committed"
-            if not self._node.must_reform(formed.generation.number):
-                failure = self._node.failure(trouble, kind=CauseKind.GAVE_UP)
+        else:
+            settled = self._settle(formed, completed=outcome is Outcome.COMPLETED)
+            if not settled and not self._node.must_reform(formed.generation.number):
+                failure = self._checkpointing.failure()
         self._end_generation(formed.generation.number, failure, counts=True)
         return True
 
@@ -355,7 +355,11 @@ class Agent:
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
         number, timeout_s = formed.generation.number, self._config.elastic.settle_timeout_s
-        step, given_up = self._checkpointing.staged_step, self._checkpointing.given_up
+        step = self._checkpointing.staged_step
+
+        def given_up() -> bool:
+            return self._checkpointing.lost() is not None
+
         if completed:
             if formed.node_rank == 0:
                 self._checkpointing.finish(formed.generation)

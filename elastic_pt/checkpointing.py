@@ -7,26 +7,26 @@
 Agent process; called from the channel's, the upload, the commit and the membership threads.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.restore import quick_check
-from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.shard_file import is_staged
+from elastic_pt.checkpoint.upload import NodeRefused, StagedShard, Uploader
 from elastic_pt.commit import Committer, directory_of, reference_of
 from elastic_pt.config import Config
 from elastic_pt.elastic.channel import Message
 from elastic_pt.elastic.log import RunLog, RunView
 from elastic_pt.elastic.node import Formed, Node
-from elastic_pt.elastic.records import Checkpoint, Generation, Quarantine
+from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
-
-_STAGED = re.compile(r"\.?\d{10}-rank-\d+\.safetensors(\.\d+\.tmp)?")
 
 log = structlog.get_logger("elastic_pt.checkpointing")
 
@@ -69,6 +69,19 @@ def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> No
         log.error("quarantine_failed", reason=str(error))
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A checkpoint that cannot be committed, and whose trouble that is."""
+
+    generation: int
+    step: int
+    why: str
+    own: bool
+    """Whether this node could not do its share; else another node says that it could not."""
+    surroundings: bool
+    """As in `records.Cause`."""
+
+
 class Checkpointing:
     """See the module. `formed` tells the generation whose workers run; `release(step)` lets them go on."""
 
@@ -92,8 +105,8 @@ class Checkpointing:
         self._release = release
         self._workers = node.member.workers
         self._uploads: dict[int, int] = defaultdict(int)
-        self._uncommitted = (0, 0)
-        """Generation and step of the last checkpoint that this node could not commit."""
+        self._lost: Lost | None = None
+        """The last checkpoint that this node knows cannot be committed."""
         self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
         self._committer = Committer(
             store,
@@ -122,19 +135,20 @@ class Checkpointing:
 
     def skipped(self, message: Message) -> None:
         """A worker had no room for its shard: this checkpoint will not be one, and nobody waits for it."""
+        if self._is_stale(message):
+            return
         self._metrics.checkpoint_skips.inc()
         log.warning("checkpoint_skipped", step=message["step"], cause=message["why"])
-        try:
-            self._enqueue(message, Path(), missing=message["why"])
-        except ElasticPtError as error:
-            self._upload_failed(int(message["step"]), error)
+        self._enqueue(message, Path(), missing=message["why"])
+        place = self._formed().generation.number, int(message["step"])
+        self._lose(place, message["why"], own=True, surroundings=True)
 
     def _sweep(self) -> None:
         """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
         pending = self._uploader.pending()
         try:
             for path in self._staging.iterdir():
-                if _STAGED.fullmatch(path.name) and path not in pending:
+                if is_staged(path) and path not in pending:
                     path.unlink(missing_ok=True)
                     log.info("staging_swept", path=str(path))
         except OSError as error:
@@ -143,10 +157,12 @@ class Checkpointing:
 
     def staged(self, message: Message) -> None:
         """A worker has left a shard."""
-        try:
-            self._submit(message)
-        except ElasticPtError as error:
-            self._upload_failed(int(message["step"]), error)
+        path = Path(message["path"])
+        if self._is_stale(message):
+            path.unlink(missing_ok=True)
+            return
+        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+        self._enqueue(message, path)
 
     def note_step(self, message: Message) -> None:
         """Rank 0 has done a step; the history of the next commit tells of it."""
@@ -156,44 +172,70 @@ class Checkpointing:
         """The last step is done: end the run once its checkpoint is committed."""
         self._committer.finish(generation)
 
-    def given_up(self) -> bool:
-        """Whether the checkpoint that was staged last cannot be committed."""
-        return self._uncommitted == (self._formed().generation.number, self.staged_step)
+    def lost(self) -> Lost | None:
+        """Why the checkpoint that was staged last cannot be committed; None while it may be."""
+        lost, due = self._lost, (self._formed().generation.number, self.staged_step)
+        return lost if lost is not None and (lost.generation, lost.step) == due else None
+
+    def failure(self) -> Cause | None:
+        """What the others are told when the checkpoint that was staged last is none; None if another node knows why."""
+        lost = self.lost()
+        if lost is not None and not lost.own:
+            return None
+        why = "nobody said why" if lost is None else lost.why
+        return self._node.failure(
+            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            kind=CauseKind.GAVE_UP,
+            surroundings=lost is None or lost.surroundings,
+        )
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
         self._committer.close(timeout_s)
         self._uploader.close()
 
-    def _submit(self, message: Message) -> None:
-        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
-        self._enqueue(message, Path(message["path"]))
+    def _is_stale(self, message: Message) -> bool:
+        """Whether the sender is a worker of an earlier generation, whose shards belong to no checkpoint any more."""
+        if message["generation"] == self._formed().generation.number:
+            return False
+        log.info("stale_shard_dropped", step=message["step"], generation=message["generation"])
+        return True
 
     def _enqueue(self, message: Message, path: Path, missing: str = "") -> None:
-        generation, step = self._formed().generation, int(message["step"])
+        formed, step = self._formed(), int(message["step"])
+        generation = formed.generation
         self.staged_step = step
-        self._uploader.submit(
-            StagedShard(
-                path=path,
-                run_id=self._node.view.run_id,
-                directory=directory_of(generation, step),
-                rank=message["rank"],
-                missing=missing,
-            )
+        shard = StagedShard(
+            path=path,
+            run_id=self._node.view.run_id,
+            directory=directory_of(generation, step),
+            rank=message["rank"],
+            ranks=generation.worker_ranks()[formed.node_rank],
+            missing=missing,
         )
-        if message["rank"] == 0:
-            self._committer.expect(step, generation)
+        try:
+            self._uploader.submit(shard)
+        except ElasticPtError as error:
+            self._upload_failed(shard, error)
+        else:
+            if shard.rank == 0:
+                self._committer.expect(step, generation)
 
-    def _uploaded(self, step: int) -> None:
-        self._uploads[step] += 1
+    def _uploaded(self, shard: StagedShard) -> None:
+        formed, name = self._formed(), parse_directory(shard.directory)
+        if name.generation != formed.generation.number:
+            return
+        self._uploads[name.step] += 1
         # The committing node's workers wait for the commit itself, so that checkpoints never overtake it.
-        if self._uploads[step] >= self._workers and self._formed().node_rank != 0:
-            self._release(step)
+        if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
+            self._release(name.step)
 
-    def _upload_failed(self, step: int, error: Exception) -> None:
+    def _upload_failed(self, shard: StagedShard, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
-        log.error("upload_failed", step=step, cause=str(error))
-        self._uploaded(step)
+        log.error("upload_failed", step=shard.step, cause=str(error))
+        self._uploaded(shard)
+        place = parse_directory(shard.directory).generation, shard.step
+        self._lose(place, str(error), own=True, surroundings=isinstance(error, StoreError))
 
     def _committed(self, checkpoint: Checkpoint) -> None:
         self._metrics.checkpoint_commits.inc()
@@ -205,8 +247,23 @@ class Checkpointing:
         self._metrics.checkpoint_tidy_failures.inc()
         log.warning("tidy_failed", cause=str(error))
 
-    def _commit_failed(self, step: int, error: Exception) -> None:
+    def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("commit_failed", step=step, cause=str(error))
-        self._uncommitted = (self._formed().generation.number, step)
+        refused = isinstance(error, NodeRefused)
+        first_rank = generation.first_worker_rank(self._formed().node_rank)
+        self._lose(
+            (generation.number, step),
+            str(error),
+            # The committing node may be the one that could not do its share.
+            own=not isinstance(error, NodeRefused) or error.first_rank == first_rank,
+            surroundings=refused or isinstance(error, StoreError),
+        )
+
+    def _lose(self, place: tuple[int, int], why: str, *, own: bool, surroundings: bool) -> None:
+        """The checkpoint of a generation and step will not be one: whoever waits for it learns so."""
+        known = self._lost
+        # What a node knows of itself stands.
+        if own or known is None or (known.generation, known.step) != place:
+            self._lost = Lost(*place, why, own, surroundings)
         self._node.notice_log()

@@ -1,11 +1,10 @@
 """From uploaded parts to a checkpoint that counts: what the committing node does, one step after the other.
 
-    collect parts ─► publish manifest ─► history ─► COMMIT ─► workers go on
-                                                       └────► Tidier: remove what expired
+    collect notices ─► publish manifest ─► history ─► COMMIT ─► workers go on ─► Tidier: remove what expired
 
 The node of rank 0 commits. It runs this in a thread of its agent; a node that loses its generation on the
-way meets the fence at the COMMIT and appends nothing. Deletes have a thread of their own: nothing waits
-for them, and one that fails is tried again after a later commit.
+way meets the fence at the COMMIT and appends nothing. It reads a few KB per node and nothing per worker
+(see `checkpoint.upload`). Deletes have a thread of their own and begin once the workers go on: nothing waits for them, and one that fails is tried again after a later commit.
 """
 
 import json
@@ -70,7 +69,7 @@ class Committer:
         superseded: Callable[[int], bool],
         on_commit: Callable[[Checkpoint], None],
         on_done: Callable[[int], None],
-        on_failure: Callable[[int, Exception], None],
+        on_failure: Callable[[Generation, int, Exception], None],
         on_untidy: Callable[[Exception], None],
     ) -> None:
         self._store = store
@@ -114,17 +113,20 @@ class Committer:
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
             step = self._last_step if due.step is None else due.step
+            left: _Expired | None = None
             try:
                 if due.step is None:
                     self._stop(due.generation)
                 else:
-                    self._commit(due.step, due.generation)
+                    left = self._commit(due.step, due.generation)
             except FencedError as error:
                 log.info("commit_fenced", step=step, reason=str(error))
             # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all commits.
             except Exception as error:
-                self._on_failure(step, error)
+                self._on_failure(due.generation, step, error)
             self._on_done(step)
+            if left is not None:
+                self._tidier.tidy(left)
 
     def _stop(self, generation: Generation) -> None:
         view = self._log.refresh()
@@ -134,12 +136,12 @@ class Committer:
             )
             log.info("stop", reason=COMPLETED, step=self._last_step)
 
-    def _commit(self, step: int, generation: Generation) -> None:
+    def _commit(self, step: int, generation: Generation) -> "_Expired | None":
         directory = directory_of(generation, step)
-        parts = collect(
+        notices = collect(
             self._store,
             directory,
-            range(generation.world_size),
+            generation.worker_ranks(),
             deadline_s=self._deadline_s,
             now=time.monotonic,
             wait=time.sleep,
@@ -149,10 +151,10 @@ class Committer:
                 self._superseded(generation.number) or self._newest > (generation.number, step)
             ),
         )
-        if parts is None:
+        if notices is None:
             log.info("commit_abandoned", step=step, directory=directory)
-            return
-        reference = publish_manifest(self._store, parts)
+            return None
+        reference = publish_manifest(self._store, notices)
         history = self._write_history(directory, step)
         checkpoint = Checkpoint(
             reference.step,
@@ -179,13 +181,22 @@ class Committer:
         with self._history_lock:
             self._history.forget(step)
         self._on_commit(checkpoint)
-        self._tidier.tidy(view, gone)
+        return _Expired(view, gone)
 
     def _write_history(self, directory: str, step: int) -> list[Line]:
         with self._history_lock:
             lines = self._history.through(step)
         write_history(self._store, _history_key(directory), lines)
         return lines
+
+
+@dataclass(frozen=True)
+class _Expired:
+    """What a COMMIT leaves to be removed."""
+
+    view: RunView
+    directories: set[str]
+    """Checkpoints that it let go."""
 
 
 class Tidier:
@@ -197,15 +208,15 @@ class Tidier:
     def __init__(self, store: Store, *, on_failure: Callable[[Exception], None]) -> None:
         self._store = store
         self._on_failure = on_failure
-        self._due: queue.Queue[tuple[RunView, set[str]] | None] = queue.Queue()
+        self._due: queue.Queue[_Expired | None] = queue.Queue()
         self._expired: set[str] = set()
         """Checkpoints that some commit let go and that are not removed yet."""
         self._thread = threading.Thread(target=self._run, name="tidy", daemon=True)
         self._thread.start()
 
-    def tidy(self, view: RunView, expired: set[str]) -> None:
-        """Remove, soon, the `expired` checkpoints and the uploads that nothing can commit any more."""
-        self._due.put((view, set(expired)))
+    def tidy(self, expired: _Expired) -> None:
+        """Remove, soon, the expired checkpoints and the uploads that nothing can commit any more."""
+        self._due.put(expired)
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
@@ -214,10 +225,9 @@ class Tidier:
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
-            view, expired = due
-            self._expired |= expired
+            self._expired |= due.directories
             try:
-                self._remove(view)
+                self._remove(due.view)
             # Whatever it is: a thread that dies unheard would leave every later checkpoint behind.
             except Exception as error:
                 self._on_failure(error)

@@ -20,7 +20,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from elastic_pt.checkpoint.layout import CheckpointReference
-from elastic_pt.checkpoint.restore import load_rows, read_manifest
+from elastic_pt.checkpoint.restore import load_rows, read_index
+from elastic_pt.checkpoint.shard_file import Staging
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import SlotLoader
@@ -88,7 +89,13 @@ def main(config_text: str, scratch_path: str) -> str:
     )
     with loader:
         outcome = train(
-            config, state, iter(loader), agent, scratch, identity(config, manifest), progress.enter
+            config,
+            state,
+            iter(loader),
+            agent,
+            Staging(scratch, assignment.generation),
+            identity(config, manifest),
+            progress.enter,
         )
         progress.enter(Phase.END, state.steps_done)
     # Nobody closes connections while another worker may still be reading from them.
@@ -158,12 +165,15 @@ def restore(
     )
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     slices = dict(state.slices())
+    wanted = {
+        name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
+    }
     try:
-        manifest = read_manifest(store, reference, assignment.run_id)
+        index = read_index(store, reference, assignment.run_id, wanted)
         found = Identity(
-            manifest.state.data_fingerprint,
-            manifest.state.tokenizer_sha256,
-            manifest.state.config_fingerprint,
+            index.state.data_fingerprint,
+            index.state.tokenizer_sha256,
+            index.state.config_fingerprint,
         )
         if found != identity(config, data):
             raise ConfigError(
@@ -171,16 +181,13 @@ def restore(
             )
         load_rows(
             store,
-            manifest,
-            {
-                name: (each.first_row, each.first_row + each.rows.shape[0])
-                for name, each in slices.items()
-            },
+            index,
+            wanted,
             into={name: each.rows for name, each in slices.items()},
         )
     except CheckpointError as error:
         agent.send("unusable", directory=resume.directory, why=str(error))
         raise
-    state.steps_done = manifest.state.step
-    state.optimizer.step_count = manifest.state.optimizer_step
-    state.skipped_in_a_row = manifest.state.skipped_in_a_row
+    state.steps_done = index.state.step
+    state.optimizer.step_count = index.state.optimizer_step
+    state.skipped_in_a_row = index.state.skipped_in_a_row

@@ -1,22 +1,31 @@
 """Where a new generation goes on: what is taken on trust, and what is looked at."""
 
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from elastic_pt.checkpointing import Checkpointing, choose_resume
+from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.shard_file import Staging, write_shard
+from elastic_pt.checkpoint.upload import StagedShard, refuse_node
+from elastic_pt.checkpointing import Checkpointing, Lost, choose_resume
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.node import Formed, Node
-from elastic_pt.elastic.records import Checkpoint, Commit
+from elastic_pt.elastic.records import Cause, CauseKind, Checkpoint, Commit
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
+from tests.checkpoint.world import RUN_ID, full_tensors, local_rows, training_state
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.world import generation, member
 from tests.train.world import config_for
 
+WAIT_S = 20.0
 COMMITTED = Checkpoint(7, 1, "ckpt/0000000007-g1-abcd", 1, "0" * 64, 1.0)
 
 
@@ -47,24 +56,126 @@ def test_new_nodes_look_at_every_file_first(bucket: WatchedStore) -> None:
     assert log.refresh().quarantined == {COMMITTED.directory}
 
 
+def member_of(
+    folder: Path, node_rank: int, released: Callable[[int], None] = lambda _: None
+) -> Checkpointing:
+    """The checkpoints of a node in generation 3 of two nodes with two workers each."""
+    formed = SimpleNamespace(
+        generation=replace(
+            generation(),
+            number=3,
+            members=tuple(
+                replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab"
+            ),
+        ),
+        node_rank=node_rank,
+    )
+    store = open_store(f"file://{folder}/run")
+    run_log = RunLog(store, writer="a")
+    run_log.refresh()
+    node = SimpleNamespace(
+        member=member("ab"[node_rank], workers=2),
+        must_reform=lambda _: False,
+        view=SimpleNamespace(run_id=RUN_ID),
+        notice_log=lambda: None,
+    )
+    node.failure = partial(Node.failure, cast(Node, node))
+    return Checkpointing(
+        config_for(folder, "elastic.settle_timeout_s=5.0"),
+        store,
+        run_log,
+        cast(Node, node),
+        Metrics(),
+        folder / "staging",
+        formed=lambda: cast(Formed, formed),
+        release=released,
+    )
+
+
+def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> None:
+    """A skipped checkpoint is lost by this node, through its surroundings; the same step of another one is not."""
+    checkpointing = member_of(tmp_path, node_rank=1)
+    assert checkpointing.lost() is None
+    message = {"step": 7, "rank": 3, "generation": 3, "why": "no space left"}
+    checkpointing.skipped(message)
+    assert checkpointing.lost() == Lost(3, 7, "no space left", own=True, surroundings=True)
+    checkpointing.skipped(message | {"step": 8, "generation": 2})
+    assert checkpointing.staged_step == 7
+    checkpointing.close(WAIT_S)
+
+
+def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: Path) -> None:
+    """A node that says it had no room loses the checkpoint for all, but it alone loses it by its own trouble."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    committing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    full = member_of(tmp_path, node_rank=1)
+    full.skipped({"step": 7, "rank": 2, "generation": 3, "why": "no space left"})
+    for rank in (0, 1):
+        path = Staging(tmp_path / "staging", 3).path(7, rank)
+        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
+        committing.staged(
+            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        )
+    assert released.wait(WAIT_S)
+    lost = committing.lost()
+    assert lost is not None
+    assert not lost.own
+    assert "no space left" in lost.why
+    assert committing.failure() is None
+    assert full.failure() == Cause(
+        CauseKind.GAVE_UP,
+        "b",
+        "the checkpoint of step 7 was not committed: no space left",
+        surroundings=True,
+    )
+    committing.close(WAIT_S)
+    full.close(WAIT_S)
+
+
+def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> None:
+    """The node of rank 0 may read that it refused before its upload thread tells: the trouble is its own."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    checkpointing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    path = Staging(tmp_path / "staging", 3).path(7, 0)
+    write_shard(path, local_rows(full_tensors(), 0, 4), training_state(7))
+    directory = checkpoint_directory(7, 3, "abca")
+    refuse_node(
+        open_store(f"file://{tmp_path}/run"),
+        StagedShard(path, RUN_ID, directory, 1, range(2)),
+        "the store failed",
+    )
+    checkpointing.staged({"step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1})
+    assert released.wait(WAIT_S)
+    failure = checkpointing.failure()
+    assert failure is not None
+    assert failure.surroundings
+    assert "the store failed" in failure.detail
+    checkpointing.close(WAIT_S)
+
+
+def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:
+    """A file that a worker of an earlier world staged at the same step is dropped, and has another name."""
+    (tmp_path / "staging").mkdir()
+    checkpointing = member_of(tmp_path, node_rank=1)
+    old, new = (Staging(tmp_path / "staging", number).path(7, 2) for number in (2, 3))
+    assert old != new
+    for path in (old, new):
+        path.write_bytes(b"x")
+    checkpointing.staged({"step": 7, "rank": 2, "generation": 2, "path": str(old), "seconds": 0.1})
+    assert checkpointing.staged_step == 0
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == [new.name]
+    checkpointing.close(WAIT_S)
+
+
 def test_what_dead_workers_left_in_staging_is_swept(tmp_path: Path) -> None:
     """At a stop and at a start everything that no upload waits for goes; files of another kind stay."""
     staging = tmp_path / "staging"
     staging.mkdir()
-    node = SimpleNamespace(member=member("a"), must_reform=lambda _: False)
-    store = open_store(f"file://{tmp_path}/run")
-    checkpointing = Checkpointing(
-        config_for(tmp_path),
-        store,
-        RunLog(store, writer="a"),
-        cast(Node, node),
-        Metrics(),
-        staging,
-        formed=lambda: cast(Formed, None),
-        release=lambda _: None,
-    )
+    checkpointing = member_of(tmp_path, node_rank=0)
     for act in (checkpointing.stopped, checkpointing.starts):
-        left = ("0000000007-rank-0.safetensors", ".0000000008-rank-1.safetensors.4711.tmp")
+        left = ("0000000007-g2-rank-0.safetensors", ".0000000008-g3-rank-1.safetensors.4711.tmp")
         for name in (*left, "agent.sock", "assignment.json"):
             (staging / name).write_bytes(b"x")
         act()

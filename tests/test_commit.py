@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from elastic_pt.checkpoint.upload import upload_shard
 from elastic_pt.commit import Committer, directory_of
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.records import Checkpoint, Generation, Quarantine
 from elastic_pt.errors import StoreError
 from elastic_pt.store.open import open_store
-from tests.checkpoint.world import full_tensors, stage, training_state
+from tests.checkpoint.world import full_tensors, stage, training_state, upload_nodes
 from tests.elastic.bucket import WatchedStore
 from tests.elastic.world import generation, member
 
@@ -56,7 +55,7 @@ class World:
             superseded=lambda _: False,
             on_commit=self.committed.append,
             on_done=lambda step: self.done[step].set(),
-            on_failure=lambda step, _: self.failed.append(step),
+            on_failure=lambda generation, step, error: self.failed.append(step),
             on_untidy=self.untidy.append,
         )
 
@@ -64,10 +63,10 @@ class World:
         """A worker's shard of a step reaches the bucket."""
         directory = directory_of(self.generation, step)
         run_id = self.log.view.run_id
-        (shard,) = stage(
+        shards = stage(
             self.folder, full_tensors(), 1, directory, training_state(step), run_id=run_id
         )
-        upload_shard(self.store, shard)
+        upload_nodes(self.store, shards)
 
     def commit(self, step: int) -> None:
         """Take a step's checkpoint all the way; returns once the workers would be released."""

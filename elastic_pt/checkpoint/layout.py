@@ -2,17 +2,25 @@
 
     ckpt/<step>-g<generation>-<nonce>/
         shard-<rank>.safetensors   the rows of every tensor that one worker held
-        part-<rank>.json           what is in that file, written by the agent that uploaded it
-        manifest.json              all parts in one record, written when every part is there
+        node-<rank>.json           what is in the files of one node's workers; <rank> is that of the first
+        notice-<rank>.json         for the committing node: that the node record is there, and which rows it has
+        manifest.json              names every node record, written when every notice is there
 
 The directory counts if and only if a COMMIT record of the run's log holds its `CheckpointReference`:
 the manifest's size and SHA-256. From there the chain goes down: the manifest holds size and SHA-256 of
-every shard file and a CRC-32 of every block of rows, so whoever holds the reference can tell any other
-bytes from the right ones, whole files or the few rows it needs.
+every node record; a node record those of its shard files, and a CRC-32 of every block of rows. So whoever
+holds the reference can tell any other bytes from the right ones, whole files or the few rows it needs.
 
 A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does); a file holds rows
-`[first_row, end_row)` of it. The manifest is valid only if, for every tensor, the slices tile all rows
-without gap or overlap. Nothing here knows how many workers will read.
+`[first_row, end_row)` of it, and the files of a node hold rows without a gap between them. For every tensor the
+rows of the nodes tile all rows without gap or overlap. This is checked three times: a node checks that the
+slices of its workers join, the committing node that the rows of all nodes tile, and a reader checks the
+manifest again, and each node record against the rows that the manifest says. Nothing here knows how many
+workers will read.
+
+Until schema 2 there was one `part-<rank>.json` per file, and the manifest held all slices itself. Such
+checkpoints are still read: `Manifest` is both that document and what a reader puts together from schema 2,
+whose documents are in `nodes`.
 
 Records check themselves when they are built, so a record that exists is a valid one, whether it was
 decoded or constructed. This module does no I/O; every error is a `CheckpointError` of one line.
@@ -20,7 +28,7 @@ decoded or constructed. This module does no I/O; every error is a `CheckpointErr
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -38,12 +46,14 @@ from elastic_pt.errors import CheckpointError
 BLOCK_BYTES_MAX = 4 << 20
 DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}
 
-_RANK_MAX = 99_999
-_DIRECTORY = re.compile(r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})")
-_KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+RowRange = tuple[int, int]
+
+RANK_MAX = 99_999
+DIRECTORY = re.compile(r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})")
+KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _TENSOR_NAME = re.compile(r"(model|exp_avg|exp_avg_sq)/[A-Za-z0-9_.-]+")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_LABEL = re.compile(r"[A-Za-z0-9._:+-]{1,128}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+LABEL = re.compile(r"[A-Za-z0-9._:+-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def checkpoint_directory(step: int, generation: int, nonce: str) -> str:
 
 def parse_directory(directory: str) -> DirectoryName:
     """Take a checkpoint directory's name apart. Raises `CheckpointError` for any other name."""
-    found = _DIRECTORY.fullmatch(directory)
+    found = DIRECTORY.fullmatch(directory)
     if found is None:
         raise CheckpointError(f"{shown(directory)} is not the name of a checkpoint directory")
     return DirectoryName(int(found[1]), int(found[2]), found[3])
@@ -76,13 +86,8 @@ def shard_key(directory: str, rank: int) -> str:
 
 
 def part_key(directory: str, rank: int) -> str:
-    """Key of the record that describes `shard_key(directory, rank)`."""
+    """Key of the record of one shard file in schema 1."""
     return f"{directory}/part-{rank:05d}.json"
-
-
-def failed_key(directory: str, rank: int) -> str:
-    """Key of the note that a rank's shard will not come, so that nobody waits for it."""
-    return f"{directory}/failed-{rank:05d}"
 
 
 def manifest_key(directory: str) -> str:
@@ -142,10 +147,28 @@ class TrainingState(Record):
         self._whole("slots", 1)
         self._whole("skipped_in_a_row", 0, self.step - self.optimizer_step)
         for field in ("data_fingerprint", "config_fingerprint"):
-            self._text(field, _LABEL)
-        self._text("tokenizer_sha256", _SHA256)
+            self._text(field, LABEL)
+        self._text("tokenizer_sha256", SHA256)
         if self.numerics not in ("exact", "native"):
             self._refuse("numerics", "'exact' or 'native'")
+
+
+@dataclass(frozen=True)
+class Tensor(Record):
+    """One whole tensor of the state, whoever holds its rows."""
+
+    what: ClassVar[str] = "tensor"
+
+    name: str
+    dtype: str
+    global_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_tensor(self)
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values | {"global_shape": as_tuple(values["global_shape"])}
 
 
 @dataclass(frozen=True)
@@ -168,12 +191,8 @@ class TensorSlice(Record):
     block_crc32: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        self._text("name", _TENSOR_NAME)
-        if self.dtype not in DTYPE_BYTES:
-            self._refuse("dtype", f"one of {', '.join(DTYPE_BYTES)}")
+        _check_tensor(self)
         shape = self.global_shape
-        if not (all_whole(shape, 1, 1 << 40) and 1 <= len(shape) <= 8):
-            self._refuse("global_shape", "one to eight sizes of at least 1")
         self._whole("first_row", 0, shape[0] - 1)
         self._whole("end_row", self.first_row + 1, shape[0])
         self._whole("offset", 8)
@@ -203,6 +222,15 @@ class TensorSlice(Record):
         return self.offset + (self.end_row - self.first_row) * self.row_bytes
 
 
+def _check_tensor(tensor: Tensor | TensorSlice) -> None:
+    tensor._text("name", _TENSOR_NAME)
+    if tensor.dtype not in DTYPE_BYTES:
+        tensor._refuse("dtype", f"one of {', '.join(DTYPE_BYTES)}")
+    shape = tensor.global_shape
+    if not (all_whole(shape, 1, 1 << 40) and 1 <= len(shape) <= 8):
+        tensor._refuse("global_shape", "one to eight sizes of at least 1")
+
+
 def rows_per_block(row_bytes: int, rows: int, block_bytes: int = 1 << 20) -> int:
     """Rows of one block, for rows of `row_bytes` each: as many as `block_bytes` hold, at least one.
 
@@ -224,9 +252,9 @@ class ShardFile(Record):
     slices: tuple[TensorSlice, ...]
 
     def __post_init__(self) -> None:
-        self._text("key", _KEY)
+        self._text("key", KEY)
         self._whole("size", 8)
-        self._text("sha256", _SHA256)
+        self._text("sha256", SHA256)
         end, names = 0, set()
         for piece in self.slices:
             if piece.offset < end or piece.end_offset > self.size or piece.name in names:
@@ -244,9 +272,10 @@ class ShardFile(Record):
 
 @dataclass(frozen=True)
 class Part(Document):
-    """One worker's share of a checkpoint, as its agent uploaded it."""
+    """One worker's share of a checkpoint of schema 1."""
 
     what: ClassVar[str] = "checkpoint part"
+    schema: ClassVar[int] = 1
 
     run_id: str
     directory: str
@@ -255,9 +284,9 @@ class Part(Document):
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self._text("run_id", _LABEL)
-        self._text("directory", _DIRECTORY)
-        self._whole("rank", 0, _RANK_MAX)
+        self._text("run_id", LABEL)
+        self._text("directory", DIRECTORY)
+        self._whole("rank", 0, RANK_MAX)
         if self.file.key != shard_key(self.directory, self.rank):
             raise CheckpointError(f"{self.what}: {self.file.key} is not rank {self.rank}'s file")
         if self.state.step != parse_directory(self.directory).step:
@@ -273,19 +302,28 @@ class Part(Document):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One whole tensor: its pieces, `(file key, slice)` in the order of their rows, tile all rows."""
+    """A tensor and its pieces, `(file key, slice)`, in the order of their rows and without gap or overlap."""
 
     name: str
     dtype: str
     global_shape: tuple[int, ...]
     pieces: tuple[tuple[str, TensorSlice], ...]
 
+    @property
+    def rows(self) -> RowRange:
+        """First and end row of the pieces together."""
+        return self.pieces[0][1].first_row, self.pieces[-1][1].end_row
+
 
 @dataclass(frozen=True)
 class Manifest(Document):
-    """Everything a reader of a checkpoint needs to know; bound to one run, step, generation and place."""
+    """Every slice of a checkpoint, bound to one run, step, generation and place.
+
+    In schema 1 this is the object `manifest.json`; in schema 2 a reader puts it together from the node records.
+    """
 
     what: ClassVar[str] = "checkpoint manifest"
+    schema: ClassVar[int] = 1
 
     run_id: str
     directory: str
@@ -293,8 +331,8 @@ class Manifest(Document):
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self._text("run_id", _LABEL)
-        self._text("directory", _DIRECTORY)
+        self._text("run_id", LABEL)
+        self._text("directory", DIRECTORY)
         if self.state.step != self.step:
             raise CheckpointError(
                 f"{self.what}: state of step {self.state.step} in {self.directory}"
@@ -324,14 +362,24 @@ class Manifest(Document):
         """The generation whose workers wrote it."""
         return parse_directory(self.directory).generation
 
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """Key and size of every file that the checkpoint consists of besides the manifest."""
+        return [(file.key, file.size) for file in self.files]
+
+    @property
+    def removable(self) -> set[str]:
+        """Keys of all that belongs to the checkpoint besides the manifest."""
+        parts = {part_key(self.directory, rank) for rank in range(len(self.files))}
+        return {file.key for file in self.files} | parts
+
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Every tensor by name, sorted. Raises `CheckpointError` unless the slices tile all its rows."""
-        pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
-        for file in self.files:
-            for piece in file.slices:
-                pieces.setdefault(piece.name, []).append((file.key, piece))
-        return {name: _tiled(name, pieces[name]) for name in sorted(pieces)}
+        entries = joined(self.files)
+        for name, entry in entries.items():
+            check_tiling(name, [entry.rows], entry.global_shape[0])
+        return entries
 
 
 @dataclass(frozen=True)
@@ -347,12 +395,12 @@ class CheckpointReference(Record):
     manifest_sha256: str
 
     def __post_init__(self) -> None:
-        self._text("directory", _DIRECTORY)
+        self._text("directory", DIRECTORY)
         name = parse_directory(self.directory)
         self._whole("step", name.step, name.step)
         self._whole("generation", name.generation, name.generation)
         self._whole("manifest_size", 2, DOCUMENT_BYTES_MAX)
-        self._text("manifest_sha256", _SHA256)
+        self._text("manifest_sha256", SHA256)
 
     @property
     def manifest_key(self) -> str:
@@ -360,18 +408,41 @@ class CheckpointReference(Record):
         return manifest_key(self.directory)
 
 
-def _tiled(name: str, pieces: list[tuple[str, TensorSlice]]) -> TensorEntry:
+def joined(files: Iterable[ShardFile]) -> dict[str, TensorEntry]:
+    """Every tensor of these files by name, sorted. Raises `CheckpointError` if rows are missing between its slices, or are there twice."""
+    pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
+    for file in files:
+        for piece in file.slices:
+            pieces.setdefault(piece.name, []).append((file.key, piece))
+    return {name: _entry(name, pieces[name]) for name in sorted(pieces)}
+
+
+def _entry(name: str, pieces: list[tuple[str, TensorSlice]]) -> TensorEntry:
     pieces = sorted(pieces, key=lambda piece: piece[1].first_row)
     first = pieces[0][1]
-    row = 0
+    row = first.first_row
     for key, piece in pieces:
         if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
             raise CheckpointError(f"{name}: {key} has another dtype or shape than {pieces[0][0]}")
         if piece.first_row != row:
-            kind = "missing" if piece.first_row > row else "there twice"
-            low, high = sorted((row, piece.first_row))
-            raise CheckpointError(f"{name}: rows {low} to {high} are {kind} ({key})")
+            raise CheckpointError(f"{name}: {_gap(row, piece.first_row)} ({key})")
         row = piece.end_row
-    if row != first.global_shape[0]:
-        raise CheckpointError(f"{name}: rows {row} to {first.global_shape[0]} are missing")
     return TensorEntry(name, first.dtype, first.global_shape, tuple(pieces))
+
+
+def check_tiling(name: str, spans: Iterable[RowRange], rows: int) -> None:
+    """Raise `CheckpointError` unless the spans tile rows 0 to `rows` of a tensor."""
+    row = 0
+    for first, end in sorted(spans):
+        if first != row:
+            raise CheckpointError(f"{name}: {_gap(row, first)}")
+        if end <= first:
+            raise CheckpointError(f"{name}: rows {first} to {end}, expected at least one")
+        row = end
+    if row != rows:
+        raise CheckpointError(f"{name}: {_gap(row, rows)}")
+
+
+def _gap(row: int, next_row: int) -> str:
+    low, high = sorted((row, next_row))
+    return f"rows {low} to {high} are {'missing' if next_row > row else 'there twice'}"

@@ -8,13 +8,13 @@ fields, other types, another schema, and (for documents, by their seal) any flip
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import CREATE_LIMIT_BYTES
 
-SCHEMA = 1
 DOCUMENT_BYTES_MAX = CREATE_LIMIT_BYTES
 COUNT_MAX = 1 << 53
 TEXT_LENGTH_MAX = 512
@@ -59,29 +59,53 @@ class Record:
 class Document(Record):
     """A record that is an object of its own in the store: canonical JSON with a schema version."""
 
+    schema: ClassVar[int]
+
     def to_bytes(self) -> bytes:
         """Canonical bytes: equal records have equal bytes, and any changed bit is noticed by `from_bytes`."""
-        body = {"schema": SCHEMA, "kind": self.what} | self.to_json()
-        seal = hashlib.sha256(_canonical(body)).hexdigest()
-        return _canonical(body | {"sha256": seal}) + b"\n"
+        body = {"schema": self.schema, "kind": self.what} | self.to_json()
+        # Each value is encoded once: the seal of a large document is not worth a second time.
+        encoded = {key: canonical(value) for key, value in body.items()}
+        seal = hashlib.sha256(_object(encoded)).hexdigest()
+        return _object(encoded | {"sha256": canonical(seal)}) + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Decode what `to_bytes` wrote. Raises `CheckpointError` for anything else, one flipped bit included."""
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{cls.what}: not JSON ({len(data)} bytes)") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{cls.what}: not a JSON object")
-        if value.get("schema") != SCHEMA or value.get("kind") != cls.what:
+        return cls._from_tree(_tree(data, cls.what), data)
+
+    @classmethod
+    def _from_tree(cls, value: dict[str, Any], data: bytes) -> Self:
+        if value.get("schema") != cls.schema or value.get("kind") != cls.what:
             found = f"schema {shown(value.get('schema'))} of {shown(value.get('kind'))}"
-            raise CheckpointError(f"{cls.what}: found {found}; schema {SCHEMA} would be right")
+            raise CheckpointError(f"{cls.what}: found {found}; expected schema {cls.schema}")
         ours = {key: value[key] for key in value if key not in ("schema", "kind", "sha256")}
         record = cls.from_json(ours)
         if record.to_bytes() != data:
             raise CheckpointError(f"{cls.what}: the bytes do not match their own SHA-256")
         return record
+
+
+One = TypeVar("One", bound=Document)
+Other = TypeVar("Other", bound=Document)
+
+
+def either(one: type[One], other: type[Other], data: bytes) -> One | Other:
+    """Decode a document that is of one of two schemas or kinds. Raises `CheckpointError` as `from_bytes` does."""
+    value = _tree(data, one.what)
+    if (value.get("schema"), value.get("kind")) == (other.schema, other.what):
+        return other._from_tree(value, data)
+    return one._from_tree(value, data)
+
+
+def _tree(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what}: not JSON ({len(data)} bytes)") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what}: not a JSON object")
+    return value
 
 
 def _plain(value: object) -> object:
@@ -111,12 +135,18 @@ def as_tuple(value: object) -> tuple[Any, ...]:
 
 def all_whole(values: object, low: int, high: int) -> bool:
     """Whether this is a tuple of whole numbers from `low` to `high`."""
-    return isinstance(values, tuple) and all(
-        type(value) is int and low <= value <= high for value in values
-    )
+    if not isinstance(values, tuple) or not set(map(type, values)) <= {int}:
+        return False
+    return not values or low <= min(values) <= max(values) <= high
 
 
-def _canonical(value: object) -> bytes:
+def _object(encoded: Mapping[str, bytes]) -> bytes:
+    """The canonical JSON object of values that are encoded already."""
+    return b"{" + b",".join(canonical(key) + b":" + encoded[key] for key in sorted(encoded)) + b"}"
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON text of a value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 

@@ -1,7 +1,11 @@
 """Reading a checkpoint: which one, is it whole, and these rows of it please.
 
-    reference (from the log) ── read_manifest ── quick_check ── plan_reads ── load_rows ── tensors
-                                                     └───────── verify (every byte, for people)
+    reference (from the log) ── read_root ── read_index ── plan_reads ── load_rows ── tensors    (workers)
+                                    ├─────── quick_check (every size, before a run goes on)
+                                    └─────── read_manifest ── verify (every byte, for people)
+
+`read_root` reads the one object that the log vouches for. `read_index` reads, many at once, the records of those
+nodes whose rows are wanted, `read_manifest` those of all; each is compared with size, SHA-256 and rows in the root.
 
 A reader asks for row ranges and does not care how many workers wrote the files. What it asks for is
 widened to whole blocks, because a block is what a CRC-32 covers; neighbouring blocks of a file become one
@@ -18,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -26,19 +30,29 @@ from elastic_pt.checkpoint.layout import (
     CheckpointReference,
     Manifest,
     Part,
+    RowRange,
     ShardFile,
     TensorEntry,
     TensorSlice,
+    TrainingState,
     part_key,
 )
+from elastic_pt.checkpoint.nodes import (
+    NodeRecord,
+    NodeShare,
+    RootManifest,
+)
+from elastic_pt.checkpoint.record import either
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds, hash_blocks
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.store.port import Store
 
 READ_BYTES_MAX = 32 << 20
 _VERIFY_THREADS = 4
+_REQUEST_THREADS = 64
+"""Small requests that a reader has under way at once: sizes and node records."""
 
-RowRange = tuple[int, int]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -74,21 +88,31 @@ class UsableCheckpoint:
     passed_over: tuple[tuple[CheckpointReference, str], ...]
 
 
-def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> Manifest:
-    """Read the manifest that the reference is about.
+class Index(Protocol):
+    """What `load_rows` needs to know of a checkpoint: where the rows of each tensor are."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """The tensors by name, with all the pieces that the caller may want rows of."""
+
+
+@dataclass(frozen=True)
+class PartialIndex:
+    """The state of a checkpoint, and where the rows are that one reader wants."""
+
+    state: TrainingState
+    tensors: Mapping[str, TensorEntry]
+
+
+def read_root(store: Store, reference: CheckpointReference, run_id: str) -> RootManifest | Manifest:
+    """Read the object `manifest.json` that the reference is about, of either schema.
 
     Size and SHA-256 are those of the reference before anything is parsed; then run, step, generation and
     directory must agree, so a swapped, replayed or foreign manifest is a `CheckpointError`.
     """
     key = reference.manifest_key
-    data = _read(store, key, 0, reference.manifest_size + 1)
-    if len(data) != reference.manifest_size:
-        raise CheckpointError(
-            f"{key}: its size is not the committed {reference.manifest_size} bytes"
-        )
-    if hashlib.sha256(data).hexdigest() != reference.manifest_sha256:
-        raise CheckpointError(f"{key}: its SHA-256 is not the committed one")
-    manifest = Manifest.from_bytes(data)
+    data = _read_exactly(store, key, reference.manifest_size, reference.manifest_sha256)
+    manifest = either(RootManifest, Manifest, data)
     if manifest.run_id != run_id:
         raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
     if manifest.directory != reference.directory:
@@ -96,23 +120,68 @@ def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> 
     return manifest
 
 
-def quick_check(
-    store: Store, reference: CheckpointReference, run_id: str, threads: int = 8
-) -> Manifest:
-    """The manifest, after a look at the size of every file: nothing is missing or cut short.
+def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> Manifest:
+    """Every slice of the checkpoint that the reference is about; reads all its node records.
+
+    Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
+    """
+    root = read_root(store, reference, run_id)
+    if isinstance(root, Manifest):
+        return root
+    files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
+    return Manifest(root.run_id, root.directory, files, root.state)
+
+
+def read_index(
+    store: Store, reference: CheckpointReference, run_id: str, wanted: Mapping[str, RowRange]
+) -> PartialIndex:
+    """Where rows `[first, end)` of each wanted tensor are; reads the records of those nodes alone that have some.
+
+    Raises `CheckpointError` as `read_manifest` does.
+    """
+    root = read_root(store, reference, run_id)
+    if isinstance(root, Manifest):
+        return PartialIndex(root.state, root.tensors)
+    ranges = [wanted.get(tensor.name, (0, 0)) for tensor in root.tensors]
+    nodes = [
+        node
+        for node in root.nodes
+        if any(
+            first < low_high[1] and low_high[0] < end
+            for low_high, (first, end) in zip(node.spans(), ranges, strict=True)
+        )
+    ]
+    # Not `joined`: between nodes that were read for different tensors rows may be missing. `plan_reads` notices.
+    pieces: dict[str, list[tuple[str, TensorSlice]]] = {tensor.name: [] for tensor in root.tensors}
+    for record in _read_nodes(store, root, nodes):
+        for file in record.files:
+            for piece in file.slices:
+                pieces[piece.name].append((file.key, piece))
+    return PartialIndex(
+        root.state,
+        {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.global_shape, tuple(pieces[tensor.name])
+            )
+            for tensor in root.tensors
+        },
+    )
+
+
+def quick_check(store: Store, reference: CheckpointReference, run_id: str) -> None:
+    """Look at the size of every file: nothing is missing or cut short.
 
     Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
     """
-    manifest = read_manifest(store, reference, run_id)
-    with ThreadPoolExecutor(threads) as pool:
-        sizes = pool.map(lambda file: store.size(file.key), manifest.files)
-        for file, size in zip(manifest.files, sizes, strict=True):
-            _check_size(file, size)
-    return manifest
+    expected = read_root(store, reference, run_id).sizes
+    with ThreadPoolExecutor(_REQUEST_THREADS) as pool:
+        sizes = pool.map(lambda file: store.size(file[0]), expected)
+        for (key, size), found in zip(expected, sizes, strict=True):
+            _check_size(key, size, found)
 
 
 def plan_reads(
-    manifest: Manifest, wanted: Mapping[str, RowRange], read_bytes_max: int = READ_BYTES_MAX
+    manifest: Index, wanted: Mapping[str, RowRange], read_bytes_max: int = READ_BYTES_MAX
 ) -> list[ReadRange]:
     """The requests that fetch rows `[first, end)` of each wanted tensor, in file order.
 
@@ -127,8 +196,13 @@ def plan_reads(
             raise CheckpointError(
                 f"{name}: rows {first} to {end} of a tensor of shape {entry.global_shape}"
             )
+        held = 0
         for key, piece in entry.pieces:
             found += [(key, block) for block in _blocks(piece, first, end)]
+            held += max(0, min(end, piece.end_row) - max(first, piece.first_row))
+        # Rows that no piece has would stay in the tensor as they were before.
+        if held != end - first:
+            raise CheckpointError(f"{name}: {held} of rows {first} to {end} are in the index")
     found.sort(key=lambda item: (item[0], item[1].start))
     return coalesce(found, read_bytes_max)
 
@@ -154,7 +228,7 @@ def coalesce(
 
 def load_rows(
     store: Store,
-    manifest: Manifest,
+    manifest: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
     threads: int = 8,
@@ -183,7 +257,7 @@ def load_rows(
 
 
 def read_tensors(
-    store: Store, manifest: Manifest, names: Sequence[str], threads: int = 4
+    store: Store, manifest: Index, names: Sequence[str], threads: int = 4
 ) -> Iterator[tuple[str, memoryview]]:
     """Every byte of the named tensors, as `(name, verified bytes)`, in the order of the names and of their rows.
 
@@ -218,14 +292,16 @@ def read_blocks(store: Store, read: ReadRange) -> Iterator[tuple[Block, memoryvi
 def verify(store: Store, reference: CheckpointReference, run_id: str) -> list[str]:
     """Read every byte of a checkpoint and say what is wrong with it; an empty list means nothing is.
 
-    Checks the manifest against the reference, the tiling of every tensor, size and SHA-256 of every file, the
-    CRC-32 of every block, and the part records that are still there.
+    Checks the manifest against the reference, node records against the manifest, the tiling of every tensor, size
+    and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that are still there.
     """
     try:
+        root = read_root(store, reference, run_id)
         manifest = read_manifest(store, reference, run_id)
     except CheckpointError as error:
         return [str(error)]
-    return _file_problems(store, manifest) + _part_problems(store, manifest)
+    problems = _file_problems(store, manifest)
+    return problems + _part_problems(store, root) if isinstance(root, Manifest) else problems
 
 
 def newest_usable(
@@ -236,13 +312,14 @@ def newest_usable(
 ) -> UsableCheckpoint:
     """The first of `references` (committed ones, newest first) that passes the check.
 
-    `quick` looks at the manifest and at all sizes; `full` reads every byte. Raises `CheckpointError` with
+    `quick` looks at the manifest, the node records and all sizes; `full` reads every byte. Raises `CheckpointError` with
     all reasons when none passes.
     """
     passed_over: list[tuple[CheckpointReference, str]] = []
     for reference in references:
         try:
-            manifest = quick_check(store, reference, run_id)
+            quick_check(store, reference, run_id)
+            manifest = read_manifest(store, reference, run_id)
         except CheckpointError as error:
             passed_over.append((reference, str(error)))
             continue
@@ -254,10 +331,29 @@ def newest_usable(
     raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")
 
 
-def _entry(manifest: Manifest, name: str) -> TensorEntry:
+def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) -> list[NodeRecord]:
+    """The records of these nodes, each just as the manifest describes it."""
+
+    def read(node: NodeShare) -> NodeRecord:
+        data = _read_exactly(store, node.key, node.size, node.sha256)
+        try:
+            record = NodeRecord.from_bytes(data)
+            rows = record.rows_of(root.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{node.key}: {error}") from error
+        sizes = tuple(file.size for file in record.files)
+        facts = (record.run_id, record.directory, sizes, rows)
+        if facts != (root.run_id, root.directory, node.shard_sizes, node.rows):
+            raise CheckpointError(f"{node.key}: does not say what the manifest says")
+        return record
+
+    return list(_in_order(nodes, read, _REQUEST_THREADS))
+
+
+def _entry(manifest: Index, name: str) -> TensorEntry:
     entry = manifest.tensors.get(name)
     if entry is None:
-        raise CheckpointError(f"{name}: not in the checkpoint of step {manifest.step}")
+        raise CheckpointError(f"{name}: not in the checkpoint")
     return entry
 
 
@@ -292,7 +388,7 @@ def _copy_rows(block: Block, data: memoryview, rows: RowRange, target: torch.Ten
 
 
 def _in_order(
-    reads: Sequence[ReadRange], work: Callable[[ReadRange], Result], threads: int
+    reads: Iterable[Item], work: Callable[[Item], Result], threads: int
 ) -> Iterator[Result]:
     """`map` over a pool that is at most `threads` reads ahead of the consumer."""
     with ThreadPoolExecutor(threads) as pool:
@@ -315,11 +411,20 @@ def _read(store: Store, key: str, start: int, end: int) -> bytes:
         raise CheckpointError(f"{key}: missing") from error
 
 
-def _check_size(file: ShardFile, size: int | None) -> None:
+def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
+    data = _read(store, key, 0, size + 1)
+    if len(data) != size:
+        raise CheckpointError(f"{key}: its size is not the committed {size} bytes")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{key}: its SHA-256 is not the committed one")
+    return data
+
+
+def _check_size(key: str, expected: int, size: int | None) -> None:
     if size is None:
-        raise CheckpointError(f"{file.key}: missing")
-    if size != file.size:
-        raise CheckpointError(f"{file.key}: {size} bytes instead of {file.size}")
+        raise CheckpointError(f"{key}: missing")
+    if size != expected:
+        raise CheckpointError(f"{key}: {size} bytes, expected {expected}")
 
 
 def _file_problems(store: Store, manifest: Manifest) -> list[str]:
@@ -331,14 +436,14 @@ def _file_problems(store: Store, manifest: Manifest) -> list[str]:
 def _problems_of(store: Store, file: ShardFile) -> list[str]:
     starts = range(0, file.size, READ_BYTES_MAX)
     try:
-        _check_size(file, store.size(file.key))
+        _check_size(file.key, file.size, store.size(file.key))
         chunks = (
             memoryview(_read(store, file.key, start, min(start + READ_BYTES_MAX, file.size)))
             for start in starts
         )
         bounds = [bound for piece in file.slices for bound in block_bounds(piece)]
         size, sha256, crcs = hash_blocks(chunks, bounds)
-        _check_size(file, size)
+        _check_size(file.key, file.size, size)
     except CheckpointError as error:
         return [str(error)]
     problems = (

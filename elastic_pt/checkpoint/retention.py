@@ -17,10 +17,11 @@ from elastic_pt.checkpoint.layout import (
     Manifest,
     manifest_key,
     parse_directory,
-    part_key,
-    shard_key,
 )
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
+from elastic_pt.checkpoint.nodes import (
+    RootManifest,
+)
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.store.port import Store
 
@@ -76,14 +77,14 @@ def remove(store: Store, directory: str) -> None:
     parse_directory(directory)
     keys = set(store.keys(f"{directory}/"))
     try:
-        manifest = Manifest.from_bytes(store.read(manifest_key(directory), 0, DOCUMENT_BYTES_MAX))
+        data = store.read(manifest_key(directory), 0, DOCUMENT_BYTES_MAX)
+        manifest = either(RootManifest, Manifest, data)
     except (NotFound, CheckpointError):
-        ranks = 0
+        pass
     else:
-        ranks = len(manifest.files) if manifest.directory == directory else 0
+        if manifest.directory == directory:
+            keys |= manifest.removable
     store.delete(manifest_key(directory))
-    for rank in range(ranks):
-        keys |= {shard_key(directory, rank), part_key(directory, rank)}
     with ThreadPoolExecutor(_DELETE_THREADS) as pool:
         for _ in pool.map(store.delete, sorted(keys - {manifest_key(directory)})):
             pass

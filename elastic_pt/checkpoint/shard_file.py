@@ -5,14 +5,15 @@ per tensor into the staging directory (memory). That runs at the speed of one me
 was half as fast, since every new page faults (and a full disk would be a SIGBUS, not an error).
 Hashing happens later, in the agent, in the one pass of `describe_shard`.
 
-The file describes itself: `__metadata__` of the safetensors header holds the training state and, for
-each tensor, its whole shape and first row. Any safetensors reader opens it. There is no pickle.
+The file describes itself: `__metadata__` of the safetensors header holds the training state, for
+each tensor in it the whole shape and first row, and the names, types and shapes of all tensors of the state. Any safetensors reader opens it. There is no pickle.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,11 +25,11 @@ import torch
 from elastic_pt.checkpoint.layout import (
     DTYPE_BYTES,
     ShardFile,
+    Tensor,
     TensorSlice,
     TrainingState,
     rows_per_block,
 )
-from elastic_pt.checkpoint.record import SCHEMA
 from elastic_pt.errors import CheckpointError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -38,6 +39,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_HEADER_SCHEMA = "2"
+_STAGED_NAME = re.compile(r"\.?\d{10}-g\d+-rank-\d+\.safetensors(\.\d+\.tmp)?")
 _HEADER_BYTES_MAX = 100_000_000
 _COPY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
@@ -48,6 +51,22 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, er
 
 class StagingFull(CheckpointError):
     """The staging directory takes no more now; it may later."""
+
+
+class Staging(NamedTuple):
+    """Where the workers of one generation stage their shards."""
+
+    directory: Path
+    generation: int
+
+    def path(self, step: int, rank: int) -> Path:
+        """The file of one worker. No other generation has a file of this name."""
+        return self.directory / f"{step:010d}-g{self.generation}-rank-{rank}.safetensors"
+
+
+def is_staged(path: Path) -> bool:
+    """Whether this is a staged shard, whole or half written, of any generation."""
+    return _STAGED_NAME.fullmatch(path.name) is not None
 
 
 class LocalRows(NamedTuple):
@@ -67,14 +86,14 @@ def write_shard(
 
     `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
     `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero
-    rows, or leaves the tensor out. The file appears under `path` at once and whole (temporary name,
+    rows: the file then still says that there is such a tensor. The file appears under `path` at once and whole (temporary name,
     then rename). It is not synced: the staging directory is memory. Raises `StagingFull` if the staging
     directory has no room (nothing is left behind), another `CheckpointError` if a tensor does not fit its description.
     """
     kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
     # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
     order = sorted(kept, key=lambda name: (-kept[name].rows.element_size(), name))
-    header = _header(kept, order, state)
+    header = _header(kept, order, state, tensors)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -92,16 +111,16 @@ def write_shard(
         raise kind(f"{path}: the shard cannot be staged: {error.strerror}") from error
 
 
-def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState]:
+def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tuple[Tensor, ...]]:
     """Hash a staged shard file in one pass: SHA-256 of the file, CRC-32 of every block (agent process).
 
-    `key` is the object the file will become. Raises `CheckpointError` if the file is not one that
+    `key` is the object the file will become. Beside it come the training state and all its tensors. Raises `CheckpointError` if the file is not one that
     `write_shard` finished.
     """
     try:
         with path.open("rb", buffering=0) as file:
             header_bytes, header = _read_header(file)
-            state, slices = _parse_header(header, 8 + header_bytes, str(path))
+            state, tensors, slices = _parse_header(header, 8 + header_bytes, str(path))
             file.seek(0)
             bounds = [bound for piece in slices for bound in block_bounds(piece)]
             size, sha256, crcs = hash_blocks(_chunks(file), bounds)
@@ -118,7 +137,7 @@ def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState]:
         values = piece.to_json() | {"block_crc32": tuple(crcs[done : done + blocks])}
         described.append(TensorSlice(**values))
         done += blocks
-    return ShardFile(key, size, sha256, tuple(described)), state
+    return ShardFile(key, size, sha256, tuple(described)), state, tensors
 
 
 def block_bounds(piece: TensorSlice) -> list[tuple[int, int]]:
@@ -151,7 +170,22 @@ def hash_blocks(
     return position, digest.hexdigest(), crcs
 
 
-def _header(kept: Mapping[str, LocalRows], order: Sequence[str], state: TrainingState) -> bytes:
+def _tensors(tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]]) -> list[Tensor]:
+    described = []
+    for name in sorted(tensors):
+        rows, shape, _ = tensors[name]
+        if rows.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"{name}: {rows.dtype}, expected {'/'.join(DTYPE_BYTES)}")
+        described.append(Tensor(name, _DTYPE_NAMES[rows.dtype], tuple(shape)))
+    return described
+
+
+def _header(
+    kept: Mapping[str, LocalRows],
+    order: Sequence[str],
+    state: TrainingState,
+    tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+) -> bytes:
     entries: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     offset = 0
@@ -169,9 +203,10 @@ def _header(kept: Mapping[str, LocalRows], order: Sequence[str], state: Training
         whole[name] = [first_row, *shape]
         offset = end
     metadata = {
-        "elastic_pt_schema": str(SCHEMA),
+        "elastic_pt_schema": _HEADER_SCHEMA,
         "state": json.dumps(state.to_json()),
         "rows": json.dumps(whole),
+        "tensors": json.dumps([tensor.to_json() for tensor in _tensors(tensors)]),
     }
     text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
@@ -206,15 +241,16 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
 
 def _parse_header(
     header: dict[str, Any], base: int, path: str
-) -> tuple[TrainingState, list[TensorSlice]]:
-    """State and slices in file order; their CRCs are still zero."""
+) -> tuple[TrainingState, tuple[Tensor, ...], list[TensorSlice]]:
+    """State, all tensors, and slices in file order; their CRCs are still zero."""
     try:
         metadata = header.pop("__metadata__")
-        if metadata["elastic_pt_schema"] != str(SCHEMA):
+        if metadata["elastic_pt_schema"] != _HEADER_SCHEMA:
             raise CheckpointError(
                 f"{path}: written with schema {metadata['elastic_pt_schema']!r:.40}"
             )
         state = TrainingState.from_json(json.loads(metadata["state"]))
+        tensors = tuple(map(Tensor.from_json, json.loads(metadata["tensors"])))
         whole = json.loads(metadata["rows"])
         slices = []
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -248,7 +284,7 @@ def _parse_header(
         raise CheckpointError(
             f"{path}: its safetensors header was not written by this project"
         ) from error
-    return state, slices
+    return state, tensors, slices
 
 
 def _chunks(file: BinaryIO) -> Iterable[memoryview]:

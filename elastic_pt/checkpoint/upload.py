@@ -1,41 +1,66 @@
 """From a staged shard file to a manifest that can be committed.
 
     worker: write_shard ──► staging directory (memory)
-    agent:  Uploader    ──► describe ─► shard-<rank>.safetensors ─► part-<rank>.json ─► local file removed
-    committing agent:       collect (all parts) ─► publish_manifest ─► reference ─► COMMIT, by the caller
+    agent:  Uploader    ──► describe ─► shard-<rank>.safetensors ─► local file removed
+                            all of its workers' ─► node-<rank>.json ─► notice-<rank>.json
+    committing agent:       collect (all notices) ─► publish_manifest ─► reference ─► COMMIT, by the caller
+
+A node record holds about 80 KB of slices per worker, so only its node and readers handle it. The notice is
+a few KB: size and SHA-256 of the record and the rows that it has of each tensor. That is enough to see that
+the checkpoint is whole, for thousands of nodes.
 
 Every arrow may be the last thing a process does. Until the COMMIT record is in the log nothing counts, and
-nothing that was written is ever changed: part and manifest are created once, in a directory whose nonce no
+nothing that was written is ever changed: records and manifest are created once, in a directory whose nonce no
 other world uses. So there is nothing to clean up before trying again, and `retention` removes the rest later.
 """
 
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from elastic_pt.checkpoint.layout import (
     CheckpointReference,
-    Manifest,
-    Part,
-    failed_key,
+    ShardFile,
+    Tensor,
+    TrainingState,
     parse_directory,
-    part_key,
     shard_key,
 )
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
-from elastic_pt.checkpoint.restore import read_manifest
+from elastic_pt.checkpoint.nodes import (
+    NodeNotice,
+    NodeRecord,
+    NodeRefusal,
+    NodeShare,
+    RootManifest,
+    fingerprint_of,
+    node_key,
+    notice_key,
+)
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, TEXT_LENGTH_MAX, either
+from elastic_pt.checkpoint.restore import read_root
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, NotFound, StoreError
 from elastic_pt.store.port import Store
 
-_THREADS: Final = 32
+_THREADS: Final = 64
 """Requests of the committing agent that are under way at once."""
+_POLL_MAX_S: Final = 0.5
+_POLL_SHARE: Final = 0.1
+"""A notice is asked for again after this share of the time waited: it comes later by no more than that."""
+
+
+class NodeRefused(CheckpointError):
+    """A node has said that its share of a checkpoint will not come."""
+
+    def __init__(self, text: str, first_rank: int) -> None:
+        super().__init__(text)
+        self.first_rank = first_rank
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,8 @@ class StagedShard:
     run_id: str
     directory: str
     rank: int
+    ranks: range
+    """Those of all workers of its node."""
     missing: str = ""
     """Why there is no such file; empty if there is one."""
 
@@ -55,24 +82,98 @@ class StagedShard:
         return parse_directory(self.directory).step
 
 
-def upload_shard(store: Store, shard: StagedShard) -> Part:
-    """Hash one staged file, upload it, then create its part record. Does not touch the local file.
+@dataclass(frozen=True)
+class UploadedShard:
+    """A shard that is in the store, and what its header said."""
+
+    staged: StagedShard
+    file: ShardFile
+    state: TrainingState
+    tensors: tuple[Tensor, ...]
+    """All tensors of the state, sorted by name."""
+
+
+def upload_shard(store: Store, shard: StagedShard) -> UploadedShard:
+    """Hash one staged file, upload it, and look at its size there. Does not touch the local file.
 
     Raises `CheckpointError` if the file is not what it should be, `StoreError` if the store fails.
     """
     key = shard_key(shard.directory, shard.rank)
-    file, state = describe_shard(shard.path, key)
-    part = Part(shard.run_id, shard.directory, shard.rank, file, state)
+    file, state, tensors = describe_shard(shard.path, key)
     store.write(key, shard.path)
-    _check_uploaded(store, part)
-    store.create(part_key(shard.directory, shard.rank), part.to_bytes())
-    return part
+    size = store.size(key)
+    if size != file.size:
+        raise CheckpointError(f"{key}: {size} bytes in the store, expected {file.size}")
+    return UploadedShard(shard, file, state, tensors)
+
+
+def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
+    """Create the record of a node all of whose shards are uploaded, then its notice (agent process).
+
+    Raises `CheckpointError` unless they are those of all its workers, in order, of the same state, and the rows
+    of each tensor join; `AlreadyExists` if another agent has written for the same ranks. Doing it twice is fine.
+    """
+    first = shards[0]
+    staged = first.staged
+    if [each.staged.rank for each in shards] != list(staged.ranks):
+        raise CheckpointError(f"{first.file.key}: not all shards of ranks {_shown(staged.ranks)}")
+    for each in shards:
+        if (each.state, each.tensors) != (first.state, first.tensors):
+            raise CheckpointError(
+                f"{each.file.key} and {first.file.key} differ in their training state"
+            )
+    first_rank = staged.ranks.start
+    record = NodeRecord(
+        staged.run_id, staged.directory, first_rank, tuple(each.file for each in shards)
+    )
+    rows = record.rows_of(first.tensors)
+    data = record.to_bytes()
+    key = node_key(staged.directory, first_rank)
+    if len(data) > DOCUMENT_BYTES_MAX:
+        raise CheckpointError(f"{key}: {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}")
+    notice = NodeNotice(
+        staged.run_id,
+        staged.directory,
+        first_rank,
+        NodeShare(
+            key,
+            len(data),
+            hashlib.sha256(data).hexdigest(),
+            tuple(each.file.size for each in shards),
+            rows,
+        ),
+        first.state,
+        fingerprint_of(first.tensors),
+        first.tensors if first_rank == 0 else (),
+    )
+    store.create(key, data)
+    store.create(notice_key(staged.directory, first_rank), notice.to_bytes())
+    return notice
+
+
+def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
+    """Tell the committing node that this node's share of a checkpoint will not come."""
+    first_rank = shard.ranks.start
+    refusal = NodeRefusal(shard.run_id, shard.directory, first_rank, why[:TEXT_LENGTH_MAX])
+    store.create(notice_key(shard.directory, first_rank), refusal.to_bytes())
+
+
+@dataclass
+class _NodeShards:
+    """What the uploader has done of one node's share of one checkpoint."""
+
+    directory: str
+    ranks: range
+    uploaded: dict[int, UploadedShard] = field(default_factory=dict)
+    refused: bool = False
 
 
 class Uploader:
     """Uploads staged shards one after another in a thread of its own (agent process).
 
-    `on_uploaded(step)` or `on_failed(step, error)` is called once per shard, in that thread, after the
+    After the last shard of its node it writes the node's record and notice; after one that is missing or
+    cannot be uploaded, a refusal, and the rest of the node's shards is dropped.
+    `on_uploaded(shard)` or `on_failed(shard, error)` is called once per shard, in that thread, after the
     local file is gone: a shard that could not be uploaded before the store's deadline makes room for
     the next checkpoint. Use it as a context manager, or call `close`.
     """
@@ -81,8 +182,8 @@ class Uploader:
         self,
         store: Store,
         *,
-        on_uploaded: Callable[[int], None],
-        on_failed: Callable[[int, Exception], None],
+        on_uploaded: Callable[[StagedShard], None],
+        on_failed: Callable[[StagedShard, Exception], None],
         queue_limit: int = 64,
     ) -> None:
         self._store = store
@@ -93,6 +194,7 @@ class Uploader:
         self._waiting: deque[StagedShard] = deque()
         self._busy = False
         self._current: Path | None = None
+        self._node = _NodeShards("", range(0))
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="checkpoint-upload", daemon=True)
         self._thread.start()
@@ -170,122 +272,139 @@ class Uploader:
 
     def _upload(self, shard: StagedShard) -> None:
         failure: Exception | None = None
+        # Workers stage a checkpoint only after the one before was released, so their shards never mix.
+        if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
+            self._node = _NodeShards(shard.directory, shard.ranks)
         try:
-            if shard.missing:
-                note = failed_key(shard.directory, shard.rank)
-                self._store.write(note, shard.missing.encode())
-            else:
-                upload_shard(self._store, shard)
+            self._do_share(shard)
         # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all checkpoints.
         except Exception as error:
             failure = error
+            self._node.refused = True
             with suppress(StoreError):
-                self._store.write(failed_key(shard.directory, shard.rank), str(error).encode())
+                refuse_node(self._store, shard, str(error))
         if not shard.missing:
             with suppress(OSError):
                 shard.path.unlink()
         if failure is None:
-            self._on_uploaded(shard.step)
+            self._on_uploaded(shard)
         else:
-            self._on_failed(shard.step, failure)
+            self._on_failed(shard, failure)
+
+    def _do_share(self, shard: StagedShard) -> None:
+        node = self._node
+        if node.refused:
+            return
+        if shard.missing:
+            node.refused = True
+            refuse_node(self._store, shard, shard.missing)
+            return
+        node.uploaded[shard.rank] = upload_shard(self._store, shard)
+        if len(node.uploaded) == len(node.ranks):
+            publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
 
 
 def collect(
     store: Store,
     directory: str,
-    ranks: Iterable[int],
+    nodes: Sequence[range],
     *,
     deadline_s: float,
     now: Callable[[], float],
     wait: Callable[[float], object],
     should_stop: Callable[[], bool],
     poll_interval_s: float = 0.2,
-) -> list[Part] | None:
-    """Wait for the part of every rank and return them in the order of `ranks` (committing agent).
+) -> list[NodeNotice] | None:
+    """Wait for the notice of every node and return them in order (committing agent).
 
-    Asks for keys by name, `_THREADS` at a time in the order of the ranks, since all are needed; never lists. `now()` is a monotonic
-    clock in seconds and `wait(seconds)` waits. None as soon as `should_stop()`. Raises `CheckpointError`
-    when a rank's upload has failed, when `deadline_s` seconds have passed, or when a part is not what it should be.
+    `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
+    missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
+    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `NodeRefused` when a node has said that
+    it will not come, another `CheckpointError` when `deadline_s` seconds have passed, or when a notice is not what it should be.
     """
-    give_up_at_s = now() + deadline_s
-    order = list(ranks)
-    found: dict[int, Part] = {}
+    started_s = now()
+    found: list[NodeNotice] = []
+    at_once = 1
     with ThreadPoolExecutor(_THREADS) as pool:
-        while missing := [rank for rank in order if rank not in found][:_THREADS]:
+        while len(found) < len(nodes):
             if should_stop():
                 return None
-            looks = list(pool.map(lambda rank: _look(store, directory, rank), missing))
-            found |= {part.rank: part for part in looks if part is not None}
+            asked = nodes[len(found) : len(found) + at_once]
+            looks = list(pool.map(lambda ranks: _read_notice(store, directory, ranks), asked))
+            there = [notice for notice in looks if notice is not None]
             if None not in looks:
+                found += there
+                at_once = _THREADS
                 continue
-            if now() >= give_up_at_s:
-                key = part_key(directory, missing[looks.index(None)])
+            first_missing = looks.index(None)
+            found += there[:first_missing]
+            at_once = 1
+            waited_s = now() - started_s
+            if waited_s >= deadline_s:
+                key = notice_key(directory, asked[first_missing].start)
                 raise CheckpointError(f"{key}: not there after {deadline_s} s")
-            wait(poll_interval_s)
-    return [found[rank] for rank in order]
+            wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
+    return found
 
 
-def publish_manifest(store: Store, parts: Sequence[Part]) -> CheckpointReference:
-    """Make one manifest of all parts, create it once, read it back (committing agent).
+def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> CheckpointReference:
+    """Make one manifest of all node records, create it once, read it back (committing agent).
 
-    Raises `CheckpointError` unless all parts are of one run and directory and hold the same
-    `TrainingState`, every shard file is there with the right size, and the slices tile every tensor;
-    `AlreadyExists` if another manifest is there. The checkpoint counts once the caller has put the returned reference
-    into a COMMIT record. Publishing the same parts twice gives the same reference.
+    Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
+    tensors, and the rows of the nodes tile every tensor; `AlreadyExists` if another manifest is there. The checkpoint
+    counts once the caller has put the returned reference into a COMMIT record. Publishing the same notices twice
+    gives the same reference.
     """
-    if not parts:
-        raise CheckpointError("a checkpoint without parts cannot be published")
-    first = parts[0]
-    for part in parts:
-        if (part.run_id, part.directory) != (first.run_id, first.directory):
-            raise CheckpointError(f"{part.file.key} and {first.file.key} are not of one checkpoint")
-        if part.state != first.state:
-            raise CheckpointError(
-                f"{part.file.key} and {first.file.key} differ in their training state"
-            )
-    files = tuple(sorted((part.file for part in parts), key=lambda file: file.key))
+    if not notices:
+        raise CheckpointError("a checkpoint without nodes cannot be published")
+    notices = sorted(notices, key=lambda notice: notice.first_rank)
+    first = notices[0]
+    for notice in notices:
+        key, first_key = notice.share.key, first.share.key
+        if (notice.run_id, notice.directory) != (first.run_id, first.directory):
+            raise CheckpointError(f"{key} and {first_key} are not of one checkpoint")
+        if (notice.state, notice.tensors_sha256) != (first.state, first.tensors_sha256):
+            raise CheckpointError(f"{key} and {first_key} differ in their training state")
     name = parse_directory(first.directory)
-    manifest = Manifest(first.run_id, first.directory, files, first.state)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(lambda part: _check_uploaded(store, part), parts):
-            pass
+    manifest = RootManifest(
+        first.run_id,
+        first.directory,
+        first.tensors,
+        tuple(notice.share for notice in notices),
+        first.state,
+    )
     data = manifest.to_bytes()
     if len(data) > DOCUMENT_BYTES_MAX:
         raise CheckpointError(
-            f"{first.directory}: a manifest of {len(data)} bytes; {DOCUMENT_BYTES_MAX} are the limit"
+            f"{first.directory}: a manifest of {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}"
         )
     sha256 = hashlib.sha256(data).hexdigest()
     reference = CheckpointReference(name.step, name.generation, first.directory, len(data), sha256)
     store.create(reference.manifest_key, data)
-    if read_manifest(store, reference, first.run_id) != manifest:
+    if read_root(store, reference, first.run_id) != manifest:
         raise CheckpointError(f"{reference.manifest_key}: reads back as another manifest")
     return reference
 
 
-def _look(store: Store, directory: str, rank: int) -> Part | None:
-    """The part of a rank; None if it may still come."""
-    part = _read_part(store, directory, rank)
-    if part is None and store.size(failed_key(directory, rank)) is not None:
-        raise CheckpointError(f"{shard_key(directory, rank)}: its node could not upload it")
-    return part
-
-
-def _read_part(store: Store, directory: str, rank: int) -> Part | None:
-    key = part_key(directory, rank)
+def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | None:
+    """The notice of a node; None if it may still come."""
+    key = notice_key(directory, ranks.start)
     try:
-        part = Part.from_bytes(store.read(key, 0, DOCUMENT_BYTES_MAX))
+        notice = either(NodeNotice, NodeRefusal, store.read(key, 0, DOCUMENT_BYTES_MAX))
     except NotFound:
         return None
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
-    if (part.directory, part.rank) != (directory, rank):
-        raise CheckpointError(f"{key}: is the part of rank {part.rank} of {part.directory}")
-    return part
-
-
-def _check_uploaded(store: Store, part: Part) -> None:
-    size = store.size(part.file.key)
-    if size != part.file.size:
+    if (notice.directory, notice.first_rank) != (directory, ranks.start):
+        raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
+    if isinstance(notice, NodeRefusal):
+        raise NodeRefused(f"{key}: its node could not upload it: {notice.why}", ranks.start)
+    if notice.ranks != ranks:
         raise CheckpointError(
-            f"{part.file.key}: {size} bytes in the store instead of {part.file.size}"
+            f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"
         )
+    return notice
+
+
+def _shown(ranks: range) -> str:
+    return f"{ranks.start} to {ranks.stop - 1}"

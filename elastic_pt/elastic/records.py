@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Final, Self
 
 from pydantic import TypeAdapter
@@ -167,6 +168,13 @@ class Generation:
     @cached_property
     def _ranks(self) -> dict[str, int]:
         return {member.incarnation: rank for rank, member in enumerate(self.members)}
+
+    def worker_ranks(self) -> list[range]:
+        """Global ranks of the workers of each member."""
+        ends = list(accumulate(member.workers for member in self.members))
+        return [
+            range(end - each.workers, end) for end, each in zip(ends, self.members, strict=True)
+        ]
 
     def first_worker_rank(self, node_rank: int) -> int:
         """Global rank of the first worker of a member."""

@@ -9,11 +9,10 @@ are the agent's. All workers take the same decisions, because they decide from w
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol
 
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.shard_file import StagingFull, write_shard
+from elastic_pt.checkpoint.shard_file import Staging, StagingFull, write_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.elastic.assignment import Outcome
@@ -58,7 +57,7 @@ def train(
     state: TrainState,
     batches: Iterator[StepBatch],
     agent: Agent,
-    staging: Path,
+    staging: Staging,
     identity: Identity,
     enter: Callable[[Phase, int], None] = unwatched,
 ) -> Outcome:
@@ -105,7 +104,7 @@ def stage_or_skip(
     config: Config,
     state: TrainState,
     agent: Agent,
-    staging: Path,
+    staging: Staging,
     identity: Identity,
     enter: Callable[[Phase, int], None],
     patience_s: float,
@@ -123,6 +122,7 @@ def stage_or_skip(
                 "skipped" if final else "no_room",
                 step=state.steps_done,
                 rank=state.rank,
+                generation=staging.generation,
                 why=str(error),
             )
             if final:
@@ -132,11 +132,11 @@ def stage_or_skip(
 
 
 def stage(
-    config: Config, state: TrainState, agent: Agent, staging: Path, identity: Identity
+    config: Config, state: TrainState, agent: Agent, staging: Staging, identity: Identity
 ) -> None:
     """Copy this worker's rows of the whole state into the agent's staging directory, and say so."""
     started_s = time.monotonic()
-    path = staging / f"{state.steps_done:010d}-rank-{state.rank}.safetensors"
+    path = staging.path(state.steps_done, state.rank)
     rows_seen = state.steps_done * config.train.global_batch
     write_shard(
         path,
@@ -161,6 +161,7 @@ def stage(
         "staged",
         step=state.steps_done,
         rank=state.rank,
+        generation=staging.generation,
         path=str(path),
         seconds=time.monotonic() - started_s,
     )

@@ -14,6 +14,7 @@ from elastic_pt.checkpoint.layout import (
     Manifest,
     Part,
     ShardFile,
+    Tensor,
     TensorSlice,
     TrainingState,
     checkpoint_directory,
@@ -21,6 +22,16 @@ from elastic_pt.checkpoint.layout import (
     rows_per_block,
     shard_key,
 )
+from elastic_pt.checkpoint.nodes import (
+    NodeNotice,
+    NodeRecord,
+    NodeRefusal,
+    NodeShare,
+    RootManifest,
+    fingerprint_of,
+    node_key,
+)
+from elastic_pt.checkpoint.record import Document, either
 from elastic_pt.errors import CheckpointError
 from tests.checkpoint.world import RUN_ID, training_state
 
@@ -64,19 +75,130 @@ def whole() -> Manifest:
     return manifest(shard(0, piece(0, 4)), shard(1, piece(4, 8)), shard(2, piece(8, 10)))
 
 
-def test_documents_come_back_from_their_bytes() -> None:
-    """Encoding and decoding a manifest or a part changes nothing."""
-    part = Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), training_state(40))
-    assert Manifest.from_bytes(whole().to_bytes()) == whole()
-    assert Part.from_bytes(part.to_bytes()) == part
+TENSORS = (Tensor("model/a", "BF16", (2,)), Tensor("model/layers.0.weight", "F32", (10, 3)))
+
+
+def share(first_rank: int, sizes: tuple[int, ...], rows: tuple[int, ...]) -> NodeShare:
+    """What the manifest says of a node."""
+    return NodeShare(node_key(DIRECTORY, first_rank), 900, "b" * 64, sizes, rows)
+
+
+def root(*nodes: NodeShare, **changes: Any) -> RootManifest:
+    """A manifest of two nodes of two workers and of one, or of others."""
+    values = {
+        "run_id": RUN_ID,
+        "directory": DIRECTORY,
+        "tensors": TENSORS,
+        "nodes": nodes or (share(0, (99, 99), (0, 2, 0, 8)), share(2, (99,), (0, 0, 8, 10))),
+        "state": training_state(40),
+    }
+    return RootManifest(**(values | changes))
+
+
+def documents() -> dict[str, Document]:
+    """One of each kind."""
+    files = (shard(1, piece(0, 4)), shard(2, piece(4, 8)))
+    state = training_state(40)
+    table = fingerprint_of(TENSORS)
+    return {
+        "manifest of schema 1": whole(),
+        "part": Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), state),
+        "manifest": root(),
+        "record": NodeRecord(RUN_ID, DIRECTORY, 1, files),
+        "notice": NodeNotice(
+            RUN_ID, DIRECTORY, 0, share(0, (99,), (0, 2, 0, 8)), state, table, TENSORS
+        ),
+        "refusal": NodeRefusal(RUN_ID, DIRECTORY, 2, "no room"),
+    }
+
+
+@pytest.mark.parametrize("kind", documents())
+def test_documents_come_back_from_their_bytes(kind: str) -> None:
+    """Encoding and decoding a document changes nothing."""
+    document = documents()[kind]
+    assert type(document).from_bytes(document.to_bytes()) == document
     assert (whole().step, whole().generation) == (40, 1)
 
 
-@pytest.mark.parametrize("kind", ["manifest", "part"])
+def test_both_schemas_of_a_manifest_are_read() -> None:
+    """What lies under `manifest.json` says itself which schema it has; a third one is refused."""
+    assert either(RootManifest, Manifest, whole().to_bytes()) == whole()
+    assert either(RootManifest, Manifest, root().to_bytes()) == root()
+    newer = json.dumps(json.loads(root().to_bytes()) | {"schema": 3}).encode()
+    with pytest.raises(CheckpointError, match=r"found schema 3 .* expected schema 2"):
+        either(RootManifest, Manifest, newer)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ([share(0, (9,), (0, 2, 0, 8))], "rows 8 to 10 are missing"),
+        ([share(0, (9,), (0, 2, 1, 10))], "rows 0 to 1 are missing"),
+        ([share(0, (9,), (0, 0, 0, 10))], "model/a: rows 0 to 2 are missing"),
+        ([share(0, (9,), (0, 2, 0, 11))], "rows 10 to 11 are there twice"),
+        (
+            [share(0, (9,), (0, 2, 0, 8)), share(1, (9,), (0, 0, 7, 10))],
+            "rows 7 to 8 are there twice",
+        ),
+        ([share(0, (9,), (0, 2, 0, 10)), share(1, (9,), (0, 0, 5, 5))], "there twice"),
+        ([share(0, (9,), (0, 2, 0, 10, 0, 1))], "rows of 3 tensors, expected 2"),
+        ([share(0, (9,), (0, 2, 0))], "rows of 1.5 tensors, expected 2"),
+        ([share(0, (9, 9), (0, 2, 0, 8)), share(1, (9,), (0, 0, 8, 10))], "the node of rank 2"),
+        ([share(1, (9,), (0, 2, 0, 10))], "the node of rank 0"),
+    ],
+)
+def test_the_rows_of_nodes_must_tile_every_tensor(nodes: list[NodeShare], reason: str) -> None:
+    """A manifest whose nodes leave a gap, overlap, or are not side by side cannot exist."""
+    with pytest.raises(CheckpointError, match=reason):
+        root(*nodes)
+
+
+def test_a_manifest_has_nodes_and_tensors() -> None:
+    """Without nodes, without tensors, or with tensors out of order there is no manifest."""
+    for changes in ({"nodes": ()}, {"tensors": ()}, {"tensors": TENSORS[::-1]}):
+        with pytest.raises(CheckpointError):
+            root(**changes)
+    with pytest.raises(CheckpointError, match="state of step 41"):
+        root(state=training_state(41))
+
+
+def test_a_record_knows_its_nodes_rows() -> None:
+    """The rows of a node's workers are joined; a gap, another shape, and a tensor of no such state are refused."""
+    record = documents()["record"]
+    assert isinstance(record, NodeRecord)
+    assert record.rows_of(TENSORS) == (0, 0, 0, 8)
+    with pytest.raises(CheckpointError, match="no tensor of"):
+        record.rows_of(TENSORS[:1])
+    with pytest.raises(CheckpointError, match="expected F32"):
+        record.rows_of((TENSORS[0], replace(TENSORS[1], global_shape=(10, 4))))
+    torn = replace(record, files=(shard(1, piece(0, 4)), shard(2, piece(6, 10))))
+    with pytest.raises(CheckpointError, match="rows 4 to 6 are missing"):
+        torn.rows_of(TENSORS)
+    for files in ((), record.files[::-1], record.files[1:]):
+        with pytest.raises(CheckpointError, match=r"not those of ranks 1, \.\.\."):
+            replace(record, files=files)
+
+
+def test_only_the_first_node_tells_all_tensors() -> None:
+    """The table of tensors is said once, and its SHA-256 by every node."""
+    notice = documents()["notice"]
+    assert isinstance(notice, NodeNotice)
+    assert notice.ranks == range(1)
+    for changes in (
+        {"tensors": ()},
+        {"tensors_sha256": "0" * 64},
+        {"first_rank": 2, "share": share(2, (99,), (0, 0, 8, 10))},
+        {"first_rank": 2, "tensors": ()},
+    ):
+        with pytest.raises(CheckpointError):
+            replace(notice, **changes)
+    replace(notice, first_rank=2, share=share(2, (99,), (0, 0, 8, 10)), tensors=())
+
+
+@pytest.mark.parametrize("kind", documents())
 def test_every_flipped_bit_of_a_document_is_noticed(kind: str) -> None:
-    """A manifest or part with any single bit flipped, or cut anywhere, does not decode."""
-    part = Part(RUN_ID, DIRECTORY, 1, shard(1, piece(4, 8)), training_state(40))
-    document = whole() if kind == "manifest" else part
+    """A document with any single bit flipped, or cut anywhere, does not decode."""
+    document = documents()[kind]
     data = document.to_bytes()
     for position in range(len(data)):
         for bit in range(8):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from elastic_pt.checkpoint.layout import (
     ShardFile,
     TensorSlice,
     manifest_key,
-    part_key,
     shard_key,
 )
+from elastic_pt.checkpoint.nodes import NodeRecord, RootManifest, node_key, notice_key
 from elastic_pt.checkpoint.restore import (
     load_rows,
     newest_usable,
     plan_reads,
     quick_check,
+    read_index,
     read_manifest,
+    read_root,
     verify,
 )
 from elastic_pt.errors import AccessDenied, CheckpointError
@@ -64,15 +67,27 @@ def load_all(store: Store, manifest: Manifest) -> None:
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(shapes=shapes, written_by=worlds, read_by=worlds, seed=st.integers(0, 99))
+@given(
+    shapes=shapes,
+    written_by=worlds,
+    workers=st.integers(1, 4),
+    read_by=worlds,
+    seed=st.integers(0, 99),
+)
 def test_any_world_restores_what_any_world_wrote(
-    tmp_path: Path, shapes: dict[str, tuple[int, ...]], written_by: int, read_by: int, seed: int
+    tmp_path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    written_by: int,
+    workers: int,
+    read_by: int,
+    seed: int,
 ) -> None:
     """Resharding from W to W' workers gives back every bit, with odd sizes and fewer rows than workers."""
     store = memory_store()
     tensors = full_tensors(shapes, seed)
-    reference = write_checkpoint(store, tmp_path, tensors, written_by)
-    manifest = quick_check(store, reference, RUN_ID)
+    reference = write_checkpoint(store, tmp_path, tensors, written_by, workers=workers)
+    quick_check(store, reference, RUN_ID)
+    manifest = read_manifest(store, reference, RUN_ID)
     restored = load_world(store, manifest, read_by)
     assert restored.keys() == tensors.keys()
     assert all(same_bits(restored[name], tensors[name]) for name in tensors)
@@ -200,7 +215,7 @@ def test_every_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:
     assert verify(store, reference, RUN_ID) == []
     for rank in range(2):
         used = min(piece.offset for piece in manifest.files[rank].slices)
-        for key in (shard_key(reference.directory, rank), part_key(reference.directory, rank)):
+        for key in (shard_key(reference.directory, rank), node_key(reference.directory, rank)):
             for byte in range(store.size(key) or 0):
                 good = flip(store, key, byte, byte % 8)
                 problems = verify(store, reference, RUN_ID)
@@ -330,29 +345,95 @@ def test_replayed_and_foreign_manifests_are_refused(store: Store, tmp_path: Path
 def test_only_the_committed_manifest_counts(store: Store, tmp_path: Path) -> None:
     """A well-formed manifest of the same directory, run and size is refused if it is not the committed one."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
-    manifest = read_manifest(store, reference, RUN_ID)
-    other = replace(manifest, state=training_state(seed=8)).to_bytes()
+    root = read_root(store, reference, RUN_ID)
+    other = replace(root, state=training_state(seed=8)).to_bytes()
     assert len(other) == reference.manifest_size
     store.write(reference.manifest_key, other)
     with pytest.raises(CheckpointError, match="SHA-256"):
         read_manifest(store, reference, RUN_ID)
 
 
-def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> None:
-    """A manifest whose CRC is wrong for bytes that are right would fail a load, so `verify` says it."""
-    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
-    manifest = read_manifest(store, reference, RUN_ID)
-    [file] = manifest.files
-    first = replace(file.slices[0], block_crc32=(file.slices[0].block_crc32[0] ^ 1,))
-    wrong = replace(manifest, files=(replace(file, slices=(first, *file.slices[1:])),))
-    data = wrong.to_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
+def vouched_for(
+    store: Store, reference: CheckpointReference, change: Callable[[NodeRecord], NodeRecord]
+) -> CheckpointReference:
+    """The reference to a manifest that vouches for a changed record of the first node."""
+    root = read_root(store, reference, RUN_ID)
+    assert isinstance(root, RootManifest)
+    share, *others = root.nodes
+    record = change(NodeRecord.from_bytes(store.read(share.key))).to_bytes()
+    store.write(share.key, record)
+    share = replace(share, size=len(record), sha256=hashlib.sha256(record).hexdigest())
+    data = replace(root, nodes=(share, *others)).to_bytes()
     store.write(reference.manifest_key, data)
-    vouched = replace(reference, manifest_size=len(data), manifest_sha256=sha256)
-    problems = verify(store, vouched, RUN_ID)
-    assert (
-        f"{file.key}: {first.name} block 0: its CRC-32 is not the one in the manifest" in problems
+    sha256 = hashlib.sha256(data).hexdigest()
+    return replace(reference, manifest_size=len(data), manifest_sha256=sha256)
+
+
+def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> None:
+    """A node record whose CRC is wrong for bytes that are right would fail a load, so `verify` says it."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
+
+    def wrong_crc(record: NodeRecord) -> NodeRecord:
+        first, *others = record.files[0].slices
+        first = replace(first, block_crc32=(first.block_crc32[0] ^ 1,))
+        return replace(record, files=(replace(record.files[0], slices=(first, *others)),))
+
+    problems = verify(store, vouched_for(store, reference, wrong_crc), RUN_ID)
+    key = shard_key(reference.directory, 0)
+    assert any(
+        problem.startswith(key) and "block 0: its CRC-32 is not" in problem for problem in problems
     )
+
+
+def test_a_node_record_must_have_the_rows_that_the_manifest_says(
+    store: Store, tmp_path: Path
+) -> None:
+    """A vouched record that lacks a slice, or is of another node, is refused by whoever reads it."""
+    tensors = full_tensors(SMALL)
+    for change in (
+        lambda record: replace(
+            record, files=(replace(record.files[0], slices=record.files[0].slices[1:]),)
+        ),
+        lambda record: replace(record, run_id="another"),
+    ):
+        reference = write_checkpoint(store, tmp_path, tensors, 2)
+        vouched = vouched_for(store, reference, change)
+        key = node_key(reference.directory, 0)
+        with pytest.raises(CheckpointError, match=f"{key}: does not say what the manifest says"):
+            read_manifest(store, vouched, RUN_ID)
+        with pytest.raises(CheckpointError, match=f"{key}: does not say what the manifest says"):
+            read_index(store, vouched, RUN_ID, {"model/w": (0, 1)})
+        for gone in store.keys(reference.directory):
+            store.delete(gone)
+
+
+def test_a_reader_asks_only_for_the_records_of_the_rows_it_wants(
+    store: Store, tmp_path: Path
+) -> None:
+    """Rows of two nodes cost two records, though other tensors lie on other nodes; the rest may even be gone."""
+    tensors = full_tensors({"b": (3,), "w": (8, 2)})
+    reference = write_checkpoint(store, tmp_path, tensors, 8, workers=2)
+    store.delete(node_key(reference.directory, 2))
+    wanted = {"model/w": (6, 8), "model/b": (0, 1), "exp_avg/b": (0, 0)}
+    index = read_index(store, reference, RUN_ID, wanted)
+    into = {
+        name: torch.zeros(end - first, *tensors[name].shape[1:])
+        for name, (first, end) in wanted.items()
+    }
+    load_rows(store, index, wanted, into)
+    for name, (first, end) in wanted.items():
+        assert same_bits(into[name], tensors[name][first:end])
+    assert index.state == training_state()
+    with pytest.raises(CheckpointError, match=r"node-00002\.json: missing"):
+        read_index(store, reference, RUN_ID, {"model/w": (0, 8)})
+
+
+def test_rows_that_were_not_asked_for_are_no_rows(store: Store, tmp_path: Path) -> None:
+    """A load of rows whose records were not read fails, instead of leaving in the tensor what was there."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+    index = read_index(store, reference, RUN_ID, {"model/w": (0, 2)})
+    with pytest.raises(CheckpointError, match="model/w: 2 of rows 0 to 3 are in the index"):
+        load_rows(store, index, {"model/w": (0, 3)}, {"model/w": torch.empty(3, 2)})
 
 
 def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
@@ -391,10 +472,10 @@ def test_trouble_with_the_store_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
         verify(Denied(), references[0], RUN_ID)
 
 
-def test_parts_are_not_needed_once_the_manifest_exists(store: Store, tmp_path: Path) -> None:
-    """Deleting the part records of a published checkpoint harms nothing."""
+def test_notices_are_not_needed_once_the_manifest_exists(store: Store, tmp_path: Path) -> None:
+    """Deleting the notices of a published checkpoint harms nothing."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     for rank in range(2):
-        store.delete(part_key(reference.directory, rank))
+        store.delete(notice_key(reference.directory, rank))
     assert verify(store, reference, RUN_ID) == []
     assert newest_usable(store, [reference], RUN_ID, "full").passed_over == ()

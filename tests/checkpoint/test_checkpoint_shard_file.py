@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from elastic_pt.checkpoint.layout import Tensor
 from elastic_pt.checkpoint.shard_file import (
     LocalRows,
     block_bounds,
@@ -42,7 +43,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     assert all(same_bits(read[name], tensors[name].rows.detach().contiguous()) for name in tensors)
     with safe_open(path, "pt") as file:
-        assert file.metadata()["elastic_pt_schema"] == "1"
+        assert file.metadata()["elastic_pt_schema"] == "2"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -51,7 +52,7 @@ def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "shard.safetensors"
     tensors = local_rows(full_tensors(), 1, 2)
     write_shard(path, tensors, training_state())
-    file, state = describe_shard(path, KEY)
+    file, state, _ = describe_shard(path, KEY)
     data = path.read_bytes()
     assert (file.key, file.size, state) == (KEY, len(data), training_state())
     assert file.sha256 == hashlib.sha256(data).hexdigest()
@@ -72,8 +73,9 @@ def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
     """With fewer rows than workers the last workers' files are empty, and valid."""
     path = tmp_path / "shard.safetensors"
     write_shard(path, {"model/x": (torch.empty(0, 3), (2, 3), 4)}, training_state())
-    file, state = describe_shard(path, KEY)
+    file, state, tensors = describe_shard(path, KEY)
     assert (file.slices, state) == ((), training_state())
+    assert tensors == (Tensor("model/x", "F32", (2, 3)),)
     assert load_file(path) == {}
 
 

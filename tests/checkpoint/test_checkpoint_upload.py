@@ -7,23 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.layout import (
     CheckpointReference,
-    Part,
     checkpoint_directory,
     manifest_key,
-    part_key,
     shard_key,
+)
+from elastic_pt.checkpoint.nodes import (
+    NodeNotice,
+    NodeRecord,
+    NodeRefusal,
+    node_key,
+    notice_key,
 )
 from elastic_pt.checkpoint.restore import newest_usable, read_manifest, verify
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
+from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.checkpoint.upload import (
+    NodeRefused,
     StagedShard,
     Uploader,
     collect,
     publish_manifest,
+    publish_node,
     upload_shard,
 )
 from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
@@ -34,8 +43,10 @@ from tests.checkpoint.world import (
     expected_digest,
     full_tensors,
     memory_store,
+    nodes_of,
     stage,
     training_state,
+    upload_nodes,
     write_checkpoint,
 )
 
@@ -84,30 +95,33 @@ class FailingStore:
 
 def attempt(store: Store, shards: list[StagedShard]) -> CheckpointReference:
     """Upload all shards and publish, as agents do, in one thread."""
-    for shard in shards:
-        upload_shard(store, shard)
-    return publish_manifest(store, collected(store, DIRECTORY, len(shards)))
+    upload_nodes(store, shards)
+    nodes = list(dict.fromkeys(shard.ranks for shard in shards))
+    return publish_manifest(store, collected(store, DIRECTORY, len(shards), len(nodes[0])))
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("crash_at", range(5))
+@pytest.mark.parametrize("crash_at", range(8))
 def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
     tmp_path: Path, crash_at: int, after: bool
 ) -> None:
-    """Wherever the upload dies, the committed checkpoint stays the newest, a part has its file, a retry works."""
+    """Wherever the upload dies, the committed checkpoint stays the newest, a notice has its files, a retry works."""
     store = memory_store()
     old = write_checkpoint(store, tmp_path, full_tensors(SMALL, seed=1), 2, step=40)
     tensors = full_tensors(SMALL, seed=2)
-    shards = stage(tmp_path, tensors, 2, DIRECTORY, training_state(50))
+    shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50), workers=2)
     failing = FailingStore(store, crash_at, after)
     with pytest.raises(Crash):
         attempt(failing, shards)
     assert newest_usable(store, [old], RUN_ID, "full").passed_over == ()
-    for shard in shards:
-        key = part_key(DIRECTORY, shard.rank)
+    for ranks in nodes_of(3, 2):
+        key = notice_key(DIRECTORY, ranks.start)
         if store.size(key) is not None:
-            part = Part.from_bytes(store.read(key))
-            assert hashlib.sha256(store.read(part.file.key)).hexdigest() == part.file.sha256
+            share = NodeNotice.from_bytes(store.read(key)).share
+            record = store.read(share.key)
+            assert (len(record), hashlib.sha256(record).hexdigest()) == (share.size, share.sha256)
+            for file in NodeRecord.from_bytes(record).files:
+                assert hashlib.sha256(store.read(file.key)).hexdigest() == file.sha256
     assert leftovers(listed_directories(store), [old.directory], 2, 40) == []
 
     reference = attempt(store, shards)
@@ -123,10 +137,11 @@ def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
 
 
 def test_the_crash_test_reaches_every_change(tmp_path: Path) -> None:
-    """Two shards, two parts and a manifest are all the changes an attempt makes."""
+    """Three shards, the record and the notice of two nodes, and a manifest are all the changes an attempt makes."""
     store = FailingStore(memory_store())
-    attempt(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
-    assert store.changes == 5
+    shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=2)
+    attempt(store, shards)
+    assert store.changes == 8
 
 
 def test_publishing_twice_gives_the_same_reference(tmp_path: Path) -> None:
@@ -134,26 +149,27 @@ def test_publishing_twice_gives_the_same_reference(tmp_path: Path) -> None:
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     reference = attempt(store, shards)
-    parts = collected(store, DIRECTORY, 2)
-    assert publish_manifest(store, list(reversed(parts))) == reference
+    notices = collected(store, DIRECTORY, 2)
+    assert publish_manifest(store, list(reversed(notices))) == reference
     with pytest.raises(AlreadyExists):
-        publish_manifest(store, [replace(part, run_id="another") for part in parts])
+        publish_manifest(store, [replace(notice, run_id="another") for notice in notices])
 
 
-def test_parts_of_one_checkpoint_agree(tmp_path: Path) -> None:
-    """Parts with another state, run or directory, a missing rank, or no part at all are not published."""
+def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
+    """Notices with another state, run or tensors, a missing node, or none at all are not published."""
     store = memory_store()
-    for shard in stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)):
-        upload_shard(store, shard)
-    parts = collected(store, DIRECTORY, 2)
-    other = replace(parts[1], state=training_state(50, rows_seen=1))
-    stranger = replace(parts[1], run_id="another")
+    upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
+    notices = collected(store, DIRECTORY, 2)
+    other = replace(notices[1], state=training_state(50, rows_seen=1))
+    stranger = replace(notices[1], run_id="another")
+    reshaped = replace(notices[1], tensors_sha256="0" * 64)
     for wrong in (
-        [parts[0], other],
-        [parts[0], stranger],
-        parts[:1],
-        parts[1:],
-        [parts[0]] * 2,
+        [notices[0], other],
+        [notices[0], stranger],
+        [notices[0], reshaped],
+        notices[:1],
+        notices[1:],
+        [notices[0]] * 2,
         [],
     ):
         with pytest.raises(CheckpointError):
@@ -161,15 +177,69 @@ def test_parts_of_one_checkpoint_agree(tmp_path: Path) -> None:
     assert store.size(manifest_key(DIRECTORY)) is None
 
 
-def test_a_file_lost_before_the_manifest_stops_it(tmp_path: Path) -> None:
-    """The manifest is not written while a shard it names is missing or has another size."""
+def test_a_checkpoint_that_does_not_cover_the_state_is_not_committed(tmp_path: Path) -> None:
+    """Rows that no node has, rows that two have, and a tensor that nobody has stop the manifest by name."""
     store = memory_store()
-    for shard in stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)):
-        upload_shard(store, shard)
-    store.write(shard_key(DIRECTORY, 1), b"short")
-    with pytest.raises(CheckpointError, match="5 bytes in the store"):
-        publish_manifest(store, collected(store, DIRECTORY, 2))
+    upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
+    notices = collected(store, DIRECTORY, 2)
+    names = [tensor.name for tensor in notices[0].tensors]
+    at = 2 * names.index("model/w")
+    for rows, reason in (
+        ((3, 4), "rows 2 to 3 are missing"),
+        ((1, 4), "rows 1 to 2 are there twice"),
+        ((2, 3), "rows 3 to 4 are missing"),
+        ((0, 0), "rows 2 to 4 are missing"),
+    ):
+        share = notices[1].share
+        share = replace(share, rows=(*share.rows[:at], *rows, *share.rows[at + 2 :]))
+        with pytest.raises(CheckpointError, match=f"model/w: {reason}"):
+            publish_manifest(store, [notices[0], replace(notices[1], share=share)])
     assert store.size(manifest_key(DIRECTORY)) is None
+
+
+def test_a_tensor_that_no_worker_staged_is_missed(tmp_path: Path) -> None:
+    """A worker names all tensors of the state, so one whose rows nobody has is no checkpoint."""
+    store = memory_store()
+    path = tmp_path / "shard"
+    rows = {
+        "model/w": (torch.ones(4, 2), (4, 2), 0),
+        "model/b": (torch.ones(0), (3,), 3),
+    }
+    write_shard(path, rows, training_state(50))
+    upload_nodes(store, [StagedShard(path, RUN_ID, DIRECTORY, 0, range(1))])
+    with pytest.raises(CheckpointError, match="model/b: rows 0 to 3 are missing"):
+        publish_manifest(store, collected(store, DIRECTORY, 1))
+
+
+def test_a_node_vouches_only_for_rows_that_join(tmp_path: Path) -> None:
+    """A gap between the workers of a node, another state, or a worker left out is found before its record is written."""
+    store = memory_store()
+    shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
+    first, middle, last = (upload_shard(store, shard) for shard in shards)
+    gap = replace(middle, file=replace(middle.file, slices=()))
+    other = replace(middle, state=training_state(50, rows_seen=1))
+    for wrong, reason in (
+        ([first, gap, last], "are missing"),
+        ([first, other, last], "differ in their training state"),
+        ([first, last], "not all shards of ranks 0 to 2"),
+        ([middle, first, last], "not all shards"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            publish_node(store, wrong)
+    assert store.size(node_key(DIRECTORY, 0)) is None
+    assert store.size(notice_key(DIRECTORY, 0)) is None
+
+
+def test_a_shard_that_was_not_stored_whole_stops_its_node(tmp_path: Path) -> None:
+    """A node looks at the size of each shard it uploaded before it vouches for it."""
+
+    class Cutting(FailingStore):
+        def write(self, key: str, source: bytes | Path) -> None:
+            self._store.write(key, b"short")
+
+    shards = stage(tmp_path, full_tensors(SMALL), 1, DIRECTORY, training_state(50))
+    with pytest.raises(CheckpointError, match="5 bytes in the store"):
+        upload_shard(Cutting(memory_store()), shards[0])
 
 
 class Clock:
@@ -190,12 +260,12 @@ class Clock:
 
 def collect_by(
     clock: Clock, store: Store, *, ranks: int, deadline_s: float, stop_after_s: float = float("inf")
-) -> list[Part] | None:
-    """Collect the parts of `DIRECTORY` on a clock that only waiting moves."""
+) -> list[NodeNotice] | None:
+    """Collect the notices of `DIRECTORY` on a clock that only waiting moves."""
     return collect(
         store,
         DIRECTORY,
-        range(ranks),
+        nodes_of(ranks),
         deadline_s=deadline_s,
         now=clock.now,
         wait=clock.wait,
@@ -203,14 +273,16 @@ def collect_by(
     )
 
 
-def test_collecting_waits_for_late_parts(tmp_path: Path) -> None:
-    """Parts may come in any order and late; they are returned by rank."""
+def test_collecting_waits_for_late_notices(tmp_path: Path) -> None:
+    """Notices may come in any order and late; they are returned by rank."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50))
-    clock = Clock({0.3 * (3 - n): lambda n=n: upload_shard(store, shards[n]) for n in range(3)})  # type: ignore[misc]
-    parts = collect_by(clock, store, ranks=3, deadline_s=5.0)
-    assert parts is not None
-    assert [part.rank for part in parts] == [0, 1, 2]
+    clock = Clock(
+        {0.3 * (3 - n): lambda n=n: upload_nodes(store, shards[n : n + 1]) for n in range(3)}
+    )  # type: ignore[misc]
+    notices = collect_by(clock, store, ranks=3, deadline_s=5.0)
+    assert notices is not None
+    assert [notice.first_rank for notice in notices] == [0, 1, 2]
     assert clock.now_s < 101.5
 
 
@@ -218,58 +290,67 @@ def test_nobody_waits_for_a_shard_that_will_not_come(tmp_path: Path) -> None:
     """A node that cannot upload its shard leaves a note, and collecting ends there instead of at its deadline."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
-    upload_shard(store, shards[0])
+    upload_nodes(store, shards[:1])
     shards[1].path.write_bytes(b"not a shard")
     failures: list[int] = []
     with Uploader(
-        store, on_uploaded=lambda _: None, on_failed=lambda step, _: failures.append(step)
+        store, on_uploaded=lambda _: None, on_failed=lambda shard, _: failures.append(shard.step)
     ) as uploader:
         uploader.submit(shards[1])
         assert uploader.drain(WAIT_S)
     assert failures == [50]
     clock = Clock()
     with pytest.raises(
-        CheckpointError, match=r"shard-00001.safetensors: its node could not upload it"
+        NodeRefused, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
     ):
         collect_by(clock, store, ranks=2, deadline_s=600.0)
     assert clock.now_s < 101.0
 
 
 def test_collecting_has_an_end(tmp_path: Path) -> None:
-    """A part that never comes is an error that names it and the limit; a stop request ends the wait at once."""
+    """A notice that never comes is an error that names it and the limit; a stop request ends the wait at once."""
     store = memory_store()
-    upload_shard(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))[0])
+    shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
+    upload_nodes(store, shards[:1])
     clock = Clock()
-    with pytest.raises(CheckpointError, match=r"part-00001.json: not there after 5.0 s"):
+    with pytest.raises(CheckpointError, match=r"notice-00001.json: not there after 5.0 s"):
         collect_by(clock, store, ranks=2, deadline_s=5.0)
     assert clock.now_s == pytest.approx(105.0, abs=0.3)
     stopped = collect_by(clock, store, ranks=2, deadline_s=5.0, stop_after_s=106.0)
     assert stopped is None
 
 
-def test_parts_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
-    """A part that is damaged, or was copied from another rank or checkpoint, is named and not used."""
+def test_notices_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
+    """A notice that is damaged, of other workers, or was copied from another node or checkpoint is named and not used."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
-    parts = [upload_shard(store, shard) for shard in shards]
+    upload_nodes(store, shards)
+    notices = collected(store, DIRECTORY, 2)
     elsewhere = checkpoint_directory(50, 2, "eeee0000")
-    file = replace(parts[0].file, key=shard_key(elsewhere, 0))
-    foreign = Part(RUN_ID, elsewhere, 0, file, parts[0].state)
-    for wrong in (parts[1].to_bytes(), foreign.to_bytes(), b"{", parts[0].to_bytes()[:-1]):
-        store.write(part_key(DIRECTORY, 0), wrong)
-        with pytest.raises(CheckpointError, match=r"part-00000.json"):
+    share = replace(notices[0].share, key=node_key(elsewhere, 0))
+    foreign = replace(notices[0], directory=elsewhere, share=share)
+    more = replace(notices[0].share, shard_sizes=(99, 99))
+    for wrong in (
+        notices[1].to_bytes(),
+        foreign.to_bytes(),
+        replace(notices[0], share=more).to_bytes(),
+        b"{",
+        notices[0].to_bytes()[:-1],
+    ):
+        store.write(notice_key(DIRECTORY, 0), wrong)
+        with pytest.raises(CheckpointError, match=r"notice-00000.json"):
             collected(store, DIRECTORY, 2)
 
 
-def test_a_part_is_never_overwritten(tmp_path: Path) -> None:
-    """Two agents that claim one rank of one checkpoint cannot both succeed."""
+def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
+    """Two agents that claim one node's place in one checkpoint cannot both succeed."""
     store = memory_store()
-    ours = stage(tmp_path, full_tensors(SMALL, seed=1), 1, DIRECTORY, training_state(50))[0]
-    upload_shard(store, ours)
-    upload_shard(store, ours)
-    theirs = stage(tmp_path, full_tensors(SMALL, seed=2), 1, DIRECTORY, training_state(50))[0]
+    ours = stage(tmp_path, full_tensors(SMALL, seed=1), 1, DIRECTORY, training_state(50))
+    upload_nodes(store, ours)
+    upload_nodes(store, ours)
+    theirs = stage(tmp_path, full_tensors(SMALL, seed=2), 1, DIRECTORY, training_state(50))
     with pytest.raises(AlreadyExists):
-        upload_shard(store, theirs)
+        upload_nodes(store, theirs)
 
 
 class Heard:
@@ -282,24 +363,24 @@ class Heard:
     def uploader(self, store: Store, queue_limit: int = 64) -> Uploader:
         return Uploader(
             store,
-            on_uploaded=self.uploaded.append,
-            on_failed=lambda step, error: self.failed.append((step, error)),
+            on_uploaded=lambda shard: self.uploaded.append(shard.step),
+            on_failed=lambda shard, error: self.failed.append((shard.step, error)),
             queue_limit=queue_limit,
         )
 
 
 def test_the_uploader_uploads_and_removes(tmp_path: Path) -> None:
-    """Every submitted shard arrives with its part, is reported, and its local file is gone."""
+    """Every submitted shard arrives, the last one of a node with its record, is reported, and its local file is gone."""
     store, heard = memory_store(), Heard()
     tensors = full_tensors(SMALL)
-    shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50))
+    shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50), workers=2)
     with heard.uploader(store) as uploader:
         for shard in shards:
             uploader.submit(shard)
         assert uploader.drain(WAIT_S)
     assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
     assert list(tmp_path.iterdir()) == []
-    reference = publish_manifest(store, collected(store, DIRECTORY, 3))
+    reference = publish_manifest(store, collected(store, DIRECTORY, 3, 2))
     manifest = read_manifest(store, reference, RUN_ID)
     assert digest(store, manifest) == expected_digest(tensors)
 
@@ -353,12 +434,18 @@ def test_the_queue_is_bounded_and_can_be_dropped(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_had_no_room_is_waited_for_by_nobody(tmp_path: Path) -> None:
-    """A worker's missing shard becomes a note in the bucket, and the committer gives the checkpoint up at once."""
-    store = memory_store()
-    told: list[int] = []
-    with Uploader(store, on_uploaded=told.append, on_failed=lambda *_: None) as uploader:
-        uploader.submit(StagedShard(Path(), RUN_ID, DIRECTORY, 0, missing="no room"))
-        assert uploader.drain(10)
-    assert told == [50]
-    with pytest.raises(CheckpointError, match="could not upload"):
-        collected(store, DIRECTORY, 1)
+    """A worker's missing shard becomes its node's refusal; the node uploads nothing more of this checkpoint."""
+    store, heard = memory_store(), Heard()
+    shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
+    with heard.uploader(store) as uploader:
+        uploader.submit(shards[0])
+        uploader.submit(replace(shards[1], path=Path(), missing="no room"))
+        uploader.submit(shards[2])
+        assert uploader.drain(WAIT_S)
+    assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
+    assert not shards[2].path.exists()
+    assert store.size(shard_key(DIRECTORY, 2)) is None
+    refusal = NodeRefusal.from_bytes(store.read(notice_key(DIRECTORY, 0)))
+    assert (refusal.first_rank, refusal.why) == (0, "no room")
+    with pytest.raises(NodeRefused, match="could not upload it: no room"):
+        collected(store, DIRECTORY, 3, 3)

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,13 +10,20 @@ import torch
 from elastic_pt.checkpoint.layout import (
     CheckpointReference,
     Manifest,
-    Part,
     TrainingState,
     checkpoint_directory,
 )
+from elastic_pt.checkpoint.nodes import NodeNotice
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
-from elastic_pt.checkpoint.upload import StagedShard, collect, publish_manifest, upload_shard
+from elastic_pt.checkpoint.upload import (
+    StagedShard,
+    UploadedShard,
+    collect,
+    publish_manifest,
+    publish_node,
+    upload_shard,
+)
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -84,29 +91,50 @@ def stage(
     directory: str,
     state: TrainingState,
     run_id: str = RUN_ID,
+    workers: int = 1,
 ) -> list[StagedShard]:
-    """Write the shard file of every rank into a local folder."""
+    """Write the shard file of every rank into a local folder; a node has `workers` of them, the last maybe fewer."""
     staged = []
     for rank in range(world_size):
         path = folder / f"{directory.rpartition('/')[2]}-{rank}.safetensors"
         write_shard(path, local_rows(tensors, rank, world_size), state)
-        staged.append(StagedShard(path, run_id, directory, rank))
+        staged.append(
+            StagedShard(
+                path, run_id, directory, rank, nodes_of(world_size, workers)[rank // workers]
+            )
+        )
     return staged
 
 
-def collected(store: Store, directory: str, world_size: int) -> list[Part]:
-    """All parts, which are there already."""
-    parts = collect(
+def nodes_of(world_size: int, workers: int = 1) -> list[range]:
+    """The ranks of each node's workers."""
+    firsts = range(0, world_size, workers)
+    return [range(first, min(first + workers, world_size)) for first in firsts]
+
+
+def upload_nodes(store: Store, shards: Sequence[StagedShard]) -> list[UploadedShard]:
+    """Upload all shards and write the record and the notice of each node, as agents do, in one thread."""
+    uploaded: list[UploadedShard] = []
+    for shard in shards:
+        uploaded.append(upload_shard(store, shard))
+        if shard.rank == shard.ranks[-1]:
+            publish_node(store, uploaded[-len(shard.ranks) :])
+    return uploaded
+
+
+def collected(store: Store, directory: str, world_size: int, workers: int = 1) -> list[NodeNotice]:
+    """The notices of all nodes, which are there already."""
+    notices = collect(
         store,
         directory,
-        range(world_size),
+        nodes_of(world_size, workers),
         deadline_s=0.0,
         now=lambda: 0.0,
         wait=lambda _: None,
         should_stop=lambda: False,
     )
-    assert parts is not None
-    return parts
+    assert notices is not None
+    return notices
 
 
 def write_checkpoint(
@@ -119,13 +147,17 @@ def write_checkpoint(
     generation: int = 1,
     nonce: str = "0a1b2c3d",
     run_id: str = RUN_ID,
+    workers: int = 1,
 ) -> CheckpointReference:
     """The whole road from tensors to the reference that a COMMIT record would hold."""
     directory = checkpoint_directory(step, generation, nonce)
-    for shard in stage(folder, tensors, world_size, directory, training_state(step), run_id):
-        upload_shard(store, shard)
+    shards = stage(
+        folder, tensors, world_size, directory, training_state(step), run_id, workers=workers
+    )
+    upload_nodes(store, shards)
+    for shard in shards:
         shard.path.unlink()
-    return publish_manifest(store, collected(store, directory, world_size))
+    return publish_manifest(store, collected(store, directory, world_size, workers))
 
 
 def load_world(store: Store, manifest: Manifest, world_size: int) -> dict[str, torch.Tensor]:

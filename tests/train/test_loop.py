@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.shard_file import describe_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, upload_shard
+from elastic_pt.checkpoint.shard_file import Staging, describe_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest
@@ -101,9 +101,9 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
     config = config_for(tmp_path, "train.steps=7", "checkpoint.every_steps=3")
     state, batches = start(config)
     agent = FakeAgent()
-    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.COMPLETED
+    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.COMPLETED
     assert agent.staged() == [3, 6, 7]
-    _, saved = describe_shard(tmp_path / "0000000006-rank-0.safetensors", "shard")
+    _, saved, _ = describe_shard(tmp_path / "0000000006-g1-rank-0.safetensors", "shard")
     assert (saved.step, saved.optimizer_step, saved.rows_seen) == (6, 6, 48)
     assert saved.tokens_seen == 48 * config.data.sequence_length
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_waits_for_the_upload_before(tmp_path: Path) -> None:
     config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
     state, batches = start(config)
     agent = FakeAgent(upload_steps=4)
-    train(config, state, batches, agent, tmp_path, IDENTITY)
+    train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY)
     assert agent.staged() == [2, 7, 9]
 
 
@@ -124,7 +124,7 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
     config = config_for(tmp_path, "train.steps=9")
     state, batches = start(config)
     agent = FakeAgent(drain_at=3, upload_steps=99)
-    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.DRAINED
+    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.DRAINED
     assert agent.staged() == [state.steps_done] == [4]
 
 
@@ -137,7 +137,7 @@ def test_a_poisoned_step_is_skipped_and_the_data_goes_on(
     state, batches = start(config)
     seen = poison(monkeypatch, state, steps={1})
     agent = FakeAgent()
-    assert train(config, state, batches, agent, tmp_path, IDENTITY) is Outcome.COMPLETED
+    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.COMPLETED
     before, poisoned, after = seen[1], seen[2], weights(state)
     assert torch.equal(before, poisoned)
     assert not torch.equal(poisoned, after)
@@ -153,7 +153,10 @@ def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.Monk
     config = config_for(tmp_path, "train.steps=20", "train.max_skipped_steps=2")
     state, batches = start(config)
     poison(monkeypatch, state, steps=set(range(4, 20)))
-    assert train(config, state, batches, FakeAgent(), tmp_path, IDENTITY) is Outcome.DIVERGED
+    assert (
+        train(config, state, batches, FakeAgent(), Staging(tmp_path, 1), IDENTITY)
+        is Outcome.DIVERGED
+    )
     assert state.steps_done == 7
     assert torch.isfinite(weights(state)).all()
 
@@ -188,12 +191,15 @@ def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
     state, batches = start(config)
     poison(monkeypatch, state, steps=poisoned)
     agent = FakeAgent()
-    outcome = train(config, state, batches, agent, tmp_path, who)
+    outcome = train(config, state, batches, agent, Staging(tmp_path, 1), who)
     assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
     for step in agent.staged():
         again, rest = start(config)
-        take_up(config, again, tmp_path / f"{step:010d}-rank-0.safetensors", step)
-        assert train(config, again, islice(rest, step, None), FakeAgent(), tmp_path, who) is outcome
+        take_up(config, again, tmp_path / f"{step:010d}-g1-rank-0.safetensors", step)
+        assert (
+            train(config, again, islice(rest, step, None), FakeAgent(), Staging(tmp_path, 1), who)
+            is outcome
+        )
         assert again.steps_done == state.steps_done
         assert torch.equal(weights(again), weights(state))
 
@@ -202,9 +208,8 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     """Restore a state as a worker does, from a checkpoint in a store made of one staged shard."""
     store = open_store(config.run.url)
     directory = checkpoint_directory(step, 1, "abcd")
-    reference = publish_manifest(
-        store, [upload_shard(store, StagedShard(shard, RUN_ID, directory, 0))]
-    )
+    uploaded = upload_shard(store, StagedShard(shard, RUN_ID, directory, 0, range(1)))
+    reference = publish_manifest(store, [publish_node(store, [uploaded])])
     resume = Checkpoint(
         step, 1, directory, reference.manifest_size, reference.manifest_sha256, loss=None
     )
@@ -252,10 +257,13 @@ def test_a_full_staging_costs_checkpoints_and_no_worker(
 
     agent = Roomy()
     state, batches = start(config)
-    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    assert (
+        train(config, state, batches, agent, Staging(small_staging, 1), IDENTITY)
+        is Outcome.COMPLETED
+    )
     kinds = [(kind, content["step"]) for kind, content in agent.messages if kind != "step"]
     assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
-    assert [path.name for path in small_staging.iterdir()] == ["0000000005-rank-0.safetensors"]
+    assert [path.name for path in small_staging.iterdir()] == ["0000000005-g1-rank-0.safetensors"]
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -265,7 +273,10 @@ def test_a_stop_without_room_waits_for_a_bounded_time(tmp_path: Path, small_stag
     fill(small_staging)
     agent = FakeAgent()
     state, batches = start(config)
-    assert train(config, state, batches, agent, small_staging, IDENTITY) is Outcome.COMPLETED
+    assert (
+        train(config, state, batches, agent, Staging(small_staging, 1), IDENTITY)
+        is Outcome.COMPLETED
+    )
     kinds = [kind for kind, _ in agent.messages if kind != "step"]
     assert set(kinds[:-1]) == {"no_room"}
     assert kinds[-1] == "skipped"

@@ -15,11 +15,12 @@ from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.layout import CheckpointReference, TrainingState, checkpoint_directory
 from elastic_pt.checkpoint.restore import load_rows, read_manifest
 from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, upload_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
+from tests.checkpoint.world import collected, nodes_of, upload_nodes
 
 VOCABULARY = 97
 RUN_ID = "0123456789abcdef"
@@ -83,11 +84,13 @@ def _run_world(
             assert process.exitcode == 0, f"a worker of {world_size} exited with {process.exitcode}"
         store = open_store(config.run.url)
         directory = checkpoint_directory(last_step, generation, "abcd")
-        parts = [
-            upload_shard(store, StagedShard(_shard(staging, rank), RUN_ID, directory, rank))
+        nodes = nodes_of(world_size)
+        shards = [
+            StagedShard(_shard(staging, rank), RUN_ID, directory, rank, nodes[rank])
             for rank in range(world_size)
         ]
-        return publish_manifest(store, parts), losses
+        upload_nodes(store, shards)
+        return publish_manifest(store, collected(store, directory, world_size)), losses
 
 
 def _shard(staging: str, rank: int) -> Path:
