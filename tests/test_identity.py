@@ -106,7 +106,7 @@ def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
 @pytest.mark.parametrize(
     ("overrides", "data", "platform", "fields"),
     [
-        ((), {}, {"torch": "2.14.0"}, {"torch", "config"}),
+        ((), {}, {"torch": "2.14.0"}, {"torch"}),
         (("train.numerics='native'",), {}, {"torch": "2.14.0"}, {"torch"}),
         (("train.numerics='native'",), {}, {"processor": "cuda"}, {"processor"}),
         (("run.seed=3",), {}, {}, {"config"}),

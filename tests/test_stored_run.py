@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elastic_pt import config as config_module
 from elastic_pt.config import parse_config
 from elastic_pt.errors import ConfigError
 from elastic_pt.identity import agree_on_identity, read_run_config
-from elastic_pt.preflight import platform_of_workers
 from elastic_pt.store.open import open_store
+from elastic_pt.train.probe import names_of
 
 STORED = Path(__file__).parent / "stored_run" / "0.1"
 DIGEST_AT_20 = "step=20 sha256="
@@ -30,9 +31,8 @@ def stored(tmp_path: Path) -> Path:
     shutil.copytree(STORED / "data", tmp_path / "data")
     path = tmp_path / "run" / "identity.json"
     identity = json.loads(path.read_text())
-    here = platform_of_workers(
-        parse_config((STORED / "run" / "config.toml").read_text(), source="x")
-    )
+    config = parse_config((STORED / "run" / "config.toml").read_text(), source="x")
+    here = names_of(config.train, torch.device("cpu"))
     identity |= {name: here[name] for name in ("torch", "processor")}
     path.write_text(json.dumps(identity, indent=1, sort_keys=True))
     return tmp_path

@@ -9,9 +9,9 @@ import pytest
 
 DEADLINE_S = 60.0
 AGENT = """
-from elastic_pt.elastic.forking import await_warm, start_fork_server
+from elastic_pt.elastic.forking import FirstFork, start_fork_server
 start_fork_server(1, ["stack"])
-await_warm(TIMEOUT, ["stack"])
+FirstFork(["stack"]).wait(TIMEOUT)
 print("warm")
 """
 
