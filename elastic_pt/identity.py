@@ -98,7 +98,7 @@ def agree_on_identity(
                     "the same value, or another run.url, would be right"
                 ) from None
         if bound is not None:
-            _require_platform(store.url, platform, bound or _platform_in(theirs))
+            _require_platform(store.url, platform, bound or platform_in(theirs))
     with suppress(AlreadyExists):
         shared = config.model_copy(update={"telemetry": TelemetrySection()})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
@@ -108,27 +108,26 @@ def _is_setting(name: str) -> bool:
     return "." in name
 
 
-def _platform_in(identity: Mapping[str, str]) -> dict[str, str]:
+def platform_in(identity: Mapping[str, str]) -> dict[str, str]:
+    """The platform of the node that wrote this `identity.json`; empty with native numerics."""
     return {name: value for name, value in identity.items() if not _is_setting(name)}
 
 
-def platform_difference(before: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """The first name that decides the bits and differs; empty if all agree.
+def differing_names(before: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """The names of a platform that decide the bits and differ. Only what is known of `before` is compared.
 
-    Only what is known of `before` is compared. Named causes come first, because the probe tells no cause.
+    The probe comes last, because it tells no cause.
     """
-    names = [name for name in sorted(before) if name not in EXPLAINING]
-    for name in sorted(names, key=lambda each: each == _PROBE):
-        if here.get(name) != before[name]:
-            return name
-    return ""
+    names = [name for name in sorted(before) if here.get(name) != before[name]]
+    return sorted((name for name in names if name not in EXPLAINING), key=lambda x: x == _PROBE)
 
 
 def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     """Raise `ConfigError` if this node would compute other bits than the run, or might."""
-    name = platform_difference(theirs, mine)
-    if not name:
+    names = differing_names(theirs, mine)
+    if not names:
         return
+    name = names[0]
     what = f"{name} = {mine.get(name)!r}: the run at {url} has {theirs[name]!r}"
     if name == _PROBE:
         causes = [

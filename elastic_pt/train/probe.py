@@ -73,7 +73,7 @@ def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
 def names_of(train: TrainSection, device: torch.device) -> dict[str, str]:
     """All but the probe."""
     cuda = device.type == "cuda"
-    vendor, model = _processor(Path("/proc/cpuinfo"))
+    vendor, model = processor_in(Path("/proc/cpuinfo"))
     names = _kind(device) | {
         "processor model": model,
         "environment": variables(os.environ, cuda=cuda, compiled=train.compile),
@@ -95,7 +95,7 @@ def _kind(device: torch.device) -> dict[str, str]:
 def probe(config: Config, vocabulary: int, device: torch.device) -> str:
     """SHA-256 of what two small training steps compute here. Needs `make_deterministic` before."""
     train = config.train.model_copy(update={"compile": False})
-    section, vocabulary = _small(config.model), min(vocabulary, _VOCABULARY_MAX)
+    section, vocabulary = small(config.model), min(vocabulary, _VOCABULARY_MAX)
     model = build_on_meta(section, vocabulary)
     optimize_blocks(model, train)
     model.to_empty(device=device)
@@ -146,7 +146,7 @@ def _step(
     optimizer.zero_grad()
 
 
-def _small(model: ModelSection) -> ModelSection:
+def small(model: ModelSection) -> ModelSection:
     """A block of the run's shape, with fewer heads and narrower where it is large."""
     head_width = min(model.head_width, _WIDTH_MAX)
     heads = min(model.heads, max(1, _WIDTH_MAX // head_width))
@@ -174,7 +174,7 @@ def variables(environment: Mapping[str, str], *, cuda: bool, compiled: bool) -> 
     )
 
 
-def _processor(path: Path) -> tuple[str, str]:
+def processor_in(path: Path) -> tuple[str, str]:
     """Vendor and model of the processor, as Linux tells them; on Arm both are numbers."""
     found: dict[str, str] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
