@@ -64,6 +64,7 @@ from elastic_pt.telemetry.exporter import serve_metrics
 from elastic_pt.telemetry.goodput import Activity
 
 _PLATFORM: Final = "elastic_pt.train.probe:platform_of_workers"
+_LEAVE_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
 _END_S: Final = 45
@@ -103,7 +104,7 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
         # Whoever joins before it could start a worker would hold up all others.
-        platform = first.wait(config.elastic.startup_timeout_s)
+        platform = await_platform(first, config.elastic.startup_timeout_s)
         run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)
         scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
@@ -117,6 +118,21 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         agent = Agent(config, store, run_log, scratch, me)
         stack.callback(agent.close)
         return agent.run()
+
+
+def await_platform(first: FirstFork, timeout_s: float) -> dict[str, str]:
+    """What the first process of the fork server found out. A node that is asked to leave meanwhile has left (code 0)."""
+    before = {number: signal.signal(number, _leave_at_once) for number in _LEAVE_SIGNALS}
+    try:
+        platform: dict[str, str] = first.wait(timeout_s)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return platform
+
+
+def _leave_at_once(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _read_data(config: Config, store: Store) -> Manifest:

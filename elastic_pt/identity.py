@@ -3,7 +3,7 @@
 - `config.toml`: the effective configuration but for `[telemetry]`, which is each node's own, so that
   `elastic-pt run RUN_URL` needs nothing else.
 - `identity.json`: the values that decide the bits, by name; a node with another one is refused by name. Names
-  with a point are the configuration's and the data's, the others are the platform: what computes.
+  with a dot are the configuration's and the data's, the others are the platform: what computes.
 
 A later version may know more of its platform than the run has written down. What the run does not know is not
 compared; the next generation writes down all of it.

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_pt.config import ModelSection, parse_config
-from elastic_pt.train.probe import names_of, processor_in, small, variables
+from elastic_pt.model.optimizer import ExactAdamW
+from elastic_pt.train.probe import names_of, probe, processor_in, small, variables
 
 WAIT_S = 120.0
 PROBE = """
@@ -84,6 +85,25 @@ def test_what_decides_the_computation_decides_the_probe() -> None:
     float32 = platform_with()
     assert platform_with("steps = 7") == float32
     assert platform_with('compute_dtype = "bfloat16"')["probe"] != float32["probe"]
+
+
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_one_bit_of_the_last_update_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe covers every number that the steps leave behind, to the last bit of the last update."""
+    parsed = parse_config(config('device = "cpu"'), source="x")
+    before = probe(parsed, 300, torch.device("cpu"))
+    assert probe(parsed, 300, torch.device("cpu")) == before
+    step = ExactAdamW.step
+
+    def with_another_bit(self: ExactAdamW, rate: float, scale: float = 1.0) -> None:
+        step(self, rate, scale)
+        if self.step_count == 2:
+            slot = next(iter(self._slots.values()))
+            tensor = slot.parameter if kind == "weight" else slot.exp_avg
+            tensor.detach().view(torch.int32)[0, 0] ^= 1
+
+    monkeypatch.setattr(ExactAdamW, "step", with_another_bit)
+    assert probe(parsed, 300, torch.device("cpu")) != before
 
 
 def test_native_numerics_has_no_probe() -> None:
