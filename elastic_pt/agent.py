@@ -35,7 +35,7 @@ from elastic_pt.elastic.address import local_address
 from elastic_pt.elastic.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
 from elastic_pt.elastic.channel import AgentSide, Message
 from elastic_pt.elastic.failure import WorkerFailure
-from elastic_pt.elastic.forking import await_warm
+from elastic_pt.elastic.forking import FirstFork
 from elastic_pt.elastic.history import Budgets, rest_s
 from elastic_pt.elastic.log import RunLog
 from elastic_pt.elastic.lookups import avoid_getfqdn
@@ -51,7 +51,6 @@ from elastic_pt.identity import IDENTITY_KEY, agree_on_identity, fingerprint
 from elastic_pt.observation import Observation
 from elastic_pt.preflight import (
     environment_of_workers,
-    platform_of_workers,
     require_device,
     require_fencing,
     require_staging_space,
@@ -64,6 +63,8 @@ from elastic_pt.telemetry.events import EventSink, configure_events
 from elastic_pt.telemetry.exporter import serve_metrics
 from elastic_pt.telemetry.goodput import Activity
 
+_PLATFORM: Final = "elastic_pt.train.probe:platform_of_workers"
+_LEAVE_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
 _END_S: Final = 45
@@ -91,6 +92,7 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
     avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     data = _read_data(config, store)
+    first = FirstFork(entry=_PLATFORM, arguments=(config.to_toml(), data.vocab_size))
     name = options.node or socket.gethostname()
     with ExitStack() as stack:
         sink = EventSink(store, f"{name}-{secrets.token_hex(4)}")
@@ -101,7 +103,8 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         require_fencing(store, config)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
-        platform = platform_of_workers(config)
+        # Whoever joins before it could start a worker would hold up all others.
+        platform = await_platform(first, config.elastic.startup_timeout_s)
         run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)
         scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
@@ -115,6 +118,21 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         agent = Agent(config, store, run_log, scratch, me)
         stack.callback(agent.close)
         return agent.run()
+
+
+def await_platform(first: FirstFork, timeout_s: float) -> dict[str, str]:
+    """What the first process of the fork server found out. A node that is asked to leave meanwhile has left (code 0)."""
+    before = {number: signal.signal(number, _leave_at_once) for number in _LEAVE_SIGNALS}
+    try:
+        platform: dict[str, str] = first.wait(timeout_s)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return platform
+
+
+def _leave_at_once(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _read_data(config: Config, store: Store) -> Manifest:
@@ -253,8 +271,6 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, self._asked_to_leave)
         try:
-            # Whoever joins before it could start a worker would hold up all others.
-            await_warm(self._config.elastic.startup_timeout_s)
             self._node.start()
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             while self._train_generation():

@@ -2,7 +2,11 @@
 
 - `config.toml`: the effective configuration but for `[telemetry]`, which is each node's own, so that
   `elastic-pt run RUN_URL` needs nothing else.
-- `identity.json`: the values that decide the bits, by name; a node with another one is refused by name.
+- `identity.json`: the values that decide the bits, by name; a node with another one is refused by name. Names
+  with a dot are the configuration's and the data's, the others are the platform: what computes.
+
+A later version may know more of its platform than the run has written down. What the run does not know is not
+compared; the next generation writes down all of it.
 """
 
 import hashlib
@@ -21,13 +25,16 @@ from elastic_pt.store.port import Store
 
 CONFIG_KEY: Final = "config.toml"
 IDENTITY_KEY: Final = "identity.json"
+EXPLAINING: Final = ("driver", "processor model")
+"""Names of a platform that may differ as long as the probe is equal; they explain why it is not."""
+_PROBE: Final = "probe"
 
 
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
     """The values that decide the bits of the weights, by name.
 
-    `platform` tells what computes (torch's version, the processor); native numerics does not promise bits,
-    so there it does not count.
+    `platform` tells what computes (`train.probe`); native numerics does not promise bits, so there it does not
+    count.
     """
     return {
         **config.identity(),
@@ -43,11 +50,11 @@ def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
     Beyond the run's identity it names the code: a run may go on with newer code, but never with two
     versions at a time.
     """
-    identity = identity_of(config, data, platform)
+    deciding = {name: value for name, value in platform.items() if name not in EXPLAINING}
+    identity = identity_of(config, data, {})
     return {
+        **deciding,
         "code": code_sha256(),
-        "torch": platform["torch"],
-        "processor": platform["processor"],
         "train.compute_dtype": config.train.compute_dtype,
         "data": data.fingerprint,
         "config": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -82,19 +89,60 @@ def agree_on_identity(
     try:
         store.create(IDENTITY_KEY, encoded)
     except AlreadyExists:
-        theirs = json.loads(store.read(IDENTITY_KEY)) | dict(bound or {})
-        if bound is None:
-            theirs |= {name: mine[name] for name in platform if name in mine}
-        for name in sorted(mine.keys() | theirs.keys()):
+        theirs = json.loads(store.read(IDENTITY_KEY))
+        for name in sorted(filter(_is_setting, mine.keys() | theirs.keys())):
             here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
             if here != there:
                 raise ConfigError(
                     f"{name} = {here!r}: the run at {store.url} has {there!r}; "
                     "the same value, or another run.url, would be right"
                 ) from None
+        if bound is not None:
+            _require_platform(store.url, platform, bound or platform_in(theirs))
     with suppress(AlreadyExists):
         shared = config.model_copy(update={"telemetry": TelemetrySection()})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
+
+
+def _is_setting(name: str) -> bool:
+    return "." in name
+
+
+def platform_in(identity: Mapping[str, str]) -> dict[str, str]:
+    """The platform of the node that wrote this `identity.json`; empty with native numerics."""
+    return {name: value for name, value in identity.items() if not _is_setting(name)}
+
+
+def differing_names(before: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """The names of a platform that decide the bits and differ. Only what is known of `before` is compared.
+
+    The probe comes last, because it tells no cause.
+    """
+    names = [name for name in sorted(before) if here.get(name) != before[name]]
+    return sorted((name for name in names if name not in EXPLAINING), key=lambda x: x == _PROBE)
+
+
+def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Raise `ConfigError` if this node would compute other bits than the run, or might."""
+    names = differing_names(theirs, mine)
+    if not names:
+        return
+    name = names[0]
+    what = f"{name} = {mine.get(name)!r}: the run at {url} has {theirs[name]!r}"
+    if name == _PROBE:
+        causes = [
+            f"{each} {mine.get(each)!r} (there {theirs[each]!r})"
+            for each in EXPLAINING
+            if each in theirs and mine.get(each) != theirs[each]
+        ]
+        what += (
+            "; the same small training step gives other bits on this node, though the settings agree "
+            f"(what else differs: {', '.join(causes) or 'nothing that has a name'})"
+        )
+    raise ConfigError(
+        f"{what}; expected the same, or another run.url; "
+        "if no such node is left: elastic-pt reopen --platform"
+    )
 
 
 def read_run_config(store: Store, overrides: list[str]) -> Config:

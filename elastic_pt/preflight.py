@@ -1,7 +1,6 @@
 """What an agent checks and sets before it takes part, so that mistakes are named at the start and not at step 1000."""
 
 import os
-import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,13 +30,6 @@ def require_fencing(store: Store, config: Config) -> None:
             f"run.url = {store.url!r}: unfenced ({report.reason}); several nodes need a store with "
             "create-once, or elastic.nodes_max = 1 would be right"
         )
-
-
-def platform_of_workers(config: Config) -> dict[str, str]:
-    """What computes on this node, as far as it decides the bits and can be told without touching a GPU."""
-    cuda = config.train.device != "cpu" and torch.cuda.device_count() > 0
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"torch": torch.__version__, "processor": "cuda" if cuda else processor}
 
 
 def require_work(config: Config, data: Manifest, workers: int) -> None:

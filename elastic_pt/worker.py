@@ -37,6 +37,7 @@ from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.model.parallel import resolve_device
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.events import configure_events
+from elastic_pt.train.exact import make_deterministic
 from elastic_pt.train.loop import Identity, train
 from elastic_pt.train.state import TrainState
 
@@ -55,7 +56,7 @@ def main(config_text: str, scratch_path: str) -> str:
     agent = WorkerSide(scratch / SOCKET_NAME)
     agent.send("activity", activity="start")
     device = resolve_device(config.train, local_rank)
-    make_deterministic(config, device)
+    make_deterministic(config.train, device)
     mesh = join_world(config, assignment, device)
     data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
@@ -103,17 +104,6 @@ def main(config_text: str, scratch_path: str) -> str:
     dist.destroy_process_group()
     agent.close()
     return outcome
-
-
-def make_deterministic(config: Config, device: torch.device) -> None:
-    """Pin everything in this process that could change the bits of a micro-batch."""
-    torch.set_num_threads(config.train.threads)
-    if config.train.numerics == "exact":
-        torch.use_deterministic_algorithms(True)
-        # Uninitialised memory is always written before it is read; filling it with NaN first only costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def join_world(config: Config, assignment: Assignment, device: torch.device) -> DeviceMesh:

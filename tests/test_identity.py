@@ -55,6 +55,73 @@ def test_a_node_that_differs_is_refused_by_name(
         agree_on_identity(store, config(*overrides), DATA, PLATFORM | platform)
 
 
+EXACT_PLATFORM = PLATFORM | {
+    "vendor": "GenuineIntel",
+    "environment": "",
+    "processor model": "Xeon 1",
+    "probe": "1f",
+}
+"""As this version tells it, where `PLATFORM` is what the first one did."""
+
+
+@pytest.mark.parametrize(
+    ("differs", "named"),
+    [
+        ({"vendor": "AuthenticAMD", "probe": "2a"}, "vendor = 'AuthenticAMD': the run at"),
+        ({"environment": "MKL_CBWR=AVX2"}, "environment = 'MKL_CBWR=AVX2': the run at .* has ''"),
+        ({"probe": "2a"}, "probe = '2a': .* has '1f'.*nothing that has a name.*reopen --platform"),
+        ({"probe": "2a", "processor model": "Xeon 2"}, r"probe = .*'Xeon 2' \(there 'Xeon 1'\)"),
+        ({"processor model": "Xeon 2"}, ""),
+    ],
+)
+def test_what_is_computed_decides_and_names_explain(
+    store: Store, differs: dict[str, str], named: str
+) -> None:
+    """I9: A node that computes other bits is refused with the cause; one whose processor only has another name is not."""
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
+    mine = fingerprint(config(), DATA, EXACT_PLATFORM)
+    other = EXACT_PLATFORM | differs
+    if not named:
+        agree_on_identity(store, config(), DATA, other)
+        assert fingerprint(config(), DATA, other) == mine
+        return
+    with pytest.raises(ConfigError, match=named):
+        agree_on_identity(store, config(), DATA, other)
+    assert differing(fingerprint(config(), DATA, other), mine) == differs.keys() - {
+        "processor model"
+    }
+
+
+def test_settings_are_compared_before_the_platform(store: Store) -> None:
+    """Another setting may change the probe: the setting is what the user has to hear of."""
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
+    with pytest.raises(ConfigError, match=r"run\.seed = 3"):
+        agree_on_identity(store, config("run.seed=3"), DATA, EXACT_PLATFORM | {"probe": "2a"})
+
+
+@pytest.mark.parametrize("bound", [{}, PLATFORM], ids=["identity", "generation"])
+def test_only_what_the_run_knows_of_its_platform_is_compared(
+    store: Store, bound: dict[str, str]
+) -> None:
+    """A run of an earlier version, which wrote down less of its platform, takes nodes that tell more."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM, bound)
+    with pytest.raises(ConfigError, match="torch = '3'"):
+        agree_on_identity(store, config(), DATA, EXACT_PLATFORM | {"torch": "3"}, bound)
+
+
+def test_the_newest_generation_tells_the_whole_platform(store: Store) -> None:
+    """After another platform was accepted nothing of the first one counts, not even names the other one lacks."""
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM | {"accelerator": "H100"})
+    cpu = EXACT_PLATFORM | {"vendor": "AuthenticAMD", "probe": "2a"}
+    with pytest.raises(ConfigError, match=r"accelerator = None: the run at .* has 'H100'"):
+        agree_on_identity(store, config(), DATA, cpu)
+    agree_on_identity(store, config(), DATA, cpu, None)
+    agree_on_identity(store, config(), DATA, cpu, cpu)
+    with pytest.raises(ConfigError, match="vendor = 'GenuineIntel'"):
+        agree_on_identity(store, config(), DATA, EXACT_PLATFORM, cpu)
+
+
 def test_what_does_not_touch_the_bits_may_differ(store: Store) -> None:
     """Nodes may have their own telemetry, elastic and checkpoint sections."""
     agree_on_identity(store, config(), DATA, PLATFORM)
@@ -106,7 +173,7 @@ def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
 @pytest.mark.parametrize(
     ("overrides", "data", "platform", "fields"),
     [
-        ((), {}, {"torch": "2.14.0"}, {"torch", "config"}),
+        ((), {}, {"torch": "2.14.0"}, {"torch"}),
         (("train.numerics='native'",), {}, {"torch": "2.14.0"}, {"torch"}),
         (("train.numerics='native'",), {}, {"processor": "cuda"}, {"processor"}),
         (("run.seed=3",), {}, {}, {"config"}),

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elastic_pt import config as config_module
 from elastic_pt.config import parse_config
 from elastic_pt.errors import ConfigError
 from elastic_pt.identity import agree_on_identity, read_run_config
-from elastic_pt.preflight import platform_of_workers
 from elastic_pt.store.open import open_store
+from elastic_pt.train.probe import names_of
 
 STORED = Path(__file__).parent / "stored_run" / "0.1"
 DIGEST_AT_20 = "step=20 sha256="
@@ -30,9 +31,8 @@ def stored(tmp_path: Path) -> Path:
     shutil.copytree(STORED / "data", tmp_path / "data")
     path = tmp_path / "run" / "identity.json"
     identity = json.loads(path.read_text())
-    here = platform_of_workers(
-        parse_config((STORED / "run" / "config.toml").read_text(), source="x")
-    )
+    config = parse_config((STORED / "run" / "config.toml").read_text(), source="x")
+    here = names_of(config.train, torch.device("cpu"))
     identity |= {name: here[name] for name in ("torch", "processor")}
     path.write_text(json.dumps(identity, indent=1, sort_keys=True))
     return tmp_path
@@ -100,6 +100,8 @@ def test_another_platform_is_taken_once_an_operator_accepts_it(stored: Path) -> 
     reopened = elastic_pt("reopen", url, "--platform", "--why", "none of these are left")
     assert reopened.returncode == 0, reopened.stderr
     assert reopened.stdout.startswith("reopened at step 20")
+    (exact,) = elastic_pt("digest", url).stdout.splitlines()
+    assert exact.startswith(DIGEST_AT_20)
     joined = elastic_pt(*arguments)
     assert joined.returncode == 0, joined.stderr
     records = [json.loads(line) for line in elastic_pt("log", url, "--json").stdout.splitlines()]
@@ -107,6 +109,26 @@ def test_another_platform_is_taken_once_an_operator_accepts_it(stored: Path) -> 
     assert newest["platform"]["processor"] == identity["processor"]
     (lifted,) = [each["body"] for each in records if each["kind"] == "REOPEN"]
     assert (lifted["step"], lifted["why"]) == (20, "none of these are left")
+    first, second = elastic_pt("digest", url).stdout.splitlines()
+    assert first.startswith("step=60 sha256=")
+    here = identity["processor"]
+    assert second == (
+        "exact up to step 20; from step 20 on another platform: "
+        f"processor = {here!r} after 'extinct' (reopened: none of these are left)"
+    )
+
+
+def test_a_node_that_computes_other_bits_is_refused(stored: Path) -> None:
+    """I9: Where all that has a name agrees and the probe does not, the node is refused, and the message says so."""
+    url = stored / "run"
+    path = url / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"probe": "0" * 64}))
+    arguments = ("run", url, "--address", "127.0.0.1", "--set", f"data.url={stored / 'data'}")
+    refused = elastic_pt(*arguments)
+    assert refused.returncode == 2, refused.stderr
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: probe = ")
+    assert "the same small training step gives other bits on this node" in line
 
 
 def test_a_key_that_came_later_means_its_first_default(

@@ -1,13 +1,19 @@
 """Commands that change what a run does: `reopen`."""
 
-from typing import Annotated, Final
+import time
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from elastic_pt.cli.options import RunUrl, absolute_url
 from elastic_pt.errors import ConfigError
 
+if TYPE_CHECKING:
+    from elastic_pt.inspection import Run
+
 _WHY_CHARACTERS_MAX: Final = 500
+_TAKEOVER_S: Final = 3.0
+_TAKEOVER_MAX_S: Final = 30.0
 
 
 def reopen(
@@ -32,8 +38,8 @@ def reopen(
     led to it. Then start agents as usual; they go on from the newest checkpoint
     that verifies. With --platform the next nodes may be of another kind: the
     bits are then those of one platform up to that checkpoint and those of
-    another one after it, and the log says where. That works for a run that has
-    not ended, too, when its kind of machine is no longer to be had.
+    another one after it, and the log and `elastic-pt digest` say where. That
+    works for a run that has not ended, too, once none of its agents is left.
 
     \b
     [bold]Examples[/bold]
@@ -59,6 +65,8 @@ def reopen(
             f"{run.store.url}: has not ended; expected a run that `elastic-pt status` calls failed, "
             "or --platform"
         )
+    if view.stop is None:
+        _require_abandoned(run)
 
     def make(view: RunView) -> Reopen:
         step = view.checkpoints[0].step if view.checkpoints else 0
@@ -67,3 +75,39 @@ def reopen(
     view = run.log.append(make, generation=view.generation_number)
     step = view.checkpoints[0].step if view.checkpoints else 0
     typer.echo(f"reopened at step {step}; `elastic-pt run {run.store.url}` goes on from there")
+
+
+def _require_abandoned(run: "Run") -> None:
+    """Refuse another platform where it would have no effect: none is compared, or agents of the old one live.
+
+    They would refuse every other node, and their next generation would bind the run to their platform again.
+    """
+    from elastic_pt.inspection import read_status
+
+    if run.config is not None and run.config.train.numerics == "native":
+        raise ConfigError(
+            f"{run.store.url}: train.numerics = 'native', so a run without agents takes any platform; "
+            "expected no --platform"
+        )
+    status = read_status(run)
+    alive = [each.node for each in (*status.members, *status.waiting) if each.phase != "down"]
+    if not alive and _pulse_moves(run):
+        alive = ["agents that this machine does not reach"]
+    if alive:
+        raise ConfigError(
+            f"--platform: {', '.join(alive)} still take part in {run.store.url}, on its platform; "
+            "expected a run whose agents have all been stopped"
+        )
+
+
+def _pulse_moves(run: "Run") -> bool:
+    """Whether the bucket shows a generation that trains, within the time after which others would take it over."""
+    from elastic_pt.elastic.pulse import Pulse
+
+    pulse = Pulse(run.store, "")
+    before = pulse.feel()
+    if not before:
+        return False
+    takeover_s = _TAKEOVER_S if run.config is None else run.config.elastic.takeover_s
+    time.sleep(min(takeover_s, _TAKEOVER_MAX_S))
+    return pulse.feel() != before

@@ -28,7 +28,9 @@ def digest(run_url: RunUrl, step: Step = None) -> None:
 
     Equal digests mean equal bits, whatever world size wrote them. Without --step
     it takes the newest committed checkpoint of which every byte is right, and
-    says on standard error why it passed over a newer one.
+    says on standard error why it passed over a newer one. Where the run went on
+    on another platform (`reopen --platform`), a second line says up to which
+    step the checkpoint is exact.
 
     \b
     [bold]Examples[/bold]
@@ -36,12 +38,18 @@ def digest(run_url: RunUrl, step: Step = None) -> None:
     elastic-pt digest s3://bucket/run --step 2000
     """
     from elastic_pt.artifacts import choose_checkpoint, digest_of
+    from elastic_pt.exactness import read_platform_changes
     from elastic_pt.inspection import open_run
 
     run = open_run(absolute_url(run_url, "RUN_URL"))
     chosen = choose_checkpoint(run, step)
     tell_passed_over(chosen)
-    typer.echo(f"step={chosen.manifest.step} sha256={digest_of(run, chosen)}")
+    manifest = chosen.manifest
+    typer.echo(f"step={manifest.step} sha256={digest_of(run, chosen)}")
+    changes = read_platform_changes(run.store, run.log, manifest.generation, manifest.step)
+    if changes:
+        later = "; ".join(f"from step {each.step} on {each}" for each in changes)
+        typer.echo(f"exact up to step {changes[0].step}; {later}")
 
 
 def tell_passed_over(chosen: "Chosen") -> None:

@@ -11,13 +11,22 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import forkserver, get_context, util
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from elastic_pt.errors import NodeFailure
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 _FORK_SERVER: Final = "elastic_pt.elastic.fork_server"
-WARM_MODULES: Final = ("elastic_pt.worker", "elastic_pt.elastic.processes", "elastic_pt.cli")
+WARM_MODULES: Final = (
+    "elastic_pt.worker",
+    "elastic_pt.train.probe",
+    "elastic_pt.elastic.processes",
+    "elastic_pt.cli",
+)
 """What a worker needs, down to the function that it starts with and the command that its agent was started by."""
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -49,33 +58,61 @@ def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> No
     forkserver.ensure_running()
 
 
-def await_warm(timeout_s: float, modules: Sequence[str] = WARM_MODULES) -> None:
-    """Block until the fork server has imported everything. Raises `NodeFailure` if it takes longer or cannot."""
-    exits: list[int | None] = []
+class FirstFork:
+    """The first process that the fork server forks: it imports everything, and may then find something out.
 
-    def fork_first() -> None:
-        first = get_context("forkserver").Process(target=_import_all, args=(modules,), daemon=True)
-        try:
-            first.start()
-            first.join()
-        finally:
-            exits.append(first.exitcode)
+    Started as soon as possible and awaited as late as possible. Agent process, main thread.
+    """
 
-    # Started here: a child ends with the thread that started it. Forking goes aside, because it waits for the
-    # imports, however long they take.
-    forkserver.ensure_running()
-    forking = threading.Thread(target=fork_first, name="first fork", daemon=True)
-    forking.start()
-    forking.join(timeout_s)
-    if not exits:
-        raise NodeFailure(
-            f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
+    def __init__(
+        self, modules: Sequence[str] = WARM_MODULES, entry: str = "", arguments: Sequence[Any] = ()
+    ) -> None:
+        """`entry` is a "module:function" of the training stack, which this process itself must not import."""
+        self._said: list[Any] = []
+        """None once everything is imported, then what `entry` returned."""
+        # Started here: a child ends with the thread that started it. Forking goes aside, because it waits for the
+        # imports, however long they take.
+        forkserver.ensure_running()
+        self._forking = threading.Thread(
+            target=self._fork, args=(modules, entry, arguments), name="first fork", daemon=True
         )
-    if exits[0] != 0:
-        raise NodeFailure("the fork server cannot import what workers need; its error is above")
+        self._forking.start()
+
+    def wait(self, timeout_s: float) -> Any:
+        """Block until it is done; returns what `entry` returned. Raises `NodeFailure` if it fails or takes longer."""
+        self._forking.join(timeout_s)
+        if self._forking.is_alive():
+            raise NodeFailure(
+                f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
+            )
+        if not self._said:
+            raise NodeFailure("the fork server cannot import what workers need; its error is above")
+        if len(self._said) == 1:
+            raise NodeFailure(
+                "the small training step that shows what this node computes failed; its error is above"
+            )
+        return self._said[1]
+
+    def _fork(self, modules: Sequence[str], entry: str, arguments: Sequence[Any]) -> None:
+        receiver, sender = get_context("forkserver").Pipe(duplex=False)
+        first = get_context("forkserver").Process(
+            target=_first, args=(modules, entry, arguments, sender), daemon=True
+        )
+        first.start()
+        sender.close()
+        with suppress(EOFError):
+            while True:
+                self._said.append(receiver.recv())
+        first.join()
 
 
-def _import_all(modules: Sequence[str]) -> None:
-    """What the first forked process does: the fork server itself passes over what it cannot find."""
+def _first(
+    modules: Sequence[str], entry: str, arguments: Sequence[Any], sender: "Connection"
+) -> None:
+    """What the first process does: the fork server itself passes over what it cannot find."""
+    die_with_parent()
     for module in modules:
         importlib.import_module(module)
+    sender.send(None)
+    module, _, function = entry.partition(":")
+    sender.send(getattr(importlib.import_module(module), function)(*arguments) if entry else None)

@@ -31,8 +31,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from elastic_pt.config import TrainSection
+
 _FOLD_ELEMENTS_MAX: Final = 1 << 22
 """Elements that are squared at once, to bound the float64 scratch memory; rows are never split."""
+
+
+def make_deterministic(train: TrainSection, device: torch.device) -> None:
+    """Pin everything in this process that could change the bits of a micro-batch."""
+    torch.set_num_threads(train.threads)
+    if train.numerics == "exact":
+        torch.use_deterministic_algorithms(True)
+        # Uninitialised memory is always written before it is read; filling it with NaN first only costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class DyadicSum:

@@ -9,10 +9,9 @@ import pytest
 
 DEADLINE_S = 60.0
 AGENT = """
-from elastic_pt.elastic.forking import await_warm, start_fork_server
+from elastic_pt.elastic.forking import FirstFork, start_fork_server
 start_fork_server(1, ["stack"])
-await_warm(TIMEOUT, ["stack"])
-print("warm")
+print("warm", FirstFork(["stack"], "stack:look" if "look" in STACK else "", (3,)).wait(TIMEOUT))
 """
 
 
@@ -23,7 +22,11 @@ def agent_with(
     (directory / "stack.py").write_text(stack)
     paths = os.pathsep.join([str(directory), str(Path(__file__).parents[2])])
     return subprocess.run(
-        [sys.executable, "-c", AGENT.replace("TIMEOUT", str(timeout_s))],
+        [
+            sys.executable,
+            "-c",
+            AGENT.replace("TIMEOUT", str(timeout_s)).replace("STACK", repr(stack)),
+        ],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -35,7 +38,7 @@ def agent_with(
 def test_a_warm_fork_server_is_waited_for(tmp_path: Path) -> None:
     """The agent goes on once the fork server has imported everything."""
     ended = agent_with(tmp_path, "import json")
-    assert (ended.returncode, ended.stdout) == (0, "warm\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "warm None\n"), ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,18 @@ def test_imports_that_take_too_long_end_the_agent(tmp_path: Path) -> None:
     ended = agent_with(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
     assert ended.returncode != 0
     assert "not ready within 0.5 s (elastic.startup_timeout_s)" in ended.stderr
+
+
+def test_the_first_process_tells_what_it_found(tmp_path: Path) -> None:
+    """What the training stack finds out about this node reaches the agent, which never imports that stack."""
+    ended = agent_with(tmp_path, "def look(x): return {'found': x}")
+    assert (ended.returncode, ended.stdout) == (0, "warm {'found': 3}\n"), ended.stderr
+
+
+@pytest.mark.parametrize("how", ["raise RuntimeError('CUDA error')", "import os; os._exit(3)"])
+def test_a_first_process_that_fails_ends_the_agent(tmp_path: Path, how: str) -> None:
+    """A node that cannot take the small step does not join; the trouble may pass, so it may be started again."""
+    ended = agent_with(tmp_path, f"def look(x):\n    {how}")
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    assert "NodeFailure: the small training step" in ended.stderr

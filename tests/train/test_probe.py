@@ -1,0 +1,184 @@
+"""The probe: what a node computes, as a digest that is the same on equal machines and another on other kernels."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_pt.config import ModelSection, parse_config
+from elastic_pt.model.optimizer import ExactAdamW
+from elastic_pt.train.probe import names_of, probe, processor_in, small, variables
+
+WAIT_S = 120.0
+PROBE = """
+import json, sys
+from elastic_pt.train.probe import platform_of_workers
+print(json.dumps(platform_of_workers(sys.argv[1], 300)))
+"""
+SPIN = "while True: pass"
+
+
+def config(*lines: str) -> str:
+    """A small configuration whose `[train]` section has these lines."""
+    model = "[model]\nwidth = 64\nheads = 2\nkv_heads = 1\n"
+    return "\n".join(('[run]\nurl = "r"\n[data]\nurl = "d"', model, "[train]", *lines))
+
+
+@functools.cache
+def platform_with(*lines: str, **environment: str) -> dict[str, str]:
+    """What a node with these variables says of its platform, in a process of its own as in an agent's child."""
+    told = subprocess.run(
+        [sys.executable, "-c", PROBE, config('device = "cpu"', *lines)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert told.returncode == 0, told.stderr
+    found: dict[str, str] = json.loads(told.stdout)
+    return found
+
+
+def test_equal_machines_have_equal_probes_under_any_load() -> None:
+    """The probe is a function of machine and configuration: no time, load or memory address shows in it."""
+    quiet = platform_with("threads = 2")
+    busy = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(3)]
+    try:
+        assert platform_with.__wrapped__("threads = 2") == quiet
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
+
+
+@pytest.mark.parametrize(
+    ("variable", "lines", "shows_in"),
+    [
+        ("MKL_CBWR=COMPATIBLE", (), "environment"),
+        ("ATEN_CPU_CAPABILITY=default", (), "processor"),
+        ("ONEDNN_MAX_CPU_ISA=SSE41", ('compute_dtype = "bfloat16"',), "environment"),
+    ],
+)
+def test_another_code_path_shows_in_the_probe_and_by_name(
+    variable: str, lines: tuple[str, ...], shows_in: str
+) -> None:
+    """I9: A node whose libraries take another code path has another probe, and a name that tells why."""
+    name, _, value = variable.partition("=")
+    mine, other = platform_with(*lines), platform_with(*lines, **{name: value})
+    if "DEFAULT" in mine["processor"] or "Math Kernel" not in mine["libraries"]:
+        pytest.skip("this machine has no other code path")
+    assert mine["probe"] != other["probe"]
+    assert mine[shows_in] != other[shows_in]
+    assert variable in other["environment"]
+
+
+def test_what_decides_the_computation_decides_the_probe() -> None:
+    """The data type of the run is that of the probe; the number of its steps, which no small step sees, is not."""
+    float32 = platform_with()
+    assert platform_with("steps = 7") == float32
+    assert platform_with('compute_dtype = "bfloat16"')["probe"] != float32["probe"]
+
+
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_one_bit_of_the_last_update_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe covers every number that the steps leave behind, to the last bit of the last update."""
+    parsed = parse_config(config('device = "cpu"'), source="x")
+    before = probe(parsed, 300, torch.device("cpu"))
+    assert probe(parsed, 300, torch.device("cpu")) == before
+    step = ExactAdamW.step
+
+    def with_another_bit(self: ExactAdamW, rate: float, scale: float = 1.0) -> None:
+        step(self, rate, scale)
+        if self.step_count == 2:
+            slot = next(iter(self._slots.values()))
+            tensor = slot.parameter if kind == "weight" else slot.exp_avg
+            tensor.detach().view(torch.int32)[0, 0] ^= 1
+
+    monkeypatch.setattr(ExactAdamW, "step", with_another_bit)
+    assert probe(parsed, 300, torch.device("cpu")) != before
+
+
+def test_native_numerics_has_no_probe() -> None:
+    """Where no bits are promised, torch and the kind of processor are all that nodes compare."""
+    assert platform_with('numerics = "native"').keys() == {"torch", "processor"}
+
+
+def test_compiled_runs_compare_compiler_and_processor() -> None:
+    """The probe is not compiled, so the compiler and the model that it compiles for count by name."""
+    train = parse_config(config("compile = true"), source="x").train
+    names = names_of(train, torch.device("cpu"))
+    assert names["processor model"] in names["compiler"]
+    assert "compiler" not in platform_with()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "compiled", "shown"),
+    [
+        (False, False, "ATEN_CPU_CAPABILITY=avx2, MKL_CBWR=AVX2, OMP_DYNAMIC=true"),
+        (
+            False,
+            True,
+            "ATEN_CPU_CAPABILITY=avx2, MKL_CBWR=AVX2, OMP_DYNAMIC=true, TORCHINDUCTOR_FREEZING=1",
+        ),
+        (True, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, NVIDIA_TF32_OVERRIDE=1"),
+    ],
+)
+def test_variables_that_choose_kernels_are_told(cuda: bool, compiled: bool, shown: str) -> None:
+    """Of the environment only what may choose another kernel on this device counts, in one order."""
+    environment = {
+        "OMP_DYNAMIC": "true",
+        "MKL_CBWR": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "NVIDIA_TF32_OVERRIDE": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TORCHINDUCTOR_FREEZING": "1",
+        # No kernel depends on these, or the agent sets them itself.
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/x",
+        "MKL_VERBOSE": "1",
+        "MKL_NUM_THREADS": "3",
+        "OMP_NUM_THREADS": "3",
+        "CUBLAS_LOGINFO_DBG": "1",
+        "HOME": "/root",
+    }
+    assert variables(environment, cuda=cuda, compiled=compiled) == shown
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 16), st.integers(1, 512), st.booleans(), st.integers(0, 9999)
+)
+def test_the_probe_takes_any_shape_and_stays_small(
+    kv_heads: int, queries_per_key: int, half_head: int, qk_norm: bool, ffn_width: int
+) -> None:
+    """Whatever the model's shape, the probe's is valid, of one layer, bounded, and the model's own where that is small."""
+    heads = kv_heads * queries_per_key
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "qk_norm": qk_norm}
+    model = ModelSection(width=heads * 2 * half_head, ffn_width=ffn_width, **shape)
+    found = small(model)
+    ModelSection.model_validate(found.model_dump())
+    assert found.layers == 1
+    assert found.width <= 256
+    assert found.inner_width <= 704
+    assert (found.kv_heads == found.heads) == (
+        model.kv_heads == model.heads or found.heads == found.kv_heads == 1
+    )
+    if model.width <= 256:
+        kept = ("width", "heads", "kv_heads", "qk_norm", "head_width")
+        assert [getattr(found, x) for x in kept] == [getattr(model, x) for x in kept]
+
+
+def test_a_processor_is_told_apart_by_what_linux_says(tmp_path: Path) -> None:
+    """Vendor and model come from /proc/cpuinfo, on x86 and on Arm; a machine without it has no name."""
+    info = tmp_path / "cpuinfo"
+    assert processor_in(info) == ("unknown", "")
+    info.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n")
+    assert processor_in(info) == ("GenuineIntel", "cpu family 6, model 143")
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
+    assert processor_in(info) == ("0x41", "CPU part 0xd4f")
