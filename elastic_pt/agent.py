@@ -16,6 +16,7 @@ import random
 import secrets
 import signal
 import socket
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,6 @@ from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
 from elastic_pt.elastic.records import Cause, CauseKind, Stop
 from elastic_pt.elastic.rendezvous import LogRendezvous
-from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.elastic.status import Limits
 from elastic_pt.elastic.watchdog import WatchdogLimits
 from elastic_pt.errors import DataError, FencedError, NodeFailure, NotFound, StoreError
@@ -83,10 +83,10 @@ class AgentOptions:
     """Its address for peers; None takes the default route's."""
 
 
-def run_agent(config: Config, options: AgentOptions) -> Stop | None:
+def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | None:
     """Take part in the run until it ends (returns how) or this node leaves (None). Agent process.
 
-    The fork server has been started (`elastic.forking`). Raises `ElasticPtError`.
+    The fork server has been started (`elastic.forking`) with the same scratch directory. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
@@ -104,7 +104,6 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         platform = platform_of_workers(config)
         run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)
-        scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
         me = Introduction(
             name,
             options.address or local_address(),
@@ -131,7 +130,7 @@ def _read_data(config: Config, store: Store) -> Manifest:
 
 
 def _with_cache(config: Config) -> Config:
-    """The configuration with `data.cache` spelled out, while TMPDIR still is what the user set."""
+    """The configuration with `data.cache` spelled out, while temporary files go where the user wants them."""
     cache = str(cache_directory(config.data.cache))
     return config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
 
@@ -182,7 +181,9 @@ class Agent:
         self._config = config
         self._scratch = scratch
         config = _with_cache(config)
-        environment = environment_of_workers(me.address, scratch)
+        # torch keeps files for its workers' errors; a killed agent's are swept here. Workers keep TMPDIR.
+        tempfile.tempdir = str(scratch)
+        environment = environment_of_workers(me.address)
         self._observation = Observation(Metrics())
         telemetry = config.telemetry
         self._metrics_server, metrics_url = serve_metrics(

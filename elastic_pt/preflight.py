@@ -3,8 +3,6 @@
 import os
 import platform
 import shutil
-import tempfile
-from pathlib import Path
 
 import structlog
 import torch
@@ -93,11 +91,8 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         )
 
 
-def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
-    """What workers need to know of this node beyond that; set in this process too.
-
-    Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
-    """
+def environment_of_workers(address: str) -> dict[str, str]:
+    """What workers need to know of this node beyond that; set in this process too."""
     try:
         interface = interface_of(address)
     except ValueError:
@@ -109,10 +104,8 @@ def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
             f"--address {address}: no interface of this machine has it; one of its own would be right"
         )
     environment = {
-        "TMPDIR": str(scratch),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
     }
     os.environ.update(environment)
-    tempfile.tempdir = str(scratch)
     return environment

@@ -39,7 +39,7 @@ _ATTEMPTS_MAX: Final = 10
 def cache_directory(configured: str) -> Path:
     """Where shards are kept: `data.cache`, or one directory per user below the temporary directory.
 
-    Called where TMPDIR still is what the user set.
+    Called where temporary files go where the user wants them.
     """
     if configured:
         return Path(configured).expanduser().absolute()

@@ -14,8 +14,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,13 +32,24 @@ Message = dict[str, Any]
 log = structlog.get_logger("elastic_pt.channel")
 
 
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """The same place by another name: the address of a Unix socket has room for 107 bytes, and a path may be longer."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
 class AgentSide:
     """The agent's end. Messages are handled in order, one thread per worker. Agent process."""
 
     def __init__(self, path: Path, handle: Callable[[Message], None]) -> None:
         self._handle = handle
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        with _short(path) as name:
+            self._listener.bind(name)
         self._listener.listen()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -112,7 +123,8 @@ class WorkerSide:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_CONNECT_TIMEOUT_S)
-        self._socket.connect(str(path))
+        with _short(path) as name:
+            self._socket.connect(name)
         self._socket.settimeout(None)
         self._closing = False
         self._drain = False

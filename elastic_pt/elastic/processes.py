@@ -36,7 +36,7 @@ from elastic_pt.elastic.failure import (
     read_error_file,
     root_cause,
 )
-from elastic_pt.elastic.forking import die_with_parent
+from elastic_pt.elastic.forking import die_with_parent, forget_agents_directory
 from elastic_pt.elastic.lookups import avoid_getfqdn
 from elastic_pt.elastic.progress import ProgressReader, process_state
 from elastic_pt.elastic.rendezvous import LogRendezvous
@@ -60,7 +60,7 @@ def start_worker(config_text: str, scratch: str, environment: dict[str, str]) ->
     die_with_parent()
     avoid_getfqdn()
     os.environ.update(environment)
-    tempfile.tempdir = environment.get("TMPDIR")
+    forget_agents_directory()
     outcome: str = importlib.import_module("elastic_pt.worker").main(config_text, scratch)
     return outcome
 

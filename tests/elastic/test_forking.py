@@ -9,10 +9,13 @@ import pytest
 
 DEADLINE_S = 60.0
 AGENT = """
+import sys
 from elastic_pt.elastic.forking import await_warm, start_fork_server
-start_fork_server(1, ["stack"])
-await_warm(TIMEOUT, ["stack"])
-print("warm")
+from elastic_pt.elastic.scratch import scratch_directory
+with scratch_directory(sys.argv[1]) as scratch:
+    start_fork_server(1, scratch, ["stack"])
+    await_warm(TIMEOUT, ["stack"])
+    print("warm")
 """
 
 
@@ -23,7 +26,7 @@ def agent_with(
     (directory / "stack.py").write_text(stack)
     paths = os.pathsep.join([str(directory), str(Path(__file__).parents[2])])
     return subprocess.run(
-        [sys.executable, "-c", AGENT.replace("TIMEOUT", str(timeout_s))],
+        [sys.executable, "-c", AGENT.replace("TIMEOUT", str(timeout_s)), str(directory)],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,

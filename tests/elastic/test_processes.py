@@ -221,7 +221,9 @@ class Node:
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
-    start_fork_server(1, [__name__])
+    settings = multiprocessing.process.current_process()
+    monkeypatch.setattr(settings, "_config", settings._config.copy())  # type: ignore[attr-defined]
+    start_fork_server(1, tmp_path, [__name__])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
