@@ -132,7 +132,7 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
         )
     chosen = choose_checkpoint(run, step)
     url = data_url or run.config.data.url
-    data_store = open_store(url, deadline_s=STORE_DEADLINE_S)
+    data_store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
     try:
         data = read_data_manifest(data_store)
     except (DataError, StoreError) as error:

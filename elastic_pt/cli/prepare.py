@@ -66,7 +66,7 @@ def prepare(
     from elastic_pt.store.open import open_store
 
     specs = [parse_source(source) for source in sources]
-    store = open_store(absolute_url(out, "--out"))
+    store = open_store(absolute_url(out, "--out"), patient=False)
     with progress_bars() as show:
         manifest = prepare_data(
             specs,

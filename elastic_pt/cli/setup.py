@@ -62,7 +62,7 @@ def storage_check(
     from elastic_pt.store.check import check_store
     from elastic_pt.store.open import open_store
 
-    store = open_store(absolute_url(url, "URL"))
+    store = open_store(absolute_url(url, "URL"), patient=False)
     try:
         report = check_store(store)
     except (NotFound, AccessDenied) as error:
