@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from elastic_pt.config import Config
 from elastic_pt.elastic.records import Stop
 from elastic_pt.elastic.scratch import make_locked, sweep
-from elastic_pt.errors import ConfigError, ElasticPtError, StoreError
+from elastic_pt.errors import ConfigError, ElasticPtError, StoreError, UnexpectedError
 from elastic_pt.inspection import Run, RunStatus, open_run, read_status
 from elastic_pt.local import Fleet
 
@@ -70,6 +70,11 @@ def _train(config: Config, nodes: int, names: list[str], output: Path) -> Stop:
         typer.echo(
             f"only {config.train.slots} workers have work (train.global_batch / train.micro_batch); "
             "further nodes wait as spares",
+            err=True,
+        )
+    if nodes > config.elastic.nodes_max:
+        typer.echo(
+            f"elastic.nodes_max = {config.elastic.nodes_max} is raised to {nodes} for --nodes {nodes}",
             err=True,
         )
     with Fleet(fleet_config(config, nodes), output) as fleet:
@@ -151,7 +156,8 @@ def first_failure(fleet: Fleet, names: list[str]) -> ElasticPtError:
     code = codes.get(name)
     what = "refused" if code == ConfigError.exit_code else "the run did not end"
     error = ElasticPtError(f"{what}; {name}: {last_error(fleet, name)}")
-    error.exit_code = code if code is not None and code > 0 else ElasticPtError.exit_code
+    # One that a signal has ended has no code of its own, and neither has one that left in good order.
+    error.exit_code = code if code is not None and code > 0 else UnexpectedError.exit_code
     return error
 
 
