@@ -52,6 +52,7 @@ from elastic_pt.observation import Observation
 from elastic_pt.preflight import (
     environment_of_workers,
     platform_of_workers,
+    require_cache,
     require_device,
     require_fencing,
     require_staging_space,
@@ -101,6 +102,7 @@ def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | No
         require_fencing(store, config)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
+        require_cache(config, data)
         platform = platform_of_workers(config)
         run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)

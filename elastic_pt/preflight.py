@@ -8,7 +8,8 @@ import structlog
 import torch
 
 from elastic_pt.config import Config
-from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.cache import ShardCache, cache_directory
+from elastic_pt.data.manifest import TOKEN_BYTES, Manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.elastic.address import interface_of
 from elastic_pt.errors import ConfigError, NodeFailure
@@ -51,6 +52,20 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
         seed=config.run.seed,
         global_batch=config.train.global_batch,
     )
+
+
+def require_cache(config: Config, data: Manifest) -> None:
+    """Refuse a cache of token shards that workers could not use: not this user's own, or too small for one shard."""
+    shards = [shard for source in data.sources for shard in source.train]
+    largest = max(shards, key=lambda shard: shard.tokens)
+    # Shards of a directory are mapped where they lie.
+    size = (
+        0
+        if config.data.url.startswith("file://")
+        else largest.tokens * TOKEN_BYTES[data.token_type]
+    )
+    cache = ShardCache(cache_directory(config.data.cache), config.data.cache_bytes)
+    cache.require(size, largest.key)
 
 
 def require_device(config: Config) -> None:

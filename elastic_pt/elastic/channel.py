@@ -26,6 +26,7 @@ _CONNECT_TIMEOUT_S: Final = 30.0
 ORPHANED_EXIT_CODE: Final = 75
 
 _SHOWN_BYTES: Final = 300
+_ACCEPT_PAUSE_S: Final = 0.2
 
 Message = dict[str, Any]
 
@@ -51,6 +52,7 @@ class AgentSide:
         with _short(path) as name:
             self._listener.bind(name)
         self._listener.listen()
+        self._closing = threading.Event()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, name="channel", daemon=True).start()
@@ -81,14 +83,18 @@ class AgentSide:
 
     def close(self) -> None:
         """Stop listening."""
+        self._closing.set()
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                # Too many open files, or no memory: that passes, and a worker waits to be heard.
+                if not self._closing.wait(_ACCEPT_PAUSE_S):
+                    log.warning("channel_not_accepted", cause=str(error))
+                continue
             thread = threading.Thread(
                 target=self._read, args=(connection,), name="channel-reader", daemon=True
             )

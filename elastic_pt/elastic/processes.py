@@ -146,7 +146,15 @@ class NodeProcesses(LocalElasticAgent):
             ProgressReader(self._scratch, worker.local_rank, formed.generation.number)
             for worker in worker_group.workers
         ]
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        before = set(multiprocessing.active_children())
+        try:
+            pids: dict[int, Any] = super()._start_workers(worker_group)
+        except OSError:
+            # torch forgets those that it has started when one of them cannot be.
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+                child.join(_KILL_TIMEOUT_S)
+            raise
         context: Any = self._pcontext
         now_s = time.monotonic()
         self._watched = [

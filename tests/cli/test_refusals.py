@@ -60,7 +60,7 @@ sys.argv = ["elastic-pt", "--version"]
 try:
     cli.main()
 except SystemExit:
-    Console().print("caf\u00e9")
+    Console().print("caf\\u00e9")
 """
 
 
