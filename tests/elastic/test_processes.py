@@ -5,8 +5,10 @@ these tests say nothing about membership.
 """
 
 import ctypes
+import errno
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import re
 import signal
@@ -347,3 +349,24 @@ def test_a_worker_that_cannot_be_killed_fails_the_node(
         assert pid not in [child.pid for child in multiprocessing.active_children()]
     finally:
         (directory / "freezer.state").write_text("THAWED")
+
+
+def test_no_worker_outlives_a_start_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one of a node's workers cannot be started, those that were started before it are gone as well."""
+    started: list[object] = []
+    start = multiprocessing.context.ForkServerProcess.start
+
+    def start_one(process: multiprocessing.context.ForkServerProcess) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start_one)
+    node = Node(tmp_path, ["complete", "complete"])
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        node.processes.run()
+    assert started
+    assert not multiprocessing.active_children()
