@@ -16,6 +16,7 @@ import random
 import secrets
 import signal
 import socket
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,6 @@ from elastic_pt.elastic.node import Formed, Left, Node, NodeOptions
 from elastic_pt.elastic.processes import NodeProcesses, start_worker
 from elastic_pt.elastic.records import Cause, CauseKind, Stop
 from elastic_pt.elastic.rendezvous import LogRendezvous
-from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.elastic.status import Limits
 from elastic_pt.elastic.watchdog import WatchdogLimits
 from elastic_pt.errors import DataError, FencedError, NodeFailure, NotFound, StoreError
@@ -51,6 +51,7 @@ from elastic_pt.identity import IDENTITY_KEY, agree_on_identity, fingerprint
 from elastic_pt.observation import Observation
 from elastic_pt.preflight import (
     environment_of_workers,
+    require_cache,
     require_device,
     require_fencing,
     require_staging_space,
@@ -84,10 +85,10 @@ class AgentOptions:
     """Its address for peers; None takes the default route's."""
 
 
-def run_agent(config: Config, options: AgentOptions) -> Stop | None:
+def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | None:
     """Take part in the run until it ends (returns how) or this node leaves (None). Agent process.
 
-    The fork server has been started (`elastic.forking`). Raises `ElasticPtError`.
+    The fork server has been started (`elastic.forking`) with the same scratch directory. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
@@ -103,11 +104,11 @@ def run_agent(config: Config, options: AgentOptions) -> Stop | None:
         require_fencing(store, config)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
+        require_cache(config, data)
         # Whoever joins before it could start a worker would hold up all others.
         platform = await_platform(first, config.elastic.startup_timeout_s)
         run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)
-        scratch = stack.enter_context(scratch_directory(config.checkpoint.staging))
         me = Introduction(
             name,
             options.address or local_address(),
@@ -149,7 +150,7 @@ def _read_data(config: Config, store: Store) -> Manifest:
 
 
 def _with_cache(config: Config) -> Config:
-    """The configuration with `data.cache` spelled out, while TMPDIR still is what the user set."""
+    """The configuration with `data.cache` spelled out, while temporary files go where the user wants them."""
     cache = str(cache_directory(config.data.cache))
     return config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
 
@@ -200,7 +201,9 @@ class Agent:
         self._config = config
         self._scratch = scratch
         config = _with_cache(config)
-        environment = environment_of_workers(me.address, scratch)
+        # torch keeps files for its workers' errors; a killed agent's are swept here. Workers keep TMPDIR.
+        tempfile.tempdir = str(scratch)
+        environment = environment_of_workers(me.address)
         self._observation = Observation(Metrics())
         telemetry = config.telemetry
         self._metrics_server, metrics_url = serve_metrics(

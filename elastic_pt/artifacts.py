@@ -32,7 +32,7 @@ from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.data.tokenizer import end_token, load_tokenizer, load_tokenizer_file
 from elastic_pt.elastic.records import Checkpoint
-from elastic_pt.errors import CheckpointError, ConfigError, DataError, StoreError
+from elastic_pt.errors import CheckpointError, ConfigError, DataError, NotFound, StoreError
 from elastic_pt.inspection import STORE_DEADLINE_S, Run, read_checkpoints
 from elastic_pt.model import export as model_export
 from elastic_pt.model import generate as model_generate
@@ -123,7 +123,8 @@ class Trained:
 def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
     """Choose a checkpoint and find its data at `data_url`, by default where the run read it.
 
-    Raises `ConfigError` if the data cannot be reached, or is not what the checkpoint was trained on.
+    Raises `ConfigError` if the data is not there or not what the checkpoint was trained on, and `StoreError` if it
+    cannot be reached.
     """
     if run.config is None:
         raise ConfigError(
@@ -132,11 +133,13 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
         )
     chosen = choose_checkpoint(run, step)
     url = data_url or run.config.data.url
-    data_store = open_store(url, deadline_s=STORE_DEADLINE_S)
+    data_store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
     try:
         data = read_data_manifest(data_store)
     except (DataError, StoreError) as error:
-        raise ConfigError(
+        # What is not there is a mistake; a store that cannot be asked may hold it.
+        kind = ConfigError if isinstance(error, (DataError, NotFound)) else StoreError
+        raise kind(
             f"data.url = {url!r}: vocabulary and tokenizer cannot be read ({error}); "
             "--data URL with the place of the same prepared data would be right"
         ) from error

@@ -40,6 +40,8 @@ Seconds = Annotated[float, Field(ge=0.001, le=1e6)]
 """A duration, from a millisecond to eleven days."""
 SecondsOrZero = Annotated[float, Field(ge=0.0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Failures = Annotated[int, Field(ge=1, le=64)]
+"""As many generations as the view of a log remembers (`elastic.log.GENERATIONS_KEPT`)."""
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A dimension of a tensor."""
@@ -245,9 +247,9 @@ class ElasticSection(Section):
     """Seconds after which a node's failures are forgotten."""
     quarantine_s: Seconds = 30.0
     """Seconds that such a node is kept out the first time; twice as long each further time, at most an hour."""
-    same_failures_max: Count = 3
+    same_failures_max: Failures = 3
     """Times that the program may fail in the same way at the same step, on two nodes or alone, before the run stops."""
-    failures_max: Count = 20
+    failures_max: Failures = 20
     """Worker failures in a row, on any nodes, without a new step before the run stops."""
 
     @model_validator(mode="after")
@@ -279,6 +281,12 @@ class CheckpointSection(Section):
     """Committed checkpoints that are kept."""
     staging: str = "/dev/shm"
     """Local directory (best: memory) where workers leave their shards for the agent to upload."""
+
+    @model_validator(mode="after")
+    def _staging_is_absolute(self) -> "CheckpointSection":
+        if not self.staging.startswith("/"):
+            raise ValueError(f"checkpoint.staging = {self.staging!r}: expected an absolute path")
+        return self
 
 
 class TelemetrySection(Section):

@@ -31,7 +31,7 @@ from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import Progress as PrepareProgress
 from elastic_pt.data.prepare import prepare
 from elastic_pt.elastic.records import Generation
-from elastic_pt.errors import ElasticPtError
+from elastic_pt.errors import RunFailed, UnexpectedError
 from elastic_pt.identity import CONFIG_KEY
 from elastic_pt.inspection import (
     Run,
@@ -167,7 +167,7 @@ class Show:
     def watch(
         self, what: str, reached: Callable[[RunStatus], bool], poll_s: float = _WATCH_S
     ) -> RunStatus:
-        """Show progress until the status is as wanted. Raises `ElasticPtError` if that becomes impossible."""
+        """Show progress until the status is as wanted. Raises `RunFailed` or `UnexpectedError` if that becomes impossible."""
         deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             if self._run is None and self._store.size(CONFIG_KEY) is not None:
@@ -180,19 +180,19 @@ class Show:
                 if reached(status):
                     return status
                 if status.state in (State.COMPLETED, State.FAILED):
-                    raise ElasticPtError(f"the run ended ({status.reason}) before: {what}")
+                    raise RunFailed(f"the run ended ({status.reason}) before: {what}")
             failed = {node: code for node, code in self._fleet.exit_codes().items() if code}
             if failed or time.monotonic() > deadline_s:
                 node = next(iter(failed), next(iter(self._fleet.exit_codes())))
                 cause = f"{node} ended" if failed else f"not within {_PATIENCE_S} s"
-                raise ElasticPtError(f"{cause}, waiting for: {what}; {self._fleet.tail(node, 3)}")
+                raise UnexpectedError(f"{cause}, waiting for: {what}; {self._fleet.tail(node, 3)}")
             time.sleep(poll_s)
 
 
 def run_demo(directory: Path) -> None:
     """Run the whole demo below a new numbered folder of `directory`.
 
-    Raises `ElasticPtError` if the two runs do not end with the same bits, or do not end at all.
+    Raises `RunFailed` or `UnexpectedError` if the two runs do not end with the same bits, or do not end at all.
     """
     place, started_s = _new_folder(directory), time.monotonic()
     screen = Screen()
@@ -215,7 +215,7 @@ def run_demo(directory: Path) -> None:
     screen.say(f"plot       {plot_path}")
     screen.say(f"total      {time.monotonic() - started_s:.0f} s")
     if results[0].digest != results[1].digest:
-        raise ElasticPtError(
+        raise UnexpectedError(
             f"the digests differ: {results[0].digest} with a node lost and one joined, "
             f"{results[1].digest} undisturbed; equal ones were promised, so this is a bug"
         )

@@ -1,13 +1,13 @@
 """The error tree of elastic_pt, and the exit code each error ends a process with.
 
-    ElasticPtError                 1   something this project raises on purpose
+    ElasticPtError                 8   something this project raises on purpose; always as one of these
     ├── ConfigError                2   the user can mend it: names the field, the value, what would be right
     │   └── DataError              2   the corpus or the prepared data cannot be used as it is
     ├── StoreError                 3   the bucket did not do what was asked before the deadline
     │   ├── NotFound               3   no object under that key
     │   ├── AlreadyExists          3   create-once lost: the key holds somebody else's object
     │   ├── AccessDenied           3   credentials are missing, expired or not allowed
-    │   └── LogDamaged             3   a record of the run's log is missing, altered or not in its place
+    │   └── LogDamaged             4   a record of the run's log is missing, altered or not in its place
     ├── CheckpointError            4   a checkpoint is torn, corrupt or foreign, or none is usable
     ├── FencedError                5   a newer generation owns the run; this writer may append nothing
     ├── NodeFailure                6   this node's workers keep failing without progress; the node leaves
@@ -22,7 +22,7 @@ An error's message is one line for a person. The command line prints it without 
 class ElasticPtError(Exception):
     """Base of every error that this project raises on purpose."""
 
-    exit_code = 1
+    exit_code = 8
 
 
 class ConfigError(ElasticPtError):
@@ -55,6 +55,8 @@ class AccessDenied(StoreError):
 
 class LogDamaged(StoreError):
     """A record of the run's log is missing, altered or not in its place; nothing may build on it."""
+
+    exit_code = 4
 
 
 class CheckpointError(ElasticPtError):

@@ -131,7 +131,7 @@ class Run:
 
 def open_run(url: str) -> Run:
     """Open the run at an absolute URL. Raises `ConfigError` if there is none."""
-    store = open_store(url, deadline_s=STORE_DEADLINE_S)
+    store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
     log = RunLog(store, writer="elastic-pt")
     view = log.refresh()
     config: Config | None = None

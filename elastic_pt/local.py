@@ -17,7 +17,7 @@ from typing import Self
 
 from elastic_pt.config import Config
 from elastic_pt.elastic.forking import die_with_parent
-from elastic_pt.errors import ElasticPtError
+from elastic_pt.errors import UnexpectedError
 
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
@@ -36,7 +36,7 @@ class Fleet:
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self._config_path = directory / "config.toml"
-        self._config_path.write_text(config.to_toml(comments=True))
+        self._config_path.write_text(config.to_toml(comments=True), encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -87,12 +87,12 @@ class Fleet:
         return {node: agent.poll() for node, agent in self._agents.items()}
 
     def wait(self, timeout_s: float) -> dict[str, int | None]:
-        """Wait until all agents have ended. Raises `ElasticPtError` with the last lines of a log on timeout."""
+        """Wait until all agents have ended. Raises `UnexpectedError` with the last lines of a log on timeout."""
         deadline_s = time.monotonic() + timeout_s
         while self.running():
             if time.monotonic() > deadline_s:
                 node = self.running()[0]
-                raise ElasticPtError(
+                raise UnexpectedError(
                     f"{node} has not ended after {timeout_s} s; its last words: {self.tail(node)}"
                 )
             time.sleep(_POLL_S)

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import tempfile
-from pathlib import Path
 
 import structlog
 import torch
 
 from elastic_pt.config import Config
-from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.cache import ShardCache, cache_directory
+from elastic_pt.data.manifest import TOKEN_BYTES, Manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.elastic.address import interface_of
 from elastic_pt.errors import ConfigError, NodeFailure
@@ -45,6 +44,20 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
         seed=config.run.seed,
         global_batch=config.train.global_batch,
     )
+
+
+def require_cache(config: Config, data: Manifest) -> None:
+    """Refuse a cache of token shards that workers could not use: not this user's own, or too small for one shard."""
+    shards = [shard for source in data.sources for shard in source.train]
+    largest = max(shards, key=lambda shard: shard.tokens)
+    # Shards of a directory are mapped where they lie.
+    size = (
+        0
+        if config.data.url.startswith("file://")
+        else largest.tokens * TOKEN_BYTES[data.token_type]
+    )
+    cache = ShardCache(cache_directory(config.data.cache), config.data.cache_bytes)
+    cache.require(size, largest.key)
 
 
 def require_device(config: Config) -> None:
@@ -85,11 +98,8 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         )
 
 
-def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
-    """What workers need to know of this node beyond that; set in this process too.
-
-    Temporary files of torch and multiprocessing go where the next agent sweeps them if this one is killed.
-    """
+def environment_of_workers(address: str) -> dict[str, str]:
+    """What workers need to know of this node beyond that; set in this process too."""
     try:
         interface = interface_of(address)
     except ValueError:
@@ -101,10 +111,8 @@ def environment_of_workers(address: str, scratch: Path) -> dict[str, str]:
             f"--address {address}: no interface of this machine has it; one of its own would be right"
         )
     environment = {
-        "TMPDIR": str(scratch),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
     }
     os.environ.update(environment)
-    tempfile.tempdir = str(scratch)
     return environment

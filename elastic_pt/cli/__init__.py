@@ -12,6 +12,7 @@ have no use for it. Workers come through here too, because a forked process impo
 module again.
 """
 
+import io
 import os
 import platform
 import sys
@@ -86,6 +87,10 @@ def entry(
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A locale without the character that a text holds, as `LC_ALL=C` may be, ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     raise SystemExit(run_command_line(sys.argv[1:]))
 
 

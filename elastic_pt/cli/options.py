@@ -78,6 +78,11 @@ def require_new_directory(out: Path) -> None:
         raise ConfigError(
             f"--out {out}: a URL; expected a local directory, which can be copied then"
         )
+    if out.is_symlink() or out.is_mount():
+        raise ConfigError(
+            f"--out {out}: a symbolic link or a mount point, which cannot be replaced by what is finished; "
+            "expected a new directory, there or below it"
+        )
     if out.exists() and (not out.is_dir() or out.resolve() == Path.cwd() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists already; expected a new or empty directory")
     parent = next(each for each in out.absolute().parents if each.exists())

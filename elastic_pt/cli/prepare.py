@@ -98,7 +98,7 @@ def prepare(
             f"--vocab-size {vocab_size}: expected none beside --tokenizer, which has its own"
         )
     specs = [parse_source(source) for source in sources]
-    store = open_store(absolute_url(out, "--out"))
+    store = open_store(absolute_url(out, "--out"), patient=False)
     try:
         with progress_bars() as show:
             manifest = in_a_thread(

@@ -8,8 +8,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from elastic_pt.config import Config
 from elastic_pt.elastic.records import Stop
-from elastic_pt.errors import ConfigError, ElasticPtError, StoreError
+from elastic_pt.elastic.scratch import make_locked, sweep
+from elastic_pt.errors import ConfigError, ElasticPtError, StoreError, UnexpectedError
 from elastic_pt.inspection import Run, RunStatus, open_run, read_status
 from elastic_pt.local import Fleet
 
+_OUTPUT_PREFIX: Final = "elastic-pt-local-"
 _POLL_S: Final = 0.5
 _LINE_INTERVAL_S: Final = 2.0
 _END_S: Final = 10.0
@@ -39,12 +41,40 @@ def train_locally(config: Config, nodes: int) -> Stop:
     Raises `ElasticPtError`, with the exit code of the first agent that failed, if the run did not end.
     """
     names = [f"node-{number}" for number in range(1, nodes + 1)]
-    output = Path(tempfile.mkdtemp(prefix="elastic-pt-local-"))
+    with _output_directory() as output:
+        stop = _train(config, nodes, names, output)
+        shutil.rmtree(output, ignore_errors=True)
+        return stop
+
+
+@contextmanager
+def _output_directory() -> Iterator[Path]:
+    """Where the agents write: kept after a failure, which it explains, until `local` is started again."""
+    base = Path(tempfile.gettempdir())
+    sweep(base, _OUTPUT_PREFIX)
+    try:
+        output, lock = make_locked(base, _OUTPUT_PREFIX)
+    except OSError as error:
+        raise ConfigError(
+            f"TMPDIR = {str(base)!r}: {error.strerror}; expected a writable directory"
+        ) from error
+    try:
+        yield output
+    finally:
+        os.close(lock)
+
+
+def _train(config: Config, nodes: int, names: list[str], output: Path) -> Stop:
     typer.echo(f"run {config.run.url}; agents write to {output}", err=True)
     if nodes * max(1, config.elastic.workers_per_node) > config.train.slots:
         typer.echo(
             f"only {config.train.slots} workers have work (train.global_batch / train.micro_batch); "
             "further nodes wait as spares",
+            err=True,
+        )
+    if nodes > config.elastic.nodes_max:
+        typer.echo(
+            f"elastic.nodes_max = {config.elastic.nodes_max} is raised to {nodes} for --nodes {nodes}",
             err=True,
         )
     with Fleet(fleet_config(config, nodes), output) as fleet:
@@ -63,7 +93,6 @@ def train_locally(config: Config, nodes: int) -> Stop:
         refused = set(fleet.exit_codes().values()) == {ConfigError.exit_code}
         if stop is None or refused:
             raise first_failure(fleet, names)
-    shutil.rmtree(output, ignore_errors=True)
     return stop
 
 
@@ -127,7 +156,8 @@ def first_failure(fleet: Fleet, names: list[str]) -> ElasticPtError:
     code = codes.get(name)
     what = "refused" if code == ConfigError.exit_code else "the run did not end"
     error = ElasticPtError(f"{what}; {name}: {last_error(fleet, name)}")
-    error.exit_code = code if code is not None and code > 0 else ElasticPtError.exit_code
+    # One that a signal has ended has no code of its own, and neither has one that left in good order.
+    error.exit_code = code if code is not None and code > 0 else UnexpectedError.exit_code
     return error
 
 

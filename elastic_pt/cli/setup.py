@@ -52,7 +52,7 @@ def storage_check(
 
     Tries every operation below a fresh name, has eight writers race to create
     one object, twenty times, and removes what it made. The last line is fenced
-    (exit code 0) or unfenced (exit code 1).
+    (exit code 0) or unfenced (exit code 2).
 
     \b
     [bold]Examples[/bold]
@@ -62,7 +62,7 @@ def storage_check(
     from elastic_pt.store.check import check_store
     from elastic_pt.store.open import open_store
 
-    store = open_store(absolute_url(url, "URL"))
+    store = open_store(absolute_url(url, "URL"), patient=False)
     try:
         report = check_store(store)
     except (NotFound, AccessDenied) as error:
@@ -75,4 +75,4 @@ def storage_check(
     for line in (*report.lines[:-1], report.reason, report.verdict):
         typer.echo(line)
     if not report.fenced:
-        raise typer.Exit(1)
+        raise typer.Exit(ConfigError.exit_code)

@@ -64,11 +64,13 @@ def run(
     config = _configuration(source, overrides or [])
     # Before the agent's own imports, which take as long: both run side by side.
     from elastic_pt.elastic.forking import start_fork_server
+    from elastic_pt.elastic.scratch import scratch_directory
 
-    start_fork_server(config.train.threads)
-    from elastic_pt.agent import AgentOptions, run_agent
+    with scratch_directory(config.checkpoint.staging) as scratch:
+        start_fork_server(config.train.threads, scratch)
+        from elastic_pt.agent import AgentOptions, run_agent
 
-    stop = run_agent(config, AgentOptions(node=node, address=address))
+        stop = run_agent(config, AgentOptions(node=node, address=address), scratch)
     if stop is not None:
         _tell_end(stop.reason, stop.step)
 

@@ -146,6 +146,10 @@ def generate(
             raise typer.BadParameter(
                 f"--step {step}: an exported directory has one step; a run URL has several"
             )
+        if data_url is not None:
+            raise typer.BadParameter(
+                f"--data {data_url}: an exported directory has its own tokenizer; a run URL needs data"
+            )
         model = open_exported(directory)
     else:
         trained = _trained(source, step, data_url)

@@ -39,7 +39,7 @@ _ATTEMPTS_MAX: Final = 10
 def cache_directory(configured: str) -> Path:
     """Where shards are kept: `data.cache`, or one directory per user below the temporary directory.
 
-    Called where TMPDIR still is what the user set.
+    Called where temporary files go where the user wants them.
     """
     if configured:
         return Path(configured).expanduser().absolute()
@@ -56,6 +56,17 @@ class ShardCache:
         self._bytes_max = bytes_max
         self.mapped_bytes_max: Final = bytes_max // (2 * readers)
         """What one reader should map at most, beside the shard that it needs."""
+
+    def require(self, largest_bytes: int, name: str) -> None:
+        """Refuse a directory that is not this user's own, or a bound below the largest shard. Raises `ConfigError`."""
+        self._require_own()
+        self._require_room(largest_bytes, name)
+
+    def _require_room(self, size: int, name: str) -> None:
+        if size > self._bytes_max:
+            raise ConfigError(
+                f"data.cache_bytes = {self._bytes_max}: too small for {name}; expected at least {size}"
+            )
 
     def open_local(
         self, path: Path, sha256: str, name: str, check_size: Callable[[int], None]
@@ -90,10 +101,7 @@ class ShardCache:
         there is no room now, and `DataError` if what arrived is something else.
         """
         self._require_own()
-        if size > self._bytes_max:
-            raise ConfigError(
-                f"data.cache_bytes = {self._bytes_max}: too small for {name}; expected at least {size}"
-            )
+        self._require_room(size, name)
         path = self._directory / f"{sha256}.bin"
         with self._turn(sha256):
             damaged = False

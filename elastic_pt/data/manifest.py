@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from elastic_pt.errors import DataError, NotFound
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import Store, checked_key
 
 MANIFEST_KEY = "manifest.json"
 SCHEMA = 1
@@ -127,6 +127,12 @@ class Manifest:
             raise DataError(
                 f"{origin}: weights = {list(manifest.weights)} do not sum to 1; {REMEDY}"
             )
+        shards = (each for source in manifest.sources for each in (*source.train, *source.held_out))
+        try:
+            for key in (manifest.tokenizer_key, *(shard.key for shard in shards)):
+                checked_key(key)
+        except ValueError as error:
+            raise DataError(f"{origin}: {error}; {REMEDY}") from error
         if manifest.to_json() != data:
             raise DataError(f"{origin}: changed by hand or by another version; {REMEDY}")
         return manifest

@@ -14,8 +14,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +26,21 @@ _CONNECT_TIMEOUT_S: Final = 30.0
 ORPHANED_EXIT_CODE: Final = 75
 
 _SHOWN_BYTES: Final = 300
+_ACCEPT_PAUSE_S: Final = 0.2
 
 Message = dict[str, Any]
 
 log = structlog.get_logger("elastic_pt.channel")
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """The same place by another name: the address of a Unix socket has room for 107 bytes, and a path may be longer."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 class AgentSide:
@@ -38,8 +49,10 @@ class AgentSide:
     def __init__(self, path: Path, handle: Callable[[Message], None]) -> None:
         self._handle = handle
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        with _short(path) as name:
+            self._listener.bind(name)
         self._listener.listen()
+        self._closing = threading.Event()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, name="channel", daemon=True).start()
@@ -70,14 +83,18 @@ class AgentSide:
 
     def close(self) -> None:
         """Stop listening."""
+        self._closing.set()
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                # Too many open files, or no memory: that passes, and a worker waits to be heard.
+                if not self._closing.wait(_ACCEPT_PAUSE_S):
+                    log.warning("channel_not_accepted", cause=str(error))
+                continue
             thread = threading.Thread(
                 target=self._read, args=(connection,), name="channel-reader", daemon=True
             )
@@ -112,7 +129,8 @@ class WorkerSide:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_CONNECT_TIMEOUT_S)
-        self._socket.connect(str(path))
+        with _short(path) as name:
+            self._socket.connect(name)
         self._socket.settimeout(None)
         self._closing = False
         self._drain = False

@@ -60,8 +60,14 @@ _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the follow
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# Names that Python's tempfile makes end in eight of these, whatever comes before; nodes differ in them.
-_VARYING: Final = re.compile(r"0x[0-9a-fA-F]+|(?<=[-_/.])[a-z0-9_]{8}(?=/|$|[\s'\",;:)])|\d+")
+# What differs between nodes and between attempts: UUIDs, names that Python's tempfile makes (eight characters behind
+# a prefix that is known, or `tmp`), addresses, hashes, and numbers.
+_VARYING: Final = re.compile(
+    r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
+    r"|(?<=elastic_pt-)[a-z0-9_]{8}\b|(?<=\bworkers-)[a-z0-9_]{8}\b|(?<=\bpymp-)[a-z0-9_]{8}\b"
+    r"|(?<=/tmp)[a-z0-9_]{8}\b|[a-z0-9_]{8}(?=/attempt_)"
+    r"|\b(0x)?(?=[a-fA-F]*\d)[0-9a-fA-F]{6,}\b|0x[0-9a-fA-F]+|\d+"
+)
 
 
 class FailureCause(StrEnum):

@@ -12,9 +12,11 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import forkserver, get_context, util
+from multiprocessing import forkserver, get_context, process
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from elastic_pt.elastic.scratch import semaphore_prefix
 from elastic_pt.errors import NodeFailure
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> None:
+def start_fork_server(threads: int, scratch: Path, modules: Sequence[str] = WARM_MODULES) -> None:
     """Start it, for workers that compute with so many CPU threads each. Agent process, main thread, once.
+
+    Its socket lies in `scratch`, and semaphores are named after that, so that a sweep finds them.
 
     What must be known before torch is imported is set in the environment, of this process too.
     """
@@ -52,10 +56,23 @@ def start_fork_server(threads: int, modules: Sequence[str] = WARM_MODULES) -> No
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     # Required by torch for deterministic matrix products on CUDA.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # Its socket is removed at exit, after the scratch directory is gone: it must not lie in there.
-    util.get_temp_dir()
+    # Private to multiprocessing, which would use TMPDIR, where a killed agent's socket is swept by nobody. A path
+    # of any length is too long for a socket beyond 107 bytes; that of an open descriptor never is.
+    opened = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    _multiprocessing_settings()["tempdir"] = f"/proc/self/fd/{opened}"
+    _multiprocessing_settings()["semprefix"] = semaphore_prefix(scratch)
     get_context("forkserver").set_forkserver_preload([_FORK_SERVER, *modules])
     forkserver.ensure_running()
+
+
+def forget_agents_directory() -> None:
+    """In a forked process: multiprocessing has inherited a descriptor of the agent, which means nothing here."""
+    _multiprocessing_settings().pop("tempdir", None)
+
+
+def _multiprocessing_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = process.current_process()._config  # type: ignore[attr-defined]
+    return settings
 
 
 class FirstFork:

@@ -194,6 +194,8 @@ class Node:
         surroundings: bool = False,
     ) -> Cause:
         """A failure of this node's own workers, as the others are told of it."""
+        # A path in an error may hold bytes that are no text, and peers are told in UTF-8.
+        detail = detail.encode("utf-8", "backslashreplace").decode()
         return Cause(kind, self.member.node, detail, step, signature, surroundings=surroundings)
 
     def rest(self, why: str, seconds: float) -> None:

@@ -36,7 +36,7 @@ from elastic_pt.elastic.failure import (
     read_error_file,
     root_cause,
 )
-from elastic_pt.elastic.forking import die_with_parent
+from elastic_pt.elastic.forking import die_with_parent, forget_agents_directory
 from elastic_pt.elastic.lookups import avoid_getfqdn
 from elastic_pt.elastic.progress import ProgressReader, process_state
 from elastic_pt.elastic.rendezvous import LogRendezvous
@@ -60,7 +60,7 @@ def start_worker(config_text: str, scratch: str, environment: dict[str, str]) ->
     die_with_parent()
     avoid_getfqdn()
     os.environ.update(environment)
-    tempfile.tempdir = environment.get("TMPDIR")
+    forget_agents_directory()
     outcome: str = importlib.import_module("elastic_pt.worker").main(config_text, scratch)
     return outcome
 
@@ -146,7 +146,15 @@ class NodeProcesses(LocalElasticAgent):
             ProgressReader(self._scratch, worker.local_rank, formed.generation.number)
             for worker in worker_group.workers
         ]
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        before = set(multiprocessing.active_children())
+        try:
+            pids: dict[int, Any] = super()._start_workers(worker_group)
+        except OSError:
+            # torch forgets those that it has started when one of them cannot be.
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+                child.join(_KILL_TIMEOUT_S)
+            raise
         context: Any = self._pcontext
         now_s = time.monotonic()
         self._watched = [

@@ -34,6 +34,9 @@ class Fault(Enum):
     EXISTS = auto()  # the condition of a create did not hold
     DENIED = auto()  # credentials are missing, expired or not allowed
     BEYOND = auto()  # the range starts behind the last byte
+    UNREACHABLE = (
+        auto()
+    )  # nobody listens there, or the name is not known: TRANSIENT for who may wait
     TRANSIENT = auto()  # worth another attempt
     READ_ONLY = auto()  # the protocol cannot do this at all
     FINAL = auto()  # not worth another attempt
@@ -120,7 +123,9 @@ class Client:
         configure: Callable[[Any], None] = lambda filesystem: None,
         fault_of: Callable[[Exception], Fault] = fault_of,
         guard: AbstractContextManager[Any] | None = None,
+        patient: bool = True,
     ) -> None:
+        """Unless `patient`, a server that cannot be reached is told at once until the first answer has come."""
         self.url = url
         self._retry = retry
         self._options = {
@@ -131,6 +136,7 @@ class Client:
         self._configure = configure
         self._fault_of = fault_of
         self._guard = guard or nullcontext()
+        self._patient = patient
         # No lock: two threads may both build one, which costs nothing; a lock could be held across a fork.
         self._built: tuple[int, Any, str] | None = None
 
@@ -154,7 +160,9 @@ class Client:
             limited = bounded and isinstance(filesystem, AsyncFileSystem)
             try:
                 with self._guard:
-                    return send(filesystem, root, {"timeout": left_s} if limited else {})
+                    result = send(filesystem, root, {"timeout": left_s} if limited else {})
+                self._patient = True
+                return result
             except StoreError:
                 raise
             except Exception as error:
@@ -194,7 +202,7 @@ class Client:
             case Fault.SETTINGS:
                 return ConfigError(
                     f"{self.url} cannot be reached with these settings: {reason}; "
-                    "expected working AWS settings in the environment and in ~/.aws"
+                    "expected working AWS settings in the environment and in ~/.aws, and the files that they name"
                 )
             case Fault.EXISTS:
                 return AlreadyExists(text)
@@ -202,7 +210,9 @@ class Client:
                 return AccessDenied(
                     f"{text}; check the credentials in the environment of this process"
                 )
-            case Fault.TRANSIENT:
+            case Fault.UNREACHABLE if not self._patient:
+                return StoreError(f"{text}; expected a server that answers there")
+            case Fault.UNREACHABLE | Fault.TRANSIENT:
                 return TryAgain(f"{type(error).__name__}: {reason}")
             case Fault.READ_ONLY:
                 return ConfigError(f"{text}: this protocol can only be read")

@@ -119,9 +119,14 @@ class LocalStore:
         with self._errors(what), self._finished(source) as finished:
             for left in reversed(range(_PUBLISH_ATTEMPTS)):
                 try:
+                    new = [
+                        each for each in (path.parent, *path.parent.parents) if not each.exists()
+                    ]
                     path.parent.mkdir(parents=True, exist_ok=True)
                     publish(finished, path)
-                    _sync_directory(path.parent)
+                    # A new directory is on disk once the one that names it is.
+                    for directory in dict.fromkeys((path.parent, *(each.parent for each in new))):
+                        _sync_directory(directory)
                     return
                 except FileNotFoundError:
                     if not left:

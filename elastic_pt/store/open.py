@@ -22,11 +22,12 @@ _EXTRAS = {
 }
 
 
-def open_store(url: str, *, deadline_s: float = 120.0) -> Store:
+def open_store(url: str, *, deadline_s: float = 120.0, patient: bool = True) -> Store:
     """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol; a plain path is a file.
 
     Opening connects to nothing; the first request does, once per process, and each request is retried
-    for `deadline_s` seconds. Raises `ConfigError` for a URL that cannot work and for a missing extra.
+    for `deadline_s` seconds. Unless `patient`, an S3 endpoint that refuses the connection or whose name is not
+    known is a `StoreError` at once, until it has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
     """
     protocol, separator, rest = url.partition("://")
     rest = rest.rstrip("/")
@@ -36,7 +37,7 @@ def open_store(url: str, *, deadline_s: float = 120.0) -> Store:
         return LocalStore(f"file://{rest}" if separator else f"file://{url.rstrip('/')}")
     retry = Retry(Backoff(deadline_s))
     if protocol in ("s3", "s3a"):
-        return S3Store(f"s3://{rest}", retry=retry)
+        return S3Store(f"s3://{rest}", retry=retry, patient=patient)
     _require_protocol(url, protocol)
     return FsspecStore(f"{protocol}://{rest}", retry=retry)
 

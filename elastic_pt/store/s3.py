@@ -11,6 +11,7 @@ botocore do not retry; `store/retry.py` does.
 """
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -91,6 +92,9 @@ _SETTINGS = (
 )
 
 
+_OF_A_SERVER = (Fault.MISSING, Fault.EXISTS, Fault.BEYOND)
+
+
 def s3_fault_of(error: Exception) -> Fault:
     """What an exception of s3fs means: by the S3 error code, then the status, then the Python type."""
     response = _response(error)
@@ -106,11 +110,19 @@ def s3_fault_of(error: Exception) -> Fault:
         return Fault.DENIED
     if isinstance(error, _SETTINGS) or _is_invalid_endpoint(error):
         return Fault.SETTINGS
+    if isinstance(error, boto.HTTPClientError) and isinstance(
+        error.kwargs.get("error"), (FileNotFoundError, PermissionError, IsADirectoryError)
+    ):
+        return Fault.SETTINGS
+    if isinstance(error, boto.EndpointConnectionError):
+        return Fault.UNREACHABLE
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)):
         return Fault.TRANSIENT
     if type(error).__name__ == "ResponseParserError":  # a proxy's HTML page instead of XML
         return Fault.TRANSIENT
-    return fault_of(error)
+    fault = fault_of(error)
+    # Only a server can tell what it holds. This is about a file of the client: CA certificates, a token.
+    return Fault.SETTINGS if fault in _OF_A_SERVER else fault
 
 
 def _is_invalid_endpoint(error: Exception) -> bool:
@@ -124,9 +136,13 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         url = environment.get(name, "")
-        parts = urlsplit(url)
-        if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        if url and not _is_web_address(url):
             raise ConfigError(f"{name} = {url!r}: expected a URL such as https://host:9000")
+    token = environment.get("AWS_WEB_IDENTITY_TOKEN_FILE", "")
+    if token and not Path(token).exists():
+        raise ConfigError(
+            f"AWS_WEB_IDENTITY_TOKEN_FILE = {token!r}: no such file; expected the token of a service account"
+        )
     for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         path = environment.get(name, "")
         if path and not Path(path).exists():
@@ -141,6 +157,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
                 f"{name}: holds a line end, a space at an end or another control character; "
                 "expected the bare key"
             )
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket is not closed, or the port is no number
+        return False
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:
@@ -171,11 +195,14 @@ class S3Store:
     Without the permission to list, S3 answers 403 for an object that does not exist, so `AccessDenied`.
     """
 
-    def __init__(self, url: str, *, retry: Retry) -> None:
+    def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
         bucket, _, root = url.partition("://")[2].partition("/")
         if not bucket:
             raise ConfigError(f"{url} names no bucket; s3://bucket/run would be right")
         check_environment(os.environ)
+        # They log the traceback of each error that they also raise, and whoever set up no logging would see it.
+        for name in ("botocore", "aiobotocore"):
+            logging.getLogger(name).addHandler(logging.NullHandler())
         self._bucket = bucket
         self._root = f"{root}/" if root else ""
         read_timeout_s = min(60.0, retry.backoff.deadline_s / 2)
@@ -194,6 +221,7 @@ class S3Store:
             },
             configure=_without_library_retries,
             fault_of=s3_fault_of,
+            patient=patient,
         )
 
     @property

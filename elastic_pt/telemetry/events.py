@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import structlog
 
-from elastic_pt.errors import StoreError
 from elastic_pt.store.port import Store
 
 _BUFFER_EVENTS_MAX: Final = 10_000
@@ -75,7 +74,7 @@ class EventSink:
             with self._lock:
                 # More may have been dropped while this was written.
                 self._dropped -= dropped
-        except StoreError:
+        except Exception:  # whatever it is, the next events are heard, and these once it has passed
             self._put_back(lines)
 
     def _put_back(self, lines: list[str]) -> None:

@@ -191,19 +191,19 @@ def test_log_has_a_line_per_record(trained: Trained) -> None:
 
 
 def test_log_notices_a_change_and_a_gap(trained: Trained, tmp_path: Path) -> None:
-    """A record that was altered or removed ends `log` with one line that names it, and exit code 3."""
+    """A record that was altered or removed ends `log` with one line that names it, and exit code 4."""
     altered, gap = tmp_path / "altered", tmp_path / "gap"
     for copy in (altered, gap):
         shutil.copytree(trained.run, copy)
     record = altered / "log" / f"{1:020d}.json"
     record.write_text(record.read_text().replace('"nonce": "', '"nonce": "0', 1))
     result = elastic_pt("log", altered)
-    assert result.exit_code == 3
+    assert result.exit_code == 4
     assert "00002.json: does not follow" in result.err
     assert result.err.count("\n") == 1
     (gap / "log" / f"{1:020d}.json").unlink()
     result = elastic_pt("log", gap)
-    assert result.exit_code == 3
+    assert result.exit_code == 4
     assert "00001.json: missing" in result.err
     assert result.err.count("\n") == 1
 

@@ -117,7 +117,7 @@ def test_storage_check_ends_with_its_verdict(tmp_path: Path) -> None:
     fenced = elastic_pt("storage-check", tmp_path)
     assert (fenced.exit_code, fenced.out.splitlines()[-1]) == (0, "fenced")
     unfenced = elastic_pt("storage-check", "memory://bucket/x")
-    assert (unfenced.exit_code, unfenced.out.splitlines()[-1]) == (1, "unfenced")
+    assert (unfenced.exit_code, unfenced.out.splitlines()[-1]) == (2, "unfenced")
 
 
 def test_a_directory_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An AWS environment of the test's own; returns its configuration file."""
     import os
 
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith("AWS_") or "CA_BUNDLE" in name]:
         monkeypatch.delenv(name)
     config, credentials = tmp_path / "config", tmp_path / "credentials"
     config.write_text("")
@@ -38,6 +38,13 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("AWS_ENDPOINT_URL_S3", "127.0.0.1", ["AWS_ENDPOINT_URL_S3", "expected"]),
         ("AWS_ENDPOINT_URL", "ftp://host", ["AWS_ENDPOINT_URL", "expected"]),
         ("AWS_ENDPOINT_URL", "https://", ["AWS_ENDPOINT_URL", "expected"]),
+        ("AWS_ENDPOINT_URL", "http://[::1", ["AWS_ENDPOINT_URL", "http://[::1", "expected"]),
+        ("AWS_ENDPOINT_URL", "http://host:port", ["AWS_ENDPOINT_URL", "expected"]),
+        (
+            "AWS_WEB_IDENTITY_TOKEN_FILE",
+            "/nowhere/token",
+            ["AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere/token", "expected"],
+        ),
         ("AWS_CA_BUNDLE", "/nowhere/ca.pem", ["AWS_CA_BUNDLE", "/nowhere/ca.pem", "expected"]),
         (
             "AWS_SECRET_ACCESS_KEY",
@@ -82,6 +89,51 @@ def test_no_credentials_at_all_are_told_at_once(aws: Path) -> None:
     result = elastic_pt("status", "s3://bucket/run")
     assert time.monotonic() - began_s < SOON_S
     assert_one_line_mistake(result, "redentials", exit_code=3)
+
+
+SIGN_IN = "sso_account_id = 123456789012\nsso_role_name = x\nregion = us-east-1\n"
+SESSION = "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://example.com/start\n"
+OLD_SIGN_IN = "sso_region = us-east-1\nsso_start_url = https://example.com/start\n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [f"sso_session = s\n{SIGN_IN}{SESSION}", SIGN_IN + OLD_SIGN_IN],
+    ids=["session", "old"],
+)
+def test_an_expired_sign_in_is_told_at_once(aws: Path, settings: str) -> None:
+    """A login that is over is one line, without the library's tracebacks."""
+    aws.write_text(f"[default]\n{settings}")
+    began_s = time.monotonic()
+    result = elastic_pt("status", "s3://bucket/run")
+    assert time.monotonic() - began_s < SOON_S
+    assert_one_line_mistake(result, "SSO Token", "check the credentials", exit_code=3)
+
+
+def test_missing_certificates_are_no_missing_object(
+    aws: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the AWS settings name and that is not there is told as that, and not as an object that is missing."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    aws.write_text("[default]\nca_bundle = /nowhere/ca.pem\nregion = us-east-1\n")
+    assert_one_line_mistake(elastic_pt("status", "s3://bucket/run"), "the files that they name")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid:9000"])
+@pytest.mark.parametrize("command", ["status", "log", "storage-check"])
+def test_a_server_that_nobody_can_reach_is_told_at_once(
+    command: str, host: str, aws: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who types a command is told at once that nobody listens there or that the name is not known."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    began_s = time.monotonic()
+    result = elastic_pt(command, "s3://bucket/run")
+    assert time.monotonic() - began_s < SOON_S
+    assert_one_line_mistake(result, host, "expected a server", exit_code=3)
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:

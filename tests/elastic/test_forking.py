@@ -9,9 +9,13 @@ import pytest
 
 DEADLINE_S = 60.0
 AGENT = """
+import sys
 from elastic_pt.elastic.forking import FirstFork, start_fork_server
-start_fork_server(1, ["stack"])
-print("warm", FirstFork(["stack"], "stack:look" if "look" in STACK else "", (3,)).wait(TIMEOUT))
+from elastic_pt.elastic.scratch import scratch_directory
+with scratch_directory(sys.argv[1]) as scratch:
+    start_fork_server(1, scratch, ["stack"])
+    first = FirstFork(["stack"], "stack:look" if "look" in STACK else "", (3,))
+    print("warm", first.wait(TIMEOUT))
 """
 
 
@@ -26,6 +30,7 @@ def agent_with(
             sys.executable,
             "-c",
             AGENT.replace("TIMEOUT", str(timeout_s)).replace("STACK", repr(stack)),
+            str(directory),
         ],
         capture_output=True,
         text=True,

@@ -5,8 +5,10 @@ these tests say nothing about membership.
 """
 
 import ctypes
+import errno
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import re
 import signal
@@ -221,7 +223,9 @@ class Node:
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
-    start_fork_server(1, [__name__])
+    settings = multiprocessing.process.current_process()
+    monkeypatch.setattr(settings, "_config", settings._config.copy())  # type: ignore[attr-defined]
+    start_fork_server(1, tmp_path, [__name__])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -345,3 +349,24 @@ def test_a_worker_that_cannot_be_killed_fails_the_node(
         assert pid not in [child.pid for child in multiprocessing.active_children()]
     finally:
         (directory / "freezer.state").write_text("THAWED")
+
+
+def test_no_worker_outlives_a_start_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one of a node's workers cannot be started, those that were started before it are gone as well."""
+    started: list[object] = []
+    start = multiprocessing.context.ForkServerProcess.start
+
+    def start_one(process: multiprocessing.context.ForkServerProcess) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start_one)
+    node = Node(tmp_path, ["complete", "complete"])
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        node.processes.run()
+    assert started
+    assert not multiprocessing.active_children()

@@ -45,7 +45,7 @@ def s3fs_error(code: str, status: int, **details: str) -> Exception:
         (s3fs_error("PermanentRedirect", 301), Fault.FINAL),
         (boto.NoCredentialsError(), Fault.DENIED),
         (boto.ReadTimeoutError(endpoint_url="http://x"), Fault.TRANSIENT),
-        (boto.EndpointConnectionError(endpoint_url="http://x"), Fault.TRANSIENT),
+        (boto.EndpointConnectionError(endpoint_url="http://x"), Fault.UNREACHABLE),
         (boto.ConnectionClosedError(endpoint_url="http://x"), Fault.TRANSIENT),
         (boto.ParamValidationError(report="Invalid bucket name"), Fault.NO_BUCKET),
     ],
