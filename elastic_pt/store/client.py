@@ -125,7 +125,11 @@ class Client:
         guard: AbstractContextManager[Any] | None = None,
         patient: bool = True,
     ) -> None:
-        """Unless `patient`, a server that cannot be reached is told at once until the first answer has come."""
+        """Unless `patient`, a server that cannot be reached is told at once until the first answer has come.
+
+        Settings that cannot work are told at once, too, until then: later they did work, and a file that they name
+        is being replaced.
+        """
         self.url = url
         self._retry = retry
         self._options = {
@@ -136,7 +140,7 @@ class Client:
         self._configure = configure
         self._fault_of = fault_of
         self._guard = guard or nullcontext()
-        self._patient = patient
+        self._patient, self._answered = patient, False
         # No lock: two threads may both build one, which costs nothing; a lock could be held across a fork.
         self._built: tuple[int, Any, str] | None = None
 
@@ -161,7 +165,7 @@ class Client:
             try:
                 with self._guard:
                     result = send(filesystem, root, {"timeout": left_s} if limited else {})
-                self._patient = True
+                self._answered = True
                 return result
             except StoreError:
                 raise
@@ -199,7 +203,7 @@ class Client:
                 return BeyondEnd(text)
             case Fault.NO_BUCKET:
                 return ConfigError(f"{self.url} names a bucket that does not exist: {reason}")
-            case Fault.SETTINGS:
+            case Fault.SETTINGS if not self._answered:
                 return ConfigError(
                     f"{self.url} cannot be reached with these settings: {reason}; "
                     "expected working AWS settings in the environment and in ~/.aws, and the files that they name"
@@ -210,9 +214,9 @@ class Client:
                 return AccessDenied(
                     f"{text}; check the credentials in the environment of this process"
                 )
-            case Fault.UNREACHABLE if not self._patient:
+            case Fault.UNREACHABLE if not (self._patient or self._answered):
                 return StoreError(f"{text}; expected a server that answers there")
-            case Fault.UNREACHABLE | Fault.TRANSIENT:
+            case Fault.SETTINGS | Fault.UNREACHABLE | Fault.TRANSIENT:
                 return TryAgain(f"{type(error).__name__}: {reason}")
             case Fault.READ_ONLY:
                 return ConfigError(f"{text}: this protocol can only be read")

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from elastic_pt.errors import AccessDenied, StoreError
+from elastic_pt.errors import AccessDenied, ConfigError, StoreError
 from elastic_pt.store.client import Client, Fault, fault_of
 from elastic_pt.store.retry import Backoff, Retry
 
@@ -75,3 +75,41 @@ def test_a_server_that_cannot_be_reached_is_a_store_error() -> None:
 def test_what_an_ftp_server_answers_is_no_bug(error: Exception, fault: Fault) -> None:
     """Names that do not resolve and temporary replies are tried again, other replies end the request."""
     assert fault_of(error) is fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "patient", "error"),
+    [
+        (Fault.SETTINGS, True, ConfigError),
+        (Fault.UNREACHABLE, False, StoreError),
+        (Fault.UNREACHABLE, True, None),
+        (Fault.TRANSIENT, False, None),
+    ],
+)
+def test_what_cannot_work_is_told_at_once_until_it_has_worked(
+    fault: Fault, patient: bool, error: type[Exception] | None
+) -> None:
+    """Wrong settings, and for a command a server nobody reaches, are no reason to wait; later both pass."""
+    client = Client(
+        f"memory://{uuid.uuid4().hex}",
+        retry=Retry(Backoff(20.0)),
+        fault_of=lambda _: fault,
+        patient=patient,
+    )
+    attempts: list[int] = []
+
+    def fail_once(filesystem: object, root: str, timeout: dict[str, float]) -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise RuntimeError("away")
+        return "there"
+
+    if error is None:
+        assert client.request("asking", fail_once) == "there"
+    else:
+        with pytest.raises(error, match="away"):
+            client.request("asking", fail_once)
+        assert client.request("asking", fail_once) == "there"
+    attempts.clear()
+    assert client.request("asking", fail_once) == "there"
+    assert len(attempts) == 2
