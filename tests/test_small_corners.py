@@ -8,6 +8,7 @@ import socket
 import threading
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -19,6 +20,7 @@ from elastic_pt.data.manifest import Manifest, Shard, Source
 from elastic_pt.elastic.channel import AgentSide, Message, WorkerSide
 from elastic_pt.elastic.failure import Evidence, RecordedError, classify
 from elastic_pt.elastic.log import GENERATIONS_KEPT
+from elastic_pt.elastic.node import Node
 from elastic_pt.errors import ConfigError, DataError
 from elastic_pt.preflight import require_cache
 from elastic_pt.store import local
@@ -202,3 +204,11 @@ def _url_of(site: web.TCPSite) -> str:
     assert site._server is not None
     host, port = site._server.sockets[0].getsockname()[:2]  # type: ignore[attr-defined]
     return f"http://{host}:{port}/"
+
+
+def test_a_path_that_is_no_text_silences_no_node() -> None:
+    """A lone surrogate in a failure's words is written out: peers are told in UTF-8, and so is the log."""
+    node = SimpleNamespace(member=SimpleNamespace(node="a"))
+    cause = Node.failure(node, "no such file: /x\udcff")  # type: ignore[arg-type]
+    assert cause.detail == "no such file: /x\\udcff"
+    assert cause.detail.encode("utf-8")
