@@ -25,7 +25,7 @@ from pydantic import (
 
 from elastic_pt.errors import ConfigError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2})")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2}|$)")
 IDENTITY_SECTIONS = ("data", "model", "train")
 INTRODUCED: dict[str, Any] = {}
 """Keys of these sections that came after the first version, by name, with the default that each had then. A run that
@@ -69,6 +69,8 @@ def _without_trailing_slash(url: str) -> str:
             f"begins like a URL of {scheme!r} and is none; expected {scheme.lower()}://... or a path"
         )
     stripped = url.rstrip("/") or "/"
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", stripped):
+        raise ValueError(f"names no place behind the scheme; expected {stripped}//... or a path")
     return stripped if "://" in stripped else f"file://{Path(stripped).expanduser().resolve()}"
 
 

@@ -113,7 +113,9 @@ def run_command_line(arguments: list[str]) -> int:
         # Whoever read the output has enough of it; nothing more may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a compiled library is no Exception
         log.exception("unexpected_error", command=arguments[:1])
         what = f"{type(error).__name__}: {error}"
         return _fail(

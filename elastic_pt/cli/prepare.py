@@ -2,18 +2,19 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from elastic_pt.cli.options import INTERRUPTED, absolute_url
-from elastic_pt.errors import ConfigError
+from elastic_pt.errors import ConfigError, StoreError
 
 VOCAB_SIZE = 8192
 LISTED_FILES = 10
@@ -90,6 +91,7 @@ def prepare(
     # Tokenizer and parquet libraries take a moment to import.
     from elastic_pt.data.documents import parse_source
     from elastic_pt.data.left_out import LEFT_OUT_KEY
+    from elastic_pt.data.manifest import MANIFEST_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
     from elastic_pt.store.open import open_store
 
@@ -113,13 +115,15 @@ def prepare(
                 )
             )
     except KeyboardInterrupt:
-        print("interrupted before the manifest was written", file=sys.stderr, flush=True)
+        told = f"interrupted; nothing is prepared unless {store.url}/{MANIFEST_KEY} is there"
+        print(told, file=sys.stderr, flush=True)
         # An orderly end would wait for the compiled code in the thread.
         os._exit(INTERRUPTED)
     for line in summary(manifest):
         typer.echo(line)
-    for line in listed_files(store.read(LEFT_OUT_KEY), f"{store.url}/{LEFT_OUT_KEY}"):
-        typer.echo(line)
+    with suppress(StoreError):  # it is prepared all the same
+        for line in listed_files(store.read(LEFT_OUT_KEY), f"{store.url}/{LEFT_OUT_KEY}"):
+            typer.echo(line)
     typer.echo(f"wrote        {store.url}")
 
 
@@ -134,7 +138,13 @@ def in_a_thread(work: Callable[[], _Result]) -> _Result:
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="prepare", daemon=True).start()
-    return outcome.result()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a second one must not cut the words about the first
+        raise
 
 
 @contextmanager
@@ -182,7 +192,7 @@ def listed_files(lines: bytes, url: str) -> list[str]:
     """What was left out, by path: the first lines of left-out.jsonl, for people."""
     records = [json.loads(line) for line in lines.splitlines()]
     shown = [
-        f"left out     {record['file']}: "
+        f"left out     {_printable(record['file'])}: "
         + (f"{record['documents']:,} " if "documents" in record else "")
         + record["reason"]
         for record in records[:LISTED_FILES]
@@ -190,3 +200,7 @@ def listed_files(lines: bytes, url: str) -> list[str]:
     if len(records) > LISTED_FILES:
         shown.append(f"left out     … {len(records) - LISTED_FILES:,} more lines in {url}")
     return shown
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -14,8 +14,8 @@ pipe) is named there with its reason. `read_documents` reads what was listed: wh
 (invalid UTF-8, a broken line, an empty text) comes out as a `Skip` with its reason. What makes a whole
 file unusable is a `DataError`.
 
-Time is linear in the bytes, uncompressed, whatever they hold. Memory is that of one document, which has
-at most 64 MiB; a longer one is skipped without being held.
+Time is linear in the bytes, uncompressed, whatever they hold. Memory is that of the names of the files and of one
+document, which has at most 16 MiB; a longer one is skipped, and held only if it is the row of a table.
 """
 
 import codecs
@@ -44,11 +44,12 @@ else:
 DEFAULT_SOURCE_NAME = "corpus"
 PIECE_BYTES = 64 * 1024
 """Longest document taken from a plain-text file, so that one large file can be split and held out from."""
-DOCUMENT_BYTES_MAX = 64 * 2**20
-"""Longest line of a JSON-lines file and longest text of a Parquet row."""
+DOCUMENT_BYTES_MAX = 16 * 2**20
+"""Longest line of a JSON-lines file and longest text of a Parquet row. Parsing JSON takes 26 times as much memory at
+worst, and a second in which nothing can interrupt it."""
 PARQUET_BATCH_ROWS = 256
 PARQUET_BATCH_BYTES = 64 * 2**20
-"""Rows are read in batches of about so many bytes, and of at most 256."""
+"""What the rows of one batch may take if each were as large as all of its row group's texts together."""
 READ_BYTES = 2**20
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -115,8 +116,8 @@ class SourceFiles:
     files: tuple[SourceFile, ...]
     left_out: tuple[Skip, ...]
     """Files that cannot hold a document of the source."""
-    incidental: int
-    """How many of `left_out` are hidden (a name with a leading dot) or empty, so that no text is lost."""
+    incidental: frozenset[str]
+    """URLs in `left_out` that are hidden (a name with a leading dot) or empty, so that no text is lost."""
 
 
 def parse_source(text: str) -> SourceSpec:
@@ -177,26 +178,37 @@ def list_files(spec: SourceSpec) -> SourceFiles:
     """The files of a source by their names alone. `DataError` if a path is missing or holds none."""
     files: list[SourceFile] = []
     left_out: list[Skip] = []
-    incidental = 0
+    incidental: set[str] = set()
     for path in spec.paths:
         found = _found_files(path)
         known = len(files)
         for listed in found:
-            suffix = _suffix(listed.name, spec.suffixes)
-            url = listed.url
             if set(listed.parts[:-1]) & set(spec.exclude_folders):
                 continue
-            if suffix is not None and listed.is_file:
-                files.append(SourceFile(listed.path, url, suffix, listed.file_system))
+            suffix = _suffix(listed.name, spec.suffixes)
+            reason = listed.trouble or _unreadable(listed, suffix)
+            if suffix is not None and not reason:
+                files.append(SourceFile(listed.path, listed.url, suffix, listed.file_system))
             elif spec.suffixes == SUFFIXES:  # else the source asks for some files of the folder
-                left_out.append(Skip(url, "unknown_suffix" if listed.is_file else "not_a_file"))
-                incidental += listed.is_incidental
+                left_out.append(Skip(listed.url, reason))
+                if listed.is_empty or any(part.startswith(".") for part in listed.parts):
+                    incidental.add(listed.url)
         if len(files) == known:
             raise DataError(
                 f"source {path}: no file with a suffix of {' '.join(spec.suffixes)} among {len(found)} files; "
                 "expected at least one"
             )
-    return SourceFiles(spec, tuple(files), tuple(left_out), incidental)
+    return SourceFiles(spec, tuple(files), tuple(left_out), frozenset(incidental))
+
+
+def _unreadable(listed: "_Listed", suffix: str | None) -> str:
+    """Why a file cannot be read, by its name and size."""
+    if suffix is None:
+        return "unknown_suffix"
+    if listed.name.startswith("._"):  # what macOS writes beside a file on a foreign file system
+        return "resource_fork"
+    is_plain = suffix in TEXT_SUFFIXES or suffix == ".jsonl"
+    return "empty_file" if listed.is_empty and not is_plain else ""
 
 
 def read_documents(source: SourceFiles) -> Iterator[Document | Skip]:
@@ -218,7 +230,8 @@ class _Listed:
     path: str
     parts: tuple[str, ...]
     """Names below the folder that was asked for, the file's own last."""
-    is_file: bool
+    trouble: str
+    """Why it cannot be opened; empty if it can."""
     is_empty: bool
     file_system: Any
 
@@ -231,9 +244,15 @@ class _Listed:
         url: str = self.file_system.unstrip_protocol(self.path)
         return url
 
-    @property
-    def is_incidental(self) -> bool:
-        return (self.is_file and self.is_empty) or any(part.startswith(".") for part in self.parts)
+
+def location(path: str) -> str:
+    """The URL of a source's file or folder, without a trailing slash. `DataError` if nobody serves it."""
+    try:
+        file_system, root = fsspec.core.url_to_fs(path)
+        url: str = file_system.unstrip_protocol(root.rstrip("/"))
+    except Exception as error:  # a file system of fsspec raises whatever its SDK does
+        raise _no_source(path, error) from error
+    return url
 
 
 def _found_files(path: str) -> list[_Listed]:
@@ -242,41 +261,79 @@ def _found_files(path: str) -> list[_Listed]:
         file_system, root = fsspec.core.url_to_fs(path)
         is_folder = file_system.isdir(root)
         exists = is_folder or file_system.exists(root)
-        # A folder that cannot be listed must not be taken for an empty one.
-        found = _find(file_system, root) if is_folder else {}
-        # The listing does not say what a link leads to.
+        if is_folder and not path.endswith("/") and _is_object(file_system, root):
+            raise DataError(
+                f"source {path}: an object, and a folder of others; expected {path}/ for these, "
+                "or another name for the object"
+            )
+        if is_folder:
+            return _below(file_system, root)
         is_file = exists and file_system.isfile(root)
-        linked = {
-            name: file_system.isfile(name)
-            for name, info in found.items()
-            if info["type"] == "other"
-        }
-    except Exception as error:  # a file system of fsspec raises whatever its SDK does
-        raise DataError(
-            f"source {path}: {_one_line(error)}; expected a file, folder or URL"
-        ) from error
+    except DataError:
+        raise
+    except Exception as error:
+        raise _no_source(path, error) from error
     if not exists:
         raise DataError(f"source {path}: does not exist; expected a file, folder or URL")
-    if not is_folder:
-        name = root.rpartition("/")[2]
-        if not is_file:
-            raise DataError(
-                f"source {path}: a pipe or device; expected a file, since it is read several times"
-            )
-        if _suffix(name, SUFFIXES) is None:
-            raise DataError(f"source {path}: unknown suffix; expected one of {' '.join(SUFFIXES)}")
-        return [_Listed(root, (name,), True, False, file_system)]
+    if not is_file:
+        raise DataError(
+            f"source {path}: a pipe or device; expected a file, since it is read several times"
+        )
+    name = root.rpartition("/")[2]
+    if _suffix(name, SUFFIXES) is None:
+        raise DataError(f"source {path}: unknown suffix; expected one of {' '.join(SUFFIXES)}")
+    return [_Listed(root, (name,), "", False, file_system)]
+
+
+def _no_source(path: str, error: Exception) -> DataError:
+    return DataError(f"source {path}: {_one_line(error)}; expected a file, folder or URL")
+
+
+def _is_object(file_system: Any, root: str) -> bool:
+    """Whether an S3 key is an object with bytes, whatever has it for a prefix."""
+    if not hasattr(file_system, "call_s3") or "/" not in root:
+        return False
+    bucket, _, key = root.partition("/")
+    try:
+        return bool(file_system.call_s3("head_object", Bucket=bucket, Key=key)["ContentLength"])
+    except (FileNotFoundError, PermissionError):
+        return False
+
+
+def _below(file_system: Any, root: str) -> list[_Listed]:
+    """The files below a folder in the order of their names."""
+    found = _find(file_system, root)
+    insides = {listed: listed.removeprefix(root.rstrip("/")).removeprefix("/") for listed in found}
+    # On S3 a key may be an object and, for others, a folder: then it cannot be opened.
+    folders = {inside[:end] for inside in insides.values() for end in _slashes(inside)}
     below: list[_Listed] = []
     for listed, info in found.items():
-        inside = listed.removeprefix(root.rstrip("/")).removeprefix("/")
+        inside = insides[listed]
+        is_empty = info.get("size") == 0 and info["type"] == "file"
         # The key of a folder, an empty object that S3 consoles and other tools write.
-        if not inside or inside.endswith("/"):
+        if not inside or (inside.endswith("/") and info.get("size") == 0):
             continue
-        is_file = linked.get(listed, info["type"] == "file")
-        parts = tuple(inside.split("/"))
-        below.append(_Listed(listed, parts, is_file, info.get("size") == 0, file_system))
+        is_file = info["type"] == "file"
+        if info["type"] == "other":  # the listing does not say what a link leads to
+            is_file = file_system.isfile(listed)
+        trouble = "" if is_file else "not_a_file"
+        if inside in folders or inside.endswith("/") or _is_taken_apart(file_system, listed):
+            trouble = "unreadable_key"
+        below.append(_Listed(listed, tuple(inside.split("/")), trouble, is_empty, file_system))
     # As tuples of names, so that a/b comes before a-b on every file system.
     return sorted(below, key=lambda each: each.parts)
+
+
+def _slashes(inside: str) -> Iterator[int]:
+    return (number for number, character in enumerate(inside) if character == "/")
+
+
+def _is_taken_apart(file_system: Any, listed: str) -> bool:
+    """Whether s3fs takes a part of the key for the version of an object."""
+    if not hasattr(file_system, "call_s3"):
+        return False
+    bucket, key, _ = file_system.split_path(listed)
+    return f"{bucket}/{key}" != listed
 
 
 def _find(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
@@ -305,10 +362,10 @@ def _read_file(file: SourceFile) -> Iterator[Document | Skip]:
     try:
         with file.file_system.open(file.path, "rb") as stream:
             if file.suffix in TEXT_SUFFIXES:
-                yield from (_document(piece, file) for piece in _pieces(stream))
+                yield from (_document(piece, file) for piece in _pieces(_buffered(stream)))
             elif file.suffix in JSON_SUFFIXES:
                 with _decompressed(stream, file.suffix) as plain:
-                    yield from _json_documents(_lines(plain), file)
+                    yield from _json_documents(_lines(_buffered(plain)), file)
             else:
                 yield from _parquet_documents(stream, file)
     except DataError:
@@ -317,6 +374,11 @@ def _read_file(file: SourceFile) -> Iterator[Document | Skip]:
         raise DataError(
             f"{file.url}: cannot be read to its end: {_one_line(error)}; expected a whole {file.suffix} file"
         ) from error
+
+
+def _buffered(stream: Any) -> IO[bytes]:
+    """A stream that reads as much as it is asked for, which those of fsspec need not, and lines without copying blocks."""
+    return io.BufferedReader(stream, READ_BYTES)
 
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
@@ -356,18 +418,15 @@ def _decompressed(stream: IO[bytes], suffix: str) -> Any:
     return stream
 
 
-def _lines(stream: Any) -> Iterator[bytes | None]:
+def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
     """Lines with their ends; None for one of more than `DOCUMENT_BYTES_MAX`, which is never held whole."""
-    # The files of fsspec copy a whole block for each line that is read from them.
-    buffered = io.BufferedReader(stream, READ_BYTES)
-    while line := buffered.readline(DOCUMENT_BYTES_MAX + 1):
+    while line := stream.readline(DOCUMENT_BYTES_MAX + 1):
         if len(line) <= DOCUMENT_BYTES_MAX:
             yield line
             continue
         while line and not line.endswith(b"\n"):
-            line = buffered.readline(READ_BYTES)
+            line = stream.readline(READ_BYTES)
         yield None
-    buffered.detach()
 
 
 def _json_documents(lines: Iterator[bytes | None], file: SourceFile) -> Iterator[Document | Skip]:
@@ -402,28 +461,37 @@ def _json_documents(lines: Iterator[bytes | None], file: SourceFile) -> Iterator
 
 
 def _parquet_documents(stream: IO[bytes], file: SourceFile) -> Iterator[Document | Skip]:
-    table = pyarrow.parquet.ParquetFile(stream)
+    # With a buffer size, a column is read page by page instead of a whole row group at once.
+    table = pyarrow.parquet.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
     if "text" not in table.schema_arrow.names:
         found = ", ".join(table.schema_arrow.names[:20]) or "none"
         raise DataError(f"{file.url}: no column text (found: {found}); expected strings there")
-    for group in range(table.num_row_groups):
-        rows = _batch_rows(table.metadata.row_group(group))
-        for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=["text"]):
-            column = batch.column(0)
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for value in column:
+    holds_text = _is_text(table.schema_arrow.field("text").type)
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        if not holds_text:
+            yield from (Skip(file.url, "text_is_no_string") for _ in range(group.num_rows))
+            continue
+        rows = _batch_rows(group)
+        for batch in table.iter_batches(batch_size=rows, row_groups=[number], columns=["text"]):
+            for value in batch.column(0):
                 yield _row_document(value, file)
 
 
+def _is_text(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
 def _batch_rows(group: pyarrow.parquet.RowGroupMetaData) -> int:
-    """Rows of one batch, by the mean size of a row."""
+    """Rows of one batch: any one of them may be as large as the group, and all of them if it is in a dictionary."""
     columns = (group.column(number) for number in range(group.num_columns))
     in_text: int = sum(
         each.total_uncompressed_size for each in columns if each.path_in_schema == "text"
     )
-    rows: int = PARQUET_BATCH_BYTES * group.num_rows // max(1, in_text)
-    return max(1, min(PARQUET_BATCH_ROWS, rows))
+    return max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // max(1, in_text)))
 
 
 def _row_document(value: pyarrow.Scalar, file: SourceFile) -> Document | Skip:

@@ -2,7 +2,8 @@
 
 A text of more than 256 Ki characters is cut before a single space between two letters or digits, where a
 byte-level tokenizer such as the one that `prepare` learns ends a token anyway: its ids are those of the
-whole text. Only where the last thousand spaces of a piece allow no such cut may a token be cut in two.
+whole text. Only where the last thousand spaces of a piece allow no such cut may a token be cut in two. With a
+given tokenizer a text whose pieces do not give it back is encoded whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
+from elastic_pt.data.tokenizer import library_errors
 from elastic_pt.errors import DataError
 
 PIECE_CHARACTERS = 256 * 1024
@@ -51,6 +53,8 @@ class Encoder:
     end_id: int
     is_given: bool
     """A tokenizer that was not learned here: whether a text comes back from its ids is not known before."""
+    origin: str = "tokenizer"
+    """What errors call it."""
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32] | None]:
         """The ids of each text and the end token; None for a text that does not come back from its ids.
@@ -59,36 +63,39 @@ class Encoder:
         """
         encoded: list[NDArray[np.uint32] | None] = []
         ids: list[NDArray[np.uint32]] = []
-        is_kept = True
-        for piece, is_last, encoding in self._encodings(texts):
-            ids.append(np.array(encoding.ids, dtype=np.uint32))
-            if (ids[-1] == self.end_id).any():
-                raise DataError(
-                    f"tokenizer: the text {piece[:_EXCERPT_CHARACTERS]!r}… gives the token that ends a document; "
-                    "expected a tokenizer whose end token stands for no text"
-                )
-            is_kept = is_kept and (not self.is_given or self._decode(encoding.ids) == piece)
+        for is_last, piece_ids in self._piece_ids(texts):
+            ids.append(piece_ids)
             if is_last:
-                ids.append(np.array([self.end_id], dtype=np.uint32))
-                encoded.append(np.concatenate(ids) if is_kept else None)
-                ids, is_kept = [], True
+                encoded.append(self._checked(texts[len(encoded)], ids))
+                ids = []
         return encoded
 
     def explain_loss(self, text: str) -> str:
         """How a text that does not come back is changed, in a few characters around the first difference."""
-        for piece in pieces(text):
-            back = self._decode(self.tokenizer.encode(piece, add_special_tokens=False).ids)
-            if back != piece:
-                same = next(
-                    (n for n, (a, b) in enumerate(zip(piece, back, strict=False)) if a != b),
-                    min(len(piece), len(back)),
-                )
-                part = slice(max(0, same - 10), same + _EXCERPT_CHARACTERS - 10)
-                return f"{piece[part]!a} comes back as {back[part]!a}"
-        return "every piece of the text comes back"
+        back = self._decode(self._whole(text))
+        same = next(
+            (n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b),
+            min(len(text), len(back)),
+        )
+        part = slice(max(0, same - 10), same + _EXCERPT_CHARACTERS - 10)
+        return f"{text[part]!a} comes back as {back[part]!a}"
 
-    def _encodings(self, texts: Sequence[str]) -> Iterator[tuple[str, bool, Encoding]]:
-        """Each piece of each text, whether it is the last of its text, and what the library made of it."""
+    def _checked(self, text: str, pieces: list[NDArray[np.uint32]]) -> NDArray[np.uint32] | None:
+        ids = np.concatenate(pieces)
+        if self.is_given and self._decode(ids) != text:
+            # Some tokenizers mark the start of a text, so also that of a piece.
+            ids = self._whole(text) if len(pieces) > 1 else ids
+            if len(pieces) == 1 or self._decode(ids) != text:
+                return None
+        if (ids == self.end_id).any():
+            raise DataError(
+                f"{self.origin}: the text {text[:_EXCERPT_CHARACTERS]!a}... gives the token that ends a document; "
+                "expected a tokenizer whose end token stands for no text"
+            )
+        return np.append(ids, np.uint32(self.end_id))
+
+    def _piece_ids(self, texts: Sequence[str]) -> Iterator[tuple[bool, NDArray[np.uint32]]]:
+        """For each piece of each text whether it is the last of its text, and its ids."""
         batch: list[tuple[str, bool]] = []
         characters = 0
         for text in texts:
@@ -104,13 +111,20 @@ class Encoder:
 
     def _encode_batch(
         self, batch: Sequence[tuple[str, bool]]
-    ) -> Iterator[tuple[str, bool, Encoding]]:
-        encodings = self.tokenizer.encode_batch_fast(
-            [piece for piece, _ in batch], add_special_tokens=False
-        )
-        for (piece, is_last), encoding in zip(batch, encodings, strict=True):
-            yield piece, is_last, encoding
+    ) -> Iterator[tuple[bool, NDArray[np.uint32]]]:
+        with library_errors(self.origin):
+            encodings = self.tokenizer.encode_batch_fast(
+                [piece for piece, _ in batch], add_special_tokens=False
+            )
+        for (_, is_last), encoding in zip(batch, encodings, strict=True):
+            yield is_last, np.array(encoding.ids, dtype=np.uint32)
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+    def _whole(self, text: str) -> NDArray[np.uint32]:
+        with library_errors(self.origin):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
+
+    def _decode(self, ids: NDArray[np.uint32]) -> str:
+        with library_errors(self.origin):
+            text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         return text

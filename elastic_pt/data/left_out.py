@@ -4,7 +4,7 @@
                        without `documents` where the whole file was left out by its name
 
 A file is lost if it was left out whole, or if more of its documents were left out than kept. Documents that
-are empty or repeat another lose nothing, and neither does a file that is hidden or empty.
+are empty or repeat another lose nothing, and neither does a hidden or empty file of another kind.
 """
 
 import json
@@ -55,8 +55,10 @@ class SourceLosses:
                 lost_documents[item.url] += count
                 if lost_documents[item.url] > self._kept[item.url]:
                     lost[item.url] = item.reason
-        number = len(lost) - self.source.incidental
-        files = len(self.source.files) + len(self.source.left_out) - self.source.incidental
+        lost = {url: why for url, why in lost.items() if url not in self.source.incidental}
+        # A file may be named by several paths.
+        files = len({file.url for file in self.source.files} | set(lost))
+        number = len(lost)
         if number <= share_max * files:
             return
         examples = ", ".join(f"{url} ({lost[url]})" for url in sorted(lost)[:EXAMPLES])

@@ -13,10 +13,10 @@ The result depends on the texts, their order and the arguments, on nothing else.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import islice
 from pathlib import Path
 
 from elastic_pt.data.documents import (
@@ -25,6 +25,7 @@ from elastic_pt.data.documents import (
     SourceFiles,
     SourceSpec,
     list_files,
+    location,
     merge_sources,
     read_documents,
 )
@@ -47,12 +48,13 @@ from elastic_pt.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from elastic_pt.errors import AlreadyExists, DataError
+from elastic_pt.errors import AccessDenied, AlreadyExists, DataError, NotFound
 from elastic_pt.store.port import NoAtomicCreate, Store
 
 BATCH_DOCUMENTS = 1024
 TRIED_DOCUMENTS = 64
-"""Documents of each source that a given tokenizer has to give back before the corpus is read."""
+TRIED_CHARACTERS = 1_000_000
+"""What of each source a given tokenizer has to give back before the corpus is read: the starts of its first documents."""
 PROGRESS_DOCUMENTS = 256
 """Documents between two calls of the progress callback."""
 
@@ -115,12 +117,14 @@ def prepare(
     specs = merge_sources(sources)
     _shares([spec.weight for spec in specs], [1] * len(specs))
     given = load_tokenizer_file(tokenizer_file) if tokenizer_file else None
-    out.write(LEFT_OUT_KEY, b"")
+    _require_apart(specs, out)
     losses = [SourceLosses(list_files(spec)) for spec in specs]
     _check_losses(losses, allow_left_out)
+    _require_writable(out)
+    origin = f"tokenizer {tokenizer_file}" if given else "tokenizer"
     if given:
-        encoder = Encoder(given, end_token(given)[1], is_given=True)
-        _try_tokenizer(encoder, f"tokenizer {tokenizer_file}", losses, allow_left_out)
+        encoder = Encoder(given, end_token(given)[1], is_given=True, origin=origin)
+        _try_tokenizer(encoder, losses, allow_left_out)
     scan = _scan(losses, held_out, report)
     _check_losses(losses, allow_left_out)
     files = [each.source for each in losses]
@@ -128,9 +132,8 @@ def prepare(
     size = vocabulary_size(tokenizer)
     end, end_id = end_token(tokenizer)
     token_type: TokenType = "uint16" if size <= 2**16 else "uint32"
-    target = _Target(
-        out, Encoder(tokenizer, end_id, is_given=given is not None), token_type, shard_tokens
-    )
+    encoder = Encoder(tokenizer, end_id, is_given=given is not None, origin=origin)
+    target = _Target(out, encoder, token_type, shard_tokens)
     encoded = _encode(losses, scan, target, report)
     _check_losses(losses, allow_left_out)
     tokenizer_data = tokenizer_bytes(tokenizer)
@@ -173,18 +176,45 @@ def _check_losses(losses: list[SourceLosses], share_max: float) -> None:
         each.check(share_max)
 
 
-def _try_tokenizer(
-    encoder: Encoder, origin: str, losses: list[SourceLosses], share_max: float
-) -> None:
-    """Refuse a given tokenizer that loses text, by the first documents of each source."""
+def _require_apart(specs: tuple[SourceSpec, ...], out: Store) -> None:
+    """Refuse an output within a source: the next `prepare` would read what this one wrote."""
+    place = _real(out.url)
+    for spec in specs:
+        for path in spec.paths:
+            if f"{place}/".startswith(f"{_real(location(path))}/"):
+                raise DataError(
+                    f"{out.url}: lies within the source {path}; expected a place outside of the sources"
+                )
+
+
+def _real(url: str) -> str:
+    """The URL, links followed."""
+    path = url.removeprefix("file://")
+    return url if path == url else f"file://{os.path.realpath(path)}"
+
+
+def _require_writable(out: Store) -> None:
+    try:
+        out.write(LEFT_OUT_KEY, b"")
+    except (NotFound, AccessDenied) as error:
+        raise DataError(f"{error}; expected a place that can be written") from error
+
+
+def _try_tokenizer(encoder: Encoder, losses: list[SourceLosses], share_max: float) -> None:
+    """Refuse a given tokenizer that loses text, by the starts of the first documents of each source."""
     for each in losses:
-        found = (item.text for item in read_documents(each.source) if isinstance(item, Document))
-        texts = list(islice(found, TRIED_DOCUMENTS))
-        encoded = encoder.encode(texts)
-        lost = [text for text, ids in zip(texts, encoded, strict=True) if ids is None]
-        if len(lost) > share_max * len(texts):
+        tried, characters = 0, 0
+        lost: list[str] = []
+        for item in read_documents(each.source):
+            if isinstance(item, Document):
+                start = next(pieces(item.text))
+                tried, characters = tried + 1, characters + len(start)
+                lost += [start] if encoder.encode([start])[0] is None else []
+            if tried == TRIED_DOCUMENTS or characters >= TRIED_CHARACTERS:
+                break
+        if len(lost) > share_max * tried:
             raise DataError(
-                f"{origin}: changes {len(lost)} of the first {len(texts)} documents of source "
+                f"{encoder.origin}: changes {len(lost)} of the first {tried} documents of source "
                 f"{each.source.spec.name}: {encoder.explain_loss(lost[0])}; "
                 "expected a tokenizer that gives every text back"
             )

@@ -10,6 +10,7 @@ text can spell, dropout). Whether it gives back the texts of a corpus is known f
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -83,12 +84,30 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"{origin}: {reason}; {_EXPECTED}") from error
     tokenizer = _parse(text, origin=origin)
-    _require_end_of_its_own(tokenizer, origin)
+    size = vocabulary_size(tokenizer)
+    if size > VOCAB_SIZE_MAX:
+        raise DataError(f"{origin}: {size:,} tokens; expected at most {VOCAB_SIZE_MAX:,}")
+    with library_errors(origin):
+        _require_end_of_its_own(tokenizer, origin)
     # Dropout chooses the tokens of a text by chance.
     dropout = json.loads(text)["model"].get("dropout")
     if dropout:
         raise DataError(f"{origin}: model.dropout = {dropout}; expected none")
     return tokenizer
+
+
+@contextmanager
+def library_errors(origin: str) -> Iterator[None]:
+    """What the tokenizers library raises, a panic of its compiled code included, as a `DataError` about `origin`."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise DataError(
+            f"{origin}: cannot encode or decode a text: {reason}; expected a tokenizer for any text"
+        ) from error
 
 
 def _require_end_of_its_own(tokenizer: Tokenizer, origin: str) -> None:

@@ -214,7 +214,7 @@ def test_other_data_is_refused(trained: Trained, texts: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/model", "s3:/bucket/model", "gs://bucket/model", "file:/x"]
+    "url", ["s3://bucket/model", "s3:/bucket/model", "gs://bucket/model", "file:/x", "s3:"]
 )
 def test_an_export_to_a_url_is_refused(
     url: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +241,19 @@ def test_an_export_takes_nothing_from_its_neighbours(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "model.partial"]
 
 
-@pytest.mark.parametrize("url", ["s3:/bucket/run", "S3://bucket/run", "file:/run", "gs:/b"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3:/bucket/run",
+        "S3://bucket/run",
+        "file:/run",
+        "gs:/b",
+        "s3:",
+        "s3://",
+        "s3:///",
+        "file:///",
+    ],
+)
 def test_what_looks_like_a_url_is_no_folder(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 """Reading a corpus: every format, one order, every kind of bad input."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow
@@ -237,7 +239,7 @@ def test_other_files_of_a_folder_are_counted(tmp_path: Path) -> None:
         "pipe.txt": "not_a_file",
         "x.png": "unknown_suffix",
     }
-    assert source.incidental == 1
+    assert {url.rpartition("/")[2] for url in source.incidental} == {".hidden"}
     assert read(tmp_path) == ["y", "y"]
 
 
@@ -281,6 +283,70 @@ def test_keys_of_a_bucket_are_no_paths(moto_url: str) -> None:
     assert list_files(SourceSpec("s", (f"{moto_url}/c",))).left_out == ()
 
 
+def test_keys_that_cannot_be_opened_are_named(moto_url: str) -> None:
+    """A key that is also a folder, that ends like one, or that s3fs takes apart is left out by name, not in silence."""
+    bucket = fsspec.filesystem("s3")
+    root = moto_url.removeprefix("s3://")
+    keys = ["c/a.txt", "c/a.txt/b.txt", "c/d.txt/", "c/e?versionId=1.txt", "c/f.txt"]
+    for key in keys:
+        bucket.call_s3("put_object", Bucket=root, Key=key, Body=key.encode())
+    source = list_files(SourceSpec("s", (f"{moto_url}/c",)))
+    assert {item.url.removeprefix(moto_url): item.reason for item in source.left_out} == {
+        "/c/a.txt": "unreadable_key",
+        "/c/d.txt/": "unreadable_key",
+        "/c/e?versionId=1.txt": "unreadable_key",
+    }
+    assert read(f"{moto_url}/c") == ["c/a.txt/b.txt", "c/f.txt"]
+    with pytest.raises(DataError, match="an object, and a folder of others"):
+        read(f"{moto_url}/c/a.txt")
+    assert read(f"{moto_url}/c/a.txt/") == ["c/a.txt/b.txt"]
+
+
+def test_files_without_text_beside_a_corpus_are_no_loss(tmp_path: Path) -> None:
+    """Empty archives and tables, and what macOS writes beside files, are left out by name instead of being refused."""
+    (tmp_path / "a.txt").write_bytes(b"a")
+    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07")
+    for name in ("x.parquet", "x.jsonl.zst", "x.jsonl.gz"):
+        (tmp_path / name).touch()
+    source = list_files(SourceSpec("s", (str(tmp_path),)))
+    assert sorted(item.reason for item in source.left_out) == ["empty_file"] * 3 + ["resource_fork"]
+    assert source.incidental == {item.url for item in source.left_out}
+    assert read(tmp_path) == ["a"]
+
+
+class _ShortReads(io.RawIOBase):
+    """A file of which each read gives less than was asked for, as those of a web server do."""
+
+    def __init__(self, data: bytes) -> None:
+        self._inner = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        data = self._inner.read(min(len(into), 1000))
+        into[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._inner.read(min(size, 1000) if size >= 0 else 1000)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_short_read_is_not_the_end_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Every byte is read from a file system that gives less at once than it is asked for."""
+    plain = b"".join(b'{"text": "%d"}\n' % number for number in range(20_000))
+    compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(suffix[-4:].lstrip("l"), bytes)
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(compress(plain))
+    whole = read(path)
+    monkeypatch.setattr(LocalFileSystem, "open", lambda *_: _ShortReads(path.read_bytes()))
+    assert read(path) == whole
+    assert sum(map(len, whole)) >= len(plain) if suffix == ".txt" else len(whole) == 20_000
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_line_beyond_the_limit_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
@@ -303,6 +369,39 @@ def test_a_long_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     texts = ["ab", "é" * 11, "é" * 10] * 50
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
     assert read(tmp_path / "x.parquet") == ["ab", "!too_long", "é" * 10] * 50
+
+
+@pytest.mark.parametrize("kind", ["plain", "dictionary", "skewed", "list"])
+def test_a_table_bomb_takes_no_memory(tmp_path: Path, kind: str) -> None:
+    """Many large equal rows in a small file are read one after the other, within 400 MiB."""
+    large = "a" * (8 * 2**20)
+    small = [f"{number}" for number in range(2000)]
+    texts = pyarrow.array([large]).dictionary_encode()
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 60), texts.dictionary)
+    if kind == "plain":
+        column = pyarrow.array([large] * 60)
+    elif kind == "skewed":
+        column = pyarrow.array(small + [large] * 60)
+    elif kind == "list":
+        column = pyarrow.array([[large]] * 60)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    program = """if True:
+        import collections, pathlib, re, sys
+        from elastic_pt.data.documents import Document, SourceSpec, list_files, read_documents
+        source = list_files(SourceSpec("s", (sys.argv[1],)))
+        seen = collections.Counter(
+            len(item.text) if isinstance(item, Document) else item.reason for item in read_documents(source)
+        )
+        peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
+        print(seen[8 * 2**20], seen["text_is_no_string"], int(peak[1]) // 1024)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    texts_read, others, peak_mib = map(int, done.stdout.split())
+    assert (texts_read, others) == ((0, 60) if kind == "list" else (60, 0))
+    assert peak_mib < 400
 
 
 def test_a_compressed_bomb_takes_no_memory(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_data import Prepared, words
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.trainers import BpeTrainer
@@ -126,6 +126,60 @@ def test_an_end_found_in_a_text_later_is_refused(prepared: Prepared) -> None:
     end_id = tokenizer.encode("a", add_special_tokens=False).ids[0]
     with pytest.raises(DataError, match="gives the token that ends a document"):
         Encoder(tokenizer, end_id, is_given=True).encode(["b", "a"])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"},
+        {"type": "Unigram", "vocab": [["a", 0.0], ["</s>", 0.0]], "unk_id": None},
+    ],
+)
+def test_a_tokenizer_that_fails_on_a_text_is_refused(
+    tmp_path: Path, model: dict[str, object]
+) -> None:
+    """What the library raises for a text without tokens is told of the file, in one line."""
+    special = {"id": 1, "content": "</s>", "special": True, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    content = {"version": "1.0", "added_tokens": [special | flags], "model": model}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"t\.json: cannot encode or decode a text: .*expected"):
+        load_tokenizer_file(tmp_path / "t.json")
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_tokenizer(prepared: Prepared) -> None:
+    """A panic in compiled code, which is no Exception in Python, is told like any other failure."""
+
+    class Panics:
+        def encode_batch_fast(self, *_: object, **__: object) -> None:
+            raise BaseException("chunk size must be non-zero")
+
+    with pytest.raises(DataError, match=r"^t\.json: .*chunk size must be non-zero"):
+        Encoder(Panics(), 0, is_given=True, origin="t.json").encode(["a"])  # type: ignore[arg-type]
+
+
+def test_a_vocabulary_beyond_any_embedding_is_refused(tmp_path: Path) -> None:
+    """One token with a huge id makes a huge vocabulary."""
+    content = json.loads(train_tokenizer(iter([words(1)]), 260).to_str())
+    content["model"]["vocab"]["zz"] = 30_000_000
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="30,000,001 tokens; expected at most 16,777,216"):
+        load_tokenizer_file(tmp_path / "t.json")
+
+
+def test_a_tokenizer_that_marks_starts_encodes_long_texts_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a text would each get a mark: its ids are then those of the whole, and it comes back."""
+    monkeypatch.setattr(encoder, "PIECE_CHARACTERS", 50)
+    tokenizer = train_tokenizer(iter([words(n) for n in range(9)]), 300)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([ByteLevelDecoder(), decoders.Strip(" ", 1, 0)])
+    text = words(1)
+    (ids,) = Encoder(tokenizer, 0, is_given=True).encode([text])
+    assert ids is not None
+    assert ids.tolist() == [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
+    assert len(list(pieces(text))) > 5
 
 
 def test_dropout_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_a_source_that_loses_files_is_refused_before_it_is_read(tmp_path: Path) 
     }
 
 
+def test_a_path_that_is_given_twice_hides_no_loss(tmp_path: Path) -> None:
+    """Files are counted once, however many paths of a source lead to them."""
+    spec = folder_of(tmp_path / "in", ["a.txt", "b.csv", "c.csv", ".hidden"])
+    for times in (1, 20):
+        losses = SourceLosses(list_files(SourceSpec("s", spec.paths * times)))
+        with pytest.raises(DataError, match=r"2 of 3 files .*--allow-left-out 0\.67"):
+            losses.check(0.6)
+        losses.check(0.67)
+
+
 def test_hidden_and_empty_files_are_no_loss(tmp_path: Path) -> None:
     """What a tool leaves beside a corpus is listed, and lets it be prepared."""
     spec = folder_of(tmp_path / "in", ["a.txt", ".gitattributes", ".DS_Store"])
@@ -91,12 +101,13 @@ def test_a_file_is_lost_with_more_than_half_of_its_documents(
 ) -> None:
     """Empty and repeated documents lose nothing."""
     losses = SourceLosses(list_files(folder_of(tmp_path / "in", ["a.txt"])))
+    url = losses.source.files[0].url
     for _ in range(kept):
-        losses.keep("a")
+        losses.keep(url)
     for _ in range(skipped):
-        losses.skip(Skip("a", reason))
+        losses.skip(Skip(url, reason))
     if is_lost:
-        with pytest.raises(DataError, match=rf"1 of 1 files are left out: a \({reason}\)"):
+        with pytest.raises(DataError, match=rf"1 of 1 files are left out: {url} \({reason}\)"):
             losses.check(0.9)
     else:
         losses.check(0.0)

@@ -14,7 +14,7 @@ from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.data.prepare import Progress, prepare
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.data.tokenizer import load_tokenizer
-from elastic_pt.errors import AlreadyExists, DataError, StoreError
+from elastic_pt.errors import AlreadyExists, DataError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -321,10 +321,27 @@ def test_weights_and_output_are_checked_before_the_corpus_is_read(
         prepare(missing, open_store(str(tmp_path / "out")))
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_corpus_is_read() -> None:
+@pytest.mark.parametrize("place", ["/proc/prepared", "/dev/null"])
+def test_a_place_that_cannot_be_written_is_told_before_the_corpus_is_read(
+    tmp_path: Path, place: str
+) -> None:
     """The first object is written before the first document is read."""
-    with pytest.raises(StoreError, match="left-out"):
-        prepare([SourceSpec("s", ("/nowhere",))], open_store("file:///proc/prepared"))
+    (tmp_path / "x.jsonl").write_text("no line of it is read")
+    with pytest.raises(DataError, match=r"left-out.*expected a place that can be written"):
+        prepare([SourceSpec("s", (str(tmp_path / "x.jsonl"),))], open_store(f"file://{place}"))
+
+
+def test_an_output_within_a_source_is_refused(tmp_path: Path) -> None:
+    """The next `prepare` of the same folder would read what this one wrote; a link to it changes nothing."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(words(1))
+    (tmp_path / "link").symlink_to("in")
+    spec = SourceSpec("s", (str(tmp_path / "in"),))
+    for out in ("in/out", "in", "link/out"):
+        with pytest.raises(DataError, match="lies within the source"):
+            prepare([spec], open_store(str(tmp_path / out)), vocab_size=260)
+    assert prepare([spec], open_store(str(tmp_path / "in-2")), vocab_size=260).vocab_size == 260
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.txt"]
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
