@@ -130,7 +130,7 @@ def test_the_newest_generation_tells_the_whole_platform(
     agree_on_identity(store, config(), DATA, cpu, None)
     agree_on_identity(store, config(), DATA, cpu, cpu)
     with pytest.raises(
-        ConfigError, match="vendor = 'GenuineIntel': the run at .* has 'AuthenticAMD'"
+        ConfigError, match=r"vendor = 'GenuineIntel': the run at .* has 'AuthenticAMD'"
     ):
         agree_on_identity(store, config(), DATA, first, cpu)
 
