@@ -28,6 +28,7 @@ IDENTITY_KEY: Final = "identity.json"
 EXPLAINING: Final = ("driver", "processor model")
 """Names of a platform that may differ as long as the probe is equal; they explain why it is not."""
 _PROBE: Final = "probe"
+_ENVIRONMENT: Final = "environment"
 
 
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
@@ -139,6 +140,8 @@ def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, st
             "; the same small training step gives other bits on this node, though the settings agree "
             f"(what else differs: {', '.join(causes) or 'nothing that has a name'})"
         )
+    if name == _ENVIRONMENT:
+        raise ConfigError(f"{what}; expected the same: start this node with the same variables")
     raise ConfigError(
         f"{what}; expected the same, or another run.url; "
         "if no such node is left: elastic-pt reopen --platform"
