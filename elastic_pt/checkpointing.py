@@ -17,7 +17,7 @@ import structlog
 from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.restore import quick_check
 from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import NodeRefused, StagedShard, Uploader
+from elastic_pt.checkpoint.upload import ShareMissing, StagedShard, Uploader
 from elastic_pt.commit import Committer, directory_of, reference_of
 from elastic_pt.config import Config
 from elastic_pt.elastic.channel import Message
@@ -77,9 +77,7 @@ class Lost:
     step: int
     why: str
     own: bool
-    """Whether this node could not do its share; else another node says that it could not."""
-    surroundings: bool
-    """As in `records.Cause`."""
+    """Whether this node could not do its share; else another node could not."""
 
 
 class Checkpointing:
@@ -141,7 +139,7 @@ class Checkpointing:
         log.warning("checkpoint_skipped", step=message["step"], cause=message["why"])
         self._enqueue(message, Path(), missing=message["why"])
         place = self._formed().generation.number, int(message["step"])
-        self._lose(place, message["why"], own=True, surroundings=True)
+        self._lose(place, message["why"], own=True)
 
     def _sweep(self) -> None:
         """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
@@ -186,7 +184,6 @@ class Checkpointing:
         return self._node.failure(
             f"the checkpoint of step {self.staged_step} was not committed: {why}",
             kind=CauseKind.GAVE_UP,
-            surroundings=lost is None or lost.surroundings,
         )
 
     def close(self, timeout_s: float) -> None:
@@ -235,7 +232,7 @@ class Checkpointing:
         log.error("upload_failed", step=shard.step, cause=str(error))
         self._uploaded(shard)
         place = parse_directory(shard.directory).generation, shard.step
-        self._lose(place, str(error), own=True, surroundings=isinstance(error, StoreError))
+        self._lose(place, str(error), own=True)
 
     def _committed(self, checkpoint: Checkpoint) -> None:
         self._metrics.checkpoint_commits.inc()
@@ -250,20 +247,15 @@ class Checkpointing:
     def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("commit_failed", step=step, cause=str(error))
-        refused = isinstance(error, NodeRefused)
+        # The committing node may be the one whose share is missing.
         first_rank = generation.first_worker_rank(self._formed().node_rank)
-        self._lose(
-            (generation.number, step),
-            str(error),
-            # The committing node may be the one that could not do its share.
-            own=not isinstance(error, NodeRefused) or error.first_rank == first_rank,
-            surroundings=refused or isinstance(error, StoreError),
-        )
+        own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
+        self._lose((generation.number, step), str(error), own=own)
 
-    def _lose(self, place: tuple[int, int], why: str, *, own: bool, surroundings: bool) -> None:
+    def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step will not be one: whoever waits for it learns so."""
         known = self._lost
         # What a node knows of itself stands.
         if own or known is None or (known.generation, known.step) != place:
-            self._lost = Lost(*place, why, own, surroundings)
+            self._lost = Lost(*place, why, own)
         self._node.notice_log()

@@ -28,6 +28,7 @@ IDENTITY_KEY: Final = "identity.json"
 EXPLAINING: Final = ("driver", "processor model")
 """Names of a platform that may differ as long as the probe is equal; they explain why it is not."""
 _PROBE: Final = "probe"
+_ENVIRONMENT: Final = "environment"
 
 
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
@@ -86,19 +87,19 @@ def agree_on_identity(
     """
     mine = identity_of(config, data, platform)
     encoded = json.dumps(mine, indent=1, sort_keys=True).encode()
-    try:
+    # A create of the very bytes that are there succeeds, so it does not tell who was first.
+    with suppress(AlreadyExists):
         store.create(IDENTITY_KEY, encoded)
-    except AlreadyExists:
-        theirs = json.loads(store.read(IDENTITY_KEY))
-        for name in sorted(filter(_is_setting, mine.keys() | theirs.keys())):
-            here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
-            if here != there:
-                raise ConfigError(
-                    f"{name} = {here!r}: the run at {store.url} has {there!r}; "
-                    "the same value, or another run.url, would be right"
-                ) from None
-        if bound is not None:
-            _require_platform(store.url, platform, bound or platform_in(theirs))
+    theirs = json.loads(store.read(IDENTITY_KEY))
+    for name in sorted(filter(_is_setting, mine.keys() | theirs.keys())):
+        here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
+        if here != there:
+            raise ConfigError(
+                f"{name} = {here!r}: the run at {store.url} has {there!r}; "
+                "the same value, or another run.url, would be right"
+            )
+    if bound is not None:
+        _require_platform(store.url, platform, bound or platform_in(theirs))
     with suppress(AlreadyExists):
         shared = config.model_copy(update={"telemetry": TelemetrySection()})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
@@ -139,6 +140,8 @@ def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, st
             "; the same small training step gives other bits on this node, though the settings agree "
             f"(what else differs: {', '.join(causes) or 'nothing that has a name'})"
         )
+    if name == _ENVIRONMENT:
+        raise ConfigError(f"{what}; expected the same: start this node with the same variables")
     raise ConfigError(
         f"{what}; expected the same, or another run.url; "
         "if no such node is left: elastic-pt reopen --platform"

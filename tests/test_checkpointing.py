@@ -57,7 +57,10 @@ def test_new_nodes_look_at_every_file_first(bucket: WatchedStore) -> None:
 
 
 def member_of(
-    folder: Path, node_rank: int, released: Callable[[int], None] = lambda _: None
+    folder: Path,
+    node_rank: int,
+    released: Callable[[int], None] = lambda _: None,
+    settle_s: float = 5.0,
 ) -> Checkpointing:
     """The checkpoints of a node in generation 3 of two nodes with two workers each."""
     formed = SimpleNamespace(
@@ -81,7 +84,7 @@ def member_of(
     )
     node.failure = partial(Node.failure, cast(Node, node))
     return Checkpointing(
-        config_for(folder, "elastic.settle_timeout_s=5.0"),
+        config_for(folder, f"elastic.settle_timeout_s={settle_s}"),
         store,
         run_log,
         cast(Node, node),
@@ -93,12 +96,12 @@ def member_of(
 
 
 def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> None:
-    """A skipped checkpoint is lost by this node, through its surroundings; the same step of another one is not."""
+    """A skipped checkpoint is lost by this node; the same step of another one is not."""
     checkpointing = member_of(tmp_path, node_rank=1)
     assert checkpointing.lost() is None
     message = {"step": 7, "rank": 3, "generation": 3, "why": "no space left"}
     checkpointing.skipped(message)
-    assert checkpointing.lost() == Lost(3, 7, "no space left", own=True, surroundings=True)
+    assert checkpointing.lost() == Lost(3, 7, "no space left", own=True)
     checkpointing.skipped(message | {"step": 8, "generation": 2})
     assert checkpointing.staged_step == 7
     checkpointing.close(WAIT_S)
@@ -124,10 +127,7 @@ def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: 
     assert "no space left" in lost.why
     assert committing.failure() is None
     assert full.failure() == Cause(
-        CauseKind.GAVE_UP,
-        "b",
-        "the checkpoint of step 7 was not committed: no space left",
-        surroundings=True,
+        CauseKind.GAVE_UP, "b", "the checkpoint of step 7 was not committed: no space left"
     )
     committing.close(WAIT_S)
     full.close(WAIT_S)
@@ -150,9 +150,31 @@ def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> 
     assert released.wait(WAIT_S)
     failure = checkpointing.failure()
     assert failure is not None
-    assert failure.surroundings
     assert "the store failed" in failure.detail
     checkpointing.close(WAIT_S)
+
+
+@pytest.mark.parametrize(("staged", "own"), [((0, 1), False), ((0,), True)], ids=["other", "own"])
+def test_silence_is_the_trouble_of_the_node_that_was_silent(
+    tmp_path: Path, staged: tuple[int, ...], own: bool
+) -> None:
+    """A share that has not come in time, without a word, is no trouble of the committing node unless it is its own."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    committing = member_of(tmp_path, 0, lambda _: released.set(), settle_s=1.0)
+    for rank in staged:
+        path = Staging(tmp_path / "staging", 3).path(7, rank)
+        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
+        committing.staged(
+            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        )
+    assert released.wait(WAIT_S)
+    lost = committing.lost()
+    assert lost is not None
+    assert lost.own == own
+    assert f"notice-0000{0 if own else 2}.json: not there after 1.0 s" in lost.why
+    assert (committing.failure() is None) != own
+    committing.close(WAIT_S)
 
 
 def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ EXACT_PLATFORM = PLATFORM | {
     ("differs", "named"),
     [
         ({"vendor": "AuthenticAMD", "probe": "2a"}, "vendor = 'AuthenticAMD': the run at"),
-        ({"environment": "MKL_CBWR=AVX2"}, "environment = 'MKL_CBWR=AVX2': the run at .* has ''"),
+        (
+            {"environment": "MKL_CBWR=AVX2"},
+            "environment = 'MKL_CBWR=AVX2': .* has ''; .* with the same variables",
+        ),
         ({"probe": "2a"}, "probe = '2a': .* has '1f'.*nothing that has a name.*reopen --platform"),
         ({"probe": "2a", "processor model": "Xeon 2"}, r"probe = .*'Xeon 2' \(there 'Xeon 1'\)"),
         ({"processor model": "Xeon 2"}, ""),
@@ -110,16 +113,29 @@ def test_only_what_the_run_knows_of_its_platform_is_compared(
         agree_on_identity(store, config(), DATA, EXACT_PLATFORM | {"torch": "3"}, bound)
 
 
-def test_the_newest_generation_tells_the_whole_platform(store: Store) -> None:
-    """After another platform was accepted nothing of the first one counts, not even names the other one lacks."""
-    agree_on_identity(store, config(), DATA, EXACT_PLATFORM | {"accelerator": "H100"})
+@pytest.mark.parametrize(
+    ("first", "named"),
+    [
+        (EXACT_PLATFORM, "vendor = 'AuthenticAMD': the run at .* has 'GenuineIntel'"),
+        (EXACT_PLATFORM | {"accelerator": "H100"}, "accelerator = None: the run at .* has 'H100'"),
+    ],
+    ids=["same names", "more names"],
+)
+def test_the_newest_generation_tells_the_whole_platform(
+    store: Store, first: dict[str, str], named: str
+) -> None:
+    """After another platform was accepted nothing of the first one counts: not names that the other one lacks, and not
+    that a node is the very one that the run began with."""
+    agree_on_identity(store, config(), DATA, first)
     cpu = EXACT_PLATFORM | {"vendor": "AuthenticAMD", "probe": "2a"}
-    with pytest.raises(ConfigError, match=r"accelerator = None: the run at .* has 'H100'"):
+    with pytest.raises(ConfigError, match=named):
         agree_on_identity(store, config(), DATA, cpu)
     agree_on_identity(store, config(), DATA, cpu, None)
     agree_on_identity(store, config(), DATA, cpu, cpu)
-    with pytest.raises(ConfigError, match="vendor = 'GenuineIntel'"):
-        agree_on_identity(store, config(), DATA, EXACT_PLATFORM, cpu)
+    with pytest.raises(
+        ConfigError, match=r"vendor = 'GenuineIntel': the run at .* has 'AuthenticAMD'"
+    ):
+        agree_on_identity(store, config(), DATA, first, cpu)
 
 
 def test_what_does_not_touch_the_bits_may_differ(store: Store) -> None:

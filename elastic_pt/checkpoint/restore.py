@@ -37,11 +37,7 @@ from elastic_pt.checkpoint.layout import (
     TrainingState,
     part_key,
 )
-from elastic_pt.checkpoint.nodes import (
-    NodeRecord,
-    NodeShare,
-    RootManifest,
-)
+from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
 from elastic_pt.checkpoint.record import either
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds, hash_blocks
 from elastic_pt.errors import CheckpointError, NotFound

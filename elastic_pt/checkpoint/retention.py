@@ -18,9 +18,7 @@ from elastic_pt.checkpoint.layout import (
     manifest_key,
     parse_directory,
 )
-from elastic_pt.checkpoint.nodes import (
-    RootManifest,
-)
+from elastic_pt.checkpoint.nodes import RootManifest
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.store.port import Store

@@ -55,8 +55,8 @@ _POLL_SHARE: Final = 0.1
 """A notice is asked for again after this share of the time waited: it comes later by no more than that."""
 
 
-class NodeRefused(CheckpointError):
-    """A node has said that its share of a checkpoint will not come."""
+class ShareMissing(CheckpointError):
+    """A node's share of a checkpoint will not come: the node has said so, or has said nothing for too long."""
 
     def __init__(self, text: str, first_rank: int) -> None:
         super().__init__(text)
@@ -319,8 +319,8 @@ def collect(
 
     `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
     missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
-    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `NodeRefused` when a node has said that
-    it will not come, another `CheckpointError` when `deadline_s` seconds have passed, or when a notice is not what it should be.
+    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `ShareMissing` when a node has said that its own will
+    not come or `deadline_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
     """
     started_s = now()
     found: list[NodeNotice] = []
@@ -341,8 +341,9 @@ def collect(
             at_once = 1
             waited_s = now() - started_s
             if waited_s >= deadline_s:
-                key = notice_key(directory, asked[first_missing].start)
-                raise CheckpointError(f"{key}: not there after {deadline_s} s")
+                first_rank = asked[first_missing].start
+                key = notice_key(directory, first_rank)
+                raise ShareMissing(f"{key}: not there after {deadline_s} s", first_rank)
             wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
     return found
 
@@ -398,7 +399,7 @@ def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | Non
     if (notice.directory, notice.first_rank) != (directory, ranks.start):
         raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
     if isinstance(notice, NodeRefusal):
-        raise NodeRefused(f"{key}: its node could not upload it: {notice.why}", ranks.start)
+        raise ShareMissing(f"{key}: its node could not upload it: {notice.why}", ranks.start)
     if notice.ranks != ranks:
         raise CheckpointError(
             f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"

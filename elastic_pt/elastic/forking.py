@@ -87,40 +87,57 @@ class FirstFork:
         """`entry` is a "module:function" of the training stack, which this process itself must not import."""
         self._said: list[Any] = []
         """None once everything is imported, then what `entry` returned."""
+        receiver, sender = get_context("forkserver").Pipe(duplex=False)
+        self._process = get_context("forkserver").Process(
+            target=_first, args=(modules, entry, arguments, sender), daemon=True
+        )
         # Started here: a child ends with the thread that started it. Forking goes aside, because it waits for the
         # imports, however long they take.
         forkserver.ensure_running()
         self._forking = threading.Thread(
-            target=self._fork, args=(modules, entry, arguments), name="first fork", daemon=True
+            target=self._fork, args=(receiver, sender), name="first fork", daemon=True
         )
         self._forking.start()
 
     def wait(self, timeout_s: float) -> Any:
         """Block until it is done; returns what `entry` returned. Raises `NodeFailure` if it fails or takes longer."""
         self._forking.join(timeout_s)
-        if self._forking.is_alive():
+        late = self._forking.is_alive()
+        bound = f"within {timeout_s:g} s (elastic.startup_timeout_s)"
+        if late and not self._said:
+            raise NodeFailure(f"the fork server was not ready {bound}")
+        if late:
             raise NodeFailure(
-                f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
+                "everything is imported, but the process of the small training step that shows what this node "
+                f"computes did not end {bound}"
             )
         if not self._said:
-            raise NodeFailure("the fork server cannot import what workers need; its error is above")
+            raise NodeFailure(f"the fork server cannot import what workers need; {self._end()}")
         if len(self._said) == 1:
             raise NodeFailure(
-                "the small training step that shows what this node computes failed; its error is above"
+                "the small training step that shows what this node computes failed; " + self._end()
             )
         return self._said[1]
 
-    def _fork(self, modules: Sequence[str], entry: str, arguments: Sequence[Any]) -> None:
-        receiver, sender = get_context("forkserver").Pipe(duplex=False)
-        first = get_context("forkserver").Process(
-            target=_first, args=(modules, entry, arguments, sender), daemon=True
-        )
-        first.start()
+    def _fork(self, receiver: "Connection", sender: "Connection") -> None:
+        self._process.start()
+        # Or Python would send it SIGTERM when this process ends, and wait without a bound; it may be stopped, or deaf.
+        # The kernel kills it with the fork server, and that with this process.
+        process._children.discard(self._process)  # type: ignore[attr-defined]
         sender.close()
         with suppress(EOFError):
             while True:
                 self._said.append(receiver.recv())
-        first.join()
+        self._process.join()
+
+    def _end(self) -> str:
+        """How it ended, in words. A Python error ends it with code 1, and is written down where it is raised."""
+        code = self._process.exitcode
+        if code is None or code == 1:
+            return "its error is above"
+        if code < 0:
+            return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
+        return f"its process ended with exit code {code}"
 
 
 def _first(

@@ -42,18 +42,32 @@ _VOCABULARY_MAX: Final = 512
 _COMMAND_TIMEOUT_S: Final = 10.0
 
 _CPU_VARIABLES: Final = re.compile(
-    r"MKL_|ONEDNN_|DNNL_|ATEN_|OPENBLAS_|BLIS_|TORCH_MKLDNN_|OMP_(DYNAMIC|THREAD_LIMIT)$"
-    r"|KMP_(DETERMINISTIC_REDUCTION|DYNAMIC_MODE|DEVICE_THREAD_LIMIT)$|GLIBC_TUNABLES$"
+    r"ATEN_CPU_CAPABILITY|OPENBLAS_CORETYPE|BLIS_(ARCH_TYPE|MODEL_TYPE|(JC|PC|IC|JR|IR)_NT)"
+    r"|MKL_(CBWR|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE|THREADING_LAYER|DOMAIN_NUM_THREADS|NUM_STRIPES)"
+    r"|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE|GRAPH_SDPA_FORCE_PRIMITIVE)"
+    r"|TORCH_(MKLDNN_MATMUL_MIN_(DIM|SIZE)|LINEAR_FLATTEN_3D)|OMP_(DYNAMIC|THREAD_LIMIT)"
+    r"|KMP_(DETERMINISTIC_REDUCTION|DYNAMIC_MODE|DEVICE_THREAD_LIMIT)|GLIBC_TUNABLES"
 )
 _CUDA_VARIABLES: Final = re.compile(
-    r"CUBLAS_|CUBLASLT_|CUDNN_|NVIDIA_TF32_OVERRIDE$|DISABLE_ADDMM_CUDA_LT$"
-    r"|TORCH_(ALLOW_TF32|BLAS_|CUDNN_|LINALG_)"
+    r"CUBLAS_(WORKSPACE_CONFIG|EMULAT\w+|FIXEDPOINT_EMULATION_\w+|FP32_EMULATED_\w+)"
+    r"|CUBLASLT_WORKSPACE_SIZE|NVIDIA_TF32_OVERRIDE|DISABLE_ADDMM_CUDA_LT"
+    r"|TORCH_(ALLOW_TF32_CUBLAS_OVERRIDE|BLAS_PREFER_\w+|LINALG_PREFER_\w+|LINEAR_FLATTEN_3D)"
+    r"|TORCH_CUDNN_(USE_HEURISTIC_MODE_B|V8_API_DISABLED)"
 )
-_COMPILE_VARIABLES: Final = re.compile(r"TORCHINDUCTOR_|TRITON_")
-_OTHER_VARIABLES: Final = re.compile(
-    r".*(VERBOSE|LOG|CACHE)|(MKL|OPENBLAS|BLIS)_NUM_THREADS$|.*_DEBUG$|MKL_(ROOT|SERVICE)"
+_COMPILE_VARIABLES: Final = re.compile(
+    r"(TORCHINDUCTOR|TRITON)_(?!COMPILE_THREADS$|HOME$|WORKER_|REDIS_"
+    r"|\w*(VERBOSE|LOG|DEBUG|DUMP|TIMEOUT|CACHE(?!_BLOCKING)))\w+"
 )
-"""Of the same families, but without effect on a kernel, or set by the agent itself."""
+"""All but those that are known to choose nothing, because compiled code is not probed and there are a hundred."""
+_DEFAULTS: Final = re.compile(
+    r"(OMP_DYNAMIC|KMP_DETERMINISTIC_REDUCTION)=(false|no|off|0)"
+    r"|(ONEDNN|DNNL)_(MAX_CPU_ISA=(default|all)|CPU_ISA_HINTS=no_hints|DEFAULT_FPMATH_MODE=strict)"
+    r"|(TORCH_(?!MKLDNN)\w+|DISABLE_ADDMM_CUDA_LT|CUBLAS_EMULATE_\w+)=0"
+    # Of glibc's only those of the processor choose functions; the rest is about memory and threads.
+    r"|GLIBC_TUNABLES=((?!glibc\.cpu\.).)*",
+    re.IGNORECASE,
+)
+"""As if they were not set."""
 
 
 def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
@@ -163,14 +177,15 @@ def small(model: ModelSection) -> ModelSection:
 
 
 def variables(environment: Mapping[str, str], *, cuda: bool, compiled: bool) -> str:
-    """The environment's variables that may choose other kernels, in one line; all in one value, so that one that is
+    """The environment's variables that choose other kernels, in one line; all in one value, so that one that is
     missing shows too."""
     families = [_CUDA_VARIABLES if cuda else _CPU_VARIABLES]
     families += [_COMPILE_VARIABLES] if compiled else []
     return ", ".join(
         f"{name}={value}"
         for name, value in sorted(environment.items())
-        if any(family.match(name) for family in families) and not _OTHER_VARIABLES.match(name)
+        if any(family.fullmatch(name) for family in families)
+        and not _DEFAULTS.fullmatch(f"{name}={value}")
     )
 
 

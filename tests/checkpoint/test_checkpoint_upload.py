@@ -27,7 +27,7 @@ from elastic_pt.checkpoint.restore import newest_usable, read_manifest, verify
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
 from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.checkpoint.upload import (
-    NodeRefused,
+    ShareMissing,
     StagedShard,
     Uploader,
     collect,
@@ -301,7 +301,7 @@ def test_nobody_waits_for_a_shard_that_will_not_come(tmp_path: Path) -> None:
     assert failures == [50]
     clock = Clock()
     with pytest.raises(
-        NodeRefused, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
+        ShareMissing, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
     ):
         collect_by(clock, store, ranks=2, deadline_s=600.0)
     assert clock.now_s < 101.0
@@ -313,8 +313,9 @@ def test_collecting_has_an_end(tmp_path: Path) -> None:
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
     clock = Clock()
-    with pytest.raises(CheckpointError, match=r"notice-00001.json: not there after 5.0 s"):
+    with pytest.raises(ShareMissing, match=r"notice-00001.json: not there after 5.0 s") as missing:
         collect_by(clock, store, ranks=2, deadline_s=5.0)
+    assert missing.value.first_rank == 1
     assert clock.now_s == pytest.approx(105.0, abs=0.3)
     stopped = collect_by(clock, store, ranks=2, deadline_s=5.0, stop_after_s=106.0)
     assert stopped is None
@@ -447,5 +448,5 @@ def test_a_shard_that_had_no_room_is_waited_for_by_nobody(tmp_path: Path) -> Non
     assert store.size(shard_key(DIRECTORY, 2)) is None
     refusal = NodeRefusal.from_bytes(store.read(notice_key(DIRECTORY, 0)))
     assert (refusal.first_rank, refusal.why) == (0, "no room")
-    with pytest.raises(NodeRefused, match="could not upload it: no room"):
+    with pytest.raises(ShareMissing, match="could not upload it: no room"):
         collected(store, DIRECTORY, 3, 3)

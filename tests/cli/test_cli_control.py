@@ -97,6 +97,8 @@ def test_another_platform_takes_over_only_when_the_run_is_abandoned(run: Path) -
         assert "environment = ''" in refused(run)
         new.send_signal(signal.SIGTERM)
         assert new.wait(WAIT_S) == 0
+    # The first node agrees with identity.json to the byte; nobody lives who could tell it more than the log.
+    assert "environment = ''" in refused(run)
     digest, exactness = elastic_pt("digest", url).out.splitlines()
     step = int(digest.split()[0].removeprefix("step="))
     last = int(exactness.split(";")[0].removeprefix("exact up to step "))

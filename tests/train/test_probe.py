@@ -43,7 +43,9 @@ def platform_with(*lines: str, **environment: str) -> dict[str, str]:
         timeout=WAIT_S,
     )
     assert told.returncode == 0, told.stderr
-    found: dict[str, str] = json.loads(told.stdout)
+    # Libraries that are told to be verbose write there too.
+    (line,) = (each for each in told.stdout.splitlines() if each.startswith("{"))
+    found: dict[str, str] = json.loads(line)
     return found
 
 
@@ -140,15 +142,67 @@ def test_variables_that_choose_kernels_are_told(cuda: bool, compiled: bool, show
         "NVIDIA_TF32_OVERRIDE": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TORCHINDUCTOR_FREEZING": "1",
-        # No kernel depends on these, or the agent sets them itself.
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/x",
-        "MKL_VERBOSE": "1",
-        "MKL_NUM_THREADS": "3",
-        "OMP_NUM_THREADS": "3",
-        "CUBLAS_LOGINFO_DBG": "1",
-        "HOME": "/root",
     }
     assert variables(environment, cuda=cuda, compiled=compiled) == shown
+
+
+HARMLESS = {
+    "MKL_INTERFACE_LAYER": "LP64,GNU",
+    "MKL_VERBOSE": "1",
+    "MKL_NUM_THREADS": "3",
+    "OMP_NUM_THREADS": "3",
+    "ONEDNN_JIT_PROFILE": "1",
+    "ONEDNN_JIT_DUMP": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.check=1",
+    "CUDNN_VERSION": "9.1",
+    "CUDNN_HOME": "/opt/cudnn",
+    "CUDNN_PATH": "/opt/cudnn",
+    "CUBLAS_VERSION": "12.6",
+    "CUBLAS_LOGINFO_DBG": "1",
+    "TRITON_DUMP_DIR": "/tmp/x",
+    "TRITON_HOME": "/tmp/x",
+    "TRITON_CACHE_DIR": "/tmp/x",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/x",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "HOME": "/root",
+    # These choose kernels, but are what they are by default.
+    "OMP_DYNAMIC": "FALSE",
+    "ONEDNN_MAX_CPU_ISA": "DEFAULT",
+    "DNNL_CPU_ISA_HINTS": "no_hints",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
+}
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("name", HARMLESS)
+def test_variables_that_choose_no_kernel_refuse_nobody(name: str, cuda: bool) -> None:
+    """Paths, versions, logs, what the agent sets itself and defaults that are spelled out are not told."""
+    assert variables({name: HARMLESS[name]}, cuda=cuda, compiled=True) == ""
+
+
+def test_variables_that_choose_no_kernel_leave_the_probe() -> None:
+    """What is not told by name does not show in what is computed either."""
+    assert platform_with(**{name: HARMLESS[name] for name in HARMLESS if name != "HOME"}) == (
+        platform_with()
+    )
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "TORCH_MKLDNN_MATMUL_MIN_SIZE=0",
+        "MKL_DOMAIN_NUM_THREADS=MKL_BLAS=1",
+        "GLIBC_TUNABLES=glibc.malloc.check=1:glibc.cpu.hwcaps=-AVX2_Usable",
+        "DNNL_MAX_CPU_ISA=AVX2",
+        "TORCHINDUCTOR_CPP_GEMM_CACHE_BLOCKING=4,1,10",
+        "TORCHINDUCTOR_CPP_DYNAMIC_THREADS=1",
+    ],
+)
+def test_variables_that_look_harmless_may_choose_kernels(variable: str) -> None:
+    """A name like those of caches or threads, or a value that is a default elsewhere, hides nothing."""
+    name, _, value = variable.partition("=")
+    assert variables({name: value}, cuda=False, compiled=True) == variable
 
 
 @given(
