@@ -97,7 +97,7 @@ def slow_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus that keeps every stage busy for seconds."""
     root = tmp_path_factory.mktemp("slow")
     with (root / "x.jsonl").open("w") as file:
-        for number in range(20_000):
+        for number in range(8_000):
             file.write(json.dumps({"text": _words(number, 150)}) + "\n")
     return root / "x.jsonl"
 
@@ -107,7 +107,7 @@ def slow_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (r"scan\D+[1-9]", 30000),
         (r"learn\D+[1-9]", 30000),
-        (r"learn\D+(\d\d+)/\1\D", 30000),
+        (r"learn\D+(\d\d+)/\1\D", 100000),
         (r"encode\D+[1-9]", 300),
     ],
     ids=["scan", "learn", "merges", "encode"],
