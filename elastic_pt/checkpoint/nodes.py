@@ -222,6 +222,8 @@ class RootManifest(Document):
         names = [tensor.name for tensor in self.tensors]
         if not names or names != sorted(set(names)):
             raise CheckpointError(f"{self.what}: its tensors are none, or not sorted by name")
+        if not self.nodes:
+            raise CheckpointError(f"{self.what}: no nodes")
         first_rank = 0
         for node in self.nodes:
             if node.key != node_key(self.directory, first_rank):
@@ -234,14 +236,10 @@ class RootManifest(Document):
                 )
             first_rank += len(node.shard_sizes)
         spans_of_tensors = zip(*(node.spans() for node in self.nodes), strict=True)
-        tiled = 0
-        for tensor, spans in zip(self.tensors, spans_of_tensors, strict=False):
+        for tensor, spans in zip(self.tensors, spans_of_tensors, strict=True):
             check_tiling(
                 tensor.name, [each for each in spans if each != (0, 0)], tensor.global_shape[0]
             )
-            tiled += 1
-        if tiled != len(names):
-            raise CheckpointError(f"{self.what}: no nodes")
 
     @classmethod
     def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:

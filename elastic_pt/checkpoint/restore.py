@@ -121,7 +121,10 @@ def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> 
 
     Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
     """
-    root = read_root(store, reference, run_id)
+    return _whole_manifest(store, read_root(store, reference, run_id))
+
+
+def _whole_manifest(store: Store, root: RootManifest | Manifest) -> Manifest:
     if isinstance(root, Manifest):
         return root
     files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
@@ -169,7 +172,10 @@ def quick_check(store: Store, reference: CheckpointReference, run_id: str) -> No
 
     Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
     """
-    expected = read_root(store, reference, run_id).sizes
+    _check_sizes(store, read_root(store, reference, run_id).sizes)
+
+
+def _check_sizes(store: Store, expected: Sequence[tuple[str, int]]) -> None:
     with ThreadPoolExecutor(_REQUEST_THREADS) as pool:
         sizes = pool.map(lambda file: store.size(file[0]), expected)
         for (key, size), found in zip(expected, sizes, strict=True):
@@ -293,7 +299,7 @@ def verify(store: Store, reference: CheckpointReference, run_id: str) -> list[st
     """
     try:
         root = read_root(store, reference, run_id)
-        manifest = read_manifest(store, reference, run_id)
+        manifest = _whole_manifest(store, root)
     except CheckpointError as error:
         return [str(error)]
     problems = _file_problems(store, manifest)
@@ -314,8 +320,9 @@ def newest_usable(
     passed_over: list[tuple[CheckpointReference, str]] = []
     for reference in references:
         try:
-            quick_check(store, reference, run_id)
-            manifest = read_manifest(store, reference, run_id)
+            root = read_root(store, reference, run_id)
+            _check_sizes(store, root.sizes)
+            manifest = _whole_manifest(store, root)
         except CheckpointError as error:
             passed_over.append((reference, str(error)))
             continue

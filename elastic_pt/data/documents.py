@@ -45,8 +45,8 @@ DEFAULT_SOURCE_NAME = "corpus"
 PIECE_BYTES = 64 * 1024
 """Longest document taken from a plain-text file, so that one large file can be split and held out from."""
 DOCUMENT_BYTES_MAX = 16 * 2**20
-"""Longest line of a JSON-lines file and longest text of a Parquet row. Parsing JSON takes 26 times as much memory at
-worst, and a second in which nothing can interrupt it."""
+"""Longest line of a JSON-lines file and longest text of a Parquet row. Parsing JSON takes many times as much memory at
+worst, and nothing can interrupt it."""
 PARQUET_BATCH_ROWS = 256
 PARQUET_BATCH_BYTES = 64 * 2**20
 """What the rows of one batch may take if each were as large as all of its row group's texts together."""

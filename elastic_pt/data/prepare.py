@@ -121,9 +121,10 @@ def prepare(
     losses = [SourceLosses(list_files(spec)) for spec in specs]
     _check_losses(losses, allow_left_out)
     _require_writable(out)
-    origin = f"tokenizer {tokenizer_file}" if given else "tokenizer"
     if given:
-        encoder = Encoder(given, end_token(given)[1], is_given=True, origin=origin)
+        encoder = Encoder(
+            given, end_token(given)[1], is_given=True, origin=f"tokenizer {tokenizer_file}"
+        )
         _try_tokenizer(encoder, losses, allow_left_out)
     scan = _scan(losses, held_out, report)
     _check_losses(losses, allow_left_out)
@@ -132,7 +133,8 @@ def prepare(
     size = vocabulary_size(tokenizer)
     end, end_id = end_token(tokenizer)
     token_type: TokenType = "uint16" if size <= 2**16 else "uint32"
-    encoder = Encoder(tokenizer, end_id, is_given=given is not None, origin=origin)
+    if not given:
+        encoder = Encoder(tokenizer, end_id, is_given=False)
     target = _Target(out, encoder, token_type, shard_tokens)
     encoded = _encode(losses, scan, target, report)
     _check_losses(losses, allow_left_out)
