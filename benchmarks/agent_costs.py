@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.links import Links
-from elastic_pt.elastic.lobby import Lobby
-from elastic_pt.elastic.log import RunLog, record_key
-from elastic_pt.elastic.participant import Participant, Surroundings
-from elastic_pt.elastic.peers import Message
-from elastic_pt.elastic.pulse import Pulse
-from elastic_pt.elastic.records import Generation, Member, Record
-from elastic_pt.elastic.status import Limits, NodeStatus, Phase
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.links import Links
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.peers import Message
+from elastic_pt.membership.pulse import Pulse
+from elastic_pt.membership.status import Limits, NodeStatus, Phase
+from elastic_pt.runlog.log import RunLog, record_key
+from elastic_pt.runlog.records import Generation, Member, Record
 from elastic_pt.store.open import open_store
 
 MESSAGES = 2000

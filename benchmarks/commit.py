@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
 from elastic_pt.checkpoint.layout import (
     ShardFile,
     Tensor,
@@ -29,9 +30,8 @@ from elastic_pt.checkpoint.layout import (
 )
 from elastic_pt.checkpoint.restore import quick_check, read_index
 from elastic_pt.checkpoint.upload import StagedShard, UploadedShard, publish_node
-from elastic_pt.commit import Committer, directory_of, reference_of
-from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.records import Checkpoint, Generation, Member
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Checkpoint, Generation, Member
 from elastic_pt.store.open import open_store
 
 STEP = 10

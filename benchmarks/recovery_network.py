@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.workers.forking import die_with_parent
 
 _CLONE_NEWNET: Final = 0x40000000
 _SUBNET: Final = "10.77.0"

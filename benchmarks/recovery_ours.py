@@ -27,8 +27,8 @@ from benchmarks.recovery_watch import (
     noticed_s,
     phases_of,
 )
-from elastic_pt.elastic.records import Generation, Member
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.runlog.records import Generation, Member
 
 _FINE_POLL_S: Final = 0.005
 _FAILURES_MAX: Final = 3

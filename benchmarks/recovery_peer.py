@@ -26,8 +26,8 @@ from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
 from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan
 from benchmarks.recovery_watch import StepPoint, normal_step_s
 from chaos_tests.processes import kill_all, mark_children, marked
-from elastic_pt.elastic.forking import die_with_parent
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.workers.forking import die_with_parent
 
 _SCRIPT: Final = Path(__file__).with_name("torchrun_peer.py")
 _START_S: Final = 180.0

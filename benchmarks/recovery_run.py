@@ -15,11 +15,11 @@ from chaos_tests.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import prepare
-from elastic_pt.elastic.links import TOKEN_KEY
-from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.records import Generation, Member
 from elastic_pt.errors import ElasticPtError
-from elastic_pt.local import Fleet
+from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.links import TOKEN_KEY
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Generation, Member
 from elastic_pt.store.open import open_store
 
 CHECKPOINT_STEPS: Final = 5

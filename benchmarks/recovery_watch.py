@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from benchmarks.recovery_report import PHASES
-from elastic_pt.elastic.records import Member
+from elastic_pt.runlog.records import Member
 
 _POLL_S: Final = 0.01
 _ANSWER_TIMEOUT_S: Final = 1.0

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.checkpoint.commit import reference_of
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.restore import read_manifest
-from elastic_pt.commit import reference_of
 from elastic_pt.config import Config, parse_config
-from elastic_pt.elastic.links import url_of
-from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.peers import STATUS
-from elastic_pt.elastic.records import Commit, Generation, Member, Quarantine
-from elastic_pt.elastic.status import NodeStatus
-from elastic_pt.local import Fleet
+from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.links import url_of
+from elastic_pt.membership.peers import STATUS
+from elastic_pt.membership.status import NodeStatus
+from elastic_pt.runlog.log import RunLog, RunView
+from elastic_pt.runlog.records import Commit, Generation, Member, Quarantine
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 

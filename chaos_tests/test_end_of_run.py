@@ -9,8 +9,8 @@ import pytest
 from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import PATIENCE_S
-from elastic_pt.elastic.log import record_key
-from elastic_pt.elastic.records import Stop
+from elastic_pt.runlog.log import record_key
+from elastic_pt.runlog.records import Stop
 
 pytestmark = pytest.mark.chaos
 

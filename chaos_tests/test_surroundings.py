@@ -13,8 +13,8 @@ from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario
 from elastic_pt.cli import run_command_line
-from elastic_pt.elastic.records import CauseKind
-from elastic_pt.inspection import State, open_run, read_status
+from elastic_pt.report.status import State, open_run, read_status
+from elastic_pt.runlog.records import CauseKind
 
 pytestmark = pytest.mark.chaos
 

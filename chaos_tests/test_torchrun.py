@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.processes import kill_all, mark_children, marked
-from elastic_pt.elastic.forking import die_with_parent
-from elastic_pt.elastic.log import RunLog
+from elastic_pt.runlog.log import RunLog
 from elastic_pt.store.open import open_store
+from elastic_pt.workers.forking import die_with_parent
 
 pytestmark = pytest.mark.chaos
 

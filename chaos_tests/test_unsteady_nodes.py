@@ -10,8 +10,8 @@ import pytest
 from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S
-from elastic_pt.elastic.records import CauseKind
-from elastic_pt.inspection import State, open_run, read_status
+from elastic_pt.report.status import State, open_run, read_status
+from elastic_pt.runlog.records import CauseKind
 
 pytestmark = pytest.mark.chaos
 

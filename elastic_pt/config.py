@@ -41,7 +41,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=1e6)]
 SecondsOrZero = Annotated[float, Field(ge=0.0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Failures = Annotated[int, Field(ge=1, le=64)]
-"""As many generations as the view of a log remembers (`elastic.log.GENERATIONS_KEPT`)."""
+"""As many generations as the view of a log remembers (`runlog.log.GENERATIONS_KEPT`)."""
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A dimension of a tensor."""

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from elastic_pt.agent import budgets_of, limits_of
+from elastic_pt.agent.agent import budgets_of, limits_of
 from elastic_pt.config import Config, parse_config
-from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.status import Limits
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.status import Limits
 
 
 def config(*overrides: str) -> Config:

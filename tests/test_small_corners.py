@@ -14,18 +14,18 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from elastic_pt import inspection
+from elastic_pt.agent.start import require_cache
 from elastic_pt.config import parse_config
 from elastic_pt.data.manifest import Manifest, Shard, Source
-from elastic_pt.elastic.channel import AgentSide, Message, WorkerSide
-from elastic_pt.elastic.failure import Evidence, RecordedError, classify
-from elastic_pt.elastic.log import GENERATIONS_KEPT
-from elastic_pt.elastic.node import Node
 from elastic_pt.errors import ConfigError, DataError
-from elastic_pt.preflight import require_cache
+from elastic_pt.membership.node import Node
+from elastic_pt.report import status as inspection
+from elastic_pt.runlog.log import GENERATIONS_KEPT
 from elastic_pt.store import local
 from elastic_pt.store.local import LocalStore
 from elastic_pt.telemetry.events import EventSink
+from elastic_pt.workers.channel import AgentSide, Message, WorkerSide
+from elastic_pt.workers.failure import Evidence, RecordedError, classify
 
 DEADLINE_S = 30.0
 CONFIG = '[run]\nurl = "/run"\n[data]\nurl = "s3://bucket/data"\n'

@@ -13,7 +13,7 @@ import torch
 from elastic_pt import config as config_module
 from elastic_pt.config import parse_config
 from elastic_pt.errors import ConfigError
-from elastic_pt.identity import agree_on_identity, read_run_config
+from elastic_pt.runlog.identity import agree_on_identity, read_run_config
 from elastic_pt.store.open import open_store
 from elastic_pt.train.probe import names_of
 
@@ -142,7 +142,7 @@ def test_a_key_that_came_later_means_its_first_default(
     old = parse_config(text, source="x")
     # As if z_loss had not been there when the run began.
     monkeypatch.setattr(config_module, "INTRODUCED", {"train.z_loss": 0.0})
-    monkeypatch.setattr("elastic_pt.identity.INTRODUCED", {"train.z_loss": 0.0})
+    monkeypatch.setattr("elastic_pt.runlog.identity.INTRODUCED", {"train.z_loss": 0.0})
     agree_on_identity(store, old, data, platform)
     assert "train.z_loss" not in json.loads(store.read("identity.json"))
     agree_on_identity(store, old, data, platform)

@@ -9,7 +9,7 @@ from elastic_pt.cli.options import RunUrl, absolute_url
 from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from elastic_pt.inspection import Run
+    from elastic_pt.report.status import Run
 
 _WHY_CHARACTERS_MAX: Final = 500
 _TAKEOVER_S: Final = 3.0
@@ -46,9 +46,9 @@ def reopen(
     elastic-pt reopen runs/first --why "the learning rate is mended"
     elastic-pt reopen s3://bucket/run --platform --why "only AMD nodes are left"
     """
-    from elastic_pt.elastic.log import RunView
-    from elastic_pt.elastic.records import COMPLETED, Reopen
-    from elastic_pt.inspection import open_run
+    from elastic_pt.report.status import open_run
+    from elastic_pt.runlog.log import RunView
+    from elastic_pt.runlog.records import COMPLETED, Reopen
 
     reason = " ".join(why.split())
     if not 0 < len(reason) <= _WHY_CHARACTERS_MAX:
@@ -82,7 +82,7 @@ def _require_abandoned(run: "Run") -> None:
 
     They would refuse every other node, and their next generation would bind the run to their platform again.
     """
-    from elastic_pt.inspection import read_status
+    from elastic_pt.report.status import read_status
 
     if run.config is not None and run.config.train.numerics == "native":
         raise ConfigError(
@@ -102,7 +102,7 @@ def _require_abandoned(run: "Run") -> None:
 
 def _pulse_moves(run: "Run") -> bool:
     """Whether the bucket shows a generation that trains, within the time after which others would take it over."""
-    from elastic_pt.elastic.pulse import Pulse
+    from elastic_pt.membership.pulse import Pulse
 
     pulse = Pulse(run.store, "")
     before = pulse.feel()

@@ -11,7 +11,7 @@ from rich.text import Text
 from elastic_pt.cli.options import AsJson, RunUrl, absolute_url
 
 if TYPE_CHECKING:
-    from elastic_pt.inspection import MemberReport, RunStatus
+    from elastic_pt.report.status import MemberReport, RunStatus
 
 
 def status(run_url: RunUrl, as_json: AsJson = False) -> None:
@@ -26,7 +26,7 @@ def status(run_url: RunUrl, as_json: AsJson = False) -> None:
     elastic-pt status s3://bucket/run --json
     """
     # The HTTP client takes a moment to import.
-    from elastic_pt.inspection import open_run, read_status
+    from elastic_pt.report.status import open_run, read_status
 
     found = read_status(open_run(absolute_url(run_url, "RUN_URL")))
     if as_json:
@@ -88,9 +88,9 @@ def log(
     elastic-pt log s3://bucket/run --json | jq .kind
     """
     # As above.
-    from elastic_pt.explanation import as_json as explanation_as_json
-    from elastic_pt.explanation import explain
-    from elastic_pt.inspection import describe, open_run, record_as_json, records
+    from elastic_pt.report.explanation import as_json as explanation_as_json
+    from elastic_pt.report.explanation import explain
+    from elastic_pt.report.status import describe, open_run, record_as_json, records
 
     found = records(open_run(absolute_url(run_url, "RUN_URL")))
     if not explanations:
@@ -131,14 +131,14 @@ def checkpoints(
     """
     # As above; and the check itself needs torch, listing does not.
     from elastic_pt.errors import CheckpointError
-    from elastic_pt.inspection import open_run, read_checkpoints
+    from elastic_pt.report.status import open_run, read_checkpoints
 
     run = open_run(absolute_url(run_url, "RUN_URL"))
     entries = []
     for report in read_checkpoints(run):
         entry = dataclasses.asdict(report.checkpoint) | {"quarantine": report.quarantine or None}
         if verify:
-            from elastic_pt.artifacts import problems_of
+            from elastic_pt.report.artifacts import problems_of
 
             entry["problems"] = problems_of(run, report.checkpoint)
         entries.append(entry)

@@ -63,12 +63,12 @@ def run(
         )
     config = _configuration(source, overrides or [])
     # Before the agent's own imports, which take as long: both run side by side.
-    from elastic_pt.elastic.forking import start_fork_server
-    from elastic_pt.elastic.scratch import scratch_directory
+    from elastic_pt.workers.forking import start_fork_server
+    from elastic_pt.workers.scratch import scratch_directory
 
     with scratch_directory(config.checkpoint.staging) as scratch:
         start_fork_server(config.train.threads, scratch)
-        from elastic_pt.agent import AgentOptions, run_agent
+        from elastic_pt.agent.agent import AgentOptions, run_agent
 
         stop = run_agent(config, AgentOptions(node=node, address=address), scratch)
     if stop is not None:
@@ -85,7 +85,7 @@ def _configuration(source: str, overrides: list[str]) -> Config:
 
 def joined_config(store: "Store", overrides: list[str]) -> Config:
     """The run's own configuration, with this node's overrides of what is not part of its identity."""
-    from elastic_pt.identity import read_run_config
+    from elastic_pt.runlog.identity import read_run_config
 
     # The run is where it was found, which need not be how the first node called it.
     here = f"run.url={store.url}"
@@ -146,7 +146,7 @@ def local(
     if workers_per_node is not None:
         changes.append(f"elastic.workers_per_node={workers_per_node}")
     config = load_config(config_path, changes)
-    from elastic_pt.cli.progress import train_locally
+    from elastic_pt.cli.local import train_locally
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     stop = train_locally(config, nodes)
@@ -172,6 +172,6 @@ def demo(
     elastic-pt demo
     elastic-pt demo --directory /tmp/demo
     """
-    from elastic_pt.demo import run_demo
+    from elastic_pt.cli.demo import run_demo
 
     run_demo(directory)

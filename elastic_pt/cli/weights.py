@@ -18,7 +18,7 @@ from elastic_pt.cli.options import (
 from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from elastic_pt.artifacts import Chosen, Trained
+    from elastic_pt.report.artifacts import Chosen, Trained
 
 # The commands import `artifacts` when they run, because it imports torch.
 
@@ -37,9 +37,9 @@ def digest(run_url: RunUrl, step: Step = None) -> None:
     elastic-pt digest runs/first
     elastic-pt digest s3://bucket/run --step 2000
     """
-    from elastic_pt.artifacts import choose_checkpoint, digest_of
-    from elastic_pt.exactness import read_platform_changes
-    from elastic_pt.inspection import open_run
+    from elastic_pt.report.artifacts import choose_checkpoint, digest_of
+    from elastic_pt.report.exactness import read_platform_changes
+    from elastic_pt.report.status import open_run
 
     run = open_run(absolute_url(run_url, "RUN_URL"))
     chosen = choose_checkpoint(run, step)
@@ -59,8 +59,8 @@ def tell_passed_over(chosen: "Chosen") -> None:
 
 
 def _trained(run_url: str, step: int | None, data_url: str | None) -> "Trained":
-    from elastic_pt.artifacts import open_trained
-    from elastic_pt.inspection import open_run
+    from elastic_pt.report.artifacts import open_trained
+    from elastic_pt.report.status import open_run
 
     run = open_run(absolute_url(run_url, "RUN_URL"))
     url = None if data_url is None else absolute_url(data_url, "--data")
@@ -85,7 +85,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from elastic_pt.artifacts import evaluate as measure
+    from elastic_pt.report.artifacts import evaluate as measure
 
     trained = _trained(run_url, step, data_url)
     console = Console(stderr=True)
@@ -138,7 +138,7 @@ def generate(
     elastic-pt generate runs/first --prompt "Once upon a time"
     elastic-pt generate model/ --prompt "def " --max-tokens 50 --temperature 0
     """
-    from elastic_pt.artifacts import Sampling, continue_text, open_exported
+    from elastic_pt.report.artifacts import Sampling, continue_text, open_exported
 
     directory = Path(source)
     if "://" not in source and (directory / "config.json").is_file():
@@ -176,7 +176,7 @@ def export(
     elastic-pt export runs/first --out model
     elastic-pt export s3://bucket/run --step 2000 --out model
     """
-    from elastic_pt.artifacts import export as write
+    from elastic_pt.report.artifacts import export as write
 
     require_new_directory(out)
     trained = _trained(run_url, step, data_url)

@@ -15,18 +15,18 @@ from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.checkpoint.shard_file import Staging, StagingFull, write_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
-from elastic_pt.elastic.assignment import Outcome
-from elastic_pt.elastic.progress import Phase
-from elastic_pt.health.ladder import Rung
+from elastic_pt.train.health import Rung
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, StepResult, run_step
+from elastic_pt.workers.assignment import Outcome
+from elastic_pt.workers.heartbeat import Phase
 
 _PAUSE_MIN_S: Final = 0.1
 _PAUSE_MAX_S: Final = 5.0
 
 
 class Agent(Protocol):
-    """What the loop needs of the node's agent (`elastic.channel.WorkerSide`)."""
+    """What the loop needs of the node's agent (`workers.channel.WorkerSide`)."""
 
     @property
     def drain_requested(self) -> bool:

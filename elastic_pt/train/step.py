@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic_pt.health.ladder import Rung, Verdict, judge
 from elastic_pt.model.loss import LossSums
 from elastic_pt.model.optimizer import local_rows
 from elastic_pt.train.exact import RowSquares, fold
+from elastic_pt.train.health import Rung, Verdict, judge
 from elastic_pt.train.schedule import learning_rate
 from elastic_pt.train.state import TrainState
 

@@ -15,11 +15,11 @@ import pytest
 from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.config import load_config
-from elastic_pt.elastic.log import RunView
-from elastic_pt.elastic.records import Generation, Member, Stop
-from elastic_pt.elastic.status import NodeStatus, Phase
-from elastic_pt.inspection import State, judge, open_run, read_history
-from elastic_pt.local import Fleet
+from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.status import NodeStatus, Phase
+from elastic_pt.report.status import State, judge, open_run, read_history
+from elastic_pt.runlog.log import RunView
+from elastic_pt.runlog.records import Generation, Member, Stop
 
 WAIT_S = 60.0
 

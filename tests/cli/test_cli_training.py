@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
-from elastic_pt.cli.progress import fleet_config
+from elastic_pt.cli.local import fleet_config
 from elastic_pt.config import load_config
 
 WAIT_S = 60.0

@@ -97,8 +97,8 @@ def test_a_step_that_is_not_kept_is_named(trained: Trained) -> None:
 
 def test_export_has_the_bits_of_the_checkpoint(trained: Trained, exported: Path) -> None:
     """The exported weights are those of the checkpoint, bit for bit, with the run's tokenizer."""
-    from elastic_pt.artifacts import open_trained
-    from elastic_pt.inspection import open_run
+    from elastic_pt.report.artifacts import open_trained
+    from elastic_pt.report.status import open_run
 
     weights = open_trained(open_run(f"file://{trained.run}"), None, None).model().state_dict()
     found = load_exported(exported).state_dict()
@@ -164,8 +164,8 @@ def test_eval_without_held_out_text_is_refused(
 
 def plain_nats(trained: Trained) -> float:
     """Summed cross-entropy of the held-out stream, one window at a time, from full logits."""
-    from elastic_pt.artifacts import open_trained
-    from elastic_pt.inspection import open_run
+    from elastic_pt.report.artifacts import open_trained
+    from elastic_pt.report.status import open_run
 
     opened = open_trained(open_run(f"file://{trained.run}"), None, None)
     model = opened.model().cpu()

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from command_line import STEPS, Trained, elastic_pt
 
-from elastic_pt.elastic.admission import slots_per_member
-from elastic_pt.elastic.log import RunLog
-from elastic_pt.elastic.records import (
+from elastic_pt.membership.admission import slots_per_member
+from elastic_pt.report.explanation import Change, End, FirstStep, as_json, explain
+from elastic_pt.report.status import describe
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import (
     ORIGIN,
     Body,
     Cause,
@@ -24,8 +26,6 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
-from elastic_pt.explanation import Change, End, FirstStep, as_json, explain
-from elastic_pt.inspection import describe
 from elastic_pt.store.open import open_store
 
 LOST_B = Cause(CauseKind.LOST, "b", "its address refuses connections", detect_s=0.04)

@@ -162,9 +162,9 @@ def children_of(parent: int) -> list[int]:
 
 WORKER = """
 import sys, tempfile, types
-from elastic_pt.elastic.processes import start_worker
-from elastic_pt.preflight import environment_of_workers
-sys.modules["elastic_pt.worker"] = types.SimpleNamespace(main=lambda *_: tempfile.gettempdir())
+from elastic_pt.workers.processes import start_worker
+from elastic_pt.agent.start import environment_of_workers
+sys.modules["elastic_pt.train.worker"] = types.SimpleNamespace(main=lambda *_: tempfile.gettempdir())
 print(start_worker("", sys.argv[1], environment_of_workers("127.0.0.1")))
 """
 

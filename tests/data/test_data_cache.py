@@ -14,11 +14,11 @@ from prepared_data import Prepared, cache_at
 
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.shards import TokenReader
-from elastic_pt.elastic.scratch import scratch_directory
 from elastic_pt.errors import ConfigError, DataError, StoreError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
-from tests.elastic.bucket import WatchedStore
+from elastic_pt.workers.scratch import scratch_directory
+from tests.membership.bucket import WatchedStore
 
 WAIT_S = 60.0
 SHARD = b"\x01\x02" * 500

@@ -18,16 +18,16 @@ from elastic_pt import errors
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
-from elastic_pt.elastic.admission import spans
-from elastic_pt.elastic.assignment import Outcome
-from elastic_pt.elastic.records import Kind, Record, Stop
-from elastic_pt.elastic.status import Phase
 from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
-from elastic_pt.health.ladder import Rung
-from elastic_pt.inspection import CommitReport, MemberReport, RunStatus, State
+from elastic_pt.membership.admission import spans
+from elastic_pt.membership.status import Phase
+from elastic_pt.report.status import CommitReport, MemberReport, RunStatus, State
+from elastic_pt.runlog.records import Kind, Record, Stop
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.goodput import Activity
 from elastic_pt.train.exact import DyadicSum
+from elastic_pt.train.health import Rung
+from elastic_pt.workers.assignment import Outcome
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -17,13 +17,15 @@ from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
-from elastic_pt.elastic.history import Budgets, rest_s
-from elastic_pt.elastic.lobby import Lobby
-from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.node import Formed, Left, Node
-from elastic_pt.elastic.participant import Participant, Surroundings
-from elastic_pt.elastic.pulse import Pulse
-from elastic_pt.elastic.records import (
+from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
+from elastic_pt.membership.budgets import Budgets, rest_s
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.node import Formed, Left, Node
+from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.pulse import Pulse
+from elastic_pt.membership.status import Limits, NodeStatus, Phase, StartTimes, is_news
+from elastic_pt.runlog.log import RunLog, RunView
+from elastic_pt.runlog.records import (
     COMPLETED,
     Body,
     CauseKind,
@@ -34,8 +36,6 @@ from elastic_pt.elastic.records import (
     Record,
     Stop,
 )
-from elastic_pt.elastic.status import Limits, NodeStatus, Phase, StartTimes, is_news
-from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from tests.sim.bucket import Bucket
 from tests.sim.checks import Witness
 from tests.sim.links import SimulatedLinks

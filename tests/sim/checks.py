@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.elastic.log import RunView, fold, record_key
-from elastic_pt.elastic.peers import Message
-from elastic_pt.elastic.records import (
+from elastic_pt.membership.peers import Message
+from elastic_pt.membership.status import Limits
+from elastic_pt.runlog.log import RunView, fold, record_key
+from elastic_pt.runlog.records import (
     COMPLETED,
     ORIGIN,
     CauseKind,
@@ -22,7 +23,6 @@ from elastic_pt.elastic.records import (
     Recovery,
     Stop,
 )
-from elastic_pt.elastic.status import Limits
 from tests.sim.training import World
 
 if TYPE_CHECKING:

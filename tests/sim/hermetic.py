@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from elastic_pt.elastic import history, lobby, log, node, participant
-from elastic_pt.elastic.records import Record
+from elastic_pt.membership import budgets as history
+from elastic_pt.membership import lobby, log, node, participant
+from elastic_pt.runlog.records import Record
 from elastic_pt.store import retry, s3
 from tests.sim.bucket import run_here
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from elastic_pt.elastic.participant import Participant
-from elastic_pt.elastic.peers import Message
-from elastic_pt.elastic.records import Member
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.peers import Message
+from elastic_pt.runlog.records import Member
 from tests.sim.network import End, Machine, Network
 from tests.sim.scheduler import Process
 

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
-from elastic_pt.elastic import log, membership, participant
-from elastic_pt.elastic.admission import newcomers
-from elastic_pt.elastic.assessment import View
-from elastic_pt.elastic.history import Moments
-from elastic_pt.elastic.log import RunLog, RunView
-from elastic_pt.elastic.node import Node
-from elastic_pt.elastic.participant import Participant
-from elastic_pt.elastic.peers import Message, PeerTable
-from elastic_pt.elastic.pulse import Pulse
-from elastic_pt.elastic.records import Body, Cause, CauseKind, Member
-from elastic_pt.elastic.status import Limits
 from elastic_pt.errors import AlreadyExists, FencedError
+from elastic_pt.membership.admission import newcomers
+from elastic_pt.membership.assessment import View
+from elastic_pt.membership.budgets import Moments
+from elastic_pt.membership.node import Node
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.peers import Message, PeerTable
+from elastic_pt.membership.pulse import Pulse
+from elastic_pt.membership.status import Limits
+from elastic_pt.runlog import log, membership, participant
+from elastic_pt.runlog.log import RunLog, RunView
+from elastic_pt.runlog.records import Body, Cause, CauseKind, Member
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim import agent

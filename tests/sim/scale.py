@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.records import Generation, Member
-from elastic_pt.elastic.status import Limits
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.status import Limits
+from elastic_pt.runlog.records import Generation, Member
 from tests.sim.agent import AgentProcess, Costs, Habits
 from tests.sim.bucket import Pace
 from tests.sim.hermetic import hermetic

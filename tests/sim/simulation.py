@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate, combinations
 from typing import Any, Final
 
-from elastic_pt.elastic.history import Budgets
-from elastic_pt.elastic.records import Member, Quarantine, Record
-from elastic_pt.elastic.status import Limits
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.status import Limits
+from elastic_pt.runlog.records import Member, Quarantine, Record
 from tests.sim import faults
 from tests.sim.agent import AgentProcess, Habits, Surrounding
 from tests.sim.bucket import Bucket, Pace

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
-from elastic_pt.elastic.records import Generation
+from elastic_pt.runlog.records import Generation
 from tests.sim.network import Machine, Network
 from tests.sim.scheduler import Process, Scheduler
 

@@ -10,7 +10,7 @@ import pytest
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry import events
 from elastic_pt.telemetry.events import EventSink
-from tests.elastic.bucket import WatchedStore
+from tests.membership.bucket import WatchedStore
 
 
 class Filling(WatchedStore):

@@ -20,14 +20,14 @@ from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, publish_
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest
-from elastic_pt.elastic.assignment import Assignment, Outcome
-from elastic_pt.elastic.channel import WorkerSide
-from elastic_pt.elastic.records import Checkpoint
 from elastic_pt.model.optimizer import local_rows
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.loop import Identity, train
 from elastic_pt.train.state import TrainState
-from elastic_pt.worker import restore
+from elastic_pt.train.worker import restore
+from elastic_pt.workers.assignment import Assignment, Outcome
+from elastic_pt.workers.channel import WorkerSide
 from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
 
 IDENTITY = Identity("0" * 64, "1" * 64, "2" * 64)

@@ -1,0 +1,261 @@
+"""A node's share in checkpoints: staged shards go up, complete ones are committed, bad ones never used again.
+
+    staged ─► Uploader ─► bucket        (every node)
+              Committer ─► COMMIT       (the node of rank 0)
+    commit or upload ─► `released` ─► workers may stage the next one
+
+Agent process; called from the channel's, the upload, the commit and the membership threads.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
+from elastic_pt.checkpoint.layout import parse_directory
+from elastic_pt.checkpoint.restore import quick_check
+from elastic_pt.checkpoint.shard_file import is_staged
+from elastic_pt.checkpoint.upload import ShareMissing, StagedShard, Uploader
+from elastic_pt.config import Config
+from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.membership.node import Formed, Node
+from elastic_pt.runlog.log import RunLog, RunView
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
+from elastic_pt.store.port import Store
+from elastic_pt.telemetry.catalogue import Metrics
+from elastic_pt.workers.channel import Message
+
+log = structlog.get_logger("elastic_pt.agent.checkpointing")
+
+
+def choose_resume(
+    store: Store, run_log: RunLog, view: RunView, incarnation: str
+) -> Checkpoint | None:
+    """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
+
+    A member of the newest generation (by `incarnation`) takes one that this generation has committed as it is:
+    whoever committed it looked at every file of it just now. None at the start of a run. Raises
+    `CheckpointError` if none of those that were committed is left.
+    """
+    generation = view.generation
+    inside = generation is not None and generation.rank_of(incarnation) is not None
+    for checkpoint in view.checkpoints:
+        if inside and checkpoint.generation == view.generation_number:
+            return checkpoint
+        try:
+            quick_check(store, reference_of(checkpoint), view.run_id)
+            return checkpoint
+        except CheckpointError as error:
+            quarantine(run_log, view.generation_number, checkpoint.directory, str(error))
+    if view.commit is not None:
+        raise CheckpointError(
+            f"{store.url}: none of the committed checkpoints is usable; "
+            "`elastic-pt checkpoints --verify` and `elastic-pt log` tell why"
+        )
+    return None
+
+
+def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> None:
+    """Say in the log that a committed checkpoint must not be used any more."""
+    log.error("checkpoint_quarantined", directory=directory, why=why)
+    try:
+        run_log.append(lambda _: Quarantine(directory, why), generation=generation)
+    except FencedError as error:
+        log.info("quarantine_fenced", reason=str(error))
+    except StoreError as error:
+        log.error("quarantine_failed", reason=str(error))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A checkpoint that cannot be committed, and whose trouble that is."""
+
+    generation: int
+    step: int
+    why: str
+    own: bool
+    """Whether this node could not do its share; else another node could not."""
+
+
+class Checkpointing:
+    """See the module. `formed` tells the generation whose workers run; `release(step)` lets them go on."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        run_log: RunLog,
+        node: Node,
+        metrics: Metrics,
+        staging: Path,
+        *,
+        formed: Callable[[], Formed],
+        release: Callable[[int], None],
+    ) -> None:
+        self._log = run_log
+        self._node = node
+        self._metrics = metrics
+        self._staging = staging
+        self._formed = formed
+        self._release = release
+        self._workers = node.member.workers
+        self._uploads: dict[int, int] = defaultdict(int)
+        self._lost: Lost | None = None
+        """The last checkpoint that this node knows cannot be committed."""
+        self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
+        self._committer = Committer(
+            store,
+            run_log,
+            keep=config.checkpoint.keep,
+            last_step=config.train.steps,
+            deadline_s=config.elastic.settle_timeout_s,
+            superseded=node.must_reform,
+            on_commit=self._committed,
+            on_done=release,
+            on_failure=self._commit_failed,
+            on_untidy=self._untidy,
+        )
+        self.staged_step = 0
+        """Step of the newest shard that a worker of this node has staged."""
+
+    def starts(self) -> None:
+        """Workers of a new generation are about to start."""
+        self._uploads.clear()
+        self._sweep()
+
+    def stopped(self) -> None:
+        """The workers are gone: what they staged and nobody reads any more is dropped."""
+        self._uploader.discard()
+        self._sweep()
+
+    def skipped(self, message: Message) -> None:
+        """A worker had no room for its shard: this checkpoint will not be one, and nobody waits for it."""
+        if self._is_stale(message):
+            return
+        self._metrics.checkpoint_skips.inc()
+        log.warning("checkpoint_skipped", step=message["step"], cause=message["why"])
+        self._enqueue(message, Path(), missing=message["why"])
+        place = self._formed().generation.number, int(message["step"])
+        self._lose(place, message["why"], own=True)
+
+    def _sweep(self) -> None:
+        """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
+        pending = self._uploader.pending()
+        try:
+            for path in self._staging.iterdir():
+                if is_staged(path) and path not in pending:
+                    path.unlink(missing_ok=True)
+                    log.info("staging_swept", path=str(path))
+        except OSError as error:
+            # Sweeping only makes room; a directory in trouble is told by whoever needs it.
+            log.warning("staging_not_swept", cause=str(error))
+
+    def staged(self, message: Message) -> None:
+        """A worker has left a shard."""
+        path = Path(message["path"])
+        if self._is_stale(message):
+            path.unlink(missing_ok=True)
+            return
+        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+        self._enqueue(message, path)
+
+    def note_step(self, message: Message) -> None:
+        """Rank 0 has done a step; the history of the next commit tells of it."""
+        self._committer.note_step(self._formed().generation.number, message)
+
+    def finish(self, generation: Generation) -> None:
+        """The last step is done: end the run once its checkpoint is committed."""
+        self._committer.finish(generation)
+
+    def lost(self) -> Lost | None:
+        """Why the checkpoint that was staged last cannot be committed; None while it may be."""
+        lost, due = self._lost, (self._formed().generation.number, self.staged_step)
+        return lost if lost is not None and (lost.generation, lost.step) == due else None
+
+    def failure(self) -> Cause | None:
+        """What the others are told when the checkpoint that was staged last is none; None if another node knows why."""
+        lost = self.lost()
+        if lost is not None and not lost.own:
+            return None
+        why = "nobody said why" if lost is None else lost.why
+        return self._node.failure(
+            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            kind=CauseKind.GAVE_UP,
+        )
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what is due, within a bounded time."""
+        self._committer.close(timeout_s)
+        self._uploader.close()
+
+    def _is_stale(self, message: Message) -> bool:
+        """Whether the sender is a worker of an earlier generation, whose shards belong to no checkpoint any more."""
+        if message["generation"] == self._formed().generation.number:
+            return False
+        log.info("stale_shard_dropped", step=message["step"], generation=message["generation"])
+        return True
+
+    def _enqueue(self, message: Message, path: Path, missing: str = "") -> None:
+        formed, step = self._formed(), int(message["step"])
+        generation = formed.generation
+        self.staged_step = step
+        shard = StagedShard(
+            path=path,
+            run_id=self._node.view.run_id,
+            directory=directory_of(generation, step),
+            rank=message["rank"],
+            ranks=generation.worker_ranks()[formed.node_rank],
+            missing=missing,
+        )
+        try:
+            self._uploader.submit(shard)
+        except ElasticPtError as error:
+            self._upload_failed(shard, error)
+        else:
+            if shard.rank == 0:
+                self._committer.expect(step, generation)
+
+    def _uploaded(self, shard: StagedShard) -> None:
+        formed, name = self._formed(), parse_directory(shard.directory)
+        if name.generation != formed.generation.number:
+            return
+        self._uploads[name.step] += 1
+        # The committing node's workers wait for the commit itself, so that checkpoints never overtake it.
+        if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
+            self._release(name.step)
+
+    def _upload_failed(self, shard: StagedShard, error: Exception) -> None:
+        self._metrics.checkpoint_failures.inc()
+        log.error("upload_failed", step=shard.step, cause=str(error))
+        self._uploaded(shard)
+        place = parse_directory(shard.directory).generation, shard.step
+        self._lose(place, str(error), own=True)
+
+    def _committed(self, checkpoint: Checkpoint) -> None:
+        self._metrics.checkpoint_commits.inc()
+        self._metrics.checkpoint_committed_step.set(checkpoint.step)
+        self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+        self._node.notice_log()
+
+    def _untidy(self, error: Exception) -> None:
+        self._metrics.checkpoint_tidy_failures.inc()
+        log.warning("tidy_failed", cause=str(error))
+
+    def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
+        self._metrics.checkpoint_failures.inc()
+        log.error("commit_failed", step=step, cause=str(error))
+        # The committing node may be the one whose share is missing.
+        first_rank = generation.first_worker_rank(self._formed().node_rank)
+        own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
+        self._lose((generation.number, step), str(error), own=own)
+
+    def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
+        """The checkpoint of a generation and step will not be one: whoever waits for it learns so."""
+        known = self._lost
+        # What a node knows of itself stands.
+        if own or known is None or (known.generation, known.step) != place:
+            self._lost = Lost(*place, why, own)
+        self._node.notice_log()

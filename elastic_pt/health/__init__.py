@@ -1,1 +1,0 @@
-"""Judgements about a run that goes wrong while every process lives."""

@@ -1,0 +1,324 @@
+"""Who should train: a pure decision over what one node sees.
+
+    View, Assessment, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended, each with its reason
+
+Every agent runs this over its own view; views differ, so several may propose at once, and the log lets
+one of them through. A node takes part by what it says of itself in heartbeats:
+
+    WAITING   no workers; ready to be a member (`spent` says which generation it has used up)
+    RUNNING   workers of `generation` are up
+    SETTLING  workers have stopped on purpose; their checkpoint is on its way to the bucket
+
+A generation is broken once a member is gone, cannot be reached by another one, or has spent it without
+being asked to. It is over, in good order, once all its members have spent it. A node whose own workers keep
+failing rests for a while, and the others go on without it; alone, it rests and tries again. Three rules keep
+two halves of a torn network from undoing each other's work:
+
+    asked again   a world is formed only of nodes that answered after the trouble was noticed
+    larger side   who sees fewer than half of the members (or half, without the first) lets the others go
+                  first, for as long as the log or the pulse moves, and `takeover_s` beyond
+    park          of two members that cannot reach each other one waits, whatever else they can reach
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from elastic_pt.membership.admission import admit, joiners, newcomers
+from elastic_pt.membership.assessment import Assessment, View, assess
+from elastic_pt.membership.status import Limits, NodeStatus, Phase, incarnations, is_lost
+from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
+
+
+@dataclass(frozen=True)
+class Propose:
+    """Append a GENERATION of these members."""
+
+    members: tuple[Member, ...]
+    reason: str
+    causes: tuple[Cause, ...] = ()
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Append STOP: going on would repeat the same failure for ever."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Have all workers checkpoint and stop after the same step, so that the world can change."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do now. `broken` says that this node's workers have no future."""
+
+    reason: str
+    broken: bool = False
+    asking: bool = False
+    """Whether the next answer of a peer may change that."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run is over."""
+
+    reason: str
+
+
+Decision = Propose | Halt | Drain | Wait | Ended
+
+
+def decide(view: View, limits: Limits, now_s: float, found: Assessment | None = None) -> Decision:
+    """What this node should do now; `found` is what `assess` says, if it has been asked. Pure; agent process."""
+    if view.stop is not None:
+        return Ended(view.stop.reason)
+    generation = view.generation
+    if generation is not None and generation.rank_of(view.me.member.incarnation) is not None:
+        found = found or assess(view, generation, limits, now_s)
+        return _decide_as_member(view, generation, found, limits, now_s)
+    return _decide_as_newcomer(view, limits, now_s)
+
+
+def _decide_as_member(
+    view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
+) -> Decision:
+    if found.broken or found.over:
+        return _decide_next_world(view, generation, found, limits, now_s)
+    leaving = incarnations(found.leaving)
+    leads = next(
+        (each.incarnation for each in found.alive if each.incarnation not in leaving), ""
+    ) in (view.me.member.incarnation, "")
+    if leads and view.me.phase is Phase.RUNNING:
+        reasons = [f"{member.node} leaves" for member in found.leaving]
+        waiting = newcomers(view, limits, now_s, found.alive)
+        wanted = admit([*generation.members, *waiting], limits)
+        joining = joiners(wanted, generation.members)
+        settled = now_s - view.newcomers_changed_s >= limits.join_window_s
+        if joining and (settled or len(wanted) == limits.nodes_max):
+            reasons += [str(cause) for cause in joining]
+        if reasons:
+            return Drain("; ".join(reasons))
+    stopping = any(
+        peer.status is not None and peer.status.spent >= generation.number
+        for peer in view.peers.values()
+        if peer.status is not None
+        and generation.rank_of(peer.status.member.incarnation) is not None
+    )
+    return Wait("waiting for all members to stop" if stopping else "training")
+
+
+def _decide_next_world(
+    view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
+) -> Decision:
+    """The newest generation is broken or over: who goes on?"""
+    parked = park(found.broken_links, generation.members)
+    going = incarnations(found.leaving) | set(parked) | incarnations(found.resting)
+    stay = [member for member in found.alive if member.incarnation not in going]
+    allowed = [member for member in stay if member.node not in view.barred]
+    # Rather a node that fails often than a run that stands still.
+    barred = []
+    if len(allowed) >= limits.nodes_min:
+        barred = [member for member in stay if member.node in view.barred]
+        stay = allowed
+    wanted = admit([*stay, *newcomers(view, limits, now_s, stay)], limits)
+    if len(wanted) < limits.nodes_min:
+        free = replace(view, barred={})
+        wanted = admit([*stay, *newcomers(free, limits, now_s, stay)], limits)
+    causes = (
+        *_losses(view, found, parked, generation, now_s),
+        *found.failures,
+        *(Cause(CauseKind.LEFT, member.node) for member in found.leaving),
+        *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
+        *joiners(wanted, generation.members),
+    )
+    if not causes:
+        causes = tuple(
+            Cause(CauseKind.GAVE_UP, member.node, "for a while it could not reach the others")
+            for member in found.gave_up
+        )
+    reason = "; ".join(str(cause) for cause in causes) or "resumed"
+    since_s = view.broken_since_s if view.broken_since_s is not None else now_s
+    quiet_s = max(0.0, min(now_s, view.quiet_until_s) - max(view.quiet_since_s, since_s))
+    others_first = not _is_larger_side([*stay, *barred, *found.resting], found, generation)
+    too_few = len(wanted) < limits.nodes_min
+    may_end = not others_first or (not too_few and quiet_s >= limits.takeover_s)
+    if view.halt and found.failures and may_end:
+        return Halt(view.halt)
+    if too_few:
+        resting = [said for each in found.resting if (said := _rest_of(view, each))]
+        paused = f"paused: {len(wanted)} of at least {limits.nodes_min} nodes"
+        return Wait("; ".join((paused, *(resting or [reason]))), broken=True)
+    if others_first and quiet_s < limits.takeover_s:
+        return Wait(
+            f"cut off with {len(found.alive)} of {len(generation.members)} members: "
+            f"the others go first; {reason}",
+            broken=True,
+        )
+    mine = view.me.member.incarnation
+    turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
+    # Who leads may see things differently, and wait for somebody else: the next in order has a try then,
+    # the two sides by turns.
+    if turn == len(wanted) or quiet_s < (2 * turn + others_first) * limits.takeover_s:
+        return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
+    unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
+    if found.broken and unconfirmed:
+        return Wait(
+            f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True, asking=True
+        )
+    return Propose(wanted, reason, causes)
+
+
+def _losses(
+    view: View,
+    found: Assessment,
+    parked: Sequence[str],
+    generation: Generation,
+    now_s: float,
+) -> list[Cause]:
+    """Causes for the members that do not go on through no decision of their own."""
+    noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
+
+    def sign_of_life_s(member: Member) -> float:
+        peer = view.peers.get(member.incarnation)
+        return noticed_s if peer is None or peer.heard_s is None else peer.heard_s
+
+    causes = []
+    dead, silent, deaf = (incarnations(each) for each in (found.dead, found.silent, found.deaf))
+    for member in generation.members:
+        silence_s = max(0.0, noticed_s - sign_of_life_s(member))
+        if member.incarnation in dead:
+            detail = "its address refuses connections"
+            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
+        elif member.incarnation in silent or member.incarnation in deaf:
+            detail = f"silent for {silence_s:.1f} s"
+            if member.incarnation in deaf:
+                detail = "it does not read the log"
+            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
+        elif member.incarnation in parked:
+            others = {each for link in found.broken_links for each in link}
+            names = [
+                each.node
+                for each in generation.members
+                if each.incarnation in others
+                and each is not member
+                and _linked(found.broken_links, each.incarnation, member.incarnation)
+            ]
+            detail = f"no link to {', '.join(names)}"
+            causes.append(Cause(CauseKind.PARKED, member.node, detail, detect_s=silence_s))
+    return causes
+
+
+def _rest_of(view: View, member: Member) -> str:
+    """Why a member rests, in words."""
+    said = _status_of(view, member)
+    return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
+
+
+def _linked(links: Sequence[tuple[str, str]], one: str, other: str) -> bool:
+    return (min(one, other), max(one, other)) in links
+
+
+def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tuple[str, ...]:
+    """Incarnations that must wait so that those who go on can all reach each other.
+
+    The one with the most broken links first, of equals the one that ranks last: cheap, the same on
+    every node, and with two sides torn apart it is the smaller side.
+    """
+    rank = {member.incarnation: index for index, member in enumerate(order)}
+    left, parked = list(broken_links), []
+    while left:
+        ends = [end for link in left for end in link]
+        worst = max(set(ends), key=lambda end: (ends.count(end), rank.get(end, len(rank)), end))
+        parked.append(worst)
+        left = [link for link in left if worst not in link]
+    return tuple(sorted(parked))
+
+
+def _is_larger_side(side: Sequence[Member], found: Assessment, generation: Generation) -> bool:
+    """Whether a side has more than half of the members that may be alive, or is the first half."""
+    out, inside = incarnations([*found.dead, *found.leaving]), incarnations(side)
+    voters = [each.incarnation for each in generation.members if each.incarnation not in out]
+    here = [incarnation for incarnation in voters if incarnation in inside]
+    if 2 * len(here) == len(voters):
+        return not voters or voters[0] in inside
+    return 2 * len(here) > len(voters)
+
+
+def _answered(view: View, member: Member, since_s: float) -> bool:
+    """Whether a node is known to have received something that was sent since then."""
+    if member.incarnation == view.me.member.incarnation:
+        return True
+    peer = view.peers.get(member.incarnation)
+    return peer is not None and peer.heard_s is not None and peer.heard_s >= since_s
+
+
+def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
+    members = () if view.generation is None else view.generation.members
+    if view.me.resting:
+        return Wait(f"rests: {view.me.resting}")
+    timeout_s = limits.silence_s(len(members))
+    reachable = [
+        member
+        for member in members
+        if not is_lost(view.peers.get(member.incarnation), now_s, timeout_s)
+    ]
+    if reachable:
+        if view.me.member.node in view.barred:
+            return Wait(f"kept out: {view.barred[view.me.member.node]}")
+        missing = [member.node for member in members if member.incarnation in view.me.unreachable]
+        if missing:
+            return Wait(f"parked: no link to {', '.join(missing)}")
+        return Wait(f"asked {reachable[0].node} to be taken in")
+    if members:
+        refused = all(
+            peer is not None and peer.refused
+            for peer in (view.peers.get(member.incarnation) for member in members)
+        )
+        # Who refuses is most likely gone; who is silent may train on behind a torn network.
+        needed_s = limits.takeover_s / 2 if refused else limits.takeover_s
+        if min(now_s, view.quiet_until_s) - view.quiet_since_s < needed_s:
+            return Wait("no member answers: watching whether the run goes on without this node")
+    if view.me.leaving:
+        return Wait("leaving")
+    return _decide_first_world(view, limits, now_s)
+
+
+def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
+    """No member is left, or there never was one: those who wait form a world."""
+    everyone = sorted(
+        [view.me.member, *newcomers(replace(view, barred={}), limits, now_s)],
+        key=lambda member: (member.node, member.incarnation),
+    )
+    allowed = [member for member in everyone if member.node not in view.barred]
+    candidates = everyone if len(admit(allowed, limits)) < limits.nodes_min else allowed
+    known = incarnations(candidates)
+    links = {
+        (min(speaker, other), max(speaker, other))
+        for speaker, said in (
+            (member.incarnation, _status_of(view, member)) for member in candidates
+        )
+        if said is not None
+        for other in said.unreachable
+        if other in known and other != speaker
+    }
+    parked = park(sorted(links), candidates)
+    wanted = admit([each for each in candidates if each.incarnation not in parked], limits)
+    if len(wanted) < limits.nodes_min:
+        return Wait(f"waiting for nodes: {len(wanted)} of at least {limits.nodes_min}")
+    if wanted[0].incarnation != view.me.member.incarnation:
+        return Wait(f"{wanted[0].node} leads")
+    full = len(wanted) == limits.nodes_max or len(wanted) < len(candidates)
+    if not full and now_s - view.newcomers_changed_s < limits.join_window_s:
+        return Wait("waiting for more nodes to arrive")
+    return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
+
+
+def _status_of(view: View, member: Member) -> NodeStatus | None:
+    if member.incarnation == view.me.member.incarnation:
+        return view.me
+    peer = view.peers.get(member.incarnation)
+    return None if peer is None else peer.status

@@ -1,0 +1,271 @@
+"""The connections between agents: one WebSocket to each peer that is asked, messages as JSON text.
+
+    GET /v1/link     (WebSocket) `Message`s both ways; see `membership.peers`
+    GET /v1/status   this node's NodeStatus, for people and `elastic-pt status`
+
+Both need the run's token (`Authorization: Bearer`), which lies in the run directory: who can read the
+bucket can take part. A kept connection tells at once when the process at its other end is gone: the
+kernel closes it, the next attempt is refused, and a second refusal counts. A peer whose machine or
+network is gone is noticed by silence alone.
+"""
+
+import asyncio
+import errno
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+import aiohttp
+import structlog
+from aiohttp import web
+from pydantic import ValidationError
+
+from elastic_pt.errors import AlreadyExists, NotFound
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.peers import MESSAGE, STATUS, Message
+from elastic_pt.runlog.records import Member
+from elastic_pt.store.port import Store
+
+TOKEN_KEY: Final = "token"
+"""Where the secret lies that this run's agents share."""
+_MESSAGE_BYTES_MAX: Final = 256 * 1024
+_REFUSALS_UNTIL_GONE: Final = 2
+_AGAIN_S: Final = 0.02
+_CLOSING_S: Final = 0.1
+
+log = structlog.get_logger("elastic_pt.links")
+
+
+def run_token(store: Store) -> str:
+    """The secret that this run's agents share, made by whoever comes first."""
+    try:
+        return store.read(TOKEN_KEY).decode()
+    except NotFound:
+        with suppress(AlreadyExists):
+            store.create(TOKEN_KEY, secrets.token_hex(32).encode())
+        return store.read(TOKEN_KEY).decode()
+
+
+def url_of(member: Member, path: str) -> str:
+    """URL of a path on a node's agent."""
+    host = f"[{member.address}]" if ":" in member.address else member.address
+    return f"http://{host}:{member.port}{path}"
+
+
+class _AnotherIncarnation(Exception):
+    """Somebody else answers at a peer's address."""
+
+
+class _Link:
+    """One open connection. Messages are made when they are sent, so they are never stale."""
+
+    def __init__(self, send: Callable[[str], Awaitable[None]]) -> None:
+        self._send = send
+        self._wake = asyncio.Event()
+        self._asks = False
+        self.incarnation = ""
+        """Who is at the other end, once it has spoken or been dialled."""
+
+    def say(self, *, asks: bool) -> None:
+        """Send a message as soon as possible; several in a row become one."""
+        self._asks = self._asks or asks
+        self._wake.set()
+
+    async def pump(
+        self, make: Callable[[str, bool], Message], interval_s: Callable[[], float] | None
+    ) -> None:
+        """Send whenever there is something to say, and ask every interval if there is one."""
+        while True:
+            try:
+                async with asyncio.timeout(None if interval_s is None else interval_s()):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._asks = True
+            asks, self._asks = self._asks, False
+            self._wake.clear()
+            try:
+                await self._send(MESSAGE.dump_json(make(self.incarnation, asks)).decode())
+            except (aiohttp.ClientError, ConnectionError):
+                return
+
+
+class Links:
+    """All connections of one agent. Agent process; lives on the event loop of the membership thread."""
+
+    def __init__(self, participant: Participant, token: str, on_news: Callable[[], None]) -> None:
+        self._participant = participant
+        self._token = token
+        self._on_news = on_news
+        self._open: set[_Link] = set()
+        self._dials: dict[str, asyncio.Task[None]] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def serve(self, address: str) -> int:
+        """Answer peers on a free port of `address`; returns the port."""
+        application = web.Application()
+        application.add_routes(
+            [web.get("/v1/link", self._accept), web.get("/v1/status", self._status)]
+        )
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, address, 0).start()
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._token}"},
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        return int(self._runner.addresses[0][1])
+
+    def aim(self, targets: Sequence[Member]) -> None:
+        """Keep a connection to each of these nodes, and to nobody else."""
+        wanted = {each.incarnation: each for each in targets}
+        for incarnation, member in wanted.items():
+            if incarnation not in self._dials:
+                self._dials[incarnation] = asyncio.create_task(self._dial(member))
+        for incarnation in set(self._dials) - set(wanted):
+            self._dials.pop(incarnation).cancel()
+
+    def say(self, *, asks: bool) -> None:
+        """Tell everyone at once how things stand here, and ask for their answer if `asks`."""
+        for link in self._open:
+            link.say(asks=asks)
+
+    async def close(self) -> None:
+        """Hang up."""
+        for dial in self._dials.values():
+            dial.cancel()
+        await asyncio.gather(*self._dials.values(), return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # ---- answering -------------------------------------------------------------------------------
+
+    def _authorized(self, request: web.Request) -> bool:
+        given = request.headers.get("Authorization", "").encode()
+        return hmac.compare_digest(given, f"Bearer {self._token}".encode())
+
+    async def _status(self, request: web.Request) -> web.Response:
+        if not self._authorized(request):
+            return web.Response(status=401, text="this run's token is missing or wrong\n")
+        body = STATUS.dump_json(self._participant.status)
+        return web.Response(body=body, content_type="application/json")
+
+    async def _accept(self, request: web.Request) -> web.StreamResponse:
+        if not self._authorized(request):
+            return web.Response(status=401, text="this run's token is missing or wrong\n")
+        socket = web.WebSocketResponse(
+            max_msg_size=_MESSAGE_BYTES_MAX, timeout=_CLOSING_S, compress=False
+        )
+        await socket.prepare(request)
+        link = _Link(socket.send_str)
+        pump: asyncio.Task[None] | None = None
+        try:
+            async for received in socket:
+                message = _message_in(received)
+                if message is None:
+                    break
+                link.incarnation = message.status.member.incarnation
+                if pump is None:
+                    self._open.add(link)
+                    pump = asyncio.create_task(link.pump(self._make, None))
+                self._take(link, message)
+        finally:
+            self._open.discard(link)
+            if pump is not None:
+                pump.cancel()
+            if link.incarnation:
+                self._participant.contacts.hung_up(link.incarnation)
+                self._on_news()
+        return socket
+
+    # ---- asking ----------------------------------------------------------------------------------
+
+    async def _dial(self, member: Member) -> None:
+        """Keep one connection to a node, for ever (until cancelled)."""
+        table = self._participant.table
+        refusals = 0
+        told = ""
+        while True:
+            worked = False
+            try:
+                worked = await self._talk(member)
+                refusals = 0
+            except _AnotherIncarnation:
+                refusals = _REFUSALS_UNTIL_GONE
+            except aiohttp.ClientConnectorError as error:
+                refusals += error.os_error.errno == errno.ECONNREFUSED
+            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                if repr(error) != told:
+                    told = repr(error)
+                    log.warning("link_failed", peer=member.node, cause=told)
+            if refusals >= _REFUSALS_UNTIL_GONE:
+                table.refused(member.incarnation)
+                self._on_news()
+            # Look at once where a process may have ended just now; else there is no hurry.
+            at_once = worked or refusals == 1
+            await asyncio.sleep(_AGAIN_S if at_once else self._participant.interval_s())
+
+    async def _talk(self, member: Member) -> bool:
+        """One connection's life, until it ends; returns whether the peer has said anything over it."""
+        assert self._session is not None
+        table = self._participant.table
+        silence_s = self._participant.silence_s()
+        # Not `asyncio.wait_for`: before Python 3.12 it may swallow the cancellation that ends this task.
+        async with asyncio.timeout(silence_s):
+            socket = await self._session.ws_connect(
+                url_of(member, "/v1/link"),
+                max_msg_size=_MESSAGE_BYTES_MAX,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
+                compress=0,
+            )
+        link = _Link(socket.send_str)
+        link.incarnation = member.incarnation
+        pump = asyncio.create_task(link.pump(self._make, self._participant.interval_s))
+        self._open.add(link)
+        link.say(asks=True)
+        worked = False
+        try:
+            while True:
+                # A connection over a network that was torn may stay stuck long after it has healed.
+                async with asyncio.timeout(silence_s):
+                    received = await socket.receive()
+                message = _message_in(received)
+                if message is None:
+                    return worked
+                if message.status.member.incarnation != member.incarnation:
+                    raise _AnotherIncarnation
+                worked = True
+                table.reached(member.incarnation)
+                self._take(link, message)
+        finally:
+            self._open.discard(link)
+            pump.cancel()
+            with suppress(Exception):
+                async with asyncio.timeout(_CLOSING_S):
+                    await socket.close()
+
+    # ---- both ------------------------------------------------------------------------------------
+
+    def _make(self, incarnation: str, asks: bool) -> Message:
+        return self._participant.message_to(incarnation, asks=asks)
+
+    def _take(self, link: _Link, message: Message) -> None:
+        news = self._participant.received(message)
+        if message.asks:
+            link.say(asks=False)
+        if news:
+            self._on_news()
+
+
+def _message_in(received: aiohttp.WSMessage) -> Message | None:
+    """The message in a frame; None if the connection is over or what came is not one."""
+    if received.type is not aiohttp.WSMsgType.TEXT:
+        return None
+    try:
+        return MESSAGE.validate_json(received.data)
+    except ValidationError:
+        return None

@@ -1,0 +1,94 @@
+"""Where nodes find each other while no member is there to ask.
+
+A waiting node leaves its card, an empty object below `lobby/` whose name says it all, so that one listing
+shows a thousand of them:
+
+    lobby/<node>!<incarnation>!<address>!<port>!<pid>!<workers>
+
+Cards are hints: a card of a dead node only costs a refused connection, and nothing is ever decided from a listing.
+"""
+
+import urllib.parse
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import astuple
+from typing import Final
+
+import structlog
+
+from elastic_pt.errors import StoreError
+from elastic_pt.runlog.records import Member
+from elastic_pt.store.port import Store
+
+LOBBY: Final = "lobby/"
+"""Cards of waiting nodes lie below this key."""
+
+_INTERVAL_S: Final = 0.5
+_SEPARATOR: Final = "!"
+"""Needs no quoting in S3, and never comes out of `quote`."""
+
+log = structlog.get_logger("elastic_pt.lobby")
+
+
+def card_key(member: Member) -> str:
+    """Where a node's card lies."""
+    fields = (urllib.parse.quote(str(each), safe="") for each in astuple(member))
+    return LOBBY + _SEPARATOR.join(fields)
+
+
+def members_in(keys: Iterable[str]) -> list[Member]:
+    """Whose cards these are; keys that are none are passed over."""
+    found = []
+    for key in keys:
+        with suppress(ValueError):
+            node, incarnation, address, port, pid, workers = (
+                urllib.parse.unquote(each) for each in key.removeprefix(LOBBY).split(_SEPARATOR)
+            )
+            found.append(Member(node, incarnation, address, int(port), int(pid), int(workers)))
+    return found
+
+
+class Lobby:
+    """One node's view of the lobby. Agent process, one thread; blocks on the bucket, never raises `StoreError`."""
+
+    def __init__(self, store: Store, clock_s: Callable[[], float]) -> None:
+        self._store = store
+        self._clock_s = clock_s
+        self._card: str | None = None
+        self._found: dict[str, Member] = {}
+        self._looked_s = float("-inf")
+
+    def waiting(self, me: Member) -> list[Member]:
+        """Announce this node and list the others; asks the store at most twice a second."""
+        if self._clock_s() - self._looked_s >= _INTERVAL_S:
+            self._looked_s = self._clock_s()
+            try:
+                self._look(me)
+            except StoreError as error:
+                log.warning("lobby_unreachable", error=str(error))
+        return list(self._found.values())
+
+    def leave(self) -> None:
+        """This node waits no longer."""
+        self._found = {}
+        if self._card is not None:
+            card, self._card = self._card, None
+            self._delete(card)
+
+    def forget(self, member: Member) -> None:
+        """A waiting node is gone; its card goes too."""
+        if self._found.pop(member.incarnation, None) is not None:
+            self._delete(card_key(member))
+
+    def _look(self, me: Member) -> None:
+        keys = self._store.keys(LOBBY)
+        mine = card_key(me)
+        if mine not in keys:
+            self._card = mine
+            self._store.write(mine, b"")
+        found = members_in(key for key in keys if key != mine)
+        self._found = {each.incarnation: each for each in found}
+
+    def _delete(self, key: str) -> None:
+        with suppress(StoreError):
+            self._store.delete(key)

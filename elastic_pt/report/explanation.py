@@ -1,0 +1,335 @@
+"""What happened between the generations of a run, told from its log alone. Pure: records in, explanations out.
+
+    GENERATION   causes, frontier step, resume, time to agree ─┐
+    RECOVERY     the phases up to its first step ──────────────┼─► Change   one per generation but the first
+    QUARANTINE   a checkpoint set aside, a node kept out ──────┤
+    COMMIT       that it did train ────────────────────────────┘
+    STOP ────────────────────────────────────────────────────────► End
+
+Every time in here is a duration that one node measured on its own monotonic clock. The times of the records
+come from the wall clocks of different machines: they are not looked at.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from elastic_pt.runlog.records import (
+    COMPLETED,
+    Cause,
+    CauseKind,
+    Checkpoint,
+    Commit,
+    Generation,
+    Quarantine,
+    Record,
+    Recovery,
+    Reopen,
+    Stop,
+)
+
+_PLANNED: Final = frozenset({CauseKind.JOINED, CauseKind.LEFT, CauseKind.BARRED})
+"""What does not break a world: its workers stop after the same step, and nothing is lost."""
+
+
+class FirstStep(StrEnum):
+    """What the log knows of a generation's first step."""
+
+    DONE = "done"
+    """A RECOVERY tells how long it took."""
+    NOT_MEASURED = "not measured"
+    """The generation did steps, but there is no RECOVERY."""
+    REPLACED = "replaced"
+    """The next generation came before any step was on record."""
+    ENDED = "ended"
+    """The end of the run came before any step was on record."""
+    AWAITED = "awaited"
+    """It is the newest generation, and the run has not ended."""
+    UNKNOWN = "unknown"
+    """Stock torchrun trains: the log holds who, not what."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A committed checkpoint that turned out unusable."""
+
+    directory: str
+    step: int | None
+    """None if no COMMIT names it."""
+    why: str
+
+
+@dataclass(frozen=True)
+class KeptOut:
+    """A node that must wait before it may be a member again."""
+
+    node: str
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Why and how one generation followed the one before."""
+
+    index: int
+    """Of its GENERATION record."""
+    generation: int
+    nodes: tuple[str, ...]
+    world_size: int
+    reason: str
+    causes: tuple[Cause, ...]
+    planned: bool
+    """All members had stopped after the same step: nothing was lost."""
+    resumed_by_new_nodes: bool
+    """Nobody was left who could have seen what happened."""
+    frontier_step: int
+    """The newest step that a member had done before."""
+    resume_step: int
+    """Where it went on; 0 is the start."""
+    agree_s: float
+    """From the moment at which the change was noticed to the record."""
+    first_step: FirstStep
+    recovery: Recovery | None = None
+    set_aside: tuple[SetAside, ...] = ()
+    kept_out: tuple[KeptOut, ...] = ()
+
+    @property
+    def steps_again(self) -> int | None:
+        """Steps that were done before and had to be done again; None where nobody was left who knew."""
+        if self.resumed_by_new_nodes or self.frontier_step < self.resume_step:
+            return None
+        return self.frontier_step - self.resume_step
+
+    def __str__(self) -> str:
+        size = f"{_count(len(self.nodes), 'node')}, world {self.world_size}"
+        clauses = [*_what_happened(self), *_how_it_went_on(self)]
+        return f"generation {self.generation} ({size}): {'; '.join(clauses)}"
+
+
+@dataclass(frozen=True)
+class End:
+    """How the run ended."""
+
+    index: int
+    """Of its STOP record."""
+    generation: int
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        if self.reason == COMPLETED:
+            return f"end: completed at step {self.step}"
+        return f"end: failed in generation {self.generation} at step {self.step}: {self.reason}"
+
+
+def explain(records: Iterable[Record]) -> list[Change | End]:
+    """Every change of the world, oldest first, and the end of the run if it has one.
+
+    `records` are those of one log, from its first record on. The first generation has nothing to explain.
+    """
+    changes: list[Change] = []
+    ends: list[End] = []
+    members: set[str] = set()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    set_aside: list[SetAside] = []
+    for record in records:
+        body = record.body
+        if isinstance(body, Generation):
+            changes[-1:] = [
+                _over(each, FirstStep.REPLACED, body.frontier_step) for each in changes[-1:]
+            ]
+            changes.append(_change(record.index, body, members, set_aside))
+            members, set_aside = {each.incarnation for each in body.members}, []
+        elif isinstance(body, Quarantine) and not body.node:
+            steps = [each.step for each in checkpoints if each.directory == body.directory]
+            set_aside.append(SetAside(body.directory, steps[0] if steps else None, body.why))
+        elif isinstance(body, Reopen):
+            ends = []
+        elif changes:
+            changes[-1] = _later(changes[-1], body)
+        if isinstance(body, Commit):
+            checkpoints = body.checkpoints
+        elif isinstance(body, Stop):
+            ends = [End(record.index, record.generation, body.step, body.reason)]
+    return [*changes[1:], *ends]
+
+
+def as_json(found: Change | End) -> dict[str, Any]:
+    """An explanation for programs: its fields, and `text`, which is the one for people."""
+    fields = {"kind": type(found).__name__.lower(), **dataclasses.asdict(found)}
+    if isinstance(found, Change):
+        fields["steps_again"] = found.steps_again
+    return {**fields, "text": str(found)}
+
+
+def _change(
+    index: int, generation: Generation, members: set[str], set_aside: list[SetAside]
+) -> Change:
+    """What a GENERATION says; `members` are the incarnations of the one before."""
+    stayed = members & {member.incarnation for member in generation.members}
+    anew = not stayed and not generation.causes
+    return Change(
+        index=index,
+        generation=generation.number,
+        nodes=tuple(member.node for member in generation.members),
+        world_size=generation.world_size,
+        reason=generation.reason,
+        causes=generation.causes,
+        planned=not anew and all(cause.kind in _PLANNED for cause in generation.causes),
+        resumed_by_new_nodes=anew,
+        frontier_step=generation.frontier_step,
+        resume_step=0 if generation.resume is None else generation.resume.step,
+        agree_s=generation.agree_s,
+        first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
+        set_aside=tuple(set_aside),
+    )
+
+
+def _later(change: Change, body: Recovery | Commit | Quarantine | Stop) -> Change:
+    """The newest generation after one more record about it."""
+    match body:
+        case Recovery():
+            return replace(change, recovery=body, first_step=FirstStep.DONE)
+        case Commit() if change.first_step is FirstStep.AWAITED:
+            return replace(change, first_step=FirstStep.NOT_MEASURED)
+        case Quarantine():
+            kept_out = KeptOut(body.node, body.seconds, body.why)
+            return replace(change, kept_out=(*change.kept_out, kept_out))
+        case Stop():
+            return _over(change, FirstStep.ENDED, body.step)
+    return change
+
+
+def _over(change: Change, by: FirstStep, step: int) -> Change:
+    """A generation when something comes after it that knows `step` to be done."""
+    if change.first_step is not FirstStep.AWAITED:
+        return change
+    trained = step > max(change.frontier_step, change.resume_step)
+    return replace(change, first_step=FirstStep.NOT_MEASURED if trained else by)
+
+
+# ---- words -------------------------------------------------------------------------------------------
+
+
+def _what_happened(change: Change) -> list[str]:
+    clauses = []
+    for kind in CauseKind:
+        causes = [cause for cause in change.causes if cause.kind is kind]
+        if kind is CauseKind.BARRED:
+            fresh = {each.node for each in change.kept_out}
+            causes = [cause for cause in causes if cause.node not in fresh]
+        if kind in (CauseKind.LEFT, CauseKind.JOINED):
+            if causes:
+                clauses.append(f"{_named(causes)} {kind}{_after(change)}")
+            continue
+        for detail in dict.fromkeys(cause.detail for cause in causes):
+            alike = [cause for cause in causes if cause.detail == detail]
+            clauses.append(_trouble(kind, alike, detail, change))
+    clauses += [
+        f"node {each.node} kept out for {each.seconds:g} s: {each.why}" for each in change.kept_out
+    ]
+    if change.resumed_by_new_nodes:
+        clauses.append(f"nobody of generation {change.generation - 1} was left; {change.reason}")
+    return [*(clauses or [change.reason]), *map(_aside, change.set_aside)]
+
+
+def _trouble(kind: CauseKind, causes: list[Cause], detail: str, change: Change) -> str:
+    nodes = _named(causes)
+    match kind:
+        case CauseKind.LOST:
+            silence = _range([cause.detect_s for cause in causes])
+            noticed = f"noticed {silence} after its last sign of life"
+            return f"{nodes} lost{_at(change)}: {detail}, {noticed}"
+        case CauseKind.FAILED:
+            return f"{nodes} failed: {detail}"
+        case CauseKind.UNUSABLE:
+            return f"{nodes} could not use the checkpoint: {detail}"
+        case CauseKind.BARRED:
+            return f"{nodes} kept out: {detail}"
+        case _:
+            return f"{nodes} {kind}{_at(change)}: {detail}"
+
+
+def _aside(found: SetAside) -> str:
+    name = found.directory if found.step is None else f"of step {found.step}"
+    return f"the checkpoint {name} was set aside: {found.why}"
+
+
+def _how_it_went_on(change: Change) -> list[str]:
+    clauses = []
+    if change.planned and change.first_step is not FirstStep.UNKNOWN:
+        clauses.append(f"agreed {_seconds(change.agree_s)} after all members had stopped")
+    elif not change.resumed_by_new_nodes:
+        clauses.append(f"agreed after {_seconds(change.agree_s)}")
+    match change.first_step:
+        case FirstStep.DONE if change.recovery is not None:
+            clauses += _phases(change, change.recovery)
+        case FirstStep.NOT_MEASURED:
+            clauses.append(f"went on from step {change.resume_step}; its start is not on record")
+        case FirstStep.REPLACED:
+            clauses.append("replaced before its first step was on record")
+        case FirstStep.ENDED:
+            clauses.append("the run ended before its first step was on record")
+        case FirstStep.AWAITED:
+            clauses.append("its first step is not on record yet")
+    if change.first_step in (FirstStep.DONE, FirstStep.NOT_MEASURED):
+        clauses.append(_again(change))
+    return clauses
+
+
+def _phases(change: Change, recovery: Recovery) -> list[str]:
+    state = f"restored step {change.resume_step}" if change.resume_step else "initialised weights"
+    since = (
+        "all members had stopped"
+        if change.planned
+        else "the new nodes had formed a world"
+        if change.resumed_by_new_nodes
+        else "it was noticed"
+    )
+    return [
+        f"workers connected after {_seconds(recovery.start_s)}, "
+        f"process group {_seconds(recovery.group_s)}, "
+        f"{state} in {_seconds(recovery.restore_s)}, "
+        f"first step {_seconds(recovery.step_s)}",
+        f"training again {_seconds(recovery.total_s)} after {since}",
+    ]
+
+
+def _again(change: Change) -> str:
+    count, first = change.steps_again, change.resume_step + 1
+    if count is None:
+        return f"steps from {first} on done again, however many there were"
+    if count == 0:
+        return "no step done again"
+    which = str(first) if count == 1 else f"{first} to {change.frontier_step}"
+    return f"{_count(count, 'step')} ({which}) done again"
+
+
+def _at(change: Change) -> str:
+    if change.first_step is FirstStep.UNKNOWN:
+        return ""
+    return f" at step {change.frontier_step}" if change.frontier_step else " before the first step"
+
+
+def _after(change: Change) -> str:
+    return f" after step {change.frontier_step}" if change.frontier_step else _at(change)
+
+
+def _named(causes: list[Cause]) -> str:
+    return f"node{'' if len(causes) == 1 else 's'} {', '.join(cause.node for cause in causes)}"
+
+
+def _range(values: list[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{most} s" if least == most else f"{least} to {most} s"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"

@@ -1,0 +1,398 @@
+"""What a run says of itself, to anybody who has its URL: state, records, checkpoints, history of steps.
+
+    log ─► RunView ─┐
+    agents ─► answers ┼─► status      the agents know the step of this moment; where none answers, the log speaks
+    lobby ─► cards ─┘
+
+States of a run:
+
+    new        no generation yet
+    running    members train, or enough nodes are up and agree on the next generation
+    paused     nodes are up, but fewer than elastic.nodes_min can train together; it goes on by itself when more come,
+               or when a trouble passes that made nodes rest
+    down       nobody answers and the log has no STOP; any agent that starts goes on from the last commit
+    completed  the last step is done and committed
+    failed     the log has a STOP for another reason, which `reason` tells
+
+Only reads, and imports no torch. Runs in the command line's process.
+"""
+
+import asyncio
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import aiohttp
+from pydantic import ValidationError
+
+from elastic_pt.checkpoint import history
+from elastic_pt.config import Config
+from elastic_pt.errors import ConfigError, NotFound
+from elastic_pt.membership.decide import park
+from elastic_pt.membership.links import TOKEN_KEY, url_of
+from elastic_pt.membership.lobby import LOBBY, members_in
+from elastic_pt.membership.peers import STATUS
+from elastic_pt.membership.status import NodeStatus, Phase
+from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
+from elastic_pt.runlog.log import RunLog, RunView, record_key
+from elastic_pt.runlog.records import (
+    COMPLETED,
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Member,
+    Quarantine,
+    Record,
+    Recovery,
+    Reopen,
+    Stop,
+)
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
+
+STORE_DEADLINE_S: Final = 30.0
+ANSWER_TIMEOUT_S: Final = 2.0
+_ANSWER_BYTES_MAX: Final = 1024 * 1024
+
+
+class State(StrEnum):
+    """See the module."""
+
+    NEW = "new"
+    RUNNING = "running"
+    PAUSED = "paused"
+    DOWN = "down"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class MemberReport:
+    """One node of the newest generation, or one that waits for the next."""
+
+    node: str
+    pid: int
+    """Of its agent."""
+    address: str
+    port: int
+    slots: int
+    """Slots of each step that it computes; 0 for one that waits."""
+    workers: int
+    phase: str
+    """What it says it does; "down" if it does not answer."""
+    resting: str
+    """Why it takes no part for a while; empty if it does."""
+    metrics_url: str
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """The newest checkpoint that counts."""
+
+    step: int
+    age_s: float
+    """Since it was committed, by this machine's clock."""
+    directory: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment."""
+
+    url: str
+    state: State
+    reason: str
+    generation: int
+    world_size: int
+    """Workers of the newest generation."""
+    step: int
+    steps: int | None
+    """Of the whole run, where the run directory tells."""
+    loss: float | None
+    members: tuple[MemberReport, ...]
+    waiting: tuple[MemberReport, ...]
+    commit: CommitReport | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that exists, open for reading."""
+
+    store: Store
+    log: RunLog
+    config: Config | None
+    """None for a run of stock torchrun, which has only a log."""
+
+
+def open_run(url: str) -> Run:
+    """Open the run at an absolute URL. Raises `ConfigError` if there is none."""
+    store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
+    log = RunLog(store, writer="elastic-pt")
+    view = log.refresh()
+    config: Config | None = None
+    if store.size(CONFIG_KEY) is not None:
+        config = read_run_config(store, [])
+    elif view.head is None:
+        raise ConfigError(
+            f"{store.url}: no run there (neither {CONFIG_KEY} nor {record_key(0)}); "
+            "the run.url of a run that was started would be right"
+        )
+    return Run(store, log, config)
+
+
+def read_status(run: Run) -> RunStatus:
+    """The run as it is now; waits at most twice `ANSWER_TIMEOUT_S` for agents that do not answer."""
+    view = run.log.refresh()
+    answers = _ask(run, _members(view))
+    if any(answer.log_length > view.length for answer in answers.values()):
+        view = run.log.refresh()
+        answers = _ask(run, _members(view))
+    waiting: dict[str, NodeStatus] = {}
+    if view.stop is None and not answers:
+        waiting = _ask(run, members_in(run.store.keys(LOBBY)))
+    nodes_min = 1 if run.config is None else run.config.elastic.nodes_min
+    state, reason = judge(view, list(answers.values()), len(waiting), nodes_min)
+    step, loss = _progress(view, answers)
+    generation = view.generation
+    return RunStatus(
+        url=run.store.url,
+        state=state,
+        reason=reason,
+        generation=view.generation_number,
+        world_size=0 if generation is None else generation.world_size,
+        step=step,
+        steps=None if run.config is None else run.config.train.steps,
+        loss=loss,
+        members=() if generation is None else _member_reports(generation, answers),
+        waiting=tuple(_member_report(each.member, 0, each) for each in waiting.values()),
+        commit=_commit_report(run.log, view),
+    )
+
+
+def judge(
+    view: RunView, answers: Sequence[NodeStatus], waiting: int, nodes_min: int
+) -> tuple[State, str]:
+    """The run's state and why. Pure.
+
+    `answers` are those of the newest generation's members, `waiting` counts other nodes that are up.
+    """
+    if view.stop is not None:
+        state = State.COMPLETED if view.stop.reason == COMPLETED else State.FAILED
+        return state, view.stop.reason
+    if any(answer.phase is not Phase.WAITING for answer in answers):
+        return State.RUNNING, "" if view.generation is None else view.generation.reason
+    able, why_not = _able(view, answers)
+    nodes = able + waiting
+    if view.generation is None:
+        return State.NEW, f"{nodes} of at least {nodes_min} nodes wait for the start"
+    if not answers and not waiting:
+        return State.DOWN, "no agent answers"
+    if nodes < nodes_min:
+        return State.PAUSED, "; ".join((f"{nodes} of at least {nodes_min} nodes", *why_not))
+    return State.RUNNING, f"{nodes} nodes agree on generation {view.generation_number + 1}"
+
+
+def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]:
+    """How many of those that answer could train together, and what keeps the other members from it."""
+    members = () if view.generation is None else view.generation.members
+    there = {answer.member.incarnation: answer for answer in answers}
+    stay = {
+        incarnation
+        for incarnation, answer in there.items()
+        if not answer.leaving and not answer.resting
+    }
+    links = {
+        (min(here, other), max(here, other))
+        for here in stay
+        for other in there[here].unreachable
+        if other in stay and other != here
+    }
+    parked = park(sorted(links), members)
+    troubles = {
+        "no answer from": [each.node for each in members if each.incarnation not in there],
+        "about to leave:": [each.member.node for each in there.values() if each.leaving],
+        "resting:": [
+            f"{each.member.node} ({each.resting})" for each in there.values() if each.resting
+        ],
+        "not linked to all others:": [there[each].member.node for each in parked],
+    }
+    why_not = [f"{trouble} {', '.join(nodes)}" for trouble, nodes in troubles.items() if nodes]
+    return len(stay) - len(parked), why_not
+
+
+def records(run: Run) -> Iterator[Record]:
+    """Every record, with the hash chain checked. Raises `LogDamaged` where it breaks or a record is missing."""
+    yield from run.log.records()
+
+
+def describe(record: Record) -> str:
+    """One readable line of a record."""
+    body = record.body
+    match body:
+        case Generation():
+            names = ", ".join(each.node for each in body.members)
+            resume = "the start" if body.resume is None else f"step {body.resume.step}"
+            text = f"generation {body.number} from {resume}, world size {body.world_size}: {names} [{body.reason}]"
+        case Commit():
+            kept = ", ".join(str(each.step) for each in body.checkpoints)
+            loss = "" if body.newest.loss is None else f" loss {body.newest.loss:.4f}"
+            text = f"step {body.newest.step}{loss}, kept: {kept} ({body.newest.directory})"
+        case Recovery():
+            text = (
+                f"generation {body.number} to its first step in {body.total_s:.2f} s: "
+                f"start {body.start_s:.2f}, process group {body.group_s:.2f}, "
+                f"restore {body.restore_s:.2f}, first step {body.step_s:.2f}"
+            )
+        case Quarantine(node=node) if node:
+            text = f"node {node} kept out for {body.seconds:g} s: {body.why}"
+        case Quarantine():
+            text = f"{body.directory}: {body.why}"
+        case Stop():
+            text = f"{body.reason} at step {body.step}"
+        case Reopen():
+            platform = ", another platform is accepted" if body.platform else ""
+            text = f"from step {body.step}{platform}: {body.why}"
+    return f"{record.index:>5}  {record.time}  {record.kind:<10}  {text}  (by {record.writer})"
+
+
+def record_as_json(record: Record) -> dict[str, Any]:
+    """A record as it is stored, and the SHA-256 of its stored bytes."""
+    stored: dict[str, Any] = json.loads(record.to_bytes())
+    return stored | {"sha256": record.sha256}
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint that was committed and is still kept."""
+
+    checkpoint: Checkpoint
+    quarantine: str
+    """Why it must not be used; empty for one that may."""
+
+
+def read_checkpoints(run: Run) -> list[CheckpointReport]:
+    """Committed checkpoints that the newest COMMIT keeps, newest first; quarantined ones with the reason."""
+    view = run.log.refresh()
+    if view.commit is None or view.head is None:
+        return []
+    reasons: dict[str, str] = {}
+    for record in run.log.chain(view.head, Kind.QUARANTINE):
+        if isinstance(record.body, Quarantine) and record.body.directory:
+            reasons[record.body.directory] = record.body.why
+    return [
+        CheckpointReport(each, reasons.get(each.directory, "")) for each in view.commit.checkpoints
+    ]
+
+
+def read_history(run: Run) -> list[dict[str, Any]]:
+    """One entry per step that counts, in order: what the worker of rank 0 reported of it, and its generation.
+
+    Steps after the newest commit are not in it. A step that was computed twice has the later entry.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in run.log.records():
+        if not isinstance(record.body, Commit):
+            continue
+        with suppress(NotFound):
+            lines = history.read_history(run.store, record.body.history)
+            if lines:
+                first = lines[0]["step"]
+                by_step = {step: line for step, line in by_step.items() if step < first}
+                by_step |= {line["step"]: line for line in lines}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _members(view: RunView) -> tuple[Member, ...]:
+    over = view.stop is not None or view.generation is None
+    return () if over or view.generation is None else view.generation.members
+
+
+def _ask(run: Run, members: Iterable[Member]) -> dict[str, NodeStatus]:
+    """Answers of those agents that answer, by incarnation; all are asked at once."""
+    asked = list(members)
+    if not asked:
+        return {}
+    try:
+        token = run.store.read(TOKEN_KEY).decode()
+    except NotFound:
+        return {}
+    return asyncio.run(_ask_all(asked, token))
+
+
+async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
+    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+    headers = {"Authorization": f"Bearer {token}"}
+
+    async def ask(session: aiohttp.ClientSession, member: Member) -> NodeStatus | None:
+        try:
+            async with session.get(url_of(member, "/v1/status")) as response:
+                status = STATUS.validate_json(await _read_body(response))
+        except (aiohttp.ClientError, TimeoutError, ValidationError):
+            return None
+        # Another run's agent, or another life of this one, may have taken the port.
+        return status if status.member.incarnation == member.incarnation else None
+
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+        answers = await asyncio.gather(*(ask(session, member) for member in members))
+    return {each.member.incarnation: each for each in answers if each is not None}
+
+
+async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, in however many parts it comes; cut off behind `_ANSWER_BYTES_MAX`."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > _ANSWER_BYTES_MAX:
+            break
+    return bytes(body)
+
+
+def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float | None]:
+    """Step and loss: of the first member that has finished a step, else of the log."""
+    for member in () if view.generation is None else view.generation.members:
+        answer = answers.get(member.incarnation)
+        if answer is not None and answer.step > 0:
+            return answer.step, answer.loss
+    newest = view.checkpoints[0] if view.checkpoints else None
+    step = 0 if newest is None else newest.step
+    if view.stop is not None:
+        step = max(step, view.stop.step)
+    return step, None if newest is None else newest.loss
+
+
+def _member_reports(
+    generation: Generation, answers: dict[str, NodeStatus]
+) -> tuple[MemberReport, ...]:
+    slots = generation.slots or (0,) * len(generation.members)
+    return tuple(
+        _member_report(member, count, answers.get(member.incarnation))
+        for member, count in zip(generation.members, slots, strict=True)
+    )
+
+
+def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> MemberReport:
+    return MemberReport(
+        node=member.node,
+        pid=member.pid,
+        address=member.address,
+        port=member.port,
+        slots=slots,
+        workers=member.workers,
+        phase="down" if answer is None else answer.phase,
+        resting="" if answer is None else answer.resting,
+        metrics_url="" if answer is None else answer.metrics_url,
+    )
+
+
+def _commit_report(log: RunLog, view: RunView) -> CommitReport | None:
+    if view.head is None or view.commit is None:
+        return None
+    time = datetime.datetime.fromisoformat(next(log.chain(view.head, Kind.COMMIT)).time)
+    age_s = (datetime.datetime.now(datetime.UTC) - time).total_seconds()
+    newest = view.commit.newest
+    return CommitReport(newest.step, max(0.0, round(age_s, 3)), newest.directory)

@@ -1,0 +1,294 @@
+"""The run is a log in a bucket: `log/<20 digits>.json`, create-once, never overwritten, one total order.
+
+Whoever creates record n has decided what comes n-th; whoever loses that race reads the winner and obeys
+it. That is the whole fence: a writer of an old generation always meets the GENERATION record that
+replaced it before it can create anything behind it, and stops there with `FencedError`. The end of the
+log is found by probing for the next number, never by trusting a listing.
+"""
+
+import datetime
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
+from elastic_pt.runlog.records import (
+    COMPLETED,
+    ORIGIN,
+    Body,
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Quarantine,
+    Record,
+    Recovery,
+    Reopen,
+    Stop,
+)
+from elastic_pt.store.port import Store
+
+_APPEND_ATTEMPTS_MAX: Final = 1000
+GENERATIONS_KEPT: Final = 64
+BARS_KEPT: Final = 64
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the log says up to `head`: a pure fold over its records."""
+
+    head: Record | None = None
+    run_id: str = ""
+    """Nonce of the first record; manifests carry it, so that no checkpoint of another run is accepted."""
+    generations: tuple[Generation, ...] = ()
+    """The newest ones that were read, oldest first, at most `GENERATIONS_KEPT`."""
+    recovery: Recovery | None = None
+    commit: Commit | None = None
+    quarantined: frozenset[str] = frozenset()
+    bars: tuple[tuple[int, Quarantine], ...] = ()
+    """Quarantines of nodes that were read, oldest first, each with the index of its record."""
+    stop: Stop | None = None
+    """The end of the run, unless a REOPEN has lifted it since."""
+    reopened_generation: int = 0
+    """The newest generation when the run was last reopened: failures up to it count no more."""
+    waived_generation: int = -1
+    """The newest generation when a REOPEN last accepted another platform; -1 if none did."""
+
+    @property
+    def length(self) -> int:
+        """Records so far, and the index that the next one will have."""
+        return 0 if self.head is None else self.head.index + 1
+
+    @property
+    def generation(self) -> Generation | None:
+        """The newest generation."""
+        return self.generations[-1] if self.generations else None
+
+    @property
+    def generation_number(self) -> int:
+        """The newest generation; 0 before the first."""
+        return 0 if self.generation is None else self.generation.number
+
+    @property
+    def platform(self) -> Mapping[str, str] | None:
+        """The platform that the run is bound to; empty where `identity.json` tells it, None if any is accepted."""
+        generation = self.generation
+        if self.waived_generation >= self.generation_number:
+            return None
+        return {} if generation is None else generation.platform
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint that exists, newest first: committed, kept and not quarantined."""
+        kept = () if self.commit is None else self.commit.checkpoints
+        return tuple(each for each in kept if each.directory not in self.quarantined)
+
+
+def fold(view: RunView, record: Record) -> RunView:
+    """The view after one more record."""
+    seen = replace(view, head=record, run_id=view.run_id or record.nonce)
+    match record.body:
+        case Generation():
+            return replace(seen, generations=(*view.generations, record.body)[-GENERATIONS_KEPT:])
+        case Recovery():
+            return replace(seen, recovery=record.body)
+        case Commit():
+            return replace(seen, commit=record.body)
+        case Quarantine(node=node) if node:
+            return replace(seen, bars=(*view.bars, (record.index, record.body))[-BARS_KEPT:])
+        case Quarantine(directory=directory):
+            return replace(seen, quarantined=seen.quarantined | {directory})
+        case Stop():
+            return replace(seen, stop=record.body)
+        case Reopen(platform=platform):
+            number = record.generation
+            return replace(
+                seen,
+                stop=None,
+                reopened_generation=number,
+                waived_generation=number if platform else view.waived_generation,
+            )
+
+
+def check_allowed(view: RunView, body: Body, generation: int) -> None:
+    """The fence: raises `FencedError` unless a writer of `generation` may append `body` after `view`."""
+    if isinstance(body, Reopen):
+        if view.stop is not None and view.stop.reason == COMPLETED:
+            raise FencedError("the run is complete")
+        if view.stop is None and not body.platform:
+            raise FencedError("the run has not ended")
+    elif view.stop is not None:
+        raise FencedError(f"the run has ended: {view.stop.reason}")
+    if isinstance(body, Generation):
+        if body.number != view.generation_number + 1:
+            raise FencedError(
+                f"generation {view.generation_number} is there already; {body.number} lost the race"
+            )
+    elif generation != view.generation_number:
+        raise FencedError(
+            f"generation {generation} has been replaced by generation {view.generation_number}; it may append nothing"
+        )
+
+
+def record_key(index: int) -> str:
+    """Where record `index` lies."""
+    return f"log/{index:020d}.json"
+
+
+def _index_of(key: str) -> int:
+    """Which record lies there; -1 for a key of something else."""
+    digits = key.removeprefix("log/").removesuffix(".json")
+    return int(digits) if digits.isdecimal() and key == record_key(int(digits)) else -1
+
+
+class RunLog:
+    """Reads and appends the log of one run. Agent process (and the command line); safe to share between threads."""
+
+    def __init__(self, store: Store, *, writer: str) -> None:
+        self._store = store
+        self._writer = writer
+        self._view = RunView()
+        self._lock = threading.Lock()
+
+    @property
+    def view(self) -> RunView:
+        """The log as last read; `refresh` reads on."""
+        return self._view
+
+    def refresh(self, length: int | None = None) -> RunView:
+        """Read on to the end of the log, or only until so many records are known, as a peer told of them.
+
+        Costs a request for each new record, and one to see that there is no further one.
+        """
+        with self._lock:
+            return self._refresh(length)
+
+    def append(self, make: Callable[[RunView], Body], *, generation: int) -> RunView:
+        """Append what `make` says to the newest view, on behalf of a member of `generation`.
+
+        `make` is asked again whenever somebody else was faster. Raises `FencedError` when the newest
+        view does not allow it any more.
+        """
+        with self._lock:
+            for _ in range(_APPEND_ATTEMPTS_MAX):
+                view = self._refresh()
+                body = make(view)
+                check_allowed(view, body, generation)
+                record = self._next_record(view, body)
+                try:
+                    self._store.create(record_key(record.index), record.to_bytes())
+                except AlreadyExists:
+                    continue
+                self._view = fold(view, record)
+                return self._view
+        raise StoreError(
+            f"{self._store.url}: lost {_APPEND_ATTEMPTS_MAX} races for the next record of the log"
+        )
+
+    def records(self) -> Iterator[Record]:
+        """Every record from the first on, with the hash chain checked. Raises `LogDamaged` where it breaks or has a gap."""
+        previous = ORIGIN
+        index = 0
+        while (record := self._read(index)) is not None:
+            _check_link(record, index, previous)
+            yield record
+            previous = record.sha256
+            index += 1
+        self._require_no_gap(index)
+
+    def _refresh(self, length: int | None = None) -> RunView:
+        if self._view.head is None:
+            self._view = self._open()
+        while (length is None or self._view.length < length) and (
+            record := self._read(self._view.length)
+        ) is not None:
+            head = self._view.head
+            _check_link(record, self._view.length, ORIGIN if head is None else head.sha256)
+            self._view = fold(self._view, record)
+        return self._view
+
+    def _require_no_gap(self, end: int) -> None:
+        """A listing proves nothing, but a record that it shows beyond the end is proof enough of a gap."""
+        newest = max(map(_index_of, self._store.keys("log/")), default=-1)
+        if newest > end and self._store.size(record_key(end)) is None:
+            raise self._gap(end, newest)
+
+    def _gap(self, index: int, later: int) -> LogDamaged:
+        return LogDamaged(
+            f"{self._store.url}/{record_key(index)}: missing from the middle of the log ({record_key(later)} is there)"
+        )
+
+    def _open(self) -> RunView:
+        """The view at the newest record that a listing shows, made of what that record points back to.
+
+        A listing proves nothing: records that it lacks are asked for, and reading goes on from the newest one.
+        """
+        listed = {_index_of(key) for key in self._store.keys("log/")} - {-1}
+        newest = max(listed, default=0)
+        if not listed and self._store.size(record_key(0)) is None:
+            return RunView()
+        for index in sorted(set(range(newest)) - listed):
+            if self._store.size(record_key(index)) is None:
+                raise self._gap(index, newest)
+        head = self._must_read(newest)
+        view = RunView(run_id=self._must_read(0).nonce)
+        kinds = (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP)
+        for index in sorted(head.latest[kind] for kind in kinds if kind in head.latest):
+            view = fold(view, self._must_read(index))
+        for reopened in reversed(list(self.chain(head, Kind.REOPEN))):
+            stop = view.stop if head.latest.get(Kind.STOP, -1) > reopened.index else None
+            view = replace(fold(view, reopened), stop=stop)
+        for quarantine in reversed(list(self.chain(head, Kind.QUARANTINE))):
+            view = fold(view, quarantine)
+        return replace(view, head=head)
+
+    def chain(self, head: Record, kind: Kind) -> Iterator[Record]:
+        """Records of one kind, newest first, by following the pointers from `head` back."""
+        index = head.latest.get(kind)
+        while index is not None:
+            record = self._must_read(index)
+            yield record
+            index = self._must_read(index - 1).latest.get(kind) if index > 0 else None
+
+    def _next_record(self, view: RunView, body: Body) -> Record:
+        head = view.head
+        record = Record(
+            index=view.length,
+            generation=body.number if isinstance(body, Generation) else view.generation_number,
+            writer=self._writer,
+            nonce=secrets.token_hex(16),
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            previous=ORIGIN if head is None else head.sha256,
+            latest={} if head is None else dict(head.latest),
+            body=body,
+        )
+        record.latest[record.kind] = record.index
+        return record.sealed()
+
+    def _read(self, index: int) -> Record | None:
+        key = record_key(index)
+        try:
+            return Record.from_bytes(self._store.read(key), key=key)
+        except NotFound:
+            return None
+
+    def _must_read(self, index: int) -> Record:
+        record = self._read(index)
+        if record is None:
+            raise LogDamaged(
+                f"{self._store.url}/{record_key(index)}: missing from the middle of the log"
+            )
+        return record
+
+
+def _check_link(record: Record, index: int, previous: str) -> None:
+    if record.index != index:
+        raise LogDamaged(
+            f"{record_key(index)}: calls itself record {record.index}; it is not in its place"
+        )
+    if record.previous != previous:
+        raise LogDamaged(
+            f"{record_key(index)}: does not follow from the record before it; the log was altered"
+        )

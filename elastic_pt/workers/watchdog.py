@@ -1,0 +1,179 @@
+"""When a worker counts as hung: a pure function of what is seen of it and when. Agent process.
+
+    standstill    no tick for `hang_timeout_s`, or for 3 times the longest gap of the last minutes where the
+                  machine is that slow: the process is stopped, asleep in the kernel or keeps the interpreter
+    no progress   it ticks, but step and phase have not changed for `progress_timeout_s`, or for 6 times a long
+                  step where steps are that long
+
+A worker that waits in a collective for a hung one ticks on, so only the second rule could blame it. That rule
+is slower by a factor: by then the agent of the hung one has acted on the first. Until the first steps are
+done, and in phases that move bytes or wait for the bucket, there is no typical duration: `startup_timeout_s`.
+
+Time in which the agent itself did not look (it was stopped too, or the whole machine was) is not held
+against the worker.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from elastic_pt.workers.heartbeat import Phase, Reading
+
+_LOOK_GAP_MAX_S: Final = 1.0
+_GAP_FACTOR: Final = 3.0
+_GAP_WINDOW_S: Final = 150.0
+_STEP_FACTOR: Final = 6.0
+_STEPS_REMEMBERED: Final = 64
+_STEPS_BEFORE_JUDGING: Final = 8
+_STEPS_BEFORE_DROPPING: Final = 16
+
+_STOPPED: Final = ("T", "t")
+_ENDING: Final = ("Z", "X", "")
+_UNHURRIED: Final = (Phase.START, Phase.RESTORE, Phase.END)
+_WORDS: Final = {
+    "T": "stopped",
+    "t": "stopped by a debugger",
+    "D": "uninterruptible sleep",
+    "R": "running",
+    "S": "sleeping",
+    "X": "exiting",
+    "Z": "ended",
+    "": "gone",
+}
+
+
+@dataclass(frozen=True)
+class WatchdogLimits:
+    """The least patience of each rule; all but the last grow where a run is slower than that."""
+
+    hang_timeout_s: float = 2.0
+    """Seconds without a tick."""
+    progress_timeout_s: float = 30.0
+    """Seconds in one step without progress. Longer than any wait for data of another worker, for which this
+    one then waits in a collective."""
+    startup_timeout_s: float = 600.0
+    """Seconds in one phase before the first steps are done, or in one that moves bytes. Does not grow."""
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Why a worker counts as hung."""
+
+    standstill: bool
+    """Whether it stands still altogether; else it only makes no progress."""
+    seconds: float
+    limit_s: float
+    step: int
+    phase: Phase
+    state: str
+    """The process's state letter."""
+
+    def __str__(self) -> str:
+        if self.standstill:
+            where = _WORDS.get(self.state, f"state {self.state}")
+            return f"stood still for {self.seconds:.1f} s at step {self.step} ({where})"
+        return (
+            f"made no progress for {self.seconds:.1f} s at step {self.step} "
+            f"({self.phase.name.lower()}, limit {self.limit_s:.1f} s)"
+        )
+
+
+class Detector:
+    """Watches one worker from its start. Every `observe` is one look; the more often, the sooner it notices."""
+
+    def __init__(self, limits: WatchdogLimits, now_s: float) -> None:
+        self._limits = limits
+        self._looked_s = now_s
+        self._last: Reading | None = None
+        self._still_s = 0.0
+        self._unchanged_s = 0.0
+        self._cycle_s = 0.0
+        self._stage_s = 0.0
+        self._cycles_s: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
+        self._gap_s, self._earlier_gap_s, self._gap_window_until_s = 0.0, 0.0, now_s + _GAP_WINDOW_S
+
+    def observe(self, now_s: float, reading: Reading | None, state: str) -> Hang | None:
+        """Take a look into account: the worker's account of itself and its process's state letter."""
+        passed_s = min(now_s - self._looked_s, _LOOK_GAP_MAX_S)
+        self._looked_s = now_s
+        self._unchanged_s += passed_s
+        if reading is not None:
+            self._take_tick(now_s, reading, passed_s)
+            self._take_progress(reading, passed_s)
+            self._last = reading
+        return self._standstill(state) or self._no_progress(state)
+
+    def stopped(self, state: str) -> Hang | None:
+        """Whether it is stopped right now: the likely culprit when another one lost its connection to it."""
+        return self._hang(True, self._still_s, 0.0, state) if state in _STOPPED else None
+
+    def _take_tick(self, now_s: float, reading: Reading, passed_s: float) -> None:
+        self._still_s += passed_s
+        if now_s >= self._gap_window_until_s:
+            self._gap_s, self._earlier_gap_s = 0.0, self._gap_s
+            self._gap_window_until_s = now_s + _GAP_WINDOW_S
+        if self._last is None or reading.ticks != self._last.ticks:
+            if self._steps_by():
+                self._gap_s = max(self._gap_s, self._still_s)
+            self._still_s = 0.0
+
+    def _take_progress(self, reading: Reading, passed_s: float) -> None:
+        self._cycle_s += passed_s
+        last = self._last
+        if last is None:
+            self._unchanged_s = self._cycle_s = 0.0
+            return
+        if (reading.changed_s, reading.step, reading.phase) == (
+            last.changed_s,
+            last.step,
+            last.phase,
+        ):
+            return
+        if last.phase is Phase.STAGE:
+            self._stage_s = self._unchanged_s
+        if reading.step > last.step and last.phase not in _UNHURRIED:
+            self._cycles_s.append(self._cycle_s / (reading.step - last.step))
+        if reading.step != last.step or last.phase in _UNHURRIED:
+            self._cycle_s = 0.0
+        self._unchanged_s = 0.0
+
+    def _standstill(self, state: str) -> Hang | None:
+        if self._last is None or self._last.ticks == 0:
+            return None
+        limit_s = self._limits.hang_timeout_s
+        if state in _ENDING:
+            # Its exit code comes next; giving back a lot of memory takes a while.
+            limit_s = self._limits.progress_timeout_s
+        elif state not in _STOPPED:
+            # Imports, compilation and device set-up may keep the interpreter's lock for a long time.
+            if not self._steps_by():
+                return None
+            limit_s = max(limit_s, _GAP_FACTOR * max(self._gap_s, self._earlier_gap_s))
+        return self._hang(True, self._still_s, limit_s, state) if self._still_s > limit_s else None
+
+    def _steps_by(self) -> bool:
+        """Whether it is between its first finished step and its last: there a pause is unusual."""
+        return (
+            self._last is not None and self._last.phase not in _UNHURRIED and bool(self._cycles_s)
+        )
+
+    def _no_progress(self, state: str) -> Hang | None:
+        limit_s = self._progress_limit_s()
+        if self._unchanged_s <= limit_s:
+            return None
+        return self._hang(False, self._unchanged_s, limit_s, state)
+
+    def _progress_limit_s(self) -> float:
+        computes = self._last is not None and self._last.phase is Phase.COMPUTE
+        if not computes or len(self._cycles_s) < _STEPS_BEFORE_JUDGING:
+            return self._limits.startup_timeout_s
+        # Dropping the longest once there are many: one freak does not raise the limit, what happens twice does.
+        drop = len(self._cycles_s) >= _STEPS_BEFORE_DROPPING
+        long_step_s = sorted(self._cycles_s)[-2 if drop else -1]
+        # Another worker may still be staging its checkpoint when this one waits for it in the next step.
+        return max(self._limits.progress_timeout_s, _STEP_FACTOR * max(long_step_s, self._stage_s))
+
+    def _hang(self, standstill: bool, seconds: float, limit_s: float, state: str) -> Hang:
+        step = self._last.step if self._last else 0
+        phase = self._last.phase if self._last else Phase.START
+        return Hang(standstill, seconds, limit_s, step, phase, state)

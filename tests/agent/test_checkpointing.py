@@ -1,0 +1,205 @@
+"""Where a new generation goes on: what is taken on trust, and what is looked at."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
+from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.shard_file import Staging, write_shard
+from elastic_pt.checkpoint.upload import StagedShard, refuse_node
+from elastic_pt.errors import CheckpointError
+from elastic_pt.membership.node import Formed, Node
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Commit
+from elastic_pt.store.open import open_store
+from elastic_pt.telemetry.catalogue import Metrics
+from tests.checkpoint.world import RUN_ID, full_tensors, local_rows, training_state
+from tests.membership.bucket import WatchedStore
+from tests.membership.world import generation, member
+from tests.train.world import config_for
+
+WAIT_S = 20.0
+COMMITTED = Checkpoint(7, 1, "ckpt/0000000007-g1-abcd", 1, "0" * 64, 1.0)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> WatchedStore:
+    """A run whose only checkpoint, committed by generation 1 of node a, has lost its files since."""
+    bucket = WatchedStore(open_store(f"file://{tmp_path}"))
+    log = RunLog(bucket, writer="a")
+    log.append(lambda _: generation("a"), generation=0)
+    log.append(lambda _: Commit((COMMITTED,), "history/x"), generation=1)
+    return bucket
+
+
+def test_a_member_takes_what_its_own_generation_committed(bucket: WatchedStore) -> None:
+    """A recovery asks the bucket nothing about files that were all looked at when they were committed, moments ago."""
+    log = RunLog(bucket, writer="a")
+    view = log.refresh()
+    bucket.requests.clear()
+    assert choose_resume(bucket, log, view, member("a").incarnation) == COMMITTED
+    assert bucket.requests.total() == 0
+
+
+def test_new_nodes_look_at_every_file_first(bucket: WatchedStore) -> None:
+    """Who takes a run up, perhaps days later, puts on record which checkpoints have become unusable."""
+    log = RunLog(bucket, writer="z")
+    with pytest.raises(CheckpointError, match="none of the committed checkpoints is usable"):
+        choose_resume(bucket, log, log.refresh(), member("z").incarnation)
+    assert log.refresh().quarantined == {COMMITTED.directory}
+
+
+def member_of(
+    folder: Path,
+    node_rank: int,
+    released: Callable[[int], None] = lambda _: None,
+    settle_s: float = 5.0,
+) -> Checkpointing:
+    """The checkpoints of a node in generation 3 of two nodes with two workers each."""
+    formed = SimpleNamespace(
+        generation=replace(
+            generation(),
+            number=3,
+            members=tuple(
+                replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab"
+            ),
+        ),
+        node_rank=node_rank,
+    )
+    store = open_store(f"file://{folder}/run")
+    run_log = RunLog(store, writer="a")
+    run_log.refresh()
+    node = SimpleNamespace(
+        member=member("ab"[node_rank], workers=2),
+        must_reform=lambda _: False,
+        view=SimpleNamespace(run_id=RUN_ID),
+        notice_log=lambda: None,
+    )
+    node.failure = partial(Node.failure, cast(Node, node))
+    return Checkpointing(
+        config_for(folder, f"elastic.settle_timeout_s={settle_s}"),
+        store,
+        run_log,
+        cast(Node, node),
+        Metrics(),
+        folder / "staging",
+        formed=lambda: cast(Formed, formed),
+        release=released,
+    )
+
+
+def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> None:
+    """A skipped checkpoint is lost by this node; the same step of another one is not."""
+    checkpointing = member_of(tmp_path, node_rank=1)
+    assert checkpointing.lost() is None
+    message = {"step": 7, "rank": 3, "generation": 3, "why": "no space left"}
+    checkpointing.skipped(message)
+    assert checkpointing.lost() == Lost(3, 7, "no space left", own=True)
+    checkpointing.skipped(message | {"step": 8, "generation": 2})
+    assert checkpointing.staged_step == 7
+    checkpointing.close(WAIT_S)
+
+
+def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: Path) -> None:
+    """A node that says it had no room loses the checkpoint for all, but it alone loses it by its own trouble."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    committing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    full = member_of(tmp_path, node_rank=1)
+    full.skipped({"step": 7, "rank": 2, "generation": 3, "why": "no space left"})
+    for rank in (0, 1):
+        path = Staging(tmp_path / "staging", 3).path(7, rank)
+        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
+        committing.staged(
+            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        )
+    assert released.wait(WAIT_S)
+    lost = committing.lost()
+    assert lost is not None
+    assert not lost.own
+    assert "no space left" in lost.why
+    assert committing.failure() is None
+    assert full.failure() == Cause(
+        CauseKind.GAVE_UP, "b", "the checkpoint of step 7 was not committed: no space left"
+    )
+    committing.close(WAIT_S)
+    full.close(WAIT_S)
+
+
+def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> None:
+    """The node of rank 0 may read that it refused before its upload thread tells: the trouble is its own."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    checkpointing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    path = Staging(tmp_path / "staging", 3).path(7, 0)
+    write_shard(path, local_rows(full_tensors(), 0, 4), training_state(7))
+    directory = checkpoint_directory(7, 3, "abca")
+    refuse_node(
+        open_store(f"file://{tmp_path}/run"),
+        StagedShard(path, RUN_ID, directory, 1, range(2)),
+        "the store failed",
+    )
+    checkpointing.staged({"step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1})
+    assert released.wait(WAIT_S)
+    failure = checkpointing.failure()
+    assert failure is not None
+    assert "the store failed" in failure.detail
+    checkpointing.close(WAIT_S)
+
+
+@pytest.mark.parametrize(("staged", "own"), [((0, 1), False), ((0,), True)], ids=["other", "own"])
+def test_silence_is_the_trouble_of_the_node_that_was_silent(
+    tmp_path: Path, staged: tuple[int, ...], own: bool
+) -> None:
+    """A share that has not come in time, without a word, is no trouble of the committing node unless it is its own."""
+    (tmp_path / "staging").mkdir()
+    released = threading.Event()
+    committing = member_of(tmp_path, 0, lambda _: released.set(), settle_s=1.0)
+    for rank in staged:
+        path = Staging(tmp_path / "staging", 3).path(7, rank)
+        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
+        committing.staged(
+            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        )
+    assert released.wait(WAIT_S)
+    lost = committing.lost()
+    assert lost is not None
+    assert lost.own == own
+    assert f"notice-0000{0 if own else 2}.json: not there after 1.0 s" in lost.why
+    assert (committing.failure() is None) != own
+    committing.close(WAIT_S)
+
+
+def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:
+    """A file that a worker of an earlier world staged at the same step is dropped, and has another name."""
+    (tmp_path / "staging").mkdir()
+    checkpointing = member_of(tmp_path, node_rank=1)
+    old, new = (Staging(tmp_path / "staging", number).path(7, 2) for number in (2, 3))
+    assert old != new
+    for path in (old, new):
+        path.write_bytes(b"x")
+    checkpointing.staged({"step": 7, "rank": 2, "generation": 2, "path": str(old), "seconds": 0.1})
+    assert checkpointing.staged_step == 0
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == [new.name]
+    checkpointing.close(WAIT_S)
+
+
+def test_what_dead_workers_left_in_staging_is_swept(tmp_path: Path) -> None:
+    """At a stop and at a start everything that no upload waits for goes; files of another kind stay."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    checkpointing = member_of(tmp_path, node_rank=0)
+    for act in (checkpointing.stopped, checkpointing.starts):
+        left = ("0000000007-g2-rank-0.safetensors", ".0000000008-g3-rank-1.safetensors.4711.tmp")
+        for name in (*left, "agent.sock", "assignment.json"):
+            (staging / name).write_bytes(b"x")
+        act()
+        assert {path.name for path in staging.iterdir()} == {"agent.sock", "assignment.json"}
+    checkpointing.close(10)

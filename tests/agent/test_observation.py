@@ -1,0 +1,45 @@
+"""What workers say becomes numbers, from several threads at once."""
+
+import sys
+import threading
+import time
+
+from elastic_pt.agent.observation import Observation
+from elastic_pt.telemetry.catalogue import Metrics
+from elastic_pt.telemetry.goodput import Activity
+
+
+def test_workers_that_speak_at_once_never_turn_the_clock_back() -> None:
+    """Time is taken inside the lock: however threads overtake each other, every second is accounted for once."""
+    switch_s = sys.getswitchinterval()
+    failures: list[BaseException] = []
+
+    def slow_clock() -> float:
+        now_s = time.monotonic()
+        # The longest moment for another thread to come in between.
+        time.sleep(0)
+        return now_s
+
+    observation = Observation(Metrics(), slow_clock)
+
+    def speak(name: str) -> None:
+        try:
+            for _ in range(300):
+                observation.activity(name)
+                observation.enter(Activity.SETTLE)
+        except BaseException as error:
+            failures.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=speak, args=(name,))
+            for name in ("start", "restore", "train", "start")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_s)
+    assert failures == []

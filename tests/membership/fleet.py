@@ -1,0 +1,137 @@
+"""Several participants of one run, whose clock the test moves and whose words it carries by hand."""
+
+import dataclasses
+from collections.abc import Callable
+
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.participant import BoundStore, Participant, Surroundings
+from elastic_pt.membership.pulse import Pulse
+from elastic_pt.membership.status import Limits, Phase
+from elastic_pt.runlog.log import RunLog, RunView
+from elastic_pt.runlog.records import (
+    Cause,
+    Checkpoint,
+    Generation,
+)
+from tests.membership.bucket import WatchedStore
+from tests.membership.world import LIMITS, waiting
+
+TICK_S = 0.2
+BUDGETS = Budgets(flaps_max=2, same_failures_max=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """Where a generation's store would listen."""
+
+    port: int
+
+
+@dataclasses.dataclass
+class Fleet:
+    """Nodes of one run. `pass_time` carries their words to and fro and gives each its turns."""
+
+    bucket: WatchedStore
+    limits: Limits = LIMITS
+    nodes: dict[str, Participant] = dataclasses.field(default_factory=dict)
+    dead: set[str] = dataclasses.field(default_factory=set)
+    """Whose addresses refuse connections."""
+    off: set[str] = dataclasses.field(default_factory=set)
+    """Who is gone with its address: nobody refuses, nobody answers."""
+    cut: set[frozenset[str]] = dataclasses.field(default_factory=set)
+    drains: list[str] = dataclasses.field(default_factory=list)
+    now_s: float = 0.0
+    bound: int = 0
+    """Stores that were bound for generations."""
+    choose_resume: Callable[[RunView], Checkpoint | None] = lambda _: None
+
+    def start(self, *names: str, **changes: object) -> None:
+        """Start nodes; `changes` is what they say of themselves."""
+        for name in names:
+            log = RunLog(self.bucket, writer=name)
+            log.refresh()
+            self.nodes[name] = Participant(
+                waiting(name, generation=0, log_length=0, **changes),
+                self.limits,
+                BUDGETS,
+                Surroundings(
+                    log=log,
+                    lobby=Lobby(self.bucket, self.clock_s),
+                    pulse=Pulse(self.bucket, f"{name}1"),
+                    clock_s=self.clock_s,
+                    bind_store=self._bind_store,
+                    choose_resume=lambda view: self.choose_resume(view),
+                    on_drain=self.drains.append,
+                ),
+            )
+
+    def clock_s(self) -> float:
+        """The one clock of all."""
+        return self.now_s
+
+    def _bind_store(self) -> BoundStore:
+        self.bound += 1
+        return Port(5000 + self.bound)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let everybody ask, answer and take turns."""
+        for _ in range(round(seconds / TICK_S)):
+            self.now_s += TICK_S / 2
+            self.talk()
+            self.now_s += TICK_S / 2
+            for node in self.alive():
+                node.turn()
+
+    def alive(self) -> list[Participant]:
+        """Nodes that are neither dead nor off."""
+        return [node for name, node in self.nodes.items() if name not in self.dead | self.off]
+
+    def talk(self) -> None:
+        """Everyone asks whom it wants to ask, and is answered."""
+        for node in self.alive():
+            for target in node.contacts.targets:
+                name, mine = target.node, node.member
+                lives = self.nodes[name].member.incarnation == target.incarnation
+                if name in self.dead or not lives:
+                    node.table.refused(target.incarnation)
+                elif name not in self.off and frozenset((name, mine.node)) not in self.cut:
+                    other = self.nodes[name]
+                    node.table.reached(target.incarnation)
+                    other.received(node.message_to(target.incarnation, asks=True))
+                    node.received(other.message_to(mine.incarnation, asks=False))
+
+    @property
+    def log(self) -> RunView:
+        """What the log says."""
+        return RunLog(self.bucket, writer="test").refresh()
+
+    def records(self) -> list[object]:
+        """All that was appended."""
+        return [record.body for record in RunLog(self.bucket, writer="test").records()]
+
+    def run(self) -> Generation:
+        """Start the workers of the newest generation, where that is still to be done."""
+        generation = self.log.generation
+        assert generation is not None
+        for each in generation.members:
+            if each.node not in self.dead | self.off:
+                self.nodes[each.node].say(phase=Phase.RUNNING, step=0)
+        self.pass_time(2 * TICK_S)
+        return generation
+
+    def spend(self, number: int, *names: str, failure: Cause | None = None) -> None:
+        """The workers of these nodes are gone."""
+        for name in names:
+            self.nodes[name].say(phase=Phase.WAITING, spent=number, failure=failure)
+
+    def form(self, *names: str) -> Generation:
+        """A first world of these nodes, with workers."""
+        self.start(*names)
+        self.pass_time(4.0)
+        return self.run()
+
+
+def names(generation: Generation | None) -> list[str]:
+    """The members' names."""
+    return [] if generation is None else [each.node for each in generation.members]

@@ -1,0 +1,283 @@
+"""Budgets for what comes back: nodes that flap are kept out for a while, failures without hope end the run."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+
+from elastic_pt.membership.budgets import (
+    SPACED_S,
+    Budgets,
+    Moments,
+    flaps,
+    halt,
+    kept_out,
+    quarantines_due,
+    rest_s,
+)
+from elastic_pt.runlog.log import RunView
+from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
+from tests.membership.world import NOW_S, failed, generation
+
+BUDGETS = Budgets(flaps_max=3, flap_window_s=100.0, bar_s=10.0, same_failures_max=3, failures_max=5)
+BUG = "ValueError@loop.py:9"
+
+
+def began(*causes: Cause, frontier_step: int = 0) -> Generation:
+    """A generation that began for these causes; `run` numbers it."""
+    return dataclasses.replace(generation("a", "b"), causes=causes, frontier_step=frontier_step)
+
+
+def lost(node: str) -> Cause:
+    """A node was gone."""
+    return Cause(CauseKind.LOST, node)
+
+
+def run(*generations: Generation, bars: Sequence[Quarantine] = ()) -> RunView:
+    """A log of generations; the quarantines are records 100, 101, ..."""
+    return RunView(
+        generations=tuple(
+            dataclasses.replace(each, number=number) for number, each in enumerate(generations, 1)
+        ),
+        bars=tuple(enumerate(bars, 100)),
+    )
+
+
+def read_at(*generations_s: float, bars_s: Sequence[float] = ()) -> Moments:
+    """When this node read the generations and the quarantines of `run`."""
+    return Moments(dict(enumerate(generations_s, 1)), dict(enumerate(bars_s, 100)))
+
+
+def bar(node: str, seconds: float = 10.0) -> Quarantine:
+    """A node is kept out."""
+    return Quarantine("", "3 failures", node, seconds)
+
+
+# ---- a node ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        (CauseKind.LOST, True),
+        (CauseKind.FAILED, True),
+        (CauseKind.PARKED, True),
+        (CauseKind.GAVE_UP, False),
+        (CauseKind.LEFT, False),
+        (CauseKind.JOINED, False),
+        (CauseKind.BARRED, False),
+    ],
+)
+def test_a_node_is_blamed_for_what_it_did_to_the_world(kind: CauseKind, counts: bool) -> None:
+    """Being lost, failing and being parked count, once for each generation; leaving and joining are nobody's fault."""
+    view = run(began(Cause(kind, "b"), Cause(kind, "b")), began(lost("c")), began(Cause(kind, "b")))
+    assert flaps(view, read_at(NOW_S, NOW_S, NOW_S), "b", BUDGETS, NOW_S) == 2 * counts
+
+
+def test_failures_are_forgotten_by_this_nodes_own_clock() -> None:
+    """What this node read longer ago than the window, or has not read at all, does not count."""
+    view = run(began(lost("b")), began(lost("b")), began(lost("b")))
+    moments = read_at(NOW_S - 100.0, NOW_S - 99.9)
+    assert flaps(view, moments, "b", BUDGETS, NOW_S) == 1
+
+
+def test_a_quarantine_starts_a_new_account() -> None:
+    """What a node did before it was last kept out is paid for; another node's quarantine changes nothing."""
+    view = run(began(lost("b")), began(lost("b")), began(lost("b")), bars=[bar("b"), bar("c")])
+    moments = read_at(NOW_S - 30, NOW_S - 20, NOW_S - 10, bars_s=[NOW_S - 20, NOW_S])
+    assert flaps(view, moments, "b", BUDGETS, NOW_S) == 1
+
+
+def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None:
+    """The third loss within the window keeps a node out for bar_s, later ones for twice as long, at most an hour."""
+    generations = [began(lost("b"), lost("c")), began(lost("b")), began(lost("b"))]
+    (due,) = quarantines_due(
+        run(*generations), read_at(NOW_S - 20, NOW_S - 10, NOW_S), BUDGETS, NOW_S
+    )
+    assert (due.directory, due.node, due.seconds) == ("", "b", 10.0)
+    assert due.why == "3 failures within 100 s, last: lost b"
+    for earlier, seconds in ((1, 20.0), (2, 40.0), (8, 2560.0), (9, 3600.0), (60, 3600.0)):
+        bars = [bar("b")] * earlier + [bar("c")]
+        moments = read_at(NOW_S - 20, NOW_S - 10, NOW_S, bars_s=[NOW_S - 50] * len(bars))
+        (due,) = quarantines_due(run(*generations, bars=bars), moments, BUDGETS, NOW_S)
+        assert due.seconds == seconds
+
+
+def test_old_quarantines_make_new_ones_no_longer() -> None:
+    """Who has behaved for two hours since it was kept out is trusted as before."""
+    generations = [began(lost("b"))] * 3
+    moments = read_at(NOW_S, NOW_S, NOW_S, bars_s=[NOW_S - 7200.0, NOW_S - 7199.0])
+    view = run(*generations, bars=[bar("b"), bar("b")])
+    (due,) = quarantines_due(view, moments, BUDGETS, NOW_S)
+    assert due.seconds == 20.0
+
+
+def test_quarantine_is_due_only_for_who_broke_the_newest_world() -> None:
+    """Two losses are borne, and a node that flapped before is not punished for what others do."""
+    moments = read_at(NOW_S, NOW_S, NOW_S, NOW_S)
+    twice = [began(lost("b")), began(lost("b"))]
+    assert quarantines_due(run(*twice), moments, BUDGETS, NOW_S) == []
+    others = [*twice, began(lost("b")), began(lost("c"), Cause(CauseKind.JOINED, "b"))]
+    assert quarantines_due(run(*others), moments, BUDGETS, NOW_S) == []
+    assert quarantines_due(run(), moments, BUDGETS, NOW_S) == []
+
+
+def test_a_quarantine_lasts_from_when_it_was_read() -> None:
+    """A node is kept out for the record's seconds since this node read it, with the reason."""
+    view = run(bars=[bar("b"), bar("c", seconds=30.0)])
+    moments = read_at(bars_s=[NOW_S - 9.9, NOW_S - 9.9])
+    assert kept_out(view, moments, [], BUDGETS, NOW_S) == {
+        "b": "3 failures (kept out for 10 s)",
+        "c": "3 failures (kept out for 30 s)",
+    }
+    assert list(kept_out(view, moments, [], BUDGETS, NOW_S + 0.1)) == ["c"]
+
+
+def test_the_failure_that_is_too_many_counts_before_it_is_in_the_log() -> None:
+    """The world that the third failure calls for is formed without its node; a second failure is borne."""
+    view = run(began(lost("b")), began(failed("b")), began(lost("c")))
+    moments = read_at(NOW_S, NOW_S, NOW_S)
+    found = kept_out(view, moments, [failed("b"), failed("c")], BUDGETS, NOW_S)
+    gave_up = dataclasses.replace(failed("b"), kind=CauseKind.GAVE_UP)
+    assert kept_out(view, moments, [gave_up], BUDGETS, NOW_S) == {}
+    assert found == {"b": "3 failures within 100 s, last: b: worker 0 killed by SIGKILL"}
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+
+def ends(
+    generations: Sequence[Generation],
+    *failures: Cause,
+    others: int = 1,
+    frontier_step: int = 7,
+    budgets: Budgets = BUDGETS,
+    every_s: float = 1.0,
+    reopened: int = 0,
+) -> str:
+    """Why the run must end, `every_s` seconds after the newest of generations that lie as far apart."""
+    view = dataclasses.replace(run(*generations), reopened_generation=reopened)
+    moments = read_at(*(every_s * number for number in range(len(generations))))
+    return halt(view, moments, failures, others, frontier_step, budgets, every_s * len(generations))
+
+
+def bug(node: str = "a", step: int = 7, signature: str = BUG) -> Cause:
+    """The same exception each time."""
+    return failed(node, "worker 0: ValueError: bad", step=step, signature=signature)
+
+
+def at_7(*causes: Cause) -> Generation:
+    """A generation that begins when seven steps were done."""
+    return began(*causes, frontier_step=7)
+
+
+def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
+    """Three times the same exception at the same step is no bad luck once a second node has had it."""
+    reason = ends([at_7(), at_7(bug("a")), at_7(bug("a"))], bug("b"))
+    assert reason == "the same failure 3 times at step 7, on a, b: worker 0: ValueError: bad"
+
+
+@pytest.mark.parametrize(
+    ("generations", "last"),
+    [
+        ([at_7(bug()), at_7(bug())], bug("a")),
+        ([at_7(bug("b"))], bug("a")),
+        ([at_7(bug("b")), at_7(bug("b", step=6))], bug("a")),
+        ([at_7(bug("b")), at_7(bug("b", signature="KeyError"))], bug("a")),
+        ([at_7(bug("b", signature="")), at_7(bug("b", signature=""))], bug(signature="")),
+    ],
+    ids=["one node only", "twice", "another step", "another exception", "a signal"],
+)
+def test_what_may_go_better_next_time_is_tried_again(
+    generations: list[Generation], last: Cause
+) -> None:
+    """One node's trouble, another step or exception, or a cause that is no exception does not end the run."""
+    assert ends([at_7(), *generations], last) == ""
+
+
+def test_other_changes_do_not_hide_that_a_failure_comes_back() -> None:
+    """A node that is lost, leaves or joins between two failures makes the second one no different from the first."""
+    generations = [at_7(bug("a")), at_7(lost("c")), at_7(bug("a")), at_7(), at_7(lost("c"))]
+    assert "the same failure 3 times" in ends(generations, bug("b"))
+
+
+def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
+    """Where no other node lives, the same exception ends the run once its attempts lie ten seconds apart."""
+    generations = [at_7(), at_7(bug()), at_7(bug())]
+    assert ends(generations, bug(), others=0, every_s=SPACED_S / 2) != ""
+    assert ends(generations, bug(), others=0, every_s=SPACED_S / 2 - 0.1) == ""
+    assert ends(generations, bug(), others=1, every_s=SPACED_S) == ""
+
+
+def test_failures_of_the_surroundings_never_end_a_run() -> None:
+    """However often, on however many nodes and over however long a time: what may pass is waited for."""
+
+    def outside(node: str) -> Cause:
+        return dataclasses.replace(bug(node), surroundings=True)
+
+    generations = [at_7()] + [at_7(outside(node)) for node in "abcdefabcdef"]
+    assert ends(generations, outside("a"), every_s=100.0) == ""
+    assert ends(generations, outside("a"), others=0, every_s=100.0) == ""
+    assert ends([*generations, at_7(bug("a")), at_7(bug("a"))], bug("b")) != ""
+
+
+def test_the_same_failure_of_another_time_is_another_failure() -> None:
+    """Equal failures before a first step count together only if the run has made no step between them."""
+    start = [bug("a", step=0), bug("b", step=0)]
+    early = [began(frontier_step=7), began(start[0], frontier_step=7)]
+    assert ends([*early, began(start[1], frontier_step=7)], start[0], frontier_step=7) != ""
+    assert ends([*early, began(start[1], frontier_step=900)], start[0], frontier_step=900) == ""
+
+
+def test_a_reopened_run_is_forgiven_what_it_failed_of() -> None:
+    """Failures from before a REOPEN count no more; those after it do."""
+    generations = [at_7(), at_7(bug("a")), at_7(bug("b"))]
+    assert ends(generations, bug("a")) != ""
+    assert ends(generations, bug("a"), reopened=3) == ""
+    assert ends([*generations, at_7(), at_7(bug("a")), at_7(bug("a"))], bug("b"), reopened=3) != ""
+
+
+@pytest.mark.parametrize(
+    ("failures", "seconds"), [(1, 0), (2, 1), (3, 2), (4, 4), (8, 60), (99, 60)]
+)
+def test_a_failing_node_rests_longer_each_time(failures: int, seconds: float) -> None:
+    """The first failure costs nothing; from the second on the rest doubles up to a minute, spread by a quarter."""
+    assert rest_s(failures, 0.5) == seconds
+    assert rest_s(failures, 0.0) == 0.75 * seconds
+    assert rest_s(failures, 1.0) == 1.25 * seconds
+
+
+def test_many_failures_without_a_new_step_end_the_run() -> None:
+    """Whatever they are and wherever they come, five failures in a row that leave the run where it was are enough."""
+    generations = [began(frontier_step=7)] + [at_7(failed(node)) for node in "abab"]
+    reason = ends(generations, failed("c"))
+    assert reason == (
+        "5 failures in a row without a step beyond 7; last: c: worker 0 killed by SIGKILL"
+    )
+    assert ends(generations[:-1], failed("c")) == ""
+    assert ends([*generations[:-1], at_7(lost("d"))], failed("c")) == ""
+    assert "5 failures" in ends([*generations, at_7(lost("d"))], failed("c"))
+
+
+def test_a_new_step_pays_for_the_failures_before_it() -> None:
+    """Progress since the newest world began, or between two failures, starts the count again; doing steps again does not."""
+    generations = [began(frontier_step=0)] + [at_7(failed(node)) for node in "abab"]
+    assert ends(generations, failed("c"), frontier_step=8) == ""
+    assert ends(generations, failed("c"), frontier_step=6) != ""
+    again = [began(failed("b"), frontier_step=step) for step in (5, 7, 6, 7)]
+    assert ends([began(frontier_step=5), *again], failed("c")) == ""
+    assert "4 failures" in ends(
+        [began(frontier_step=5), *again],
+        failed("c"),
+        budgets=dataclasses.replace(BUDGETS, failures_max=4),
+    )
+
+
+def test_only_failures_end_a_run() -> None:
+    """Losing nodes again and again is no reason to stop."""
+    generations = [at_7(lost("b")) for _ in range(10)]
+    assert ends(generations) == ""
+    bugs = [at_7(bug("a")), at_7(bug("b"))]
+    gave_up = dataclasses.replace(bug("b"), kind=CauseKind.GAVE_UP)
+    assert ends(bugs, gave_up) == ""
+    assert ends(bugs, bug("b")) != ""

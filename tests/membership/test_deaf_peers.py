@@ -1,0 +1,123 @@
+"""Addresses that take calls and do not answer, hang up, or refuse: none holds an agent up, and each is tried at a measured pace."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from elastic_pt.membership.links import _Link
+from elastic_pt.membership.peers import MESSAGE, Message
+from elastic_pt.runlog.records import Member
+from tests.membership.test_links import RARELY, agent, run, until
+from tests.membership.world import waiting
+
+INTERVAL_S = 0.1
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def stranger(handle: Handler) -> AsyncIterator[Member]:
+    """Something that listens where a node should, and is none."""
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server:
+        yield Member("z", "z1", "127.0.0.1", server.sockets[0].getsockname()[1], 1, 1)
+
+
+def test_a_deaf_address_holds_nobody_up_and_is_tried_again(tmp_path: Path) -> None:
+    """A peer that takes the call and says nothing is given up after the timeout, not taken for gone, and delays no other peer."""
+    calls = ended = 0
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls, ended
+        calls += 1
+        try:
+            await reader.read()
+        finally:
+            ended += 1
+            writer.close()
+
+    async def scenario() -> None:
+        hurried = dataclasses.replace(
+            RARELY, heartbeat_timeout_s=0.5, heartbeat_interval_s=INTERVAL_S
+        )
+        async with (
+            stranger(say_nothing) as z,
+            agent("b", tmp_path) as b,
+            agent("patient", tmp_path) as patient,
+            agent("hurried", tmp_path, limits=hurried) as a,
+        ):
+            patient.asks(z, b.member)
+            await until(
+                lambda: patient.has_heard(b.member), "b's answer, long before z's time is up"
+            )
+            await until(lambda: calls == 1, "a call of z")
+            patient.asks(b.member)
+            await until(lambda: ended == 1, "the end of that call")
+            a.asks(z)
+            await until(lambda: calls >= 4, "more calls")
+            assert (a.knows(z).status, a.knows(z).refused) == (None, False)
+
+    run(scenario())
+
+
+def test_who_hangs_up_or_refuses_is_called_once_an_interval(tmp_path: Path) -> None:
+    """An address where no agent answers costs a call each interval, however long that lasts."""
+    calls = refusals = 0
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        writer.close()
+
+    def count_refusal() -> None:
+        nonlocal refusals
+        refusals += 1
+
+    async def scenario() -> None:
+        limits = dataclasses.replace(RARELY, heartbeat_interval_s=INTERVAL_S)
+        async with agent("b", tmp_path) as b:
+            gone = b.member
+        async with stranger(hang_up) as z, agent("a", tmp_path, limits=limits) as a:
+            a.links._on_news = count_refusal
+            began_s = time.monotonic()
+            a.asks(z, gone)
+            await until(lambda: min(calls, refusals) >= 6, "six calls of each")
+            intervals = (time.monotonic() - began_s) / INTERVAL_S
+            assert refusals <= intervals + 1
+            assert calls <= 2 * (intervals + 1), "aiohttp tries twice if it is hung up on"
+            assert a.knows(gone).refused
+            assert not a.knows(z).refused
+
+    run(scenario())
+
+
+def test_what_is_said_to_a_peer_that_takes_nothing_in_does_not_pile_up() -> None:
+    """However much there is to say while a connection is stuck, nobody waits, and one message of then follows."""
+    sent: list[Message] = []
+
+    async def scenario() -> None:
+        flows = asyncio.Event()
+
+        async def send(text: str) -> None:
+            sent.append(MESSAGE.validate_json(text))
+            await flows.wait()
+
+        link = _Link(send)
+        made = iter(range(1, 10))
+        pump = asyncio.create_task(
+            link.pump(lambda _, asks: Message(next(made), 0, asks, waiting("a")), None)
+        )
+        link.say(asks=False)
+        await until(lambda: len(sent) == 1, "the message that gets stuck")
+        for number in range(1000):
+            link.say(asks=number == 0)
+        flows.set()
+        await until(lambda: len(sent) == 2, "one message for all that")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        pump.cancel()
+
+    run(scenario())
+    assert [message.asks for message in sent] == [False, True]

@@ -1,0 +1,559 @@
+"""Who trains is decided from facts alone, and always with a reason."""
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_pt.membership.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
+from elastic_pt.membership.decide import Drain, Ended, Halt, Propose, Wait, park
+from elastic_pt.membership.status import MESH_NODES_MAX, Peer, Phase
+from elastic_pt.runlog.records import CauseKind, Generation, Stop
+from tests.membership.world import (
+    LIMITS,
+    NOTICED_S,
+    NOW_S,
+    causes,
+    decision,
+    failed,
+    generation,
+    is_broken,
+    lives,
+    member,
+    nodes,
+    peer,
+    refusing,
+    silent,
+    status,
+    waiting,
+)
+
+TIMEOUT_S = LIMITS.heartbeat_timeout_s
+
+
+# ---- members -----------------------------------------------------------------------------------------
+
+
+def test_a_healthy_world_goes_on() -> None:
+    """While all members answer, nobody proposes anything."""
+    world = generation("a", "b")
+    assert decision(status("a"), {"b": peer(status("b"))}, of=world) == Wait("training")
+    assert not is_broken(status("a"), {"b": peer(status("b"), silent_s=TIMEOUT_S)}, of=world)
+
+
+@pytest.mark.parametrize(
+    ("gone", "detail", "detect_s"),
+    [
+        (peer(status("b"), silent_s=TIMEOUT_S + 0.1), "silent for 1.6 s", 1.6),
+        (peer(status("b"), silent_s=0.7, refused=True), "its address refuses connections", 0.2),
+        (Peer(None, NOW_S - TIMEOUT_S - 0.1, None, False), "silent for 0.0 s", 0.0),
+    ],
+    ids=["silent", "refused", "never heard"],
+)
+def test_a_lost_member_is_left_behind(gone: Peer, detail: str, detect_s: float) -> None:
+    """A member that is silent beyond the timeout, or refuses connections, is not in the next generation."""
+    c = peer(status("c", unreachable=lives("b")))
+    proposal = decision(status("a"), {"b": gone, "c": c}, of=generation("a", "b", "c"))
+    assert nodes(proposal) == ["a", "c"]
+    assert isinstance(proposal, Propose)
+    assert proposal.reason == "lost b"
+    (cause,) = proposal.causes
+    assert (cause.kind, cause.node, cause.detail) == (CauseKind.LOST, "b", detail)
+    assert cause.detect_s == pytest.approx(detect_s)
+
+
+def test_a_peer_is_given_its_time_from_when_it_is_asked() -> None:
+    """Who has not been asked for long is not lost for what was heard of it then."""
+    again = Peer(status("b"), NOW_S - TIMEOUT_S + 0.1, NOW_S - 100, refused=False)
+    assert not is_broken(status("a"), {"b": again}, of=generation("a", "b"))
+
+
+def test_the_first_live_member_leads() -> None:
+    """Losing rank 0's node is nothing special: the next member proposes, the others wait and stop their workers."""
+    world = generation("a", "b", "c")
+    gone, b, c = refusing(status("a")), status("b"), status("c")
+    assert nodes(decision(b, {"a": gone, "c": peer(c)}, of=world)) == ["b", "c"]
+    waits = decision(c, {"a": gone, "b": peer(b)}, of=world)
+    assert waits == Wait("b leads: lost a", broken=True)
+
+
+def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
+    """If nothing moves for long although another one leads, the next in order proposes, then the one after it."""
+    world = generation("a", "b", "c")
+    peers = {node: peer(status(node, broken=1)) for node in "abc"}
+    for me, takeovers in (("b", 2), ("c", 4)):
+        others = {node: each for node, each in peers.items() if node != me}
+        for moved in ("quiet_since_s", "broken_since_s"):
+            still_s = NOW_S - takeovers * LIMITS.takeover_s
+            facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0} | {moved: still_s + 0.01}
+            waits = decision(status(me, broken=1), others, of=world, **facts)
+            assert waits.reason.startswith("a leads"), (me, moved)
+            assert nodes(
+                decision(status(me, broken=1), others, of=world, **facts | {moved: still_s})
+            ) == ["a", "b", "c"]
+
+
+def test_the_two_sides_of_a_torn_network_have_their_tries_by_turns() -> None:
+    """The second node of the smaller side tries after the first of its own and the second of the larger side."""
+    world, peers = side("ab", "cde")
+    peers = peers | {"a": peer(status("a", unreachable=lives(*"cde")))}
+    del peers["b"]
+    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.takeover_s
+    facts = {"quiet_since_s": 1.0, "broken_since_s": still_s + 0.01}
+    assert decision(me, peers, of=world, **facts).reason.startswith("a leads")
+    facts = {"quiet_since_s": 1.0, "broken_since_s": still_s}
+    assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
+
+
+def test_who_is_not_wanted_never_proposes() -> None:
+    """A parked member waits for those who go on, however long that takes: a world of theirs is not its to form."""
+    world = generation("a", "b", "c")
+    peers = {"a": peer(status("a")), "b": peer(status("b", unreachable=lives("c")))}
+    facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0}
+    waits = decision(status("c"), peers, of=world, **facts)
+    assert waits == Wait("a leads: c parked: no link to b", broken=True)
+
+
+def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
+    """A member that spent the generation with a failure makes all form the next one, and is in it."""
+    cause = failed("b", "worker 1: ValueError: bad", step=7, signature="ValueError@loop.py:9")
+    b = waiting("b", spent=1, failure=cause)
+    proposal = decision(status("a"), {"b": peer(b)}, of=generation("a", "b"))
+    assert nodes(proposal) == ["a", "b"]
+    assert isinstance(proposal, Propose)
+    assert proposal.reason == "b: worker 1: ValueError: bad"
+    assert proposal.causes == (cause,)
+
+
+def test_a_failure_in_an_older_generation_breaks_nothing() -> None:
+    """What a member says of a generation that is over does not touch the one that trains."""
+    b = status("b", spent=1, failure=failed("b"))
+    world = dataclasses.replace(generation("a", "b"), number=2)
+    assert decision(status("a"), {"b": peer(b)}, of=world) == Wait("training")
+
+
+def test_a_planned_stop_waits_for_everyone() -> None:
+    """While one member still settles its checkpoint, those that are done wait; then the first proposes at once."""
+    world, done = generation("a", "b"), waiting("a", spent=1)
+    assert decision(done, {"b": peer(status("b", Phase.SETTLING))}, of=world) == Wait("training")
+    assert decision(status("a"), {"b": peer(waiting("b", spent=1))}, of=world) == Wait(
+        "waiting for all members to stop"
+    )
+    both = decision(done, {"b": peer(waiting("b", spent=1), silent_s=1.0)}, of=world)
+    assert nodes(both) == ["a", "b"]
+    assert both.reason == "resumed"
+
+
+def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
+    """Right after a generation is formed, members still say WAITING; that breaks nothing."""
+    world = generation("a", "b")
+    assert decision(status("a"), {"b": peer(waiting("b", generation=0))}, of=world) == Wait(
+        "training"
+    )
+
+
+def test_who_fell_silent_before_it_read_the_log_is_told_as_silent() -> None:
+    """The operator is to look for a dead machine, not for a bucket that one node cannot reach."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s + 0.5
+    peers = {"b": silent(waiting("b", generation=0))}
+    proposal = decision(status("a"), peers, of=world, generation_since_s=read_s)
+    assert isinstance(proposal, Propose)
+    assert proposal.causes[0].detail.startswith("silent for")
+
+
+def test_who_does_not_read_the_log_is_lost() -> None:
+    """A member that answers, but has not read its generation's record takeover_s after this node did, can train with nobody."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s
+    b = waiting("b", generation=0)
+    for heard_s, since_s in ((NOW_S - 0.1, read_s), (NOW_S - 0.6, read_s - 0.5)):
+        peers = {"b": peer(b, silent_s=NOW_S - heard_s)}
+        young = decision(status("a"), peers, of=world, generation_since_s=since_s)
+        assert young == Wait("training")
+    peers = {"b": peer(b)}
+    proposal = decision(status("a"), peers, of=world, generation_since_s=read_s - 0.2)
+    assert nodes(proposal) == ["a"]
+    assert isinstance(proposal, Propose)
+    (cause,) = proposal.causes
+    assert (cause.kind, cause.node, cause.detail) == (
+        CauseKind.LOST,
+        "b",
+        "it does not read the log",
+    )
+    reads = {"b": peer(waiting("b"))}
+    assert decision(status("a"), reads, of=world, generation_since_s=1.0) == Wait("training")
+
+
+def test_what_another_member_gave_up_is_broken_for_all() -> None:
+    """A member that found the world broken has ended its workers; who noticed nothing ends its own and forms with it."""
+    world = generation("a", "b", "c")
+    peers = {"b": peer(status("b", broken=1)), "c": peer(status("c"))}
+    assert is_broken(status("a"), peers, of=world)
+    proposal = decision(status("a"), peers, of=world)
+    assert nodes(proposal) == ["a", "b", "c"]
+    assert causes(proposal) == [(CauseKind.GAVE_UP, "b")]
+    older = {"b": peer(status("b", broken=0)), "c": peer(status("c"))}
+    assert not is_broken(status("a"), older, of=world)
+
+
+def test_a_planned_stop_that_a_loss_disturbs_is_not_held_against_the_survivors() -> None:
+    """Who has to give up the checkpoint of a stop because another member was lost is no cause; only the loss is."""
+    world = generation("a", "b", "c")
+    peers = {"b": refusing(status("b", Phase.SETTLING)), "c": peer(waiting("c", spent=1, broken=1))}
+    proposal = decision(waiting("a", spent=1, broken=1), peers, of=world)
+    assert nodes(proposal) == ["a", "c"]
+    assert causes(proposal) == [(CauseKind.LOST, "b")]
+
+
+def test_no_more_nodes_than_bounds_and_slots_allow() -> None:
+    """A newcomer beyond nodes_max, or beyond what V slots can feed, stays a spare and disturbs nobody."""
+    world = generation("a", "b")
+    peers = {"b": peer(status("b")), "c": peer(waiting("c"))}
+    for limits in (
+        dataclasses.replace(LIMITS, nodes_max=2),
+        dataclasses.replace(LIMITS, slots=2),
+    ):
+        assert decision(status("a"), peers, of=world, limits=limits) == Wait("training")
+    assert isinstance(decision(status("a"), peers, of=world), Drain)
+
+
+def test_spares_fill_the_places_of_the_lost_and_no_more() -> None:
+    """After a loss, as many waiting nodes are taken in as the bounds allow."""
+    limits = dataclasses.replace(LIMITS, nodes_max=2)
+    peers = {"b": refusing(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
+    proposal = decision(status("a"), peers, of=generation("a", "b"), limits=limits)
+    assert nodes(proposal) == ["a", "c"]
+
+
+def test_a_large_newcomer_that_does_not_fit_leaves_room_for_a_small_one() -> None:
+    """Slots are given in order of names, and who does not fit is passed over."""
+    large = waiting("c", member=member("c", workers=8))
+    peers = {"c": peer(large), "d": peer(waiting("d"))}
+    assert decision(status("a"), peers, of=generation("a")) == Drain("d joins")
+
+
+def test_below_the_minimum_the_run_pauses() -> None:
+    """With fewer nodes than nodes_min nothing is proposed, workers stop, and the reason says so."""
+    limits = dataclasses.replace(LIMITS, nodes_min=2)
+    waits = decision(
+        status("a"), {"b": refusing(status("b"))}, of=generation("a", "b"), limits=limits
+    )
+    assert waits == Wait("paused: 1 of at least 2 nodes; lost b", broken=True)
+
+
+def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
+    """A member that fails too often waits; but rather it than fewer nodes than nodes_min."""
+    world, barred = generation("a", "b"), {"b": "3 failures"}
+    peers = {"b": peer(waiting("b", spent=1, failure=failed("b")))}
+    proposal = decision(status("a"), peers, of=world, barred=barred)
+    assert nodes(proposal) == ["a"]
+    assert causes(proposal) == [(CauseKind.FAILED, "b"), (CauseKind.BARRED, "b")]
+    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
+
+
+def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
+    """After a loss, rather a node that is kept out than a run that stands still; with enough others it stays out."""
+    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
+    facts = {"limits": needed, "barred": {"c": "3 failures"}}
+    assert nodes(decision(status("a"), peers, of=generation("a", "b"), **facts)) == ["a", "c"]
+    more = peers | {"d": peer(waiting("d"))}
+    assert nodes(decision(status("a"), more, of=generation("a", "b"), **facts)) == ["a", "d"]
+
+
+def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
+    """Who is kept out has answered, and is no side that others would have to wait for."""
+    world = generation("a", "b")
+    peers = {"a": peer(waiting("a", spent=1, failure=failed("a")))}
+    facts = {"barred": {"a": "3 failures"}, "quiet_since_s": NOTICED_S}
+    assert nodes(decision(status("b"), peers, of=world, **facts)) == ["b"]
+
+
+def test_a_run_that_would_fail_for_ever_ends() -> None:
+    """What the history says about failures ends the run when a failure broke the world, and only then."""
+    world = generation("a", "b")
+    b = waiting("b", spent=1, failure=failed("b"))
+    assert decision(status("a"), {"b": peer(b)}, of=world, halt="again and again") == Halt(
+        "again and again"
+    )
+    lost = {"b": refusing(status("b"))}
+    assert nodes(decision(status("a"), lost, of=world, halt="again and again")) == ["a"]
+
+
+def test_the_smaller_side_ends_no_run() -> None:
+    """Who is cut off from most members, or from too many to go on, does not decide that there is no hope."""
+    world, peers = side("ab", "cde")
+    me = waiting("a", spent=1, failure=failed("a"), unreachable=lives(*"cde"))
+    facts = {"halt": "again and again", "quiet_since_s": NOW_S}
+    assert decision(me, peers, of=world, **facts).reason.startswith("cut off with 2 of 5 members")
+    few = dataclasses.replace(LIMITS, nodes_min=3)
+    facts = {"halt": "again and again", "limits": few}
+    assert decision(me, peers, of=world, **facts).reason.startswith("paused: 2 of at least 3")
+
+
+def test_the_end_of_the_run_ends_everything() -> None:
+    """Once the log says STOP, every node's decision is to end, whatever else it sees."""
+    assert decision(status("a"), {}, of=generation("a", "b"), stop=Stop("completed", 9)) == Ended(
+        "completed"
+    )
+
+
+# ---- asked again -------------------------------------------------------------------------------------
+
+
+def test_nobody_is_proposed_who_has_not_answered_since() -> None:
+    """A world is formed only of nodes that answered after the trouble was noticed: who died with it is not among them."""
+    world = generation("a", "b", "c")
+    b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
+    peers = {"b": b, "c": peer(status("c"), silent_s=before)}
+    assert decision(status("a"), peers, of=world) == Wait(
+        "asking whether c can go on; lost b", broken=True, asking=True
+    )
+    peers = {"b": b, "c": peer(status("c"), silent_s=NOW_S - NOTICED_S)}
+    assert nodes(decision(status("a"), peers, of=world)) == ["a", "c"]
+
+
+def test_a_spare_is_asked_again_too() -> None:
+    """A waiting node is part of the generation that a loss calls for, once it has answered."""
+    world = generation("a", "b")
+    b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
+    asked = decision(status("a"), {"b": b, "c": peer(waiting("c"), silent_s=before)}, of=world)
+    assert isinstance(asked, Wait)
+    assert asked.reason.startswith("asking whether c can go on")
+    proposal = decision(status("a"), {"b": b, "c": peer(waiting("c"))}, of=world)
+    assert nodes(proposal) == ["a", "c"]
+    assert causes(proposal) == [(CauseKind.LOST, "b"), (CauseKind.JOINED, "c")]
+
+
+# ---- larger side -------------------------------------------------------------------------------------
+
+
+def side(mine: str, others: str) -> tuple[Generation, dict[str, Peer]]:
+    """A world torn in two, as the first member of `mine` sees it when the members' order is alphabetic."""
+    world = generation(*sorted(mine + others))
+    seen = {node: peer(status(node, unreachable=lives(*others))) for node in mine[1:]}
+    return world, seen | {node: silent(status(node)) for node in others}
+
+
+def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
+    """Who sees fewer than half of the members waits, for takeover_s after log and pulse moved last, and ends its workers."""
+    world, peers = side("ab", "cde")
+    me = status("a", unreachable=lives(*"cde"))
+    almost_s = NOW_S - LIMITS.takeover_s + 0.01
+    for quiet_s, noticed_s in ((almost_s, 1.0), (1.0, almost_s), (almost_s, almost_s)):
+        waits = decision(me, peers, of=world, quiet_since_s=quiet_s, broken_since_s=noticed_s)
+        assert isinstance(waits, Wait), (quiet_s, noticed_s)
+        assert waits.broken
+        assert waits.reason.startswith("cut off with 2 of 5 members")
+    over_s = NOW_S - LIMITS.takeover_s
+    facts = {"quiet_since_s": over_s, "broken_since_s": over_s}
+    assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
+    unseen = decision(me, peers, of=world, **facts, quiet_until_s=NOW_S - 0.01)
+    assert unseen.reason.startswith("cut off with 2 of 5 members"), "quiet is what was looked at"
+
+
+def test_the_larger_side_goes_at_once() -> None:
+    """Who sees more than half of the members asks nobody's leave."""
+    world, peers = side("cde", "ab")
+    me = status("c", unreachable=lives(*"ab"))
+    assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["c", "d", "e"]
+
+
+def test_of_two_halves_the_first_members_goes_first() -> None:
+    """An even split is decided by rank: the half with the first member goes at once, the other one waits."""
+    world, peers = side("ad", "bc")
+    me = status("a", unreachable=lives(*"bc"))
+    assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["a", "d"]
+    world, peers = side("bc", "ad")
+    waits = decision(status("b", unreachable=lives(*"ad")), peers, of=world, quiet_since_s=NOW_S)
+    assert isinstance(waits, Wait)
+    assert waits.reason.startswith("cut off with 2 of 4 members")
+
+
+def test_who_is_certainly_gone_is_no_voter() -> None:
+    """Members whose address refuses, and those that leave, do not count: the rest need not wait for them."""
+    world = generation(*"abcde")
+    me, e = status("d"), {"e": peer(status("e", unreachable=lives(*"abc")))}
+    gone = {node: refusing(status(node)) for node in "abc"}
+    left = {node: refusing(waiting(node, spent=1, leaving=True)) for node in "abc"}
+    away = {node: silent(status(node)) for node in "abc"}
+    for certain in (gone, left):
+        for unsure in "abc":
+            peers = certain | e | {unsure: away[unsure]}
+            assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["d", "e"]
+    waits = decision(me, away | e, of=world, quiet_since_s=NOW_S)
+    assert waits.reason.startswith("cut off with 2 of 5 members")
+
+
+def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -> list[str]:
+    """Members of one side who would propose, when both sides are silent to each other and `dead` is gone."""
+    everyone = {each.node for each in world.members}
+    away = lives(*(everyone - here))
+    found = []
+    for me in here:
+        peers = {
+            node: refusing(status(node))
+            if node in dead
+            else peer(status(node, unreachable=away), silent_s=NOW_S - now_s + 0.1)
+            if node in here
+            else silent(status(node))
+            for node in everyone - {me}
+        }
+        decided = decision(
+            status(me, unreachable=away), peers, of=world, now_s=now_s, quiet_since_s=NOTICED_S
+        )
+        if isinstance(decided, Propose):
+            found.append(me)
+    return found
+
+
+@given(
+    order=st.permutations("abcdefg"),
+    roles=st.lists(st.sampled_from(["left", "right", "dead"]), min_size=7, max_size=7),
+    size=st.integers(2, 7),
+)
+def test_two_sides_of_a_torn_network_never_propose_at_once(
+    order: list[str], roles: list[str], size: int
+) -> None:
+    """However members are split, exactly one node of one side proposes before takeover_s is over."""
+    world = generation(*order[:size])
+    role = dict(zip(order[:size], roles, strict=False))
+    left, right, dead = (
+        {node for node in role if role[node] == name} for name in ("left", "right", "dead")
+    )
+    if not left or not right:
+        return
+    found = [*proposers(world, left, dead, NOW_S), *proposers(world, right, dead, NOW_S)]
+    assert len(found) == 1
+    # The side that may not go first is not shut out: once nothing has moved for long, it goes too.
+    later_s = NOTICED_S + LIMITS.takeover_s
+    assert len(proposers(world, left, dead, later_s)) == 1
+    assert len(proposers(world, right, dead, later_s)) == 1
+
+
+# ---- park --------------------------------------------------------------------------------------------
+
+
+def test_of_two_members_without_a_link_the_later_one_waits() -> None:
+    """A link that one end reports broken costs the end that ranks last, with the other one named; all agree on it."""
+    world = generation("a", "b", "c")
+    b, c = status("b", unreachable=lives("c")), status("c")
+    for me, peers in (
+        (status("a"), {"b": peer(b), "c": peer(c)}),
+        (status("a"), {"b": peer(status("b")), "c": peer(status("c", unreachable=lives("b")))}),
+    ):
+        proposal = decision(me, peers, of=world)
+        assert nodes(proposal) == ["a", "b"]
+        assert causes(proposal) == [(CauseKind.PARKED, "c")]
+        assert proposal.reason == "c parked: no link to b"
+    told = decision(c, {"a": peer(status("a")), "b": peer(b)}, of=world)
+    assert told == Wait("a leads: c parked: no link to b", broken=True)
+
+
+def test_who_is_parked_is_told_which_links_are_missing() -> None:
+    """Of several broken links, each parked member's cause names its own."""
+    world = generation(*"abcde")
+    peers = {node: peer(status(node)) for node in "bd"}
+    peers["c"] = peer(status("c", unreachable=lives("b")))
+    peers["e"] = peer(status("e", unreachable=lives("d")))
+    proposal = decision(status("a"), peers, of=world)
+    assert nodes(proposal) == ["a", "b", "d"]
+    assert proposal.reason == "c parked: no link to b; e parked: no link to d"
+
+
+def test_a_link_to_a_member_that_is_gone_costs_nobody_else() -> None:
+    """Who cannot reach a lost member is not parked for it."""
+    world = generation("a", "b", "c")
+    peers = {"b": refusing(status("b")), "c": peer(status("c", unreachable=lives("b")))}
+    proposal = decision(status("a"), peers, of=world)
+    assert nodes(proposal) == ["a", "c"]
+    assert causes(proposal) == [(CauseKind.LOST, "b")]
+
+
+NODES = "abcdefgh"
+LINKS = st.lists(
+    st.sampled_from([(one, other) for one in NODES for other in NODES if one < other]), unique=True
+)
+
+
+@given(links=LINKS, shuffled=st.randoms(use_true_random=False), order=st.permutations(NODES))
+def test_parking_leaves_no_broken_link(
+    links: list[tuple[str, str]], shuffled: random.Random, order: list[str]
+) -> None:
+    """Those who go on can all reach each other, nobody else waits, and every node finds the same ones."""
+    members = [member(node) for node in order]
+    broken = [(f"{one}1", f"{other}1") for one, other in links]
+    parked = set(park(broken, members))
+    assert all(parked & set(link) for link in broken)
+    assert parked <= {end for link in broken for end in link}
+    shuffled.shuffle(broken)
+    assert set(park(broken, members)) == parked
+
+
+@given(
+    ranked=st.permutations(NODES),
+    shuffled=st.permutations(NODES),
+    cut=st.integers(1, len(NODES) - 1),
+)
+def test_a_cut_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cut: int) -> None:
+    """Where no link leads from one group to the other, the smaller group waits; of equals that of the last rank."""
+    one, other = shuffled[:cut], shuffled[cut:]
+    links = [(min(a, b), max(a, b)) for a in lives(*one) for b in lives(*other)]
+    smaller = min(one, other, key=lambda group: (len(group), ranked[-1] not in group))
+    assert park(links, [member(node) for node in ranked]) == tuple(sorted(lives(*smaller)))
+
+
+# ---- heard by others ---------------------------------------------------------------------------------
+
+
+def test_a_member_that_others_hear_is_cut_off_not_gone() -> None:
+    """Silence towards one member only is a broken link, and that only after a grace in which others may find more."""
+    world, me = generation("a", "b", "c"), status("a", unreachable=lives("b"))
+    grace_s = TIMEOUT_S * (1 + LINK_GRACE_SHARE)
+    peers = {"b": peer(status("b"), silent_s=grace_s - 0.01), "c": peer(status("c"))}
+    assert decision(me, peers, of=world) == Wait("training")
+    peers["b"] = peer(status("b"), silent_s=grace_s + 0.01)
+    proposal = decision(me, peers, of=world)
+    assert nodes(proposal) == ["a", "c"]
+    assert causes(proposal) == [(CauseKind.PARKED, "b")]
+
+
+def test_a_link_is_broken_only_if_both_ends_are_there() -> None:
+    """That c cannot reach b is a link to those who hear b; who has not heard b for a while waits whether it is gone."""
+    world, c = generation("a", "b", "c"), peer(status("c", unreachable=lives("b")))
+    fresh_s = TIMEOUT_S * LINK_FRESH_SHARE
+    for silent_s, broken in ((fresh_s - 0.01, True), (fresh_s + 0.01, False)):
+        peers = {"b": peer(status("b"), silent_s=silent_s), "c": c}
+        assert is_broken(status("a"), peers, of=world) is broken
+    stranger = {"b": peer(status("b", unreachable=("z1",))), "c": peer(status("c"))}
+    assert not is_broken(status("a"), stranger, of=world)
+
+
+def test_a_member_that_nobody_hears_is_gone() -> None:
+    """Once every member that answers calls it unreachable, silence needs no grace; nor does it when nobody else is there."""
+    b = silent(status("b"))
+    c = peer(status("c", unreachable=lives("b")))
+    proposal = decision(status("a"), {"b": b, "c": c}, of=generation("a", "b", "c"))
+    assert causes(proposal) == [(CauseKind.LOST, "b")]
+    assert causes(decision(status("a"), {"b": b}, of=generation("a", "b"))) == [
+        (CauseKind.LOST, "b")
+    ]
+
+
+@pytest.mark.parametrize("witness", [waiting("c", generation=0), None], ids=["behind", "mute"])
+def test_only_who_knows_the_generation_can_vouch(witness: object) -> None:
+    """A member that does not know the generation yet, or never spoke, asks nobody: it proves nothing about others."""
+    c = Peer(None, NOW_S, None, False) if witness is None else peer(waiting("c", generation=0))
+    peers = {"b": silent(status("b")), "c": c}
+    assert is_broken(status("a"), peers, of=generation("a", "b", "c"))
+
+
+def test_in_a_large_world_nobody_vouches() -> None:
+    """Where members ask only the first two, their words do not mean that they hear the others."""
+    names = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
+    peers = {name: peer(status(name)) for name in names[1:]} | {"n05": silent(status("n05"))}
+    limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+    proposal = decision(status("n00"), peers, of=generation(*names), limits=limits)
+    assert causes(proposal) == [(CauseKind.LOST, "n05")]

@@ -1,0 +1,579 @@
+"""Connections between agents, over real sockets on loopback and, where a peer dies, to a real process."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from elastic_pt.membership.budgets import Budgets
+from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.peers import MESSAGE, STATUS, Message
+from elastic_pt.membership.pulse import Pulse
+from elastic_pt.membership.status import Limits, NodeStatus, Peer, Phase
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Member
+from elastic_pt.store.open import open_store
+from tests.membership.world import waiting
+
+DEADLINE_S = 20.0
+AT_ONCE_S = 0.5
+"""Well below the interval of `RARELY`: what happens within it was not waited for."""
+TOKEN = "secret"
+RARELY = Limits(1, 8, 8, 60.0, 0.5, 120.0, heartbeat_interval_s=15.0)
+OFTEN = dataclasses.replace(RARELY, heartbeat_interval_s=0.05)
+
+
+@dataclasses.dataclass
+class Agent:
+    """One node's connections. Nobody takes turns here; a test says whom to ask."""
+
+    participant: Participant
+    links: Links
+    news: asyncio.Event
+
+    @property
+    def member(self) -> Member:
+        """Where it answers."""
+        return self.participant.member
+
+    def asks(self, *others: Member) -> None:
+        """Keep asking these."""
+        for other in others:
+            self.participant.table.watch(other.incarnation)
+        self.links.aim(others)
+
+    def knows(self, other: Member) -> Peer:
+        """What it knows of another node."""
+        return self.participant.table.peers[other.incarnation]
+
+    def has_heard(self, other: Member) -> bool:
+        """Whether there is proof that the other one lives."""
+        peer = self.participant.table.peers.get(other.incarnation)
+        return peer is not None and peer.heard_s is not None
+
+
+@asynccontextmanager
+async def agent(
+    name: str, directory: Path, *, limits: Limits = RARELY, address: str = "127.0.0.1"
+) -> AsyncIterator[Agent]:
+    """Serve one node's connections."""
+    store = open_store(f"file://{directory}")
+    member = Member(name, f"{name}1", address, 0, os.getpid(), 1)
+    participant = Participant(
+        waiting(name, member=member),
+        limits,
+        Budgets(),
+        Surroundings(
+            log=RunLog(store, writer=name),
+            lobby=Lobby(store, time.monotonic),
+            pulse=Pulse(store, member.incarnation),
+            clock_s=time.monotonic,
+            bind_store=lambda: pytest.fail("no world is formed here"),
+            choose_resume=lambda _: None,
+            on_drain=lambda _: None,
+        ),
+    )
+    news = asyncio.Event()
+    links = Links(participant, TOKEN, news.set)
+    port = await links.serve(address)
+    participant.say(member=dataclasses.replace(member, port=port))
+    try:
+        yield Agent(participant, links, news)
+    finally:
+        await links.close()
+
+
+async def until(condition: Callable[[], bool], what: str, *, within_s: float = DEADLINE_S) -> float:
+    """Poll until a condition holds; returns how long that took."""
+    began_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began_s + within_s, f"not within {within_s} s: {what}"
+        await asyncio.sleep(0.002)
+    return time.monotonic() - began_s
+
+
+async def connected(one: Agent, *others: Agent) -> None:
+    """Have one agent ask others, and wait until each has heard the other."""
+    one.asks(*(other.member for other in others))
+    for other in others:
+        await until(lambda other=other: one.has_heard(other.member), "an answer")  # type: ignore[misc]
+        await until(
+            lambda other=other: one.member.incarnation in other.participant.table.peers,
+            "a question",
+        )  # type: ignore[misc]
+        one.links.say(asks=True)
+        other.links.say(asks=True)
+        await until(lambda other=other: other.has_heard(one.member), "an answer to that")  # type: ignore[misc]
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario on an event loop of its own."""
+    asyncio.run(asyncio.wait_for(scenario, 4 * DEADLINE_S))
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The header that a token goes into."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+# ---- who may talk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
+def test_without_the_token_nothing_is_told(tmp_path: Path, headers: dict[str, str]) -> None:
+    """Who does not show the run's token gets 401, from the status page and before any link is opened."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
+            for path in ("/v1/status", "/v1/link"):
+                async with stranger.get(url_of(a.member, path)) as answer:
+                    assert answer.status == 401
+                    assert a.member.incarnation not in await answer.text()
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await stranger.ws_connect(url_of(a.member, "/v1/link"))
+            assert refused.value.status == 401
+            assert a.participant.table.peers == {}
+
+    run(scenario())
+
+
+def test_with_the_token_the_status_is_told(tmp_path: Path) -> None:
+    """`/v1/status` has what the node says of itself, in the form that `STATUS` reads."""
+
+    async def scenario() -> None:
+        async with (
+            agent("a", tmp_path) as a,
+            aiohttp.ClientSession(headers=bearer(TOKEN)) as operator,
+        ):
+            a.participant.say(step=7)
+            async with operator.get(url_of(a.member, "/v1/status")) as answer:
+                assert answer.status == 200
+                assert STATUS.validate_json(await answer.read()) == a.participant.status
+
+    run(scenario())
+
+
+def said_by(name: str, **changes: object) -> str:
+    """A message of a node that has the token."""
+    message = Message(1, 0, True, waiting(name))
+    return json.dumps(MESSAGE.dump_python(message, mode="json") | changes)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "rubbish",
+        "{}",
+        "[" * 100_000,
+        said_by("z", count=-1),
+        said_by("z", refusal="x" * 2000),
+        said_by("z", status={"member": 1}),
+        b"\x00\x01",
+        said_by("z", padding="x" * 300_000),
+    ],
+    ids=["text", "object", "nested", "count", "refusal", "status", "binary", "too large"],
+)
+def test_what_is_no_message_closes_the_link_and_does_no_harm(
+    tmp_path: Path, frame: str | bytes
+) -> None:
+    """After garbage a link is closed, nothing was noted, and other links go on."""
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(agent("a", tmp_path))
+            b = await stack.enter_async_context(agent("b", tmp_path))
+            await connected(b, a)
+            session = await stack.enter_async_context(aiohttp.ClientSession(headers=bearer(TOKEN)))
+            link = await session.ws_connect(url_of(a.member, "/v1/link"))
+            if isinstance(frame, bytes):
+                await link.send_bytes(frame)
+            else:
+                await link.send_str(frame)
+            received = await asyncio.wait_for(link.receive(), DEADLINE_S)
+            assert received.type in (
+                aiohttp.WSMsgType.CLOSE,
+                aiohttp.WSMsgType.CLOSING,
+                aiohttp.WSMsgType.CLOSED,
+            )
+            assert list(a.participant.table.peers) == [b.member.incarnation]
+            b.participant.say(step=3)
+            b.links.say(asks=False)
+            await until(lambda: a.knows(b.member).status == b.participant.status, "b's words")
+
+    run(scenario())
+
+
+def test_garbage_from_a_peer_that_was_dialled_does_no_harm(tmp_path: Path) -> None:
+    """A peer that answers rubbish is not heard and not reached, and is not taken for gone either."""
+
+    async def scenario() -> None:
+        asked = asyncio.Event()
+
+        async def answer_rubbish(request: aiohttp.web.Request) -> aiohttp.web.StreamResponse:
+            socket = aiohttp.web.WebSocketResponse()
+            await socket.prepare(request)
+            await socket.receive()
+            asked.set()
+            await socket.send_str("rubbish")
+            await socket.receive()
+            return socket
+
+        application = aiohttp.web.Application()
+        application.add_routes([aiohttp.web.get("/v1/link", answer_rubbish)])
+        runner = aiohttp.web.AppRunner(application)
+        await runner.setup()
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            async with agent("a", tmp_path, limits=OFTEN) as a:
+                liar = Member("z", "z1", "127.0.0.1", runner.addresses[0][1], 1, 1)
+                a.asks(liar)
+                for _ in range(3):
+                    await asyncio.wait_for(asked.wait(), DEADLINE_S)
+                    asked.clear()
+                peer = a.knows(liar)
+                assert (peer.status, peer.heard_s, peer.reached, peer.refused) == (
+                    None,
+                    None,
+                    False,
+                    False,
+                )
+        finally:
+            await runner.cleanup()
+
+    run(scenario())
+
+
+# ---- what is told when -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
+    """One connection proves life both ways, over IPv4 and IPv6; only who dialled knows that the address works."""
+
+    async def scenario() -> None:
+        async with (
+            agent("a", tmp_path, address=address) as a,
+            agent("b", tmp_path, address=address) as b,
+        ):
+            assert (f"[{address}]" in url_of(a.member, "")) is (":" in address)
+            await connected(a, b)
+            assert a.knows(b.member).status == b.participant.status
+            assert b.knows(a.member).status == a.participant.status
+            assert a.knows(b.member).reached
+            assert not b.knows(a.member).reached
+
+    run(scenario())
+
+
+def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
+    """What a node says of itself reaches who dials it and whom it dials long before the next interval, and is news."""
+
+    async def scenario() -> None:
+        async with (
+            agent("a", tmp_path) as a,
+            agent("b", tmp_path) as b,
+            agent("c", tmp_path) as c,
+        ):
+            await connected(a, b, c)
+            for speaker, listeners in ((a, [b, c]), (b, [a]), (c, [a])):
+                for listener in listeners:
+                    listener.news.clear()
+                speaker.participant.say(phase=Phase.RUNNING)
+                speaker.links.say(asks=False)
+                for listener in listeners:
+                    await asyncio.wait_for(listener.news.wait(), AT_ONCE_S)
+                    said = listener.knows(speaker.member).status
+                    assert said is not None
+                    assert said.phase is Phase.RUNNING
+
+    run(scenario())
+
+
+def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
+    """Both ends of a connection can ask and have proof of life from that moment on, without waiting for the interval."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
+            await connected(a, b)
+            for asker, other in ((a, b), (b, a)):
+                asked_s = time.monotonic()
+                asker.links.say(asks=True)
+                # What is said in the same breath does not take the question back.
+                asker.links.say(asks=False)
+                await until(
+                    lambda asker=asker, other=other, asked_s=asked_s: (  # type: ignore[misc]
+                        (asker.knows(other.member).heard_s or 0.0) >= asked_s
+                    ),
+                    "an answer",
+                    within_s=AT_ONCE_S,
+                )
+
+    run(scenario())
+
+
+def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -> None:
+    """A question and an answer an interval, and no more: nobody answers answers."""
+
+    async def scenario() -> None:
+        interval_s = 0.1
+        limits = dataclasses.replace(RARELY, heartbeat_interval_s=interval_s)
+        async with (
+            agent("a", tmp_path, limits=limits) as a,
+            agent("b", tmp_path, limits=limits) as b,
+        ):
+            await connected(a, b)
+            tables = a.participant.table, b.participant.table
+            before = [table._count for table in tables]
+            began_s = time.monotonic()
+            heard_s = a.knows(b.member).heard_s
+            await until(lambda: tables[1]._count >= before[1] + 10, "ten answers")
+            intervals = (time.monotonic() - began_s) / interval_s
+            assert tables[0]._count - before[0] <= intervals + 2
+            assert tables[1]._count - before[1] <= intervals + 2
+            assert (a.knows(b.member).heard_s or 0.0) > (heard_s or 0.0)
+
+    run(scenario())
+
+
+def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
+    """A peer that is not among the targets any more loses its connection, and says nothing to nobody."""
+
+    async def scenario() -> None:
+        async with (
+            agent("a", tmp_path) as a,
+            agent("b", tmp_path) as b,
+            agent("c", tmp_path) as c,
+        ):
+            await connected(a, b, c)
+            b.news.clear()
+            a.asks(c.member)
+            await asyncio.wait_for(b.news.wait(), AT_ONCE_S)
+            await until(lambda: not b.links._open, "the end of the link")
+            assert not a.knows(b.member).refused
+            asked_s = time.monotonic()
+            a.links.say(asks=True)
+            await until(lambda: (a.knows(c.member).heard_s or 0.0) >= asked_s, "c's answer")
+
+    run(scenario())
+
+
+def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
+    """An agent that closes its links is gone at once, even if a message arrives in that very moment."""
+
+    async def scenario() -> None:
+        limits = dataclasses.replace(RARELY, heartbeat_interval_s=0.001)
+        async with agent("b", tmp_path, limits=limits) as b:
+            for _ in range(40):
+                async with agent("a", tmp_path, limits=limits) as a:
+                    a.asks(b.member)
+                    await until(lambda a=a: a.has_heard(b.member), "b's words")  # type: ignore[misc]
+                    closing_s = time.monotonic()
+                    await asyncio.wait_for(a.links.close(), 4 * AT_ONCE_S)
+                    assert time.monotonic() - closing_s < 4 * AT_ONCE_S
+
+    run(scenario())
+
+
+# ---- who is gone -------------------------------------------------------------------------------------
+
+
+def test_a_port_that_nobody_listens_on_refuses(tmp_path: Path) -> None:
+    """A node whose address refuses connections is known to be gone at once, which is news."""
+
+    async def scenario() -> None:
+        async with agent("b", tmp_path) as b:
+            gone = b.member
+        async with agent("a", tmp_path) as a:
+            a.asks(gone)
+            await asyncio.wait_for(a.news.wait(), AT_ONCE_S)
+            assert a.knows(gone).refused
+
+    run(scenario())
+
+
+def test_another_life_at_the_same_port_counts_as_gone(tmp_path: Path) -> None:
+    """Who answers for another incarnation proves that the one that was asked for is dead."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
+            earlier = dataclasses.replace(b.member, incarnation="b0")
+            a.asks(earlier)
+            took_s = await until(lambda: a.knows(earlier).refused, "a refusal")
+            assert took_s < AT_ONCE_S
+            assert a.knows(earlier).status is None
+
+    run(scenario())
+
+
+def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path) -> None:
+    """A node that hangs up is noticed at once; if the same life answers there again, it is no longer refused."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path, limits=OFTEN) as a, agent("b", tmp_path) as b:
+            await connected(a, b)
+            hung_up_s = time.monotonic()
+            await b.links.close()
+            await until(lambda: a.knows(b.member).refused, "a refusal", within_s=AT_ONCE_S)
+            assert time.monotonic() - hung_up_s < AT_ONCE_S + 0.2
+            again = Links(b.participant, TOKEN, b.news.set)
+            again_port = await again.serve("127.0.0.1")
+            moved = dataclasses.replace(b.member, port=again_port)
+            a.asks()
+            a.asks(moved)
+            await until(lambda: not a.knows(moved).refused, "b again")
+            await again.close()
+
+    run(scenario())
+
+
+def serve_for_ever(directory: str) -> None:
+    """Another process that answers as node b, until somebody ends it."""
+
+    async def serve() -> None:
+        async with agent("b", Path(directory), limits=OFTEN) as b:
+            print(json.dumps(dataclasses.asdict(b.member)), flush=True)
+            await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Any:
+    """Node b in a process of its own, and where it answers."""
+    code = "import sys; from tests.membership.test_links import serve_for_ever; serve_for_ever(sys.argv[1])"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert started.stdout is not None
+    yield started, Member(**json.loads(started.stdout.readline()))
+    started.kill()
+    started.wait()
+
+
+def test_a_killed_process_is_noticed_at_once(
+    tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
+) -> None:
+    """SIGKILL to a peer's process shows as a refused address within half a second, although it is asked much less often."""
+    peer, b = process
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a:
+            a.asks(b)
+            await until(lambda: a.has_heard(b), "b's first words")
+            a.news.clear()
+            killed_s = time.monotonic()
+            peer.kill()
+            await until(lambda: a.knows(b).refused, "a refusal", within_s=0.5)
+            assert time.monotonic() - killed_s < 0.5
+            assert a.news.is_set()
+
+    run(scenario())
+
+
+def test_the_end_of_a_connection_is_news_for_who_was_dialled(tmp_path: Path) -> None:
+    """Who only answered looks at once, too, when the other end hangs up; that alone does not make the peer gone."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
+            await connected(b, a)
+            a.news.clear()
+            await b.links.close()
+            await asyncio.wait_for(a.news.wait(), AT_ONCE_S)
+            assert not a.knows(b.member).refused
+
+    run(scenario())
+
+
+def test_a_stopped_process_is_silent_and_not_gone(
+    tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
+) -> None:
+    """A peer that is stopped does not refuse; its proof of life grows old, and comes back with it."""
+    peer, b = process
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path, limits=OFTEN) as a:
+            a.asks(b)
+            await until(lambda: a.has_heard(b), "b's first words")
+            peer.send_signal(signal.SIGSTOP)
+            stopped_s = time.monotonic()
+            while Path(f"/proc/{peer.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                await asyncio.sleep(0.001)
+            before = a.participant.table._count
+            await until(lambda: a.participant.table._count >= before + 10, "ten questions")
+            heard_s = a.knows(b).heard_s
+            assert heard_s is not None
+            assert heard_s < stopped_s + AT_ONCE_S
+            assert not a.knows(b).refused
+            peer.send_signal(signal.SIGCONT)
+            continued_s = time.monotonic()
+            await until(lambda: (a.knows(b).heard_s or 0.0) > continued_s, "b again")
+
+    run(scenario())
+
+
+def test_a_connection_that_is_stuck_is_given_up(
+    tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
+) -> None:
+    """A connection that has been silent for the timeout is replaced: the network under it may be another one by now."""
+    peer, b = process
+
+    async def scenario() -> None:
+        limits = dataclasses.replace(OFTEN, heartbeat_timeout_s=0.5)
+        async with agent("a", tmp_path, limits=limits) as a:
+            a.asks(b)
+            await until(lambda: a.has_heard(b), "b's first words")
+            (stuck,) = a.links._open
+            peer.send_signal(signal.SIGSTOP)
+            await until(lambda: stuck not in a.links._open, "the end of the link")
+            peer.send_signal(signal.SIGCONT)
+            continued_s = time.monotonic()
+            await until(lambda: (a.knows(b).heard_s or 0.0) > continued_s, "b again")
+            assert not a.knows(b).refused
+
+    run(scenario())
+
+
+# ---- the token ---------------------------------------------------------------------------------------
+
+
+def test_of_many_that_come_first_all_have_one_token(tmp_path: Path) -> None:
+    """However many nodes start at once, they end with the same secret, which is long."""
+    found: list[str] = []
+    start = threading.Barrier(8)
+
+    def come() -> None:
+        store = open_store(f"file://{tmp_path}")
+        start.wait()
+        found.append(run_token(store))
+
+    threads = [threading.Thread(target=come) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert set(found) == {(tmp_path / TOKEN_KEY).read_text()}
+    assert len(found[0]) >= 32
+
+
+def test_status_has_all_that_is_said() -> None:
+    """What `STATUS` writes is what a NodeStatus holds, so that another version can be told apart."""
+    said = STATUS.dump_python(waiting("a"), mode="json")
+    assert set(said) == {each.name for each in dataclasses.fields(NodeStatus)}
+    assert STATUS.validate_python(said) == waiting("a")

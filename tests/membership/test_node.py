@@ -1,0 +1,450 @@
+"""Real nodes over real connections on loopback agree through a real log."""
+
+import contextlib
+import dataclasses
+import datetime
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from elastic_pt.errors import ConfigError, NodeFailure
+from elastic_pt.membership.node import Formed, Left, Node, NodeOptions
+from elastic_pt.membership.pulse import KEY
+from elastic_pt.membership.status import Limits, StartTimes
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, Recovery, Stop
+from tests.membership.bucket import WatchedStore
+
+DEADLINE_S = 20.0
+LIMITS = Limits(
+    nodes_min=1,
+    nodes_max=8,
+    slots=8,
+    heartbeat_timeout_s=2.0,
+    join_window_s=0.3,
+    takeover_s=4.0,
+    heartbeat_interval_s=0.1,
+)
+FINGERPRINT = {"code": "1", "torch": "2.13"}
+
+
+@pytest.fixture
+def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
+    """Starts nodes of one run and makes them leave in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(
+            name: str,
+            *,
+            nodes_min: int = 1,
+            on_drain: Callable[[str], None] = lambda _: None,
+            fingerprint: dict[str, str] = FINGERPRINT,
+            address: str = "127.0.0.1",
+        ) -> Node:
+            limits = dataclasses.replace(LIMITS, nodes_min=nodes_min)
+            node = Node(
+                NodeOptions(name, address, 1, fingerprint, limits),
+                bucket,
+                bucket,
+                RunLog(bucket, writer=name),
+                choose_resume=lambda _: None,
+                on_drain=on_drain,
+            )
+            node.start()
+            stack.callback(node.leave)
+            return node
+
+        yield make
+
+
+def formed(*nodes: Node) -> list[Formed]:
+    """Wait for the next generation of each node, all at once, as their agents would."""
+    results: dict[int, Formed | Stop] = {}
+
+    def wait(index: int, node: Node) -> None:
+        results[index] = node.await_generation()
+        node.running()
+
+    threads = [threading.Thread(target=wait, args=each, daemon=True) for each in enumerate(nodes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), f"no generation after {DEADLINE_S} s"
+    found = [results[index] for index in range(len(nodes))]
+    assert all(isinstance(each, Formed) for each in found)
+    return found  # type: ignore[return-value]
+
+
+def content_with_one(*nodes: Node) -> None:
+    """Let nodes that waited for all others to arrive go on without some of them."""
+    for node in nodes:
+        node._participant._limits = LIMITS
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Poll until a condition holds."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S} s: {what}"
+        threading.Event().wait(0.02)
+
+
+def names(generation: Formed) -> list[str]:
+    """The members, in rank order."""
+    return [member.node for member in generation.generation.members]
+
+
+@contextlib.contextmanager
+def deaf_address(*, accepts: bool) -> Iterator[int]:
+    """A port of this machine that does not refuse connections and never answers; the kernel accepts them or not."""
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(100 if accepts else 0)
+        # The first fills the queue; the kernel ignores all further ones.
+        for _ in range(0 if accepts else 4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        yield deaf.getsockname()[1]
+
+
+@contextlib.contextmanager
+def hanging_turns(node: Node) -> Iterator[None]:
+    """The node's turns hang, as on a bucket that does not answer; one of them does so already."""
+    hangs, answered = threading.Event(), threading.Event()
+
+    def turn() -> None:
+        hangs.set()
+        answered.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node._participant, "turn", turn)
+        assert hangs.wait(DEADLINE_S)
+        try:
+            yield
+        finally:
+            answered.set()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_nodes_that_start_together_form_one_generation(
+    make_node: Callable[..., Node], address: str
+) -> None:
+    """Nodes find each other through the lobby and agree on one generation, one rank each, one fresh store."""
+    nodes = [make_node(name, nodes_min=3, address=address) for name in ("c", "a", "b")]
+    worlds = formed(*nodes)
+    assert {tuple(names(world)) for world in worlds} == {("a", "b", "c")}
+    assert sorted(world.node_rank for world in worlds) == [0, 1, 2]
+    worlds[0].store.set("greeting", "hello")
+    assert worlds[1].store.get("greeting") == b"hello"
+    assert {each.address for each in worlds[0].generation.members} == {address}
+
+
+def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[..., Node]) -> None:
+    """When the leading node goes, the others form the next generation, on another store, with the reason."""
+    a, b, c = (make_node(name, nodes_min=3) for name in "abc")
+    first = formed(a, b, c)[1]
+    content_with_one(b, c)
+    gone_s = time.monotonic()
+    a.leave()
+    eventually(lambda: b.must_reform(first.generation.number), "b notices")
+    for node in (b, c):
+        node.spend(first.generation.number, None)
+    second = formed(b, c)[0]
+    assert names(second) == ["b", "c"]
+    assert second.generation.reason == "lost a"
+    assert second.generation.store_port != first.generation.store_port
+    assert b.read_at_s(2) - gone_s < LIMITS.heartbeat_timeout_s, "nobody waited for silence"
+
+
+def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
+    """A node that comes later makes the leader ask for a drain, and is a member once all have spent."""
+    asked: list[str] = []
+    a = make_node("a", on_drain=asked.append)
+    first = formed(a)[0]
+    b = make_node("b")
+    # More than once: workers that were still starting must hear of it too.
+    eventually(lambda: len(asked) > 3, "the leader keeps asking for a drain")
+    assert set(asked) == {"b joins"}
+    assert not a.must_reform(first.generation.number)
+    a.settling()
+    a.spend(first.generation.number, None)
+    assert names(formed(a, b)[0]) == ["a", "b"]
+
+
+def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[..., Node]) -> None:
+    """The others hear that a node wants to go and drain; it leaves once it has stopped, and is told as left, not lost."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    a.request_leave()
+    assert a.leaving
+    eventually(lambda: "a leaves" in asked, "the one that stays asks for a drain")
+    assert not b.must_reform(number)
+    for node in (a, b):
+        node.settling()
+        node.spend(number, None)
+    with pytest.raises(Left):
+        a.await_generation()
+    a.leave()
+    (second,) = formed(b)
+    assert names(second) == ["b"]
+    assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
+
+
+def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[..., Node]) -> None:
+    """`await_generation` ends with `Left` as soon as a node that is no member asks to go."""
+    node = make_node("a", nodes_min=2)
+    ended: list[type[BaseException]] = []
+
+    def wait() -> None:
+        try:
+            node.await_generation()
+        except Left as left:
+            ended.append(type(left))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    eventually(lambda: node.reason.startswith("waiting for nodes"), "the node waits")
+    node.request_leave()
+    thread.join(DEADLINE_S)
+    assert ended == [Left]
+
+
+def test_who_leaves_waits_for_no_answer_of_the_bucket(make_node: Callable[..., Node]) -> None:
+    """While a node's turn hangs on the bucket, the others hear that it wants to go, and see at once that it has gone."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    with hanging_turns(a):
+        a.request_leave()
+        eventually(lambda: "a leaves" in asked, "the one that stays asks for a drain")
+        assert not b.must_reform(number)
+        leaves = threading.Thread(target=a.leave)
+        leaves.start()
+        eventually(lambda: b.must_reform(number), "b sees that a is gone")
+    leaves.join()
+
+
+def test_who_waits_and_leaves_waits_for_no_answer_of_the_bucket(
+    make_node: Callable[..., Node],
+) -> None:
+    """A node that is no member goes at once when it is asked to, though its turn hangs on the bucket."""
+    a, left = make_node("a", nodes_min=2), threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(Left):
+            a.await_generation()
+        left.set()
+
+    with hanging_turns(a):
+        threading.Thread(target=wait, daemon=True).start()
+        a.request_leave()
+        assert left.wait(DEADLINE_S)
+
+
+def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., Node]) -> None:
+    """Another fingerprint ends `await_generation` with the field, its value here and the run's; the run goes on."""
+    asked: list[str] = []
+    a = make_node("a", on_drain=asked.append)
+    number = formed(a)[0].generation.number
+    stranger = make_node("b", fingerprint=FINGERPRINT | {"torch": "2.14"})
+    with pytest.raises(
+        ConfigError,
+        match=r"^a does not take this node in: torch = '2\.14', where the run has '2\.13'$",
+    ):
+        stranger.await_generation()
+    assert asked == []
+    assert not a.must_reform(number)
+
+
+def test_a_failed_node_takes_part_in_the_next_world(make_node: Callable[..., Node]) -> None:
+    """A worker's failure is told with its cause, step and signature, and costs one generation."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    cause = b.failure("worker 0: ValueError: bad", step=7, signature="ValueError@loop.py:9")
+    assert (cause.kind, cause.node) == (CauseKind.FAILED, "b")
+    b.spend(number, cause)
+    eventually(lambda: a.must_reform(number), "a hears of it")
+    a.spend(number, None)
+    second = formed(a, b)[0].generation
+    assert second.causes == (cause,)
+    assert second.number == number + 1
+
+
+def test_how_a_start_went_is_told_once(make_node: Callable[..., Node]) -> None:
+    """When every member has told of its first step, the log has a RECOVERY for the generation."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    for node, step_s in ((a, 0.25), (b, 0.5)):
+        node.first_step(StartTimes(number, 0.1, 0.2, 0.3, step_s))
+    eventually(lambda: b.view.recovery is not None, "a RECOVERY")
+    assert isinstance(b.view.recovery, Recovery)
+    assert b.view.recovery.number == number
+    assert b.view.recovery.total_s == pytest.approx(1.1)
+
+
+def test_a_world_whose_store_cannot_be_reached_is_given_up(
+    make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that cannot connect to the generation's store says so, which is no failure; the next one has another store."""
+    monkeypatch.setattr(
+        "elastic_pt.membership.node._STORE_CONNECT", datetime.timedelta(seconds=0.5)
+    )
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    first = formed(a, b)[0].generation
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        unreachable = dataclasses.replace(
+            first, number=2, store_port=nobody.getsockname()[1], reason="by hand"
+        )
+        nobody.close()
+        RunLog(bucket, writer="x").append(lambda _: unreachable, generation=1)
+    for node in (a, b):
+        node.spend(1, None)
+    third = formed(a, b)[0].generation
+    assert third.number == 3
+    assert {each.kind for each in third.causes} == {CauseKind.GAVE_UP}
+    assert f"cannot reach the store at 127.0.0.1:{unreachable.store_port}" in third.reason
+
+
+@pytest.mark.parametrize("accepts", [False, True], ids=["vanished", "stopped"])
+def test_a_deaf_store_holds_nobody_back_from_the_next_world(
+    make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, accepts: bool
+) -> None:
+    """Who tries to reach the store of a host that vanished or stands still follows as soon as the others have gone on."""
+    patience = datetime.timedelta(seconds=2 * DEADLINE_S)
+    monkeypatch.setattr("elastic_pt.membership.node._STORE_CONNECT", patience)
+    a = make_node("a")
+    first = formed(a)[0].generation
+    dialled, found = threading.Event(), []
+
+    class WatchedTCPStore(TCPStore):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            dialled.set()
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("elastic_pt.membership.node.TCPStore", WatchedTCPStore)
+    with deaf_address(accepts=accepts) as port:
+        deaf = dataclasses.replace(first, number=2, store_port=port)
+        a._log.append(lambda _: deaf, generation=1)
+        waits = threading.Thread(target=lambda: found.append(a.await_generation()), daemon=True)
+        waits.start()
+        assert dialled.wait(DEADLINE_S)
+        a._log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
+        waits.join(DEADLINE_S)
+    assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
+
+
+def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Node]) -> None:
+    """A STOP that one node appends ends the others without their polling the bucket."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    world = formed(a, b)[0]
+    log = a._log
+    log.append(lambda _: Stop("completed", 7), generation=world.generation.number)
+    a.notice_log()
+    assert a.await_end(world.generation.number, DEADLINE_S, lambda: False)
+    assert b.await_end(world.generation.number, DEADLINE_S, lambda: False)
+    assert b.await_generation() == Stop("completed", 7)
+
+
+def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
+    make_node: Callable[..., Node],
+) -> None:
+    """A commit of another generation settles nothing; one of this generation does; giving up ends the wait."""
+    a = make_node("a")
+    number = formed(a)[0].generation.number
+
+    def committed(step: int, generation: int) -> Commit:
+        return Commit((Checkpoint(step, generation, f"ckpt/{step}", 1, "0" * 64, None),), "history")
+
+    a._log.append(lambda _: committed(100, number - 1), generation=number)
+    assert not a.await_settled(number, 60, 0.1, lambda: False)
+    assert not a.await_settled(number, 60, DEADLINE_S, lambda: True)
+    a._log.append(lambda _: committed(60, number), generation=number)
+    assert a.await_settled(number, 60, DEADLINE_S, lambda: False)
+
+
+def test_a_node_outside_learns_of_the_end_by_itself(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """A waiting node whose members left right after STOP looks at the log and ends too."""
+    a = make_node("a")
+    world = formed(a)[0]
+    spare = make_node("spare")
+    eventually(lambda: spare.reason.startswith("asked a"), "the spare sees the member")
+    RunLog(bucket, writer="x").append(
+        lambda _: Stop("completed", 7), generation=world.generation.number
+    )
+    a.leave()
+    assert spare.await_generation() == Stop("completed", 7)
+
+
+def test_a_fleet_that_trains_hardly_asks_the_bucket(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """While nothing changes, only the first member's pulse and glances reach the bucket: at most three requests a second for all."""
+    nodes = [make_node(name, nodes_min=4) for name in "abcd"]
+    formed(*nodes)
+    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first beat")
+    bucket.requests.clear()
+    began_s = time.monotonic()
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more beats")
+    lasted_s = time.monotonic() - began_s
+    assert set(bucket.requests) == {f"write {KEY}", "read log"}
+    assert bucket.requests.total() <= 3 * lasted_s
+
+
+def test_no_pulse_is_written_while_nobody_trains(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """The first member's node beats while its workers run, and no more once they are spent."""
+    a = make_node("a", nodes_min=1)
+    number = formed(a)[0].generation.number
+    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "a beat")
+    bucket.down = True
+    a.spend(number, a.failure("worker 0 killed by SIGKILL"))
+    beats = bucket.requests[f"write {KEY}"]
+    looks = bucket.requests.total()
+    eventually(lambda: bucket.requests.total() >= looks + 3, "attempts to go on")
+    assert bucket.requests[f"write {KEY}"] <= beats + 1
+
+
+def test_without_the_bucket_training_goes_on(
+    make_node: Callable[..., Node], bucket: WatchedStore
+) -> None:
+    """A bucket that is away breaks no generation; what changes meanwhile waits until it is back."""
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    bucket.down = True
+    bucket.requests.clear()
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 2, "two beats that fail")
+    assert not a.must_reform(number)
+    assert not b.must_reform(number)
+    a.leave()
+    eventually(lambda: b.must_reform(number), "b notices")
+    b.spend(number, None)
+    bucket.down = False
+    assert names(formed(b)[0]) == ["b"]
+
+
+@pytest.mark.parametrize("part", ["turn", "feel_pulse"])
+def test_a_crash_of_the_membership_ends_the_wait(
+    make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """If the thread that carries the membership dies, or its pulse, whoever waits for it is told why, once and for all."""
+    node = make_node("a", nodes_min=2)
+    monkeypatch.setattr(node._participant, part, lambda: 1 / 0)
+    with pytest.raises(NodeFailure, match=r"membership stopped: ZeroDivisionError"):
+        node.await_generation()
+    with pytest.raises(NodeFailure):
+        node.must_reform(1)

@@ -1,0 +1,183 @@
+"""The small parts of a node: the channel to its workers, its scratch directory, its address."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from elastic_pt.errors import ConfigError
+from elastic_pt.membership.address import interface_of, local_address
+from elastic_pt.workers.channel import ORPHANED_EXIT_CODE, AgentSide, Message, WorkerSide
+from elastic_pt.workers.scratch import scratch_directory
+
+DEADLINE_S = 30.0
+
+
+def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
+    """Messages arrive complete and in order, and a closed worker's last words are handled before it counts as gone."""
+    heard: Queue[Message] = Queue()
+    agent = AgentSide(tmp_path / "socket", heard.put)
+    worker = WorkerSide(tmp_path / "socket")
+    for number in range(100):
+        worker.send("step", step=number, padding="x" * 5000)
+    assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
+    agent.broadcast({"kind": "released", "step": 7})
+    agent.broadcast({"kind": "drain"})
+    waiting = threading.Event()
+    while not worker.drain_requested:
+        waiting.wait(0.01)
+    assert worker.released(7)
+    assert not worker.released(8)
+    worker.send("last")
+    worker.close()
+    agent.drain_messages(5.0)
+    assert heard.get_nowait()["kind"] == "last"
+    agent.close()
+
+
+def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
+    """What the agent tells its workers never waits for one that is stopped; the others hear all of it."""
+    heard: Queue[Message] = Queue()
+    agent = AgentSide(tmp_path / "socket", heard.put)
+    stopped = socket.socket(socket.AF_UNIX)
+    stopped.connect(str(tmp_path / "socket"))
+    worker = WorkerSide(tmp_path / "socket")
+    worker.send("hello")
+    assert heard.get(timeout=DEADLINE_S)["kind"] == "hello"
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        while len(agent._connections) > 1 and told < 10_000:
+            told += 1
+            agent.broadcast({"kind": "released", "step": told, "padding": "x" * 10_000})
+            while not worker.released(told):
+                threading.Event().wait(0.001)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(DEADLINE_S)
+    assert not teller.is_alive()
+    assert len(agent._connections) == 1
+    assert all(worker.released(step) for step in range(1, told + 1))
+    while stopped.recv(1 << 20):
+        pass
+    worker.close()
+    agent.close()
+    stopped.close()
+
+
+def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
+    """Losing the agent ends the worker process at once, with its own exit code."""
+    code = (
+        "import sys, threading; from pathlib import Path; from elastic_pt.workers.channel import WorkerSide;"
+        "w = WorkerSide(Path(sys.argv[1])); w.send('hello'); threading.Event().wait(30)"
+    )
+    ready = threading.Event()
+    agent = AgentSide(tmp_path / "socket", lambda _: ready.set())
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "socket")])
+    assert ready.wait(30)
+    for connection in list(agent._connections):
+        connection.shutdown(2)
+    assert worker.wait(10) == ORPHANED_EXIT_CODE
+    agent.close()
+
+
+def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
+    """A new agent removes directories whose lock nobody holds, and leaves those of living agents alone."""
+    dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
+    for directory in (dead, alive):
+        directory.mkdir()
+        (directory / "shard").write_bytes(b"x")
+    held = os.open(alive, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with scratch_directory(str(tmp_path)) as mine:
+        assert mine.is_dir()
+        assert not dead.exists()
+        assert (alive / "shard").exists()
+    os.close(held)
+    assert not mine.exists()
+
+
+def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
+    """However many agents start and sweep at once, each keeps its own directory until it is done with it."""
+    lost: list[BaseException] = []
+    begin = threading.Barrier(8)
+
+    def live() -> None:
+        try:
+            begin.wait(DEADLINE_S)
+            for _ in range(40):
+                with scratch_directory(str(tmp_path)) as mine:
+                    (mine / "file").write_text("mine")
+                    assert (mine / "file").read_text() == "mine"
+        except BaseException as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=live) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert lost == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """A wrong checkpoint.staging gives one line that names it."""
+    with (
+        pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*expected a writable"),
+        scratch_directory(str(tmp_path / "nowhere")),
+    ):
+        pass
+
+
+def test_addresses_and_their_interfaces() -> None:
+    """This machine's address for peers is on one of its interfaces; an address it does not have is on none."""
+    assert interface_of(local_address()) is not None
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("::1") == "lo"
+    assert interface_of("192.0.2.77") is None
+    assert interface_of("2001:db8::77") is None
+
+
+def test_a_worker_hears_on_after_a_line_that_is_no_message(tmp_path: Path) -> None:
+    """What a worker cannot read ends neither it nor its hearing."""
+    agent = AgentSide(tmp_path / "socket", lambda _: None)
+    worker = WorkerSide(tmp_path / "socket")
+    while not agent._connections:
+        threading.Event().wait(0.001)
+    (connection,) = agent._connections
+    connection.sendall(b'\xff no JSON\n{"step": 3}\n[1]\n')
+    deadline_s = time.monotonic() + DEADLINE_S
+    agent.broadcast({"kind": "drain"})
+    while not worker.drain_requested:
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.001)
+    worker.close()
+    agent.close()
+
+
+def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> None:
+    """Whatever a handler raises, and whatever a line holds, the next message is heard."""
+    heard: Queue[Message] = Queue()
+
+    def handle(message: Message) -> None:
+        heard.put(message)
+        assert message["kind"] != "bad"
+
+    agent = AgentSide(tmp_path / "socket", handle)
+    worker = socket.socket(socket.AF_UNIX)
+    worker.connect(str(tmp_path / "socket"))
+    worker.sendall(b'{"kind": "bad"}\n\xff\xfe no JSON \n{"kind": "good"}\n')
+    assert heard.get(timeout=10)["kind"] == "bad"
+    assert heard.get(timeout=10)["kind"] == "good"
+    worker.close()
+    agent.close()

@@ -1,0 +1,484 @@
+"""What one node asks of the bucket, what it says there, and how it bears a bucket that is away."""
+
+import dataclasses
+
+import pytest
+
+from elastic_pt.errors import StoreError
+from elastic_pt.membership.budgets import SPACED_S
+from elastic_pt.membership.decide import Ended, Wait
+from elastic_pt.membership.pulse import KEY, Pulse
+from elastic_pt.membership.status import Phase, StartTimes
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import (
+    Checkpoint,
+    Commit,
+    Generation,
+    Quarantine,
+    Record,
+    Recovery,
+    Stop,
+)
+from tests.membership.bucket import WatchedStore
+from tests.membership.fleet import BUDGETS, TICK_S, Fleet, names
+from tests.membership.world import LIMITS, failed, member
+
+# ---- pulse and bucket --------------------------------------------------------------------------------
+
+
+def test_only_the_first_member_beats_and_only_while_it_trains(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """One node of the fleet writes the pulse, a few times per takeover_s, while its workers run or settle."""
+    fleet.form("a", "b")
+
+    def beats(seconds: float) -> int:
+        before = bucket.requests[f"write {KEY}"]
+        for _ in range(round(seconds / TICK_S)):
+            fleet.pass_time(TICK_S)
+            for node in fleet.alive():
+                node.feel_pulse()
+        return bucket.requests[f"write {KEY}"] - before
+
+    expected = 4 * 10 / LIMITS.takeover_s
+    assert beats(10.0) == pytest.approx(expected, abs=1)
+    assert bucket.requests[f"read {KEY}"] == 0
+    fleet.nodes["a"].say(phase=Phase.SETTLING)
+    assert beats(10.0) == pytest.approx(expected, abs=1)
+    fleet.nodes["a"].say(phase=Phase.WAITING)
+    assert beats(2.0) == 0
+    fleet.nodes["a"].say(phase=Phase.RUNNING)
+    fleet.dead.add("a")
+    fleet.pass_time(1.0)
+    assert names(fleet.log.generation) == ["b"]
+    fleet.spend(1, "b")
+    assert beats(4.0) == 0
+    fleet.run()
+    assert beats(4.0) >= 3
+
+
+def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
+    """A first member that has given its generation up tells nobody that it trains."""
+    fleet.limits = dataclasses.replace(LIMITS, nodes_min=2)
+    fleet.form("a", "b")
+    fleet.dead.add("b")
+    fleet.pass_time(1.0)
+    before = bucket.requests[f"write {KEY}"]
+    fleet.now_s += 10.0
+    fleet.nodes["a"].feel_pulse()
+    assert bucket.requests[f"write {KEY}"] == before
+
+
+def test_the_first_member_glances_at_the_log_with_every_second_beat(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """Looking whether somebody has taken over costs the fleet half a request for each beat, and nothing else."""
+    fleet.form("a", "b")
+    bucket.requests.clear()
+    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+        fleet.pass_time(TICK_S)
+        for node in fleet.alive():
+            node.feel_pulse()
+    assert set(bucket.requests) == {f"write {KEY}", "read log"}
+    assert bucket.requests["read log"] == pytest.approx(bucket.requests[f"write {KEY}"] / 2, abs=1)
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["at once", "not at first"])
+def test_a_lone_member_that_was_replaced_learns_of_it(
+    fleet: Fleet, bucket: WatchedStore, answers: bool
+) -> None:
+    """A node that newcomers have given up while it could reach nobody does not train on beside their world."""
+    fleet.form("a")
+    a = fleet.nodes["a"]
+    theirs = dataclasses.replace(fleet.log.generations[-1], number=2, members=(member("z"),))
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+
+    def train(seconds: float) -> None:
+        for _ in range(round(seconds / TICK_S)):
+            fleet.now_s += TICK_S
+            a.feel_pulse()
+            a.turn()
+
+    if not answers:
+        bucket.deaf_to = "read"
+        train(LIMITS.takeover_s)
+        assert (a.status.generation, a.decision) == (1, Wait("training"))
+        bucket.deaf_to = ""
+    train(LIMITS.takeover_s / 2 + TICK_S)
+    assert a.status.generation == 2
+    assert a.decision != Wait("training")
+
+
+def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """A request from when the bucket was away may hang for long after: that keeps no workers in a world that is over."""
+    first = fleet.form("a")
+    theirs = dataclasses.replace(first, number=2, members=(member("z"),))
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+    a = fleet.nodes["a"]
+    for _ in range(round(LIMITS.takeover_s / TICK_S)):
+        fleet.now_s += TICK_S
+        a.feel_pulse()
+    assert a.broken == 1
+
+
+def test_a_glance_that_comes_late_takes_nothing_back(
+    fleet: Fleet, bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A world that was given up stays so, though a slow answer about the one before it comes in afterwards."""
+    first = fleet.form("a")
+    a = fleet.nodes["a"]
+    theirs = dataclasses.replace(first, number=2)
+    RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
+    glance = Pulse.record
+
+    def slow(pulse: Pulse, index: int) -> Record | None:
+        a._give_up(2)
+        return glance(pulse, index)
+
+    monkeypatch.setattr(Pulse, "record", slow)
+    fleet.now_s += LIMITS.takeover_s
+    a.feel_pulse()
+    assert (a.broken, a.status.broken) == (2, 2)
+
+
+@pytest.mark.parametrize("sign", ["pulse", "log"])
+def test_who_is_cut_off_waits_while_the_run_goes_on(fleet: Fleet, sign: str) -> None:
+    """A newcomer that reaches no member takes over only once neither pulse nor log has moved for takeover_s."""
+    fleet.form("a")
+    fleet.start("b")
+    fleet.cut = {frozenset("ab")}
+    b, number = fleet.nodes["b"], 0
+
+    def wait(seconds: float, *, moves: bool) -> None:
+        nonlocal number
+        for _ in range(round(seconds / TICK_S)):
+            fleet.now_s += TICK_S
+            number += 1
+            if moves and sign == "pulse":
+                fleet.bucket.write(KEY, f"[1, {number}]".encode())
+            elif moves and number % 5 == 0:
+                body = Quarantine(f"ckpt/{number}", "bad")
+                RunLog(fleet.bucket, writer="a").append(lambda _: body, generation=1)
+            b.turn()
+            b.feel_pulse()
+
+    wait(5 * LIMITS.takeover_s, moves=True)
+    assert fleet.log.generation_number == 1
+    wait(LIMITS.takeover_s - 1.0, moves=False)
+    assert fleet.log.generation_number == 1
+    wait(2.0, moves=False)
+    assert names(fleet.log.generation) == ["b"]
+
+
+def test_what_was_not_looked_at_was_not_quiet(fleet: Fleet) -> None:
+    """Time in which a node did not get to feel the pulse, because something held it up, is no time of quiet."""
+    fleet.form("a")
+    fleet.start("b")
+    fleet.cut = {frozenset("ab")}
+    b = fleet.nodes["b"]
+    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+        fleet.now_s += TICK_S
+        b.turn()
+    assert fleet.log.generation_number == 1
+    for _ in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+        fleet.now_s += TICK_S
+        b.turn()
+        b.feel_pulse()
+    assert names(fleet.log.generation) == ["b"]
+
+
+def test_a_bucket_that_is_away_is_no_quiet(fleet: Fleet, bucket: WatchedStore) -> None:
+    """Who can see neither members nor bucket knows nothing, and does not take over the moment the bucket is back."""
+    fleet.form("a")
+    fleet.start("b")
+    fleet.cut = {frozenset("ab")}
+    b = fleet.nodes["b"]
+
+    def wait(seconds: float) -> None:
+        for _ in range(round(seconds / TICK_S)):
+            fleet.now_s += TICK_S
+            b.feel_pulse()
+            try:
+                b.turn()
+            except StoreError:
+                assert bucket.down
+
+    wait(LIMITS.takeover_s)
+    bucket.down = True
+    wait(3 * LIMITS.takeover_s)
+    bucket.down = False
+    wait(LIMITS.takeover_s - 2.0)
+    assert fleet.log.generation_number == 1
+    wait(4.0)
+    assert names(fleet.log.generation) == ["b"]
+
+
+def test_without_the_bucket_members_still_notice_and_then_wait(
+    fleet: Fleet, bucket: WatchedStore
+) -> None:
+    """A loss while the bucket is away is noticed and told; the next generation comes when the bucket does."""
+    fleet.form("a", "b")
+    bucket.down = True
+    before = bucket.requests.total()
+    fleet.pass_time(10.0)
+    assert bucket.requests.total() == before
+    fleet.dead.add("b")
+    with pytest.raises(StoreError):
+        fleet.pass_time(1.0)
+    assert fleet.nodes["a"].broken == fleet.nodes["a"].status.broken == 1
+    bucket.down = False
+    fleet.pass_time(1.0)
+    assert names(fleet.log.generation) == ["a"]
+
+
+def test_a_member_that_cannot_read_the_log_is_left_behind(fleet: Fleet) -> None:
+    """Who answers and yet does not read the generation's record holds the others up for takeover_s, and no longer."""
+    fleet.start("a", "b")
+    members = (fleet.nodes["a"].member, fleet.nodes["b"].member)
+    world = Generation(1, members, (4, 4), "127.0.0.1", 1, None, "started")
+    RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
+    for passed in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+        fleet.now_s += TICK_S
+        fleet.talk()
+        fleet.nodes["a"].turn()
+        if passed * TICK_S < LIMITS.takeover_s:
+            assert fleet.nodes["a"].broken == 0
+    assert names(fleet.log.generation) == ["a"]
+    assert fleet.log.generations[-1].causes[0].detail == "it does not read the log"
+
+
+def test_members_that_train_ask_nothing_of_the_bucket(fleet: Fleet, bucket: WatchedStore) -> None:
+    """However long nothing changes, turns cost no request; what one appends makes each of the others read on once."""
+    fleet.limits = dataclasses.replace(LIMITS, nodes_max=4)
+    fleet.form(*"abcd")
+    fleet.start("spare")
+    fleet.pass_time(1.0)
+    before = bucket.requests.total()
+    fleet.pass_time(20.0)
+    assert bucket.requests.total() == before
+    log = fleet.nodes["a"]._log
+    log.append(lambda _: Quarantine("ckpt/x", "bad"), generation=1)
+    fleet.pass_time(4 * TICK_S)
+    assert {node.status.log_length for node in fleet.alive()} == {log.view.length}
+
+
+# ---- failures, recoveries, the end -------------------------------------------------------------------
+
+
+def test_a_node_that_fails_too_often_is_left_out_and_put_on_record(fleet: Fleet) -> None:
+    """The failure that is too many keeps its node out of the world that it calls for, and a QUARANTINE follows."""
+    fleet.form("a", "b")
+    for number in (1, 2):
+        fleet.spend(number, "a")
+        fleet.spend(number, "b", failure=failed("b", f"failure {number}"))
+        fleet.pass_time(1.0)
+        fleet.run()
+    generation, quarantine = fleet.records()[-2:]
+    assert isinstance(generation, Generation)
+    assert names(generation) == ["a"]
+    assert isinstance(quarantine, Quarantine)
+    assert (quarantine.node, quarantine.seconds) == ("b", BUDGETS.bar_s)
+    assert "b: failure 2" in quarantine.why
+    assert fleet.nodes["b"].decision.reason.startswith("kept out: 2 failures within 600 s")
+    fleet.pass_time(BUDGETS.bar_s)
+    assert fleet.drains[-1] == "b joins"
+
+
+def test_a_node_that_is_lost_too_often_is_put_on_record(fleet: Fleet) -> None:
+    """A node that is gone again and again finds itself kept out when it comes back."""
+    fleet.form("a", "b")
+    for life in ("b2", "b3"):
+        fleet.dead.add("b")
+        fleet.pass_time(1.0)
+        fleet.run()
+        fleet.dead.clear()
+        fleet.start("b", member=dataclasses.replace(member("b"), incarnation=life))
+        fleet.pass_time(LIMITS.join_window_s + 1.0)
+        if life == "b2":
+            assert fleet.drains[-1] == "b joins"
+            fleet.spend(2, "a")
+            fleet.pass_time(1.0)
+            assert names(fleet.run()) == ["a", "b"]
+    (quarantine,) = (each for each in fleet.records() if isinstance(each, Quarantine))
+    assert (quarantine.node, quarantine.why) == ("b", "2 failures within 600 s, last: lost b")
+    assert fleet.nodes["b"].decision.reason.startswith("kept out: 2 failures within 600 s")
+    assert names(fleet.log.generation) == ["a"]
+
+
+def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
+    """When the budget of one exception is used up, STOP says so with the step of the last checkpoint, and all end."""
+    fleet.form("a", "b")
+    same = {"step": 7, "signature": "ValueError@loop.py:9"}
+    fleet.spend(1, "a")
+    fleet.spend(1, "b", failure=failed("b", "ValueError: bad", **same))
+    fleet.pass_time(1.0)
+    fleet.run()
+    checkpoint = Checkpoint(6, 2, "ckpt/6", 1, "0" * 64, None)
+    fleet.nodes["a"]._log.append(lambda _: Commit((checkpoint,), "history"), generation=2)
+    fleet.spend(2, "b")
+    fleet.spend(2, "a", failure=failed("a", "ValueError: bad", **same))
+    fleet.pass_time(1.0)
+    stop = Stop("the same failure 2 times at step 7, on a, b: ValueError: bad", 6)
+    assert fleet.log.stop == stop
+    assert {node.decision for node in fleet.alive()} == {Ended(stop.reason)}
+
+
+def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet) -> None:
+    """Where there is no other node to try, failures of one end the run once they lie ten seconds apart."""
+    fleet.form("a")
+    same = failed("a", step=7, signature="ValueError@loop.py:9")
+    for number in (1, 2, 3):
+        fleet.spend(number, "a", failure=same)
+        fleet.pass_time(1.0)
+        assert fleet.log.stop is None
+        fleet.run()
+    fleet.pass_time(SPACED_S)
+    fleet.spend(4, "a", failure=same)
+    fleet.pass_time(1.0)
+    assert fleet.log.stop is not None
+    assert fleet.log.stop.reason.startswith("the same failure 4 times at step 7, on a")
+
+
+def test_others_that_are_only_silent_are_others_to_try(fleet: Fleet) -> None:
+    """A node that may be alive behind a torn network could still be tried: the failures of one are no reason to stop."""
+    fleet.form("a", "b")
+    same = {"step": 7, "signature": "ValueError@loop.py:9"}
+    fleet.spend(1, "a", failure=failed("a", **same))
+    fleet.spend(1, "b")
+    fleet.pass_time(1.0)
+    fleet.run()
+    fleet.off = {"b"}
+    fleet.spend(2, "a", failure=failed("a", **same))
+    fleet.pass_time(4.0)
+    assert fleet.log.stop is None
+
+
+def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) -> None:
+    """Steps that were done since the last failure count, although no record tells of them yet."""
+    budgets = dataclasses.replace(BUDGETS, failures_max=2, flaps_max=9)
+    fleet.form("a")
+    a = fleet.nodes["a"]
+    a._budgets = budgets
+    for number, step in ((1, 5), (2, 9)):
+        a.say(step=step)
+        fleet.spend(number, "a", failure=failed("a"))
+        fleet.pass_time(1.0)
+        fleet.run()
+    fleet.pass_time(SPACED_S)
+    assert fleet.log.stop is None
+    a.say(step=8)
+    fleet.spend(3, "a", failure=failed("a"))
+    fleet.pass_time(1.0)
+    assert fleet.log.stop is not None
+    assert fleet.log.stop.reason.startswith("2 failures in a row without a step beyond 9")
+
+
+def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) -> None:
+    """Whatever fails through its surroundings is tried again, on however many nodes and however often."""
+    fleet.form("a", "b")
+    for number in range(1, 6):
+        trouble = {"step": 7, "surroundings": True, "signature": "OSError"}
+        fleet.spend(number, "a", failure=failed("a", **trouble))
+        fleet.spend(number, "b", failure=failed("b", **trouble))
+        fleet.pass_time(SPACED_S)
+        fleet.run()
+    assert fleet.log.stop is None
+
+
+def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> None:
+    """The next world is formed without a node that rests; after its rest it is taken in again."""
+    fleet.form("a", "b")
+    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.spend(1, "a", failure=failed("a", surroundings=True))
+    fleet.spend(1, "b")
+    fleet.pass_time(1.0)
+    assert names(fleet.run()) == ["b"]
+    assert fleet.nodes["a"].decision.reason == "rests: no space in /dev/shm"
+    fleet.pass_time(3.0)
+    assert fleet.drains == []
+    fleet.pass_time(3.0)
+    assert fleet.drains[-1] == "a joins"
+
+
+def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
+    """Alone, a node that rests pauses the run, says what it waits for, and goes on by itself."""
+    fleet.form("a")
+    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.spend(1, "a", failure=failed("a", surroundings=True))
+    fleet.pass_time(4.0)
+    assert fleet.log.generation_number == 1
+    assert fleet.nodes["a"].decision.reason == (
+        "paused: 0 of at least 1 nodes; a rests: no space in /dev/shm"
+    )
+    fleet.pass_time(2.0)
+    assert fleet.log.generation_number == 2
+
+
+def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
+    """A node may leave for its failures only while enough others live that neither leave nor rest."""
+    fleet.form("a", "b")
+    a, b = fleet.nodes["a"], fleet.nodes["b"]
+    assert a.others_can_go_on()
+    b.rest("no space in /dev/shm", 3.0)
+    fleet.pass_time(1.0)
+    assert not a.others_can_go_on()
+    fleet.pass_time(3.0)
+    assert a.others_can_go_on()
+    fleet.dead.add("b")
+    fleet.pass_time(3.0)
+    assert not a.others_can_go_on()
+
+
+def test_a_recovery_is_told_once_all_have_started(fleet: Fleet) -> None:
+    """The first member appends how long the start took until the last member was through each phase: once, and of this generation."""
+    fleet.form("a", "b", "c")
+
+    def times(number: int, start_s: float, step_s: float) -> StartTimes:
+        return StartTimes(number, start_s=start_s, group_s=1.0, restore_s=0.5, step_s=step_s)
+
+    fleet.nodes["a"].say(start_times=times(1, 1.0, 0.25))
+    fleet.nodes["c"].say(start_times=times(1, 0.5, 0.25))
+    fleet.pass_time(1.0)
+    fleet.nodes["b"].say(start_times=times(0, 9.0, 9.0))
+    fleet.pass_time(1.0)
+    assert fleet.log.recovery is None
+    fleet.nodes["b"].say(start_times=times(1, 0.5, 2.0))
+    fleet.pass_time(2.0)
+    generation = fleet.log.generation
+    assert generation is not None
+    assert fleet.log.recovery == Recovery(
+        1, start_s=1.0, group_s=1.0, restore_s=0.5, step_s=1.5, total_s=generation.agree_s + 4.0
+    )
+    assert sum(isinstance(each, Recovery) for each in fleet.records()) == 1
+    fleet.dead.add("a")
+    fleet.pass_time(1.0)
+    fleet.run()
+    for name in "bc":
+        fleet.nodes[name].say(start_times=times(2, 0.5, 2.0))
+    fleet.pass_time(1.0)
+    assert fleet.log.recovery is not None
+    assert fleet.log.recovery.number == 2
+    assert fleet.log.recovery.total_s == pytest.approx(TICK_S + 4.0), "agreeing comes first"
+
+
+def test_the_log_outruns_what_peers_seem_to_be(fleet: Fleet) -> None:
+    """Before a node gives its world up or acts on it, it reads the log: the run may have ended, or gone on."""
+    fleet.form("a", "b")
+    RunLog(fleet.bucket, writer="b").append(lambda _: Stop("completed", 9), generation=1)
+    fleet.dead.add("b")
+    fleet.pass_time(2 * TICK_S)
+    assert fleet.nodes["a"].decision == Ended("completed")
+    assert len(fleet.records()) == 2
+    assert fleet.bound == 1, "for the first world"
+
+
+def test_when_a_generation_was_read_is_this_nodes_own_time(fleet: Fleet) -> None:
+    """`read_at_s` is the moment at which this node first saw the record, not when it was written."""
+    fleet.form("a", "b")
+    known_s = fleet.nodes["b"].read_at_s(1)
+    assert 0.0 < known_s < fleet.now_s
+    fleet.pass_time(3.0)
+    assert fleet.nodes["b"].read_at_s(1) == known_s
+    assert fleet.nodes["b"].read_at_s(2) == fleet.now_s

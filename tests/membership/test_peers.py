@@ -1,0 +1,230 @@
+"""What an agent may conclude from messages: that a peer was alive, both ways, when the proof was sent."""
+
+import threading
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from elastic_pt.membership import peers
+from elastic_pt.membership.peers import MESSAGE, Message, PeerTable
+from tests.membership.world import lives, status
+
+A, B = lives("a", "b")
+
+
+@dataclass
+class Clock:
+    """A clock that a test moves."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Side:
+    """One of two agents that talk."""
+
+    node: str
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.table = PeerTable(self.clock)
+        self.other = B if self.node == "a" else A
+        self.table.watch(self.other)
+
+    def says(self, step: int = 0) -> Message:
+        """The next message to the other side."""
+        return self.table.message_to(self.other, status(self.node, step=step), asks=False)
+
+    @property
+    def heard_s(self) -> float | None:
+        """When the other side was last alive for certain."""
+        return self.table.peers[self.other].heard_s
+
+
+def test_life_is_proved_as_of_the_moment_of_sending() -> None:
+    """An answer proves that the peer lived when the newest message that it received was sent, not when the answer came."""
+    clock = Clock()
+    a, b = Side("a", clock), Side("b", clock)
+    messages = []
+    for clock.now_s in (10.0, 11.0, 12.0):
+        messages.append(a.says())
+    b.table.received(messages[0])
+    b.table.received(messages[1])
+    clock.now_s = 20.0
+    answer = b.says()
+    clock.now_s = 30.0
+    a.table.received(answer)
+    assert a.heard_s == 11.0
+    assert b.heard_s is None
+
+
+def test_a_late_message_takes_no_proof_back() -> None:
+    """Of messages that overtake each other the newest one that was received is the proof."""
+    clock = Clock()
+    a, b = Side("a", clock), Side("b", clock)
+    messages = []
+    for clock.now_s in (10.0, 11.0):
+        messages.append(a.says())
+    b.table.received(messages[1])
+    b.table.received(messages[0])
+    a.table.received(b.says())
+    assert a.heard_s == 11.0
+
+
+def test_hearing_a_peer_that_does_not_hear_is_no_life() -> None:
+    """While one direction of a link loses everything, neither side counts the other as heard, however much arrives."""
+    clock = Clock()
+    a, b = Side("a", clock), Side("b", clock)
+    b.table.received(a.says())
+    a.table.received(b.says())
+    b.table.received(a.says())
+    before = a.heard_s, b.heard_s
+    for clock.now_s in range(1, 100):
+        a.table.received(b.says())
+        a.says()
+    assert (a.heard_s, b.heard_s) == before == (0.0, 0.0)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "receive", "forget"]), st.sampled_from("ab"), st.integers(0, 5)
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(EVENTS)
+def test_only_what_came_back_proves_life(events: list[tuple[str, str, int]]) -> None:
+    """Messages lost, late, overtaking or duplicated, peers forgotten and found again: life is never later than proved."""
+    clock = Clock()
+    sides = {node: Side(node, clock) for node in "ab"}
+    received: dict[str, float] = {"a": -1.0, "b": -1.0}
+    """When the newest message was sent that each side knows to have received."""
+    under_way: dict[str, list[tuple[Message, float]]] = {"a": [], "b": []}
+    """To each side: what was sent, and what its sender had received by then."""
+    proved: dict[str, float | None] = {"a": None, "b": None}
+    newest: dict[str, int] = {"a": -1, "b": -1}
+    forgot_s = {"a": -1.0, "b": -1.0}
+    for number, (event, me, which) in enumerate(events):
+        clock.now_s = float(number)
+        side, other = sides[me], "b" if me == "a" else "a"
+        if event == "send":
+            under_way[other].append((side.says(step=number), received[me]))
+        elif event == "forget":
+            side.table.unwatch(side.other)
+            side.table.watch(side.other)
+            proved[me], newest[me], forgot_s[me] = None, -1, clock.now_s
+            received[me] = -1.0
+        elif under_way[me]:
+            message, proof_s = under_way[me][which % len(under_way[me])]
+            side.table.received(message)
+            received[me] = max(received[me], float(message.status.step))
+            newest[me] = max(newest[me], message.status.step)
+            if proof_s > max(forgot_s[me], proved[me] if proved[me] is not None else -1.0):
+                proved[me] = proof_s
+            said = side.table.peers[side.other].status
+            assert said is not None
+            assert said.step == newest[me]
+        assert side.heard_s == proved[me]
+
+
+def test_only_new_words_are_news() -> None:
+    """`received` is true when the peer says something else of itself than before, and old words change nothing."""
+    a, b = Side("a"), Side("b")
+    first, second = b.says(step=1), b.says(step=2)
+    assert a.table.received(second)
+    assert not a.table.received(first)
+    assert not a.table.received(b.says(step=2))
+    assert not a.table.received(b.says(step=3)), "how far it has come is no reason for a turn"
+    leaves = b.says(step=3)
+    assert a.table.received(replace(leaves, status=replace(leaves.status, leaving=True)))
+
+
+def test_whoever_speaks_is_there_again() -> None:
+    """A refusal counts until the peer is heard; neither refusing nor reaching makes a peer known."""
+    a, b = Side("a"), Side("b")
+    a.table.refused(B)
+    assert a.table.peers[B].refused
+    a.table.received(b.says())
+    assert not a.table.peers[B].refused
+    assert not a.table.peers[B].reached
+    a.table.reached(B)
+    assert a.table.peers[B].reached
+    a.table.refused("stranger")
+    a.table.reached("stranger")
+    assert list(a.table.peers) == [B]
+
+
+def test_the_silence_clock_starts_again_only_anew() -> None:
+    """Watching a peer again leaves its clock running, unless it is asked again after a time without questions."""
+    side = Side("a")
+    side.clock.now_s = 5.0
+    side.table.watch(B)
+    assert side.table.peers[B].watched_since_s == 0.0
+    side.table.watch(B, anew=True)
+    assert side.table.peers[B].watched_since_s == 5.0
+
+
+def test_a_crowd_of_strangers_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit of peers nobody new is noted; who is known goes on being heard."""
+    monkeypatch.setattr(peers, "_PEERS_MAX", 3)
+    table = PeerTable(Clock())
+    for count in (1, 2):
+        for number in range(10):
+            says = status(f"n{number}", step=count)
+            table.received(Message(count, 0, True, says))
+            table.message_to(says.member.incarnation, status("a"), asks=False)
+    assert list(table.peers) == list(table._exchanges) == list(lives("n0", "n1", "n2"))
+    assert all(peer.status is not None and peer.status.step == 2 for peer in table.peers.values())
+
+
+def test_a_peer_that_never_answers_fills_no_memory() -> None:
+    """Of messages without an answer only the newest are remembered, and an answer to the last one still counts."""
+    clock = Clock()
+    a, b = Side("a", clock), Side("b", clock)
+    for clock.now_s in range(5000):
+        last = a.says()
+    assert len(a.table._exchanges[B].sent) < 1000
+    b.table.received(last)
+    a.table.received(b.says())
+    assert a.heard_s == 4999
+
+
+@pytest.mark.parametrize(
+    ("field_name", "value"),
+    [("count", 0), ("seen", -1), ("refusal", "x" * 1001), ("status", None), ("asks", "perhaps")],
+)
+def test_a_message_has_bounds(field_name: str, value: object) -> None:
+    """What is no message is refused as a whole before anybody looks at it."""
+    said = MESSAGE.dump_python(Side("a").says(), mode="json")
+    assert MESSAGE.validate_python(said).count == 1
+    with pytest.raises(ValidationError, match=field_name):
+        MESSAGE.validate_python(said | {field_name: value})
+
+
+def test_threads_do_not_undo_each_other() -> None:
+    """What one thread hears while another one watches is not lost."""
+    a, b = Side("a"), Side("b")
+    hearing = threading.Thread(target=lambda: a.table.received(b.says(step=1)))
+
+    def clock_s() -> float:
+        # `watch` asks for the time between reading what is known and writing it back.
+        if threading.current_thread() is not hearing:
+            hearing.start()
+            hearing.join(0.2)
+        return 1.0
+
+    a.table._clock_s = clock_s
+    a.table.watch(B, anew=True)
+    hearing.join()
+    said = a.table.peers[B].status
+    assert said is not None
+    assert said.step == 1
+    assert a.table.peers[B].watched_since_s == 1.0

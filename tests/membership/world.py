@@ -1,0 +1,113 @@
+"""Facts about made-up nodes, from which the tests of this folder let membership decide."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from elastic_pt.membership.admission import slots_per_member
+from elastic_pt.membership.assessment import View, assess
+from elastic_pt.membership.decide import Decision, Propose, decide
+from elastic_pt.membership.status import Limits, NodeStatus, Peer, Phase
+from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
+
+NOW_S = 1000.0
+NOTICED_S = NOW_S - 0.5
+"""When trouble was noticed, unless a test says otherwise: peers of `peer` have answered since."""
+LIMITS = Limits(
+    nodes_min=1,
+    nodes_max=8,
+    slots=8,
+    heartbeat_timeout_s=2.0,
+    join_window_s=1.0,
+    takeover_s=4.0,
+)
+
+
+def member(node: str, workers: int = 1) -> Member:
+    """A node as it introduces itself."""
+    return Member(node, f"{node}1", "127.0.0.1", 1, 1, workers)
+
+
+def status(node: str, phase: Phase = Phase.RUNNING, **changes: object) -> NodeStatus:
+    """What a healthy member of generation 1 says."""
+    healthy = NodeStatus(
+        member(node), phase, generation=1, log_length=1, spent=0, failure=None, fingerprint={}
+    )
+    return dataclasses.replace(healthy, **changes)  # type: ignore[arg-type]
+
+
+def waiting(node: str, **changes: object) -> NodeStatus:
+    """What a newcomer says."""
+    return status(node, Phase.WAITING, **changes)
+
+
+def peer(
+    says: NodeStatus, *, silent_s: float = 0.1, refused: bool = False, reached: bool = True
+) -> Peer:
+    """A peer that is known to have been alive a while ago."""
+    return Peer(says, NOW_S - 100, NOW_S - silent_s, refused, reached)
+
+
+def silent(says: NodeStatus) -> Peer:
+    """A peer that has not answered for longer than the timeout."""
+    return peer(says, silent_s=LIMITS.heartbeat_timeout_s + 0.1)
+
+
+def refusing(says: NodeStatus) -> Peer:
+    """A peer whose address refuses connections."""
+    return peer(says, refused=True)
+
+
+def lives(*nodes: str) -> tuple[str, ...]:
+    """The incarnations of nodes."""
+    return tuple(member(node).incarnation for node in nodes)
+
+
+def generation(*nodes: str) -> Generation:
+    """Generation 1 of one-worker nodes."""
+    members = tuple(member(node) for node in nodes)
+    return Generation(1, members, slots_per_member(members, 8), "127.0.0.1", 1, None, "started")
+
+
+def view_of(
+    me: NodeStatus, peers: Mapping[str, Peer], *, of: Generation | None, **facts: object
+) -> View:
+    """What `me` knows; `peers` by node. Log and pulse have been quiet for ever unless `facts` says otherwise."""
+    known = {member(node).incarnation: each for node, each in peers.items()}
+    view = View(me, of, None, known, broken_since_s=NOTICED_S)
+    return dataclasses.replace(view, **facts)  # type: ignore[arg-type]
+
+
+def decision(
+    me: NodeStatus,
+    peers: Mapping[str, Peer],
+    *,
+    of: Generation | None,
+    limits: Limits = LIMITS,
+    now_s: float = NOW_S,
+    **facts: object,
+) -> Decision:
+    """Decide as `me`."""
+    return decide(view_of(me, peers, of=of, **facts), limits, now_s)
+
+
+def is_broken(me: NodeStatus, peers: Mapping[str, Peer], *, of: Generation) -> bool:
+    """Whether `me` finds its generation broken."""
+    return assess(view_of(me, peers, of=of), of, LIMITS, NOW_S).broken
+
+
+def nodes(proposal: Decision) -> list[str]:
+    """Whom a proposal names."""
+    assert isinstance(proposal, Propose), proposal
+    return [each.node for each in proposal.members]
+
+
+def causes(proposal: Decision) -> list[tuple[CauseKind, str]]:
+    """The causes of a proposal: what happened to whom."""
+    assert isinstance(proposal, Propose), proposal
+    return [(cause.kind, cause.node) for cause in proposal.causes]
+
+
+def failed(node: str, detail: str = "worker 0 killed by SIGKILL", **changes: object) -> Cause:
+    """A failure of a node's own worker."""
+    cause = Cause(CauseKind.FAILED, node, detail)
+    return dataclasses.replace(cause, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+"""Where exactness ends is told from the log alone, and only for checkpoints that other platforms are part of."""
+
+import dataclasses
+
+import pytest
+
+from elastic_pt.report.exactness import PlatformChange, platform_changes
+from elastic_pt.runlog.records import Body, Checkpoint, Generation, Member, Record, Reopen
+
+FIRST = {"processor": "one", "torch": "2"}
+OTHER = {"processor": "two", "torch": "2"}
+
+
+def generation(number: int, step: int, platform: dict[str, str]) -> Generation:
+    """A generation that resumes from `step`."""
+    member = Member("a", f"life-{number}", "127.0.0.1", 1, 1, 1)
+    resume = Checkpoint(step, number - 1, "ckpt/x", 1, "0" * 64, None) if step else None
+    return Generation(number, (member,), (8,), "127.0.0.1", 1, resume, "test", platform=platform)
+
+
+def changes(*bodies: Body, until: int = 99) -> list[tuple[int, str]]:
+    """Step and reason of each change that a log of these records tells up to generation `until`."""
+    records = [Record(i, 0, "a", "n", "t", "p", {}, body) for i, body in enumerate(bodies)]
+    return [(each.step, each.why) for each in platform_changes(records, FIRST, until)]
+
+
+REOPEN = Reopen("no more of one", True, 20)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "found"),
+    [
+        ((generation(1, 0, FIRST), generation(2, 20, FIRST)), []),
+        # Older records name no platform; the run's first node told it.
+        ((generation(1, 0, {}), REOPEN, generation(2, 20, OTHER)), [(20, REOPEN.why)]),
+        ((generation(1, 0, FIRST), REOPEN, generation(2, 20, OTHER)), [(20, REOPEN.why)]),
+        # Nothing had been committed: all steps are the other platform's.
+        ((generation(1, 0, FIRST), REOPEN, generation(2, 0, OTHER)), []),
+        # The operator accepted another one, but the old kind came back.
+        ((generation(1, 0, FIRST), REOPEN, generation(2, 20, FIRST)), []),
+        # A later version knows more names of the same platform, and then more of another one.
+        (
+            (
+                generation(1, 0, FIRST),
+                generation(2, 20, FIRST | {"probe": "x"}),
+                REOPEN,
+                generation(3, 40, FIRST | {"probe": "y"}),
+            ),
+            [(40, REOPEN.why)],
+        ),
+        # What only explains is no change.
+        (
+            (generation(1, 0, FIRST | {"driver": "1"}), generation(2, 20, FIRST | {"driver": "2"})),
+            [],
+        ),
+        # Back to the first one: two changes.
+        (
+            (
+                generation(1, 0, FIRST),
+                REOPEN,
+                generation(2, 20, OTHER),
+                Reopen("back", True, 40),
+                generation(3, 40, FIRST),
+                generation(4, 60, FIRST),
+            ),
+            [(20, REOPEN.why), (40, "back")],
+        ),
+        # The other platform's steps were not kept: the first one did them again.
+        (
+            (
+                generation(1, 0, FIRST),
+                REOPEN,
+                generation(2, 20, OTHER),
+                Reopen("back", True, 20),
+                generation(3, 20, FIRST),
+            ),
+            [],
+        ),
+    ],
+)
+def test_exactness_ends_where_another_platform_goes_on(
+    bodies: tuple[Body, ...], found: list[tuple[int, str]]
+) -> None:
+    """A change counts from the step that its generation resumed from, with what the operator said."""
+    assert changes(*bodies) == found
+
+
+def test_later_generations_do_not_touch_an_earlier_checkpoint() -> None:
+    """A checkpoint is as exact as the generation that wrote it."""
+    bodies = (generation(1, 0, FIRST), REOPEN, generation(2, 20, OTHER))
+    assert changes(*bodies, until=1) == []
+
+
+def test_a_change_says_what_differs() -> None:
+    """The line names each value that decides the bits, before and after, and the operator's reason."""
+    (change,) = platform_changes(
+        [
+            Record(i, 0, "a", "n", "t", "p", {}, body)
+            for i, body in enumerate((generation(1, 0, FIRST), REOPEN, generation(2, 20, OTHER)))
+        ],
+        FIRST,
+        2,
+    )
+    assert change == PlatformChange(20, ("processor = 'two' after 'one'",), REOPEN.why)
+    assert (
+        str(change) == "another platform: processor = 'two' after 'one' (reopened: no more of one)"
+    )
+    assert "torch" not in str(dataclasses.replace(change))

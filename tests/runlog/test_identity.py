@@ -1,0 +1,256 @@
+"""Nodes of one run agree on everything that decides the bits, or are told what differs."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import elastic_pt
+from elastic_pt.config import Config, parse_config
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.errors import ConfigError
+from elastic_pt.runlog.identity import (
+    CONFIG_KEY,
+    IDENTITY_KEY,
+    agree_on_identity,
+    fingerprint,
+    read_run_config,
+)
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
+
+PLATFORM = {"torch": "2.13.0", "processor": "x86_64 AVX2"}
+DATA = Manifest(300, "uint16", "<|endoftext|>", 0, "tokenizer-0.json", "0" * 64, 0.01, (), {})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A run directory."""
+    return open_store(f"file://{tmp_path}")
+
+
+def config(*overrides: str) -> Config:
+    """The smallest configuration, with overrides."""
+    text = '[run]\nurl = "run"\n[data]\nurl = "data"\n'
+    return parse_config(text, source="test", overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "platform", "named"),
+    [
+        (("train.learning_rate=0.5",), {}, r"train\.learning_rate = 0\.5: the run .* has 0\.002"),
+        (("run.seed=3",), {}, r"run\.seed = 3"),
+        ((), {"torch": "2.14.0"}, r"torch = '2\.14\.0': the run .* has '2\.13\.0'"),
+        ((), {"processor": "aarch64 DEFAULT"}, r"processor = 'aarch64 DEFAULT'"),
+    ],
+)
+def test_a_node_that_differs_is_refused_by_name(
+    store: Store, overrides: tuple[str, ...], platform: dict[str, str], named: str
+) -> None:
+    """Another value, torch or processor is refused, naming it, what it is here and what it is in the run."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    with pytest.raises(ConfigError, match=named):
+        agree_on_identity(store, config(*overrides), DATA, PLATFORM | platform)
+
+
+EXACT_PLATFORM = PLATFORM | {
+    "vendor": "GenuineIntel",
+    "environment": "",
+    "processor model": "Xeon 1",
+    "probe": "1f",
+}
+"""As this version tells it, where `PLATFORM` is what the first one did."""
+
+
+@pytest.mark.parametrize(
+    ("differs", "named"),
+    [
+        ({"vendor": "AuthenticAMD", "probe": "2a"}, "vendor = 'AuthenticAMD': the run at"),
+        (
+            {"environment": "MKL_CBWR=AVX2"},
+            "environment = 'MKL_CBWR=AVX2': .* has ''; .* with the same variables",
+        ),
+        ({"probe": "2a"}, "probe = '2a': .* has '1f'.*nothing that has a name.*reopen --platform"),
+        ({"probe": "2a", "processor model": "Xeon 2"}, r"probe = .*'Xeon 2' \(there 'Xeon 1'\)"),
+        ({"processor model": "Xeon 2"}, ""),
+    ],
+)
+def test_what_is_computed_decides_and_names_explain(
+    store: Store, differs: dict[str, str], named: str
+) -> None:
+    """I9: A node that computes other bits is refused with the cause; one whose processor only has another name is not."""
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
+    mine = fingerprint(config(), DATA, EXACT_PLATFORM)
+    other = EXACT_PLATFORM | differs
+    if not named:
+        agree_on_identity(store, config(), DATA, other)
+        assert fingerprint(config(), DATA, other) == mine
+        return
+    with pytest.raises(ConfigError, match=named):
+        agree_on_identity(store, config(), DATA, other)
+    assert differing(fingerprint(config(), DATA, other), mine) == differs.keys() - {
+        "processor model"
+    }
+
+
+def test_settings_are_compared_before_the_platform(store: Store) -> None:
+    """Another setting may change the probe: the setting is what the user has to hear of."""
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
+    with pytest.raises(ConfigError, match=r"run\.seed = 3"):
+        agree_on_identity(store, config("run.seed=3"), DATA, EXACT_PLATFORM | {"probe": "2a"})
+
+
+@pytest.mark.parametrize("bound", [{}, PLATFORM], ids=["identity", "generation"])
+def test_only_what_the_run_knows_of_its_platform_is_compared(
+    store: Store, bound: dict[str, str]
+) -> None:
+    """A run of an earlier version, which wrote down less of its platform, takes nodes that tell more."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    agree_on_identity(store, config(), DATA, EXACT_PLATFORM, bound)
+    with pytest.raises(ConfigError, match="torch = '3'"):
+        agree_on_identity(store, config(), DATA, EXACT_PLATFORM | {"torch": "3"}, bound)
+
+
+@pytest.mark.parametrize(
+    ("first", "named"),
+    [
+        (EXACT_PLATFORM, "vendor = 'AuthenticAMD': the run at .* has 'GenuineIntel'"),
+        (EXACT_PLATFORM | {"accelerator": "H100"}, "accelerator = None: the run at .* has 'H100'"),
+    ],
+    ids=["same names", "more names"],
+)
+def test_the_newest_generation_tells_the_whole_platform(
+    store: Store, first: dict[str, str], named: str
+) -> None:
+    """After another platform was accepted nothing of the first one counts: not names that the other one lacks, and not
+    that a node is the very one that the run began with."""
+    agree_on_identity(store, config(), DATA, first)
+    cpu = EXACT_PLATFORM | {"vendor": "AuthenticAMD", "probe": "2a"}
+    with pytest.raises(ConfigError, match=named):
+        agree_on_identity(store, config(), DATA, cpu)
+    agree_on_identity(store, config(), DATA, cpu, None)
+    agree_on_identity(store, config(), DATA, cpu, cpu)
+    with pytest.raises(
+        ConfigError, match=r"vendor = 'GenuineIntel': the run at .* has 'AuthenticAMD'"
+    ):
+        agree_on_identity(store, config(), DATA, first, cpu)
+
+
+def test_what_does_not_touch_the_bits_may_differ(store: Store) -> None:
+    """Nodes may have their own telemetry, elastic and checkpoint sections."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    other = config("telemetry.metrics_port=9400", "elastic.nodes_min=2", "checkpoint.keep=9")
+    agree_on_identity(store, other, DATA, PLATFORM)
+    assert fingerprint(other, DATA, PLATFORM) == fingerprint(config(), DATA, PLATFORM)
+
+
+def test_native_runs_do_not_compare_the_platform(store: Store) -> None:
+    """Without exact numerics there are no bits to keep, so torch and processor may differ."""
+    native = config("train.numerics='native'")
+    agree_on_identity(store, native, DATA, PLATFORM)
+    agree_on_identity(store, native, DATA, {"torch": "2.10", "processor": "cuda"})
+
+
+def test_a_run_can_be_joined_by_its_url(store: Store) -> None:
+    """The run directory has the configuration that started it, without the first node's own telemetry."""
+    started = config("train.steps=7", "telemetry.metrics_port=9400")
+    agree_on_identity(store, started, DATA, PLATFORM)
+    joined = read_run_config(store, [])
+    assert joined.train.steps == 7
+    assert joined.telemetry == config().telemetry
+
+
+def test_a_refused_node_publishes_nothing(store: Store) -> None:
+    """The configuration of a node that was refused never becomes the run's."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    store.delete(CONFIG_KEY)
+    with pytest.raises(ConfigError, match="seed"):
+        agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
+    assert store.size(CONFIG_KEY) is None
+
+
+def test_the_first_node_writes_down_what_decides_the_bits(store: Store) -> None:
+    """`identity.json` has every value by name, so that whoever differs can be told which one."""
+    agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
+    identity = json.loads(store.read(IDENTITY_KEY))
+    assert identity["run.seed"] == 3
+    assert identity["torch"] == PLATFORM["torch"]
+    assert identity["data.url (fingerprint)"] == DATA.fingerprint
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    """The fields in which two fingerprints differ; both have the same ones."""
+    assert one.keys() == other.keys()
+    return {name for name in one if one[name] != other[name]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data", "platform", "fields"),
+    [
+        ((), {}, {"torch": "2.14.0"}, {"torch"}),
+        (("train.numerics='native'",), {}, {"torch": "2.14.0"}, {"torch"}),
+        (("train.numerics='native'",), {}, {"processor": "cuda"}, {"processor"}),
+        (("run.seed=3",), {}, {}, {"config"}),
+        (("train.learning_rate=0.5",), {}, {}, {"config"}),
+        (("train.compute_dtype='bfloat16'",), {}, {}, {"train.compute_dtype", "config"}),
+        ((), {"vocab_size": 301}, {}, {"data", "config"}),
+        (("elastic.takeover_s=9", "telemetry.metrics_port=9400"), {}, {}, set()),
+    ],
+)
+def test_a_fingerprint_tells_what_differs(
+    overrides: tuple[str, ...],
+    data: dict[str, object],
+    platform: dict[str, str],
+    fields: set[str],
+) -> None:
+    """Each thing that nodes of one world must share shows under its own name, and nothing else does."""
+    numerics = [each for each in overrides if each.startswith("train.numerics")]
+    mine = fingerprint(config(*numerics), DATA, PLATFORM)
+    other = fingerprint(
+        config(*overrides),
+        dataclasses.replace(DATA, **data),
+        PLATFORM | platform,  # type: ignore[arg-type]
+    )
+    assert differing(mine, other) == fields
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of this project's source that the fingerprint looks at in its place."""
+    copy = tmp_path / "elastic_pt"
+    source = Path(elastic_pt.__file__).parent
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(elastic_pt, "__file__", str(copy / "__init__.py"))
+    return copy
+
+
+def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) -> None:
+    """One byte in any source file, a new one, or another name is another code; what is no source is none."""
+    mine = fingerprint(config(), DATA, PLATFORM)
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "agent.cpython-311.pyc").write_bytes(b"compiled")
+    assert fingerprint(config(), DATA, PLATFORM) == mine
+    seen = {mine["code"]}
+    membership = package / "membership" / "decide.py"
+    for change in (
+        lambda: membership.write_bytes(membership.read_bytes() + b"\n"),
+        lambda: (package / "elastic" / "news.py").write_text(""),
+        # Between the same neighbours: the name itself counts.
+        lambda: membership.rename(membership.with_name("membership_.py")),
+    ):
+        change()
+        other = fingerprint(config(), DATA, PLATFORM)
+        assert differing(mine, other) == {"code"}
+        seen.add(other["code"])
+    assert len(seen) == 4
+
+
+def test_the_same_source_elsewhere_is_the_same_code(package: Path) -> None:
+    """Where a node has installed the code does not matter."""
+    here = fingerprint(config(), DATA, PLATFORM)["code"]
+    moved = package.rename(package.with_name("installed_elsewhere"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic_pt, "__file__", str(moved / "__init__.py"))
+        assert fingerprint(config(), DATA, PLATFORM)["code"] == here

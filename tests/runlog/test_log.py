@@ -1,0 +1,262 @@
+"""The log has one order, one lineage, and no room for a fenced writer."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_pt.errors import FencedError, LogDamaged
+from elastic_pt.runlog.log import (
+    BARS_KEPT,
+    GENERATIONS_KEPT,
+    RunLog,
+    RunView,
+    fold,
+    record_key,
+)
+from elastic_pt.runlog.records import (
+    ORIGIN,
+    Body,
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Member,
+    Quarantine,
+    Record,
+    Recovery,
+    Reopen,
+    Stop,
+)
+from elastic_pt.store.open import open_store
+
+
+def generation(number: int, *nodes: str) -> Generation:
+    """A generation of one-worker nodes."""
+    members = tuple(Member(node, f"{node}-life", "127.0.0.1", 1, 1, 1) for node in nodes or ("a",))
+    return Generation(number, members, (8,) * len(members), "127.0.0.1", 1, None, "test")
+
+
+def commit(step: int, number: int, *older: Checkpoint) -> Commit:
+    """A commit of one step, with older ones kept."""
+    newest = Checkpoint(step, number, f"ckpt/{step:010d}-g{number}-abcd", 1, "0" * 64, 1.0)
+    return Commit((newest, *older), "history/x")
+
+
+def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> None:
+    """Opening by a listing and pointers gives the same view as reading every record, but for older generations."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+    writer.append(lambda _: generation(1), generation=0)
+    number = 1
+    for step in range(1, 40):
+        if step % 5 == 0:
+            number += 1
+            writer.append(lambda _: generation(number), generation=number - 1)
+        elif step % 7 == 0:
+            directory = writer.view.checkpoints[0].directory
+            writer.append(lambda _: Quarantine(directory, "bad"), generation=number)
+        elif step % 6 == 0:
+            writer.append(lambda _: Quarantine("", "flaps", "b", step), generation=number)
+        elif step % 8 == 0:
+            writer.append(lambda _: Recovery(number, 1, 2, 3, 4, step), generation=number)
+        else:
+            writer.append(
+                lambda view: commit(step, number, *view.checkpoints[:2]), generation=number
+            )
+        late = RunLog(store, writer="b").refresh()
+        replayed = RunView()
+        for record in RunLog(store, writer="c").records():
+            replayed = fold(replayed, record)
+        assert replayed == writer.view
+        newest = dataclasses.replace(replayed, generations=replayed.generations[-1:])
+        assert late == newest
+        assert late.run_id == replayed.run_id != ""
+    assert [each.number for each in replayed.generations] == list(range(1, number + 1))
+    assert [bar.seconds for _, bar in late.bars] == [6, 12, 18, 24, 36]
+    assert late.recovery == Recovery(7, 1, 2, 3, 4, 32)
+
+
+def test_the_view_of_a_long_run_stays_small() -> None:
+    """Of generations and quarantines only the newest are kept, however many there were."""
+    view = RunView()
+    for index in range(300):
+        bodies: list[Body] = [generation(index + 1), Quarantine("", "flaps", "b", 1.0)]
+        for body in bodies:
+            view = fold(view, Record(view.length, index + 1, "a", "n", "", ORIGIN, {}, body))
+    assert [each.number for each in view.generations] == list(range(301 - GENERATIONS_KEPT, 301))
+    assert [index for index, _ in view.bars] == list(range(601 - 2 * BARS_KEPT, 600, 2))
+
+
+def test_a_quarantined_node_is_no_checkpoint() -> None:
+    """A QUARANTINE that names a node leaves all checkpoints alone."""
+    view = RunView(commit=commit(5, 1))
+    body = Quarantine("", "flaps", "b", 1.0)
+    after = fold(view, Record(0, 1, "a", "n", "", ORIGIN, {}, body))
+    assert after.checkpoints == view.checkpoints
+    assert after.quarantined == frozenset()
+    assert after.bars == ((0, body),)
+
+
+def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
+    """When several nodes propose the same generation, the log holds one of them and the others are fenced."""
+    store = open_store(f"file://{tmp_path}")
+    RunLog(store, writer="first").append(lambda _: generation(1), generation=0)
+    outcomes: list[str] = []
+
+    def race(name: str) -> None:
+        log = RunLog(store, writer=name)
+        for number in range(2, 12):
+            try:
+                log.append(lambda _: generation(number, name), generation=number - 1)
+                outcomes.append(f"{number} {name}")
+            except FencedError:
+                continue
+
+    threads = [threading.Thread(target=race, args=(name,)) for name in "abcdef"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    generations = [
+        r.body for r in RunLog(store, writer="x").records() if isinstance(r.body, Generation)
+    ]
+    assert [each.number for each in generations] == list(range(1, len(generations) + 1))
+    assert sorted(outcomes) == sorted(f"{g.number} {g.members[0].node}" for g in generations[1:])
+
+
+def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
+    """After a newer generation, or the end, every append of the old one is refused and leaves no record."""
+    store = open_store(f"file://{tmp_path}")
+    old, new = RunLog(store, writer="old"), RunLog(store, writer="new")
+    old.append(lambda _: generation(1), generation=0)
+    new.append(lambda _: generation(2), generation=1)
+    for body in (
+        commit(5, 1),
+        Quarantine("ckpt/x", "bad"),
+        Quarantine("", "flaps", "b", 9.0),
+        Recovery(1, 1, 1, 1, 1, 4),
+        Stop("completed", 5),
+    ):
+        with pytest.raises(FencedError, match="replaced by generation 2"):
+            old.append(lambda _: body, generation=1)
+    with pytest.raises(FencedError, match="is there already"):
+        old.append(lambda _: generation(2), generation=1)
+    new.append(lambda _: Stop("completed", 5), generation=2)
+    with pytest.raises(FencedError, match="the run has ended"):
+        new.append(lambda _: commit(6, 2), generation=2)
+    assert new.refresh().length == 3
+
+
+def test_a_slow_writer_builds_on_what_it_lost_to(tmp_path: Path) -> None:
+    """An append that loses its number is made again from the view that includes the winner."""
+    store = open_store(f"file://{tmp_path}")
+    one, two = RunLog(store, writer="one"), RunLog(store, writer="two")
+    one.append(lambda _: generation(1), generation=0)
+    two.refresh()
+    one.append(lambda _: commit(10, 1), generation=1)
+    view = two.append(lambda view: commit(20, 1, *view.checkpoints), generation=1)
+    assert [each.step for each in view.checkpoints] == [20, 10]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None:
+    """Changing any record but the newest is noticed by whoever reads the whole log."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    for step in (1, 2, 3):
+        log.append(lambda _: commit(step, 1), generation=1)
+    path = tmp_path / record_key(victim)
+    document = json.loads(path.read_bytes())
+    document["writer"] = "mallory"
+    path.chmod(0o644)
+    path.write_text(json.dumps(document))
+    with pytest.raises(LogDamaged, match="altered"):
+        list(RunLog(open_store(f"file://{tmp_path}"), writer="b").records())
+
+
+@pytest.mark.parametrize("victim", range(6))
+def test_nothing_builds_on_a_log_with_a_gap(tmp_path: Path, victim: int) -> None:
+    """If any record but the last is gone, its number is never given again: no second lineage can begin there."""
+    store = open_store(f"file://{tmp_path}")
+    log = RunLog(store, writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    for step in range(1, 7):
+        log.append(lambda view: commit(step, 1, *view.checkpoints[:2]), generation=1)
+    (tmp_path / record_key(victim)).unlink()
+    late = RunLog(store, writer="b")
+    try:
+        assert late.append(lambda _: generation(2), generation=1).length == 8
+    except LogDamaged as error:
+        assert record_key(victim) in str(error)  # noqa: PT017
+    with pytest.raises(LogDamaged, match="missing"):
+        list(RunLog(store, writer="c").records())
+    assert store.size(record_key(victim)) is None
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_record_are_refused_by_name(data: bytes) -> None:
+    """Whatever lies under a record's key, reading it gives a record or one error that names the key."""
+    with pytest.raises(LogDamaged, match="log/7"):
+        Record.from_bytes(data, key="log/7")
+
+
+def test_quarantined_checkpoints_do_not_exist(tmp_path: Path) -> None:
+    """A checkpoint is there if and only if the newest COMMIT keeps it and no QUARANTINE names it."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    log.append(lambda _: commit(10, 1), generation=1)
+    log.append(lambda view: commit(20, 1, *view.checkpoints), generation=1)
+    view = log.append(lambda view: Quarantine(view.checkpoints[0].directory, "flip"), generation=1)
+    assert [each.step for each in view.checkpoints] == [10]
+    assert [r.body.newest.step for r in log.chain(view.head, Kind.COMMIT)] == [20, 10]  # type: ignore[union-attr]
+
+
+def test_a_stop_is_lifted_by_a_reopen_and_only_then(tmp_path: Path) -> None:
+    """After REOPEN the run goes on in the same lineage, for a follower and for a reader that opens late."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+    writer.append(lambda _: generation(1), generation=0)
+    with pytest.raises(FencedError, match="has not ended"):
+        writer.append(lambda _: Reopen("why not", False, 0), generation=1)
+    for number in (1, 2):
+        writer.append(lambda _: Stop("the same failure 3 times", 5), generation=number)
+        with pytest.raises(FencedError, match="has ended"):
+            writer.append(lambda _: generation(number + 1), generation=number)
+        writer.append(lambda _: Reopen("mended", False, 5), generation=number)
+        late = RunLog(store, writer="b").refresh()
+        for view in (writer.view, late):
+            assert view.stop is None
+            assert view.reopened_generation == number
+            assert view.platform == {}
+        writer.append(lambda _: generation(number + 1), generation=number)
+    writer.append(lambda _: Stop("completed", 9), generation=3)
+    for platform in (False, True):
+        with pytest.raises(FencedError, match="complete"):
+            writer.append(lambda _: Reopen("more", platform, 9), generation=3)
+    late = RunLog(store, writer="b").refresh()
+    assert late.stop == Stop("completed", 9)
+    assert [record.kind for record in writer.records()].count(Kind.REOPEN) == 2
+
+
+def test_another_platform_counts_from_the_next_generation_on(tmp_path: Path) -> None:
+    """A REOPEN with `platform` frees the run from its platform until a generation names one again."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+
+    def on(number: int, platform: dict[str, str]) -> Generation:
+        return dataclasses.replace(generation(number), platform=platform)
+
+    writer.append(lambda _: on(1, {"processor": "one"}), generation=0)
+    assert writer.view.platform == {"processor": "one"}
+    writer.append(lambda _: Reopen("no more of these", True, 0), generation=1)
+    assert writer.view.platform is None
+    assert RunLog(store, writer="b").refresh().platform is None
+    writer.append(lambda _: on(2, {"processor": "other"}), generation=1)
+    assert writer.view.platform == {"processor": "other"}
+    assert RunLog(store, writer="b").refresh().platform == {"processor": "other"}

@@ -1,0 +1,96 @@
+"""Records say the same after a way through the bucket, and older ones are still understood."""
+
+import json
+from typing import Any
+
+import pytest
+
+from elastic_pt.errors import LogDamaged
+from elastic_pt.runlog.records import (
+    ORIGIN,
+    Body,
+    Cause,
+    CauseKind,
+    Checkpoint,
+    Commit,
+    Generation,
+    Kind,
+    Member,
+    Quarantine,
+    Record,
+    Recovery,
+    Stop,
+)
+
+CHECKPOINT = Checkpoint(150, 3, "ckpt/0000000150-g3-5f0c", 4711, "ab" * 32, 2.5)
+GENERATION = Generation(
+    number=4,
+    members=(Member("a", "a1", "10.0.0.1", 4000, 17, 2), Member("b", "b1", "::1", 4001, 18, 1)),
+    slots=(6, 2),
+    store_address="10.0.0.1",
+    store_port=4002,
+    resume=CHECKPOINT,
+    reason="lost c",
+    causes=(
+        Cause(CauseKind.LOST, "c", "silent for 1.6 s", detect_s=1.6),
+        Cause(CauseKind.FAILED, "b", "worker 1: ValueError: bad", 151, "ValueError@loop.py:9"),
+    ),
+    frontier_step=171,
+    agree_s=0.25,
+)
+BODIES: list[Body] = [
+    GENERATION,
+    Recovery(4, start_s=0.1, group_s=0.2, restore_s=0.3, step_s=0.4, total_s=1.25),
+    Commit((CHECKPOINT,), "history/0000000150-g3-5f0c.jsonl"),
+    Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
+    Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
+    Stop("completed", 200),
+]
+
+
+def stored(body: Body) -> bytes:
+    """A record as it lies in the bucket."""
+    return Record(7, 4, "a", "n", "now", ORIGIN, {Kind.GENERATION: 6}, body).to_bytes()
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
+def test_a_record_says_the_same_when_it_is_read(body: Body) -> None:
+    """Every kind of record is read as it was written, with the SHA-256 of the bytes that were read."""
+    record = Record.from_bytes(stored(body), key="log/7")
+    assert record.body == body
+    assert (record.index, record.generation, record.latest) == (7, 4, {Kind.GENERATION: 6})
+    assert record.sealed().sha256 == record.sha256
+    assert record.kind == type(body).__name__.upper()
+
+
+def without(body: Body, *names: str) -> bytes:
+    """The record as a version wrote it that did not know some of the body's fields."""
+    document: dict[str, Any] = json.loads(stored(body))
+    for name in names:
+        del document["body"][name]
+    return json.dumps(document).encode()
+
+
+def test_records_without_the_newer_fields_are_still_read() -> None:
+    """A log that was begun before causes, frontier, phases and node quarantines were told can go on."""
+    old = Record.from_bytes(
+        without(GENERATION, "causes", "frontier_step", "agree_s"), key="log/7"
+    ).body
+    assert isinstance(old, Generation)
+    assert (old.causes, old.frontier_step, old.agree_s) == ((), 0, 0.0)
+    assert old.members == GENERATION.members
+    bad = Quarantine("ckpt/x", "bad")
+    assert Record.from_bytes(without(bad, "node", "seconds"), key="log/7").body == bad
+
+
+@pytest.mark.parametrize("name", ["number", "members", "store_port", "reason"])
+def test_what_a_record_must_say_cannot_be_missing(name: str) -> None:
+    """A GENERATION without one of the fields that decide is no record."""
+    with pytest.raises(LogDamaged, match=f"log/7: not a record.*{name}"):
+        Record.from_bytes(without(GENERATION, name), key="log/7")
+
+
+@pytest.mark.parametrize("kind", list(CauseKind))
+def test_every_cause_can_be_told(kind: CauseKind) -> None:
+    """Whatever changes a world has words that name the node."""
+    assert "node-7" in str(Cause(kind, "node-7", "some detail"))

@@ -1,0 +1,429 @@
+"""From what remains of workers to one cause; OOM kills are made for real where a memory cgroup can be had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+from elastic_pt.workers.failure import (
+    Evidence,
+    FailureCause,
+    OomKills,
+    RecordedError,
+    WorkerFailure,
+    classify,
+    oom_counter,
+    oom_counters,
+    read_error_file,
+    read_oom_kills,
+    root_cause,
+)
+from elastic_pt.workers.heartbeat import Phase
+from elastic_pt.workers.watchdog import Hang
+
+LIMIT_BYTES = 64 * 1024 * 1024
+STOPPED = Hang(True, 2.13, 2.0, 12, Phase.COMPUTE, "T")
+GLOO = "RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:21126"
+NATIVE_ABORT = "Fatal Python error: Aborted\n\nThread 0x00007f (most recent call first):\n  File"
+OWN_ABORT = NATIVE_ABORT.replace("Thread 0x", "Current thread 0x")
+
+
+def error(message: str, recorded_s: float = 0.0) -> RecordedError:
+    """An exception with a short traceback."""
+    return RecordedError(message, f"Traceback (most recent call last):\n{message}", recorded_s)
+
+
+def chained(
+    *messages: str, joint: str = "direct cause of the following exception"
+) -> RecordedError:
+    """An exception that was raised from others, the first one first, as Python prints it."""
+    above = {
+        "direct cause of the following exception": "The above exception was the direct cause of "
+        "the following exception:",
+        "context": "During handling of the above exception, another exception occurred:",
+    }[joint]
+    parts = [
+        f'Traceback (most recent call last):\n  File "x.py", line 1\n{each}' for each in messages
+    ]
+    return RecordedError(messages[-1], f"\n\n{above}\n\n".join(parts), 0.0)
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        Evidence(0, -9),
+        Evidence(0, -9, oom_killed=True),
+        Evidence(0, -7),
+        Evidence(0, None, hang=STOPPED),
+        Evidence(0, 1, error("OSError: [Errno 28] No space left on device")),
+        Evidence(
+            0, 1, error("FileNotFoundError: [Errno 2] No such file or directory: 'manifest.json'")
+        ),
+        Evidence(0, 1, error("PermissionError: [Errno 13] Permission denied: '/data'")),
+        Evidence(0, 1, error("TimeoutError: timed out")),
+        Evidence(0, 1, error("ConnectionResetError: [Errno 104] Connection reset by peer")),
+        Evidence(0, 1, error("MemoryError: ")),
+        Evidence(
+            0, 1, error("ConfigError: data.cache = '/tmp/x': expected a directory of your own")
+        ),
+        Evidence(0, 1),
+        Evidence(0, 75),
+        Evidence(0, 1, error("MemoryError")),
+        Evidence(0, 1, error("NotFound: read of s3://b/data: missing")),
+        Evidence(0, 1, error("AccessDenied: read of s3://b/data: 403")),
+        Evidence(0, 1, error("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")),
+        Evidence(0, 1, error("AcceleratorError: CUDA error: uncorrectable ECC error encountered")),
+        Evidence(
+            0,
+            1,
+            error(
+                "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
+            ),
+        ),
+        Evidence(
+            0, 1, error("RuntimeError: unable to mmap 4096 bytes: Cannot allocate memory (12)")
+        ),
+        Evidence(
+            0,
+            1,
+            chained(
+                "OSError: [Errno 5] Input/output error", "elastic_pt.errors.DataError: shard: EIO"
+            ),
+        ),
+        Evidence(
+            0,
+            1,
+            chained(
+                "botocore.exceptions.EndpointConnectionError: Could not connect",
+                "elastic_pt.errors.StoreError: no answer",
+                "elastic_pt.errors.DataError: the manifest cannot be read",
+            ),
+        ),
+    ],
+)
+def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Evidence) -> None:
+    """Space, I/O, store, memory, device, network and signals from outside may be over at the next attempt."""
+    failure = classify(evidence)
+    assert failure is not None
+    assert failure.surroundings
+    assert not failure.signature
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        Evidence(0, 1, error("ValueError: rows do not match")),
+        Evidence(0, 1, error("AssertionError")),
+        Evidence(
+            0, 1, error("RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
+        ),
+        Evidence(
+            0, 1, error("DataError: shard-0: corrupt, its SHA-256 is not that of the manifest")
+        ),
+        Evidence(0, 1, error("KeyError: 'OSError'")),
+        Evidence(0, 1, error("AcceleratorError: CUDA error: device-side assert triggered")),
+        Evidence(0, 1, error("RuntimeError: CUDA error: an illegal memory access was encountered")),
+        Evidence(0, 1, error("ValueError: the text says: No space left on device")),
+        Evidence(
+            0, 1, chained("FileNotFoundError: no cache", "ValueError: bad rows", joint="context")
+        ),
+        Evidence(0, -11),
+        Evidence(0, 3),
+    ],
+)
+def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Evidence) -> None:
+    """An exception that is about none of the surroundings, a crash and an exit code come again; so do errors that
+    only came up while another one was handled."""
+    failure = classify(evidence)
+    assert failure is not None
+    assert not failure.surroundings
+
+
+@pytest.mark.parametrize(
+    ("evidence", "cause", "text", "signature"),
+    [
+        (
+            Evidence(3, -9, step=12),
+            "signal",
+            "worker 3 killed by SIGKILL at step 12",
+            "",
+        ),
+        (Evidence(3, -9), "signal", "worker 3 killed by SIGKILL", ""),
+        (Evidence(3, -11, step=0), "signal", "worker 3 killed by SIGSEGV at step 0", "SIGSEGV"),
+        (Evidence(3, -50), "signal", "worker 3 killed by signal 50", ""),
+        (
+            Evidence(2, -9, oom_killed=True, step=5),
+            "oom",
+            "worker 2 out of memory at step 5 (cgroup oom_kill)",
+            "",
+        ),
+        (Evidence(2, -11, oom_killed=True), "signal", "worker 2 killed by SIGSEGV", "SIGSEGV"),
+        (
+            Evidence(1, 1, error("ValueError: bad row 17 at 0x7f3a\nin shard 3"), step=12),
+            "exception",
+            "worker 1 raised ValueError: bad row 17 at 0x7f3a in shard 3 (step 12)",
+            "ValueError: bad row # at # in shard #",
+        ),
+        (
+            Evidence(1, None, error("ValueError: killed while it was ending"), hang=STOPPED),
+            "exception",
+            "worker 1 raised ValueError: killed while it was ending",
+            "ValueError: killed while it was ending",
+        ),
+        (Evidence(1, 3, step=1), "exit", "worker 1 exited with 3 at step 1", "exit 3"),
+        (
+            Evidence(0, None, hang=STOPPED, step=12),
+            "hang",
+            "worker 0 stood still for 2.1 s at step 12 (stopped)",
+            "",
+        ),
+        (
+            Evidence(2, 1, error(GLOO), step=9),
+            "collective",
+            f"worker 2 lost the others: {GLOO} (step 9)",
+            "",
+        ),
+        (
+            Evidence(2, 1, error("DistBackendError: NCCL error: remote process exited")),
+            "collective",
+            "worker 2 lost the others: DistBackendError: NCCL error: remote process exited",
+            "",
+        ),
+        (
+            Evidence(2, -6, stacks=NATIVE_ABORT),
+            "collective",
+            "worker 2 lost the others: aborted by a native thread",
+            "",
+        ),
+        (Evidence(2, -6, stacks=OWN_ABORT), "signal", "worker 2 killed by SIGABRT", "SIGABRT"),
+        (
+            Evidence(2, 1, error("StoreError: s3://b/k: Connection reset by peer")),
+            "exception",
+            "worker 2 raised StoreError: s3://b/k: Connection reset by peer",
+            "",
+        ),
+        (
+            Evidence(2, 1, error("RuntimeError: expected 3 rows, got 2")),
+            "exception",
+            "worker 2 raised RuntimeError: expected 3 rows, got 2",
+            "RuntimeError: expected # rows, got #",
+        ),
+    ],
+)
+def test_failures_tell_their_cause(
+    evidence: Evidence, cause: str, text: str, signature: str
+) -> None:
+    """Each kind of end has one cause, one line that names it, and a signature only if it may repeat itself."""
+    failure = classify(evidence)
+    assert failure is not None
+    assert (failure.cause, str(failure), failure.signature) == (cause, text, signature)
+    assert failure.collateral is (cause == "collective")
+
+
+def test_a_worker_that_was_killed_for_others_has_no_failure() -> None:
+    """Who ran until the agent killed it did not fail, even if the kernel killed others for memory."""
+    assert classify(Evidence(0, None, oom_killed=True, stacks="Thread 0x1", step=3)) is None
+
+
+def test_the_root_cause_is_told_and_not_what_followed_from_it() -> None:
+    """Of several failures the one counts that the others followed from; of two exceptions, the first."""
+    collateral = Evidence(0, 1, error(GLOO, recorded_s=1.0))
+    second = Evidence(1, 1, error("ValueError: second", recorded_s=3.0))
+    first = Evidence(2, None, error("ValueError: first", recorded_s=2.0))
+    crashed = Evidence(3, -11)
+    hung = Evidence(4, None, hang=STOPPED)
+    out_of_memory = Evidence(5, -9, oom_killed=True)
+    idle = Evidence(6)
+    everything = [idle, collateral, hung, second, first, crashed, out_of_memory]
+    order = []
+    while len(everything) > 1:
+        rank = root_cause(everything).rank
+        order.append(rank)
+        everything = [each for each in everything if each.rank != rank]
+    assert order == [5, 3, 2, 1, 4, 0]
+
+
+def test_texts_are_bounded_from_their_end() -> None:
+    """Long texts keep their end, where the error and the main thread stand; the message stays one short line."""
+    failure = classify(
+        Evidence(
+            0,
+            1,
+            RecordedError("ValueError: " + "word\n" * 9999, "x" * 99_999 + "the end", 0.0),
+            stacks="y" * 99_999 + "main",
+        )
+    )
+    assert failure is not None
+    assert len(failure.message) == 500
+    assert "\n" not in str(failure)
+    for text, end in ((failure.traceback, "the end"), (failure.stacks, "main")):
+        assert text.startswith("… (cut)\n")
+        assert text.endswith(end)
+        assert len(text) < 17_000
+
+
+def test_what_torch_elastic_records_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error file of a worker gives the exception and its whole traceback, chained ones included."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert read_error_file(path) is None
+    try:
+        try:
+            raise KeyError("inner")
+        except KeyError as inner:
+            raise ValueError("outer, füll") from inner
+    except ValueError as outer:
+        ErrorHandler().record_exception(outer)
+    recorded = read_error_file(path)
+    assert recorded is not None
+    assert recorded.message == "ValueError: outer, füll"
+    assert "KeyError: 'inner'" in recorded.traceback
+    assert "test_failure.py" in recorded.traceback
+    assert recorded.recorded_s == path.stat().st_mtime
+
+
+@pytest.mark.parametrize("text", ["", '{"message": {"mess', '{"message": "plain"}', "[]", "{}"])
+def test_a_torn_or_foreign_error_file_is_no_error(tmp_path: Path, text: str) -> None:
+    """A worker that was killed while it recorded its exception recorded nothing."""
+    path = tmp_path / "error.json"
+    path.write_text(text)
+    assert read_error_file(path) is None
+
+
+def test_a_failure_survives_json(tmp_path: Path) -> None:
+    """The cause is plain text where it is written down."""
+    failure = WorkerFailure(1, FailureCause.OOM, -9)
+    assert json.dumps({"cause": failure.cause}) == '{"cause": "oom"}'
+
+
+V1_MOUNTS = """\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+37 31 0:34 / /sys/fs/cgroup/freezer rw,relatime - cgroup cgroup rw,freezer
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+"""
+V1_GROUPS = "6:freezer:/\n4:memory:/api/d7b4\n0::/\n"
+V2_MOUNTS = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+V2_PART_MOUNTS = "30 23 0:26 /kubepods/pod1/c2 /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "expected"),
+    [
+        (
+            V1_GROUPS,
+            V1_MOUNTS,
+            [
+                "/sys/fs/cgroup/memory/api/d7b4/memory.oom_control",
+                "/sys/fs/cgroup/unified/memory.events",
+            ],
+        ),
+        (
+            "0::/system.slice/a.service\n",
+            V2_MOUNTS,
+            ["/sys/fs/cgroup/system.slice/a.service/memory.events"],
+        ),
+        ("0::/\n", V2_MOUNTS, ["/sys/fs/cgroup/memory.events"]),
+        (
+            "0::/kubepods/pod1/c2/inner\n",
+            V2_PART_MOUNTS,
+            ["/sys/fs/cgroup/inner/memory.events"],
+        ),
+        ("0::/../other\n", V2_PART_MOUNTS, ["/sys/fs/cgroup/memory.events"]),
+        ("4:memory:/x\n", V2_MOUNTS, []),
+    ],
+)
+def test_the_counter_of_a_process_is_found(groups: str, mounts: str, expected: list[str]) -> None:
+    """Cgroup v1 and v2, on a host and in containers that see a part of the hierarchy."""
+    assert [str(path) for path in oom_counters(groups, mounts)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "kills"),
+    [
+        ("low 0\nhigh 0\nmax 9\noom 4\noom_kill 3\noom_group_kill 1\n", 3),
+        ("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", 2),
+        ("pgfault 17\noom_kill 5\nnuma_hit 3\n", 5),
+        ("low 0\nhigh 0\n", 0),
+    ],
+)
+def test_every_counter_file_is_understood(tmp_path: Path, text: str, kills: int) -> None:
+    """`memory.events` of v2, `memory.oom_control` of v1 and `/proc/vmstat` are read by their one common line."""
+    (tmp_path / "file").write_text(text)
+    assert read_oom_kills(tmp_path / "file") == kills
+    assert read_oom_kills(tmp_path / "none") == 0
+
+
+@pytest.fixture
+def small_memory_group() -> Iterator[Path]:
+    """A cgroup of its own with little memory; skipped where this process may not make one."""
+    group = f"elastic_pt-test-{os.getpid()}"
+    for parent, limit in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        try:
+            (parent / group).mkdir()
+            (parent / group / limit).write_text(str(LIMIT_BYTES))
+        except OSError:
+            if (parent / group).is_dir():
+                (parent / group).rmdir()
+            continue
+        yield parent / group
+        (parent / group).rmdir()
+        return
+    pytest.skip("no memory cgroup can be made here")
+
+
+@pytest.mark.parametrize(("size_bytes", "happens"), [(4 * LIMIT_BYTES, True), (0, False)])
+def test_an_oom_kill_is_told_from_another_kill(
+    small_memory_group: Path, size_bytes: int, happens: bool
+) -> None:
+    """A process that the kernel kills for its memory is counted in its own cgroup; one that is just killed is not."""
+    allocate = f"input(); block = b'x' * {size_bytes}; input()"
+    with subprocess.Popen([sys.executable, "-c", allocate], stdin=subprocess.PIPE) as child:
+        try:
+            (small_memory_group / "cgroup.procs").write_text(str(child.pid))
+            assert oom_counter(child.pid).parent == small_memory_group
+            oom_kills = OomKills(child.pid)
+            assert child.stdin is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            if not happens:
+                child.kill()
+            assert child.wait(30) == -signal.SIGKILL
+            assert oom_kills.happened() is happens
+        finally:
+            child.kill()
+
+
+def test_the_same_failure_has_one_signature_on_every_node() -> None:
+    """Numbers, addresses, and the names of scratch and temporary directories are no part of a signature."""
+
+    def signature(scratch: str, address: str) -> str:
+        text = f"ValueError: {scratch}/workers-{scratch[-8:]}/0: row 17 at {address}"
+        failure = classify(Evidence(0, 1, error(text)))
+        assert failure is not None
+        return failure.signature
+
+    here = signature("/dev/shm/elastic_pt-a1b_2xyz", "0x7f12")
+    there = signature("/dev/shm/elastic_pt-q9z0kk_w", "0x55aa")
+    assert here == there
+    assert here.startswith("ValueError: /dev/shm/elastic_pt-#/workers-#/#: row # at #")
+
+
+def test_text_that_is_no_unicode_can_still_be_told() -> None:
+    """A lone surrogate in an exception's text, as a file name may bring it, is written out instead of passed on."""
+    failure = classify(Evidence(0, 1, error("ValueError: bad name '\udcff'")))
+    assert failure is not None
+    for text in (failure.message, failure.signature, failure.traceback, str(failure)):
+        text.encode("utf-8")
+    assert "\\udcff" in failure.message

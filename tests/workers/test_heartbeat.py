@@ -1,0 +1,189 @@
+"""What the agent sees of a worker: real processes, really stopped, frozen, killed and kept from ticking."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from elastic_pt.workers.heartbeat import (
+    STACKS_TIMEOUT_S,
+    TICK_INTERVAL_S,
+    Phase,
+    ProgressReader,
+    Reading,
+    process_state,
+)
+
+PATIENCE_S = 20.0
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+WORKER = """
+import ctypes, os, re, signal, sys, threading, time
+from pathlib import Path
+from elastic_pt.workers.heartbeat import Phase, Progress
+
+def in_a_named_function():
+    {act}
+
+progress = Progress(Path(sys.argv[1]), 0, 7, 400)
+progress.enter(Phase.COMPUTE, 412)
+print("entered", flush=True)
+sys.stdin.readline()
+in_a_named_function()
+threading.Event().wait()
+"""
+
+
+@contextmanager
+def worker(scratch: Path, act: str = "pass") -> Iterator[subprocess.Popen[str]]:
+    """A worker process that has entered a phase, and does something more on a line of input."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(act=act), str(scratch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "entered\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    """Have the worker act."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition of another process."""
+    deadline_s, waiting = time.monotonic() + PATIENCE_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s
+        waiting.wait(0.01)
+
+
+def read(reader: ProgressReader) -> Reading:
+    """The account, which must be there."""
+    reading = reader.read()
+    assert reading is not None
+    return reading
+
+
+def stands_still(reader: ProgressReader) -> bool:
+    """Whether no tick comes in the time of five."""
+    before = read(reader).ticks
+    threading.Event().wait(5 * TICK_INTERVAL_S)
+    return read(reader).ticks == before
+
+
+def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
+    """Step, phase and the time of their last change arrive, and ticks go on while the worker waits."""
+    reader = ProgressReader(tmp_path, 0, 7)
+    assert reader.read() is None
+    before_s = time.monotonic()
+    with worker(tmp_path) as process:
+        go_on(process)
+        reading = read(reader)
+        assert (reading.step, reading.phase) == (412, Phase.COMPUTE)
+        assert before_s < reading.changed_s < time.monotonic()
+        until(lambda: read(reader).ticks >= 3)
+        assert read(reader).changed_s == reading.changed_s
+
+
+def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
+    """What an earlier worker left is removed, and a file of another generation is not read."""
+    early = ProgressReader(tmp_path, 0, 6)
+    with worker(tmp_path):
+        assert early.read() is None
+        assert ProgressReader(tmp_path, 1, 7).read() is None
+    assert ProgressReader(tmp_path, 0, 7).read() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path) -> None:
+    """SIGSTOP ends the ticks; the stacks, asked for, name the function that it was stopped in."""
+    reader = ProgressReader(tmp_path, 0, 7)
+    with worker(tmp_path, "threading.Event().wait()") as process:
+        go_on(process)
+        until(lambda: read(reader).ticks >= 1)
+        os.kill(process.pid, signal.SIGSTOP)
+        until(lambda: process_state(process.pid) == "T")
+        assert stands_still(reader)
+        began_s = time.monotonic()
+        assert reader.request_stacks(process.pid)
+        assert time.monotonic() - began_s < STACKS_TIMEOUT_S + 0.7
+        # Woken once, it can tell later what it could not in time on a busy machine.
+        until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
+        assert "in _tick" in reader.stacks()
+
+
+def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) -> None:
+    """A C function that keeps the interpreter's lock ends the ticks, and its stack is told all the same."""
+    reader = ProgressReader(tmp_path, 0, 7)
+    with worker(tmp_path, "re.match('(a?){40}a{40}', 'a' * 40)") as process:
+        until(lambda: read(reader).ticks >= 1)
+        go_on(process)
+        until(lambda: stands_still(reader))
+        assert process_state(process.pid) == "R"
+        until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
+
+
+def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
+    """A fatal signal that Python can still handle leaves the stacks without being asked."""
+    reader = ProgressReader(tmp_path, 0, 7)
+    with worker(tmp_path, "ctypes.string_at(1)") as process:
+        go_on(process)
+        assert process.wait(PATIENCE_S) == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in reader.stacks()
+    assert "in in_a_named_function" in reader.stacks()
+
+
+@pytest.mark.skipif(
+    not os.access(FREEZER / "cgroup.procs", os.W_OK),
+    reason="a freezer of cgroup v1 makes a process that nothing wakes",
+)
+def test_a_worker_asleep_in_the_kernel_leaves_a_note_instead_of_stacks(tmp_path: Path) -> None:
+    """Without an answer the text says so within its time limit, with the process's state and kernel function."""
+    reader = ProgressReader(tmp_path, 0, 7)
+    group = FREEZER / f"elastic_pt-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        with worker(tmp_path) as process:
+            until(lambda: read(reader).ticks >= 1)
+            (group / "cgroup.procs").write_text(str(process.pid))
+            (group / "freezer.state").write_text("FROZEN")
+            until(lambda: process_state(process.pid) == "D")
+            began_s = time.monotonic()
+            text = reader.request_stacks(process.pid)
+            assert time.monotonic() - began_s < STACKS_TIMEOUT_S + 0.7
+            assert f"no Python stacks within 0.3 s: process {process.pid} is in state D" in text
+            assert "refrigerator" in text
+            (group / "freezer.state").write_text("THAWED")
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        until(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_states_of_processes_that_end(tmp_path: Path) -> None:
+    """A process that has ended but was not reaped is Z, one that is gone has no state."""
+    assert process_state(os.getpid()) == "R"
+    with worker(tmp_path) as process:
+        until(lambda: process_state(process.pid) == "S")
+        process.kill()
+        until(lambda: process_state(process.pid) == "Z")
+        process.wait()
+        assert process_state(process.pid) == ""
+    assert ProgressReader(tmp_path, 0, 7).request_stacks(process.pid) == ""

@@ -1,0 +1,372 @@
+"""The workers of one node: each way to end, from the real process to the one cause that is reported.
+
+Real workers from the real fork server; only the rendezvous is a small one of its own, of one node, so that
+these tests say nothing about membership.
+"""
+
+import ctypes
+import errno
+import json
+import multiprocessing
+import multiprocessing.context
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+from elastic_pt.errors import NodeFailure
+from elastic_pt.workers.failure import FailureCause, WorkerFailure, read_error_file
+from elastic_pt.workers.forking import die_with_parent, start_fork_server
+from elastic_pt.workers.heartbeat import Phase, Progress, process_state
+from elastic_pt.workers.processes import NodeProcesses
+from elastic_pt.workers.watchdog import WatchdogLimits
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+FREEZER = Path("/sys/fs/cgroup/freezer")
+GROUP = "elastic_pt-test-processes"
+LIMIT_BYTES = 64 * 1024 * 1024
+LIMITS = WatchdogLimits(hang_timeout_s=2.0, progress_timeout_s=10.0, startup_timeout_s=60.0)
+
+
+def work(scratch: str, acts: str) -> str:
+    """A worker's life: some steps, and then the act of its local rank."""
+    die_with_parent()
+    rank, attempt = (int(os.environ[key]) for key in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    progress = Progress(Path(scratch), rank, attempt + 1, 10)
+    for step in (10, 11, 12):
+        progress.enter(Phase.COMPUTE, step)
+        # Long enough for the agent to see each.
+        time.sleep(0.15)
+    (Path(scratch) / f"pid-{rank}").write_text(str(os.getpid()))
+    act = json.loads(acts)[attempt][rank]
+    return globals()[f"act_{act}"](Path(scratch))
+
+
+def act_complete(scratch: Path) -> str:
+    return "completed"
+
+
+def act_wait(scratch: Path) -> str:
+    """As in a collective operation that does not end."""
+    threading.Event().wait()
+    raise AssertionError
+
+
+def act_raise(scratch: Path) -> str:
+    raise ValueError("bad row 17")
+
+
+def act_raise_and_linger(scratch: Path) -> str:
+    """Raise, and take a while to end after that is on record, as a process with a GPU does."""
+
+    def linger() -> None:
+        while read_error_file(Path(os.environ["TORCHELASTIC_ERROR_FILE"])) is None:
+            time.sleep(0.01)
+        (scratch / "lost").touch()
+        threading.Event().wait(10.0)
+
+    threading.Thread(target=linger, daemon=False).start()
+    return act_raise(scratch)
+
+
+def act_lose_peer(scratch: Path) -> str:
+    """Lose the connection to a worker that has raised and lingers."""
+    while not (scratch / "lost").exists():
+        time.sleep(0.01)
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def act_lose_stopped_peer(scratch: Path) -> str:
+    """Lose the first worker as soon as that is stopped."""
+    while process_state(int((scratch / "pid-0").read_text() or 0)) != "T":
+        time.sleep(0.01)
+    (scratch / "lost").touch()
+    return act_lose_peer(scratch)
+
+
+def act_exit(scratch: Path) -> str:
+    os._exit(3)
+
+
+def act_exit_well_too_early(scratch: Path) -> str:
+    os._exit(0)
+
+
+def act_kill(scratch: Path) -> str:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def act_segfault(scratch: Path) -> str:
+    ctypes.string_at(1)
+    raise AssertionError
+
+
+def act_abort_in_native_thread(scratch: Path) -> str:
+    library = ctypes.CDLL(None)
+    library.pthread_create(ctypes.byref(ctypes.c_ulong()), None, library.abort, None)
+    return act_wait(scratch)
+
+
+def act_stop(scratch: Path) -> str:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return act_wait(scratch)
+
+
+def act_keep_interpreter(scratch: Path) -> str:
+    re.match("(a?){40}a{40}", "a" * 40)
+    raise AssertionError
+
+
+def act_freeze(scratch: Path) -> str:
+    """Fall asleep in the kernel where not even SIGKILL gets through."""
+    (FREEZER / GROUP / "cgroup.procs").write_text(str(os.getpid()))
+    (FREEZER / GROUP / "freezer.state").write_text("FROZEN")
+    return act_wait(scratch)
+
+
+def act_exhaust_memory(scratch: Path) -> str:
+    # The fork server was put there only so that its children start there.
+    (MEMORY / "cgroup.procs").write_text(str(os.getppid()))
+    block = b"x" * (4 * LIMIT_BYTES)
+    return str(len(block))
+
+
+class OneNode(RendezvousHandler):
+    """A rendezvous of one node that forms a generation whenever it is asked."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._number = 0
+        self.formed: SimpleNamespace | None = None
+
+    def get_backend(self) -> str:
+        return "one-node"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._number += 1
+        generation = SimpleNamespace(
+            number=self._number, world_size=self._workers, first_worker_rank=lambda node_rank: 0
+        )
+        self.formed = SimpleNamespace(generation=generation)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo("127.0.0.1", store.port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return "test"
+
+    def shutdown(self) -> bool:
+        return True
+
+
+class Node:
+    """A node under test, and what its agent is told."""
+
+    def __init__(self, scratch: Path, *attempts: list[str]) -> None:
+        self.failures: list[WorkerFailure] = []
+        self.seconds: list[float] = []
+        """From the moment that every worker was about to act to the report."""
+        self.calls: list[str] = []
+        self._scratch, self._attempts = scratch, attempts
+        workers = len(attempts[0])
+        self.processes = NodeProcesses(
+            OneNode(workers),  # type: ignore[arg-type]
+            workers=workers,
+            entrypoint=work,
+            arguments=(str(scratch), json.dumps(attempts)),
+            scratch=str(scratch),
+            on_start=lambda: self.calls.append("start"),
+            on_stop=lambda: self.calls.append("stop"),
+            on_failure=self._failed,
+            limits=LIMITS,
+        )
+
+    def run(self) -> WorkerFailure:
+        """Run all attempts; returns the first failure. The last attempt completes."""
+        result = self.processes.run()
+        assert set(result.return_values.values()) == {"completed"}
+        return self.failures[0]
+
+    def acted_s(self) -> float:
+        """When the last worker began its act, on the wall clock."""
+        return max(path.stat().st_mtime for path in self._scratch.glob("pid-*"))
+
+    def _failed(self, failure: WorkerFailure) -> None:
+        self.failures.append(failure)
+        self.calls.append("failure")
+        self.seconds.append(time.time() - self.acted_s())
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
+    settings = multiprocessing.process.current_process()
+    monkeypatch.setattr(settings, "_config", settings._config.copy())  # type: ignore[attr-defined]
+    start_fork_server(1, tmp_path, [__name__])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("act", "cause", "text", "within_s"),
+    [
+        ("kill", "signal", "killed by SIGKILL at step 12", 2.0),
+        ("segfault", "signal", "killed by SIGSEGV at step 12", 2.0),
+        ("raise", "exception", r"raised ValueError: bad row 17 \(step 12\)", 1.0),
+        ("exit", "exit", "exited with 3 at step 12", 2.0),
+        ("exit_well_too_early", "exit", "exited with 0 at step 12", 2.0),
+        ("abort_in_native_thread", "collective", "lost the others: aborted .*", 2.0),
+        ("stop", "hang", r"stood still for 2\.\d s at step 12 \(stopped\)", 3.0),
+        ("keep_interpreter", "hang", r"stood still for \d\.\d s at step 12 \(running\)", 6.0),
+    ],
+)
+def test_each_end_is_told_and_a_new_worker_takes_over(
+    tmp_path: Path, act: str, cause: str, text: str, within_s: float
+) -> None:
+    """However a worker ends, its cause is reported in time, and the next attempt completes with a fresh one."""
+    node = Node(tmp_path, [act], ["complete"])
+    failure = node.run()
+    assert re.fullmatch(f"worker 0 {text}", str(failure))
+    assert (failure.cause, failure.rank, failure.step) == (cause, 0, 12)
+    assert node.seconds[0] < within_s
+    assert node.calls[:3] == ["start", "stop", "failure"]
+    assert len(node.failures) == 1
+    match failure.cause:
+        case FailureCause.EXCEPTION:
+            assert "in act_raise" in failure.traceback
+        case FailureCause.HANG:
+            # Of a busy machine it may be the note that they did not come in time.
+            assert failure.stacks
+    if act == "segfault":
+        assert "in act_segfault" in failure.stacks
+
+
+def test_a_stopped_sibling_does_not_delay_the_end(tmp_path: Path) -> None:
+    """When one worker fails while another is stopped, both are gone at once: nobody waits for SIGTERM's grace."""
+    node = Node(tmp_path, ["stop", "raise"], ["complete", "complete"])
+    failure = node.run()
+    assert failure.cause is FailureCause.EXCEPTION
+    assert failure.rank == 1
+    assert node.seconds[0] < 2.0
+
+
+def test_of_several_failures_the_root_cause_is_told(tmp_path: Path) -> None:
+    """A worker that raised and has not ended yet is reported, not the one that lost it and ended at once."""
+    failure = Node(tmp_path, ["lose_peer", "raise_and_linger"], ["complete", "complete"]).run()
+    assert (failure.cause, failure.rank) == (FailureCause.EXCEPTION, 1)
+    assert "in act_raise" in failure.traceback
+
+
+def test_who_lost_a_stopped_sibling_is_not_blamed(tmp_path: Path) -> None:
+    """A worker that loses a stopped one on its node before the watchdog's time is up is not the root cause."""
+    (tmp_path / "pid-0").touch()
+    node = Node(tmp_path, ["stop", "lose_stopped_peer"], ["complete", "complete"])
+    failure = node.run()
+    assert (failure.cause, failure.rank) == (FailureCause.HANG, 0)
+    assert failure.stacks
+    assert node.seconds[0] < 2.0
+
+
+@pytest.fixture
+def group() -> Iterator[Callable[[Path], Path]]:
+    """Makes a cgroup of cgroup v1 below a hierarchy, gone at the end; skips where that may not be."""
+    made: list[Path] = []
+
+    def make(hierarchy: Path) -> Path:
+        if not os.access(hierarchy / "cgroup.procs", os.W_OK):
+            pytest.skip(f"{hierarchy}: no hierarchy of cgroup v1 here")
+        (hierarchy / GROUP).mkdir()
+        made.append(hierarchy / GROUP)
+        return made[0]
+
+    yield make
+    for directory in made:
+        deadline_s, waiting = time.monotonic() + 10.0, threading.Event()
+        while (directory / "cgroup.procs").read_text() and time.monotonic() < deadline_s:
+            waiting.wait(0.01)
+        directory.rmdir()
+
+
+def test_running_out_of_memory_is_told(tmp_path: Path, group: Callable[[Path], Path]) -> None:
+    """F41: a worker that the kernel kills for its memory is reported as out of memory, not as killed."""
+    directory = group(MEMORY)
+    (directory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
+    node = Node(tmp_path, ["exhaust_memory"], ["complete"])
+    forkserver.ensure_running()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    (directory / "cgroup.procs").write_text(str(server))
+    failure = node.run()
+    assert str(failure) == "worker 0 out of memory at step 12 (cgroup oom_kill)"
+    assert failure.exit_code == -signal.SIGKILL
+
+
+def test_a_worker_that_cannot_be_killed_fails_the_node(
+    tmp_path: Path, group: Callable[[Path], Path]
+) -> None:
+    """F14: when not even SIGKILL ends a worker, the node gives up within seconds and names process and state."""
+    directory = group(FREEZER)
+    node = Node(tmp_path, ["freeze"], ["complete"])
+    try:
+        with pytest.raises(NodeFailure) as caught:
+            node.run()
+        seconds = time.time() - node.acted_s()
+        pid = int((tmp_path / "pid-0").read_text())
+        assert process_state(pid) == "D"
+        assert re.fullmatch(
+            rf"worker 0 \(process {pid}, state D\) has not ended 5 s after SIGKILL "
+            r"\(worker 0 stood still for \d\.\d s at step 12 \(uninterruptible sleep\)\)",
+            str(caught.value),
+        )
+        assert 5.0 < seconds < 10.0
+        # Or the agent would wait for it at its own exit.
+        assert pid not in [child.pid for child in multiprocessing.active_children()]
+    finally:
+        (directory / "freezer.state").write_text("THAWED")
+
+
+def test_no_worker_outlives_a_start_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one of a node's workers cannot be started, those that were started before it are gone as well."""
+    started: list[object] = []
+    start = multiprocessing.context.ForkServerProcess.start
+
+    def start_one(process: multiprocessing.context.ForkServerProcess) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start_one)
+    node = Node(tmp_path, ["complete", "complete"])
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        node.processes.run()
+    assert started
+    assert not multiprocessing.active_children()
