@@ -236,7 +236,7 @@ def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) 
     membership = package / "membership" / "decide.py"
     for change in (
         lambda: membership.write_bytes(membership.read_bytes() + b"\n"),
-        lambda: (package / "elastic" / "news.py").write_text(""),
+        lambda: (package / "membership" / "news.py").write_text(""),
         # Between the same neighbours: the name itself counts.
         lambda: membership.rename(membership.with_name("membership_.py")),
     ):
