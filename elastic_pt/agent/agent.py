@@ -17,6 +17,7 @@ import secrets
 import signal
 import socket
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,17 +61,18 @@ from elastic_pt.telemetry.goodput import Activity
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
 from elastic_pt.workers.channel import AgentSide, Message
 from elastic_pt.workers.failure import WorkerFailure
-from elastic_pt.workers.forking import FirstFork
-from elastic_pt.workers.processes import NodeProcesses, start_worker
+from elastic_pt.workers.forking import ForkedCall
+from elastic_pt.workers.processes import NodeProcesses
 from elastic_pt.workers.watchdog import WatchdogLimits
 
-_PLATFORM: Final = "elastic_pt.train.probe:platform_of_workers"
-_LEAVE_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _LAST_MESSAGES_S: Final = 10.0
 _CLOSE_S: Final = 10.0
 _END_S: Final = 45
 _HINTS_DEADLINE_S: Final = 2.0
 _PROGRESS_TIMEOUT_S: Final = 30.0
+
+Worker = Callable[[str, str, dict[str, str]], str]
+"""A worker's main function: configuration, scratch directory and environment to how it ended."""
 
 log = structlog.get_logger("elastic_pt.agent.agent")
 
@@ -85,15 +87,23 @@ class AgentOptions:
     """Its address for peers; None takes the default route's."""
 
 
-def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | None:
+def run_agent(
+    config: Config,
+    options: AgentOptions,
+    scratch: Path,
+    worker: Worker,
+    platform: ForkedCall,
+) -> Stop | None:
     """Take part in the run until it ends (returns how) or this node leaves (None). Agent process.
 
-    The fork server has been started (`workers.forking`) with the same scratch directory. Raises `ElasticPtError`.
+    The fork server has been started (`workers.forking`) with the same scratch directory. `worker` is what its
+    processes call, and `platform` waits to call `train.probe.platform_of_workers`: this package never imports the
+    training stack. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     data = _read_data(config, store)
-    first = FirstFork(entry=_PLATFORM, arguments=(config.to_toml(), data.vocab_size))
+    platform.begin(config.to_toml(), data.vocab_size)
     name = options.node or socket.gethostname()
     with ExitStack() as stack:
         sink = EventSink(store, f"{name}-{secrets.token_hex(4)}")
@@ -106,34 +116,19 @@ def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | No
         require_work(config, data, workers)
         require_cache(config, data)
         # Whoever joins before it could start a worker would hold up all others.
-        platform = await_platform(first, config.elastic.startup_timeout_s)
+        computes = platform.wait(config.elastic.startup_timeout_s)
         run_log = RunLog(store, writer=name)
-        agree_on_identity(store, config, data, platform, run_log.refresh().platform)
+        agree_on_identity(store, config, data, computes, run_log.refresh().platform)
         me = Introduction(
             name,
             options.address or local_address(),
             workers,
-            fingerprint(config, data, platform),
-            platform if config.train.numerics == "exact" else {},
+            fingerprint(config, data, computes),
+            computes if config.train.numerics == "exact" else {},
         )
-        agent = Agent(config, store, run_log, scratch, me)
+        agent = Agent(config, store, run_log, scratch, me, worker)
         stack.callback(agent.close)
         return agent.run()
-
-
-def await_platform(first: FirstFork, timeout_s: float) -> dict[str, str]:
-    """What the first process of the fork server found out. A node that is asked to leave meanwhile has left (code 0)."""
-    before = {number: signal.signal(number, _leave_at_once) for number in _LEAVE_SIGNALS}
-    try:
-        platform: dict[str, str] = first.wait(timeout_s)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return platform
-
-
-def _leave_at_once(*_: object) -> None:
-    raise SystemExit(0)
 
 
 def _read_data(config: Config, store: Store) -> Manifest:
@@ -196,7 +191,13 @@ class Agent:
     """See the module."""
 
     def __init__(
-        self, config: Config, store: Store, run_log: RunLog, scratch: Path, me: Introduction
+        self,
+        config: Config,
+        store: Store,
+        run_log: RunLog,
+        scratch: Path,
+        me: Introduction,
+        worker: Worker,
     ) -> None:
         self._config = config
         self._scratch = scratch
@@ -247,7 +248,7 @@ class Agent:
         self._processes = NodeProcesses(
             self._rendezvous,
             workers=me.workers,
-            entrypoint=start_worker,
+            entrypoint=worker,
             arguments=(config.to_toml(), str(scratch), environment),
             scratch=str(scratch),
             on_start=self._before_start,

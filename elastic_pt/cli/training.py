@@ -62,17 +62,30 @@ def run(
             "the first one a letter or digit, would be right"
         )
     config = _configuration(source, overrides or [])
-    # Before the agent's own imports, which take as long: both run side by side.
-    from elastic_pt.workers.forking import start_fork_server
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)
+    from elastic_pt.workers import forking
     from elastic_pt.workers.scratch import scratch_directory
 
     with scratch_directory(config.checkpoint.staging) as scratch:
-        start_fork_server(config.train.threads, scratch)
+        forking.import_once(
+            forking.WARM_MODULES,
+            threads=config.train.threads,
+            timeout_s=config.elastic.startup_timeout_s,
+        )
         from elastic_pt.agent.agent import AgentOptions, run_agent
+        from elastic_pt.train import probe, worker
 
-        stop = run_agent(config, AgentOptions(node=node, address=address), scratch)
+        platform = forking.ForkedCall(probe.WHAT, probe.platform_of_workers)
+        forking.start_fork_server(scratch)
+        stop = run_agent(config, AgentOptions(node, address), scratch, worker.main, platform)
     if stop is not None:
         _tell_end(stop.reason, stop.step)
+
+
+def _leave_at_once(*_: object) -> None:
+    """Signal handler while the node does not take part yet: there is nothing to finish."""
+    raise SystemExit(0)
 
 
 def _configuration(source: str, overrides: list[str]) -> Config:

@@ -41,7 +41,11 @@ def make_deterministic(train: TrainSection, device: torch.device) -> None:
     """Pin everything in this process that could change the bits of a micro-batch."""
     torch.set_num_threads(train.threads)
     if train.numerics == "exact":
-        torch.use_deterministic_algorithms(True)
+        if train.compile:
+            torch.use_deterministic_algorithms(True)
+        else:
+            # The same for all but compiled code. The call above imports the compiler, which takes a second.
+            torch.set_deterministic_debug_mode("error")
         # Uninitialised memory is always written before it is read; filling it with NaN first only costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":

@@ -32,6 +32,7 @@ from elastic_pt.model.parallel import optimize_blocks, resolve_compute_dtype, re
 from elastic_pt.model.transformer import Transformer, build_on_meta
 from elastic_pt.train.exact import RowSquares, make_deterministic
 
+WHAT: Final = "the small training step that shows what this node computes"
 _STEPS: Final = 2
 _LEARNING_RATE: Final = 1e-3
 _WIDTH_MAX: Final = 256

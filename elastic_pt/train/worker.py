@@ -1,7 +1,7 @@
 """A worker's life: join the world, build the state, get it back from a checkpoint, train, end.
 
 Composition root of the worker process, which is disposable: it is forked for one generation and killed with
-SIGKILL when that generation has no future. `main` is what the agent's fork server calls.
+SIGKILL when that generation has no future. The fork server calls `main` in a process that it has just forked.
 
     main ─► join_world ─► TrainState ─► restore | initialize ─► SlotLoader ─► train.loop.train
 """
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-
-# `torch.use_deterministic_algorithms` imports it, which takes 0.3 s: once in the fork server, not in each worker.
-import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -39,13 +36,15 @@ from elastic_pt.train.loop import Identity, train
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
+from elastic_pt.workers.forking import begin_worker
 from elastic_pt.workers.heartbeat import Phase, Progress
 
 _WORKERS_PREFIX: Final = "workers"
 
 
-def main(config_text: str, scratch_path: str) -> str:
+def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> str:
     """Train until the run or this generation ends; returns the outcome. Worker process."""
+    begin_worker(environment)
     scratch = Path(scratch_path)
     config = parse_config(config_text, source="the run's configuration")
     assignment = read_assignment(scratch)

@@ -1,36 +1,52 @@
-"""The warm fork server: it imports the training stack once, and every worker is forked from it in milliseconds.
+"""The warm fork server: a fork of the agent itself. It forks every worker in milliseconds.
 
-Starting it is the first thing that an agent does, before it imports anything heavy itself, so that both
-imports run side by side; only when it is warm does the node ask to be taken in. Free of torch, for that.
+    elastic-pt run ─► import_once: torch, FSDP2, torch elastic ─► start_fork_server ─► run_agent    (agent)
+                                                                        │ fork
+                                                 import the compiler ◄──┴─► wait for requests       (fork server)
+                                                                              │ fork
+                                                                              └─► train.worker      (worker)
+
+torch is imported once per node, by the process that becomes the agent. It forks the server before it has a second
+thread and before it touches CUDA, because neither survives a fork. multiprocessing would start a new interpreter
+instead, which imports everything again. What only workers need, the server imports while the agent joins the run.
+
+Processes die with their parents: workers with the fork server, the fork server with the agent.
 """
 
 import ctypes
+import gc
 import importlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing import forkserver, get_context, process
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, get_context, process, resource_tracker, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from elastic_pt.errors import NodeFailure
+from elastic_pt.membership.lookups import avoid_getfqdn
 from elastic_pt.workers.scratch import semaphore_prefix
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-_FORK_SERVER: Final = "elastic_pt.workers.fork_server"
 WARM_MODULES: Final = (
-    "elastic_pt.train.worker",
+    "elastic_pt.agent.agent",
     "elastic_pt.train.probe",
-    "elastic_pt.workers.processes",
+    "elastic_pt.train.worker",
     "elastic_pt.cli",
 )
-"""What a worker needs, down to the function that it starts with and the command that its agent was started by."""
+"""What the agent needs, and most of what its workers need: the training stack, and the main module of both."""
+SERVER_MODULES: Final = ("torch._inductor.config",)
+"""What FSDP2's hooks and compiled training need beyond that: torch's compiler. Importing it takes a second."""
 _PR_SET_PDEATHSIG: Final = 1
+_SERVER: Final = "multiprocessing.forkserver"
+_DIE_WITH_PARENT: Final = f"from {__name__} import die_with_parent; die_with_parent(); "  # before the server's own first line
+_exec_server: Final = util.spawnv_passfds
 
 
 def die_with_parent() -> None:
@@ -42,31 +58,120 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start_fork_server(threads: int, scratch: Path, modules: Sequence[str] = WARM_MODULES) -> None:
-    """Start it, for workers that compute with so many CPU threads each. Agent process, main thread, once.
+def import_once(modules: Sequence[str], *, threads: int, timeout_s: float) -> None:
+    """Import what agent and workers need, for workers that compute with `threads` CPU threads each.
 
-    Its socket lies in `scratch`, and semaphores are named after that, so that a sweep finds them.
-
-    What must be known before torch is imported is set in the environment, of this process too.
+    Agent process, main thread, before torch is imported. Raises `NodeFailure` if an import fails or takes longer.
     """
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    # Or the fork server would look for modules in the working directory first, before the standard library.
+    # A fork server that must be started again then finds modules as this process does, in no other directory.
     os.environ["PYTHONSAFEPATH"] = "1"
-    # It is told this process's path in no other way before it imports what it has to keep warm.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    # Required by torch for deterministic matrix products on CUDA.
+    # torch requires it for deterministic matrix products on CUDA.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # Private to multiprocessing, which would use TMPDIR, where a killed agent's socket is swept by nobody. A path
-    # of any length is too long for a socket beyond 107 bytes; that of an open descriptor never is.
+    # Imports make many objects and little garbage: looking for it would take a fifth of the time.
+    gc.disable()
+    try:
+        with _at_most(timeout_s):
+            for module in modules:
+                importlib.import_module(module)
+    except TimeoutError:
+        raise NodeFailure(
+            f"importing what workers need took longer than {timeout_s:g} s (elastic.startup_timeout_s)"
+        ) from None
+    except Exception as error:
+        raise NodeFailure(
+            f"cannot import what workers need: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        # Collections leave these objects alone from now on, so forked processes go on sharing their memory.
+        gc.freeze()
+        gc.enable()
+
+
+def start_fork_server(
+    scratch: Path, modules: Sequence[str] = (*WARM_MODULES, *SERVER_MODULES)
+) -> None:
+    """Fork the server from this process as it is now. Agent process, main thread, once, after `import_once`.
+
+    It imports those of `modules` that are not there yet, then it waits for requests. Should it die, multiprocessing
+    starts a new interpreter that imports all of them: that is slower and works too. Its socket lies in `scratch`,
+    and semaphores are named after that, so that a sweep finds them.
+    """
+    # Private to multiprocessing, which would use TMPDIR, where nobody sweeps a killed agent's socket. The path
+    # of a socket may have 107 bytes, and scratch may have more; that of an open descriptor never does.
     opened = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _multiprocessing_settings()["tempdir"] = f"/proc/self/fd/{opened}"
     _multiprocessing_settings()["semprefix"] = semaphore_prefix(scratch)
-    get_context("forkserver").set_forkserver_preload([_FORK_SERVER, *modules])
+    resource_tracker.ensure_running()
+    get_context("forkserver").set_forkserver_preload(list(modules))
+    util.spawnv_passfds = _start_server  # type: ignore[assignment]
     forkserver.ensure_running()
 
 
-def forget_agents_directory() -> None:
-    """In a forked process: multiprocessing has inherited a descriptor of the agent, which means nothing here."""
+def _start_server(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
+    """In place of `util.spawnv_passfds`: fork the server while this process has one thread, else execute it."""
+    command = os.fsdecode(arguments[-1])
+    if _SERVER not in command:
+        return int(_exec_server(path, arguments, descriptors))
+    command = _DIE_WITH_PARENT + command
+    if len(os.listdir("/proc/self/task")) > 1:
+        return int(_exec_server(path, [*arguments[:-1], command], descriptors))
+    pid = os.fork()
+    if pid == 0:
+        _become_server(command, descriptors)
+    return pid
+
+
+def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
+    """In the forked process: keep nothing of the agent but its memory and these descriptors."""
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor not in {0, 1, 2, *descriptors}:
+                with suppress(OSError):  # that of the listing itself
+                    os.close(descriptor)
+        # Imports and forks make no garbage. Each worker turns the collector on again.
+        gc.disable()
+        # Its lock is held by the very call that forked.
+        forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
+        exec(command, {})
+        code = 0
+    except SystemExit:
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in the block when it takes longer. Main thread."""
+
+    def late(_: int, __: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def begin_worker(environment: dict[str, str]) -> None:
+    """First thing in a forked worker. `environment` is what the agent learned after the fork server had started."""
+    die_with_parent()
+    gc.freeze()
+    gc.enable()
+    avoid_getfqdn()
+    os.environ.update(environment)
+    # multiprocessing has inherited a descriptor of the agent, which means nothing here.
     _multiprocessing_settings().pop("tempdir", None)
 
 
@@ -75,63 +180,50 @@ def _multiprocessing_settings() -> dict[str, Any]:
     return settings
 
 
-class FirstFork:
-    """The first process that the fork server forks: it imports everything, and may then find something out.
+class ForkedCall:
+    """One call of a function in a process that is forked from this one now. Agent process, main thread.
 
-    Started as soon as possible and awaited as late as possible. Agent process, main thread.
+    Made as early as the fork server, and for the same reasons; the arguments come later.
     """
 
-    def __init__(
-        self, modules: Sequence[str] = WARM_MODULES, entry: str = "", arguments: Sequence[Any] = ()
-    ) -> None:
-        """`entry` is a "module:function" of the training stack, which this process itself must not import."""
+    def __init__(self, what: str, function: Callable[..., Any]) -> None:
+        """`what` names the call in errors."""
+        self._what = what
         self._said: list[Any] = []
-        """None once everything is imported, then what `entry` returned."""
-        receiver, sender = get_context("forkserver").Pipe(duplex=False)
-        self._process = get_context("forkserver").Process(
-            target=_first, args=(modules, entry, arguments, sender), daemon=True
+        self._connection, other = get_context("fork").Pipe()
+        self._process = get_context("fork").Process(
+            target=_call, args=(function, other, self._connection), daemon=True
         )
-        # Started here: a child ends with the thread that started it. Forking goes aside, because it waits for the
-        # imports, however long they take.
-        forkserver.ensure_running()
-        self._forking = threading.Thread(
-            target=self._fork, args=(receiver, sender), name="first fork", daemon=True
-        )
-        self._forking.start()
+        self._process.start()
+        # At this process's exit, Python would send it SIGTERM and wait without a limit. The kernel kills it instead.
+        process._children.discard(self._process)  # type: ignore[attr-defined]
+        other.close()
+        self._listening = threading.Thread(target=self._listen, name="forked call", daemon=True)
+
+    def begin(self, *arguments: Any) -> None:
+        """Call the function."""
+        with suppress(BrokenPipeError):
+            self._connection.send(arguments)
+        self._listening.start()
 
     def wait(self, timeout_s: float) -> Any:
-        """Block until it is done; returns what `entry` returned. Raises `NodeFailure` if it fails or takes longer."""
-        self._forking.join(timeout_s)
-        late = self._forking.is_alive()
-        bound = f"within {timeout_s:g} s (elastic.startup_timeout_s)"
-        if late and not self._said:
-            raise NodeFailure(f"the fork server was not ready {bound}")
-        if late:
+        """Block until it is done; returns the result. Raises `NodeFailure` if it fails or takes longer."""
+        self._listening.join(timeout_s)
+        if self._listening.is_alive():
             raise NodeFailure(
-                "everything is imported, but the process of the small training step that shows what this node "
-                f"computes did not end {bound}"
+                f"{self._what} did not end within {timeout_s:g} s (elastic.startup_timeout_s)"
             )
         if not self._said:
-            raise NodeFailure(f"the fork server cannot import what workers need; {self._end()}")
-        if len(self._said) == 1:
-            raise NodeFailure(
-                "the small training step that shows what this node computes failed; " + self._end()
-            )
-        return self._said[1]
+            raise NodeFailure(f"{self._what} failed; {self._end()}")
+        return self._said[0]
 
-    def _fork(self, receiver: "Connection", sender: "Connection") -> None:
-        self._process.start()
-        # Or Python would send it SIGTERM when this process ends, and wait without a bound; it may be stopped, or deaf.
-        # The kernel kills it with the fork server, and that with this process.
-        process._children.discard(self._process)  # type: ignore[attr-defined]
-        sender.close()
-        with suppress(EOFError):
-            while True:
-                self._said.append(receiver.recv())
+    def _listen(self) -> None:
+        with suppress(EOFError, ConnectionError):
+            self._said.append(self._connection.recv())
         self._process.join()
 
     def _end(self) -> str:
-        """How it ended, in words. A Python error ends it with code 1, and is written down where it is raised."""
+        """How it ended. A Python error ends the process with code 1, after its traceback has been printed."""
         code = self._process.exitcode
         if code is None or code == 1:
             return "its error is above"
@@ -140,13 +232,8 @@ class FirstFork:
         return f"its process ended with exit code {code}"
 
 
-def _first(
-    modules: Sequence[str], entry: str, arguments: Sequence[Any], sender: "Connection"
-) -> None:
-    """What the first process does: the fork server itself passes over what it cannot find."""
+def _call(function: Callable[..., Any], own: "Connection", agents: "Connection") -> None:
     die_with_parent()
-    for module in modules:
-        importlib.import_module(module)
-    sender.send(None)
-    module, _, function = entry.partition(":")
-    sender.send(getattr(importlib.import_module(module), function)(*arguments) if entry else None)
+    agents.close()
+    with suppress(EOFError):
+        own.send(function(*own.recv()))

@@ -8,9 +8,7 @@ the fork server (PDEATHSIG), which dies with the agent, so no orphan trains on.
     every 0.1 s   does one hang? ─ stacks ─┴► SIGKILL to all ─► evidence ─► root cause ─► on_failure
 """
 
-import importlib
 import multiprocessing.process
-import os
 import signal
 import tempfile
 import time
@@ -30,7 +28,6 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from elastic_pt.errors import NodeFailure
-from elastic_pt.membership.lookups import avoid_getfqdn
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.workers.failure import (
     Evidence,
@@ -39,7 +36,6 @@ from elastic_pt.workers.failure import (
     read_error_file,
     root_cause,
 )
-from elastic_pt.workers.forking import die_with_parent, forget_agents_directory
 from elastic_pt.workers.heartbeat import ProgressReader, process_state
 from elastic_pt.workers.watchdog import Detector, Hang, WatchdogLimits
 
@@ -47,22 +43,6 @@ _MONITOR_INTERVAL_S: Final = 0.02
 _LOOK_INTERVAL_S: Final = 0.1
 _KILL_TIMEOUT_S: Final = 5.0
 _RESTARTS_MAX: Final = 1_000_000_000
-
-
-def start_worker(config_text: str, scratch: str, environment: dict[str, str]) -> str:
-    """What the fork server calls in a new worker process; returns the worker's outcome.
-
-    `environment` is what the agent learned after the fork server had started.
-
-    The agent has to name this function but must not import the training stack, so the import is here;
-    in the fork server it has happened already.
-    """
-    die_with_parent()
-    avoid_getfqdn()
-    os.environ.update(environment)
-    forget_agents_directory()
-    outcome: str = importlib.import_module("elastic_pt.train.worker").main(config_text, scratch)
-    return outcome
 
 
 @dataclass(frozen=True)
