@@ -1,25 +1,37 @@
-"""What an agent does between its start and its part in the run."""
+"""What a node does between its start and its part in the run."""
 
-import os
 import signal
-from typing import Any
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from elastic_pt.agent.agent import await_platform
+WAIT_S = 60.0
+CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstaging = "{0}"\n'
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_node_that_is_asked_to_leave_while_it_starts_has_left(number: signal.Signals) -> None:
-    """F18: Before it takes part there is nothing to finish: it ends at once with code 0, as the first process too."""
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-
-    class AskedMeanwhile:
-        def wait(self, _: float) -> Any:
-            os.kill(os.getpid(), number)
-            return {}
-
-    with pytest.raises(SystemExit) as ended:
-        await_platform(AskedMeanwhile(), 1.0)  # type: ignore[arg-type]
-    assert ended.value.code == 0
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+def test_a_node_that_is_asked_to_leave_while_it_imports_has_left(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """F18: A node that does not take part yet has nothing to finish: it ends at once, with exit code 0."""
+    (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path))
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "elastic_pt", "run", str(tmp_path / "run.toml")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        maps, deadline_s = Path(f"/proc/{agent.pid}/maps"), time.monotonic() + WAIT_S
+        while "libtorch" not in maps.read_text():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        agent.send_signal(number)
+        _, err = agent.communicate(timeout=WAIT_S)
+        assert (agent.returncode, err) == (0, "")
+        assert not list(tmp_path.glob("elastic_pt-*"))
+    finally:
+        agent.kill()
+        agent.wait()

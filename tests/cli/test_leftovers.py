@@ -161,20 +161,18 @@ def children_of(parent: int) -> list[int]:
 
 
 WORKER = """
-import sys, tempfile, types
-from elastic_pt.workers.processes import start_worker
+import tempfile
 from elastic_pt.agent.start import environment_of_workers
-sys.modules["elastic_pt.train.worker"] = types.SimpleNamespace(main=lambda *_: tempfile.gettempdir())
-print(start_worker("", sys.argv[1], environment_of_workers("127.0.0.1")))
+from elastic_pt.workers.forking import begin_worker
+begin_worker(environment_of_workers("127.0.0.1"))
+print(tempfile.gettempdir())
 """
 
 
-def test_temporary_files_of_workers_go_where_the_user_wants_them(
-    tmp_path: Path, long: Path
-) -> None:
+def test_temporary_files_of_workers_go_where_the_user_wants_them(long: Path) -> None:
     """TMPDIR means what it says: a worker's temporary directory is the user's, and not the agent's scratch."""
     worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path)],
+        [sys.executable, "-c", WORKER],
         env=os.environ | {"TMPDIR": str(long)},
         capture_output=True,
         text=True,

@@ -1,30 +1,73 @@
-"""The fork server's start: a training stack that cannot be imported ends the agent instead of letting it wait."""
+"""The fork server and the forked call: one import for all of them, errors that end the agent, and no orphan."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 DEADLINE_S = 60.0
 AGENT = """
-import os, signal, sys, time
-from elastic_pt.workers.forking import FirstFork, start_fork_server
+import json, os, signal, sys, threading, time
+from multiprocessing import forkserver, get_context
+from elastic_pt.workers.forking import ForkedCall, begin_worker, import_once, start_fork_server
 from elastic_pt.workers.scratch import scratch_directory
-with scratch_directory(sys.argv[1]) as scratch:
-    start_fork_server(1, scratch, ["stack"])
-    first = FirstFork(["stack"], "stack:look" if "look" in STACK else "", (3,))
-    while "started" in STACK and not os.path.exists("started"):
-        time.sleep(0.01)
-    signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
-    signal.setitimer(signal.ITIMER_REAL, LEAVE)
-    print("warm", first.wait(TIMEOUT))
+
+def work(sender):
+    begin_worker({})
+    sender.send((os.getpid(), os.getppid()))
+    time.sleep(3600)
+
+def start_worker():
+    receiver, sender = get_context("forkserver").Pipe(duplex=False)
+    get_context("forkserver").Process(target=work, args=(sender,), daemon=True).start()
+    return receiver.recv()
+
+if __name__ == "__main__":
+    with scratch_directory(os.getcwd()) as scratch:
+        import_once(["stack"], threads=1, timeout_s=TIMEOUT)
+        import stack
+        call = ForkedCall("the look at this node", getattr(stack, "look", None))
+        if BUSY:
+            threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+        start_fork_server(scratch, ["stack"])
+        SCRIPT
+"""
+LOOK = """
+        call.begin(3)
+        while "started" in dir(stack) and not os.path.exists("started"):
+            time.sleep(0.01)
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
+        signal.setitimer(signal.ITIMER_REAL, LEAVE)
+        print("found", call.wait(TIMEOUT))
+"""
+WORK = """
+        server = forkserver._forkserver._forkserver_pid
+        first = start_worker()
+        if LOSE:
+            threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+            os.kill(server, signal.SIGKILL)
+            while forkserver._forkserver._forkserver_pid == server:
+                time.sleep(0.01)
+                try:
+                    second = start_worker()
+                except OSError:
+                    pass
+        else:
+            second = start_worker()
+        held = [os.readlink(f"/proc/{first[1]}/fd/{each}") for each in os.listdir(f"/proc/{first[1]}/fd")] if not LOSE else []
+        print(json.dumps({"agent": os.getpid(), "scratch": str(scratch), "server": server,
+                          "first": first, "second": second, "held": held}), flush=True)
+        time.sleep(3600)
 """
 STUCK = """
 import os, signal, time
+started = True
 def look(x):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with open("began", "w") as file:
@@ -34,67 +77,115 @@ def look(x):
 """
 
 
-def agent_with(
-    directory: Path, stack: str, timeout_s: float = 3600.0, leave_s: float = 0.0
-) -> subprocess.CompletedProcess[str]:
-    """An agent whose fork server imports this training stack, and that is asked to leave after a while."""
+def write_agent(
+    directory: Path,
+    stack: str,
+    script: str = LOOK,
+    *,
+    timeout_s: float = 3600.0,
+    leave_s: float = 0.0,
+    busy: bool = False,
+    lose: bool = False,
+) -> dict[str, Any]:
+    """An agent with this training stack, as arguments of `subprocess`."""
     (directory / "stack.py").write_text(stack)
+    text = AGENT.replace("SCRIPT", script.strip())
+    values = {"TIMEOUT": timeout_s, "LEAVE": leave_s, "BUSY": busy, "LOSE": lose}
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    (directory / "agent.py").write_text(text)
     paths = os.pathsep.join([str(directory), str(Path(__file__).parents[2])])
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            AGENT.replace("TIMEOUT", str(timeout_s))
-            .replace("LEAVE", str(leave_s))
-            .replace("STACK", repr(stack)),
-            str(directory),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": paths},
-        check=False,
-    )
+    return {
+        "args": [sys.executable, "agent.py"],
+        "cwd": directory,
+        "env": os.environ | {"PYTHONPATH": paths},
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
 
 
-def test_a_warm_fork_server_is_waited_for(tmp_path: Path) -> None:
-    """The agent goes on once the fork server has imported everything."""
-    ended = agent_with(tmp_path, "import json")
-    assert (ended.returncode, ended.stdout) == (0, "warm None\n"), ended.stderr
+def ended(directory: Path, stack: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run an agent that calls `stack.look` in a process of its own."""
+    return subprocess.run(**write_agent(directory, stack, **how), timeout=DEADLINE_S)
+
+
+def wait_until_gone(pid: int) -> None:
+    """This process ends, or is a zombie that nobody has waited for."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    path = Path(f"/proc/{pid}/stat")
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while path.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+
+# ---- the fork server -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "imports"),
+    [({}, 1), ({"busy": True}, 2), ({"lose": True}, 2)],
+    ids=["forked", "second thread", "killed"],
+)
+def test_workers_are_forked_from_one_import(
+    tmp_path: Path, how: dict[str, bool], imports: int
+) -> None:
+    """Agent and workers share one import. Only a server that cannot be a fork of the agent, because a thread runs
+    there or the first server was killed, imports again. All processes end with the agent."""
+    stack = "with open('imported', 'a') as file: file.write('x')"
+    agent = subprocess.Popen(**write_agent(tmp_path, stack, WORK, **how))
+    try:
+        assert agent.stdout is not None
+        line = agent.stdout.readline()
+        assert line, agent.stderr and agent.stderr.read()
+        told = json.loads(line)
+        assert (tmp_path / "imported").read_text() == "x" * imports
+        workers = [told["first"], told["second"]]
+        assert [parent == told["server"] for _, parent in workers] == [True, "lose" not in how]
+        # The lock on the scratch directory would outlive the agent.
+        assert not [each for each in told["held"] if each.startswith(told["scratch"])]
+    finally:
+        agent.kill()
+        agent.wait()
+    for worker, server in workers:
+        wait_until_gone(server)
+        wait_until_gone(worker)
 
 
 @pytest.mark.parametrize(
     ("stack", "told"),
     [
-        ("raise RuntimeError('this build has no CUDA')", "this build has no CUDA"),
-        ("import flash_attention", "No module named 'flash_attention'"),
-        ("import os; os.register_at_fork(after_in_child=lambda: os._exit(3))", "exit code 3"),
+        (
+            "raise RuntimeError('this build has no CUDA')",
+            "RuntimeError: this build has no CUDA",
+        ),
+        ("import flash_attention", "ModuleNotFoundError: No module named 'flash_attention'"),
     ],
-    ids=["import", "missing", "first fork"],
+    ids=["error", "missing"],
 )
-def test_an_error_while_warming_up_ends_the_agent_at_once(
-    tmp_path: Path, stack: str, told: str
-) -> None:
-    """A stack that cannot be imported, or processes that die as they are forked, are reported and not waited for."""
-    ended = agent_with(tmp_path, stack)
-    assert ended.returncode != 0
-    assert ended.stdout == ""
-    assert told in ended.stderr
-    assert "the fork server cannot import what workers need" in ended.stderr
+def test_an_import_error_ends_the_agent(tmp_path: Path, stack: str, told: str) -> None:
+    """A training stack that cannot be imported ends the agent at once, with the error in one line."""
+    agent = ended(tmp_path, stack)
+    assert agent.returncode != 0
+    assert agent.stdout == ""
+    assert f"NodeFailure: cannot import what workers need: {told}\n" in agent.stderr
 
 
 def test_imports_that_take_too_long_end_the_agent(tmp_path: Path) -> None:
-    """A training stack that hangs while it is imported, on a file system that is away perhaps, is given up in time."""
-    ended = agent_with(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
-    assert ended.returncode != 0
-    assert "not ready within 0.5 s (elastic.startup_timeout_s)" in ended.stderr
+    """Imports that hang, perhaps because a file system is away, end the agent after `startup_timeout_s`."""
+    agent = ended(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
+    assert agent.returncode != 0
+    assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
 
 
-def test_the_first_process_tells_what_it_found(tmp_path: Path) -> None:
-    """What the training stack finds out about this node reaches the agent, which never imports that stack."""
-    ended = agent_with(tmp_path, "def look(x): return {'found': x}")
-    assert (ended.returncode, ended.stdout) == (0, "warm {'found': 3}\n"), ended.stderr
+# ---- the forked call -----------------------------------------------------------------------------
+
+
+def test_a_forked_call_returns_its_result(tmp_path: Path) -> None:
+    """What the function returns in its own process reaches the agent."""
+    agent = ended(tmp_path, "def look(x): return {'found': x}")
+    assert (agent.returncode, agent.stdout) == (0, "found {'found': 3}\n"), agent.stderr
 
 
 @pytest.mark.parametrize(
@@ -106,41 +197,32 @@ def test_the_first_process_tells_what_it_found(tmp_path: Path) -> None:
     ],
     ids=["error", "exit", "killed"],
 )
-def test_a_first_process_that_fails_ends_the_agent(tmp_path: Path, how: str, told: str) -> None:
-    """A node that cannot take the small step does not join, and says how that ended; it may be started again."""
-    ended = agent_with(tmp_path, f"def look(x):\n    {how}")
-    assert ended.returncode != 0
-    assert ended.stdout == ""
-    assert "NodeFailure: the small training step" in ended.stderr
-    assert told in ended.stderr
-
-
-def assert_gone(pid: int) -> None:
-    """This process ends, or has ended and only nobody has taken note of it."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    path = Path(f"/proc/{pid}/stat")
-    with suppress(FileNotFoundError, ProcessLookupError):
-        while path.read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+def test_a_forked_call_that_fails_ends_the_agent(tmp_path: Path, how: str, told: str) -> None:
+    """A node whose forked call fails does not join; the error says how the process ended."""
+    agent = ended(tmp_path, f"def look(x):\n    {how}")
+    assert agent.returncode != 0
+    assert agent.stdout == ""
+    assert f"NodeFailure: the look at this node failed; {told}" in agent.stderr
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["late", "asked to leave"])
 @pytest.mark.parametrize(
     "how", ["time.sleep(3600)", "os.kill(os.getpid(), signal.SIGSTOP)"], ids=["hangs", "stopped"]
 )
-def test_a_first_process_that_never_ends_does_not_keep_the_agent(
+def test_a_forked_call_that_never_ends_does_not_keep_the_agent(
     tmp_path: Path, how: str, leaves: bool
 ) -> None:
-    """One that hangs, deaf to SIGTERM, or is stopped, is killed in time and when the agent leaves, which ends either way."""
+    """A call that hangs, ignores SIGTERM or is stopped delays neither the timeout nor an agent that leaves."""
     stack = STUCK.replace("HOW", how)
     if leaves:
-        ended = agent_with(tmp_path, stack, leave_s=0.5)
-        assert ended.returncode == 0, ended.stderr
+        agent = ended(tmp_path, stack, leave_s=0.5)
+        assert agent.returncode == 0, agent.stderr
     else:
-        ended = agent_with(tmp_path, stack, timeout_s=0.5)
-        assert ended.returncode != 0
-        assert "NodeFailure: everything is imported, but the process" in ended.stderr
-        assert "did not end within 0.5 s (elastic.startup_timeout_s)" in ended.stderr
-    assert ended.stdout == ""
-    assert_gone(int((tmp_path / "started").read_text()))
+        agent = ended(tmp_path, stack, timeout_s=0.5)
+        assert agent.returncode != 0
+        assert (
+            "NodeFailure: the look at this node did not end within 0.5 s (elastic.startup_timeout_s)"
+            in agent.stderr
+        )
+    assert agent.stdout == ""
+    wait_until_gone(int((tmp_path / "started").read_text()))

@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from elastic_pt.errors import NodeFailure
 from elastic_pt.workers.failure import FailureCause, WorkerFailure, read_error_file
-from elastic_pt.workers.forking import die_with_parent, start_fork_server
+from elastic_pt.workers.forking import begin_worker, import_once, start_fork_server
 from elastic_pt.workers.heartbeat import Phase, Progress, process_state
 from elastic_pt.workers.processes import NodeProcesses
 from elastic_pt.workers.watchdog import WatchdogLimits
@@ -44,7 +44,7 @@ LIMITS = WatchdogLimits(hang_timeout_s=2.0, progress_timeout_s=10.0, startup_tim
 
 def work(scratch: str, acts: str) -> str:
     """A worker's life: some steps, and then the act of its local rank."""
-    die_with_parent()
+    begin_worker({})
     rank, attempt = (int(os.environ[key]) for key in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
     progress = Progress(Path(scratch), rank, attempt + 1, 10)
     for step in (10, 11, 12):
@@ -225,7 +225,8 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
     settings = multiprocessing.process.current_process()
     monkeypatch.setattr(settings, "_config", settings._config.copy())  # type: ignore[attr-defined]
-    start_fork_server(1, tmp_path, [__name__])
+    import_once([], threads=1, timeout_s=60.0)
+    start_fork_server(tmp_path, [__name__])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
