@@ -29,9 +29,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from elastic_pt.errors import NodeFailure
 from elastic_pt.membership.rendezvous import LogRendezvous
+from elastic_pt.workers.cgroup import OomKills
 from elastic_pt.workers.failure import (
     Evidence,
-    OomKills,
     WorkerFailure,
     read_error_file,
     root_cause,
