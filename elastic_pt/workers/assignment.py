@@ -1,6 +1,6 @@
-"""What an agent hands to the workers of one generation, and how they may end.
+"""What the workers of one generation need to know, and how they may end.
 
-The assignment is a small JSON file in the node's scratch directory; the outcome is a worker's return value.
+The agent writes the assignment as a JSON file into the node's scratch directory. A worker returns its outcome.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Outcome(StrEnum):
 
     COMPLETED = "completed"
     DRAINED = "drained"
-    """It stopped so that the world can change; a checkpoint of its last step is staged."""
+    """It stopped at a step because the world changes; a checkpoint of that step is staged."""
     DIVERGED = "diverged"
     """The loss stayed non-finite."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One generation as its workers need to know it; ranks come from torch elastic's environment."""
+    """One generation, for its workers. Ranks come from torch elastic's environment variables."""
 
     run_id: str
     generation: int

@@ -1,13 +1,13 @@
-"""Whether the kernel killed a worker for its memory: the OOM kills that its cgroup counts. Agent process."""
+"""Whether the kernel killed a worker for its memory: its cgroup counts OOM kills. Agent process."""
 
 from pathlib import Path, PurePosixPath
 
 
 class OomKills:
-    """OOM kills in the cgroup of a process, counted from now on; made while that process still lives.
+    """OOM kills in the cgroup of a process from now on; made while that process lives.
 
-    Reads `memory.events` (cgroup v2) or `memory.oom_control` (v1) of the process's own group, and where that
-    has neither, as on a machine without containers, the whole machine's `/proc/vmstat`. All name it `oom_kill`.
+    Reads `memory.events` (cgroup v2) or `memory.oom_control` (v1) of the process's own group. Without either, as on a
+    machine without containers, it reads the machine's `/proc/vmstat`. Each has a line `oom_kill`.
     """
 
     def __init__(self, pid: int) -> None:
@@ -15,7 +15,7 @@ class OomKills:
         self._before = read_oom_kills(self._path)
 
     def happened(self) -> bool:
-        """Whether there was one since."""
+        """Whether one has happened since."""
         return read_oom_kills(self._path) > self._before
 
 
@@ -40,7 +40,7 @@ def read_oom_kills(path: Path) -> int:
 
 
 def oom_counters(cgroups: str, mounts: str) -> list[Path]:
-    """Where the counter of a process may be: from its `/proc/PID/cgroup` and a `mountinfo` text."""
+    """Where the counter of a process may be, given the texts of its `/proc/PID/cgroup` and of `mountinfo`."""
     candidates = []
     for line in cgroups.splitlines():
         hierarchy, controllers, group = line.split(":", 2)
@@ -64,7 +64,7 @@ def _directories(mounts: str, kind: str, option: str, group: str) -> list[Path]:
         found_kind, _, options = filesystem.split(None, 2)
         if found_kind == kind and (not option or option in options.split(",")):
             inside = PurePosixPath(group)
-            # A mount may show only a part of the hierarchy, as in a container: then that part is all there is.
+            # A mount may show only a part of the hierarchy, as in a container.
             below = inside.relative_to(root) if inside.is_relative_to(root) else PurePosixPath()
             found.append(Path(point) / below)
     return found

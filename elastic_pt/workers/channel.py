@@ -7,7 +7,7 @@
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
                       released    the agent is done with the checkpoint of a step, so the next one may come
 
-A worker whose agent is gone reads the end of the stream and exits at once: nobody would hear it any more.
+A worker whose agent is gone reads the end of the stream and exits at once.
 """
 
 import json
@@ -35,7 +35,7 @@ log = structlog.get_logger("elastic_pt.channel")
 
 @contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """The same place by another name: the address of a Unix socket has room for 107 bytes, and a path may be longer."""
+    """The same path through an open descriptor: the address of a Unix socket has at most 107 bytes."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{directory}/{path.name}"
@@ -44,7 +44,7 @@ def _short(path: Path) -> Iterator[str]:
 
 
 class AgentSide:
-    """The agent's end. Messages are handled in order, one thread per worker. Agent process."""
+    """The agent's end: one thread per worker handles its messages in order. Agent process."""
 
     def __init__(self, path: Path, handle: Callable[[Message], None]) -> None:
         self._handle = handle
@@ -58,7 +58,7 @@ class AgentSide:
         threading.Thread(target=self._accept, name="channel", daemon=True).start()
 
     def broadcast(self, message: Message) -> None:
-        """Tell all workers; one that is gone is left out."""
+        """Send to all workers that are connected."""
         line = json.dumps(message).encode() + b"\n"
         with self._lock:
             connections = list(self._connections)
@@ -70,12 +70,12 @@ class AgentSide:
             except OSError:
                 continue
             if not whole:
-                # It has read nothing for hundreds of messages; a torn line would be worse than its end.
+                # It has read nothing for hundreds of messages. Drop it: half a line would corrupt the stream.
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
     def drain_messages(self, timeout_s: float) -> None:
-        """Wait until everything that dead workers said has been handled."""
+        """Wait until all messages of dead workers have been handled, at most `timeout_s` for each."""
         with self._lock:
             threads = list(self._connections.values())
         for thread in threads:
@@ -91,7 +91,7 @@ class AgentSide:
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                # Too many open files, or no memory: that passes, and a worker waits to be heard.
+                # Too many open files, or no memory. Try again: a worker is waiting.
                 if not self._closing.wait(_ACCEPT_PAUSE_S):
                     log.warning("channel_not_accepted", cause=str(error))
                 continue
@@ -115,7 +115,7 @@ class AgentSide:
                 self._connections.pop(connection, None)
 
     def _take(self, line: bytes) -> None:
-        """Handle one message. Whatever goes wrong with it, the next one is heard, or the worker would be orphaned."""
+        """Handle one message. An error must not end this thread: the worker would take its agent for dead."""
         try:
             self._handle(json.loads(line))
         except Exception:
@@ -124,7 +124,7 @@ class AgentSide:
 
 
 class WorkerSide:
-    """A worker's end. A thread reads what the agent says; losing the agent ends the process."""
+    """A worker's end. A thread reads the agent's messages. Without its agent the process exits."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -147,11 +147,11 @@ class WorkerSide:
         return step in self._released
 
     def send(self, kind: str, **content: Any) -> None:
-        """Tell the agent something."""
+        """Send a message to the agent."""
         self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def close(self) -> None:
-        """Say goodbye: the agent sees the end of the stream once it has read everything."""
+        """Close the connection; the agent still reads what was sent before."""
         self._closing = True
         self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -167,7 +167,7 @@ class WorkerSide:
                 os._exit(ORPHANED_EXIT_CODE)
 
     def _take(self, line: bytes) -> None:
-        """Note what the agent says; a line that cannot be read says nothing, and the next one is heard."""
+        """Take in one message. Skip a line that cannot be decoded."""
         with suppress(ValueError, KeyError, TypeError):
             message = json.loads(line)
             if message["kind"] == "drain":

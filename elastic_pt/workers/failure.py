@@ -1,13 +1,13 @@
-"""Why a worker ended: from what remains of it to one cause. Agent process.
+"""Why a worker ended: from the evidence that it leaves to one cause. Agent process.
 
     exit code, error file, hang, OOM counter ─► Evidence ─► root_cause ─► WorkerFailure
 
-The error file is the one that torch elastic's `record` writes around the worker's function; it holds the
-exception and its traceback, and is read before the exit code is believed.
+torch elastic's `record` writes the error file around the worker's function. It holds the exception and its
+traceback, and counts more than the exit code.
 
-A failure comes from the surroundings or from the program. The surroundings are what a later attempt may find
-changed: space, I/O, the store, memory, the device, the network, a signal from outside. The program is a function
-of state, data and code, and fails again. Only the program's failures may end a run; see `membership.budgets`.
+A failure comes from the surroundings or from the program. The surroundings may have changed at the next attempt:
+space, I/O, the store, memory, the device, the network, a signal from outside. The program is a function of state,
+data and code, and fails again. Only the program's failures may end a run (`membership.budgets`).
 """
 
 import json
@@ -27,8 +27,8 @@ _MESSAGE_CHARACTERS_MAX: Final = 500
 _TRACEBACK_CHARACTERS_MAX: Final = 16 * 1024
 _CUT: Final = "… (cut)\n"
 
-# torch's own types, and the plain RuntimeError that gloo raises, if it speaks of a connection. An OSError or an
-# error of this project with the same words is about the bucket or a file and is this node's own.
+# torch's own types, and the plain RuntimeError that gloo raises, if its text names a connection. An OSError or an
+# error of this project with the same words is about the bucket or a file.
 _COLLECTIVE_TYPES: Final = re.compile(r"(torch\.distributed\.)?Dist\w*Error$")
 _MAYBE_COLLECTIVE_TYPE: Final = "RuntimeError"
 _COLLECTIVE_WORDS: Final = re.compile(
@@ -49,19 +49,19 @@ _SURROUNDINGS_WORDS: Final = re.compile(
     r"|CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|CUDA-capable device|ECC error|NVML",
     re.IGNORECASE,
 )
-# A kernel that reads what is not there does so again: a token beyond the vocabulary, an index beyond a tensor.
+# Wrong indices come back at every attempt: a token beyond the vocabulary, an index beyond a tensor.
 _PROGRAM_WORDS: Final = re.compile(
     r"device-side assert|illegal (memory access|address)", re.IGNORECASE
 )
 _NO_EVIDENCE: Final = (1, ORPHANED_EXIT_CODE)
-"""Exit codes without an error file that prove nothing: Python's own (the file may not have found room, or memory),
-and that of a worker whose channel to the agent broke."""
+"""Exit codes that prove nothing without an error file: Python's own (there may have been no room or memory for the
+file), and the code of a worker whose channel to the agent broke."""
 _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n"
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# What differs between nodes and between attempts: UUIDs, names that Python's tempfile makes (eight characters behind
-# a prefix that is known, or `tmp`), addresses, hashes, and numbers.
+# What differs between nodes and between attempts: UUIDs, names from Python's tempfile (eight characters after a known
+# prefix or `tmp`), addresses, hashes, and numbers.
 _VARYING: Final = re.compile(
     r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
     r"|(?<=elastic_pt-)[a-z0-9_]{8}\b|(?<=\bworkers-)[a-z0-9_]{8}\b|(?<=\bpymp-)[a-z0-9_]{8}\b"
@@ -71,18 +71,18 @@ _VARYING: Final = re.compile(
 
 
 class FailureCause(StrEnum):
-    """What ended a worker. Declared from root to symptom: of several failures the first in this order counts."""
+    """What ended a worker, from root to symptom: of several failures the first in this order counts."""
 
     OOM = "oom"
     """The kernel killed it for its memory."""
     SIGNAL = "signal"
     EXCEPTION = "exception"
     EXIT = "exit"
-    """It exited with a code and left no exception."""
+    """It exited with a code and recorded no exception."""
     HANG = "hang"
     """The watchdog killed it."""
     COLLECTIVE = "collective"
-    """It only noticed, in a collective operation, that another worker was gone."""
+    """A collective operation failed because another worker was gone."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,27 @@ class WorkerFailure:
     rank: int
     cause: FailureCause
     exit_code: int | None
-    """Negative for a signal; None if it had not ended by itself."""
+    """Negative for a signal; None if the agent killed it."""
     message: str = ""
-    """One line: the exception, or what the watchdog saw."""
+    """One line: the exception, or what the watchdog found."""
     traceback: str = ""
-    """Of the exception, its end if it is long."""
+    """The exception's traceback; only its end if it is long."""
     stacks: str = ""
     """Python stacks of all threads, for a hang or a fatal signal that Python could still handle."""
     step: int | None = None
-    """Steps of the run that it had done; None if it never said."""
+    """Steps of the run that it had done; None if unknown."""
     signature: str = ""
-    """The same text for the same deterministic failure, however often it happens: the exception without the
-    numbers and addresses in it, the exit code, or the name of a crash's signal. Empty for what came from
-    the surroundings: that says nothing about next time."""
+    """Equal for equal failures of the program: the exception without its numbers and addresses, the exit code, or
+    the signal of a crash. Empty for failures of the surroundings."""
 
     @property
     def surroundings(self) -> bool:
-        """Whether its surroundings failed it, so that a later attempt may go better."""
+        """Whether the surroundings caused it, so that a later attempt may succeed."""
         return not self.signature
 
     @property
     def collateral(self) -> bool:
-        """Whether it only noticed that another worker was gone."""
+        """Whether it only followed from the loss of another worker."""
         return self.cause is FailureCause.COLLECTIVE
 
     def __str__(self) -> str:
@@ -136,22 +135,22 @@ class WorkerFailure:
 
 @dataclass(frozen=True)
 class RecordedError:
-    """What the worker's error file says."""
+    """The content of a worker's error file."""
 
     message: str
     """`Type: text`."""
     traceback: str
     recorded_s: float
-    """When it was written, on the machine's wall clock: only the order within this node counts."""
+    """When it was written, on the machine's wall clock; only the order within this node matters."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of one worker when its generation has ended on this node."""
+    """All that is known of one worker after its generation has ended on this node."""
 
     rank: int
     exit_code: int | None = None
-    """How it ended by itself; None if it ran until it was killed for the end of the others."""
+    """None if it ran until the agent killed it because another worker had ended."""
     error: RecordedError | None = None
     hang: Hang | None = None
     oom_killed: bool = False
@@ -160,7 +159,7 @@ class Evidence:
 
 
 def root_cause(evidence: Iterable[Evidence]) -> WorkerFailure:
-    """The failure that the others followed from. At least one of the workers must have failed by itself."""
+    """The failure that caused the others. At least one worker must have failed by itself."""
     order = list(FailureCause)
     found = [(each, failure) for each in evidence if (failure := classify(each)) is not None]
     return min(
@@ -208,7 +207,7 @@ def classify(evidence: Evidence) -> WorkerFailure | None:
 
 
 def read_error_file(path: Path) -> RecordedError | None:
-    """What a worker recorded; None if it recorded nothing, or was killed before it had finished."""
+    """The recorded error; None if there is none, or if the worker was killed while it wrote the file."""
     try:
         recorded = json.loads(path.read_text(errors="replace"))["message"]
         traceback = str(recorded["extraInfo"]["py_callstack"])
@@ -225,10 +224,10 @@ def _is_collective(error: RecordedError) -> bool:
 
 
 def _of_surroundings(error: RecordedError) -> bool:
-    """Whether the exception, or one that it was directly raised from, is about the surroundings."""
+    """Whether the exception, or one that it was raised `from`, is about the surroundings."""
     kind, _, text = error.message.partition(": ")
     chain = [(kind, text)]
-    # What was being handled by chance is no cause; only `raise ... from` names one.
+    # Only `raise ... from` names a cause; an exception that was being handled need not be one.
     *causes, _ = error.traceback.rpartition(_CONTEXT)[2].split(_DIRECT_CAUSE)
     chain += [line for part in causes for line in _EXCEPTION_LINE.findall(part)]
     if _PROGRAM_WORDS.search(error.message):
@@ -241,9 +240,9 @@ def _of_surroundings(error: RecordedError) -> bool:
 
 
 def _aborted_by_native_thread(exit_code: int, stacks: str) -> bool:
-    """Whether a thread without Python frames called abort(): NCCL's watchdog does, when it loses a peer.
+    """Whether a thread without Python frames called abort(), as NCCL's watchdog does when it loses a peer.
 
-    Python's fault handler marks the thread that received a fatal signal as current, if it knows it.
+    Python's fault handler marks the thread that received a fatal signal as current, if that is a Python thread.
     """
     return exit_code == -signal.SIGABRT and "Aborted" in stacks and "Current thread" not in stacks
 

@@ -1,10 +1,10 @@
-"""What a worker shows its agent all the time, through two files in the node's scratch directory.
+"""A worker's heartbeat: two files in the node's scratch directory that the agent reads.
 
     progress-<local rank>   in shared memory: ticks, step, phase, and when these last changed
     stacks-<local rank>     Python stacks of all its threads: when asked for, and when a fatal signal ends it
 
-A worker that is in trouble need not cooperate: its numbers simply stop changing, and the stacks are written
-by a signal handler in C that does not need the interpreter's lock.
+A worker in trouble does not have to cooperate. Its numbers stop changing, and a signal handler in C, which does not
+need the interpreter's lock, writes the stacks.
 """
 
 import faulthandler
@@ -22,8 +22,8 @@ from typing import Final
 TICK_INTERVAL_S: Final = 0.1
 STACKS_TIMEOUT_S: Final = 0.3
 
-# Native alignment, not an explicit byte order: only then does `struct` store a number with one instruction,
-# so that a reader never sees half of one.
+# Native alignment: only then does `struct` store a number with one instruction, so that a reader never sees half
+# of a number.
 _HEADER: Final = struct.Struct("@qq")
 _TICKS: Final = struct.Struct("@q")
 _PROGRESS: Final = struct.Struct("@qqq")
@@ -53,10 +53,10 @@ class Phase(IntEnum):
 
 
 class Progress:
-    """A worker's account of itself; `enter` is for its main thread, a thread of its own ticks. Worker process.
+    """Writes the heartbeat. The main thread calls `enter`; another thread ticks. Worker process.
 
-    The ticks need the interpreter's lock and nothing else: they stand still with a process that is stopped,
-    in uninterruptible sleep or holds that lock for ever, but not with one that waits in a collective.
+    A tick needs the interpreter's lock and nothing else. Ticks stop when the process is stopped, is in
+    uninterruptible sleep, or never releases that lock. They go on while it waits in a collective.
     """
 
     def __init__(self, scratch: Path, local_rank: int, generation: int, step: int) -> None:
@@ -65,7 +65,7 @@ class Progress:
         faulthandler.enable(file=stacks, all_threads=True)
         path = _path(scratch, local_rank)
         partial = path.with_suffix(".partial")
-        # Written, not truncated to size: on a full file system this fails here and not as SIGBUS at some step.
+        # Written, not truncated to size: a full file system then fails here, and not as SIGBUS at some step.
         partial.write_bytes(_HEADER.pack(_VERSION, generation).ljust(_FILE_BYTES, b"\0"))
         with partial.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _FILE_BYTES)
@@ -74,8 +74,8 @@ class Progress:
         threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Say what comes next; `step` steps of the run are done."""
-        # A reader that sees only some of the three changed sees the rest as one more change: it does not matter.
+        """Write what comes next; `step` steps of the run are done."""
+        # A reader may see one of the three values before the others. It counts that as one more change.
         _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
 
     def _tick(self) -> None:
@@ -88,7 +88,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Reading:
-    """A worker's account at one moment."""
+    """A heartbeat at one moment."""
 
     ticks: int
     step: int
@@ -99,9 +99,9 @@ class Reading:
 
 
 class ProgressReader:
-    """The account of one worker to be. Agent process; made before the worker starts.
+    """Reads the heartbeat of one worker. Agent process; made before the worker starts.
 
-    What an earlier worker left is removed, and a file of another generation is never read.
+    It removes the files of an earlier worker, and never reads a file of another generation.
     """
 
     def __init__(self, scratch: Path, local_rank: int, generation: int) -> None:
@@ -113,7 +113,7 @@ class ProgressReader:
         self._stacks_path.unlink(missing_ok=True)
 
     def read(self) -> Reading | None:
-        """The account now; None as long as the worker has not begun one."""
+        """The heartbeat now; None until the worker has written one."""
         if self._map is None:
             try:
                 with self._path.open("rb") as file:
@@ -128,7 +128,7 @@ class ProgressReader:
         return Reading(ticks, step, Phase(phase), changed_ns / 1e9)
 
     def stacks(self) -> str:
-        """The stacks that the worker has left so far, bounded from the end, where its main thread stands."""
+        """The end of the stacks that the worker has written so far: the main thread comes last."""
         try:
             text = self._stacks_path.read_text(errors="replace")
         except FileNotFoundError:
@@ -136,10 +136,10 @@ class ProgressReader:
         return text[-_STACKS_BYTES_MAX:]
 
     def request_stacks(self, pid: int) -> str:
-        """Have the worker write its stacks, and wait for them at most `STACKS_TIMEOUT_S`.
+        """Make the worker write its stacks, and wait for them at most `STACKS_TIMEOUT_S`.
 
-        A stopped worker is woken for it, so the caller kills it at once. Without an answer the text says so,
-        and in which kernel function the process is, if that can be read.
+        This wakes a stopped worker, so the caller must kill it at once afterwards. Without stacks the text says so,
+        and names the kernel function that the process is in, if that can be read.
         """
         deadline_s = time.monotonic() + STACKS_TIMEOUT_S
         state = process_state(pid)
@@ -149,7 +149,7 @@ class ProgressReader:
         except ProcessLookupError:
             return ""
         text, since_s = self.stacks(), time.monotonic()
-        # The handler writes thread by thread, the main thread last: complete is what has not grown for a while.
+        # The handler writes one thread after the other. The file is complete when it has not grown for a while.
         while (now_s := time.monotonic()) < deadline_s:
             if text and now_s - since_s > _STACKS_QUIET_S:
                 break

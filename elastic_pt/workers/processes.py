@@ -1,8 +1,7 @@
 """The worker processes of one node, on `torch.distributed.elastic`'s `LocalElasticAgent`.
 
-Workers are forked from a warm fork server that has the training stack imported, and are killed with
-SIGKILL at the first sign of trouble: they are disposable, what counts is in the bucket. They die with
-the fork server (PDEATHSIG), which dies with the agent, so no orphan trains on.
+Workers are forked from the warm fork server (`workers.forking`). Any trouble ends all of them with SIGKILL: they
+are disposable, and the bucket holds what counts. They die with the fork server, which dies with the agent.
 
     every 20 ms   has one ended? ──────────┐
     every 0.1 s   does one hang? ─ stacks ─┴► SIGKILL to all ─► evidence ─► root cause ─► on_failure
@@ -47,11 +46,11 @@ _RESTARTS_MAX: Final = 1_000_000_000
 
 @dataclass(frozen=True)
 class _Watched:
-    """A running worker and what is needed to tell how it fares."""
+    """A running worker, and what is needed to judge it."""
 
     rank: int
     process: Any
-    """Of `multiprocessing`; its exit code is the fork server's word."""
+    """Of `multiprocessing`; its exit code comes from the fork server."""
     reader: ProgressReader
     detector: Detector
     oom_kills: OomKills
@@ -61,7 +60,7 @@ class _Watched:
 class NodeProcesses(LocalElasticAgent):
     """Starts, watches and kills this node's workers, one generation after the other. Agent process, main thread.
 
-    `run` raises `NodeFailure` when a worker does not even end by SIGKILL: the node can train no more.
+    `run` raises `NodeFailure` when not even SIGKILL ends a worker: this node can train no more.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class NodeProcesses(LocalElasticAgent):
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
-        """Ranks follow from the generation's record; no round trip over a store that a dead node could block."""
+        """Take ranks from the generation's record: a round trip over the store could block on a dead node."""
         formed = self._rendezvous_handler.formed
         assert formed is not None
         first = formed.generation.first_worker_rank(group_rank)
@@ -130,7 +129,7 @@ class NodeProcesses(LocalElasticAgent):
         try:
             pids: dict[int, Any] = super()._start_workers(worker_group)
         except OSError:
-            # torch forgets those that it has started when one of them cannot be.
+            # torch forgets the workers that it has started when it cannot start one of them.
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
                 child.join(_KILL_TIMEOUT_S)
@@ -140,8 +139,8 @@ class NodeProcesses(LocalElasticAgent):
         self._watched = [
             _Watched(
                 worker.global_rank,
-                # Private to torch, but its own way to ask (`wait`) ends the others with SIGTERM as soon as one
-                # has failed, and then waits 30 s for each that is stopped.
+                # Private to torch. Its own `wait` sends SIGTERM to the others as soon as one has failed, and then
+                # waits 30 s for each stopped worker.
                 context._pc.processes[worker.local_rank],
                 readers[worker.local_rank],
                 Detector(self._limits, now_s),
@@ -153,7 +152,7 @@ class NodeProcesses(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        # Workers that hand over their outcome are told to exit within `wait`: any exit that is seen here is bad.
+        # A worker that returns its outcome exits within `wait`, so an exit that is seen here is a failure.
         exit_codes = {
             each.rank: each.process.exitcode
             for each in self._watched
@@ -164,13 +163,13 @@ class NodeProcesses(LocalElasticAgent):
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state is not WorkerState.FAILED:
                 return result
-            # One ended between these lines; torch has ended the others, whose exit codes mean nothing now.
+            # A worker ended between these lines, and torch has ended the others: their exit codes mean nothing.
             exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         self._on_failure(self._end_generation(worker_group, exit_codes, hangs))
         return RunResult(state=WorkerState.FAILED)
 
     def _hung_workers(self) -> dict[int, Hang]:
-        """Look at all workers, unless that was just done."""
+        """Look at all workers, at most every `_LOOK_INTERVAL_S`."""
         now_s = time.monotonic()
         if now_s < self._next_look_s:
             return {}
@@ -195,7 +194,7 @@ class NodeProcesses(LocalElasticAgent):
     def _end_generation(
         self, worker_group: WorkerGroup, exit_codes: dict[int, int], hangs: dict[int, Hang]
     ) -> WorkerFailure:
-        """Kill what is left, and find out why; `exit_codes` are those of workers that ended by themselves."""
+        """Kill all workers and find the root cause; `exit_codes` are those of workers that ended by themselves."""
         stacks = {
             each.rank: each.reader.request_stacks(each.process.pid)
             for each in self._watched
@@ -237,7 +236,7 @@ class NodeProcesses(LocalElasticAgent):
         self._on_stop()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        """SIGKILL to all workers, and `_KILL_TIMEOUT_S` in all for them to end; whoever has not is left behind."""
+        """SIGKILL to all workers, then at most `_KILL_TIMEOUT_S` for all of them to end."""
         for each in self._watched:
             if each.process.is_alive():
                 each.process.kill()
@@ -250,12 +249,12 @@ class NodeProcesses(LocalElasticAgent):
                     f"worker {each.rank} (process {pid}, state {process_state(pid) or 'gone'}) "
                     f"has not ended {_KILL_TIMEOUT_S:.0f} s after SIGKILL"
                 )
-                # Or this process would wait for it at its own exit, for ever.
+                # Or this process would wait for it at its own exit, without a limit.
                 multiprocessing.process._children.discard(each.process)  # type: ignore[attr-defined]
         if self._stuck:
-            # torch would try, and wait, once more.
+            # Or torch would try again, and wait again.
             self._watched, self._pcontext = [], None
         super()._shutdown(signal.SIGKILL, 0)
 
     def _exit_barrier(self) -> None:
-        """None: the log's STOP record, not a barrier over a store, tells that all are done."""
+        """No barrier: the log's STOP record tells that all are done."""

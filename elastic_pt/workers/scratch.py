@@ -1,8 +1,8 @@
-"""A node's scratch directory: in memory, private to one agent, and gone when the agent is.
+"""A node's scratch directory: in memory, private to one agent, removed when the agent ends.
 
-An agent that is killed cannot tidy up, so each holds a lock on its directory, and the next agent on the machine
-removes every directory whose lock nobody holds any more, together with the semaphores that bear its name. A
-directory that is swept between being made and being locked is made again.
+A killed agent cannot remove its directory. So each agent holds a lock on it, and the next agent on the machine
+removes every directory without a lock holder, with the semaphores of the same name. A directory that is removed
+between its creation and its lock is made again.
 """
 
 import errno
@@ -36,7 +36,9 @@ def scratch_directory(base: str) -> Iterator[Path]:
     except OSError as error:
         what = f"checkpoint.staging = {base!r}: {error.strerror}"
         if error.errno in _PASSING:
-            raise NodeFailure(f"{what}; start this node again when that has passed") from error
+            raise NodeFailure(
+                f"{what}; expected free space there: start this node again when there is some"
+            ) from error
         raise ConfigError(f"{what}; expected a writable local directory") from error
     try:
         yield path
@@ -46,7 +48,7 @@ def scratch_directory(base: str) -> Iterator[Path]:
 
 
 def make_locked(base: Path, prefix: str) -> tuple[Path, int]:
-    """A directory, and the lock on it as a descriptor to close: until then no sweep takes it. Raises `OSError`."""
+    """A directory, and the lock on it as an open descriptor; no sweep removes it until that is closed. Raises `OSError`."""
     for _ in range(_ATTEMPTS_MAX):
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
         try:
@@ -57,11 +59,11 @@ def make_locked(base: Path, prefix: str) -> tuple[Path, int]:
             raise
         if lock is not None:
             return path, lock
-    raise OSError(errno.EBUSY, "swept as often as it was made")
+    raise OSError(errno.EBUSY, f"another process removed it {_ATTEMPTS_MAX} times")
 
 
 def sweep(base: Path, prefix: str) -> None:
-    """Remove this user's directories below `base` whose lock nobody holds: their owners are gone."""
+    """Remove this user's directories below `base` that nobody has locked: their owners are gone."""
     for path in base.glob(f"{prefix}*"):
         with suppress(OSError):
             lock = _locked(path)
@@ -75,12 +77,12 @@ def sweep(base: Path, prefix: str) -> None:
 
 
 def semaphore_prefix(scratch: Path) -> str:
-    """How semaphores of the agent that owns this directory must be named to be swept with it."""
+    """The prefix of semaphores that a sweep removes together with this directory."""
     return f"/{scratch.name}"
 
 
 def _locked(path: Path) -> int | None:
-    """The lock on a directory of this user; None if somebody else has it, or the directory is gone."""
+    """The lock on a directory of this user; None if somebody else holds it, or the directory is gone."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -89,7 +91,7 @@ def _locked(path: Path) -> int | None:
         opened = os.fstat(lock)
         if opened.st_uid == os.getuid():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had the lock before may have removed the directory.
+            # The previous holder may have removed the directory.
             if os.path.samestat(opened, path.lstat()):
                 return lock
     except (BlockingIOError, FileNotFoundError):

@@ -1,16 +1,15 @@
-"""When a worker counts as hung: a pure function of what is seen of it and when. Agent process.
+"""When a worker counts as hung: a pure function of its heartbeat and the time. Agent process.
 
-    standstill    no tick for `hang_timeout_s`, or for 3 times the longest gap of the last minutes where the
-                  machine is that slow: the process is stopped, asleep in the kernel or keeps the interpreter
-    no progress   it ticks, but step and phase have not changed for `progress_timeout_s`, or for 6 times a long
-                  step where steps are that long
+    standstill    no tick for `hang_timeout_s`, or on a slow machine for 3 times the longest gap of the last minutes:
+                  the process is stopped, sleeps in the kernel, or never releases the interpreter's lock
+    no progress   it ticks, but step and phase have not changed for `progress_timeout_s`, or where steps are long for
+                  6 times a long step
 
-A worker that waits in a collective for a hung one ticks on, so only the second rule could blame it. That rule
-is slower by a factor: by then the agent of the hung one has acted on the first. Until the first steps are
-done, and in phases that move bytes or wait for the bucket, there is no typical duration: `startup_timeout_s`.
+A worker that waits in a collective for a hung worker still ticks, so only the second rule could blame it. That
+rule takes longer, so the agent of the hung worker has already acted on the first rule. `startup_timeout_s` applies
+before the first steps are done, and in phases that move bytes or wait for the bucket: these have no typical duration.
 
-Time in which the agent itself did not look (it was stopped too, or the whole machine was) is not held
-against the worker.
+Time in which the agent itself did not look (it was stopped, or the whole machine was) does not count.
 """
 
 from collections import deque
@@ -44,15 +43,15 @@ _WORDS: Final = {
 
 @dataclass(frozen=True)
 class WatchdogLimits:
-    """The least patience of each rule; all but the last grow where a run is slower than that."""
+    """The timeout of each rule. All but the last grow with the step time of the run."""
 
     hang_timeout_s: float = 2.0
     """Seconds without a tick."""
     progress_timeout_s: float = 30.0
-    """Seconds in one step without progress. Longer than any wait for data of another worker, for which this
-    one then waits in a collective."""
+    """Seconds in one step without progress. Longer than any wait for data: while another worker waits for its data,
+    this one waits for that worker in a collective."""
     startup_timeout_s: float = 600.0
-    """Seconds in one phase before the first steps are done, or in one that moves bytes. Does not grow."""
+    """Seconds in one phase before the first steps are done, or in a phase that moves bytes. Does not grow."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Hang:
     """Why a worker counts as hung."""
 
     standstill: bool
-    """Whether it stands still altogether; else it only makes no progress."""
+    """True for standstill, False for no progress."""
     seconds: float
     limit_s: float
     step: int
@@ -79,7 +78,7 @@ class Hang:
 
 
 class Detector:
-    """Watches one worker from its start. Every `observe` is one look; the more often, the sooner it notices."""
+    """Watches one worker from its start. Each `observe` is one look; more frequent looks notice sooner."""
 
     def __init__(self, limits: WatchdogLimits, now_s: float) -> None:
         self._limits = limits
@@ -93,7 +92,7 @@ class Detector:
         self._gap_s, self._earlier_gap_s, self._gap_window_until_s = 0.0, 0.0, now_s + _GAP_WINDOW_S
 
     def observe(self, now_s: float, reading: Reading | None, state: str) -> Hang | None:
-        """Take a look into account: the worker's account of itself and its process's state letter."""
+        """Take in one look: the worker's heartbeat and the state letter of its process."""
         passed_s = min(now_s - self._looked_s, _LOOK_GAP_MAX_S)
         self._looked_s = now_s
         self._unchanged_s += passed_s
@@ -104,7 +103,7 @@ class Detector:
         return self._standstill(state) or self._no_progress(state)
 
     def stopped(self, state: str) -> Hang | None:
-        """Whether it is stopped right now: the likely culprit when another one lost its connection to it."""
+        """Whether it is stopped now: then it is the likely cause when another worker lost its connection."""
         return self._hang(True, self._still_s, 0.0, state) if state in _STOPPED else None
 
     def _take_tick(self, now_s: float, reading: Reading, passed_s: float) -> None:
@@ -142,17 +141,17 @@ class Detector:
             return None
         limit_s = self._limits.hang_timeout_s
         if state in _ENDING:
-            # Its exit code comes next; giving back a lot of memory takes a while.
+            # It is exiting. Freeing a lot of memory takes a while.
             limit_s = self._limits.progress_timeout_s
         elif state not in _STOPPED:
-            # Imports, compilation and device set-up may keep the interpreter's lock for a long time.
+            # Imports, compilation and device set-up may hold the interpreter's lock for a long time.
             if not self._steps_by():
                 return None
             limit_s = max(limit_s, _GAP_FACTOR * max(self._gap_s, self._earlier_gap_s))
         return self._hang(True, self._still_s, limit_s, state) if self._still_s > limit_s else None
 
     def _steps_by(self) -> bool:
-        """Whether it is between its first finished step and its last: there a pause is unusual."""
+        """Whether it is between its first finished step and its last step."""
         return (
             self._last is not None and self._last.phase not in _UNHURRIED and bool(self._cycles_s)
         )
@@ -167,10 +166,10 @@ class Detector:
         computes = self._last is not None and self._last.phase is Phase.COMPUTE
         if not computes or len(self._cycles_s) < _STEPS_BEFORE_JUDGING:
             return self._limits.startup_timeout_s
-        # Dropping the longest once there are many: one freak does not raise the limit, what happens twice does.
+        # With many steps, ignore the longest: a single slow step must not raise the limit.
         drop = len(self._cycles_s) >= _STEPS_BEFORE_DROPPING
         long_step_s = sorted(self._cycles_s)[-2 if drop else -1]
-        # Another worker may still be staging its checkpoint when this one waits for it in the next step.
+        # This worker may wait in its next step for another one that still stages its checkpoint.
         return max(self._limits.progress_timeout_s, _STEP_FACTOR * max(long_step_s, self._stage_s))
 
     def _hang(self, standstill: bool, seconds: float, limit_s: float, state: str) -> Hang:
