@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from elastic_pt.membership import budgets as history
-from elastic_pt.membership import lobby, log, node, participant
+from elastic_pt.membership import budgets, lobby, node, participant
+from elastic_pt.runlog import log
 from elastic_pt.runlog.records import Record
 from elastic_pt.store import retry, s3
 from tests.sim.bucket import run_here
@@ -69,5 +69,5 @@ def hermetic(
         logger = _Logger(trace)
         for module in _LOGGING:
             stack.enter_context(patch.object(module, "log", logger))
-        assert not hasattr(history, "log")
+        assert not hasattr(budgets, "log")
         yield

@@ -12,6 +12,8 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from elastic_pt.errors import AlreadyExists, FencedError
+from elastic_pt.membership import decide as membership
+from elastic_pt.membership import participant
 from elastic_pt.membership.admission import newcomers
 from elastic_pt.membership.assessment import View
 from elastic_pt.membership.budgets import Moments
@@ -20,7 +22,7 @@ from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
 from elastic_pt.membership.status import Limits
-from elastic_pt.runlog import log, membership, participant
+from elastic_pt.runlog import log
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Body, Cause, CauseKind, Member
 from elastic_pt.store import s3
