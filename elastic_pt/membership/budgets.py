@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
 
@@ -29,17 +30,6 @@ _BLAMED: Final = frozenset({CauseKind.LOST, CauseKind.FAILED, CauseKind.PARKED})
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """How much is borne."""
-
-    flaps_max: int = 3
-    flap_window_s: float = 600.0
-    bar_s: float = 30.0
-    same_failures_max: int = 3
-    failures_max: int = 20
-
-
-@dataclass(frozen=True)
 class Moments:
     """When this node read what, by its own monotonic clock."""
 
@@ -49,10 +39,10 @@ class Moments:
     """By index of the record."""
 
 
-def flaps(view: RunView, moments: Moments, node: str, budgets: Budgets, now_s: float) -> int:
+def flaps(view: RunView, moments: Moments, node: str, elastic: ElasticSection, now_s: float) -> int:
     """How often a node has brought the world down lately, since it was last kept out."""
     since_s = max(
-        [now_s - budgets.flap_window_s]
+        [now_s - elastic.flap_window_s]
         + [moments.bars[index] for index, bar in view.bars if bar.node == node]
     )
     return sum(
@@ -66,7 +56,7 @@ def kept_out(
     view: RunView,
     moments: Moments,
     failures: Iterable[Cause],
-    budgets: Budgets,
+    elastic: ElasticSection,
     now_s: float,
 ) -> dict[str, str]:
     """Nodes that must not be members now, by name, with the reason. `failures` are not in the log yet."""
@@ -78,34 +68,34 @@ def kept_out(
     for cause in failures:
         if cause.kind is not CauseKind.FAILED:
             continue
-        count = flaps(view, moments, cause.node, budgets, now_s) + 1
-        if count >= budgets.flaps_max:
-            found.setdefault(cause.node, _why(count, budgets, cause))
+        count = flaps(view, moments, cause.node, elastic, now_s) + 1
+        if count >= elastic.flaps_max:
+            found.setdefault(cause.node, _why(count, elastic, cause))
     return found
 
 
 def quarantines_due(
-    view: RunView, moments: Moments, budgets: Budgets, now_s: float
+    view: RunView, moments: Moments, elastic: ElasticSection, now_s: float
 ) -> list[Quarantine]:
     """What the newest generation's causes make it time to append."""
     if view.generation is None:
         return []
     due = []
     for cause in view.generation.causes:
-        count = flaps(view, moments, cause.node, budgets, now_s)
-        if cause.kind in _BLAMED and count >= budgets.flaps_max:
+        count = flaps(view, moments, cause.node, elastic, now_s)
+        if cause.kind in _BLAMED and count >= elastic.flaps_max:
             remembered_s = now_s - 2 * _BAR_MAX_S
             earlier = sum(
                 bar.node == cause.node and moments.bars[index] > remembered_s
                 for index, bar in view.bars
             )
-            seconds = min(_BAR_MAX_S, budgets.bar_s * 2.0**earlier)
-            due.append(Quarantine("", _why(count, budgets, cause), cause.node, seconds))
+            seconds = min(_BAR_MAX_S, elastic.quarantine_s * 2.0**earlier)
+            due.append(Quarantine("", _why(count, elastic, cause), cause.node, seconds))
     return due
 
 
-def _why(count: int, budgets: Budgets, last: Cause) -> str:
-    return f"{count} failures within {budgets.flap_window_s:g} s, last: {last}"
+def _why(count: int, elastic: ElasticSection, last: Cause) -> str:
+    return f"{count} failures within {elastic.flap_window_s:g} s, last: {last}"
 
 
 def rest_s(failures: int, draw: float) -> float:
@@ -140,7 +130,7 @@ def halt(
     failures: Iterable[Cause],
     others: int,
     frontier_step: int,
-    budgets: Budgets,
+    elastic: ElasticSection,
     noticed_s: float,
 ) -> str:
     """Why the run must end rather than try again; empty while it need not.
@@ -153,13 +143,13 @@ def halt(
         if not _is_program(failure):
             continue
         same = _same_attempts(generations, moments, failure, noticed_s)
-        if failure.signature and same.prove(budgets.same_failures_max, others, noticed_s):
+        if failure.signature and same.prove(elastic.same_failures_max, others, noticed_s):
             return (
                 f"the same failure {same.count} times at step {failure.step}, "
                 f"on {', '.join(sorted(same.nodes))}: {failure.detail}"
             )
         in_a_row = _attempts_in_a_row(generations, moments, failure, frontier_step, noticed_s)
-        if in_a_row.prove(budgets.failures_max, others, noticed_s):
+        if in_a_row.prove(elastic.failures_max, others, noticed_s):
             beyond = max((each.frontier_step for each in generations), default=frontier_step)
             return f"{in_a_row.count} failures in a row without a step beyond {beyond}; last: {failure}"
     return ""

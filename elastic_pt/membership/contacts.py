@@ -17,8 +17,8 @@ from elastic_pt.membership.status import (
     LEADERS,
     MESH_NODES_MAX,
     Limits,
+    NodePhase,
     Peer,
-    Phase,
     incarnations,
     is_lost,
 )
@@ -48,6 +48,10 @@ class Contacts:
     def hung_up(self, incarnation: str) -> None:
         """Take in that a peer's connection to this node has ended: it may be gone, so look."""
         self._suspects[incarnation] = self._clock_s()
+
+    def leave_lobby(self) -> None:
+        """Remove this node's card from the lobby."""
+        self._lobby.leave()
 
     def aim(self, view: RunView, me: Member) -> tuple[str, ...]:
         """Choose anew; the incarnations that should answer this node and do not, in order."""
@@ -96,7 +100,7 @@ class Contacts:
 
     def _waiting(self, me: Member) -> list[Member]:
         """Whom to ask of those in the lobby, with this node in it."""
-        now_s, silence_s = self._clock_s(), self._limits.heartbeat_timeout_s
+        now_s, silence_s = self._clock_s(), self._limits.elastic.heartbeat_timeout_s
         peers = self._table.peers
         waiting = self._lobby.waiting(me)
         for each in waiting:
@@ -128,7 +132,7 @@ class Contacts:
             if peer.status is not None
             and incarnation not in known
             and incarnation != me.incarnation
-            and peer.status.phase is Phase.WAITING
+            and peer.status.phase is NodePhase.WAITING
             and not self._is_forgotten(incarnation, silence_s)
         ]
 

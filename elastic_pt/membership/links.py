@@ -151,7 +151,7 @@ class Links:
     async def _status(self, request: web.Request) -> web.Response:
         if not self._authorized(request):
             return web.Response(status=401, text="this run's token is missing or wrong\n")
-        body = STATUS.dump_json(self._participant.status)
+        body = STATUS.dump_json(self._participant.me.now)
         return web.Response(body=body, content_type="application/json")
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:

@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 
-from elastic_pt.membership.budgets import Budgets
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.participant import BoundStore, Participant, Surroundings
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, Phase
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.status import Limits, NodePhase
+from elastic_pt.membership.surroundings import BoundStore, Surroundings
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     Cause,
@@ -18,7 +16,6 @@ from tests.membership.bucket import WatchedStore
 from tests.membership.world import LIMITS, waiting
 
 TICK_S = 0.2
-BUDGETS = Budgets(flaps_max=2, same_failures_max=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +51,9 @@ class Fleet:
             self.nodes[name] = Participant(
                 waiting(name, generation=0, log_length=0, **changes),
                 self.limits,
-                BUDGETS,
                 Surroundings(
                     log=log,
-                    lobby=Lobby(self.bucket, self.clock_s),
-                    pulse=Pulse(self.bucket, f"{name}1"),
+                    hints=self.bucket,
                     clock_s=self.clock_s,
                     bind_store=self._bind_store,
                     choose_resume=lambda view: self.choose_resume(view),
@@ -116,14 +111,14 @@ class Fleet:
         assert generation is not None
         for each in generation.members:
             if each.node not in self.dead | self.off:
-                self.nodes[each.node].say(phase=Phase.RUNNING, step=0)
+                self.nodes[each.node].me.say(phase=NodePhase.RUNNING, step=0)
         self.pass_time(2 * TICK_S)
         return generation
 
     def spend(self, number: int, *names: str, failure: Cause | None = None) -> None:
         """The workers of these nodes are gone."""
         for name in names:
-            self.nodes[name].say(phase=Phase.WAITING, spent=number, failure=failure)
+            self.nodes[name].me.say(phase=NodePhase.WAITING, spent=number, failure=failure)
 
     def form(self, *names: str) -> Generation:
         """A first world of these nodes, with workers."""

@@ -1,16 +1,14 @@
 """Nodes that come: for whom the others wait, and what becomes of the cards of those who went."""
 
-import dataclasses
-
 import pytest
 
 from elastic_pt.membership.lobby import LOBBY, card_key
 from elastic_pt.membership.status import MESH_NODES_MAX
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import TICK_S, Fleet, names
-from tests.membership.world import LIMITS
+from tests.membership.world import LIMITS, changed
 
-ROOMY = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+ROOMY = changed(LIMITS, nodes_max=64, slots=None)
 CROWD = [f"c{number:02}" for number in range(MESH_NODES_MAX)]
 
 
@@ -21,14 +19,14 @@ def form_with_code_1(fleet: Fleet) -> None:
     """A world of member a, with room for many."""
     fleet.limits = ROOMY
     fleet.start("a", fingerprint={"code": "1"})
-    fleet.pass_time(2 * LIMITS.join_window_s)
+    fleet.pass_time(2 * LIMITS.elastic.join_window_s)
     fleet.run()
 
 
 def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
     """For longer than the join window, a newcomer speaks to member a every tick."""
     a = fleet.nodes["a"]
-    for number in range(round(2 * LIMITS.join_window_s / TICK_S)):
+    for number in range(round(2 * LIMITS.elastic.join_window_s / TICK_S)):
         name = f"z{number:02}"
         fleet.start(name, fingerprint={"code": code})
         if not reachable:
@@ -53,7 +51,7 @@ def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
     form_with_code_1(fleet)
     come_one_by_one(fleet, code="1")
     assert fleet.drains == []
-    fleet.pass_time(LIMITS.join_window_s + 2 * TICK_S)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 2 * TICK_S)
     everyone = [f"{name} joins" for name in fleet.nodes if name != "a"]
     assert set(fleet.drains) == {"; ".join(everyone)}
 
@@ -65,24 +63,24 @@ def test_the_card_of_a_node_that_fell_silent_while_it_waited_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """A waiting node whose machine is gone, so that nobody refuses for it, does not stay in the lobby for ever."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=3)
+    fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)
     card = card_key(fleet.nodes["b"].member)
     fleet.off.add("b")
-    fleet.pass_time(LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s)
     assert card in bucket.keys(LOBBY), "it may only have paused"
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 1.0)
     assert bucket.keys(LOBBY) == [card_key(fleet.nodes["a"].member)]
 
 
 def test_cards_of_nodes_long_gone_do_not_hide_who_waits(fleet: Fleet, bucket: WatchedStore) -> None:
     """Nodes that come to a lobby whose list is full of cards that nobody is behind find each other all the same."""
-    fleet.limits = dataclasses.replace(ROOMY, nodes_min=2)
+    fleet.limits = changed(ROOMY, nodes_min=2)
     fleet.start(*CROWD)
     fleet.pass_time(2 * TICK_S)
     fleet.off = set(CROWD)
     assert len(bucket.keys(LOBBY)) == MESH_NODES_MAX
     fleet.start("y", "z")
-    fleet.pass_time(3 * LIMITS.heartbeat_timeout_s + LIMITS.join_window_s)
+    fleet.pass_time(3 * LIMITS.elastic.heartbeat_timeout_s + LIMITS.elastic.join_window_s)
     assert names(fleet.log.generation) == ["y", "z"]

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.budgets import (
     SPACED_S,
-    Budgets,
     Moments,
     flaps,
     halt,
@@ -19,7 +19,9 @@ from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
 from tests.membership.world import NOW_S, failed, generation
 
-BUDGETS = Budgets(flaps_max=3, flap_window_s=100.0, bar_s=10.0, same_failures_max=3, failures_max=5)
+BUDGETS = ElasticSection(
+    flaps_max=3, flap_window_s=100.0, quarantine_s=10.0, same_failures_max=3, failures_max=5
+)
 BUG = "ValueError@loop.py:9"
 
 
@@ -151,7 +153,7 @@ def ends(
     *failures: Cause,
     others: int = 1,
     frontier_step: int = 7,
-    budgets: Budgets = BUDGETS,
+    budgets: ElasticSection = BUDGETS,
     every_s: float = 1.0,
     reopened: int = 0,
 ) -> str:
@@ -269,7 +271,7 @@ def test_a_new_step_pays_for_the_failures_before_it() -> None:
     assert "4 failures" in ends(
         [began(frontier_step=5), *again],
         failed("c"),
-        budgets=dataclasses.replace(BUDGETS, failures_max=4),
+        budgets=BUDGETS.model_copy(update={"failures_max": 4}),
     )
 
 

@@ -1,7 +1,6 @@
 """Addresses that take calls and do not answer, hang up, or refuse: none holds an agent up, and each is tried at a measured pace."""
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from elastic_pt.membership.links import _Link
 from elastic_pt.membership.peers import MESSAGE, Message
 from elastic_pt.runlog.records import Member
 from tests.membership.test_links import RARELY, agent, run, until
-from tests.membership.world import waiting
+from tests.membership.world import changed, waiting
 
 INTERVAL_S = 0.1
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -39,9 +38,7 @@ def test_a_deaf_address_holds_nobody_up_and_is_tried_again(tmp_path: Path) -> No
             writer.close()
 
     async def scenario() -> None:
-        hurried = dataclasses.replace(
-            RARELY, heartbeat_timeout_s=0.5, heartbeat_interval_s=INTERVAL_S
-        )
+        hurried = changed(RARELY, heartbeat_timeout_s=0.5, heartbeat_interval_s=INTERVAL_S)
         async with (
             stranger(say_nothing) as z,
             agent("b", tmp_path) as b,
@@ -76,7 +73,7 @@ def test_who_hangs_up_or_refuses_is_called_once_an_interval(tmp_path: Path) -> N
         refusals += 1
 
     async def scenario() -> None:
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=INTERVAL_S)
+        limits = changed(RARELY, heartbeat_interval_s=INTERVAL_S)
         async with agent("b", tmp_path) as b:
             gone = b.member
         async with stranger(hang_up) as z, agent("a", tmp_path, limits=limits) as a:

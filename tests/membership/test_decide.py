@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from elastic_pt.membership.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
 from elastic_pt.membership.decide import Drain, Ended, Halt, Propose, Wait, park
-from elastic_pt.membership.status import MESH_NODES_MAX, Peer, Phase
+from elastic_pt.membership.status import MESH_NODES_MAX, NodePhase, Peer
 from elastic_pt.runlog.records import CauseKind, Generation, Stop
 from tests.membership.world import (
     LIMITS,
     NOTICED_S,
     NOW_S,
     causes,
+    changed,
     decision,
     failed,
     generation,
@@ -30,7 +31,7 @@ from tests.membership.world import (
     waiting,
 )
 
-TIMEOUT_S = LIMITS.heartbeat_timeout_s
+TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 # ---- members -----------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
     for me, takeovers in (("b", 2), ("c", 4)):
         others = {node: each for node, each in peers.items() if node != me}
         for moved in ("quiet_since_s", "broken_since_s"):
-            still_s = NOW_S - takeovers * LIMITS.takeover_s
+            still_s = NOW_S - takeovers * LIMITS.elastic.takeover_s
             facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0} | {moved: still_s + 0.01}
             waits = decision(status(me, broken=1), others, of=world, **facts)
             assert waits.reason.startswith("a leads"), (me, moved)
@@ -100,7 +101,7 @@ def test_the_two_sides_of_a_torn_network_have_their_tries_by_turns() -> None:
     world, peers = side("ab", "cde")
     peers = peers | {"a": peer(status("a", unreachable=lives(*"cde")))}
     del peers["b"]
-    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.takeover_s
+    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.elastic.takeover_s
     facts = {"quiet_since_s": 1.0, "broken_since_s": still_s + 0.01}
     assert decision(me, peers, of=world, **facts).reason.startswith("a leads")
     facts = {"quiet_since_s": 1.0, "broken_since_s": still_s}
@@ -137,7 +138,9 @@ def test_a_failure_in_an_older_generation_breaks_nothing() -> None:
 def test_a_planned_stop_waits_for_everyone() -> None:
     """While one member still settles its checkpoint, those that are done wait; then the first proposes at once."""
     world, done = generation("a", "b"), waiting("a", spent=1)
-    assert decision(done, {"b": peer(status("b", Phase.SETTLING))}, of=world) == Wait("training")
+    assert decision(done, {"b": peer(status("b", NodePhase.SETTLING))}, of=world) == Wait(
+        "training"
+    )
     assert decision(status("a"), {"b": peer(waiting("b", spent=1))}, of=world) == Wait(
         "waiting for all members to stop"
     )
@@ -156,7 +159,7 @@ def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
 
 def test_who_fell_silent_before_it_read_the_log_is_told_as_silent() -> None:
     """The operator is to look for a dead machine, not for a bucket that one node cannot reach."""
-    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s + 0.5
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.elastic.takeover_s + 0.5
     peers = {"b": silent(waiting("b", generation=0))}
     proposal = decision(status("a"), peers, of=world, generation_since_s=read_s)
     assert isinstance(proposal, Propose)
@@ -165,7 +168,7 @@ def test_who_fell_silent_before_it_read_the_log_is_told_as_silent() -> None:
 
 def test_who_does_not_read_the_log_is_lost() -> None:
     """A member that answers, but has not read its generation's record takeover_s after this node did, can train with nobody."""
-    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.elastic.takeover_s
     b = waiting("b", generation=0)
     for heard_s, since_s in ((NOW_S - 0.1, read_s), (NOW_S - 0.6, read_s - 0.5)):
         peers = {"b": peer(b, silent_s=NOW_S - heard_s)}
@@ -200,7 +203,10 @@ def test_what_another_member_gave_up_is_broken_for_all() -> None:
 def test_a_planned_stop_that_a_loss_disturbs_is_not_held_against_the_survivors() -> None:
     """Who has to give up the checkpoint of a stop because another member was lost is no cause; only the loss is."""
     world = generation("a", "b", "c")
-    peers = {"b": refusing(status("b", Phase.SETTLING)), "c": peer(waiting("c", spent=1, broken=1))}
+    peers = {
+        "b": refusing(status("b", NodePhase.SETTLING)),
+        "c": peer(waiting("c", spent=1, broken=1)),
+    }
     proposal = decision(waiting("a", spent=1, broken=1), peers, of=world)
     assert nodes(proposal) == ["a", "c"]
     assert causes(proposal) == [(CauseKind.LOST, "b")]
@@ -211,8 +217,8 @@ def test_no_more_nodes_than_bounds_and_slots_allow() -> None:
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": peer(waiting("c"))}
     for limits in (
-        dataclasses.replace(LIMITS, nodes_max=2),
-        dataclasses.replace(LIMITS, slots=2),
+        changed(LIMITS, nodes_max=2),
+        changed(LIMITS, slots=2),
     ):
         assert decision(status("a"), peers, of=world, limits=limits) == Wait("training")
     assert isinstance(decision(status("a"), peers, of=world), Drain)
@@ -220,7 +226,7 @@ def test_no_more_nodes_than_bounds_and_slots_allow() -> None:
 
 def test_spares_fill_the_places_of_the_lost_and_no_more() -> None:
     """After a loss, as many waiting nodes are taken in as the bounds allow."""
-    limits = dataclasses.replace(LIMITS, nodes_max=2)
+    limits = changed(LIMITS, nodes_max=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     proposal = decision(status("a"), peers, of=generation("a", "b"), limits=limits)
     assert nodes(proposal) == ["a", "c"]
@@ -235,7 +241,7 @@ def test_a_large_newcomer_that_does_not_fit_leaves_room_for_a_small_one() -> Non
 
 def test_below_the_minimum_the_run_pauses() -> None:
     """With fewer nodes than nodes_min nothing is proposed, workers stop, and the reason says so."""
-    limits = dataclasses.replace(LIMITS, nodes_min=2)
+    limits = changed(LIMITS, nodes_min=2)
     waits = decision(
         status("a"), {"b": refusing(status("b"))}, of=generation("a", "b"), limits=limits
     )
@@ -249,13 +255,13 @@ def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
     proposal = decision(status("a"), peers, of=world, barred=barred)
     assert nodes(proposal) == ["a"]
     assert causes(proposal) == [(CauseKind.FAILED, "b"), (CauseKind.BARRED, "b")]
-    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    needed = changed(LIMITS, nodes_min=2)
     assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
 
 
 def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
     """After a loss, rather a node that is kept out than a run that stands still; with enough others it stays out."""
-    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    needed = changed(LIMITS, nodes_min=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
     facts = {"limits": needed, "barred": {"c": "3 failures"}}
     assert nodes(decision(status("a"), peers, of=generation("a", "b"), **facts)) == ["a", "c"]
@@ -288,7 +294,7 @@ def test_the_smaller_side_ends_no_run() -> None:
     me = waiting("a", spent=1, failure=failed("a"), unreachable=lives(*"cde"))
     facts = {"halt": "again and again", "quiet_since_s": NOW_S}
     assert decision(me, peers, of=world, **facts).reason.startswith("cut off with 2 of 5 members")
-    few = dataclasses.replace(LIMITS, nodes_min=3)
+    few = changed(LIMITS, nodes_min=3)
     facts = {"halt": "again and again", "limits": few}
     assert decision(me, peers, of=world, **facts).reason.startswith("paused: 2 of at least 3")
 
@@ -341,13 +347,13 @@ def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
     """Who sees fewer than half of the members waits, for takeover_s after log and pulse moved last, and ends its workers."""
     world, peers = side("ab", "cde")
     me = status("a", unreachable=lives(*"cde"))
-    almost_s = NOW_S - LIMITS.takeover_s + 0.01
+    almost_s = NOW_S - LIMITS.elastic.takeover_s + 0.01
     for quiet_s, noticed_s in ((almost_s, 1.0), (1.0, almost_s), (almost_s, almost_s)):
         waits = decision(me, peers, of=world, quiet_since_s=quiet_s, broken_since_s=noticed_s)
         assert isinstance(waits, Wait), (quiet_s, noticed_s)
         assert waits.broken
         assert waits.reason.startswith("cut off with 2 of 5 members")
-    over_s = NOW_S - LIMITS.takeover_s
+    over_s = NOW_S - LIMITS.elastic.takeover_s
     facts = {"quiet_since_s": over_s, "broken_since_s": over_s}
     assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
     unseen = decision(me, peers, of=world, **facts, quiet_until_s=NOW_S - 0.01)
@@ -428,7 +434,7 @@ def test_two_sides_of_a_torn_network_never_propose_at_once(
     found = [*proposers(world, left, dead, NOW_S), *proposers(world, right, dead, NOW_S)]
     assert len(found) == 1
     # The side that may not go first is not shut out: once nothing has moved for long, it goes too.
-    later_s = NOTICED_S + LIMITS.takeover_s
+    later_s = NOTICED_S + LIMITS.elastic.takeover_s
     assert len(proposers(world, left, dead, later_s)) == 1
     assert len(proposers(world, right, dead, later_s)) == 1
 
@@ -554,6 +560,6 @@ def test_in_a_large_world_nobody_vouches() -> None:
     """Where members ask only the first two, their words do not mean that they hear the others."""
     names = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
     peers = {name: peer(status(name)) for name in names[1:]} | {"n05": silent(status("n05"))}
-    limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+    limits = changed(LIMITS, nodes_max=64, slots=None)
     proposal = decision(status("n00"), peers, of=generation(*names), limits=limits)
     assert causes(proposal) == [(CauseKind.LOST, "n05")]

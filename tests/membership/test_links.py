@@ -17,24 +17,28 @@ from typing import Any
 import aiohttp
 import pytest
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, NodeStatus, Peer, Phase
+from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, Peer
+from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.open import open_store
-from tests.membership.world import waiting
+from tests.membership.world import changed, waiting
 
 DEADLINE_S = 20.0
 AT_ONCE_S = 0.5
 """Well below the interval of `RARELY`: what happens within it was not waited for."""
 TOKEN = "secret"
-RARELY = Limits(1, 8, 8, 60.0, 0.5, 120.0, heartbeat_interval_s=15.0)
-OFTEN = dataclasses.replace(RARELY, heartbeat_interval_s=0.05)
+RARELY = Limits(
+    ElasticSection(
+        nodes_max=8, heartbeat_interval_s=15.0, heartbeat_timeout_s=60.0, takeover_s=120.0
+    ),
+    slots=8,
+)
+OFTEN = changed(RARELY, heartbeat_interval_s=0.05)
 
 
 @dataclasses.dataclass
@@ -76,11 +80,9 @@ async def agent(
     participant = Participant(
         waiting(name, member=member),
         limits,
-        Budgets(),
         Surroundings(
             log=RunLog(store, writer=name),
-            lobby=Lobby(store, time.monotonic),
-            pulse=Pulse(store, member.incarnation),
+            hints=store,
             clock_s=time.monotonic,
             bind_store=lambda: pytest.fail("no world is formed here"),
             choose_resume=lambda _: None,
@@ -90,7 +92,7 @@ async def agent(
     news = asyncio.Event()
     links = Links(participant, TOKEN, news.set)
     port = await links.serve(address)
-    participant.say(member=dataclasses.replace(member, port=port))
+    participant.me.say(member=dataclasses.replace(member, port=port))
     try:
         yield Agent(participant, links, news)
     finally:
@@ -159,10 +161,10 @@ def test_with_the_token_the_status_is_told(tmp_path: Path) -> None:
             agent("a", tmp_path) as a,
             aiohttp.ClientSession(headers=bearer(TOKEN)) as operator,
         ):
-            a.participant.say(step=7)
+            a.participant.me.say(step=7)
             async with operator.get(url_of(a.member, "/v1/status")) as answer:
                 assert answer.status == 200
-                assert STATUS.validate_json(await answer.read()) == a.participant.status
+                assert STATUS.validate_json(await answer.read()) == a.participant.me.now
 
     run(scenario())
 
@@ -210,9 +212,9 @@ def test_what_is_no_message_closes_the_link_and_does_no_harm(
                 aiohttp.WSMsgType.CLOSED,
             )
             assert list(a.participant.table.peers) == [b.member.incarnation]
-            b.participant.say(step=3)
+            b.participant.me.say(step=3)
             b.links.say(asks=False)
-            await until(lambda: a.knows(b.member).status == b.participant.status, "b's words")
+            await until(lambda: a.knows(b.member).status == b.participant.me.now, "b's words")
 
     run(scenario())
 
@@ -271,8 +273,8 @@ def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
         ):
             assert (f"[{address}]" in url_of(a.member, "")) is (":" in address)
             await connected(a, b)
-            assert a.knows(b.member).status == b.participant.status
-            assert b.knows(a.member).status == a.participant.status
+            assert a.knows(b.member).status == b.participant.me.now
+            assert b.knows(a.member).status == a.participant.me.now
             assert a.knows(b.member).reached
             assert not b.knows(a.member).reached
 
@@ -292,13 +294,13 @@ def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
             for speaker, listeners in ((a, [b, c]), (b, [a]), (c, [a])):
                 for listener in listeners:
                     listener.news.clear()
-                speaker.participant.say(phase=Phase.RUNNING)
+                speaker.participant.me.say(phase=NodePhase.RUNNING)
                 speaker.links.say(asks=False)
                 for listener in listeners:
                     await asyncio.wait_for(listener.news.wait(), AT_ONCE_S)
                     said = listener.knows(speaker.member).status
                     assert said is not None
-                    assert said.phase is Phase.RUNNING
+                    assert said.phase is NodePhase.RUNNING
 
     run(scenario())
 
@@ -330,7 +332,7 @@ def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -
 
     async def scenario() -> None:
         interval_s = 0.1
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=interval_s)
+        limits = changed(RARELY, heartbeat_interval_s=interval_s)
         async with (
             agent("a", tmp_path, limits=limits) as a,
             agent("b", tmp_path, limits=limits) as b,
@@ -375,7 +377,7 @@ def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
     """An agent that closes its links is gone at once, even if a message arrives in that very moment."""
 
     async def scenario() -> None:
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=0.001)
+        limits = changed(RARELY, heartbeat_interval_s=0.001)
         async with agent("b", tmp_path, limits=limits) as b:
             for _ in range(40):
                 async with agent("a", tmp_path, limits=limits) as a:
@@ -534,7 +536,7 @@ def test_a_connection_that_is_stuck_is_given_up(
     peer, b = process
 
     async def scenario() -> None:
-        limits = dataclasses.replace(OFTEN, heartbeat_timeout_s=0.5)
+        limits = changed(OFTEN, heartbeat_timeout_s=0.5)
         async with agent("a", tmp_path, limits=limits) as a:
             a.asks(b)
             await until(lambda: a.has_heard(b), "b's first words")

@@ -1,21 +1,22 @@
 """Who comes, who goes and who asks whom: decided from facts alone, and always with a reason."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, slots_per_member, spans
 from elastic_pt.membership.contacts import whom_to_ask
 from elastic_pt.membership.decide import Drain, Wait
-from elastic_pt.membership.status import MESH_NODES_MAX, Limits, NodeStatus, Peer, Phase
+from elastic_pt.membership.status import MESH_NODES_MAX, Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.runlog.records import CauseKind
 from tests.membership.world import (
     LIMITS,
     NOW_S,
     causes,
+    changed,
     decision,
     failed,
     generation,
@@ -30,7 +31,7 @@ from tests.membership.world import (
     waiting,
 )
 
-TIMEOUT_S = LIMITS.heartbeat_timeout_s
+TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 # ---- leaving -----------------------------------------------------------------------------------------
@@ -104,17 +105,17 @@ def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
 
 def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
     """A newcomer makes the leader ask for a drain, once no further one has come for the join window."""
-    world, window_s = generation("a", "b"), LIMITS.join_window_s
+    world, window_s = generation("a", "b"), LIMITS.elastic.join_window_s
     peers = {"b": peer(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     early = NOW_S - window_s + 0.01
     assert decision(status("a"), peers, of=world, newcomers_changed_s=early) == Wait("training")
     drain = decision(status("a"), peers, of=world, newcomers_changed_s=NOW_S - window_s)
     assert drain == Drain("c joins; d joins")
-    full = dataclasses.replace(LIMITS, nodes_max=3)
+    full = changed(LIMITS, nodes_max=3)
     at_once = decision(status("a"), peers, of=world, limits=full, newcomers_changed_s=NOW_S)
     assert at_once == Drain("c joins"), "nobody else would be taken in"
     assert decision(status("b"), peers | {"a": peer(status("a"))}, of=world) == Wait("training")
-    assert decision(status("a", Phase.SETTLING), peers, of=world) == Wait("training")
+    assert decision(status("a", NodePhase.SETTLING), peers, of=world) == Wait("training")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,8 @@ def test_a_newcomer_asks_while_a_member_lives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "quiet_s"), [(silent, LIMITS.takeover_s), (refusing, LIMITS.takeover_s / 2)]
+    ("gone", "quiet_s"),
+    [(silent, LIMITS.elastic.takeover_s), (refusing, LIMITS.elastic.takeover_s / 2)],
 )
 def test_new_nodes_take_over_when_all_members_are_gone(
     gone: Callable[[NodeStatus], Peer], quiet_s: float
@@ -198,7 +200,7 @@ def test_new_nodes_take_over_when_all_members_are_gone(
 def test_one_silent_member_is_enough_to_be_careful() -> None:
     """Only if every member refuses does a newcomer wait half as long: the silent one may train on."""
     peers = {"a": refusing(status("a")), "b": silent(status("b"))}
-    facts = {"quiet_since_s": NOW_S - 0.75 * LIMITS.takeover_s}
+    facts = {"quiet_since_s": NOW_S - 0.75 * LIMITS.elastic.takeover_s}
     waits = decision(waiting("c"), peers, of=generation("a", "b"), **facts)
     assert waits.reason.startswith("no member answers")
 
@@ -211,9 +213,9 @@ def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:
     a, b = waiting("a"), peer(waiting("b"))
     young = {"newcomers_changed_s": NOW_S - 0.1}
     assert decision(a, {"b": b}, of=None, **young) == Wait("waiting for more nodes to arrive")
-    full = dataclasses.replace(LIMITS, nodes_max=2)
+    full = changed(LIMITS, nodes_max=2)
     assert nodes(decision(a, {"b": b}, of=None, limits=full, **young)) == ["a", "b"]
-    fed = dataclasses.replace(LIMITS, slots=1)
+    fed = changed(LIMITS, slots=1)
     assert nodes(decision(a, {"b": b}, of=None, limits=fed, **young)) == ["a"]
     proposal = decision(a, {"b": b}, of=None)
     assert (nodes(proposal), proposal.reason) == (["a", "b"], "started")
@@ -226,7 +228,7 @@ def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
         third = c if b.unreachable else waiting("c", unreachable=lives("b"))
         peers = {"b": peer(b), "c": peer(third)}
         assert nodes(decision(waiting("a"), peers, of=None)) == ["a", "b"]
-    limits = dataclasses.replace(LIMITS, nodes_min=3)
+    limits = changed(LIMITS, nodes_min=3)
     waits = decision(waiting("a"), peers, of=None, limits=limits)
     assert waits == Wait("waiting for nodes: 2 of at least 3")
 
@@ -236,7 +238,7 @@ def test_the_first_world_leaves_out_who_is_kept_out_unless_it_is_needed() -> Non
     a, peers = waiting("a"), {"b": peer(waiting("b")), "c": peer(waiting("c"))}
     barred = {"b": "3 failures"}
     assert nodes(decision(a, peers, of=None, barred=barred)) == ["a", "c"]
-    needed = dataclasses.replace(LIMITS, nodes_min=3)
+    needed = changed(LIMITS, nodes_min=3)
     assert nodes(decision(a, peers, of=None, limits=needed, barred=barred)) == ["a", "b", "c"]
 
 
@@ -272,7 +274,7 @@ def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
 
 def test_large_worlds_speak_more_slowly_and_are_judged_by_that() -> None:
     """One node hears hundreds: the interval grows with the world, and silence means several intervals."""
-    limits = Limits(1, 4096, None, heartbeat_timeout_s=1.5, join_window_s=1, takeover_s=3)
+    limits = Limits(ElasticSection(nodes_max=4096), slots=None)
     assert limits.interval_s(512) == pytest.approx(0.2)
     assert limits.interval_s(2048) == pytest.approx(0.8)
     assert limits.silence_s(1024) == 1.5

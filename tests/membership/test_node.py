@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import socket
 import threading
 import time
@@ -12,23 +13,28 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
-from elastic_pt.membership.node import Formed, Left, Node, NodeOptions
+from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
-from elastic_pt.membership.status import Limits, StartTimes
+from elastic_pt.membership.status import Limits, NodeStatus, StartTimes
+from elastic_pt.membership.surroundings import Surroundings
+from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, Recovery, Stop
 from tests.membership.bucket import WatchedStore
+from tests.membership.world import changed
 
 DEADLINE_S = 20.0
 LIMITS = Limits(
-    nodes_min=1,
-    nodes_max=8,
+    ElasticSection(
+        nodes_max=8,
+        heartbeat_timeout_s=2.0,
+        join_window_s=0.3,
+        takeover_s=4.0,
+        heartbeat_interval_s=0.1,
+    ),
     slots=8,
-    heartbeat_timeout_s=2.0,
-    join_window_s=0.3,
-    takeover_s=4.0,
-    heartbeat_interval_s=0.1,
 )
 FINGERPRINT = {"code": "1", "torch": "2.13"}
 
@@ -46,14 +52,19 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             fingerprint: dict[str, str] = FINGERPRINT,
             address: str = "127.0.0.1",
         ) -> Node:
-            limits = dataclasses.replace(LIMITS, nodes_min=nodes_min)
-            node = Node(
-                NodeOptions(name, address, 1, fingerprint, limits),
+            limits = changed(LIMITS, nodes_min=nodes_min)
+            node = new_node(
+                NodeStatus.first(new_member(name, address, workers=1), fingerprint),
+                limits,
+                Surroundings(
+                    log=RunLog(bucket, writer=name),
+                    hints=bucket,
+                    clock_s=time.monotonic,
+                    bind_store=functools.partial(bind_store, address),
+                    choose_resume=lambda _: None,
+                    on_drain=on_drain,
+                ),
                 bucket,
-                bucket,
-                RunLog(bucket, writer=name),
-                choose_resume=lambda _: None,
-                on_drain=on_drain,
             )
             node.start()
             stack.callback(node.leave)
@@ -161,7 +172,7 @@ def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[.
     assert names(second) == ["b", "c"]
     assert second.generation.reason == "lost a"
     assert second.generation.store_port != first.generation.store_port
-    assert b.read_at_s(2) - gone_s < LIMITS.heartbeat_timeout_s, "nobody waited for silence"
+    assert b.read_at_s(2) - gone_s < LIMITS.elastic.heartbeat_timeout_s, "nobody waited for silence"
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
@@ -297,9 +308,7 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
     make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A member that cannot connect to the generation's store says so, which is no failure; the next one has another store."""
-    monkeypatch.setattr(
-        "elastic_pt.membership.node._STORE_CONNECT", datetime.timedelta(seconds=0.5)
-    )
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", datetime.timedelta(seconds=0.5))
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     first = formed(a, b)[0].generation
     with socket.create_server(("127.0.0.1", 0)) as nobody:
@@ -322,7 +331,7 @@ def test_a_deaf_store_holds_nobody_back_from_the_next_world(
 ) -> None:
     """Who tries to reach the store of a host that vanished or stands still follows as soon as the others have gone on."""
     patience = datetime.timedelta(seconds=2 * DEADLINE_S)
-    monkeypatch.setattr("elastic_pt.membership.node._STORE_CONNECT", patience)
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", patience)
     a = make_node("a")
     first = formed(a)[0].generation
     dialled, found = threading.Event(), []
@@ -335,11 +344,11 @@ def test_a_deaf_store_holds_nobody_back_from_the_next_world(
     monkeypatch.setattr("elastic_pt.membership.node.TCPStore", WatchedTCPStore)
     with deaf_address(accepts=accepts) as port:
         deaf = dataclasses.replace(first, number=2, store_port=port)
-        a._log.append(lambda _: deaf, generation=1)
+        a._participant.log.append(lambda _: deaf, generation=1)
         waits = threading.Thread(target=lambda: found.append(a.await_generation()), daemon=True)
         waits.start()
         assert dialled.wait(DEADLINE_S)
-        a._log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
+        a._participant.log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
         waits.join(DEADLINE_S)
     assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
 
@@ -348,7 +357,7 @@ def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Nod
     """A STOP that one node appends ends the others without their polling the bucket."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     world = formed(a, b)[0]
-    log = a._log
+    log = a._participant.log
     log.append(lambda _: Stop("completed", 7), generation=world.generation.number)
     a.notice_log()
     assert a.await_end(world.generation.number, DEADLINE_S, lambda: False)
@@ -366,10 +375,10 @@ def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
     def committed(step: int, generation: int) -> Commit:
         return Commit((Checkpoint(step, generation, f"ckpt/{step}", 1, "0" * 64, None),), "history")
 
-    a._log.append(lambda _: committed(100, number - 1), generation=number)
+    a._participant.log.append(lambda _: committed(100, number - 1), generation=number)
     assert not a.await_settled(number, 60, 0.1, lambda: False)
     assert not a.await_settled(number, 60, DEADLINE_S, lambda: True)
-    a._log.append(lambda _: committed(60, number), generation=number)
+    a._participant.log.append(lambda _: committed(60, number), generation=number)
     assert a.await_settled(number, 60, DEADLINE_S, lambda: False)
 
 
@@ -437,7 +446,7 @@ def test_without_the_bucket_training_goes_on(
     assert names(formed(b)[0]) == ["b"]
 
 
-@pytest.mark.parametrize("part", ["turn", "feel_pulse"])
+@pytest.mark.parametrize("part", ["turn", "step_pulse"])
 def test_a_crash_of_the_membership_ends_the_wait(
     make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

@@ -17,7 +17,7 @@ from elastic_pt.runlog.records import (
 )
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import TICK_S, Fleet, names
-from tests.membership.world import LIMITS, failed, member, status, waiting
+from tests.membership.world import LIMITS, changed, failed, member, status, waiting
 
 # ---- forming -----------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def test_nodes_meet_in_the_lobby_and_leave_it(fleet: Fleet, bucket: WatchedStore
     """Nodes that start together form one generation, which all know, and no card is left behind."""
     generation = fleet.form("c", "a", "b")
     assert (generation.number, names(generation)) == (1, ["a", "b", "c"])
-    assert {node.status.generation for node in fleet.alive()} == {1}
+    assert {node.me.now.generation for node in fleet.alive()} == {1}
     assert {node.decision for node in fleet.alive()} == {Wait("training")}
     assert bucket.keys(LOBBY) == []
     assert len(fleet.records()) == 1
@@ -35,10 +35,10 @@ def test_nodes_meet_in_the_lobby_and_leave_it(fleet: Fleet, bucket: WatchedStore
 def test_the_proposer_holds_the_store_of_its_generation(fleet: Fleet) -> None:
     """The store that a GENERATION names was bound before, by the proposer alone."""
     generation = fleet.form("a", "b")
-    assert {number: store.port for number, store in fleet.nodes["a"].stores.items()} == {
+    assert {number: store.port for number, store in fleet.nodes["a"].appender.stores.items()} == {
         1: generation.store_port
     }
-    assert fleet.nodes["b"].stores == {}
+    assert fleet.nodes["b"].appender.stores == {}
     assert generation.slots == slots_per_member(generation.members, LIMITS.slots)
 
 
@@ -46,20 +46,20 @@ def test_nodes_have_the_join_window_from_when_they_take_part(fleet: Fleet) -> No
     """How long a node took to get ready does not shorten the time in which it waits for others to arrive."""
     fleet.start("a")
     fleet.now_s += 10.0
-    fleet.nodes["a"].begin()
-    fleet.pass_time(LIMITS.join_window_s - 2 * TICK_S)
+    fleet.nodes["a"].begin(fleet.nodes["a"].member)
+    fleet.pass_time(LIMITS.elastic.join_window_s - 2 * TICK_S)
     assert fleet.log.generation is None
     fleet.start("b")
-    fleet.nodes["b"].begin()
-    fleet.pass_time(LIMITS.join_window_s + 1.0)
+    fleet.nodes["b"].begin(fleet.nodes["b"].member)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 1.0)
     assert names(fleet.log.generation) == ["a", "b"]
 
 
 def test_a_loss_is_told_with_its_cause_and_its_times(fleet: Fleet) -> None:
     """The next generation says who was lost, how far the run had come and how long agreeing took."""
     fleet.form("a", "b", "c")
-    fleet.nodes["c"].say(step=41)
-    fleet.nodes["a"].say(step=40)
+    fleet.nodes["c"].me.say(step=41)
+    fleet.nodes["a"].me.say(step=40)
     fleet.pass_time(1.0)
     fleet.dead.add("a")
     fleet.pass_time(1.0)
@@ -73,12 +73,12 @@ def test_a_loss_is_told_with_its_cause_and_its_times(fleet: Fleet) -> None:
 
 def test_a_generation_that_is_given_up_stays_given_up(fleet: Fleet) -> None:
     """Once a node has found a generation broken there is no way back, even if the lost member answers again."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=2)
+    fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
     fleet.cut = {frozenset("ab")}
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 2 * TICK_S)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 2 * TICK_S)
     assert {node.broken for node in fleet.alive()} == {1}
-    assert {node.status.broken for node in fleet.alive()} == {1}
+    assert {node.me.now.broken for node in fleet.alive()} == {1}
     assert fleet.log.generation_number == 1
     fleet.cut = set()
     fleet.pass_time(1.0)
@@ -157,7 +157,7 @@ def test_a_lost_race_is_no_trouble(fleet: Fleet) -> None:
     fleet.pass_time(2 * TICK_S)
     assert fleet.log.generations[-1].reason == "rival"
     assert [each.number for each in fleet.log.generations] == [2]
-    assert 2 not in fleet.nodes["a"].stores
+    assert 2 not in fleet.nodes["a"].appender.stores
 
 
 def test_a_proposal_whose_answer_was_lost_stands(fleet: Fleet, bucket: WatchedStore) -> None:
@@ -172,7 +172,7 @@ def test_a_proposal_whose_answer_was_lost_stands(fleet: Fleet, bucket: WatchedSt
     generation = fleet.log.generation
     assert generation is not None
     assert (generation.number, names(generation)) == (2, ["a"])
-    assert fleet.nodes["a"].stores[2].port == generation.store_port
+    assert fleet.nodes["a"].appender.stores[2].port == generation.store_port
     assert fleet.bound == 2
 
 
@@ -180,7 +180,7 @@ def test_the_card_of_a_node_that_died_waiting_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """A waiting node whose address refuses is struck from the lobby by who finds that out."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=3)
+    fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)
     assert len(bucket.keys(LOBBY)) == 2
@@ -197,7 +197,7 @@ def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
     """A node that comes later is asked back by the members; the first of them asks for a drain until it is done."""
     fleet.form("a", "b")
     fleet.start("c")
-    fleet.pass_time(LIMITS.join_window_s + 6 * TICK_S)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 6 * TICK_S)
     assert set(fleet.drains) == {"c joins"}
     assert len(fleet.drains) > 1
     assert isinstance(fleet.nodes["a"].decision, Drain)
@@ -213,7 +213,9 @@ def test_a_newcomer_that_blinks_is_not_waited_for_again(fleet: Fleet) -> None:
     fleet.start("b")
     fleet.pass_time(4 * TICK_S)
     fleet.cut = {frozenset("ab")}
-    fleet.pass_time(SPARE_SILENCE_SHARE * LIMITS.heartbeat_timeout_s + LIMITS.join_window_s)
+    fleet.pass_time(
+        SPARE_SILENCE_SHARE * LIMITS.elastic.heartbeat_timeout_s + LIMITS.elastic.join_window_s
+    )
     assert fleet.nodes["a"].decision == Wait("training")
     fleet.cut = set()
     fleet.pass_time(2 * TICK_S)
@@ -253,7 +255,7 @@ def test_of_nodes_that_differ_the_first_stays(fleet: Fleet) -> None:
     """Before there is a world, the node that comes first by name refuses the other one."""
     fleet.start("b", fingerprint={"code": "2"})
     fleet.start("a", fingerprint={"code": "1"})
-    fleet.pass_time(LIMITS.join_window_s)
+    fleet.pass_time(LIMITS.elastic.join_window_s)
     assert fleet.log.generation is None
     assert fleet.nodes["a"].refusal is None
     assert "a does not take this node in: code = '2', where the run has '1'" in str(
@@ -287,28 +289,28 @@ def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
 
 def test_strangers_that_went_away_are_forgotten(fleet: Fleet) -> None:
     """A spare that is gone is asked no more, while members are remembered whatever becomes of them."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=2)
+    fleet.limits = changed(LIMITS, nodes_max=2)
     fleet.form("a", "b")
     fleet.start("c")
     fleet.pass_time(1.0)
     assert set(fleet.nodes["a"].table.peers) == {"b1", "c1"}
     fleet.cut = {frozenset("ac"), frozenset("bc")}
-    fleet.pass_time(4 * LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.pass_time(4 * LIMITS.elastic.heartbeat_timeout_s + 1.0)
     assert set(fleet.nodes["a"].table.peers) == {"b1"}
     assert [each.node for each in fleet.nodes["a"].contacts.targets] == ["b"]
 
 
 def test_who_cannot_be_reached_is_told_to_the_others(fleet: Fleet) -> None:
     """A node says which of those it asks are silent, and takes it back when they answer."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=3)
+    fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.form("a", "b", "c")
     fleet.cut = {frozenset("ab")}
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + TICK_S)
-    assert fleet.nodes["a"].status.unreachable == ("b1",)
-    assert fleet.nodes["c"].status.unreachable == ()
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + TICK_S)
+    assert fleet.nodes["a"].me.now.unreachable == ("b1",)
+    assert fleet.nodes["c"].me.now.unreachable == ()
     fleet.cut = set()
     fleet.pass_time(2 * TICK_S)
-    assert fleet.nodes["a"].status.unreachable == ()
+    assert fleet.nodes["a"].me.now.unreachable == ()
 
 
 def test_who_is_asked_for_the_first_time_is_given_its_time(fleet: Fleet) -> None:
@@ -316,8 +318,8 @@ def test_who_is_asked_for_the_first_time_is_given_its_time(fleet: Fleet) -> None
     fleet.form("a")
     a = fleet.nodes["a"]
     a.received(Message(1, 0, True, status("z")))
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 1.0)
     a.received(Message(2, 0, True, waiting("z")))
     a.turn()
     assert [each.node for each in a.contacts.targets] == ["z"]
-    assert a.status.unreachable == ()
+    assert a.me.now.unreachable == ()

@@ -55,7 +55,7 @@ def detection_bound_s(limits: Limits) -> float:
     rank 0 beats the pulse every `takeover_s / 4`, and glances at the log every second time. To that come slow
     requests and the time to kill.
     """
-    return limits.takeover_s / 2 + 2.0
+    return limits.elastic.takeover_s / 2 + 2.0
 
 
 class Attempt:
@@ -210,7 +210,7 @@ class Witness:
             last_s = self.last_step_s.get(before.number, float("-inf"))
             rank0 = simulation.agents.get(before.members[0].incarnation)
             well = rank0 is not None and simulation.well_since_s(rank0, now_s) < (
-                now_s - limits.takeover_s - 1.0
+                now_s - limits.elastic.takeover_s - 1.0
             )
             if now_s - last_s < 1.0 and well:
                 raise Violation(
@@ -235,7 +235,7 @@ class Witness:
                 # Who waits for the bucket, and has not read the record that it trains by, is no use to anybody.
                 and simulation.agents[each.incarnation].log.view.generation_number >= before.number
             ],
-            now_s - limits.silence_s(len(before.members)) - limits.takeover_s,
+            now_s - limits.silence_s(len(before.members)) - limits.elastic.takeover_s,
         )
         if 2 * len(excluded) > len(before.members):
             raise Violation(

@@ -5,26 +5,24 @@ had not understood the rule might write it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
 from elastic_pt.errors import AlreadyExists, FencedError
-from elastic_pt.membership import decide as membership
-from elastic_pt.membership import participant
+from elastic_pt.membership import decide, participant
 from elastic_pt.membership.admission import newcomers
-from elastic_pt.membership.assessment import View
 from elastic_pt.membership.budgets import Moments
 from elastic_pt.membership.node import Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits
+from elastic_pt.membership.status import Limits, NodeStatus, Peer
 from elastic_pt.runlog import log
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Body, Cause, CauseKind, Member
+from elastic_pt.runlog.records import Body, Cause, CauseKind, Generation
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim import agent
@@ -114,7 +112,7 @@ def _append_behind_commits(
 
 
 def _bind_again(self: AgentProcess) -> SimulatedStore:
-    known = list(self.participant.stores.values())
+    known = list(self.participant.appender.stores.values())
     if known:
         return SimulatedStore(known[-1].port)
     return _bind_store(self)
@@ -145,17 +143,21 @@ _received = PeerTable.received
 
 
 def _unprobed_newcomers(
-    view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
-) -> list[Member]:
-    peers = {
+    me: NodeStatus,
+    generation: Generation | None,
+    peers: Mapping[str, Peer],
+    limits: Limits,
+    now_s: float,
+) -> tuple[NodeStatus, ...]:
+    unprobed = {
         incarnation: dataclasses.replace(
             peer,
             reached=True,
             status=peer.status and dataclasses.replace(peer.status, unreachable=()),
         )
-        for incarnation, peer in view.peers.items()
+        for incarnation, peer in peers.items()
     }
-    return newcomers(dataclasses.replace(view, peers=peers), limits, now_s, stay)
+    return newcomers(me, generation, unprobed, limits, now_s)
 
 
 def _halt_after_three(
@@ -226,28 +228,28 @@ MUTATIONS: Final = (
     Mutation(
         "not asked again",
         "whoever answered before the trouble is taken for alive",
-        membership,
+        decide,
         "_answered",
         lambda view, member, since_s: True,
     ),
     Mutation(
         "smaller side does not wait",
         "any side of a torn network goes on at once",
-        membership,
+        decide,
         "_is_larger_side",
         lambda *_: True,
     ),
     Mutation(
         "nobody parked",
         "nodes that cannot reach each other are put into one world",
-        membership,
+        decide,
         "park",
         lambda links, order: (),
     ),
     Mutation(
         "links not probed",
         "whoever asks to be taken in is, whether its address works or not",
-        membership,
+        participant,
         "newcomers",
         _unprobed_newcomers,
     ),

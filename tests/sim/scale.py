@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.status import Limits
 from elastic_pt.runlog.records import Generation, Member
 from tests.sim.agent import AgentProcess, Costs, Habits
@@ -94,15 +94,8 @@ class Fleet(Simulation):
                 workers=(1,) * nodes,
                 habits=Habits(
                     limits=Limits(
-                        nodes_min=nodes // 2,
-                        nodes_max=2 * nodes,
-                        slots=None,
-                        heartbeat_timeout_s=1.5,
-                        join_window_s=0.5,
-                        takeover_s=3.0,
-                        heartbeat_interval_s=0.2,
+                        ElasticSection(nodes_min=nodes // 2, nodes_max=2 * nodes), slots=None
                     ),
-                    budgets=Budgets(),
                     store_deadline_s=120.0,
                     settle_timeout_s=600.0,
                     costs=COSTS,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, combinations
 from typing import Any, Final
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.status import Limits
 from elastic_pt.runlog.records import Member, Quarantine, Record
 from tests.sim import faults
@@ -92,32 +92,32 @@ def scenario(scheduler: Scheduler) -> Scenario:
         cut_for_good = [(one, other), (other, one)][: source.randint(1, 2)]
     enough = count - (1 if lost_for_good or cut_for_good else 0)
     quick = source.random() < 0.2
-    limits = Limits(
-        nodes_min=1 if source.random() < 0.8 else source.randint(1, enough),
-        nodes_max=64 if source.random() < 0.8 else max(1, count - 1),
-        slots=source.choice((8, 8, 12, 64)),
-        heartbeat_timeout_s=1.0 if quick else 1.5,
-        join_window_s=source.choice((0.0, 0.5, 0.5)),
-        takeover_s=2.0 if quick else 3.0,
-        heartbeat_interval_s=0.2,
-    )
-    if limits.nodes_min > limits.nodes_max:
-        limits = dataclasses.replace(limits, nodes_min=limits.nodes_max)
+    nodes_min = 1 if source.random() < 0.8 else source.randint(1, enough)
+    nodes_max = 64 if source.random() < 0.8 else max(1, count - 1)
+    slots = source.choice((8, 8, 12, 64))
+    join_window_s = source.choice((0.0, 0.5, 0.5))
     starts_s = tuple(
         source.uniform(0.0, 1.0) if source.random() < 0.8 else source.uniform(0.0, 15.0)
         for _ in nodes
     )
     workers = tuple(source.choice((1, 1, 1, 2)) for _ in nodes)
     # However the nodes come together, so many fit into the slots.
-    fitting = sum(total <= (limits.slots or total) for total in accumulate(sorted(workers)[::-1]))
-    limits = dataclasses.replace(limits, nodes_min=min(limits.nodes_min, fitting))
+    fitting = sum(total <= slots for total in accumulate(sorted(workers)[::-1]))
+    elastic = ElasticSection(
+        nodes_min=min(nodes_min, nodes_max, fitting),
+        nodes_max=nodes_max,
+        heartbeat_interval_s=0.2,
+        heartbeat_timeout_s=1.0 if quick else 1.5,
+        join_window_s=join_window_s,
+        takeover_s=2.0 if quick else 3.0,
+        quarantine_s=3.0,
+    )
     return Scenario(
         nodes=nodes,
         starts_s=starts_s,
         workers=workers,
         habits=Habits(
-            limits=limits,
-            budgets=Budgets(bar_s=3.0),
+            limits=Limits(elastic, slots),
             store_deadline_s=source.choice((5.0, 20.0, 120.0)),
             settle_timeout_s=10.0,
         ),
@@ -338,7 +338,9 @@ class Simulation:
             ):
                 return False
         workers = sum(each.workers for each in members) + self._workers[agent.machine.name]
-        return len(members) < limits.nodes_max and (limits.slots is None or workers <= limits.slots)
+        return len(members) < limits.elastic.nodes_max and (
+            limits.slots is None or workers <= limits.slots
+        )
 
     def describe(self) -> str:
         """Where everyone stands, in one line."""
@@ -380,7 +382,10 @@ class Simulation:
         around = self.around
         if node == "z":
             # It must not be able to begin a run of its own.
-            limits = dataclasses.replace(self.habits.limits, nodes_min=2, nodes_max=64)
+            elastic = self.habits.limits.elastic.model_copy(
+                update={"nodes_min": 2, "nodes_max": 64}
+            )
+            limits = dataclasses.replace(self.habits.limits, elastic=elastic)
             around = dataclasses.replace(
                 around, habits=dataclasses.replace(self.habits, limits=limits)
             )
