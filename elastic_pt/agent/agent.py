@@ -106,20 +106,20 @@ def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | No
         configure_events(config.telemetry.log_level, name, sink)
         workers = config.elastic.workers_per_node or max(1, torch.cuda.device_count())
         require_device(config)
-        require_fencing(store, config)
+        run_log = RunLog(store, writer=name)
+        fenced_url = require_fencing(store, config, run_log.refresh().fenced_url)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
         require_cache(config, data)
         # Whoever joins before it could start a worker would hold up all others.
         platform = await_platform(first, config.elastic.startup_timeout_s)
-        run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, platform, run_log.refresh().platform)
         me = NodeStatus.first(
             new_member(name, options.address or local_address(), workers),
             fingerprint(config, data, platform),
         )
         deciding = platform if config.train.numerics == "exact" else {}
-        agent = Agent(config, store, run_log, scratch, me, deciding)
+        agent = Agent(config, store, run_log, scratch, me, deciding, fenced_url)
         stack.callback(agent.close)
         return agent.run()
 
@@ -169,6 +169,7 @@ class Agent:
         scratch: Path,
         me: NodeStatus,
         platform: Mapping[str, str],
+        fenced_url: str,
     ) -> None:
         member = me.member
         self._config = config
@@ -201,6 +202,7 @@ class Agent:
                     {"kind": "drain", "reason": reason}
                 ),
                 platform=platform,
+                fenced_url=fenced_url,
             ),
             store,
         )

@@ -11,6 +11,7 @@ from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
 from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, frontier_step
 from elastic_pt.membership.surroundings import BoundStore, Surroundings
+from elastic_pt.runlog.identity import require_platform_since_start
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Stop
 
@@ -35,10 +36,18 @@ class Appender:
         self._around = around
         self._log = around.log
         self._clock_s = around.clock_s
+        self._waived_generation = around.log.view.waived_generation
+        """As it was when this node's platform was compared with the run's, just before."""
         self.stores: dict[int, BoundStore] = {}
         """The store that this node bound for the generation that it proposed last, by the generation's number."""
         self._noticed_s: dict[int, float] = {}
         """When the trouble before that generation was noticed, by the generation's number."""
+
+    def require_platform(self, view: RunView) -> None:
+        """Raise `ConfigError` if the run has gone over to another platform since this agent was started."""
+        require_platform_since_start(
+            self._around.hints.url, view, self._around.platform, self._waived_generation
+        )
 
     def propose(self, proposal: Propose) -> None:
         """Bind the next generation's store, then append its GENERATION. Another node's may be accepted instead."""
@@ -63,9 +72,11 @@ class Appender:
             frontier_step=frontier_step(self._me.stated, dict(self._table.peers)),
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
             platform=self._around.platform,
+            fenced_url=self._around.fenced_url or before.fenced_url,
         )
 
         def make(view: RunView) -> Generation:
+            self.require_platform(view)
             # The old generation may commit until the new one is in the log. The new one must not resume before that.
             if view.commit != before.commit:
                 raise FencedError(

@@ -150,9 +150,14 @@ class Participant:
     # ---- one turn ----------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Read, decide, act. May block on the bucket; raises `StoreError` when it does not answer."""
+        """Read, decide, act. May block on the bucket.
+
+        Raises `StoreError` when the bucket does not answer, and `ConfigError` when the run has gone over to another
+        platform since this agent was started.
+        """
         self._choose_contacts()
         self._read_log()
+        self.appender.require_platform(self.log.view)
         decision = self._decide()
         if isinstance(decision, Propose | Halt):
             # Another node may have acted already, or this node itself in a turn that never got the bucket's

@@ -34,3 +34,5 @@ class Surroundings:
     """Tells this node's workers that all workers should stop after the same step."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """What computes on this node, as far as it decides the bits. Empty where no bits are promised."""
+    fenced_url: str = ""
+    """The run directory's URL if this agent knows that its store is fenced; a GENERATION records it."""

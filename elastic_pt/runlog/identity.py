@@ -21,6 +21,7 @@ import elastic_pt
 from elastic_pt.config import INTRODUCED, Config, TelemetrySection, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
+from elastic_pt.runlog.log import RunView
 from elastic_pt.store.port import Store
 
 CONFIG_KEY: Final = "config.toml"
@@ -146,6 +147,25 @@ def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, st
         f"{what}; expected the same, or another run.url; "
         "if no such node is left: elastic-pt reopen --platform"
     )
+
+
+def require_platform_since_start(
+    url: str, view: RunView, mine: Mapping[str, str], waived_generation: int
+) -> None:
+    """Raise `ConfigError` if the run has gone over to another platform since an agent with `mine` was started.
+
+    `mine` is empty where no bits are promised. `waived_generation` is `RunView.waived_generation` at the agent's start.
+    If an operator has accepted another platform since, the agent's one was the old one, whatever it is.
+    """
+    if not mine:
+        return
+    if view.platform is not None:
+        _require_platform(url, mine, view.platform)
+    elif view.waived_generation > waived_generation:
+        raise ConfigError(
+            f"{url}: reopened for another platform after generation {view.waived_generation}, while this agent was "
+            "running; expected an agent that is started after that"
+        )
 
 
 def read_run_config(store: Store, overrides: list[str]) -> Config:

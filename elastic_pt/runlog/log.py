@@ -80,6 +80,11 @@ class RunView:
         return {} if generation is None else generation.platform
 
     @property
+    def fenced_url(self) -> str:
+        """The URL of this run directory under which its store was found to be fenced; empty if that was not checked."""
+        return "" if self.generation is None else self.generation.fenced_url
+
+    @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint that exists, newest first: committed, kept and not quarantined."""
         kept = () if self.commit is None else self.commit.checkpoints

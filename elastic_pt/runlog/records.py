@@ -150,6 +150,9 @@ class Generation:
     """Seconds from the first member noticing, as the proposer saw it, to this record."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """What computes on the members, as far as it decides the bits, by name; empty in older records."""
+    fenced_url: str = ""
+    """The run directory's URL under which an agent of this run has raced the store's create-once with success. Empty if
+    none has, and in older records."""
 
     @property
     def world_size(self) -> int:

@@ -42,6 +42,10 @@ class Fleet:
     bound: int = 0
     """Stores that were bound for generations."""
     choose_resume: Callable[[RunView], Checkpoint | None] = lambda _: None
+    platform: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What computes on the nodes that are started next."""
+    fenced_url: str = ""
+    """What the nodes that are started next know of the store."""
 
     def start(self, *names: str, **changes: object) -> None:
         """Start nodes; `changes` is what they say of themselves."""
@@ -58,6 +62,8 @@ class Fleet:
                     bind_store=self._bind_store,
                     choose_resume=lambda view: self.choose_resume(view),
                     on_drain=self.drains.append,
+                    platform=self.platform,
+                    fenced_url=self.fenced_url,
                 ),
             )
 
