@@ -341,7 +341,7 @@ def test_a_deaf_store_holds_nobody_back_from_the_next_world(
             dialled.set()
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr("elastic_pt.membership.node.TCPStore", WatchedTCPStore)
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TCPStore", WatchedTCPStore)
     with deaf_address(accepts=accepts) as port:
         deaf = dataclasses.replace(first, number=2, store_port=port)
         a._participant.log.append(lambda _: deaf, generation=1)

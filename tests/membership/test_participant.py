@@ -225,7 +225,7 @@ def test_a_newcomer_that_blinks_is_not_waited_for_again(fleet: Fleet) -> None:
 def test_who_leaves_says_so_and_is_left_out(fleet: Fleet) -> None:
     """A node that wants to go is drained for, and the next generation tells that it left."""
     fleet.form("a", "b")
-    fleet.nodes["b"].leaving = True
+    fleet.nodes["b"].me.leaving = True
     fleet.pass_time(1.0)
     assert set(fleet.drains) == {"b leaves"}
     fleet.spend(1, "a", "b")
@@ -283,7 +283,7 @@ def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
     )
     RunLog(fleet.bucket, writer="m").append(lambda _: world, generation=1)
     assert m.message_to("m21", asks=False).refusal != ""
-    m._log.refresh()
+    m.log.refresh()
     assert m.message_to("m21", asks=False).refusal == ""
 
 
