@@ -22,8 +22,8 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.membership.links import Links
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodePhase, NodeStatus
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.runlog.log import RunLog, record_key
 from elastic_pt.runlog.records import Generation, Member, Record
 from elastic_pt.store.open import open_store
@@ -54,7 +54,7 @@ def participant_of(member: Member, directory: str) -> Participant:
     return Participant(
         status_of(member),
         LIMITS,
-        Surroundings(
+        Resources(
             log=log,
             hints=store,
             clock_s=time.monotonic,

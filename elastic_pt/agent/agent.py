@@ -50,8 +50,8 @@ from elastic_pt.membership.budgets import rest_s
 from elastic_pt.membership.lookups import avoid_getfqdn
 from elastic_pt.membership.node import Formed, Left, new_member, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodeStatus
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.identity import IDENTITY_KEY, agree_on_identity, fingerprint
 from elastic_pt.runlog.log import RunLog
@@ -190,7 +190,7 @@ class Agent:
         self._node = new_node(
             replace(me, metrics_url=metrics_url),
             Limits(config.elastic, config.train.slots),
-            Surroundings(
+            Resources(
                 log=run_log,
                 hints=open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
                 clock_s=time.monotonic,

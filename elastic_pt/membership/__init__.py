@@ -15,7 +15,7 @@ The files in reading order; docs/membership.md follows a lost peer through them 
     own_status    what this node says of itself
     appender      GENERATION, QUARANTINE, STOP and RECOVERY, as decided
     pulse_watch   the use of the pulse
-    surroundings  what a participant works with
+    resources     what a participant works with
     participant   one node's part: hear, look, decide, act, in `turn`
 
     links         WebSockets between agents

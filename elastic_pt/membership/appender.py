@@ -9,8 +9,8 @@ from elastic_pt.membership.decide import Halt, Propose
 from elastic_pt.membership.memory import Memory
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
+from elastic_pt.membership.resources import BoundStore, Resources
 from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, frontier_step
-from elastic_pt.membership.surroundings import BoundStore, Surroundings
 from elastic_pt.runlog.identity import require_platform_since_start
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Stop
@@ -27,16 +27,16 @@ class Appender:
         table: PeerTable,
         memory: Memory,
         limits: Limits,
-        around: Surroundings,
+        resources: Resources,
     ) -> None:
         self._me = me
         self._table = table
         self._memory = memory
         self._limits = limits
-        self._around = around
-        self._log = around.log
-        self._clock_s = around.clock_s
-        self._waived_generation = around.log.view.waived_generation
+        self._resources = resources
+        self._log = resources.log
+        self._clock_s = resources.clock_s
+        self._waived_generation = resources.log.view.waived_generation
         """As it was when this node's platform was compared with the run's, just before."""
         self.stores: dict[int, BoundStore] = {}
         """The store that this node bound for the generation that it proposed last, by the generation's number."""
@@ -46,19 +46,19 @@ class Appender:
     def require_platform(self, view: RunView) -> None:
         """Raise `ConfigError` if the run has gone over to another platform since this agent was started."""
         require_platform_since_start(
-            self._around.hints.url, view, self._around.platform, self._waived_generation
+            self._resources.hints.url, view, self._resources.platform, self._waived_generation
         )
 
     def propose(self, proposal: Propose) -> None:
         """Bind the next generation's store, then append its GENERATION. Another node's may be accepted instead."""
         before = self._log.view
         number = before.generation_number + 1
-        resume = self._around.choose_resume(before)
+        resume = self._resources.choose_resume(before)
         if self._log.view.generation_number >= number:
             # The log was read on while an unusable checkpoint was quarantined: another node has proposed already.
             self._read()
             return
-        store = self._around.bind_store()
+        store = self._resources.bind_store()
         noticed_s = self._memory.broken_since_s
         generation = Generation(
             number=number,
@@ -71,8 +71,8 @@ class Appender:
             causes=proposal.causes,
             frontier_step=frontier_step(self._me.stated, dict(self._table.peers)),
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
-            platform=self._around.platform,
-            fenced_url=self._around.fenced_url or before.fenced_url,
+            platform=self._resources.platform,
+            fenced_url=self._resources.fenced_url or before.fenced_url,
         )
 
         def make(view: RunView) -> Generation:

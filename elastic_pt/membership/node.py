@@ -17,8 +17,8 @@ from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type
 
 from elastic_pt.errors import ElasticPtError, NodeFailure
 from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, StartTimes
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
 from elastic_pt.runlog.log import RunView
@@ -46,9 +46,9 @@ def new_member(name: str, address: str, workers: int) -> Member:
     return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers)
 
 
-def new_node(first: NodeStatus, limits: Limits, around: Surroundings, store: Store) -> "Node":
+def new_node(first: NodeStatus, limits: Limits, resources: Resources, store: Store) -> "Node":
     """A node of the run in `store`. It does nothing before `Node.start`."""
-    participant = Participant(first, limits, around)
+    participant = Participant(first, limits, resources)
     interval_s = limits.elastic.heartbeat_interval_s
     return Node(participant, MembershipThread(participant, store, interval_s))
 

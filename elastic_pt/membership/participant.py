@@ -25,6 +25,7 @@ from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
 from elastic_pt.membership.pulse_watch import PulseWatch
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import (
     Limits,
     NodeStatus,
@@ -33,7 +34,6 @@ from elastic_pt.membership.status import (
     incarnations,
     is_lost,
 )
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.membership.view import View
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member
@@ -47,25 +47,25 @@ log = structlog.get_logger("elastic_pt.participant")
 class Participant:
     """One node's part. Agent process; `turn` and `step_pulse` from one thread each, the rest from any."""
 
-    def __init__(self, first: NodeStatus, limits: Limits, around: Surroundings) -> None:
+    def __init__(self, first: NodeStatus, limits: Limits, resources: Resources) -> None:
         self._limits = limits
-        self._around = around
-        self._clock_s = around.clock_s
-        self.log = around.log
-        self.me = OwnStatus(first, around.log, around.clock_s)
-        self.table = PeerTable(around.clock_s)
+        self._resources = resources
+        self._clock_s = resources.clock_s
+        self.log = resources.log
+        self.me = OwnStatus(first, resources.log, resources.clock_s)
+        self.table = PeerTable(resources.clock_s)
         self.contacts = Contacts(
-            self.table, Lobby(around.hints, around.clock_s), limits, around.clock_s
+            self.table, Lobby(resources.hints, resources.clock_s), limits, resources.clock_s
         )
-        self.memory = Memory(around.clock_s())
-        self.appender = Appender(self.me, self.table, self.memory, limits, around)
+        self.memory = Memory(resources.clock_s())
+        self.appender = Appender(self.me, self.table, self.memory, limits, resources)
         self._pulse = PulseWatch(
             self.me,
-            around.log,
-            Pulse(around.hints, first.member.incarnation),
+            resources.log,
+            Pulse(resources.hints, first.member.incarnation),
             self.memory,
             limits.elastic.takeover_s,
-            around.clock_s,
+            resources.clock_s,
         )
         self.decision: Decision = Wait("starting")
         self.refusal: ConfigError | None = None
@@ -201,7 +201,7 @@ class Participant:
                 self.appender.halt(decision)
             case Drain():
                 # Repeated in each turn: workers that connect later must be told, too.
-                self._around.on_drain(decision.reason)
+                self._resources.on_drain(decision.reason)
             case Wait() | Ended():
                 self.appender.report_recovery()
 

@@ -29,8 +29,8 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.membership.address import local_address
 from elastic_pt.membership.node import Formed, Node, new_member, new_node
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodeStatus
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Stop
@@ -155,7 +155,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
             fingerprint={"torchrun --rdzv-id": parameters.run_id, "torch": torch.__version__},
         ),
         Limits(_elastic_section(parameters), slots=None),
-        Surroundings(
+        Resources(
             log=RunLog(store, writer=name),
             hints=store,
             clock_s=time.monotonic,

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.resources import BoundStore, Resources
 from elastic_pt.membership.status import Limits, NodePhase
-from elastic_pt.membership.surroundings import BoundStore, Surroundings
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     Cause,
@@ -55,7 +55,7 @@ class Fleet:
             self.nodes[name] = Participant(
                 waiting(name, generation=0, log_length=0, **changes),
                 self.limits,
-                Surroundings(
+                Resources(
                     log=log,
                     hints=self.bucket,
                     clock_s=self.clock_s,

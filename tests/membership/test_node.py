@@ -17,8 +17,8 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodeStatus, StartTimes
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, Recovery, Stop
@@ -56,7 +56,7 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             node = new_node(
                 NodeStatus.first(new_member(name, address, workers=1), fingerprint),
                 limits,
-                Surroundings(
+                Resources(
                     log=RunLog(bucket, writer=name),
                     hints=bucket,
                     clock_s=time.monotonic,

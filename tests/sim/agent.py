@@ -21,8 +21,8 @@ from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailu
 from elastic_pt.membership.budgets import rest_s
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, is_news
-from elastic_pt.membership.surroundings import Surroundings
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     COMPLETED,
@@ -239,7 +239,7 @@ class AgentProcess(Process):
         self.participant = Participant(
             NodeStatus.first(self._member, fingerprint),
             around.habits.limits,
-            Surroundings(
+            Resources(
                 log=self.log,
                 hints=hints,
                 clock_s=self.liveness_clock_s,

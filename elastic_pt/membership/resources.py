@@ -18,7 +18,7 @@ class BoundStore(Protocol):
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Resources:
     """What a participant works with."""
 
     log: RunLog
