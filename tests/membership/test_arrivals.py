@@ -38,8 +38,10 @@ def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
 @pytest.mark.parametrize(
     ("code", "reachable"), [("2", True), ("1", False)], ids=["other code", "unreachable"]
 )
-def test_nobody_waits_for_who_cannot_be_taken_in(fleet: Fleet, code: str, reachable: bool) -> None:
-    """Nodes with other code, or at an address that does not work, may come for ever: who can join joins on time."""
+def test_unfit_newcomers_do_not_extend_the_join_window(
+    fleet: Fleet, code: str, reachable: bool
+) -> None:
+    """Nodes with other code, or with an address that does not work, may keep arriving: the others join in time."""
     form_with_code_1(fleet)
     fleet.start("b", fingerprint={"code": "1"})
     come_one_by_one(fleet, code=code, reachable=reachable)
@@ -47,7 +49,7 @@ def test_nobody_waits_for_who_cannot_be_taken_in(fleet: Fleet, code: str, reacha
 
 
 def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
-    """Each node that can be taken in gives the next one time to come along, so that all join in one change."""
+    """Each node that can be taken in extends the join window, so that all join in one change."""
     form_with_code_1(fleet)
     come_one_by_one(fleet, code="1")
     assert fleet.drains == []
@@ -62,7 +64,7 @@ def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
 def test_the_card_of_a_node_that_fell_silent_while_it_waited_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A waiting node whose machine is gone, so that nobody refuses for it, does not stay in the lobby for ever."""
+    """A waiting node whose machine is gone does not stay in the lobby, although its address does not refuse."""
     fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)
@@ -74,8 +76,8 @@ def test_the_card_of_a_node_that_fell_silent_while_it_waited_is_removed(
     assert bucket.keys(LOBBY) == [card_key(fleet.nodes["a"].member)]
 
 
-def test_cards_of_nodes_long_gone_do_not_hide_who_waits(fleet: Fleet, bucket: WatchedStore) -> None:
-    """Nodes that come to a lobby whose list is full of cards that nobody is behind find each other all the same."""
+def test_cards_of_dead_nodes_do_not_hide_waiting_nodes(fleet: Fleet, bucket: WatchedStore) -> None:
+    """Nodes that start with a lobby full of dead nodes' cards find each other."""
     fleet.limits = changed(ROOMY, nodes_min=2)
     fleet.start(*CROWD)
     fleet.pass_time(2 * TICK_S)

@@ -26,8 +26,8 @@ def large_world(fleet: Fleet, *started: str) -> None:
         node.turn()
 
 
-def test_the_first_two_of_a_large_world_watch_everyone(fleet: Fleet) -> None:
-    """In a large world a leader notices a member that has never spoken; others watch the leaders only."""
+def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
+    """In a large world a leader notices a member that has never spoken. Other members watch the leaders only."""
     large_world(fleet, "n00", "n01", "n02")
     everyone = {member(name).incarnation for name in LARGE}
     assert set(fleet.nodes["n00"].table.peers) == everyone - {"n001"}
@@ -45,7 +45,7 @@ def test_the_first_two_of_a_large_world_watch_everyone(fleet: Fleet) -> None:
 def test_a_large_world_loses_leaders_and_others_alike(
     fleet: Fleet, gone: list[str], silent: bool
 ) -> None:
-    """Whoever is gone, refusing or silent, the others form one world without it, once."""
+    """Whichever member is gone, refusing or silent, the others form one world without it, once."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -65,8 +65,8 @@ def test_a_large_world_loses_leaders_and_others_alike(
     assert fleet.log.generation_number == 2
 
 
-def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
-    """A member whose connection ended is dialled, which nobody else would do: gone or not is known before it is silent."""
+def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None:
+    """A leader connects to it, so that it knows before the silence timeout whether the member is gone."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -85,7 +85,7 @@ def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
 
 
 def test_a_world_may_grow_large(fleet: Fleet) -> None:
-    """The node with which members stop asking each other joins as any other: who is not asked any more is not silent."""
+    """The node with which members stop asking each other joins like any other: members that are no longer asked are not silent."""
     fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     fleet.form(*LARGE[:-1])
     fleet.start(LARGE[-1])
@@ -104,8 +104,8 @@ def speaks_to(fleet: Fleet, speaker: str, listener: str) -> None:
     other.received(fleet.nodes[speaker].message_to(other.member.incarnation, asks=False))
 
 
-def test_who_was_asked_before_the_crowd_came_is_not_lost_in_its_world(fleet: Fleet) -> None:
-    """A node that had not answered yet when it was asked no more, for the first two were asked instead, is no loss."""
+def test_unanswered_question_before_a_world_grew_large_is_no_loss(fleet: Fleet) -> None:
+    """A node that had not answered yet when this node stopped asking it is not lost."""
     fleet.limits = changed(LIMITS, nodes_min=len(LARGE), nodes_max=64, slots=None)
     fleet.cut = {frozenset(("n15", "n25"))}
     fleet.start(*LARGE[:-1])
@@ -120,8 +120,8 @@ def test_who_was_asked_before_the_crowd_came_is_not_lost_in_its_world(fleet: Fle
     assert {node.broken for node in fleet.alive()} == {0}
 
 
-def test_who_leads_nobody_looks_after_nobody(fleet: Fleet) -> None:
-    """Two members that hang up on each other do not go on to call each other back for ever."""
+def test_only_leaders_probe(fleet: Fleet) -> None:
+    """Two members that close their connections to each other do not probe each other without end."""
     large_world(fleet, *LARGE)
     fleet.run()
     speaks_to(fleet, "n21", "n20")
@@ -132,7 +132,7 @@ def test_who_leads_nobody_looks_after_nobody(fleet: Fleet) -> None:
 
 
 def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
-    """That some members are lost already gives the next ones that fall silent no further time."""
+    """Members that fall silent after others were lost get no extra time."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -144,7 +144,7 @@ def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
 
 
 def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
-    """Nodes that come and go for months leave nothing behind in those that stay."""
+    """Nodes that join and leave for months use no memory of the nodes that stay."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -160,7 +160,7 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
 
 
 def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
-    """Where a leader asks a newcomer less often than once in the time that a small world would allow it, it still joins."""
+    """A newcomer that a leader asks less often than a small world's timeout still joins."""
     large = [f"n{number:04}" for number in range(2400)]
     world, interval_s = generation(*large), LIMITS.interval_s(len(large))
     assert interval_s > LIMITS.elastic.heartbeat_timeout_s * SPARE_SILENCE_SHARE
@@ -174,7 +174,7 @@ def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> No
 def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
     fleet: Fleet,
 ) -> None:
-    """Who met a torn network when it came goes on asking those who can take it in."""
+    """A node that starts in a split network keeps asking the leaders."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.start("z")
@@ -185,8 +185,8 @@ def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
     assert set(fleet.drains) == {"z joins"}
 
 
-def test_old_words_of_a_member_that_nobody_asks_part_nobody() -> None:
-    """That a member could not reach another one long ago breaks no world of today."""
+def test_old_status_of_an_unwatched_member_breaks_no_link() -> None:
+    """If a member could not reach another one long ago, that does not break today's world."""
     world = generation(*LARGE)
     complaint = status("n20", unreachable=(member("n21").incarnation,))
     for watched_since_s, broken in ((None, False), (NOW_S - 100, True)):

@@ -136,8 +136,8 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
-def test_without_the_token_nothing_is_told(tmp_path: Path, headers: dict[str, str]) -> None:
-    """Who does not show the run's token gets 401, from the status page and before any link is opened."""
+def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, str]) -> None:
+    """The status page and the link both answer 401 to a request without the run's token."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
@@ -153,8 +153,8 @@ def test_without_the_token_nothing_is_told(tmp_path: Path, headers: dict[str, st
     run(scenario())
 
 
-def test_with_the_token_the_status_is_told(tmp_path: Path) -> None:
-    """`/v1/status` has what the node says of itself, in the form that `STATUS` reads."""
+def test_status_page_with_the_token(tmp_path: Path) -> None:
+    """`/v1/status` has the node's status in the form that `STATUS` reads."""
 
     async def scenario() -> None:
         async with (
@@ -189,10 +189,8 @@ def said_by(name: str, **changes: object) -> str:
     ],
     ids=["text", "object", "nested", "count", "refusal", "status", "binary", "too large"],
 )
-def test_what_is_no_message_closes_the_link_and_does_no_harm(
-    tmp_path: Path, frame: str | bytes
-) -> None:
-    """After garbage a link is closed, nothing was noted, and other links go on."""
+def test_garbage_closes_the_link_and_nothing_else(tmp_path: Path, frame: str | bytes) -> None:
+    """After garbage the link is closed, nothing was stored, and other links go on."""
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
@@ -219,8 +217,8 @@ def test_what_is_no_message_closes_the_link_and_does_no_harm(
     run(scenario())
 
 
-def test_garbage_from_a_peer_that_was_dialled_does_no_harm(tmp_path: Path) -> None:
-    """A peer that answers rubbish is not heard and not reached, and is not taken for gone either."""
+def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
+    """It counts neither as heard nor as reached, and it is not taken for gone."""
 
     async def scenario() -> None:
         asked = asyncio.Event()
@@ -264,7 +262,7 @@ def test_garbage_from_a_peer_that_was_dialled_does_no_harm(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
-    """One connection proves life both ways, over IPv4 and IPv6; only who dialled knows that the address works."""
+    """One connection is proof of life in both directions, over IPv4 and IPv6. Only the end that connected knows that the address works."""
 
     async def scenario() -> None:
         async with (
@@ -281,8 +279,8 @@ def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
     run(scenario())
 
 
-def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
-    """What a node says of itself reaches who dials it and whom it dials long before the next interval, and is news."""
+def test_status_change_is_sent_at_once_to_both_ends(tmp_path: Path) -> None:
+    """A changed status reaches all connected peers long before the next interval, and is news there."""
 
     async def scenario() -> None:
         async with (
@@ -306,7 +304,7 @@ def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
 
 
 def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
-    """Both ends of a connection can ask and have proof of life from that moment on, without waiting for the interval."""
+    """Both ends of a connection can ask and get a proof of life without waiting for the interval."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -328,7 +326,7 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
 
 
 def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -> None:
-    """A question and an answer an interval, and no more: nobody answers answers."""
+    """One question and one answer per interval, and no more: an answer is not answered."""
 
     async def scenario() -> None:
         interval_s = 0.1
@@ -351,8 +349,8 @@ def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -
     run(scenario())
 
 
-def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
-    """A peer that is not among the targets any more loses its connection, and says nothing to nobody."""
+def test_connection_to_a_former_target_is_closed(tmp_path: Path) -> None:
+    """A peer that is no longer a target loses its connection, and stops sending."""
 
     async def scenario() -> None:
         async with (
@@ -373,8 +371,8 @@ def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
-    """An agent that closes its links is gone at once, even if a message arrives in that very moment."""
+def test_closing_is_fast_while_messages_arrive(tmp_path: Path) -> None:
+    """An agent that closes its links is gone at once, even if a message arrives at that moment."""
 
     async def scenario() -> None:
         limits = changed(RARELY, heartbeat_interval_s=0.001)
@@ -393,7 +391,7 @@ def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
 # ---- who is gone -------------------------------------------------------------------------------------
 
 
-def test_a_port_that_nobody_listens_on_refuses(tmp_path: Path) -> None:
+def test_closed_port_counts_as_refused(tmp_path: Path) -> None:
     """A node whose address refuses connections is known to be gone at once, which is news."""
 
     async def scenario() -> None:
@@ -407,8 +405,8 @@ def test_a_port_that_nobody_listens_on_refuses(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_another_life_at_the_same_port_counts_as_gone(tmp_path: Path) -> None:
-    """Who answers for another incarnation proves that the one that was asked for is dead."""
+def test_another_incarnation_at_the_same_port_counts_as_refused(tmp_path: Path) -> None:
+    """If another incarnation answers, the one that was asked for is dead."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -422,7 +420,7 @@ def test_another_life_at_the_same_port_counts_as_gone(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path) -> None:
-    """A node that hangs up is noticed at once; if the same life answers there again, it is no longer refused."""
+    """A node that closes its connections is noticed at once. If the same incarnation answers again, it is no longer refused."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path, limits=OFTEN) as a, agent("b", tmp_path) as b:
@@ -488,8 +486,8 @@ def test_a_killed_process_is_noticed_at_once(
     run(scenario())
 
 
-def test_the_end_of_a_connection_is_news_for_who_was_dialled(tmp_path: Path) -> None:
-    """Who only answered looks at once, too, when the other end hangs up; that alone does not make the peer gone."""
+def test_end_of_an_incoming_connection_is_news(tmp_path: Path) -> None:
+    """The end that only answered takes a turn, too, when the other end closes. That alone does not make the peer gone."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -505,7 +503,7 @@ def test_the_end_of_a_connection_is_news_for_who_was_dialled(tmp_path: Path) -> 
 def test_a_stopped_process_is_silent_and_not_gone(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """A peer that is stopped does not refuse; its proof of life grows old, and comes back with it."""
+    """A peer that is stopped does not refuse. Its proof of life gets old, and is renewed when it continues."""
     peer, b = process
 
     async def scenario() -> None:
@@ -529,10 +527,10 @@ def test_a_stopped_process_is_silent_and_not_gone(
     run(scenario())
 
 
-def test_a_connection_that_is_stuck_is_given_up(
+def test_stuck_connection_is_replaced(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """A connection that has been silent for the timeout is replaced: the network under it may be another one by now."""
+    """A connection that has been silent for the timeout is replaced: the network may have changed."""
     peer, b = process
 
     async def scenario() -> None:
@@ -554,8 +552,8 @@ def test_a_connection_that_is_stuck_is_given_up(
 # ---- the token ---------------------------------------------------------------------------------------
 
 
-def test_of_many_that_come_first_all_have_one_token(tmp_path: Path) -> None:
-    """However many nodes start at once, they end with the same secret, which is long."""
+def test_agents_that_start_together_share_one_token(tmp_path: Path) -> None:
+    """However many agents start at once, all use the same secret, and it is long."""
     found: list[str] = []
     start = threading.Barrier(8)
 
@@ -574,8 +572,8 @@ def test_of_many_that_come_first_all_have_one_token(tmp_path: Path) -> None:
     assert len(found[0]) >= 32
 
 
-def test_status_has_all_that_is_said() -> None:
-    """What `STATUS` writes is what a NodeStatus holds, so that another version can be told apart."""
+def test_status_page_has_every_field() -> None:
+    """What `STATUS` writes is all of a NodeStatus, so that another version can be told apart."""
     said = STATUS.dump_python(waiting("a"), mode="json")
     assert set(said) == {each.name for each in dataclasses.fields(NodeStatus)}
     assert STATUS.validate_python(said) == waiting("a")

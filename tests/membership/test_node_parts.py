@@ -43,7 +43,7 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
-    """What the agent tells its workers never waits for one that is stopped; the others hear all of it."""
+    """Messages from the agent never wait for a stopped worker. The other workers get all of them."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket", heard.put)
     stopped = socket.socket(socket.AF_UNIX)
