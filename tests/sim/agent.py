@@ -1,10 +1,10 @@
 """One agent: the production `Participant`, `RunLog`, `Lobby`, `Pulse` and `Node`, on simulated threads.
 
-What `Node`'s membership thread, `Agent`'s main thread and the committing thread do is done here by
-greenlets, in the same order and with the same waits:
+Greenlets do the work of `MembershipThread`, of `Agent`'s main thread and of the committing thread, in the same
+order and with the same waits:
 
     membership   log.refresh ─► [ turn ─► aim ─► say ─► wait for news ] ...
-    pulse        [ feel_pulse ─► sleep ] ...
+    pulse        [ step_pulse ─► sleep ] ...
     main         [ await_generation ─► start workers ─► watch ─► settle | fail | give up ─► spend ] ...
     commit       shards of all members uploaded ─► append COMMIT (STOP after the last step)
 """
@@ -52,7 +52,7 @@ _RETRIES_WITHOUT_PROGRESS: Final = 3
 
 @dataclass(frozen=True)
 class Costs:
-    """Processor time of an agent, which does one thing after the other. Nothing, unless a simulation is about that."""
+    """Processor time of an agent, which does one thing after the other. Zero, except in simulations of large fleets."""
 
     receive_s: float = 0.0
     """For each message that it receives."""

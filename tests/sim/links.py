@@ -1,4 +1,4 @@
-"""What `elastic/links.py` does with WebSockets, over the simulated network: dial, ask, answer, notice who is gone."""
+"""`membership/links.py` over the simulated network: connect, ask, answer, notice that a peer is gone."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
