@@ -87,7 +87,7 @@ class Contacts:
             )
         )
 
-    # ---- whom to ask -----------------------------------------------------------------------------
+    # ---- which nodes to ask -----------------------------------------------------------------------------
 
     def _leads(self, members: tuple[Member, ...], me: Member, silence_s: float) -> bool:
         """Whether this node is one of the first members that still answer."""

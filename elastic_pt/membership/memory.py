@@ -72,7 +72,7 @@ class Memory:
     # ---- quiet: neither the log nor the pulse changes ----------------------------------------------
 
     def pulse_read(self, pulse: bytes, asked_s: float, now_s: float) -> None:
-        """Note the pulse, which was asked for at `asked_s`. Quiet ends there: nobody knows what came after."""
+        """Note the pulse, which was asked for at `asked_s`. What came after is unknown, so the quiet ends there."""
         if pulse != self._pulse:
             self._pulse, self.quiet_since_s = pulse, now_s
         self.quiet_until_s = asked_s

@@ -181,5 +181,5 @@ def _elastic_section(parameters: RendezvousParameters) -> ElasticSection:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "--rdzv-conf"
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
-    # Nobody reports steps here, so failures would add up without end. torchrun has --max-restarts for that.
+    # torchrun reports no steps, so failures would add up without end. It has --max-restarts for that.
     return section.model_copy(update={"failures_max": sys.maxsize})

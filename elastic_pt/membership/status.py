@@ -11,7 +11,7 @@ from elastic_pt.runlog.records import Cause, Member
 MESH_NODES_MAX: Final = 32
 """In a world of at most this many nodes every member asks every other one. In a larger world members ask the leaders."""
 LEADERS: Final = 2
-"""How many members of a large world everyone asks: the first ones in rank order that answer."""
+"""How many members of a large world all others ask: the first ones in rank order that answer."""
 _FULL_PACE_NODES: Final = 512
 _INTERVALS_OF_SILENCE: Final = 3.5
 """In a healthy world a proof of life is up to two intervals old. The rest is a margin for late messages."""

@@ -83,7 +83,7 @@ class CauseKind(StrEnum):
     PARKED = "parked"
     """A member answers, but not all others can reach it."""
     GAVE_UP = "gave up"
-    """A member found the world broken; by the time all were asked, everyone answered again."""
+    """A member found the world broken; by the time all were asked, all answered again."""
     LEFT = "left"
     """A member left in good order."""
     JOINED = "joined"

@@ -1,4 +1,4 @@
-"""Several participants of one run, whose clock the test moves and whose words it carries by hand."""
+"""Several participants of one run. The test moves their clock and delivers their messages."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,15 +27,15 @@ class Port:
 
 @dataclasses.dataclass
 class Fleet:
-    """Nodes of one run. `pass_time` carries their words to and fro and gives each its turns."""
+    """Nodes of one run. `pass_time` delivers their messages and gives each its turns."""
 
     bucket: WatchedStore
     limits: Limits = LIMITS
     nodes: dict[str, Participant] = dataclasses.field(default_factory=dict)
     dead: set[str] = dataclasses.field(default_factory=set)
-    """Whose addresses refuse connections."""
+    """Nodes whose addresses refuse connections."""
     off: set[str] = dataclasses.field(default_factory=set)
-    """Who is gone with its address: nobody refuses, nobody answers."""
+    """Nodes that are gone with their machines: their addresses neither refuse nor answer."""
     cut: set[frozenset[str]] = dataclasses.field(default_factory=set)
     drains: list[str] = dataclasses.field(default_factory=list)
     now_s: float = 0.0
@@ -76,7 +76,7 @@ class Fleet:
         return Port(5000 + self.bound)
 
     def pass_time(self, seconds: float) -> None:
-        """Let everybody ask, answer and take turns."""
+        """Let all nodes ask, answer and take turns."""
         for _ in range(round(seconds / TICK_S)):
             self.now_s += TICK_S / 2
             self.talk()
@@ -89,7 +89,7 @@ class Fleet:
         return [node for name, node in self.nodes.items() if name not in self.dead | self.off]
 
     def talk(self) -> None:
-        """Everyone asks whom it wants to ask, and is answered."""
+        """Each node asks its targets, and they answer."""
         for node in self.alive():
             for target in node.contacts.targets:
                 name, mine = target.node, node.member

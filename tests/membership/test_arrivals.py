@@ -1,4 +1,4 @@
-"""Nodes that come: for whom the others wait, and what becomes of the cards of those who went."""
+"""Nodes that arrive: which of them the others wait for, and what happens to the cards of dead nodes."""
 
 import pytest
 

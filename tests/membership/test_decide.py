@@ -1,4 +1,4 @@
-"""Who trains is decided from facts alone, and always with a reason."""
+"""`decide` as a member: from facts alone, and always with a reason."""
 
 import dataclasses
 import random
@@ -38,7 +38,7 @@ TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 def test_a_healthy_world_goes_on() -> None:
-    """While all members answer, nobody proposes anything."""
+    """While all members answer, no node proposes anything."""
     world = generation("a", "b")
     assert decision(status("a"), {"b": peer(status("b"))}, of=world) == Wait("training")
     assert not is_broken(status("a"), {"b": peer(status("b"), silent_s=TIMEOUT_S)}, of=world)
@@ -394,7 +394,7 @@ def test_member_that_is_gone_for_certain_has_no_vote() -> None:
 
 
 def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -> list[str]:
-    """Members of one side who would propose, when both sides are silent to each other and `dead` is gone."""
+    """Members of one side that would propose, when both sides are silent to each other and `dead` is gone."""
     everyone = {each.node for each in world.members}
     away = lives(*(everyone - here))
     found = []

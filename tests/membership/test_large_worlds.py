@@ -1,4 +1,4 @@
-"""Worlds of more nodes than ask each other: a star whose two centres watch everyone."""
+"""Worlds of more than MESH_NODES_MAX nodes, in which two leaders watch all members."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ def test_a_large_world_loses_leaders_and_others_alike(
     else:
         fleet.dead = set(gone)
     alive = [name for name in LARGE if name not in gone]
-    # Two leaders in a row may each take a timeout to be noticed, by those who ask nobody else.
+    # Two leaders in a row may each take a timeout to be noticed, by members that ask no other node.
     for _ in range(round(2 * LIMITS.elastic.heartbeat_timeout_s / TICK_S) + 5):
         fleet.pass_time(TICK_S)
         if fleet.log.generation_number > 1:

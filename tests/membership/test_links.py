@@ -43,7 +43,7 @@ OFTEN = changed(RARELY, heartbeat_interval_s=0.05)
 
 @dataclasses.dataclass
 class Agent:
-    """One node's connections. Nobody takes turns here; a test says whom to ask."""
+    """One node's connections. No node takes turns here; a test sets the targets."""
 
     participant: Participant
     links: Links
@@ -132,7 +132,7 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-# ---- who may talk ------------------------------------------------------------------------------------
+# ---- the token ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
@@ -388,7 +388,7 @@ def test_closing_is_fast_while_messages_arrive(tmp_path: Path) -> None:
     run(scenario())
 
 
-# ---- who is gone -------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------
 
 
 def test_closed_port_counts_as_refused(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path)
 
 
 def serve_for_ever(directory: str) -> None:
-    """Another process that answers as node b, until somebody ends it."""
+    """Another process that answers as node b, until the test ends it."""
 
     async def serve() -> None:
         async with agent("b", Path(directory), limits=OFTEN) as b:

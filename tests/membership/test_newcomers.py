@@ -1,4 +1,4 @@
-"""Who comes, who goes and who asks whom: decided from facts alone, and always with a reason."""
+"""`decide` about nodes that join and leave, and which nodes ask which: from facts alone, with a reason."""
 
 from collections.abc import Callable
 
@@ -113,7 +113,7 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
     assert drain == Drain("c joins; d joins")
     full = changed(LIMITS, nodes_max=3)
     at_once = decision(status("a"), peers, of=world, limits=full, newcomers_changed_s=NOW_S)
-    assert at_once == Drain("c joins"), "nobody else would be taken in"
+    assert at_once == Drain("c joins"), "no other node would be taken in"
     assert decision(status("b"), peers | {"a": peer(status("a"))}, of=world) == Wait("training")
     assert decision(status("a", NodePhase.SETTLING), peers, of=world) == Wait("training")
 
@@ -240,7 +240,7 @@ def test_first_world_has_a_barred_node_only_if_needed() -> None:
     assert nodes(decision(a, peers, of=None, limits=needed, barred=barred)) == ["a", "b", "c"]
 
 
-# ---- bounds, shares, whom to ask ---------------------------------------------------------------------
+# ---- limits, shares, targets ------------------------------------------------------------------------
 
 
 def test_in_a_small_world_everyone_asks_everyone() -> None:

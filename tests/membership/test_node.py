@@ -172,7 +172,9 @@ def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[.
     assert names(second) == ["b", "c"]
     assert second.generation.reason == "lost a"
     assert second.generation.store_port != first.generation.store_port
-    assert b.read_at_s(2) - gone_s < LIMITS.elastic.heartbeat_timeout_s, "nobody waited for silence"
+    assert b.read_at_s(2) - gone_s < LIMITS.elastic.heartbeat_timeout_s, (
+        "no node waited for the silence timeout"
+    )
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:

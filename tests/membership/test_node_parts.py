@@ -91,7 +91,7 @@ def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
 
 
 def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
-    """A new agent removes directories whose lock nobody holds, and leaves those of living agents alone."""
+    """A new agent removes directories whose lock is free, and leaves those of living agents alone."""
     dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
     for directory in (dead, alive):
         directory.mkdir()

@@ -190,7 +190,7 @@ def test_the_card_of_a_node_that_died_waiting_is_removed(
     assert len(bucket.keys(LOBBY)) == 1
 
 
-# ---- who comes and goes ------------------------------------------------------------------------------
+# ---- joining, leaving -------------------------------------------------------------------------------
 
 
 def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
@@ -274,7 +274,7 @@ def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
     fleet.nodes["m"].received(b.message_to("m1", asks=True))
     m = fleet.nodes["m"]
     assert m.message_to("b1", asks=False).refusal != ""
-    # Who still has workers is no newcomer, and who is in the log's newest generation is no stranger.
+    # A node that still has workers is no newcomer, and neither is a member of the log's newest generation.
     m.received(Message(99, 0, True, status("b", fingerprint={"code": "2"})))
     assert m.message_to("b1", asks=False).refusal == ""
     m.received(Message(99, 0, True, waiting("m2", fingerprint={"code": "2"})))

@@ -122,13 +122,13 @@ def is_broken(me: NodeStatus, peers: Mapping[str, Peer], *, of: Generation) -> b
 
 
 def nodes(proposal: Decision) -> list[str]:
-    """Whom a proposal names."""
+    """The nodes that a proposal names."""
     assert isinstance(proposal, Propose), proposal
     return [each.node for each in proposal.members]
 
 
 def causes(proposal: Decision) -> list[tuple[CauseKind, str]]:
-    """The causes of a proposal: what happened to whom."""
+    """The causes of a proposal: each kind with its node."""
     assert isinstance(proposal, Propose), proposal
     return [(cause.kind, cause.node) for cause in proposal.causes]
 

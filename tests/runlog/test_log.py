@@ -165,7 +165,7 @@ def test_append_that_loses_is_built_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None:
-    """Changing any record but the newest is noticed by whoever reads the whole log."""
+    """Changing any record but the newest is noticed by a reader of the whole log."""
     log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
     log.append(lambda _: generation(1), generation=0)
     for step in (1, 2, 3):

@@ -275,7 +275,7 @@ class AgentProcess(Process):
         return self.clock_s()
 
     def wall_clock_s(self) -> float:
-        """The time of day, as this machine has it: somebody sets it back and forth, also while all else is well."""
+        """The time of day of this machine. It is set back and forth, also while nothing else is wrong."""
         hours = round(self._wall_offset_s + self.scheduler.now_s / 5.0) % 3
         return self.scheduler.now_s + self._wall_offset_s + 3600.0 * hours
 
@@ -316,7 +316,7 @@ class AgentProcess(Process):
     # ---- membership thread -------------------------------------------------------------------------
 
     def _membership(self) -> None:
-        # Production crashes here if the bucket does not answer; whoever started the agent starts it again.
+        # Production crashes here if the bucket does not answer, and is started again.
         port = self._port if self._port is not None else self.machine.free_port()
         self.machine.listeners[port] = _Answering(self)
         self.participant.begin(dataclasses.replace(self._member, port=port))
@@ -416,7 +416,7 @@ class AgentProcess(Process):
         )
         self.around.training.start(generation, workers, start_s)
         while workers.up:
-            # Looks often, because a membership thread that waits for the bucket wakes nobody.
+            # A short timeout: a membership thread that waits for the bucket notifies no waiter.
             self.node._await(
                 lambda: not workers.up or self.node.must_reform(number), _MONITOR_INTERVAL_S
             )

@@ -1,7 +1,7 @@
 """Bugs planted in the protocol, one at a time: a simulator that does not find them proves nothing.
 
-Each changes one thing of the production code (or of the little that drives it here), the way somebody who
-had not understood the rule might write it.
+Each changes one thing of the production code (or of the little that drives it here), in a way in which an
+engineer who has not understood the rule might write it.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ _append = RunLog.append
 
 
 class _AnyCommit:
-    """Taken for the commit that somebody expects."""
+    """Equal to every commit."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -227,7 +227,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "not asked again",
-        "whoever answered before the trouble is taken for alive",
+        "a node that answered before the trouble counts as alive",
         decide,
         "_answered",
         lambda view, member, since_s: True,
@@ -240,7 +240,7 @@ MUTATIONS: Final = (
         lambda *_: True,
     ),
     Mutation(
-        "nobody parked",
+        "no node parked",
         "nodes that cannot reach each other are put into one world",
         decide,
         "park",
@@ -248,7 +248,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "links not probed",
-        "whoever asks to be taken in is, whether its address works or not",
+        "every node that asks is taken in, whether its address works or not",
         participant,
         "newcomers",
         _unprobed_newcomers,
@@ -262,7 +262,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "hearing is proof",
-        "whoever is heard counts as reachable, though it may not hear this node",
+        "a node that is heard counts as reachable, though it may not hear this node",
         PeerTable,
         "received",
         _hearing_is_proof,

@@ -1,7 +1,7 @@
 """One simulated run from one seed: faults for a while, then none, and everything must come together.
 
 0 s           nodes start, faults strike        every check holds at every event
-quiet_from_s  the last fault has ended          ─► one running generation of all who can be in it, in time
+quiet_from_s  the last fault has ended          ─► one running generation of all fit nodes, in time
 converged     nothing happens any more          ─► no new generation, few requests to the bucket
 """
 
@@ -26,9 +26,9 @@ from tests.sim.training import Plan, State, Training
 
 CONVERGENCE_S: Final = 40.0
 """Simulated seconds after the last fault within which all nodes train together, and what one request to the
-bucket may take that went when nobody answered. Half of it is what torch's store client waits for a host that is gone."""
+bucket may take that was sent before it answered again. Half of it is the timeout of torch's store client."""
 SETTLED_S: Final = 4.0
-"""Simulated seconds that it takes to notice the last trouble: only who has trained for so long has converged."""
+"""Simulated seconds that it takes to notice the last trouble: a node has converged only after it has trained for this long."""
 QUIET_S: Final = 5.0
 """Simulated seconds that the world must then stay as it is."""
 REQUESTS_PER_SECOND_MAX: Final = 3.0
@@ -241,7 +241,7 @@ class Simulation:
             agent.unwind()
 
     def _converge(self) -> float:
-        """Wait until all who can train do so, and have for a while; seconds from the last fault to the begin of that."""
+        """Wait until all fit nodes have trained for a while; seconds from the last fault to the begin of that."""
         scheduler = self.scheduler
         began_s = since_s = scheduler.now_s
         generation = 0
@@ -343,7 +343,7 @@ class Simulation:
         )
 
     def describe(self) -> str:
-        """Where everyone stands, in one line."""
+        """The state of every node, in one line."""
         view = self.witness.view
         members = [each.node for each in view.generation.members] if view.generation else []
         parts = [f"generation {view.generation_number} of {','.join(members)}"]
@@ -416,7 +416,7 @@ class Simulation:
             self.witness.gave_up(agent)
         refused = why.startswith("ConfigError")
         if refused and agent.machine.name != "z":
-            raise Violation("nobody is refused without a reason", why)
+            raise Violation("no node is refused without a reason", why)
         if not refused and why != "run ended" and self.restarts:
             again_s = self.scheduler.random.uniform(0.1, 3.0)
             self.scheduler.after(again_s, lambda: self.start(agent.machine.name))
@@ -439,7 +439,7 @@ class Simulation:
             self.network.switch_on(self.network.machines[node])
             self.start(node)
 
-    # ---- who is well -------------------------------------------------------------------------------
+    # ---- fit nodes ---------------------------------------------------------------------------------
 
     def ill(self, what: Any) -> None:
         """A fault on a machine, a link or the bucket begins."""
@@ -552,7 +552,7 @@ class Simulation:
         return running.wall_clock_s() if isinstance(running, AgentProcess) else 0.0
 
     def note(self, text: str) -> None:
-        """A line for whoever replays this seed."""
+        """Add a line to the trace of a replayed seed."""
         if self.tracing:
             self.trace_lines.append(f"{self.scheduler.now_s:9.3f}  {text}")
 
