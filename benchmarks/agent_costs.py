@@ -18,19 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.links import Links
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, NodeStatus, Phase
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodePhase, NodeStatus
 from elastic_pt.runlog.log import RunLog, record_key
 from elastic_pt.runlog.records import Generation, Member, Record
 from elastic_pt.store.open import open_store
 
 MESSAGES = 2000
-LIMITS = Limits(1, 4096, None, heartbeat_timeout_s=1.5, join_window_s=0.5, takeover_s=3.0)
+LIMITS = Limits(ElasticSection(nodes_max=4096), slots=None)
 FINGERPRINT = dict.fromkeys(
     ("code", "config", "data", "dtype", "processor", "torch"), "0123456789abcdef"
 )
@@ -44,7 +43,7 @@ class NoStore:
 
 def status_of(member: Member) -> NodeStatus:
     """A healthy member of generation 1."""
-    return NodeStatus(member, Phase.RUNNING, 1, 1, 0, None, FINGERPRINT)
+    return NodeStatus(member, NodePhase.RUNNING, 1, 1, 0, None, FINGERPRINT)
 
 
 def participant_of(member: Member, directory: str) -> Participant:
@@ -55,11 +54,9 @@ def participant_of(member: Member, directory: str) -> Participant:
     return Participant(
         status_of(member),
         LIMITS,
-        Budgets(),
-        Surroundings(
+        Resources(
             log=log,
-            lobby=Lobby(store, time.monotonic),
-            pulse=Pulse(store, member.incarnation),
+            hints=store,
             clock_s=time.monotonic,
             bind_store=NoStore,
             choose_resume=lambda _: None,

@@ -8,7 +8,6 @@ from typing import Any
 import annotated_types
 import pytest
 
-from elastic_pt.agent.agent import budgets_of, limits_of
 from elastic_pt.agent.start import require_device, require_staging_space
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.checkpoint.layout import TrainingState
@@ -55,8 +54,6 @@ def parse(*overrides: str) -> Config:
 
 def check_start(config: Config) -> None:
     """What an agent computes of its configuration before it begins."""
-    limits_of(config)
-    budgets_of(config)
     footprint(config.model, 300)
     config.fingerprint()
     parse_config(config.to_toml(comments=True), source="test")

@@ -17,9 +17,11 @@ import secrets
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -44,11 +46,13 @@ from elastic_pt.data.cache import cache_directory
 from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.errors import DataError, FencedError, NodeFailure, NotFound, StoreError
 from elastic_pt.membership.address import local_address
-from elastic_pt.membership.budgets import Budgets, rest_s
+from elastic_pt.membership.budgets import rest_s
 from elastic_pt.membership.lookups import avoid_getfqdn
-from elastic_pt.membership.node import Formed, Left, Node, NodeOptions
+from elastic_pt.membership.node import Formed, Left, new_member, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
-from elastic_pt.membership.status import Limits
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodeStatus
+from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.identity import IDENTITY_KEY, agree_on_identity, fingerprint
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Cause, CauseKind, Stop
@@ -111,22 +115,20 @@ def run_agent(
         configure_events(config.telemetry.log_level, name, sink)
         workers = config.elastic.workers_per_node or max(1, torch.cuda.device_count())
         require_device(config)
-        require_fencing(store, config)
+        run_log = RunLog(store, writer=name)
+        fenced_url = require_fencing(store, config, run_log.refresh().fenced_url)
         require_staging_space(config, data.vocab_size)
         require_work(config, data, workers)
         require_cache(config, data)
         # Whoever joins before it could start a worker would hold up all others.
         computes = platform.wait(config.elastic.startup_timeout_s)
-        run_log = RunLog(store, writer=name)
         agree_on_identity(store, config, data, computes, run_log.refresh().platform)
-        me = Introduction(
-            name,
-            options.address or local_address(),
-            workers,
+        me = NodeStatus.first(
+            new_member(name, options.address or local_address(), workers),
             fingerprint(config, data, computes),
-            computes if config.train.numerics == "exact" else {},
         )
-        agent = Agent(config, store, run_log, scratch, me, worker)
+        deciding = computes if config.train.numerics == "exact" else {}
+        agent = Agent(config, store, run_log, scratch, me, deciding, fenced_url, worker)
         stack.callback(agent.close)
         return agent.run()
 
@@ -150,43 +152,6 @@ def _with_cache(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
 
 
-@dataclass(frozen=True)
-class Introduction:
-    """What this node is to its peers."""
-
-    name: str
-    address: str
-    workers: int
-    fingerprint: dict[str, str]
-    platform: dict[str, str]
-
-
-def limits_of(config: Config) -> Limits:
-    """The membership's share of the configuration."""
-    elastic = config.elastic
-    return Limits(
-        nodes_min=elastic.nodes_min,
-        nodes_max=elastic.nodes_max,
-        slots=config.train.slots,
-        heartbeat_timeout_s=elastic.heartbeat_timeout_s,
-        join_window_s=elastic.join_window_s,
-        takeover_s=elastic.takeover_s,
-        heartbeat_interval_s=elastic.heartbeat_interval_s,
-    )
-
-
-def budgets_of(config: Config) -> Budgets:
-    """How many failures are borne."""
-    elastic = config.elastic
-    return Budgets(
-        flaps_max=elastic.flaps_max,
-        flap_window_s=elastic.flap_window_s,
-        bar_s=elastic.quarantine_s,
-        same_failures_max=elastic.same_failures_max,
-        failures_max=elastic.failures_max,
-    )
-
-
 class Agent:
     """See the module."""
 
@@ -196,42 +161,45 @@ class Agent:
         store: Store,
         run_log: RunLog,
         scratch: Path,
-        me: Introduction,
+        me: NodeStatus,
+        platform: Mapping[str, str],
+        fenced_url: str,
         worker: Worker,
     ) -> None:
+        member = me.member
         self._config = config
         self._scratch = scratch
         config = _with_cache(config)
         # torch keeps files for its workers' errors; a killed agent's are swept here. Workers keep TMPDIR.
         tempfile.tempdir = str(scratch)
-        environment = environment_of_workers(me.address)
+        environment = environment_of_workers(member.address)
         self._observation = Observation(Metrics())
         telemetry = config.telemetry
         self._metrics_server, metrics_url = serve_metrics(
             self._observation.metrics,
             telemetry.metrics_address,
             telemetry.metrics_port,
-            me.address,
+            member.address,
         )
         self._log = run_log
-        self._node = Node(
-            NodeOptions(
-                name=me.name,
-                address=me.address,
-                workers=me.workers,
-                fingerprint=me.fingerprint,
-                limits=limits_of(config),
-                budgets=budgets_of(config),
-                metrics_url=metrics_url,
-                platform=me.platform,
+        self._node = new_node(
+            replace(me, metrics_url=metrics_url),
+            Limits(config.elastic, config.train.slots),
+            Resources(
+                log=run_log,
+                hints=open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
+                clock_s=time.monotonic,
+                bind_store=partial(bind_store, member.address),
+                choose_resume=partial(
+                    choose_resume, store, run_log, incarnation=member.incarnation
+                ),
+                on_drain=lambda reason: self._channel.broadcast(
+                    {"kind": "drain", "reason": reason}
+                ),
+                platform=platform,
+                fenced_url=fenced_url,
             ),
             store,
-            open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
-            self._log,
-            choose_resume=lambda view: choose_resume(
-                store, self._log, view, self._node.member.incarnation
-            ),
-            on_drain=lambda reason: self._channel.broadcast({"kind": "drain", "reason": reason}),
         )
         self._channel = AgentSide(scratch / SOCKET_NAME, self._handle)
         self._checkpointing = Checkpointing(
@@ -247,7 +215,7 @@ class Agent:
         self._rendezvous = LogRendezvous(self._node, run_id=store.url.rpartition("/")[2])
         self._processes = NodeProcesses(
             self._rendezvous,
-            workers=me.workers,
+            workers=member.workers,
             entrypoint=worker,
             arguments=(config.to_toml(), str(scratch), environment),
             scratch=str(scratch),

@@ -19,16 +19,23 @@ from elastic_pt.store.port import Store
 log = structlog.get_logger("elastic_pt.agent.start")
 
 
-def require_fencing(store: Store, config: Config) -> None:
-    """Refuse a run of several nodes on a store that lets two writers create the same record."""
+def require_fencing(store: Store, config: Config, checked_url: str) -> str:
+    """Refuse a run of several nodes on a store that lets two writers create the same record.
+
+    Once per run is enough: the check is skipped if the log says (`RunView.fenced_url`) that it has succeeded at this URL.
+    Returns the URL for the next GENERATION; empty where nothing was checked.
+    """
+    if checked_url == store.url:
+        return checked_url
     if config.elastic.nodes_max == 1:
-        return
+        return ""
     report = is_fenced(store)
     if not report.fenced:
         raise ConfigError(
-            f"run.url = {store.url!r}: unfenced ({report.reason}); several nodes need a store with "
-            "create-once, or elastic.nodes_max = 1 would be right"
+            f"run.url = {store.url!r}: unfenced ({report.reason}); expected a store with create-once "
+            "for several nodes, or elastic.nodes_max = 1"
         )
+    return store.url
 
 
 def require_work(config: Config, data: Manifest, workers: int) -> None:

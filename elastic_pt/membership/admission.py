@@ -1,64 +1,86 @@
-"""Who may be taken in, and how many: live nodes that agree, within the bounds on nodes and slots."""
+"""Which nodes may become members, and how many: live nodes that agree with this one, within the limits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from elastic_pt.membership.assessment import View
-from elastic_pt.membership.status import Limits, Phase, difference, incarnations, is_lost
-from elastic_pt.runlog.records import Cause, CauseKind, Member
+from elastic_pt.membership.status import (
+    Limits,
+    NodePhase,
+    NodeStatus,
+    Peer,
+    difference,
+    incarnations,
+    is_lost,
+)
+from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 SPARE_SILENCE_SHARE: Final = 0.4
 """A newcomer that was silent for this share of the timeout is not taken in, ..."""
 SPARE_INTERVALS: Final = 1.5
-"""... unless that is less than so many of the intervals at which it is asked."""
+"""... unless that is shorter than this many heartbeat intervals."""
 
 
 def newcomers(
-    view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
-) -> list[Member]:
-    """Live nodes outside the generation that wait, do not rest, can reach all who stay, and agree with this node."""
-    must_reach = incarnations(stay)
-    number = 0 if view.generation is None else view.generation.number
-    members = view.generation.incarnations if view.generation else frozenset()
+    me: NodeStatus,
+    generation: Generation | None,
+    peers: Mapping[str, Peer],
+    limits: Limits,
+    now_s: float,
+) -> tuple[NodeStatus, ...]:
+    """Live nodes outside the generation that wait, do not rest and agree with this node, in a fixed order."""
+    number = 0 if generation is None else generation.number
+    members = frozenset() if generation is None else generation.incarnations
     silence_s = max(
-        limits.heartbeat_timeout_s * SPARE_SILENCE_SHARE,
+        limits.elastic.heartbeat_timeout_s * SPARE_SILENCE_SHARE,
         SPARE_INTERVALS * limits.interval_s(len(members)),
     )
-    return sorted(
-        (
-            peer.status.member
-            for incarnation, peer in view.peers.items()
-            if peer.status is not None
-            and incarnation not in members
-            and peer.status.phase is Phase.WAITING
-            and peer.status.generation >= number
-            and not peer.status.leaving
-            and not peer.status.resting
-            and peer.status.member.node not in view.barred
-            and not must_reach & set(peer.status.unreachable)
-            and not difference(view.me.fingerprint, peer.status.fingerprint)
-            and peer.reached
-            and peer.heard_s is not None
-            and not is_lost(peer, now_s, silence_s)
-        ),
-        key=lambda member: (member.node, member.incarnation),
-    )
+    found = [
+        peer.status
+        for incarnation, peer in peers.items()
+        if peer.status is not None
+        and incarnation not in members
+        and peer.status.phase is NodePhase.WAITING
+        and peer.status.generation >= number
+        and not peer.status.leaving
+        and not peer.status.resting
+        and not difference(me.fingerprint, peer.status.fingerprint)
+        and peer.reached
+        and peer.heard_s is not None
+        and not is_lost(peer, now_s, silence_s)
+    ]
+    return tuple(sorted(found, key=lambda each: (each.member.node, each.member.incarnation)))
+
+
+def refusal(me: NodeStatus, applicant: NodeStatus, generation: Generation | None) -> str:
+    """Why this node refuses a node that wants to join; empty if it does not.
+
+    Members refuse a node that differs from them. Before the first generation the node that comes first by name does.
+    """
+    if applicant.phase is not NodePhase.WAITING:
+        return ""
+    mine, theirs = me.member, applicant.member
+    if generation is None:
+        may_refuse = (mine.node, mine.incarnation) < (theirs.node, theirs.incarnation)
+    else:
+        inside = generation.rank_of(mine.incarnation) is not None
+        may_refuse = inside and generation.rank_of(theirs.incarnation) is None
+    return difference(me.fingerprint, applicant.fingerprint) if may_refuse else ""
 
 
 def admit(candidates: Sequence[Member], limits: Limits) -> tuple[Member, ...]:
-    """As many of the candidates, in order, as the bounds on nodes and slots allow."""
+    """As many of the candidates, in order, as the limits on nodes and slots allow."""
     admitted: list[Member] = []
     workers = 0
     for member in candidates:
         fits = limits.slots is None or workers + member.workers <= limits.slots
-        if fits and len(admitted) < limits.nodes_max:
+        if fits and len(admitted) < limits.elastic.nodes_max:
             admitted.append(member)
             workers += member.workers
     return tuple(admitted)
 
 
 def joiners(wanted: Sequence[Member], members: Sequence[Member]) -> list[Cause]:
-    """Causes for those who are wanted and were no members."""
+    """A JOINED cause for each wanted node that was no member."""
     known = incarnations(members)
     return [
         Cause(CauseKind.JOINED, member.node) for member in wanted if member.incarnation not in known
@@ -66,7 +88,7 @@ def joiners(wanted: Sequence[Member], members: Sequence[Member]) -> list[Cause]:
 
 
 def spans(total: int, parts: int) -> list[int]:
-    """`total` things over `parts` takers, as evenly as it goes, the first takers get the remainder."""
+    """`total` divided into `parts` nearly equal integers; the first ones take the remainder."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 

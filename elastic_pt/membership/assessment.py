@@ -1,14 +1,13 @@
-"""What became of the members of the newest generation, as one of them sees it.
+"""The state of the members of the newest generation, as one of them sees it.
 
-    facts (View, Limits, now_s) ──► assess ──► Assessment: who is gone, cut off, failed, leaving
+    own status, peers, generation ──► assess ──► Assessment: who is alive, gone, cut off, has failed, leaves
 
-Liveness is the observer's own monotonic clock over answers it got; no clock of another machine is ever
-looked at.
+Liveness comes from this node's own monotonic clock and the answers that it received. The clock of another
+machine is never read.
 """
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from elastic_pt.membership.status import (
@@ -19,65 +18,40 @@ from elastic_pt.membership.status import (
     incarnations,
     is_lost,
 )
-from elastic_pt.runlog.records import Cause, Generation, Member, Stop
+from elastic_pt.runlog.records import Cause, Generation, Member
 
 LINK_GRACE_SHARE: Final = 0.25
-"""How much longer than the timeout a link must be down before one of its ends is parked: until then the
-others may still find that the node itself is gone."""
+"""A link must be down for this share of the timeout beyond the timeout before one of its ends is parked. Until
+then the other members may still find that the node itself is gone."""
 LINK_FRESH_SHARE: Final = 0.5
-"""That a member cannot reach another one counts as a broken link where the other one has been heard within
-this share of the timeout; where it has not, it may itself be gone."""
-
-
-@dataclass(frozen=True)
-class View:
-    """The facts that one node decides from."""
-
-    me: NodeStatus
-    generation: Generation | None
-    stop: Stop | None
-    peers: Mapping[str, Peer] = field(default_factory=dict)
-    """By incarnation."""
-    newcomers_changed_s: float = 0.0
-    """When the set of nodes that could join last changed."""
-    generation_since_s: float = float("inf")
-    """When this node read the newest generation's record."""
-    broken_since_s: float | None = None
-    """When this node noticed that the newest generation has no future."""
-    quiet_since_s: float = 0.0
-    """Since when neither the log nor the pulse has moved."""
-    quiet_until_s: float = math.inf
-    """When that was last seen to be so."""
-    barred: Mapping[str, str] = field(default_factory=dict)
-    """Nodes in quarantine, by name, and why."""
-    halt: str = ""
-    """Why the run must end, if its history says so."""
+"""If a member says that it cannot reach another one, that is a broken link only if the other one was heard within
+this share of the timeout. Otherwise the other one may itself be gone."""
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What became of the members of the newest generation, as one of them sees it."""
+    """The state of the members of the newest generation, as one of them sees it."""
 
     alive: tuple[Member, ...]
-    """In rank order, this node included, whether they are still wanted or not."""
+    """Members that are not gone, in rank order, this node included. Some of them may leave or rest."""
     dead: tuple[Member, ...]
-    """Nobody answers at their address any more: they are gone for certain."""
+    """Their address refuses connections: they are gone for certain."""
     silent: tuple[Member, ...]
-    """They should answer and do not, and no other member says that it hears them."""
+    """They do not answer, and no other member says that it hears them."""
     deaf: tuple[Member, ...]
-    """They answer, but have not read the newest generation's record by now: whoever has lost the bucket can
-    train with nobody."""
+    """They answer, but have not read the newest generation's record in time: they have lost the bucket."""
     broken_links: tuple[tuple[str, str], ...]
-    """Pairs of live members (by incarnation) one of which cannot reach the other."""
+    """Pairs of live members (by incarnation) of which one cannot reach the other."""
     failures: tuple[Cause, ...]
+    """Why members spent the generation, where that was not planned."""
     gave_up: tuple[Member, ...]
-    """Members that found the generation broken, whatever this node sees."""
+    """Members that say that the generation is broken."""
     leaving: tuple[Member, ...]
-    """Members that want to go, and those that have gone in good order."""
+    """Members that want to leave, and members that have left in good order."""
     resting: tuple[Member, ...]
-    """Members that take no part for a while, because their own workers kept failing."""
+    """Members that do not take part for some seconds, because their own workers failed repeatedly."""
     over: bool
-    """All members that are left have stopped their workers."""
+    """Whether all live members have stopped their workers."""
 
     @property
     def broken(self) -> bool:
@@ -92,15 +66,22 @@ class Assessment:
         )
 
 
-def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> Assessment:
-    """What became of the members. `view.me` is one of them. Pure; agent process."""
-    mine = view.me.member.incarnation
+def assess(
+    me: NodeStatus,
+    generation: Generation,
+    peers: Mapping[str, Peer],
+    read_s: float,
+    limits: Limits,
+    now_s: float,
+) -> Assessment:
+    """The state of the members, of which `me` is one. `read_s` is when this node read the generation's record. Pure."""
+    mine = me.member.incarnation
     timeout_s = limits.silence_s(len(generation.members))
-    # In a large world most members are strangers: nobody here asks them, so nothing here is said of them.
-    spoken_of = view.peers.keys() & generation.incarnations - {mine}
-    ranks = sorted(generation.rank_of(incarnation) or 0 for incarnation in spoken_of)
+    # In a large world this node does not know most members, because it does not ask them: they count as alive.
+    in_table = peers.keys() & generation.incarnations - {mine}
+    ranks = sorted(generation.rank_of(incarnation) or 0 for incarnation in in_table)
     known = [
-        (member, view.peers[member.incarnation])
+        (member, peers[member.incarnation])
         for member in (generation.members[rank] for rank in ranks)
     ]
     dead, left, mute, stale = [], [], [], set()
@@ -119,30 +100,22 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     absent = incarnations([*dead, *left])
     unheard = incarnations(mute)
     unwatched = {member.incarnation for member, peer in known if peer.watched_since_s is None}
-    words = {mine: view.me} | {
+    statuses = {mine: me} | {
         member.incarnation: peer.status
         for member, peer in known
         if peer.status is not None and member.incarnation not in absent
     }
-    links = {
-        (min(speaker, other), max(speaker, other))
-        for speaker, said in words.items()
-        # What a member said of others is old where nobody waits for its next word.
-        if speaker not in unheard and speaker not in unwatched
-        for other in said.unreachable
-        if other != speaker
-        and generation.rank_of(other) is not None
-        and other not in stale
-        and other not in absent
-    }
-    heard_elsewhere = _heard_by_others(view, generation, words, absent | unheard)
+    # Where this node expects no answer from a member, the status that it has of it may be old.
+    speakers = {each: said for each, said in statuses.items() if each not in unheard | unwatched}
+    links = _reported_links(speakers, generation, stale | absent)
+    heard_elsewhere = _heard_by_others(mine, generation, statuses, absent | unheard)
     silent, deaf = [], []
     for member, peer in known:
-        incarnation, said = member.incarnation, words.get(member.incarnation)
+        incarnation, said = member.incarnation, statuses.get(member.incarnation)
         if incarnation in absent:
             continue
         behind = said is not None and said.generation < generation.number
-        if behind and (peer.heard_s or 0.0) - view.generation_since_s > limits.takeover_s:
+        if behind and (peer.heard_s or 0.0) - read_s > limits.elastic.takeover_s:
             deaf.append(member)
         elif incarnation in unheard and incarnation not in heard_elsewhere:
             silent.append(member)
@@ -153,7 +126,7 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     alive = generation.members
     if gone:
         alive = tuple(member for member in alive if member.incarnation not in gone)
-    said_alive = {each: said for each, said in words.items() if each not in gone}
+    said_alive = {each: said for each, said in statuses.items() if each not in gone}
     spent = [
         said
         for _, said in sorted(said_alive.items(), key=lambda each: generation.rank_of(each[0]) or 0)
@@ -180,18 +153,30 @@ def assess(view: View, generation: Generation, limits: Limits, now_s: float) -> 
     )
 
 
+def _reported_links(
+    statuses: Mapping[str, NodeStatus], generation: Generation, ignored: Collection[str]
+) -> set[tuple[str, str]]:
+    """Pairs of members of which one says that it cannot reach the other, unless the other is `ignored`."""
+    return {
+        (min(speaker, other), max(speaker, other))
+        for speaker, said in statuses.items()
+        for other in said.unreachable
+        if other != speaker and generation.rank_of(other) is not None and other not in ignored
+    }
+
+
 def _heard_by_others(
-    view: View,
+    mine: str,
     generation: Generation,
-    words: Mapping[str, NodeStatus],
+    statuses: Mapping[str, NodeStatus],
     lost: Collection[str],
 ) -> set[str]:
-    """Members that some answering member of a small world (where all ask all) does not call unreachable."""
+    """Members that another answering member reaches. Known only in a small world, where all members ask each other."""
     if len(generation.members) > MESH_NODES_MAX:
         return set()
     found: set[str] = set()
-    for speaker, said in words.items():
+    for speaker, said in statuses.items():
         knows = said.generation >= generation.number
-        if speaker != view.me.member.incarnation and speaker not in lost and knows:
+        if speaker != mine and speaker not in lost and knows:
             found |= generation.incarnations - set(said.unreachable) - {speaker}
     return found

@@ -1,26 +1,27 @@
-"""What the newest generations say about nodes and failures that come back: budgets, kept apart.
+"""How many failures are accepted, of a node and of the run, counted over the newest generations of the log.
 
-    a node    that brought the world down `flaps_max` times within `flap_window_s` is kept out for `bar_s`,
-              twice as long each further time; the others go on without it
-              after each further failure without a new step it rests longer, and lets the others go on meanwhile
-    the run   ends by failures of the program alone (a function of state, data and code; see `failure`): the same
-              one at the same step `same_failures_max` times, or `failures_max` in a row without a new step. They
-              must have come on two nodes, or on the only one over attempts that lie `SPACED_S` apart. Whatever the
-              surroundings did to workers passes, so it never ends a run.
+    a node    that brought the world down `flaps_max` times within `flap_window_s` is kept out for `quarantine_s`,
+              and twice as long each further time; the others go on without it
+              rests after repeated failures without a new step, longer each time; the others go on meanwhile
+    the run   ends only by failures of the program (a function of state, data and code; see `workers.failure`): the
+              same one at the same step `same_failures_max` times, or `failures_max` in a row without a new step.
+              They must have happened on two nodes, or on the only node over at least `SPACED_S`. Failures of the
+              surroundings may pass, so they never end a run.
 
-Pure functions over the log and the moments at which this node read it. Nobody else's clock matters: a
-node that has just come starts counting then. A REOPEN forgives the run what it failed of before.
+Pure functions over the log and the moments at which this node read it. No other node's clock counts: a node
+that has just started begins to count then. A REOPEN record forgives all failures before it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
 
 SPACED_S: Final = 10.0
-"""Seconds over which the attempts of a node that is alone must be spread before their failures end the run."""
+"""Failures of a single node end the run only if they are spread over at least this many seconds."""
 _REST_S: Final = 1.0
 _REST_MAX_S: Final = 60.0
 _REST_JITTER: Final = 0.25
@@ -29,19 +30,8 @@ _BLAMED: Final = frozenset({CauseKind.LOST, CauseKind.FAILED, CauseKind.PARKED})
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """How much is borne."""
-
-    flaps_max: int = 3
-    flap_window_s: float = 600.0
-    bar_s: float = 30.0
-    same_failures_max: int = 3
-    failures_max: int = 20
-
-
-@dataclass(frozen=True)
 class Moments:
-    """When this node read what, by its own monotonic clock."""
+    """When this node read which record, by its own monotonic clock."""
 
     generations: Mapping[int, float]
     """By number."""
@@ -49,10 +39,10 @@ class Moments:
     """By index of the record."""
 
 
-def flaps(view: RunView, moments: Moments, node: str, budgets: Budgets, now_s: float) -> int:
-    """How often a node has brought the world down lately, since it was last kept out."""
+def flaps(view: RunView, moments: Moments, node: str, elastic: ElasticSection, now_s: float) -> int:
+    """How often a node has brought the world down within `flap_window_s` and since it was last kept out."""
     since_s = max(
-        [now_s - budgets.flap_window_s]
+        [now_s - elastic.flap_window_s]
         + [moments.bars[index] for index, bar in view.bars if bar.node == node]
     )
     return sum(
@@ -66,10 +56,10 @@ def kept_out(
     view: RunView,
     moments: Moments,
     failures: Iterable[Cause],
-    budgets: Budgets,
+    elastic: ElasticSection,
     now_s: float,
 ) -> dict[str, str]:
-    """Nodes that must not be members now, by name, with the reason. `failures` are not in the log yet."""
+    """Nodes that must not be members now, by name, each with the reason. `failures` are those not yet in the log."""
     found: dict[str, str] = {}
     for index, bar in view.bars:
         left_s = moments.bars[index] + bar.seconds - now_s
@@ -78,40 +68,40 @@ def kept_out(
     for cause in failures:
         if cause.kind is not CauseKind.FAILED:
             continue
-        count = flaps(view, moments, cause.node, budgets, now_s) + 1
-        if count >= budgets.flaps_max:
-            found.setdefault(cause.node, _why(count, budgets, cause))
+        count = flaps(view, moments, cause.node, elastic, now_s) + 1
+        if count >= elastic.flaps_max:
+            found.setdefault(cause.node, _why(count, elastic, cause))
     return found
 
 
 def quarantines_due(
-    view: RunView, moments: Moments, budgets: Budgets, now_s: float
+    view: RunView, moments: Moments, elastic: ElasticSection, now_s: float
 ) -> list[Quarantine]:
-    """What the newest generation's causes make it time to append."""
+    """The QUARANTINE records that the newest generation's causes call for."""
     if view.generation is None:
         return []
     due = []
     for cause in view.generation.causes:
-        count = flaps(view, moments, cause.node, budgets, now_s)
-        if cause.kind in _BLAMED and count >= budgets.flaps_max:
+        count = flaps(view, moments, cause.node, elastic, now_s)
+        if cause.kind in _BLAMED and count >= elastic.flaps_max:
             remembered_s = now_s - 2 * _BAR_MAX_S
             earlier = sum(
                 bar.node == cause.node and moments.bars[index] > remembered_s
                 for index, bar in view.bars
             )
-            seconds = min(_BAR_MAX_S, budgets.bar_s * 2.0**earlier)
-            due.append(Quarantine("", _why(count, budgets, cause), cause.node, seconds))
+            seconds = min(_BAR_MAX_S, elastic.quarantine_s * 2.0**earlier)
+            due.append(Quarantine("", _why(count, elastic, cause), cause.node, seconds))
     return due
 
 
-def _why(count: int, budgets: Budgets, last: Cause) -> str:
-    return f"{count} failures within {budgets.flap_window_s:g} s, last: {last}"
+def _why(count: int, elastic: ElasticSection, last: Cause) -> str:
+    return f"{count} failures within {elastic.flap_window_s:g} s, last: {last}"
 
 
 def rest_s(failures: int, draw: float) -> float:
-    """Seconds that a node rests after so many failures of its own without a new step; `draw` is in [0, 1).
+    """Seconds that a node rests after this many own failures without a new step; `draw` is random in [0, 1).
 
-    None after the first, then 1, 2, 4, ... up to 60, each a quarter more or less.
+    0 after the first failure, then 1, 2, 4, ... up to 60, each varied by up to a quarter.
     """
     if failures < 2:
         return 0.0
@@ -121,7 +111,7 @@ def rest_s(failures: int, draw: float) -> float:
 
 @dataclass(frozen=True)
 class _Attempts:
-    """Failures of the program that followed each other, the newest included."""
+    """Consecutive failures of the program, the newest one included."""
 
     count: int
     nodes: frozenset[str]
@@ -129,7 +119,7 @@ class _Attempts:
     """When this node learned of the first one."""
 
     def prove(self, count_min: int, others: int, noticed_s: float) -> bool:
-        """Whether there were enough of them, on two nodes or on the only one with time between them."""
+        """Whether they are enough, on two nodes, or on the only one and spread over time."""
         alone = not others and noticed_s - self.first_s >= SPACED_S
         return self.count >= count_min and (len(self.nodes) > 1 or alone)
 
@@ -140,26 +130,26 @@ def halt(
     failures: Iterable[Cause],
     others: int,
     frontier_step: int,
-    budgets: Budgets,
+    elastic: ElasticSection,
     noticed_s: float,
 ) -> str:
-    """Why the run must end rather than try again; empty while it need not.
+    """Why the run must end instead of trying again; empty while it need not.
 
-    `failures` broke the newest generation, as was noticed at `noticed_s`, `others` is how many live nodes had
-    none (0 if they are too few to go on alone), and `frontier_step` the newest step that any node is known to have done.
+    `failures` broke the newest generation, which was noticed at `noticed_s`. `others` is the number of live nodes
+    without a failure (0 if they are too few to go on alone). `frontier_step` is the newest step that any node has done.
     """
     generations = [each for each in view.generations if each.number > view.reopened_generation]
     for failure in failures:
         if not _is_program(failure):
             continue
         same = _same_attempts(generations, moments, failure, noticed_s)
-        if failure.signature and same.prove(budgets.same_failures_max, others, noticed_s):
+        if failure.signature and same.prove(elastic.same_failures_max, others, noticed_s):
             return (
                 f"the same failure {same.count} times at step {failure.step}, "
                 f"on {', '.join(sorted(same.nodes))}: {failure.detail}"
             )
         in_a_row = _attempts_in_a_row(generations, moments, failure, frontier_step, noticed_s)
-        if in_a_row.prove(budgets.failures_max, others, noticed_s):
+        if in_a_row.prove(elastic.failures_max, others, noticed_s):
             beyond = max((each.frontier_step for each in generations), default=frontier_step)
             return f"{in_a_row.count} failures in a row without a step beyond {beyond}; last: {failure}"
     return ""
@@ -176,19 +166,19 @@ def _program_failures(generation: Generation) -> list[Cause]:
 def _same_attempts(
     generations: Sequence[Generation], moments: Moments, failure: Cause, noticed_s: float
 ) -> _Attempts:
-    """How often the same failure has come at the same step, with no other one between."""
+    """How often the same failure has happened at the same step, with no other failure in between."""
     count, nodes, first_s = 1, {failure.node}, noticed_s
     for generation in reversed(generations):
         causes = _program_failures(generation)
         if not causes:
-            # Who failed may have left and come back since: that is no other failure.
+            # A generation for another reason (a node left or joined) is no other failure.
             continue
         again = [
             cause
             for cause in causes
             if (cause.signature, cause.step) == (failure.signature, failure.step)
         ]
-        # Steps that were made since say that the one before was over.
+        # New steps since then mean that the earlier failure was overcome.
         if not again or generation.frontier_step < generations[-1].frontier_step:
             break
         count, nodes = count + 1, nodes | {cause.node for cause in again}
@@ -203,7 +193,7 @@ def _attempts_in_a_row(
     frontier_step: int,
     noticed_s: float,
 ) -> _Attempts:
-    """How many failures, up to the one that has just come, followed each other without a new step between."""
+    """How many failures, the newest one included, happened in a row without a new step in between."""
     reached = [generation.frontier_step for generation in generations] + [frontier_step]
     count, nodes, first_s = 1, {failure.node}, noticed_s
     for index, generation in enumerate(reversed(generations), start=1):

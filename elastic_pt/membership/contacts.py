@@ -1,12 +1,12 @@
-"""Whom a node keeps asking, and whose silence counts.
+"""Which nodes this one keeps asking, and whose silence counts.
 
     members ───────────┐                       ┌─► targets: `Links` keeps a connection to each
-    lobby, if no member├─► aim, at every turn ─┼─► silence clocks of the PeerTable started and stopped
-      answers          │                       └─► unreachable: who should answer and does not
-    who wants to join ─┘
+    lobby, if no member├─► aim, at every turn ─┼─► silence clocks of the PeerTable, started and stopped
+      answers          │                       └─► unreachable: nodes that should answer and do not
+    nodes that want in ┘
 
-In a small world every member asks every other one. In a large one all ask its first two, so that a star
-forms whose centre is never alone; those two watch everyone, by the messages that everyone sends them.
+In a small world every member asks every other one. In a large world all members ask the first two that answer
+(the leaders). The leaders learn of every member from the messages that all members send them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,8 @@ from elastic_pt.membership.status import (
     LEADERS,
     MESH_NODES_MAX,
     Limits,
+    NodePhase,
     Peer,
-    Phase,
     incarnations,
     is_lost,
 )
@@ -27,7 +27,7 @@ from elastic_pt.runlog.records import Member
 
 
 class Contacts:
-    """See the module. Agent process; `aim` from one thread, blocks on the bucket while no member answers."""
+    """One node's choice. Agent process; `aim` from one thread, may block on the bucket while no member answers."""
 
     def __init__(
         self, table: PeerTable, lobby: Lobby, limits: Limits, clock_s: Callable[[], float]
@@ -37,20 +37,24 @@ class Contacts:
         self._limits = limits
         self._clock_s = clock_s
         self.targets: tuple[Member, ...] = ()
-        """Whom to keep asking."""
+        """The nodes to keep asking."""
         self.no_member_answers = False
-        """Whether this node, which is no member, hears from none either."""
+        """Whether this node is no member and no member answers it."""
         self._generation = 0
-        """Among whose members this node has chosen last."""
+        """The generation from whose members this node chose last."""
         self._suspects: dict[str, float] = {}
-        """Peers that hung up, and when."""
+        """Peers that closed a connection, and when."""
 
     def hung_up(self, incarnation: str) -> None:
-        """Take in that a peer's connection to this node has ended: it may be gone, so look."""
+        """A peer's connection to this node has ended. The peer may be gone."""
         self._suspects[incarnation] = self._clock_s()
 
+    def leave_lobby(self) -> None:
+        """Remove this node's card from the lobby."""
+        self._lobby.leave()
+
     def aim(self, view: RunView, me: Member) -> tuple[str, ...]:
-        """Choose anew; the incarnations that should answer this node and do not, in order."""
+        """Choose the targets again. Returns the incarnations of targets that should answer and do not, in order."""
         now_s = self._clock_s()
         members = () if view.generation is None else view.generation.members
         silence_s = self._limits.silence_s(max(1, len(members)))
@@ -65,7 +69,7 @@ class Contacts:
                 is_lost(self._table.peers.get(each.incarnation), now_s, silence_s)
                 for each in members
             )
-            # Whom it could not reach once may answer again, and only who is asked can tell.
+            # Members that were not reachable before may answer again, which only asking shows.
             targets += members[:LEADERS]
             if self.no_member_answers and view.stop is None:
                 targets += self._waiting(me)
@@ -83,10 +87,10 @@ class Contacts:
             )
         )
 
-    # ---- whom to ask -----------------------------------------------------------------------------
+    # ---- which nodes to ask -----------------------------------------------------------------------------
 
     def _leads(self, members: tuple[Member, ...], me: Member, silence_s: float) -> bool:
-        """Whether this node is among the first members that still answer."""
+        """Whether this node is one of the first members that still answer."""
         ahead, now_s = 0, self._clock_s()
         for member in members:
             if ahead == LEADERS or member.incarnation == me.incarnation:
@@ -95,8 +99,8 @@ class Contacts:
         return ahead < LEADERS
 
     def _waiting(self, me: Member) -> list[Member]:
-        """Whom to ask of those in the lobby, with this node in it."""
-        now_s, silence_s = self._clock_s(), self._limits.heartbeat_timeout_s
+        """The nodes of the lobby to ask, with this node in it."""
+        now_s, silence_s = self._clock_s(), self._limits.elastic.heartbeat_timeout_s
         peers = self._table.peers
         waiting = self._lobby.waiting(me)
         for each in waiting:
@@ -107,10 +111,9 @@ class Contacts:
         return whom_to_ask(order, me.incarnation, peers, now_s, silence_s)
 
     def _suspected(self, members: tuple[Member, ...]) -> list[Member]:
-        """Members of a large world that hung up on this node, which leads, and have shown no life since.
+        """Members of a large world that closed their connection to this leader and have not been heard since.
 
-        Only who leads looks after them. Would others do so as well, then the end of each such look would be
-        a hanging up to look after for the node that was looked at, without end.
+        Only leaders probe them. If every member probed, each probe's end would trigger another probe.
         """
         for incarnation, since_s in list(self._suspects.items()):
             peer = self._table.peers.get(incarnation)
@@ -121,14 +124,14 @@ class Contacts:
         return [member for member in members if member.incarnation in self._suspects]
 
     def _applicants(self, me: Member, known: frozenset[str], silence_s: float) -> list[Member]:
-        """Who wants to join is asked back: its address must work for others too."""
+        """Nodes that want to join: they are asked, because their address must work for others."""
         return [
             peer.status.member
             for incarnation, peer in list(self._table.peers.items())
             if peer.status is not None
             and incarnation not in known
             and incarnation != me.incarnation
-            and peer.status.phase is Phase.WAITING
+            and peer.status.phase is NodePhase.WAITING
             and not self._is_forgotten(incarnation, silence_s)
         ]
 
@@ -143,7 +146,7 @@ class Contacts:
         new_world = view.generation_number != self._generation
         self._generation = view.generation_number
         for incarnation in chosen:
-            # Who leads has waited for its members all along.
+            # A leader has expected answers of its members all along.
             waited = incarnation in before or (leads and incarnation in inside and not new_world)
             table.watch(incarnation, anew=not waited)
         for incarnation in (before | inside) - chosen - {me.incarnation}:
@@ -153,14 +156,14 @@ class Contacts:
             elif peer is None or peer.watched_since_s is None:
                 continue
             elif new_world or not is_lost(peer, now_s, silence_s):
-                # It was asked once, or speaks now and then; from here on its silence means nothing.
+                # This node no longer asks it, so its silence means nothing from now on.
                 table.rest(incarnation)
         for incarnation in table.peers.keys() - chosen - inside:
             if self._is_forgotten(incarnation, silence_s):
                 table.unwatch(incarnation)
 
     def _is_forgotten(self, incarnation: str, silence_s: float) -> bool:
-        """Whether a node outside the world has been away for long."""
+        """Whether a node outside the world has been silent for so long that it is dropped."""
         peer = self._table.peers.get(incarnation)
         if peer is None or peer.refused:
             return True
@@ -176,11 +179,7 @@ def _members(view: RunView) -> frozenset[str]:
 def whom_to_ask(
     order: Sequence[Member], me: str, peers: Mapping[str, Peer], now_s: float, timeout_s: float
 ) -> list[Member]:
-    """Which of the nodes in `order` this one keeps asking.
-
-    All of them in a small world. In a large one the first two that answer, so that a star forms whose
-    centre is never alone; the two themselves watch everyone, by the messages that everyone sends them.
-    """
+    """The nodes in `order` that this one keeps asking: all in a small world, the first two that answer in a large one."""
     others = (member for member in order if member.incarnation != me)
     if len(order) <= MESH_NODES_MAX:
         return list(others)
@@ -190,7 +189,7 @@ def whom_to_ask(
             gone += 1
             continue
         chosen.append(member)
-        # With the first ones gone, ask twice as many each time: a whole rack may have gone with them.
+        # If the first ones are gone, ask as many as are gone: a whole rack may be gone with them.
         if len(chosen) >= max(LEADERS, gone):
             break
     return chosen

@@ -1,31 +1,31 @@
-"""Who should train: a pure decision over what one node sees.
+"""What one node should do now: a pure decision from what it sees, with its reason.
 
-    View, Assessment, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended, each with its reason
+    View, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended
 
-Every agent runs this over its own view; views differ, so several may propose at once, and the log lets
-one of them through. A node takes part by what it says of itself in heartbeats:
+docs/membership.md has the table of all decisions. Every agent decides from its own view. Views differ, so
+several nodes may propose at once; the log accepts one proposal. A node takes part by the phase in its heartbeats:
 
-    WAITING   no workers; ready to be a member (`spent` says which generation it has used up)
+    WAITING   no workers; ready to be a member (`spent` is the newest generation whose workers have ended)
     RUNNING   workers of `generation` are up
-    SETTLING  workers have stopped on purpose; their checkpoint is on its way to the bucket
+    SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
 
-A generation is broken once a member is gone, cannot be reached by another one, or has spent it without
-being asked to. It is over, in good order, once all its members have spent it. A node whose own workers keep
-failing rests for a while, and the others go on without it; alone, it rests and tries again. Three rules keep
-two halves of a torn network from undoing each other's work:
+A generation is broken once a member is gone, cannot be reached by another one, or has spent it unasked. It
+is over, in good order, once all its members have spent it. Three rules keep two halves of a split network
+from replacing each other's generations:
 
-    asked again   a world is formed only of nodes that answered after the trouble was noticed
-    larger side   who sees fewer than half of the members (or half, without the first) lets the others go
-                  first, for as long as the log or the pulse moves, and `takeover_s` beyond
-    park          of two members that cannot reach each other one waits, whatever else they can reach
+    ask again     a world is formed only of nodes that have answered since the trouble was noticed
+    larger side   a side with fewer than half of the members (or half of them, without the first one) waits
+                  while the log or the pulse changes, and for `takeover_s` after that
+    park          of two members that cannot reach each other one waits, whatever else it can reach
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from elastic_pt.membership.admission import admit, joiners, newcomers
-from elastic_pt.membership.assessment import Assessment, View, assess
-from elastic_pt.membership.status import Limits, NodeStatus, Phase, incarnations, is_lost
+from elastic_pt.membership.admission import admit, joiners
+from elastic_pt.membership.assessment import Assessment
+from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, incarnations, is_lost
+from elastic_pt.membership.view import View
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 
@@ -40,7 +40,7 @@ class Propose:
 
 @dataclass(frozen=True)
 class Halt:
-    """Append STOP: going on would repeat the same failure for ever."""
+    """Append STOP: another attempt would fail in the same way."""
 
     reason: str
 
@@ -54,12 +54,13 @@ class Drain:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to do now. `broken` says that this node's workers have no future."""
+    """Do nothing now."""
 
     reason: str
     broken: bool = False
+    """Whether the generation of this node has no future: its workers must end."""
     asking: bool = False
-    """Whether the next answer of a peer may change that."""
+    """Whether the next answer of a peer may end the wait."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,12 @@ class Ended:
 Decision = Propose | Halt | Drain | Wait | Ended
 
 
-def decide(view: View, limits: Limits, now_s: float, found: Assessment | None = None) -> Decision:
-    """What this node should do now; `found` is what `assess` says, if it has been asked. Pure; agent process."""
+def decide(view: View, limits: Limits, now_s: float) -> Decision:
+    """What this node should do now. Pure; agent process."""
     if view.stop is not None:
         return Ended(view.stop.reason)
-    generation = view.generation
-    if generation is not None and generation.rank_of(view.me.member.incarnation) is not None:
-        found = found or assess(view, generation, limits, now_s)
-        return _decide_as_member(view, generation, found, limits, now_s)
+    if view.generation is not None and view.found is not None:
+        return _decide_as_member(view, view.generation, view.found, limits, now_s)
     return _decide_as_newcomer(view, limits, now_s)
 
 
@@ -92,21 +91,21 @@ def _decide_as_member(
     leads = next(
         (each.incarnation for each in found.alive if each.incarnation not in leaving), ""
     ) in (view.me.member.incarnation, "")
-    if leads and view.me.phase is Phase.RUNNING:
+    if leads and view.me.phase is NodePhase.RUNNING:
         reasons = [f"{member.node} leaves" for member in found.leaving]
-        waiting = newcomers(view, limits, now_s, found.alive)
+        waiting = _can_join(view, found.alive, view.barred)
         wanted = admit([*generation.members, *waiting], limits)
         joining = joiners(wanted, generation.members)
-        settled = now_s - view.newcomers_changed_s >= limits.join_window_s
-        if joining and (settled or len(wanted) == limits.nodes_max):
+        settled = now_s - view.newcomers_changed_s >= limits.elastic.join_window_s
+        if joining and (settled or len(wanted) == limits.elastic.nodes_max):
             reasons += [str(cause) for cause in joining]
         if reasons:
             return Drain("; ".join(reasons))
     stopping = any(
-        peer.status is not None and peer.status.spent >= generation.number
-        for peer in view.peers.values()
-        if peer.status is not None
+        peer.status is not None
+        and peer.status.spent >= generation.number
         and generation.rank_of(peer.status.member.incarnation) is not None
+        for peer in view.peers.values()
     )
     return Wait("waiting for all members to stop" if stopping else "training")
 
@@ -114,20 +113,20 @@ def _decide_as_member(
 def _decide_next_world(
     view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
 ) -> Decision:
-    """The newest generation is broken or over: who goes on?"""
+    """The newest generation is broken or over: which nodes form the next one, and who proposes it."""
+    nodes_min, takeover_s = limits.elastic.nodes_min, limits.elastic.takeover_s
     parked = park(found.broken_links, generation.members)
     going = incarnations(found.leaving) | set(parked) | incarnations(found.resting)
     stay = [member for member in found.alive if member.incarnation not in going]
     allowed = [member for member in stay if member.node not in view.barred]
-    # Rather a node that fails often than a run that stands still.
+    # Prefer a node that fails often to a stopped run.
     barred = []
-    if len(allowed) >= limits.nodes_min:
+    if len(allowed) >= nodes_min:
         barred = [member for member in stay if member.node in view.barred]
         stay = allowed
-    wanted = admit([*stay, *newcomers(view, limits, now_s, stay)], limits)
-    if len(wanted) < limits.nodes_min:
-        free = replace(view, barred={})
-        wanted = admit([*stay, *newcomers(free, limits, now_s, stay)], limits)
+    wanted = admit([*stay, *_can_join(view, stay, view.barred)], limits)
+    if len(wanted) < nodes_min:
+        wanted = admit([*stay, *_can_join(view, stay, ())], limits)
     causes = (
         *_losses(view, found, parked, generation, now_s),
         *found.failures,
@@ -144,15 +143,15 @@ def _decide_next_world(
     since_s = view.broken_since_s if view.broken_since_s is not None else now_s
     quiet_s = max(0.0, min(now_s, view.quiet_until_s) - max(view.quiet_since_s, since_s))
     others_first = not _is_larger_side([*stay, *barred, *found.resting], found, generation)
-    too_few = len(wanted) < limits.nodes_min
-    may_end = not others_first or (not too_few and quiet_s >= limits.takeover_s)
+    too_few = len(wanted) < nodes_min
+    may_end = not others_first or (not too_few and quiet_s >= takeover_s)
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
     if too_few:
         resting = [said for each in found.resting if (said := _rest_of(view, each))]
-        paused = f"paused: {len(wanted)} of at least {limits.nodes_min} nodes"
+        paused = f"paused: {len(wanted)} of at least {nodes_min} nodes"
         return Wait("; ".join((paused, *(resting or [reason]))), broken=True)
-    if others_first and quiet_s < limits.takeover_s:
+    if others_first and quiet_s < takeover_s:
         return Wait(
             f"cut off with {len(found.alive)} of {len(generation.members)} members: "
             f"the others go first; {reason}",
@@ -160,9 +159,9 @@ def _decide_next_world(
         )
     mine = view.me.member.incarnation
     turn = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
-    # Who leads may see things differently, and wait for somebody else: the next in order has a try then,
-    # the two sides by turns.
-    if turn == len(wanted) or quiet_s < (2 * turn + others_first) * limits.takeover_s:
+    # The leader's view may differ, so that it waits for another node. Each next node in order proposes after a
+    # longer timeout. The factor 2 leaves every other period to the other side of a split.
+    if turn == len(wanted) or quiet_s < (2 * turn + others_first) * takeover_s:
         return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
     unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:
@@ -179,7 +178,7 @@ def _losses(
     generation: Generation,
     now_s: float,
 ) -> list[Cause]:
-    """Causes for the members that do not go on through no decision of their own."""
+    """A cause for each member that does not go on and did not decide that itself."""
     noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
 
     def sign_of_life_s(member: Member) -> float:
@@ -223,10 +222,10 @@ def _linked(links: Sequence[tuple[str, str]], one: str, other: str) -> bool:
 
 
 def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tuple[str, ...]:
-    """Incarnations that must wait so that those who go on can all reach each other.
+    """Incarnations that must wait, so that the others can all reach each other.
 
-    The one with the most broken links first, of equals the one that ranks last: cheap, the same on
-    every node, and with two sides torn apart it is the smaller side.
+    The member with the most broken links is parked first; of equals, the one that ranks last. This is cheap, gives
+    the same result on every node that knows the same links, and parks the smaller side of a split network.
     """
     rank = {member.incarnation: index for index, member in enumerate(order)}
     left, parked = list(broken_links), []
@@ -239,7 +238,7 @@ def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tu
 
 
 def _is_larger_side(side: Sequence[Member], found: Assessment, generation: Generation) -> bool:
-    """Whether a side has more than half of the members that may be alive, or is the first half."""
+    """Whether a side has more than half of the members that may be alive, or half of them with the first one."""
     out, inside = incarnations([*found.dead, *found.leaving]), incarnations(side)
     voters = [each.incarnation for each in generation.members if each.incarnation not in out]
     here = [incarnation for incarnation in voters if incarnation in inside]
@@ -249,11 +248,21 @@ def _is_larger_side(side: Sequence[Member], found: Assessment, generation: Gener
 
 
 def _answered(view: View, member: Member, since_s: float) -> bool:
-    """Whether a node is known to have received something that was sent since then."""
+    """Whether a node is known to have received a message that was sent since then."""
     if member.incarnation == view.me.member.incarnation:
         return True
     peer = view.peers.get(member.incarnation)
     return peer is not None and peer.heard_s is not None and peer.heard_s >= since_s
+
+
+def _can_join(view: View, stay: Sequence[Member], barred: Collection[str]) -> list[Member]:
+    """Newcomers that can reach every node of `stay` and are not barred."""
+    must_reach = incarnations(stay)
+    return [
+        each.member
+        for each in view.newcomers
+        if each.member.node not in barred and not must_reach & set(each.unreachable)
+    ]
 
 
 def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
@@ -278,8 +287,8 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
             peer is not None and peer.refused
             for peer in (view.peers.get(member.incarnation) for member in members)
         )
-        # Who refuses is most likely gone; who is silent may train on behind a torn network.
-        needed_s = limits.takeover_s / 2 if refused else limits.takeover_s
+        # A refused connection most likely means that the process is gone. A silent member may still train.
+        needed_s = limits.elastic.takeover_s / (2 if refused else 1)
         if min(now_s, view.quiet_until_s) - view.quiet_since_s < needed_s:
             return Wait("no member answers: watching whether the run goes on without this node")
     if view.me.leaving:
@@ -288,13 +297,14 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
 
 
 def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
-    """No member is left, or there never was one: those who wait form a world."""
+    """No member is left, or there was none: the nodes that wait form a world."""
+    elastic = limits.elastic
     everyone = sorted(
-        [view.me.member, *newcomers(replace(view, barred={}), limits, now_s)],
+        [view.me.member, *_can_join(view, (), ())],
         key=lambda member: (member.node, member.incarnation),
     )
     allowed = [member for member in everyone if member.node not in view.barred]
-    candidates = everyone if len(admit(allowed, limits)) < limits.nodes_min else allowed
+    candidates = everyone if len(admit(allowed, limits)) < elastic.nodes_min else allowed
     known = incarnations(candidates)
     links = {
         (min(speaker, other), max(speaker, other))
@@ -307,12 +317,12 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     }
     parked = park(sorted(links), candidates)
     wanted = admit([each for each in candidates if each.incarnation not in parked], limits)
-    if len(wanted) < limits.nodes_min:
-        return Wait(f"waiting for nodes: {len(wanted)} of at least {limits.nodes_min}")
+    if len(wanted) < elastic.nodes_min:
+        return Wait(f"waiting for nodes: {len(wanted)} of at least {elastic.nodes_min}")
     if wanted[0].incarnation != view.me.member.incarnation:
         return Wait(f"{wanted[0].node} leads")
-    full = len(wanted) == limits.nodes_max or len(wanted) < len(candidates)
-    if not full and now_s - view.newcomers_changed_s < limits.join_window_s:
+    full = len(wanted) == elastic.nodes_max or len(wanted) < len(candidates)
+    if not full and now_s - view.newcomers_changed_s < elastic.join_window_s:
         return Wait("waiting for more nodes to arrive")
     return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
 

@@ -1,12 +1,12 @@
-"""The connections between agents: one WebSocket to each peer that is asked, messages as JSON text.
+"""The connections between agents: one WebSocket to each peer that is asked, with messages as JSON text.
 
-    GET /v1/link     (WebSocket) `Message`s both ways; see `membership.peers`
+    GET /v1/link     (WebSocket) `Message`s in both directions; see `membership.peers`
     GET /v1/status   this node's NodeStatus, for people and `elastic-pt status`
 
-Both need the run's token (`Authorization: Bearer`), which lies in the run directory: who can read the
-bucket can take part. A kept connection tells at once when the process at its other end is gone: the
-kernel closes it, the next attempt is refused, and a second refusal counts. A peer whose machine or
-network is gone is noticed by silence alone.
+Both need the run's token (`Authorization: Bearer`), which is in the run directory: every node that can read the
+bucket may take part. An open connection shows at once that the peer's process has ended: the kernel closes it, and
+the next attempt to connect is refused. A second refusal counts. If the peer's machine or network is gone, only its
+silence shows that.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from elastic_pt.runlog.records import Member
 from elastic_pt.store.port import Store
 
 TOKEN_KEY: Final = "token"
-"""Where the secret lies that this run's agents share."""
+"""The key of the secret that this run's agents share."""
 _MESSAGE_BYTES_MAX: Final = 256 * 1024
 _REFUSALS_UNTIL_GONE: Final = 2
 _AGAIN_S: Final = 0.02
@@ -39,7 +39,7 @@ log = structlog.get_logger("elastic_pt.links")
 
 
 def run_token(store: Store) -> str:
-    """The secret that this run's agents share, made by whoever comes first."""
+    """The secret that this run's agents share. The first agent creates it."""
     try:
         return store.read(TOKEN_KEY).decode()
     except NotFound:
@@ -55,28 +55,28 @@ def url_of(member: Member, path: str) -> str:
 
 
 class _AnotherIncarnation(Exception):
-    """Somebody else answers at a peer's address."""
+    """Another incarnation answers at a peer's address."""
 
 
 class _Link:
-    """One open connection. Messages are made when they are sent, so they are never stale."""
+    """One open connection. A message is built when it is sent, so it is never outdated."""
 
     def __init__(self, send: Callable[[str], Awaitable[None]]) -> None:
         self._send = send
         self._wake = asyncio.Event()
         self._asks = False
         self.incarnation = ""
-        """Who is at the other end, once it has spoken or been dialled."""
+        """The incarnation at the other end; empty until it is known."""
 
     def say(self, *, asks: bool) -> None:
-        """Send a message as soon as possible; several in a row become one."""
+        """Send a message as soon as possible. Several calls in a row become one message."""
         self._asks = self._asks or asks
         self._wake.set()
 
     async def pump(
         self, make: Callable[[str, bool], Message], interval_s: Callable[[], float] | None
     ) -> None:
-        """Send whenever there is something to say, and ask every interval if there is one."""
+        """Send after each `say`, and ask after each interval if there is one. Ends when the connection does."""
         while True:
             try:
                 async with asyncio.timeout(None if interval_s is None else interval_s()):
@@ -119,7 +119,7 @@ class Links:
         return int(self._runner.addresses[0][1])
 
     def aim(self, targets: Sequence[Member]) -> None:
-        """Keep a connection to each of these nodes, and to nobody else."""
+        """Keep a connection to each of these nodes, and to no other."""
         wanted = {each.incarnation: each for each in targets}
         for incarnation, member in wanted.items():
             if incarnation not in self._dials:
@@ -128,12 +128,12 @@ class Links:
             self._dials.pop(incarnation).cancel()
 
     def say(self, *, asks: bool) -> None:
-        """Tell everyone at once how things stand here, and ask for their answer if `asks`."""
+        """Send the own status to every connected peer at once; with `asks` they answer at once."""
         for link in self._open:
             link.say(asks=asks)
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close all connections and the server."""
         for dial in self._dials.values():
             dial.cancel()
         await asyncio.gather(*self._dials.values(), return_exceptions=True)
@@ -151,7 +151,7 @@ class Links:
     async def _status(self, request: web.Request) -> web.Response:
         if not self._authorized(request):
             return web.Response(status=401, text="this run's token is missing or wrong\n")
-        body = STATUS.dump_json(self._participant.status)
+        body = STATUS.dump_json(self._participant.me.now)
         return web.Response(body=body, content_type="application/json")
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
@@ -185,7 +185,7 @@ class Links:
     # ---- asking ----------------------------------------------------------------------------------
 
     async def _dial(self, member: Member) -> None:
-        """Keep one connection to a node, for ever (until cancelled)."""
+        """Keep one connection to a node until cancelled."""
         table = self._participant.table
         refusals = 0
         told = ""
@@ -205,16 +205,16 @@ class Links:
             if refusals >= _REFUSALS_UNTIL_GONE:
                 table.refused(member.incarnation)
                 self._on_news()
-            # Look at once where a process may have ended just now; else there is no hurry.
+            # Retry at once if the peer's process may just have ended; otherwise after an interval.
             at_once = worked or refusals == 1
             await asyncio.sleep(_AGAIN_S if at_once else self._participant.interval_s())
 
     async def _talk(self, member: Member) -> bool:
-        """One connection's life, until it ends; returns whether the peer has said anything over it."""
+        """Use one connection until it ends. Returns whether the peer sent a message over it."""
         assert self._session is not None
         table = self._participant.table
         silence_s = self._participant.silence_s()
-        # Not `asyncio.wait_for`: before Python 3.12 it may swallow the cancellation that ends this task.
+        # Not `asyncio.wait_for`: before Python 3.12 it may lose the cancellation that ends this task.
         async with asyncio.timeout(silence_s):
             socket = await self._session.ws_connect(
                 url_of(member, "/v1/link"),
@@ -230,7 +230,7 @@ class Links:
         worked = False
         try:
             while True:
-                # A connection over a network that was torn may stay stuck long after it has healed.
+                # A connection may stay stuck long after the network works again, so it gets a timeout.
                 async with asyncio.timeout(silence_s):
                     received = await socket.receive()
                 message = _message_in(received)
@@ -262,7 +262,7 @@ class Links:
 
 
 def _message_in(received: aiohttp.WSMessage) -> Message | None:
-    """The message in a frame; None if the connection is over or what came is not one."""
+    """The message in a frame; None if the connection has ended or the frame is no message."""
     if received.type is not aiohttp.WSMsgType.TEXT:
         return None
     try:

@@ -1,11 +1,11 @@
-"""Where nodes find each other while no member is there to ask.
+"""The lobby: where nodes find each other while no member can be asked.
 
-A waiting node leaves its card, an empty object below `lobby/` whose name says it all, so that one listing
-shows a thousand of them:
+A waiting node creates its card, an empty object below `lobby/` whose key has all that others need, so that one
+listing shows a thousand nodes:
 
     lobby/<node>!<incarnation>!<address>!<port>!<pid>!<workers>
 
-Cards are hints: a card of a dead node only costs a refused connection, and nothing is ever decided from a listing.
+Cards are hints. A dead node's card costs one refused connection, and nothing is decided from a listing.
 """
 
 import urllib.parse
@@ -25,19 +25,19 @@ LOBBY: Final = "lobby/"
 
 _INTERVAL_S: Final = 0.5
 _SEPARATOR: Final = "!"
-"""Needs no quoting in S3, and never comes out of `quote`."""
+"""S3 keys may contain it unquoted, and `quote` never produces it."""
 
 log = structlog.get_logger("elastic_pt.lobby")
 
 
 def card_key(member: Member) -> str:
-    """Where a node's card lies."""
+    """The key of a node's card."""
     fields = (urllib.parse.quote(str(each), safe="") for each in astuple(member))
     return LOBBY + _SEPARATOR.join(fields)
 
 
 def members_in(keys: Iterable[str]) -> list[Member]:
-    """Whose cards these are; keys that are none are passed over."""
+    """The members whose cards these keys are; other keys are skipped."""
     found = []
     for key in keys:
         with suppress(ValueError):
@@ -69,14 +69,14 @@ class Lobby:
         return list(self._found.values())
 
     def leave(self) -> None:
-        """This node waits no longer."""
+        """Delete this node's card."""
         self._found = {}
         if self._card is not None:
             card, self._card = self._card, None
             self._delete(card)
 
     def forget(self, member: Member) -> None:
-        """A waiting node is gone; its card goes too."""
+        """Delete the card of a waiting node that is gone."""
         if self._found.pop(member.incarnation, None) is not None:
             self._delete(card_key(member))
 

@@ -1,6 +1,6 @@
-"""No name look-ups on the way from a failure to the next step: a DNS server that is silent would cost seconds each.
+"""Prevents DNS look-ups between a failure and the next step: with a silent DNS server each would take seconds.
 
-Peers know each other by address. Two parts of torch ask DNS all the same:
+Agents use addresses only. Two parts of torch look names up nevertheless:
 
     torch elastic    `socket.getfqdn` for the host's name in its events       `avoid_getfqdn`, once a process
     c10d's sockets   the name of each peer, for log messages (getnameinfo)    `without_dns`, around each connect
@@ -19,15 +19,15 @@ _RETRIES: Final = 1
 
 
 def avoid_getfqdn() -> None:
-    """From now on `socket.getfqdn` of this process gives the name it is asked for, or the host's, unqualified."""
+    """Make `socket.getfqdn` of this process return its argument, or the host's unqualified name, without a look-up."""
     socket.getfqdn = lambda name="": name or socket.gethostname()
 
 
 @contextmanager
 def without_dns() -> Iterator[None]:
-    """Have this thread's name look-ups fail at once where a DNS server would have to be asked; /etc/hosts counts.
+    """Let this thread's name look-ups fail at once where a DNS server would have to be asked; /etc/hosts still works.
 
-    glibc keeps the resolver's state by thread, so others are not concerned. With another C library, where it
+    glibc keeps the resolver's state per thread, so other threads are not affected. With another C library, which
     has no such state, nothing changes.
     """
     try:

@@ -1,10 +1,10 @@
-"""What agents say to each other, and what one of them may conclude from it. No socket and no clock in here.
+"""The messages of agents, and what one of them may conclude from them. No socket and no clock in here.
 
-Two agents that talk exchange `Message`s; each carries the sender's status, a growing number, and the number
-of the newest message that the sender has received from the receiver. A message that comes back as `seen`
-was received, so the peer was alive, and both directions of the network worked, after the moment it was
-sent: that moment, on this node's own clock, is the proof of life that `Peer.heard_s` keeps. A message that
-asks is answered at once.
+Agents exchange `Message`s. Each carries the sender's status, a growing number, and the number of the newest
+message that the sender has received from the receiver (`seen`). If a peer reports a number of this node as
+`seen`, then the peer was alive and both directions of the network worked after that message was sent. The moment
+of sending, on this node's own clock, is the proof of life that `Peer.heard_s` keeps. A message that `asks` is
+answered at once.
 """
 
 import threading
@@ -23,17 +23,17 @@ _UNANSWERED_MAX: Final = 256
 
 @dataclass(frozen=True)
 class Message:
-    """One word from one agent to another."""
+    """One message from one agent to another."""
 
     count: Annotated[int, Field(ge=1)]
-    """The sender's number of this message; it grows from each message to the next."""
+    """The sender's number of this message; larger than that of every earlier one."""
     seen: Annotated[int, Field(ge=0)]
     """The newest number that the sender has received from this receiver; 0 if none."""
     asks: bool
     """Whether the receiver is to answer at once."""
     status: NodeStatus
     refusal: Annotated[str, Field(max_length=1000)] = ""
-    """Why the sender's world will never take the receiver in."""
+    """Why the sender's world will never take the receiver in; empty if it may."""
 
 
 MESSAGE: Final = TypeAdapter(Message)
@@ -43,26 +43,26 @@ STATUS: Final = TypeAdapter(NodeStatus)
 
 @dataclass
 class _Exchange:
-    """What went between this node and one other."""
+    """The messages between this node and one other."""
 
     seen: int = 0
     sent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_UNANSWERED_MAX))
-    """Numbers and times of messages that are not known to have arrived, oldest first."""
+    """Numbers and sending times of messages that are not known to have arrived, oldest first."""
 
 
 class PeerTable:
-    """What this node has heard, by incarnation. Agent process; safe to share between threads."""
+    """What this node knows of its peers, by incarnation. Agent process; safe to share between threads."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
         self._lock = threading.Lock()
         self._count = 0
-        """Of all messages to anybody: who was forgotten and comes back must not meet old numbers again."""
+        """One counter for all peers: a peer that was forgotten and returns must not see an old number again."""
         self._exchanges: dict[str, _Exchange] = {}
         self.peers: dict[str, Peer] = {}
 
     def watch(self, incarnation: str, *, anew: bool = False) -> None:
-        """Start the silence clock of a node that should answer; `anew` starts it again if it has run."""
+        """Expect answers of a node from now on; `anew` starts its silence clock again if it is running."""
         with self._lock:
             known = self.peers.get(incarnation)
             if known is None:
@@ -71,11 +71,11 @@ class PeerTable:
                 self.peers[incarnation] = replace(known, watched_since_s=self._clock_s())
 
     def rest(self, incarnation: str) -> None:
-        """Stop the silence clock of a node that this one no longer asks; what it says is still noted."""
+        """Expect no answers of a node that this one no longer asks. Its messages are still stored."""
         self._note(incarnation, watched_since_s=None, refused=False)
 
     def unwatch(self, incarnation: str) -> None:
-        """Forget a node that nobody needs to hear of any more."""
+        """Forget a node."""
         with self._lock:
             self.peers.pop(incarnation, None)
             self._exchanges.pop(incarnation, None)
@@ -83,7 +83,7 @@ class PeerTable:
     def message_to(
         self, incarnation: str, status: NodeStatus, *, asks: bool, refusal: str = ""
     ) -> Message:
-        """The next message to a peer; its moment of sending is remembered."""
+        """The next message to a peer; the moment of sending is stored."""
         with self._lock:
             self._count += 1
             exchange = _Exchange()
@@ -93,7 +93,7 @@ class PeerTable:
             return Message(self._count, exchange.seen, asks, status, refusal)
 
     def received(self, message: Message) -> bool:
-        """Note what a peer said. True if it said something new about itself, beside its progress."""
+        """Store a message. True if the peer's status has changed in more than its progress."""
         incarnation = message.status.member.incarnation
         with self._lock:
             known = self.peers.get(incarnation)
@@ -102,7 +102,7 @@ class PeerTable:
                     return False
                 known = Peer(None, None, heard_s=None, refused=False)
             exchange = self._exchanges.setdefault(incarnation, _Exchange())
-            # Two connections of one pair may overtake each other: the newest words count.
+            # Messages over two connections of one pair may overtake each other: the highest number counts.
             newest = message.count > exchange.seen
             exchange.seen = max(exchange.seen, message.count)
             heard_s = known.heard_s
@@ -118,11 +118,11 @@ class PeerTable:
             return newest and (known.status is None or is_news(message.status, known.status))
 
     def reached(self, incarnation: str) -> None:
-        """Note that connecting to a node's address has worked."""
+        """A connection to the node's address was established."""
         self._note(incarnation, reached=True)
 
     def refused(self, incarnation: str) -> None:
-        """Note that nobody answers for this incarnation at its address any more."""
+        """The node's address refuses connections, or another incarnation answers there."""
         self._note(incarnation, refused=True)
 
     def _note(self, incarnation: str, **changes: object) -> None:

@@ -1,18 +1,21 @@
-"""Our rendezvous behind torch elastic's interface: the log decides, one fresh store per generation.
+"""The membership behind torch elastic's rendezvous interface: the log decides, and each generation has a fresh store.
 
 `LogRendezvous` serves our own agent and, through the `torchrun.handlers` entry point, stock torchrun:
 
     torchrun --rdzv-backend elastic_pt --rdzv-endpoint s3://bucket/run --nnodes 1:8 train.py
 
-With stock torchrun the log holds generations only: what is trained, and its checkpoints, are the script's.
+With stock torchrun the log holds generations only. What is trained, and how it is saved, is up to the script.
 """
 
 import secrets
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
+from pydantic import ValidationError
 from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -25,9 +28,10 @@ from torch.distributed.elastic.rendezvous import (
 from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.membership.address import local_address
-from elastic_pt.membership.budgets import Budgets
-from elastic_pt.membership.node import Formed, Node, NodeOptions
-from elastic_pt.membership.status import Limits
+from elastic_pt.membership.node import Formed, Node, new_member, new_node
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodeStatus
+from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Stop
 from elastic_pt.store.open import open_store
@@ -38,13 +42,13 @@ _STORE_GONE_S: Final = 60.0
 
 
 class LogRendezvous(RendezvousHandler):
-    """Hands each generation of the log to a `torch.distributed.elastic` agent. Agent process, main thread."""
+    """Gives each generation of the log to a `torch.distributed.elastic` agent. Agent process, main thread."""
 
     def __init__(self, node: Node, run_id: str) -> None:
         self._node = node
         self._run_id = run_id
         self.formed: Formed | None = None
-        """The generation handed out last."""
+        """The generation that was returned last."""
 
     def get_backend(self) -> str:
         """The name under which torchrun finds this handler."""
@@ -52,7 +56,7 @@ class LogRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Workers may use the generation's store: it is fresh, so nothing stale can be read."""
+        """Whether workers may use the generation's store. Yes: it is fresh, so they cannot read stale keys."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -81,7 +85,7 @@ class LogRendezvous(RendezvousHandler):
         return self._node.view.stop is not None
 
     def set_closed(self) -> None:
-        """Nothing: one node never closes a run; only the log's STOP record ends it."""
+        """Do nothing: one node never closes a run. Only the log's STOP record ends it."""
 
     def num_nodes_waiting(self) -> int:
         """Nonzero when the running workers have no future and a new generation is due."""
@@ -100,14 +104,14 @@ class LogRendezvous(RendezvousHandler):
 
 
 class TorchrunRendezvous(LogRendezvous):
-    """As above, for agents that block on the store right after the rendezvous, as stock torchrun does.
+    """The same for stock torchrun, whose agent blocks on the store right after the rendezvous.
 
-    Such an agent cannot be told that a member died meanwhile, and would die with it. So all members
-    meet in the store first, where waiting ends as soon as the generation has no future.
+    Such an agent cannot be told that a member has died meanwhile, and would die with it. So all members first
+    count themselves in the store, and that wait ends as soon as the generation has no future.
     """
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Give up the last generation and wait for the next one that all its members have entered."""
+        """Give up the last generation and wait for the next one whose members have all counted themselves."""
         while True:
             info = super().next_rendezvous()
             if self._all_enter(info):
@@ -121,7 +125,7 @@ class TorchrunRendezvous(LogRendezvous):
                 if self._node.await_reform(self.formed.generation.number, _ENTERED_POLL_S):
                     return False
         except (DistNetworkError, DistStoreError):
-            # Its host is gone: the membership will say so. Until then there is nothing to be entered.
+            # The store's host is gone. Wait until the membership has noticed that, too.
             self._node.await_reform(self.formed.generation.number, _STORE_GONE_S)
             return False
         return True
@@ -134,36 +138,48 @@ def torchrun_backend() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
 def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     """A rendezvous for stock torchrun, on the log at `--rdzv-endpoint`. Agent process of torchrun."""
-    url, defaults = parameters.endpoint, ElasticSection()
+    url = parameters.endpoint
     if not url:
-        raise ConfigError("--rdzv-endpoint: missing; the URL of a run directory would be right")
+        raise ConfigError("--rdzv-endpoint: missing; expected the URL of a run directory")
     address = parameters.local_addr or local_address()
     store = open_store(url if "://" in url else f"file://{url}")
-    options = NodeOptions(
-        name=parameters.get("node") or f"{address}-{secrets.token_hex(3)}",
-        address=address,
-        workers=1,
-        fingerprint={"torchrun --rdzv-id": parameters.run_id, "torch": torch.__version__},
-        limits=Limits(
-            nodes_min=parameters.min_nodes,
-            nodes_max=parameters.max_nodes,
-            slots=None,
-            heartbeat_timeout_s=float(
-                parameters.get("heartbeat_timeout_s", defaults.heartbeat_timeout_s)
-            ),
-            join_window_s=float(parameters.get("join_window_s", defaults.join_window_s)),
-            takeover_s=float(parameters.get("takeover_s", defaults.takeover_s)),
-            heartbeat_interval_s=defaults.heartbeat_interval_s,
-        ),
-        # Nobody tells of steps here, so failures would add up for ever; torchrun has --max-restarts.
-        budgets=Budgets(failures_max=sys.maxsize),
-    )
+    name = parameters.get("node") or f"{address}-{secrets.token_hex(3)}"
 
     def make_room(reason: str) -> None:
-        # Stock workers cannot be drained; to make room for others they are ended where they are.
+        # Stock workers cannot be drained. To make room for others they are ended where they are.
         node.spend(node.view.generation_number, node.failure(reason, kind=CauseKind.GAVE_UP))
 
-    run_log = RunLog(store, writer=options.name)
-    node = Node(options, store, store, run_log, choose_resume=lambda _: None, on_drain=make_room)
+    node = new_node(
+        NodeStatus.first(
+            new_member(name, address, workers=1),
+            fingerprint={"torchrun --rdzv-id": parameters.run_id, "torch": torch.__version__},
+        ),
+        Limits(_elastic_section(parameters), slots=None),
+        Resources(
+            log=RunLog(store, writer=name),
+            hints=store,
+            clock_s=time.monotonic,
+            bind_store=partial(bind_store, address),
+            choose_resume=lambda _: None,
+            on_drain=make_room,
+        ),
+        store,
+    )
     node.start()
     return TorchrunRendezvous(node, run_id=parameters.run_id)
+
+
+def _elastic_section(parameters: RendezvousParameters) -> ElasticSection:
+    """The limits that torchrun's options set, and our defaults for the others."""
+    keys = ("heartbeat_timeout_s", "join_window_s", "takeover_s")
+    given = {key: value for key in keys if (value := parameters.get(key)) is not None}
+    try:
+        section = ElasticSection(
+            nodes_min=parameters.min_nodes, nodes_max=parameters.max_nodes, **given
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "--rdzv-conf"
+        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+    # torchrun reports no steps, so failures would add up without end. It has --max-restarts for that.
+    return section.model_copy(update={"failures_max": sys.maxsize})

@@ -1,22 +1,23 @@
-"""What a node says of itself, what others know of it, and the operator's bounds. No decisions in here."""
+"""What a node says of itself, what another node knows of it, and the operator's limits. No decisions in here."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.runlog.records import Cause, Member
 
 MESH_NODES_MAX: Final = 32
-"""Up to here every member asks every other one; in larger worlds members ask the first two."""
+"""In a world of at most this many nodes every member asks every other one. In a larger world members ask the leaders."""
 LEADERS: Final = 2
-"""In a large world, members that everyone asks: the leader and who follows it."""
+"""How many members of a large world all others ask: the first ones in rank order that answer."""
 _FULL_PACE_NODES: Final = 512
 _INTERVALS_OF_SILENCE: Final = 3.5
-"""Proof of life is up to two intervals old when all is well; the rest is for messages that are late."""
+"""In a healthy world a proof of life is up to two intervals old. The rest is a margin for late messages."""
 
 
-class Phase(StrEnum):
+class NodePhase(StrEnum):
     """What a node is doing."""
 
     WAITING = "waiting"
@@ -40,29 +41,45 @@ class NodeStatus:
     """What a node says of itself in every heartbeat."""
 
     member: Member
-    phase: Phase
+    phase: NodePhase
     generation: int
     """The newest generation it knows."""
     log_length: int
-    """Records of the log it knows; a peer that knows fewer reads on."""
+    """Number of log records that it has read. A peer that has read fewer reads the rest."""
     spent: int
-    """The newest generation whose workers it had and has no more; 0 if none."""
+    """The newest generation whose workers it has started and ended; 0 if none."""
     failure: Cause | None
-    """Why it spent that generation; None when it stopped as planned."""
+    """Why those workers ended; None after a planned stop."""
     fingerprint: Mapping[str, str]
-    """What nodes must agree on, by name; nodes that differ in one never train together."""
+    """Values on which nodes must agree, by name. Nodes that differ in one never train together."""
     unreachable: tuple[str, ...] = ()
     """Incarnations that should answer this node and do not."""
     broken: int = 0
-    """The newest generation that it has given up because of something it saw itself."""
+    """The newest generation that it found broken itself."""
     leaving: bool = False
-    """It wants to go, in good order."""
+    """It has been asked to leave the run in good order."""
     resting: str = ""
-    """Why it takes no part for a while: its own workers kept failing, and it gives the trouble time to pass."""
+    """Why it does not take part for some seconds: its own workers failed repeatedly."""
     step: int = 0
     loss: float | None = None
     start_times: StartTimes | None = None
     metrics_url: str = ""
+
+    @classmethod
+    def first(
+        cls, member: Member, fingerprint: Mapping[str, str], metrics_url: str = ""
+    ) -> "NodeStatus":
+        """The status of a node that has just started and has read nothing."""
+        return cls(
+            member=member,
+            phase=NodePhase.WAITING,
+            generation=0,
+            log_length=0,
+            spent=0,
+            failure=None,
+            fingerprint=fingerprint,
+            metrics_url=metrics_url,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,57 +87,56 @@ class Peer:
     """What this node knows of another one. Times are this node's monotonic clock."""
 
     status: NodeStatus | None
-    """Its newest words; None if it never spoke."""
+    """The newest status received; None if none has been received."""
     watched_since_s: float | None
-    """Since when it should answer this node; None while nobody expects that it does."""
+    """Since when this node expects answers; None while it expects none."""
     heard_s: float | None
-    """When the newest message was sent that the peer is known to have received: proof of both directions."""
+    """When the newest message that the peer is known to have received was sent: a proof that both directions work."""
     refused: bool
     """Its address refuses connections, or another incarnation answers there."""
     reached: bool = False
-    """Connecting to its address has worked."""
+    """Whether a connection to its address has ever been established."""
     spoke_s: float | None = None
-    """When it last said something. No proof of life: it may have been long on its way."""
+    """When its last message arrived. This is no proof of life: the message may have been delayed for long."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The operator's bounds."""
+    """The operator's limits: the `[elastic]` section of the configuration, and the slots of a step."""
 
-    nodes_min: int
-    nodes_max: int
+    elastic: ElasticSection
     slots: int | None
-    """V, the most workers a step can use; None when unknown (stock torchrun)."""
-    heartbeat_timeout_s: float
-    join_window_s: float
-    takeover_s: float
-    """How long log and pulse must stand still before somebody else's generation is taken over."""
-    heartbeat_interval_s: float = 0.2
+    """V, the most workers that a step can use; None when unknown (stock torchrun)."""
 
     def interval_s(self, nodes: int) -> float:
-        """Seconds between two messages to a peer: longer where one node hears hundreds."""
-        return self.heartbeat_interval_s * max(1.0, nodes / _FULL_PACE_NODES)
+        """Seconds between two messages to a peer. Longer in large worlds, where one node receives from hundreds."""
+        return self.elastic.heartbeat_interval_s * max(1.0, nodes / _FULL_PACE_NODES)
 
     def silence_s(self, nodes: int) -> float:
-        """Seconds without proof of life after which a node of such a world counts as silent."""
-        return max(self.heartbeat_timeout_s, _INTERVALS_OF_SILENCE * self.interval_s(nodes))
+        """Seconds without a proof of life after which a node of a world of this size counts as silent."""
+        return max(self.elastic.heartbeat_timeout_s, _INTERVALS_OF_SILENCE * self.interval_s(nodes))
 
 
 def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
-    """Whether a node that should answer counts as gone."""
+    """Whether a peer that should answer counts as gone: its address refuses, or it was silent for `timeout_s`."""
     if peer is None or peer.refused or peer.watched_since_s is None:
         return peer is not None and peer.refused
     last_s = max(peer.watched_since_s, peer.heard_s or peer.watched_since_s)
     return now_s - last_s > timeout_s
 
 
+def frontier_step(me: NodeStatus, peers: Mapping[str, Peer]) -> int:
+    """The newest step that any node is known to have done."""
+    return max([me.step, *(peer.status.step for peer in peers.values() if peer.status is not None)])
+
+
 def incarnations(members: Iterable[Member]) -> frozenset[str]:
-    """What tells members apart, to look them up by."""
+    """The incarnations of these members, as a set for look-ups."""
     return frozenset(member.incarnation for member in members)
 
 
 def is_news(said: NodeStatus, before: NodeStatus) -> bool:
-    """Whether a node says something new, other than how far it has come: a thousand nodes do a step each second."""
+    """Whether a status differs in more than step and loss. Those change too often to wake every peer."""
     return replace(said, step=before.step, loss=before.loss) != before
 
 

@@ -36,7 +36,7 @@ from elastic_pt.membership.decide import park
 from elastic_pt.membership.links import TOKEN_KEY, url_of
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.membership.peers import STATUS
-from elastic_pt.membership.status import NodeStatus, Phase
+from elastic_pt.membership.status import NodePhase, NodeStatus
 from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
@@ -184,7 +184,7 @@ def judge(
     if view.stop is not None:
         state = State.COMPLETED if view.stop.reason == COMPLETED else State.FAILED
         return state, view.stop.reason
-    if any(answer.phase is not Phase.WAITING for answer in answers):
+    if any(answer.phase is not NodePhase.WAITING for answer in answers):
         return State.RUNNING, "" if view.generation is None else view.generation.reason
     able, why_not = _able(view, answers)
     nodes = able + waiting

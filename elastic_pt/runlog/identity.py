@@ -1,12 +1,12 @@
-"""What all nodes of a run must agree on, written into the run directory by whoever comes first.
+"""What all nodes of a run must agree on. The first node writes it into the run directory.
 
-- `config.toml`: the effective configuration but for `[telemetry]`, which is each node's own, so that
-  `elastic-pt run RUN_URL` needs nothing else.
-- `identity.json`: the values that decide the bits, by name; a node with another one is refused by name. Names
-  with a dot are the configuration's and the data's, the others are the platform: what computes.
+- `config.toml`: the effective configuration without `[telemetry]`, which each node has for itself. `elastic-pt run
+  RUN_URL` needs nothing else.
+- `identity.json`: the values that decide the bits, by name. A node with another value is refused, and the message
+  names it. Names with a dot belong to the configuration and the data, the others to the platform: what computes.
 
-A later version may know more of its platform than the run has written down. What the run does not know is not
-compared; the next generation writes down all of it.
+A later version may know more names of its platform than the run has recorded. Those are not compared, and the
+next generation records all of them.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ import elastic_pt
 from elastic_pt.config import INTRODUCED, Config, TelemetrySection, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
+from elastic_pt.runlog.log import RunView
 from elastic_pt.store.port import Store
 
 CONFIG_KEY: Final = "config.toml"
 IDENTITY_KEY: Final = "identity.json"
 EXPLAINING: Final = ("driver", "processor model")
-"""Names of a platform that may differ as long as the probe is equal; they explain why it is not."""
+"""Names of a platform that may differ as long as the probe is equal. They explain a probe that differs."""
 _PROBE: Final = "probe"
 _ENVIRONMENT: Final = "environment"
 
@@ -34,8 +35,7 @@ _ENVIRONMENT: Final = "environment"
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
     """The values that decide the bits of the weights, by name.
 
-    `platform` tells what computes (`train.probe`); native numerics does not promise bits, so there it does not
-    count.
+    `platform` is what computes (`train.probe`). Native numerics promises no bits, so the platform does not count there.
     """
     return {
         **config.identity(),
@@ -46,10 +46,10 @@ def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
 
 
 def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, str]:
-    """What nodes of one world compare when one joins, by name.
+    """The values that nodes of one world compare when one joins, by name.
 
-    Beyond the run's identity it names the code: a run may go on with newer code, but never with two
-    versions at a time.
+    In addition to the run's identity they include the code: a run may go on with newer code, but not with two versions
+    at the same time.
     """
     deciding = {name: value for name, value in platform.items() if name not in EXPLAINING}
     identity = identity_of(config, data, {})
@@ -80,14 +80,14 @@ def agree_on_identity(
 ) -> None:
     """Publish this node's identity or compare it with the run's.
 
-    `bound` is the platform that the log binds the run to (`RunView.platform`): where a generation names one it
-    counts in place of the first node's, and None accepts any, because an operator has reopened the run for it.
+    `bound` is the platform to which the log binds the run (`RunView.platform`). If a generation names one, it replaces
+    the first node's. None accepts any platform, because an operator has reopened the run for it.
 
     Raises `ConfigError` that names the first value that differs. Agent process.
     """
     mine = identity_of(config, data, platform)
     encoded = json.dumps(mine, indent=1, sort_keys=True).encode()
-    # A create of the very bytes that are there succeeds, so it does not tell who was first.
+    # Creating an object with the bytes that are already there succeeds, so the create does not tell who was first.
     with suppress(AlreadyExists):
         store.create(IDENTITY_KEY, encoded)
     theirs = json.loads(store.read(IDENTITY_KEY))
@@ -96,7 +96,7 @@ def agree_on_identity(
         if here != there:
             raise ConfigError(
                 f"{name} = {here!r}: the run at {store.url} has {there!r}; "
-                "the same value, or another run.url, would be right"
+                "expected the same value, or another run.url"
             )
     if bound is not None:
         _require_platform(store.url, platform, bound or platform_in(theirs))
@@ -115,16 +115,16 @@ def platform_in(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def differing_names(before: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """The names of a platform that decide the bits and differ. Only what is known of `before` is compared.
+    """The names of a platform that decide the bits and differ. Names that `before` does not have are not compared.
 
-    The probe comes last, because it tells no cause.
+    The probe comes last, because it shows no cause.
     """
     names = [name for name in sorted(before) if here.get(name) != before[name]]
     return sorted((name for name in names if name not in EXPLAINING), key=lambda x: x == _PROBE)
 
 
 def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if this node would compute other bits than the run, or might."""
+    """Raise `ConfigError` if this node would, or might, compute other bits than the run."""
     names = differing_names(theirs, mine)
     if not names:
         return
@@ -148,12 +148,31 @@ def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, st
     )
 
 
+def require_platform_since_start(
+    url: str, view: RunView, mine: Mapping[str, str], waived_generation: int
+) -> None:
+    """Raise `ConfigError` if the run has gone over to another platform since an agent with `mine` was started.
+
+    `mine` is empty where no bits are promised. `waived_generation` is `RunView.waived_generation` at the agent's start.
+    If an operator has accepted another platform since, the agent's one was the old one, whatever it is.
+    """
+    if not mine:
+        return
+    if view.platform is not None:
+        _require_platform(url, mine, view.platform)
+    elif view.waived_generation > waived_generation:
+        raise ConfigError(
+            f"{url}: reopened for another platform after generation {view.waived_generation}, while this agent was "
+            "running; expected an agent that is started after that"
+        )
+
+
 def read_run_config(store: Store, overrides: list[str]) -> Config:
     """The configuration that a run was started with."""
     try:
         text = store.read(CONFIG_KEY).decode()
     except NotFound:
         raise ConfigError(
-            f"{store.url}: no run there ({CONFIG_KEY} is missing); a configuration file would start one"
+            f"{store.url}: no run there ({CONFIG_KEY} is missing); expected a run directory, or a configuration file to start one"
         ) from None
     return parse_config(text, source=f"{store.url}/{CONFIG_KEY}", overrides=overrides)

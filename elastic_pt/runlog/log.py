@@ -1,9 +1,9 @@
 """The run is a log in a bucket: `log/<20 digits>.json`, create-once, never overwritten, one total order.
 
-Whoever creates record n has decided what comes n-th; whoever loses that race reads the winner and obeys
-it. That is the whole fence: a writer of an old generation always meets the GENERATION record that
-replaced it before it can create anything behind it, and stops there with `FencedError`. The end of the
-log is found by probing for the next number, never by trusting a listing.
+The writer that creates record n has decided what comes n-th. A writer that loses that race reads the winner's
+record and obeys it. That is the whole fence: before a writer of an old generation can create a record, it has to
+read the GENERATION that replaced it, and stops there with `FencedError`. The end of the log is found by reading
+the next number until there is none. A listing is never trusted.
 """
 
 import datetime
@@ -41,7 +41,7 @@ class RunView:
 
     head: Record | None = None
     run_id: str = ""
-    """Nonce of the first record; manifests carry it, so that no checkpoint of another run is accepted."""
+    """Nonce of the first record. Manifests carry it, so that no checkpoint of another run is accepted."""
     generations: tuple[Generation, ...] = ()
     """The newest ones that were read, oldest first, at most `GENERATIONS_KEPT`."""
     recovery: Recovery | None = None
@@ -52,7 +52,7 @@ class RunView:
     stop: Stop | None = None
     """The end of the run, unless a REOPEN has lifted it since."""
     reopened_generation: int = 0
-    """The newest generation when the run was last reopened: failures up to it count no more."""
+    """The newest generation when the run was last reopened. Failures up to it no longer count."""
     waived_generation: int = -1
     """The newest generation when a REOPEN last accepted another platform; -1 if none did."""
 
@@ -73,11 +73,16 @@ class RunView:
 
     @property
     def platform(self) -> Mapping[str, str] | None:
-        """The platform that the run is bound to; empty where `identity.json` tells it, None if any is accepted."""
+        """The platform to which the run is bound; empty if `identity.json` has it, None if any is accepted."""
         generation = self.generation
         if self.waived_generation >= self.generation_number:
             return None
         return {} if generation is None else generation.platform
+
+    @property
+    def fenced_url(self) -> str:
+        """The URL of this run directory under which its store was found to be fenced; empty if that was not checked."""
+        return "" if self.generation is None else self.generation.fenced_url
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -133,12 +138,12 @@ def check_allowed(view: RunView, body: Body, generation: int) -> None:
 
 
 def record_key(index: int) -> str:
-    """Where record `index` lies."""
+    """The key of record `index`."""
     return f"log/{index:020d}.json"
 
 
 def _index_of(key: str) -> int:
-    """Which record lies there; -1 for a key of something else."""
+    """The index of the record with this key; -1 for any other key."""
     digits = key.removeprefix("log/").removesuffix(".json")
     return int(digits) if digits.isdecimal() and key == record_key(int(digits)) else -1
 
@@ -158,18 +163,18 @@ class RunLog:
         return self._view
 
     def refresh(self, length: int | None = None) -> RunView:
-        """Read on to the end of the log, or only until so many records are known, as a peer told of them.
+        """Read the new records up to the end of the log, or only until `length` records are known.
 
-        Costs a request for each new record, and one to see that there is no further one.
+        Takes one request for each new record. Without `length`, one more shows that there is no further record.
         """
         with self._lock:
             return self._refresh(length)
 
     def append(self, make: Callable[[RunView], Body], *, generation: int) -> RunView:
-        """Append what `make` says to the newest view, on behalf of a member of `generation`.
+        """Append the record that `make` returns for the newest view, on behalf of a member of `generation`.
 
-        `make` is asked again whenever somebody else was faster. Raises `FencedError` when the newest
-        view does not allow it any more.
+        `make` is called again whenever another writer was faster. Raises `FencedError` if the newest view no longer
+        allows the record.
         """
         with self._lock:
             for _ in range(_APPEND_ATTEMPTS_MAX):
@@ -188,7 +193,7 @@ class RunLog:
         )
 
     def records(self) -> Iterator[Record]:
-        """Every record from the first on, with the hash chain checked. Raises `LogDamaged` where it breaks or has a gap."""
+        """Every record from the first on, with the hash chain checked. Raises `LogDamaged` at a break or a gap."""
         previous = ORIGIN
         index = 0
         while (record := self._read(index)) is not None:
@@ -210,7 +215,7 @@ class RunLog:
         return self._view
 
     def _require_no_gap(self, end: int) -> None:
-        """A listing proves nothing, but a record that it shows beyond the end is proof enough of a gap."""
+        """Raise `LogDamaged` if a listing shows a record beyond the end: then the record in between is missing."""
         newest = max(map(_index_of, self._store.keys("log/")), default=-1)
         if newest > end and self._store.size(record_key(end)) is None:
             raise self._gap(end, newest)
@@ -221,9 +226,9 @@ class RunLog:
         )
 
     def _open(self) -> RunView:
-        """The view at the newest record that a listing shows, made of what that record points back to.
+        """The view at the newest record that a listing shows, built from the records to which that one points back.
 
-        A listing proves nothing: records that it lacks are asked for, and reading goes on from the newest one.
+        A listing may be incomplete. So records that it lacks are requested one by one, and `_refresh` reads on from here.
         """
         listed = {_index_of(key) for key in self._store.keys("log/")} - {-1}
         newest = max(listed, default=0)

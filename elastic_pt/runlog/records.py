@@ -1,4 +1,4 @@
-"""What a record of the run's log can say, and how it is written down.
+"""The records of the run's log, and their stored form.
 
     GENERATION   who trains from here on, with which slots, resuming from which checkpoint, and why
     RECOVERY     how long the generation took to its first step, phase by phase
@@ -8,8 +8,8 @@
     REOPEN       an operator lifted a STOP that was no completion, or accepted another platform
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
-of the record before, and where the newest record of each kind lies) around a body. The pointers in
-`latest` let a reader open a log of any length with a listing and a handful of requests. `time` is for people only.
+of the record before, and the index of the newest record of each kind) around a body. With the pointers in
+`latest` a reader opens a log of any length with one listing and a few requests. `time` is for people only.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
 ORIGIN: Final = "0" * 64
-"""What the first record names as the SHA-256 of the record before it."""
+"""The SHA-256 that the first record names as that of the record before it."""
 COMPLETED: Final = "completed"
 """The reason of the STOP after the last step; any other one is a failure."""
 
@@ -50,7 +50,7 @@ class Member:
 
     node: str
     incarnation: str
-    """Random name of this life of the node's agent; a restarted agent is another member."""
+    """Random name of this process of the node's agent; a restarted agent is another member."""
     address: str
     port: int
     """Where its agent answers peers."""
@@ -61,7 +61,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One committed checkpoint: the directory, and what its manifest must hash to."""
+    """One committed checkpoint: its directory, and the size and SHA-256 that its manifest must have."""
 
     step: int
     generation: int
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 class CauseKind(StrEnum):
-    """What changes a world."""
+    """Why a world changes."""
 
     LOST = "lost"
     """A member is gone: its address refuses connections, or it is silent."""
@@ -81,15 +81,15 @@ class CauseKind(StrEnum):
     UNUSABLE = "unusable"
     """A member could not read the checkpoint to resume from; the next world takes another one."""
     PARKED = "parked"
-    """A member lives, but not all others can reach it."""
+    """A member answers, but not all others can reach it."""
     GAVE_UP = "gave up"
-    """A member found the world broken; by the time all were asked, everyone answered again."""
+    """A member found the world broken; by the time all were asked, all answered again."""
     LEFT = "left"
     """A member left in good order."""
     JOINED = "joined"
     """A newcomer was taken in."""
     BARRED = "barred"
-    """A member brought the world down too often and waits out its quarantine."""
+    """A member brought the world down too often and is kept out for some seconds."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class Cause:
     kind: CauseKind
     node: str
     detail: str = ""
-    """How it was noticed, or what the worker died of, in one line."""
+    """How it was noticed, or why the worker ended, in one line."""
     step: int = 0
-    """The step that the failed worker was at; 0 if unknown."""
+    """The step in which the worker failed; 0 if unknown."""
     signature: str = ""
-    """What a Python exception has in common with the same one at another time; empty for other causes."""
+    """Equal for the same Python exception at the same place of the code; empty for other causes."""
     detect_s: float = 0.0
     """Seconds from the last sign of life to the moment the cause was noticed."""
     surroundings: bool = False
-    """Whether a worker failed through its surroundings (space, I/O, store, memory, device, network, a signal).
-    That may pass. Else it failed through the program: a function of state, data and code."""
+    """Whether a worker failed through its surroundings (space, I/O, store, memory, device, network, a signal), which
+    may pass. If not, it failed through the program: a function of state, data and code."""
 
     def __str__(self) -> str:
         match self.kind:
@@ -130,7 +130,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Generation:
-    """Who trains. Ranks follow the order of `members`, each member's workers side by side."""
+    """Who trains. Ranks follow the order of `members`; the workers of one member have consecutive ranks."""
 
     number: int
     members: tuple[Member, ...]
@@ -138,18 +138,21 @@ class Generation:
     """Slots per member and step; empty when stock torchrun trains something of its own."""
     store_address: str
     store_port: int
-    """The TCPStore made for this generation alone, already listening when the record is written."""
+    """The TCPStore made for this generation only. It listens before the record is written."""
     resume: Checkpoint | None
-    """Where training goes on; None is the start."""
+    """The checkpoint from which training goes on; None is the start of the run."""
     reason: str
     causes: tuple[Cause, ...] = ()
-    """What the reason says, for programs."""
+    """The reason, for programs."""
     frontier_step: int = 0
-    """The newest step that any member had done before; steps up to it are done again."""
+    """The newest step that any member had done before. Steps up to it are done again."""
     agree_s: float = 0.0
-    """Seconds from the first member noticing, as the proposer saw it, to this record."""
+    """Seconds from when the proposer noticed the trouble to this record."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """What computes on the members, as far as it decides the bits, by name; empty in older records."""
+    fenced_url: str = ""
+    """The run directory's URL under which an agent of this run has raced the store's create-once with success. Empty if
+    none has, and in older records."""
 
     @property
     def world_size(self) -> int:
@@ -157,12 +160,12 @@ class Generation:
         return sum(member.workers for member in self.members)
 
     def rank_of(self, incarnation: str) -> int | None:
-        """Position of this life of a node among the members, or None."""
+        """Rank of this incarnation among the members, or None."""
         return self._ranks.get(incarnation)
 
     @cached_property
     def incarnations(self) -> frozenset[str]:
-        """This life of each member, to look it up by."""
+        """The incarnations of all members."""
         return frozenset(self._ranks)
 
     @cached_property
@@ -183,11 +186,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint counts. `checkpoints` names all that are kept, newest (this one) first."""
+    """A checkpoint counts from here on. `checkpoints` names all that are kept, newest (this one) first."""
 
     checkpoints: tuple[Checkpoint, ...]
     history: str
-    """Key of the JSON lines that tell each step since the commit before."""
+    """Key of the JSON lines about each step since the commit before."""
 
     @property
     def newest(self) -> Checkpoint:
@@ -201,7 +204,7 @@ class Recovery:
 
     number: int
     start_s: float
-    """From the record to connected workers: the old ones killed, new ones forked."""
+    """From the record until the new workers are connected to their agents."""
     group_s: float
     """Process group, model and mesh."""
     restore_s: float
@@ -209,14 +212,14 @@ class Recovery:
     step_s: float
     """Data and the first step."""
     total_s: float
-    """From noticing the cause to the first step done, on the clock of the node that proposed."""
+    """From noticing the cause to the end of the first step, on the clock of the node that proposed."""
 
 
 @dataclass(frozen=True)
 class Quarantine:
     """A committed checkpoint must not be used any more, or a node is kept out for some seconds.
 
-    Every node counts the seconds from when it reads the record: nobody's wall clock matters.
+    Every node counts the seconds from the moment it reads the record, so no wall clock matters.
     """
 
     directory: str
@@ -236,13 +239,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Reopen:
-    """An operator lets a run go on: a STOP that was no completion is lifted. See `elastic-pt reopen`."""
+    """An operator lets a run go on: it lifts a STOP that was no completion. See `elastic-pt reopen`."""
 
     why: str
     platform: bool
-    """Whether the next generation may run on another platform than those before."""
+    """Whether the next generation may run on another platform than the ones before."""
     step: int
-    """Steps done in the newest checkpoint that counts; exactness across platforms ends there."""
+    """Steps done in the newest checkpoint. Up to it the bits are those of one platform."""
 
 
 Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen
@@ -262,7 +265,7 @@ _BODIES: Final[dict[Kind, TypeAdapter[Any]]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """An envelope with its body; `sha256` is that of the stored bytes."""
+    """An envelope with its body. `sha256` is that of the stored bytes."""
 
     index: int
     generation: int

@@ -16,7 +16,7 @@ from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.membership.status import NodeStatus, Phase
+from elastic_pt.membership.status import NodePhase, NodeStatus
 from elastic_pt.report.status import State, judge, open_run, read_history
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member, Stop
@@ -105,16 +105,16 @@ def view_of(*, members: int = 2, stop: Stop | None = None) -> RunView:
     return RunView(generations=(found,) if members else (), stop=stop)
 
 
-def answer_of(node: int, phase: Phase, **changes: object) -> NodeStatus:
+def answer_of(node: int, phase: NodePhase, **changes: object) -> NodeStatus:
     """What a member says."""
     status = NodeStatus(NODES[node], phase, 3, 1, 0, None, {})
     return dataclasses.replace(status, **changes)  # type: ignore[arg-type]
 
 
 RUNS, SETTLES, WAITS = (
-    [answer_of(0, phase)] for phase in (Phase.RUNNING, Phase.SETTLING, Phase.WAITING)
+    [answer_of(0, phase)] for phase in (NodePhase.RUNNING, NodePhase.SETTLING, NodePhase.WAITING)
 )
-BOTH_WAIT = [*WAITS, answer_of(1, Phase.WAITING)]
+BOTH_WAIT = [*WAITS, answer_of(1, NodePhase.WAITING)]
 
 
 @pytest.mark.parametrize(
@@ -151,15 +151,15 @@ def test_a_new_run_tells_how_many_nodes_it_waits_for() -> None:
     [
         (BOTH_WAIT, "2 of at least 3 nodes; no answer from c"),
         (
-            [*BOTH_WAIT, answer_of(2, Phase.WAITING, leaving=True)],
+            [*BOTH_WAIT, answer_of(2, NodePhase.WAITING, leaving=True)],
             "2 of at least 3 nodes; about to leave: c",
         ),
         (
-            [*BOTH_WAIT, answer_of(2, Phase.WAITING, unreachable=("a1", "b1"))],
+            [*BOTH_WAIT, answer_of(2, NodePhase.WAITING, unreachable=("a1", "b1"))],
             "2 of at least 3 nodes; not linked to all others: c",
         ),
         (
-            [answer_of(1, Phase.WAITING, unreachable=("c1",))],
+            [answer_of(1, NodePhase.WAITING, unreachable=("c1",))],
             "1 of at least 3 nodes; no answer from a, c",
         ),
     ],

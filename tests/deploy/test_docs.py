@@ -20,7 +20,7 @@ from elastic_pt.cli import app
 from elastic_pt.config import parse_config
 from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
 from elastic_pt.membership.admission import spans
-from elastic_pt.membership.status import Phase
+from elastic_pt.membership.status import NodePhase
 from elastic_pt.report.status import CommitReport, MemberReport, RunStatus, State
 from elastic_pt.runlog.records import Kind, Record, Stop
 from elastic_pt.telemetry.catalogue import Metrics
@@ -237,7 +237,7 @@ def test_glossary_is_sorted_and_has_the_words_of_the_code() -> None:
     terms = re.findall(r"^- \*\*(.+?)\*\*: \S", text, re.MULTILINE)
     assert terms == sorted(set(terms), key=str.lower)
     assert len(terms) == text.count("\n- ")
-    words: list[type[StrEnum]] = [Kind, Activity, Phase, Outcome, Rung]
+    words: list[type[StrEnum]] = [Kind, Activity, NodePhase, Outcome, Rung]
     assert {str(word).lower() for each in words for word in each} <= set(terms)
 
 

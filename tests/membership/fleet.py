@@ -1,13 +1,11 @@
-"""Several participants of one run, whose clock the test moves and whose words it carries by hand."""
+"""Several participants of one run. The test moves their clock and delivers their messages."""
 
 import dataclasses
 from collections.abc import Callable
 
-from elastic_pt.membership.budgets import Budgets
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.participant import BoundStore, Participant, Surroundings
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, Phase
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.resources import BoundStore, Resources
+from elastic_pt.membership.status import Limits, NodePhase
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     Cause,
@@ -18,7 +16,6 @@ from tests.membership.bucket import WatchedStore
 from tests.membership.world import LIMITS, waiting
 
 TICK_S = 0.2
-BUDGETS = Budgets(flaps_max=2, same_failures_max=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +27,25 @@ class Port:
 
 @dataclasses.dataclass
 class Fleet:
-    """Nodes of one run. `pass_time` carries their words to and fro and gives each its turns."""
+    """Nodes of one run. `pass_time` delivers their messages and gives each its turns."""
 
     bucket: WatchedStore
     limits: Limits = LIMITS
     nodes: dict[str, Participant] = dataclasses.field(default_factory=dict)
     dead: set[str] = dataclasses.field(default_factory=set)
-    """Whose addresses refuse connections."""
+    """Nodes whose addresses refuse connections."""
     off: set[str] = dataclasses.field(default_factory=set)
-    """Who is gone with its address: nobody refuses, nobody answers."""
+    """Nodes that are gone with their machines: their addresses neither refuse nor answer."""
     cut: set[frozenset[str]] = dataclasses.field(default_factory=set)
     drains: list[str] = dataclasses.field(default_factory=list)
     now_s: float = 0.0
     bound: int = 0
     """Stores that were bound for generations."""
     choose_resume: Callable[[RunView], Checkpoint | None] = lambda _: None
+    platform: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What computes on the nodes that are started next."""
+    fenced_url: str = ""
+    """What the nodes that are started next know of the store."""
 
     def start(self, *names: str, **changes: object) -> None:
         """Start nodes; `changes` is what they say of themselves."""
@@ -54,15 +55,15 @@ class Fleet:
             self.nodes[name] = Participant(
                 waiting(name, generation=0, log_length=0, **changes),
                 self.limits,
-                BUDGETS,
-                Surroundings(
+                Resources(
                     log=log,
-                    lobby=Lobby(self.bucket, self.clock_s),
-                    pulse=Pulse(self.bucket, f"{name}1"),
+                    hints=self.bucket,
                     clock_s=self.clock_s,
                     bind_store=self._bind_store,
                     choose_resume=lambda view: self.choose_resume(view),
                     on_drain=self.drains.append,
+                    platform=self.platform,
+                    fenced_url=self.fenced_url,
                 ),
             )
 
@@ -75,7 +76,7 @@ class Fleet:
         return Port(5000 + self.bound)
 
     def pass_time(self, seconds: float) -> None:
-        """Let everybody ask, answer and take turns."""
+        """Let all nodes ask, answer and take turns."""
         for _ in range(round(seconds / TICK_S)):
             self.now_s += TICK_S / 2
             self.talk()
@@ -88,7 +89,7 @@ class Fleet:
         return [node for name, node in self.nodes.items() if name not in self.dead | self.off]
 
     def talk(self) -> None:
-        """Everyone asks whom it wants to ask, and is answered."""
+        """Each node asks its targets, and they answer."""
         for node in self.alive():
             for target in node.contacts.targets:
                 name, mine = target.node, node.member
@@ -116,14 +117,14 @@ class Fleet:
         assert generation is not None
         for each in generation.members:
             if each.node not in self.dead | self.off:
-                self.nodes[each.node].say(phase=Phase.RUNNING, step=0)
+                self.nodes[each.node].me.say(phase=NodePhase.RUNNING, step=0)
         self.pass_time(2 * TICK_S)
         return generation
 
     def spend(self, number: int, *names: str, failure: Cause | None = None) -> None:
         """The workers of these nodes are gone."""
         for name in names:
-            self.nodes[name].say(phase=Phase.WAITING, spent=number, failure=failure)
+            self.nodes[name].me.say(phase=NodePhase.WAITING, spent=number, failure=failure)
 
     def form(self, *names: str) -> Generation:
         """A first world of these nodes, with workers."""

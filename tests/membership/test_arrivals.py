@@ -1,6 +1,4 @@
-"""Nodes that come: for whom the others wait, and what becomes of the cards of those who went."""
-
-import dataclasses
+"""Nodes that arrive: which of them the others wait for, and what happens to the cards of dead nodes."""
 
 import pytest
 
@@ -8,9 +6,9 @@ from elastic_pt.membership.lobby import LOBBY, card_key
 from elastic_pt.membership.status import MESH_NODES_MAX
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import TICK_S, Fleet, names
-from tests.membership.world import LIMITS
+from tests.membership.world import LIMITS, changed
 
-ROOMY = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+ROOMY = changed(LIMITS, nodes_max=64, slots=None)
 CROWD = [f"c{number:02}" for number in range(MESH_NODES_MAX)]
 
 
@@ -21,14 +19,14 @@ def form_with_code_1(fleet: Fleet) -> None:
     """A world of member a, with room for many."""
     fleet.limits = ROOMY
     fleet.start("a", fingerprint={"code": "1"})
-    fleet.pass_time(2 * LIMITS.join_window_s)
+    fleet.pass_time(2 * LIMITS.elastic.join_window_s)
     fleet.run()
 
 
 def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
     """For longer than the join window, a newcomer speaks to member a every tick."""
     a = fleet.nodes["a"]
-    for number in range(round(2 * LIMITS.join_window_s / TICK_S)):
+    for number in range(round(2 * LIMITS.elastic.join_window_s / TICK_S)):
         name = f"z{number:02}"
         fleet.start(name, fingerprint={"code": code})
         if not reachable:
@@ -40,8 +38,10 @@ def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
 @pytest.mark.parametrize(
     ("code", "reachable"), [("2", True), ("1", False)], ids=["other code", "unreachable"]
 )
-def test_nobody_waits_for_who_cannot_be_taken_in(fleet: Fleet, code: str, reachable: bool) -> None:
-    """Nodes with other code, or at an address that does not work, may come for ever: who can join joins on time."""
+def test_unfit_newcomers_do_not_extend_the_join_window(
+    fleet: Fleet, code: str, reachable: bool
+) -> None:
+    """Nodes with other code, or with an address that does not work, may keep arriving: the others join in time."""
     form_with_code_1(fleet)
     fleet.start("b", fingerprint={"code": "1"})
     come_one_by_one(fleet, code=code, reachable=reachable)
@@ -49,11 +49,11 @@ def test_nobody_waits_for_who_cannot_be_taken_in(fleet: Fleet, code: str, reacha
 
 
 def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
-    """Each node that can be taken in gives the next one time to come along, so that all join in one change."""
+    """Each node that can be taken in extends the join window, so that all join in one change."""
     form_with_code_1(fleet)
     come_one_by_one(fleet, code="1")
     assert fleet.drains == []
-    fleet.pass_time(LIMITS.join_window_s + 2 * TICK_S)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 2 * TICK_S)
     everyone = [f"{name} joins" for name in fleet.nodes if name != "a"]
     assert set(fleet.drains) == {"; ".join(everyone)}
 
@@ -64,25 +64,25 @@ def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
 def test_the_card_of_a_node_that_fell_silent_while_it_waited_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A waiting node whose machine is gone, so that nobody refuses for it, does not stay in the lobby for ever."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=3)
+    """A waiting node whose machine is gone does not stay in the lobby, although its address does not refuse."""
+    fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)
     card = card_key(fleet.nodes["b"].member)
     fleet.off.add("b")
-    fleet.pass_time(LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s)
     assert card in bucket.keys(LOBBY), "it may only have paused"
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 1.0)
     assert bucket.keys(LOBBY) == [card_key(fleet.nodes["a"].member)]
 
 
-def test_cards_of_nodes_long_gone_do_not_hide_who_waits(fleet: Fleet, bucket: WatchedStore) -> None:
-    """Nodes that come to a lobby whose list is full of cards that nobody is behind find each other all the same."""
-    fleet.limits = dataclasses.replace(ROOMY, nodes_min=2)
+def test_cards_of_dead_nodes_do_not_hide_waiting_nodes(fleet: Fleet, bucket: WatchedStore) -> None:
+    """Nodes that start with a lobby full of dead nodes' cards find each other."""
+    fleet.limits = changed(ROOMY, nodes_min=2)
     fleet.start(*CROWD)
     fleet.pass_time(2 * TICK_S)
     fleet.off = set(CROWD)
     assert len(bucket.keys(LOBBY)) == MESH_NODES_MAX
     fleet.start("y", "z")
-    fleet.pass_time(3 * LIMITS.heartbeat_timeout_s + LIMITS.join_window_s)
+    fleet.pass_time(3 * LIMITS.elastic.heartbeat_timeout_s + LIMITS.elastic.join_window_s)
     assert names(fleet.log.generation) == ["y", "z"]

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.budgets import (
     SPACED_S,
-    Budgets,
     Moments,
     flaps,
     halt,
@@ -19,7 +19,9 @@ from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
 from tests.membership.world import NOW_S, failed, generation
 
-BUDGETS = Budgets(flaps_max=3, flap_window_s=100.0, bar_s=10.0, same_failures_max=3, failures_max=5)
+BUDGETS = ElasticSection(
+    flaps_max=3, flap_window_s=100.0, quarantine_s=10.0, same_failures_max=3, failures_max=5
+)
 BUG = "ValueError@loop.py:9"
 
 
@@ -68,28 +70,28 @@ def bar(node: str, seconds: float = 10.0) -> Quarantine:
         (CauseKind.BARRED, False),
     ],
 )
-def test_a_node_is_blamed_for_what_it_did_to_the_world(kind: CauseKind, counts: bool) -> None:
-    """Being lost, failing and being parked count, once for each generation; leaving and joining are nobody's fault."""
+def test_which_causes_count_against_a_node(kind: CauseKind, counts: bool) -> None:
+    """Being lost, failing and being parked count once per generation. Leaving and joining do not count."""
     view = run(began(Cause(kind, "b"), Cause(kind, "b")), began(lost("c")), began(Cause(kind, "b")))
     assert flaps(view, read_at(NOW_S, NOW_S, NOW_S), "b", BUDGETS, NOW_S) == 2 * counts
 
 
 def test_failures_are_forgotten_by_this_nodes_own_clock() -> None:
-    """What this node read longer ago than the window, or has not read at all, does not count."""
+    """Records that this node read before the window, or has not read at all, do not count."""
     view = run(began(lost("b")), began(lost("b")), began(lost("b")))
     moments = read_at(NOW_S - 100.0, NOW_S - 99.9)
     assert flaps(view, moments, "b", BUDGETS, NOW_S) == 1
 
 
-def test_a_quarantine_starts_a_new_account() -> None:
-    """What a node did before it was last kept out is paid for; another node's quarantine changes nothing."""
+def test_count_starts_again_after_a_quarantine() -> None:
+    """Failures from before a node's last quarantine do not count. Another node's quarantine changes nothing."""
     view = run(began(lost("b")), began(lost("b")), began(lost("b")), bars=[bar("b"), bar("c")])
     moments = read_at(NOW_S - 30, NOW_S - 20, NOW_S - 10, bars_s=[NOW_S - 20, NOW_S])
     assert flaps(view, moments, "b", BUDGETS, NOW_S) == 1
 
 
 def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None:
-    """The third loss within the window keeps a node out for bar_s, later ones for twice as long, at most an hour."""
+    """The third loss within the window keeps a node out for quarantine_s, later ones for twice as long each, at most an hour."""
     generations = [began(lost("b"), lost("c")), began(lost("b")), began(lost("b"))]
     (due,) = quarantines_due(
         run(*generations), read_at(NOW_S - 20, NOW_S - 10, NOW_S), BUDGETS, NOW_S
@@ -103,8 +105,8 @@ def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None
         assert due.seconds == seconds
 
 
-def test_old_quarantines_make_new_ones_no_longer() -> None:
-    """Who has behaved for two hours since it was kept out is trusted as before."""
+def test_quarantines_older_than_two_hours_are_forgotten() -> None:
+    """A node that was not kept out for two hours begins with the shortest quarantine again."""
     generations = [began(lost("b"))] * 3
     moments = read_at(NOW_S, NOW_S, NOW_S, bars_s=[NOW_S - 7200.0, NOW_S - 7199.0])
     view = run(*generations, bars=[bar("b"), bar("b")])
@@ -112,8 +114,8 @@ def test_old_quarantines_make_new_ones_no_longer() -> None:
     assert due.seconds == 20.0
 
 
-def test_quarantine_is_due_only_for_who_broke_the_newest_world() -> None:
-    """Two losses are borne, and a node that flapped before is not punished for what others do."""
+def test_quarantine_only_for_causes_of_the_newest_generation() -> None:
+    """Two losses are accepted, and a node is not kept out for the failure of another one."""
     moments = read_at(NOW_S, NOW_S, NOW_S, NOW_S)
     twice = [began(lost("b")), began(lost("b"))]
     assert quarantines_due(run(*twice), moments, BUDGETS, NOW_S) == []
@@ -123,7 +125,7 @@ def test_quarantine_is_due_only_for_who_broke_the_newest_world() -> None:
 
 
 def test_a_quarantine_lasts_from_when_it_was_read() -> None:
-    """A node is kept out for the record's seconds since this node read it, with the reason."""
+    """A node is kept out for the record's seconds after this node read it, with the reason."""
     view = run(bars=[bar("b"), bar("c", seconds=30.0)])
     moments = read_at(bars_s=[NOW_S - 9.9, NOW_S - 9.9])
     assert kept_out(view, moments, [], BUDGETS, NOW_S) == {
@@ -133,8 +135,8 @@ def test_a_quarantine_lasts_from_when_it_was_read() -> None:
     assert list(kept_out(view, moments, [], BUDGETS, NOW_S + 0.1)) == ["c"]
 
 
-def test_the_failure_that_is_too_many_counts_before_it_is_in_the_log() -> None:
-    """The world that the third failure calls for is formed without its node; a second failure is borne."""
+def test_newest_failure_counts_before_it_is_in_the_log() -> None:
+    """The world after the third failure is formed without its node. A second failure is accepted."""
     view = run(began(lost("b")), began(failed("b")), began(lost("c")))
     moments = read_at(NOW_S, NOW_S, NOW_S)
     found = kept_out(view, moments, [failed("b"), failed("c")], BUDGETS, NOW_S)
@@ -151,7 +153,7 @@ def ends(
     *failures: Cause,
     others: int = 1,
     frontier_step: int = 7,
-    budgets: Budgets = BUDGETS,
+    budgets: ElasticSection = BUDGETS,
     every_s: float = 1.0,
     reopened: int = 0,
 ) -> str:
@@ -172,7 +174,7 @@ def at_7(*causes: Cause) -> Generation:
 
 
 def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
-    """Three times the same exception at the same step is no bad luck once a second node has had it."""
+    """The same exception at the same step for the third time ends the run once it has happened on two nodes."""
     reason = ends([at_7(), at_7(bug("a")), at_7(bug("a"))], bug("b"))
     assert reason == "the same failure 3 times at step 7, on a, b: worker 0: ValueError: bad"
 
@@ -188,21 +190,19 @@ def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
     ],
     ids=["one node only", "twice", "another step", "another exception", "a signal"],
 )
-def test_what_may_go_better_next_time_is_tried_again(
-    generations: list[Generation], last: Cause
-) -> None:
-    """One node's trouble, another step or exception, or a cause that is no exception does not end the run."""
+def test_failures_that_may_pass_are_tried_again(generations: list[Generation], last: Cause) -> None:
+    """One node's failures, another step or exception, or a cause that is no exception does not end the run."""
     assert ends([at_7(), *generations], last) == ""
 
 
-def test_other_changes_do_not_hide_that_a_failure_comes_back() -> None:
-    """A node that is lost, leaves or joins between two failures makes the second one no different from the first."""
+def test_other_causes_between_equal_failures_do_not_count() -> None:
+    """A loss, leave or join between two failures does not make the second one a different failure."""
     generations = [at_7(bug("a")), at_7(lost("c")), at_7(bug("a")), at_7(), at_7(lost("c"))]
     assert "the same failure 3 times" in ends(generations, bug("b"))
 
 
 def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
-    """Where no other node lives, the same exception ends the run once its attempts lie ten seconds apart."""
+    """If no other node lives, the same exception ends the run once its attempts span ten seconds."""
     generations = [at_7(), at_7(bug()), at_7(bug())]
     assert ends(generations, bug(), others=0, every_s=SPACED_S / 2) != ""
     assert ends(generations, bug(), others=0, every_s=SPACED_S / 2 - 0.1) == ""
@@ -210,7 +210,7 @@ def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
 
 
 def test_failures_of_the_surroundings_never_end_a_run() -> None:
-    """However often, on however many nodes and over however long a time: what may pass is waited for."""
+    """That holds for any number of them, on any number of nodes, over any time."""
 
     def outside(node: str) -> Cause:
         return dataclasses.replace(bug(node), surroundings=True)
@@ -221,7 +221,7 @@ def test_failures_of_the_surroundings_never_end_a_run() -> None:
     assert ends([*generations, at_7(bug("a")), at_7(bug("a"))], bug("b")) != ""
 
 
-def test_the_same_failure_of_another_time_is_another_failure() -> None:
+def test_equal_failures_with_steps_between_them_do_not_add_up() -> None:
     """Equal failures before a first step count together only if the run has made no step between them."""
     start = [bug("a", step=0), bug("b", step=0)]
     early = [began(frontier_step=7), began(start[0], frontier_step=7)]
@@ -229,8 +229,8 @@ def test_the_same_failure_of_another_time_is_another_failure() -> None:
     assert ends([*early, began(start[1], frontier_step=900)], start[0], frontier_step=900) == ""
 
 
-def test_a_reopened_run_is_forgiven_what_it_failed_of() -> None:
-    """Failures from before a REOPEN count no more; those after it do."""
+def test_failures_before_a_reopen_do_not_count() -> None:
+    """Failures after a REOPEN count."""
     generations = [at_7(), at_7(bug("a")), at_7(bug("b"))]
     assert ends(generations, bug("a")) != ""
     assert ends(generations, bug("a"), reopened=3) == ""
@@ -241,14 +241,14 @@ def test_a_reopened_run_is_forgiven_what_it_failed_of() -> None:
     ("failures", "seconds"), [(1, 0), (2, 1), (3, 2), (4, 4), (8, 60), (99, 60)]
 )
 def test_a_failing_node_rests_longer_each_time(failures: int, seconds: float) -> None:
-    """The first failure costs nothing; from the second on the rest doubles up to a minute, spread by a quarter."""
+    """There is no rest after the first failure. From the second on it doubles up to a minute, varied by a quarter."""
     assert rest_s(failures, 0.5) == seconds
     assert rest_s(failures, 0.0) == 0.75 * seconds
     assert rest_s(failures, 1.0) == 1.25 * seconds
 
 
 def test_many_failures_without_a_new_step_end_the_run() -> None:
-    """Whatever they are and wherever they come, five failures in a row that leave the run where it was are enough."""
+    """Five failures in a row without a new step end the run, whatever their kind and node."""
     generations = [began(frontier_step=7)] + [at_7(failed(node)) for node in "abab"]
     reason = ends(generations, failed("c"))
     assert reason == (
@@ -259,8 +259,8 @@ def test_many_failures_without_a_new_step_end_the_run() -> None:
     assert "5 failures" in ends([*generations, at_7(lost("d"))], failed("c"))
 
 
-def test_a_new_step_pays_for_the_failures_before_it() -> None:
-    """Progress since the newest world began, or between two failures, starts the count again; doing steps again does not."""
+def test_a_new_step_resets_the_count() -> None:
+    """Progress since the newest world began, or between two failures, resets the count. Repeating steps does not."""
     generations = [began(frontier_step=0)] + [at_7(failed(node)) for node in "abab"]
     assert ends(generations, failed("c"), frontier_step=8) == ""
     assert ends(generations, failed("c"), frontier_step=6) != ""
@@ -269,12 +269,12 @@ def test_a_new_step_pays_for_the_failures_before_it() -> None:
     assert "4 failures" in ends(
         [began(frontier_step=5), *again],
         failed("c"),
-        budgets=dataclasses.replace(BUDGETS, failures_max=4),
+        budgets=BUDGETS.model_copy(update={"failures_max": 4}),
     )
 
 
 def test_only_failures_end_a_run() -> None:
-    """Losing nodes again and again is no reason to stop."""
+    """Losing nodes any number of times does not end the run."""
     generations = [at_7(lost("b")) for _ in range(10)]
     assert ends(generations) == ""
     bugs = [at_7(bug("a")), at_7(bug("b"))]

@@ -1,7 +1,6 @@
 """Addresses that take calls and do not answer, hang up, or refuse: none holds an agent up, and each is tried at a measured pace."""
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from elastic_pt.membership.links import _Link
 from elastic_pt.membership.peers import MESSAGE, Message
 from elastic_pt.runlog.records import Member
 from tests.membership.test_links import RARELY, agent, run, until
-from tests.membership.world import waiting
+from tests.membership.world import changed, waiting
 
 INTERVAL_S = 0.1
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -25,8 +24,8 @@ async def stranger(handle: Handler) -> AsyncIterator[Member]:
         yield Member("z", "z1", "127.0.0.1", server.sockets[0].getsockname()[1], 1, 1)
 
 
-def test_a_deaf_address_holds_nobody_up_and_is_tried_again(tmp_path: Path) -> None:
-    """A peer that takes the call and says nothing is given up after the timeout, not taken for gone, and delays no other peer."""
+def test_deaf_address_times_out_and_is_tried_again(tmp_path: Path) -> None:
+    """A peer that accepts a connection and says nothing is dropped after the timeout, not taken for gone, and delays no other peer."""
     calls = ended = 0
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -39,9 +38,7 @@ def test_a_deaf_address_holds_nobody_up_and_is_tried_again(tmp_path: Path) -> No
             writer.close()
 
     async def scenario() -> None:
-        hurried = dataclasses.replace(
-            RARELY, heartbeat_timeout_s=0.5, heartbeat_interval_s=INTERVAL_S
-        )
+        hurried = changed(RARELY, heartbeat_timeout_s=0.5, heartbeat_interval_s=INTERVAL_S)
         async with (
             stranger(say_nothing) as z,
             agent("b", tmp_path) as b,
@@ -62,8 +59,8 @@ def test_a_deaf_address_holds_nobody_up_and_is_tried_again(tmp_path: Path) -> No
     run(scenario())
 
 
-def test_who_hangs_up_or_refuses_is_called_once_an_interval(tmp_path: Path) -> None:
-    """An address where no agent answers costs a call each interval, however long that lasts."""
+def test_dead_address_is_tried_once_per_interval(tmp_path: Path) -> None:
+    """An address without an agent costs one attempt per interval, however long that lasts."""
     calls = refusals = 0
 
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -76,7 +73,7 @@ def test_who_hangs_up_or_refuses_is_called_once_an_interval(tmp_path: Path) -> N
         refusals += 1
 
     async def scenario() -> None:
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=INTERVAL_S)
+        limits = changed(RARELY, heartbeat_interval_s=INTERVAL_S)
         async with agent("b", tmp_path) as b:
             gone = b.member
         async with stranger(hang_up) as z, agent("a", tmp_path, limits=limits) as a:
@@ -93,8 +90,8 @@ def test_who_hangs_up_or_refuses_is_called_once_an_interval(tmp_path: Path) -> N
     run(scenario())
 
 
-def test_what_is_said_to_a_peer_that_takes_nothing_in_does_not_pile_up() -> None:
-    """However much there is to say while a connection is stuck, nobody waits, and one message of then follows."""
+def test_messages_to_a_stuck_peer_do_not_pile_up() -> None:
+    """While a connection is stuck no caller waits, and one up-to-date message follows when it works again."""
     sent: list[Message] = []
 
     async def scenario() -> None:

@@ -1,4 +1,4 @@
-"""Who trains is decided from facts alone, and always with a reason."""
+"""`decide` as a member: from facts alone, and always with a reason."""
 
 import dataclasses
 import random
@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from elastic_pt.membership.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
 from elastic_pt.membership.decide import Drain, Ended, Halt, Propose, Wait, park
-from elastic_pt.membership.status import MESH_NODES_MAX, Peer, Phase
+from elastic_pt.membership.status import MESH_NODES_MAX, NodePhase, Peer
 from elastic_pt.runlog.records import CauseKind, Generation, Stop
 from tests.membership.world import (
     LIMITS,
     NOTICED_S,
     NOW_S,
     causes,
+    changed,
     decision,
     failed,
     generation,
@@ -30,14 +31,14 @@ from tests.membership.world import (
     waiting,
 )
 
-TIMEOUT_S = LIMITS.heartbeat_timeout_s
+TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 # ---- members -----------------------------------------------------------------------------------------
 
 
 def test_a_healthy_world_goes_on() -> None:
-    """While all members answer, nobody proposes anything."""
+    """While all members answer, no node proposes anything."""
     world = generation("a", "b")
     assert decision(status("a"), {"b": peer(status("b"))}, of=world) == Wait("training")
     assert not is_broken(status("a"), {"b": peer(status("b"), silent_s=TIMEOUT_S)}, of=world)
@@ -64,14 +65,14 @@ def test_a_lost_member_is_left_behind(gone: Peer, detail: str, detect_s: float) 
     assert cause.detect_s == pytest.approx(detect_s)
 
 
-def test_a_peer_is_given_its_time_from_when_it_is_asked() -> None:
-    """Who has not been asked for long is not lost for what was heard of it then."""
+def test_silence_is_counted_from_the_first_question() -> None:
+    """Messages from before this node began to ask do not make a peer lost."""
     again = Peer(status("b"), NOW_S - TIMEOUT_S + 0.1, NOW_S - 100, refused=False)
     assert not is_broken(status("a"), {"b": again}, of=generation("a", "b"))
 
 
 def test_the_first_live_member_leads() -> None:
-    """Losing rank 0's node is nothing special: the next member proposes, the others wait and stop their workers."""
+    """Losing rank 0 is no special case: the next member proposes; the others wait and end their workers."""
     world = generation("a", "b", "c")
     gone, b, c = refusing(status("a")), status("b"), status("c")
     assert nodes(decision(b, {"a": gone, "c": peer(c)}, of=world)) == ["b", "c"]
@@ -79,14 +80,14 @@ def test_the_first_live_member_leads() -> None:
     assert waits == Wait("b leads: lost a", broken=True)
 
 
-def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
-    """If nothing moves for long although another one leads, the next in order proposes, then the one after it."""
+def test_follower_proposes_after_leader_timeout() -> None:
+    """If nothing changes for long although another node leads, the next node in order proposes, then the one after it."""
     world = generation("a", "b", "c")
     peers = {node: peer(status(node, broken=1)) for node in "abc"}
     for me, takeovers in (("b", 2), ("c", 4)):
         others = {node: each for node, each in peers.items() if node != me}
         for moved in ("quiet_since_s", "broken_since_s"):
-            still_s = NOW_S - takeovers * LIMITS.takeover_s
+            still_s = NOW_S - takeovers * LIMITS.elastic.takeover_s
             facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0} | {moved: still_s + 0.01}
             waits = decision(status(me, broken=1), others, of=world, **facts)
             assert waits.reason.startswith("a leads"), (me, moved)
@@ -95,20 +96,20 @@ def test_who_waits_in_vain_for_the_leader_has_a_try() -> None:
             ) == ["a", "b", "c"]
 
 
-def test_the_two_sides_of_a_torn_network_have_their_tries_by_turns() -> None:
-    """The second node of the smaller side tries after the first of its own and the second of the larger side."""
+def test_two_sides_of_a_split_network_propose_in_turn() -> None:
+    """The second node of the smaller side proposes after its first node and after the second node of the larger side."""
     world, peers = side("ab", "cde")
     peers = peers | {"a": peer(status("a", unreachable=lives(*"cde")))}
     del peers["b"]
-    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.takeover_s
+    me, still_s = status("b", unreachable=lives(*"cde")), NOW_S - 3 * LIMITS.elastic.takeover_s
     facts = {"quiet_since_s": 1.0, "broken_since_s": still_s + 0.01}
     assert decision(me, peers, of=world, **facts).reason.startswith("a leads")
     facts = {"quiet_since_s": 1.0, "broken_since_s": still_s}
     assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
 
 
-def test_who_is_not_wanted_never_proposes() -> None:
-    """A parked member waits for those who go on, however long that takes: a world of theirs is not its to form."""
+def test_parked_member_never_proposes() -> None:
+    """A parked member waits for the others, however long that takes: it must not form their next world."""
     world = generation("a", "b", "c")
     peers = {"a": peer(status("a")), "b": peer(status("b", unreachable=lives("c")))}
     facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0}
@@ -117,7 +118,7 @@ def test_who_is_not_wanted_never_proposes() -> None:
 
 
 def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
-    """A member that spent the generation with a failure makes all form the next one, and is in it."""
+    """A member that spent the generation with a failure makes all form the next one, and is a member of it."""
     cause = failed("b", "worker 1: ValueError: bad", step=7, signature="ValueError@loop.py:9")
     b = waiting("b", spent=1, failure=cause)
     proposal = decision(status("a"), {"b": peer(b)}, of=generation("a", "b"))
@@ -128,16 +129,18 @@ def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
 
 
 def test_a_failure_in_an_older_generation_breaks_nothing() -> None:
-    """What a member says of a generation that is over does not touch the one that trains."""
+    """A member's status about an older generation does not affect the one that trains."""
     b = status("b", spent=1, failure=failed("b"))
     world = dataclasses.replace(generation("a", "b"), number=2)
     assert decision(status("a"), {"b": peer(b)}, of=world) == Wait("training")
 
 
 def test_a_planned_stop_waits_for_everyone() -> None:
-    """While one member still settles its checkpoint, those that are done wait; then the first proposes at once."""
+    """While one member still settles its checkpoint, the others wait. Then the first member proposes at once."""
     world, done = generation("a", "b"), waiting("a", spent=1)
-    assert decision(done, {"b": peer(status("b", Phase.SETTLING))}, of=world) == Wait("training")
+    assert decision(done, {"b": peer(status("b", NodePhase.SETTLING))}, of=world) == Wait(
+        "training"
+    )
     assert decision(status("a"), {"b": peer(waiting("b", spent=1))}, of=world) == Wait(
         "waiting for all members to stop"
     )
@@ -154,18 +157,18 @@ def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
     )
 
 
-def test_who_fell_silent_before_it_read_the_log_is_told_as_silent() -> None:
-    """The operator is to look for a dead machine, not for a bucket that one node cannot reach."""
-    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s + 0.5
+def test_silent_member_is_reported_as_silent_even_if_it_has_not_read_the_log() -> None:
+    """The operator should look for a dead machine, and not for a bucket that one node cannot reach."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.elastic.takeover_s + 0.5
     peers = {"b": silent(waiting("b", generation=0))}
     proposal = decision(status("a"), peers, of=world, generation_since_s=read_s)
     assert isinstance(proposal, Propose)
     assert proposal.causes[0].detail.startswith("silent for")
 
 
-def test_who_does_not_read_the_log_is_lost() -> None:
-    """A member that answers, but has not read its generation's record takeover_s after this node did, can train with nobody."""
-    world, read_s = generation("a", "b"), NOW_S - LIMITS.takeover_s
+def test_member_that_does_not_read_the_log_is_lost() -> None:
+    """A member that answers, but has not read its generation's record takeover_s after this node did, cannot train."""
+    world, read_s = generation("a", "b"), NOW_S - LIMITS.elastic.takeover_s
     b = waiting("b", generation=0)
     for heard_s, since_s in ((NOW_S - 0.1, read_s), (NOW_S - 0.6, read_s - 0.5)):
         peers = {"b": peer(b, silent_s=NOW_S - heard_s)}
@@ -185,8 +188,8 @@ def test_who_does_not_read_the_log_is_lost() -> None:
     assert decision(status("a"), reads, of=world, generation_since_s=1.0) == Wait("training")
 
 
-def test_what_another_member_gave_up_is_broken_for_all() -> None:
-    """A member that found the world broken has ended its workers; who noticed nothing ends its own and forms with it."""
+def test_generation_given_up_by_one_member_is_broken_for_all() -> None:
+    """A member that found the world broken has ended its workers. A member that noticed nothing ends its own and forms the next world with it."""
     world = generation("a", "b", "c")
     peers = {"b": peer(status("b", broken=1)), "c": peer(status("c"))}
     assert is_broken(status("a"), peers, of=world)
@@ -197,37 +200,40 @@ def test_what_another_member_gave_up_is_broken_for_all() -> None:
     assert not is_broken(status("a"), older, of=world)
 
 
-def test_a_planned_stop_that_a_loss_disturbs_is_not_held_against_the_survivors() -> None:
-    """Who has to give up the checkpoint of a stop because another member was lost is no cause; only the loss is."""
+def test_checkpoint_given_up_after_a_loss_is_no_cause() -> None:
+    """If members give up the checkpoint of a stop because another member was lost, only the loss is a cause."""
     world = generation("a", "b", "c")
-    peers = {"b": refusing(status("b", Phase.SETTLING)), "c": peer(waiting("c", spent=1, broken=1))}
+    peers = {
+        "b": refusing(status("b", NodePhase.SETTLING)),
+        "c": peer(waiting("c", spent=1, broken=1)),
+    }
     proposal = decision(waiting("a", spent=1, broken=1), peers, of=world)
     assert nodes(proposal) == ["a", "c"]
     assert causes(proposal) == [(CauseKind.LOST, "b")]
 
 
-def test_no_more_nodes_than_bounds_and_slots_allow() -> None:
-    """A newcomer beyond nodes_max, or beyond what V slots can feed, stays a spare and disturbs nobody."""
+def test_no_more_nodes_than_limits_and_slots_allow() -> None:
+    """A newcomer beyond nodes_max, or for which no slot is left, stays a spare and disturbs no member."""
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": peer(waiting("c"))}
     for limits in (
-        dataclasses.replace(LIMITS, nodes_max=2),
-        dataclasses.replace(LIMITS, slots=2),
+        changed(LIMITS, nodes_max=2),
+        changed(LIMITS, slots=2),
     ):
         assert decision(status("a"), peers, of=world, limits=limits) == Wait("training")
     assert isinstance(decision(status("a"), peers, of=world), Drain)
 
 
-def test_spares_fill_the_places_of_the_lost_and_no_more() -> None:
-    """After a loss, as many waiting nodes are taken in as the bounds allow."""
-    limits = dataclasses.replace(LIMITS, nodes_max=2)
+def test_spares_replace_lost_members() -> None:
+    """After a loss, as many waiting nodes are taken in as the limits allow."""
+    limits = changed(LIMITS, nodes_max=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     proposal = decision(status("a"), peers, of=generation("a", "b"), limits=limits)
     assert nodes(proposal) == ["a", "c"]
 
 
-def test_a_large_newcomer_that_does_not_fit_leaves_room_for_a_small_one() -> None:
-    """Slots are given in order of names, and who does not fit is passed over."""
+def test_newcomer_with_too_many_workers_is_skipped() -> None:
+    """Slots are given in order of names. A node that does not fit is skipped."""
     large = waiting("c", member=member("c", workers=8))
     peers = {"c": peer(large), "d": peer(waiting("d"))}
     assert decision(status("a"), peers, of=generation("a")) == Drain("d joins")
@@ -235,7 +241,7 @@ def test_a_large_newcomer_that_does_not_fit_leaves_room_for_a_small_one() -> Non
 
 def test_below_the_minimum_the_run_pauses() -> None:
     """With fewer nodes than nodes_min nothing is proposed, workers stop, and the reason says so."""
-    limits = dataclasses.replace(LIMITS, nodes_min=2)
+    limits = changed(LIMITS, nodes_min=2)
     waits = decision(
         status("a"), {"b": refusing(status("b"))}, of=generation("a", "b"), limits=limits
     )
@@ -243,19 +249,19 @@ def test_below_the_minimum_the_run_pauses() -> None:
 
 
 def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
-    """A member that fails too often waits; but rather it than fewer nodes than nodes_min."""
+    """A member that fails too often waits, unless there would be fewer nodes than nodes_min without it."""
     world, barred = generation("a", "b"), {"b": "3 failures"}
     peers = {"b": peer(waiting("b", spent=1, failure=failed("b")))}
     proposal = decision(status("a"), peers, of=world, barred=barred)
     assert nodes(proposal) == ["a"]
     assert causes(proposal) == [(CauseKind.FAILED, "b"), (CauseKind.BARRED, "b")]
-    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    needed = changed(LIMITS, nodes_min=2)
     assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
 
 
 def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
-    """After a loss, rather a node that is kept out than a run that stands still; with enough others it stays out."""
-    needed = dataclasses.replace(LIMITS, nodes_min=2)
+    """After a loss a node that is kept out is taken in if the run would be paused without it; otherwise it stays out."""
+    needed = changed(LIMITS, nodes_min=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
     facts = {"limits": needed, "barred": {"c": "3 failures"}}
     assert nodes(decision(status("a"), peers, of=generation("a", "b"), **facts)) == ["a", "c"]
@@ -264,15 +270,15 @@ def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
 
 
 def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
-    """Who is kept out has answered, and is no side that others would have to wait for."""
+    """A node that is kept out has answered, so it is no other side for which the rest must wait."""
     world = generation("a", "b")
     peers = {"a": peer(waiting("a", spent=1, failure=failed("a")))}
     facts = {"barred": {"a": "3 failures"}, "quiet_since_s": NOTICED_S}
     assert nodes(decision(status("b"), peers, of=world, **facts)) == ["b"]
 
 
-def test_a_run_that_would_fail_for_ever_ends() -> None:
-    """What the history says about failures ends the run when a failure broke the world, and only then."""
+def test_run_without_a_chance_is_halted() -> None:
+    """If the budgets say so, the run ends when a failure broke the world, and only then."""
     world = generation("a", "b")
     b = waiting("b", spent=1, failure=failed("b"))
     assert decision(status("a"), {"b": peer(b)}, of=world, halt="again and again") == Halt(
@@ -282,13 +288,13 @@ def test_a_run_that_would_fail_for_ever_ends() -> None:
     assert nodes(decision(status("a"), lost, of=world, halt="again and again")) == ["a"]
 
 
-def test_the_smaller_side_ends_no_run() -> None:
-    """Who is cut off from most members, or from too many to go on, does not decide that there is no hope."""
+def test_smaller_side_never_halts_the_run() -> None:
+    """A node that is cut off from most members, or from too many to go on, does not end the run."""
     world, peers = side("ab", "cde")
     me = waiting("a", spent=1, failure=failed("a"), unreachable=lives(*"cde"))
     facts = {"halt": "again and again", "quiet_since_s": NOW_S}
     assert decision(me, peers, of=world, **facts).reason.startswith("cut off with 2 of 5 members")
-    few = dataclasses.replace(LIMITS, nodes_min=3)
+    few = changed(LIMITS, nodes_min=3)
     facts = {"halt": "again and again", "limits": few}
     assert decision(me, peers, of=world, **facts).reason.startswith("paused: 2 of at least 3")
 
@@ -303,8 +309,8 @@ def test_the_end_of_the_run_ends_everything() -> None:
 # ---- asked again -------------------------------------------------------------------------------------
 
 
-def test_nobody_is_proposed_who_has_not_answered_since() -> None:
-    """A world is formed only of nodes that answered after the trouble was noticed: who died with it is not among them."""
+def test_only_nodes_that_answered_since_the_trouble_are_proposed() -> None:
+    """A world is formed only of nodes that answered after the trouble was noticed. A node that died with the first one is not among them."""
     world = generation("a", "b", "c")
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     peers = {"b": b, "c": peer(status("c"), silent_s=before)}
@@ -338,16 +344,16 @@ def side(mine: str, others: str) -> tuple[Generation, dict[str, Peer]]:
 
 
 def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
-    """Who sees fewer than half of the members waits, for takeover_s after log and pulse moved last, and ends its workers."""
+    """A node that sees fewer than half of the members waits for takeover_s after the last change of log or pulse, and ends its workers."""
     world, peers = side("ab", "cde")
     me = status("a", unreachable=lives(*"cde"))
-    almost_s = NOW_S - LIMITS.takeover_s + 0.01
+    almost_s = NOW_S - LIMITS.elastic.takeover_s + 0.01
     for quiet_s, noticed_s in ((almost_s, 1.0), (1.0, almost_s), (almost_s, almost_s)):
         waits = decision(me, peers, of=world, quiet_since_s=quiet_s, broken_since_s=noticed_s)
         assert isinstance(waits, Wait), (quiet_s, noticed_s)
         assert waits.broken
         assert waits.reason.startswith("cut off with 2 of 5 members")
-    over_s = NOW_S - LIMITS.takeover_s
+    over_s = NOW_S - LIMITS.elastic.takeover_s
     facts = {"quiet_since_s": over_s, "broken_since_s": over_s}
     assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
     unseen = decision(me, peers, of=world, **facts, quiet_until_s=NOW_S - 0.01)
@@ -355,7 +361,7 @@ def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
 
 
 def test_the_larger_side_goes_at_once() -> None:
-    """Who sees more than half of the members asks nobody's leave."""
+    """A node that sees more than half of the members does not wait."""
     world, peers = side("cde", "ab")
     me = status("c", unreachable=lives(*"ab"))
     assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["c", "d", "e"]
@@ -372,8 +378,8 @@ def test_of_two_halves_the_first_members_goes_first() -> None:
     assert waits.reason.startswith("cut off with 2 of 4 members")
 
 
-def test_who_is_certainly_gone_is_no_voter() -> None:
-    """Members whose address refuses, and those that leave, do not count: the rest need not wait for them."""
+def test_member_that_is_gone_for_certain_has_no_vote() -> None:
+    """Members whose address refuses, and members that leave, are not counted: the rest need not wait for them."""
     world = generation(*"abcde")
     me, e = status("d"), {"e": peer(status("e", unreachable=lives(*"abc")))}
     gone = {node: refusing(status(node)) for node in "abc"}
@@ -388,7 +394,7 @@ def test_who_is_certainly_gone_is_no_voter() -> None:
 
 
 def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -> list[str]:
-    """Members of one side who would propose, when both sides are silent to each other and `dead` is gone."""
+    """Members of one side that would propose, when both sides are silent to each other and `dead` is gone."""
     everyone = {each.node for each in world.members}
     away = lives(*(everyone - here))
     found = []
@@ -414,7 +420,7 @@ def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -
     roles=st.lists(st.sampled_from(["left", "right", "dead"]), min_size=7, max_size=7),
     size=st.integers(2, 7),
 )
-def test_two_sides_of_a_torn_network_never_propose_at_once(
+def test_two_sides_of_a_split_network_never_propose_at_once(
     order: list[str], roles: list[str], size: int
 ) -> None:
     """However members are split, exactly one node of one side proposes before takeover_s is over."""
@@ -428,7 +434,7 @@ def test_two_sides_of_a_torn_network_never_propose_at_once(
     found = [*proposers(world, left, dead, NOW_S), *proposers(world, right, dead, NOW_S)]
     assert len(found) == 1
     # The side that may not go first is not shut out: once nothing has moved for long, it goes too.
-    later_s = NOTICED_S + LIMITS.takeover_s
+    later_s = NOTICED_S + LIMITS.elastic.takeover_s
     assert len(proposers(world, left, dead, later_s)) == 1
     assert len(proposers(world, right, dead, later_s)) == 1
 
@@ -452,7 +458,7 @@ def test_of_two_members_without_a_link_the_later_one_waits() -> None:
     assert told == Wait("a leads: c parked: no link to b", broken=True)
 
 
-def test_who_is_parked_is_told_which_links_are_missing() -> None:
+def test_cause_of_a_parked_member_names_its_missing_links() -> None:
     """Of several broken links, each parked member's cause names its own."""
     world = generation(*"abcde")
     peers = {node: peer(status(node)) for node in "bd"}
@@ -463,8 +469,8 @@ def test_who_is_parked_is_told_which_links_are_missing() -> None:
     assert proposal.reason == "c parked: no link to b; e parked: no link to d"
 
 
-def test_a_link_to_a_member_that_is_gone_costs_nobody_else() -> None:
-    """Who cannot reach a lost member is not parked for it."""
+def test_link_to_a_lost_member_parks_no_other() -> None:
+    """A member that cannot reach a lost member is not parked for that."""
     world = generation("a", "b", "c")
     peers = {"b": refusing(status("b")), "c": peer(status("c", unreachable=lives("b")))}
     proposal = decision(status("a"), peers, of=world)
@@ -482,7 +488,7 @@ LINKS = st.lists(
 def test_parking_leaves_no_broken_link(
     links: list[tuple[str, str]], shuffled: random.Random, order: list[str]
 ) -> None:
-    """Those who go on can all reach each other, nobody else waits, and every node finds the same ones."""
+    """The members that go on can all reach each other, no other member is parked, and every node finds the same ones."""
     members = [member(node) for node in order]
     broken = [(f"{one}1", f"{other}1") for one, other in links]
     parked = set(park(broken, members))
@@ -497,8 +503,8 @@ def test_parking_leaves_no_broken_link(
     shuffled=st.permutations(NODES),
     cut=st.integers(1, len(NODES) - 1),
 )
-def test_a_cut_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cut: int) -> None:
-    """Where no link leads from one group to the other, the smaller group waits; of equals that of the last rank."""
+def test_split_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cut: int) -> None:
+    """If no link leads from one group to the other, the smaller group waits; of equal groups the one with the last rank."""
     one, other = shuffled[:cut], shuffled[cut:]
     links = [(min(a, b), max(a, b)) for a in lives(*one) for b in lives(*other)]
     smaller = min(one, other, key=lambda group: (len(group), ranked[-1] not in group))
@@ -508,8 +514,8 @@ def test_a_cut_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cu
 # ---- heard by others ---------------------------------------------------------------------------------
 
 
-def test_a_member_that_others_hear_is_cut_off_not_gone() -> None:
-    """Silence towards one member only is a broken link, and that only after a grace in which others may find more."""
+def test_member_that_others_hear_is_cut_off_and_not_lost() -> None:
+    """Silence towards one member only is a broken link, after a grace period in which others may find more."""
     world, me = generation("a", "b", "c"), status("a", unreachable=lives("b"))
     grace_s = TIMEOUT_S * (1 + LINK_GRACE_SHARE)
     peers = {"b": peer(status("b"), silent_s=grace_s - 0.01), "c": peer(status("c"))}
@@ -520,8 +526,8 @@ def test_a_member_that_others_hear_is_cut_off_not_gone() -> None:
     assert causes(proposal) == [(CauseKind.PARKED, "b")]
 
 
-def test_a_link_is_broken_only_if_both_ends_are_there() -> None:
-    """That c cannot reach b is a link to those who hear b; who has not heard b for a while waits whether it is gone."""
+def test_link_is_broken_only_if_both_ends_are_alive() -> None:
+    """If c cannot reach b, that is a broken link to a node that hears b. A node that has not heard b for a while waits whether b is gone."""
     world, c = generation("a", "b", "c"), peer(status("c", unreachable=lives("b")))
     fresh_s = TIMEOUT_S * LINK_FRESH_SHARE
     for silent_s, broken in ((fresh_s - 0.01, True), (fresh_s + 0.01, False)):
@@ -531,8 +537,8 @@ def test_a_link_is_broken_only_if_both_ends_are_there() -> None:
     assert not is_broken(status("a"), stranger, of=world)
 
 
-def test_a_member_that_nobody_hears_is_gone() -> None:
-    """Once every member that answers calls it unreachable, silence needs no grace; nor does it when nobody else is there."""
+def test_member_that_no_member_hears_is_lost() -> None:
+    """Once every member that answers calls it unreachable, silence needs no grace period; nor does it without other members."""
     b = silent(status("b"))
     c = peer(status("c", unreachable=lives("b")))
     proposal = decision(status("a"), {"b": b, "c": c}, of=generation("a", "b", "c"))
@@ -543,17 +549,17 @@ def test_a_member_that_nobody_hears_is_gone() -> None:
 
 
 @pytest.mark.parametrize("witness", [waiting("c", generation=0), None], ids=["behind", "mute"])
-def test_only_who_knows_the_generation_can_vouch(witness: object) -> None:
-    """A member that does not know the generation yet, or never spoke, asks nobody: it proves nothing about others."""
+def test_only_a_member_that_knows_the_generation_is_a_witness(witness: object) -> None:
+    """A member that does not know the generation yet, or never spoke, asks no other: it proves nothing about others."""
     c = Peer(None, NOW_S, None, False) if witness is None else peer(waiting("c", generation=0))
     peers = {"b": silent(status("b")), "c": c}
     assert is_broken(status("a"), peers, of=generation("a", "b", "c"))
 
 
-def test_in_a_large_world_nobody_vouches() -> None:
-    """Where members ask only the first two, their words do not mean that they hear the others."""
+def test_no_witnesses_in_a_large_world() -> None:
+    """If members ask only the leaders, their status does not mean that they hear the others."""
     names = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
     peers = {name: peer(status(name)) for name in names[1:]} | {"n05": silent(status("n05"))}
-    limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+    limits = changed(LIMITS, nodes_max=64, slots=None)
     proposal = decision(status("n00"), peers, of=generation(*names), limits=limits)
     assert causes(proposal) == [(CauseKind.LOST, "n05")]

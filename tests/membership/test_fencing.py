@@ -2,9 +2,9 @@
 
 A takeover race of generation g starts all writers from one barrier, each in a process of its own, with a
 store and a log of its own. The node that made generation g commits on its behalf, again and again; all
-others propose generation g + 1, each for itself. Whoever wins is the one that commits in the next race.
+others propose generation g + 1, each for itself. The winner is the one that commits in the next race.
 
-    barrier ─► owner of g:  COMMIT, COMMIT, ... FencedError        ─► everyone tells what it believes
+    barrier ─► owner of g:  COMMIT, COMMIT, ... FencedError        ─► each tells what it believes
                the others:  GENERATION g + 1, or FencedError
 
 A zombie is a process that stops itself (SIGSTOP) on its way to a record, and goes on after a takeover.
@@ -238,7 +238,7 @@ def test_every_takeover_race_leaves_one_lineage(url: str, tmp_path: Path) -> Non
         assert prefixes(records)[-1].generation_number == RACES_PER_RUN + 1
         won = [word.race for word in told if word.wanted == "Generation" and not word.fenced]
         assert sorted(won) == list(races)
-        # Everyone but the winner: the owner of the old generation, and whoever else proposed the new one.
+        # All but the winner: the owner of the old generation, and the other proposers of the new one.
         lost = Counter(word.race for word in told if word.fenced)
         assert lost == dict.fromkeys(races, WRITERS - 1)
         commits += sum(isinstance(record.body, Commit) for record in records)

@@ -1,23 +1,24 @@
-"""Worlds of more nodes than ask each other: a star whose two centres watch everyone."""
+"""Worlds of more than MESH_NODES_MAX nodes, in which two leaders watch all members."""
 
 import dataclasses
+import math
 
 import pytest
 
 from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, newcomers
-from elastic_pt.membership.assessment import View, assess
+from elastic_pt.membership.assessment import assess
 from elastic_pt.membership.status import MESH_NODES_MAX
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
 from tests.membership.fleet import TICK_S, Fleet, names
-from tests.membership.world import LIMITS, NOW_S, generation, member, peer, status, waiting
+from tests.membership.world import LIMITS, NOW_S, changed, generation, member, peer, status, waiting
 
 LARGE = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
 
 
 def large_world(fleet: Fleet, *started: str) -> None:
     """A generation of more nodes than ask each other, of which some are started."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+    fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     world = Generation(1, tuple(map(member, LARGE)), (), "127.0.0.1", 1, None, "started")
     RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
     fleet.start(*started)
@@ -25,14 +26,14 @@ def large_world(fleet: Fleet, *started: str) -> None:
         node.turn()
 
 
-def test_the_first_two_of_a_large_world_watch_everyone(fleet: Fleet) -> None:
-    """In a large world a leader notices a member that has never spoken; others watch the leaders only."""
+def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
+    """In a large world a leader notices a member that has never spoken. Other members watch the leaders only."""
     large_world(fleet, "n00", "n01", "n02")
     everyone = {member(name).incarnation for name in LARGE}
     assert set(fleet.nodes["n00"].table.peers) == everyone - {"n001"}
     assert set(fleet.nodes["n01"].table.peers) == everyone - {"n011"}
     assert set(fleet.nodes["n02"].table.peers) == {"n001", "n011"}
-    for _ in range(round(LIMITS.heartbeat_timeout_s / TICK_S) + 1):
+    for _ in range(round(LIMITS.elastic.heartbeat_timeout_s / TICK_S) + 1):
         fleet.now_s += TICK_S
         fleet.talk()
         fleet.nodes["n01"].turn()
@@ -44,7 +45,7 @@ def test_the_first_two_of_a_large_world_watch_everyone(fleet: Fleet) -> None:
 def test_a_large_world_loses_leaders_and_others_alike(
     fleet: Fleet, gone: list[str], silent: bool
 ) -> None:
-    """Whoever is gone, refusing or silent, the others form one world without it, once."""
+    """Whichever member is gone, refusing or silent, the others form one world without it, once."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -53,19 +54,19 @@ def test_a_large_world_loses_leaders_and_others_alike(
     else:
         fleet.dead = set(gone)
     alive = [name for name in LARGE if name not in gone]
-    # Two leaders in a row may each take a timeout to be noticed, by those who ask nobody else.
-    for _ in range(round(2 * LIMITS.heartbeat_timeout_s / TICK_S) + 5):
+    # Two leaders in a row may each take a timeout to be noticed, by members that ask no other node.
+    for _ in range(round(2 * LIMITS.elastic.heartbeat_timeout_s / TICK_S) + 5):
         fleet.pass_time(TICK_S)
         if fleet.log.generation_number > 1:
             break
     assert names(fleet.log.generation) == alive
     fleet.run()
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(2 * LIMITS.elastic.heartbeat_timeout_s)
     assert fleet.log.generation_number == 2
 
 
-def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
-    """A member whose connection ended is dialled, which nobody else would do: gone or not is known before it is silent."""
+def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None:
+    """A leader connects to it, so that it knows before the silence timeout whether the member is gone."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -84,15 +85,15 @@ def test_who_hangs_up_in_a_large_world_is_looked_for(fleet: Fleet) -> None:
 
 
 def test_a_world_may_grow_large(fleet: Fleet) -> None:
-    """The node with which members stop asking each other joins as any other: who is not asked any more is not silent."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=64, slots=None)
+    """The node with which members stop asking each other joins like any other: members that are no longer asked are not silent."""
+    fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     fleet.form(*LARGE[:-1])
     fleet.start(LARGE[-1])
-    fleet.pass_time(LIMITS.join_window_s + 1.0)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 1.0)
     fleet.spend(1, *LARGE[:-1])
     fleet.pass_time(1.0)
     assert names(fleet.run()) == LARGE
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(2 * LIMITS.elastic.heartbeat_timeout_s)
     assert fleet.log.generation_number == 2
     assert {node.broken for node in fleet.alive()} == {0}
 
@@ -103,24 +104,24 @@ def speaks_to(fleet: Fleet, speaker: str, listener: str) -> None:
     other.received(fleet.nodes[speaker].message_to(other.member.incarnation, asks=False))
 
 
-def test_who_was_asked_before_the_crowd_came_is_not_lost_in_its_world(fleet: Fleet) -> None:
-    """A node that had not answered yet when it was asked no more, for the first two were asked instead, is no loss."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=len(LARGE), nodes_max=64, slots=None)
+def test_unanswered_question_before_a_world_grew_large_is_no_loss(fleet: Fleet) -> None:
+    """A node that had not answered yet when this node stopped asking it is not lost."""
+    fleet.limits = changed(LIMITS, nodes_min=len(LARGE), nodes_max=64, slots=None)
     fleet.cut = {frozenset(("n15", "n25"))}
     fleet.start(*LARGE[:-1])
     fleet.pass_time(2 * TICK_S)
     fleet.start(LARGE[-1])
     fleet.pass_time(1.0)
     fleet.cut = set()
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(2 * LIMITS.elastic.heartbeat_timeout_s)
     assert names(fleet.run()) == LARGE
-    fleet.pass_time(2 * LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(2 * LIMITS.elastic.heartbeat_timeout_s)
     assert fleet.log.generation_number == 1
     assert {node.broken for node in fleet.alive()} == {0}
 
 
-def test_who_leads_nobody_looks_after_nobody(fleet: Fleet) -> None:
-    """Two members that hang up on each other do not go on to call each other back for ever."""
+def test_only_leaders_probe(fleet: Fleet) -> None:
+    """Two members that close their connections to each other do not probe each other without end."""
     large_world(fleet, *LARGE)
     fleet.run()
     speaks_to(fleet, "n21", "n20")
@@ -131,19 +132,19 @@ def test_who_leads_nobody_looks_after_nobody(fleet: Fleet) -> None:
 
 
 def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
-    """That some members are lost already gives the next ones that fall silent no further time."""
+    """Members that fall silent after others were lost get no extra time."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
     fleet.off = {"n01", "n20"}
     fleet.pass_time(2 * TICK_S)
     fleet.off |= {"n03"}
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 3 * TICK_S)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 3 * TICK_S)
     assert names(fleet.log.generation) == [name for name in LARGE if name not in fleet.off]
 
 
 def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
-    """Nodes that come and go for months leave nothing behind in those that stay."""
+    """Nodes that join and leave for months use no memory of the nodes that stay."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -154,40 +155,41 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
     assert "n20" not in names(fleet.log.generation)
     assert "n201" in fleet.nodes["n05"].table.peers
     fleet.run()
-    fleet.pass_time(5 * LIMITS.heartbeat_timeout_s)
+    fleet.pass_time(5 * LIMITS.elastic.heartbeat_timeout_s)
     assert [node for node in fleet.alive() if "n201" in node.table.peers] == []
 
 
 def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
-    """Where a leader asks a newcomer less often than once in the time that a small world would allow it, it still joins."""
+    """A newcomer that a leader asks less often than a small world's timeout still joins."""
     large = [f"n{number:04}" for number in range(2400)]
     world, interval_s = generation(*large), LIMITS.interval_s(len(large))
-    assert interval_s > LIMITS.heartbeat_timeout_s * SPARE_SILENCE_SHARE
-    view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=interval_s)})
-    assert newcomers(view, LIMITS, NOW_S) == [member("z")]
-    view = View(status("n0000"), world, None, {"z1": peer(waiting("z"), silent_s=2 * interval_s)})
-    assert newcomers(view, LIMITS, NOW_S) == []
+    assert interval_s > LIMITS.elastic.heartbeat_timeout_s * SPARE_SILENCE_SHARE
+    me, z = status("n0000"), waiting("z")
+    asked = {"z1": peer(z, silent_s=interval_s)}
+    assert newcomers(me, world, asked, LIMITS, NOW_S) == (z,)
+    gone = {"z1": peer(z, silent_s=2 * interval_s)}
+    assert newcomers(me, world, gone, LIMITS, NOW_S) == ()
 
 
 def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
     fleet: Fleet,
 ) -> None:
-    """Who met a torn network when it came goes on asking those who can take it in."""
+    """A node that starts in a split network keeps asking the leaders."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.start("z")
     fleet.cut = {frozenset(("z", name)) for name in LARGE}
-    fleet.pass_time(LIMITS.heartbeat_timeout_s + 1.0)
+    fleet.pass_time(LIMITS.elastic.heartbeat_timeout_s + 1.0)
     fleet.cut = set()
-    fleet.pass_time(LIMITS.join_window_s + 2.0)
+    fleet.pass_time(LIMITS.elastic.join_window_s + 2.0)
     assert set(fleet.drains) == {"z joins"}
 
 
-def test_old_words_of_a_member_that_nobody_asks_part_nobody() -> None:
-    """That a member could not reach another one long ago breaks no world of today."""
+def test_old_status_of_an_unwatched_member_breaks_no_link() -> None:
+    """If a member could not reach another one long ago, that does not break today's world."""
     world = generation(*LARGE)
     complaint = status("n20", unreachable=(member("n21").incarnation,))
     for watched_since_s, broken in ((None, False), (NOW_S - 100, True)):
         speaker = dataclasses.replace(peer(complaint), watched_since_s=watched_since_s)
-        view = View(status("n05"), world, None, {"n201": speaker})
-        assert assess(view, world, LIMITS, NOW_S).broken is broken
+        found = assess(status("n05"), world, {"n201": speaker}, math.inf, LIMITS, NOW_S)
+        assert found.broken is broken

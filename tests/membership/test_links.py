@@ -17,29 +17,33 @@ from typing import Any
 import aiohttp
 import pytest
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.participant import Participant, Surroundings
+from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, NodeStatus, Peer, Phase
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.open import open_store
-from tests.membership.world import waiting
+from tests.membership.world import changed, waiting
 
 DEADLINE_S = 20.0
 AT_ONCE_S = 0.5
 """Well below the interval of `RARELY`: what happens within it was not waited for."""
 TOKEN = "secret"
-RARELY = Limits(1, 8, 8, 60.0, 0.5, 120.0, heartbeat_interval_s=15.0)
-OFTEN = dataclasses.replace(RARELY, heartbeat_interval_s=0.05)
+RARELY = Limits(
+    ElasticSection(
+        nodes_max=8, heartbeat_interval_s=15.0, heartbeat_timeout_s=60.0, takeover_s=120.0
+    ),
+    slots=8,
+)
+OFTEN = changed(RARELY, heartbeat_interval_s=0.05)
 
 
 @dataclasses.dataclass
 class Agent:
-    """One node's connections. Nobody takes turns here; a test says whom to ask."""
+    """One node's connections. No node takes turns here; a test sets the targets."""
 
     participant: Participant
     links: Links
@@ -76,11 +80,9 @@ async def agent(
     participant = Participant(
         waiting(name, member=member),
         limits,
-        Budgets(),
-        Surroundings(
+        Resources(
             log=RunLog(store, writer=name),
-            lobby=Lobby(store, time.monotonic),
-            pulse=Pulse(store, member.incarnation),
+            hints=store,
             clock_s=time.monotonic,
             bind_store=lambda: pytest.fail("no world is formed here"),
             choose_resume=lambda _: None,
@@ -90,7 +92,7 @@ async def agent(
     news = asyncio.Event()
     links = Links(participant, TOKEN, news.set)
     port = await links.serve(address)
-    participant.say(member=dataclasses.replace(member, port=port))
+    participant.me.say(member=dataclasses.replace(member, port=port))
     try:
         yield Agent(participant, links, news)
     finally:
@@ -130,12 +132,12 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-# ---- who may talk ------------------------------------------------------------------------------------
+# ---- the token ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
-def test_without_the_token_nothing_is_told(tmp_path: Path, headers: dict[str, str]) -> None:
-    """Who does not show the run's token gets 401, from the status page and before any link is opened."""
+def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, str]) -> None:
+    """The status page and the link both answer 401 to a request without the run's token."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
@@ -151,18 +153,18 @@ def test_without_the_token_nothing_is_told(tmp_path: Path, headers: dict[str, st
     run(scenario())
 
 
-def test_with_the_token_the_status_is_told(tmp_path: Path) -> None:
-    """`/v1/status` has what the node says of itself, in the form that `STATUS` reads."""
+def test_status_page_with_the_token(tmp_path: Path) -> None:
+    """`/v1/status` has the node's status in the form that `STATUS` reads."""
 
     async def scenario() -> None:
         async with (
             agent("a", tmp_path) as a,
             aiohttp.ClientSession(headers=bearer(TOKEN)) as operator,
         ):
-            a.participant.say(step=7)
+            a.participant.me.say(step=7)
             async with operator.get(url_of(a.member, "/v1/status")) as answer:
                 assert answer.status == 200
-                assert STATUS.validate_json(await answer.read()) == a.participant.status
+                assert STATUS.validate_json(await answer.read()) == a.participant.me.now
 
     run(scenario())
 
@@ -187,10 +189,8 @@ def said_by(name: str, **changes: object) -> str:
     ],
     ids=["text", "object", "nested", "count", "refusal", "status", "binary", "too large"],
 )
-def test_what_is_no_message_closes_the_link_and_does_no_harm(
-    tmp_path: Path, frame: str | bytes
-) -> None:
-    """After garbage a link is closed, nothing was noted, and other links go on."""
+def test_garbage_closes_the_link_and_nothing_else(tmp_path: Path, frame: str | bytes) -> None:
+    """After garbage the link is closed, nothing was stored, and other links go on."""
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
@@ -210,15 +210,15 @@ def test_what_is_no_message_closes_the_link_and_does_no_harm(
                 aiohttp.WSMsgType.CLOSED,
             )
             assert list(a.participant.table.peers) == [b.member.incarnation]
-            b.participant.say(step=3)
+            b.participant.me.say(step=3)
             b.links.say(asks=False)
-            await until(lambda: a.knows(b.member).status == b.participant.status, "b's words")
+            await until(lambda: a.knows(b.member).status == b.participant.me.now, "b's words")
 
     run(scenario())
 
 
-def test_garbage_from_a_peer_that_was_dialled_does_no_harm(tmp_path: Path) -> None:
-    """A peer that answers rubbish is not heard and not reached, and is not taken for gone either."""
+def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
+    """It counts neither as heard nor as reached, and it is not taken for gone."""
 
     async def scenario() -> None:
         asked = asyncio.Event()
@@ -262,7 +262,7 @@ def test_garbage_from_a_peer_that_was_dialled_does_no_harm(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
-    """One connection proves life both ways, over IPv4 and IPv6; only who dialled knows that the address works."""
+    """One connection is proof of life in both directions, over IPv4 and IPv6. Only the end that connected knows that the address works."""
 
     async def scenario() -> None:
         async with (
@@ -271,16 +271,16 @@ def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
         ):
             assert (f"[{address}]" in url_of(a.member, "")) is (":" in address)
             await connected(a, b)
-            assert a.knows(b.member).status == b.participant.status
-            assert b.knows(a.member).status == a.participant.status
+            assert a.knows(b.member).status == b.participant.me.now
+            assert b.knows(a.member).status == a.participant.me.now
             assert a.knows(b.member).reached
             assert not b.knows(a.member).reached
 
     run(scenario())
 
 
-def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
-    """What a node says of itself reaches who dials it and whom it dials long before the next interval, and is news."""
+def test_status_change_is_sent_at_once_to_both_ends(tmp_path: Path) -> None:
+    """A changed status reaches all connected peers long before the next interval, and is news there."""
 
     async def scenario() -> None:
         async with (
@@ -292,19 +292,19 @@ def test_a_change_is_told_at_once_to_both_ends(tmp_path: Path) -> None:
             for speaker, listeners in ((a, [b, c]), (b, [a]), (c, [a])):
                 for listener in listeners:
                     listener.news.clear()
-                speaker.participant.say(phase=Phase.RUNNING)
+                speaker.participant.me.say(phase=NodePhase.RUNNING)
                 speaker.links.say(asks=False)
                 for listener in listeners:
                     await asyncio.wait_for(listener.news.wait(), AT_ONCE_S)
                     said = listener.knows(speaker.member).status
                     assert said is not None
-                    assert said.phase is Phase.RUNNING
+                    assert said.phase is NodePhase.RUNNING
 
     run(scenario())
 
 
 def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
-    """Both ends of a connection can ask and have proof of life from that moment on, without waiting for the interval."""
+    """Both ends of a connection can ask and get a proof of life without waiting for the interval."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -326,11 +326,11 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
 
 
 def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -> None:
-    """A question and an answer an interval, and no more: nobody answers answers."""
+    """One question and one answer per interval, and no more: an answer is not answered."""
 
     async def scenario() -> None:
         interval_s = 0.1
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=interval_s)
+        limits = changed(RARELY, heartbeat_interval_s=interval_s)
         async with (
             agent("a", tmp_path, limits=limits) as a,
             agent("b", tmp_path, limits=limits) as b,
@@ -349,8 +349,8 @@ def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -
     run(scenario())
 
 
-def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
-    """A peer that is not among the targets any more loses its connection, and says nothing to nobody."""
+def test_connection_to_a_former_target_is_closed(tmp_path: Path) -> None:
+    """A peer that is no longer a target loses its connection, and stops sending."""
 
     async def scenario() -> None:
         async with (
@@ -371,11 +371,11 @@ def test_who_is_asked_no_more_is_hung_up_on(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
-    """An agent that closes its links is gone at once, even if a message arrives in that very moment."""
+def test_closing_is_fast_while_messages_arrive(tmp_path: Path) -> None:
+    """An agent that closes its links is gone at once, even if a message arrives at that moment."""
 
     async def scenario() -> None:
-        limits = dataclasses.replace(RARELY, heartbeat_interval_s=0.001)
+        limits = changed(RARELY, heartbeat_interval_s=0.001)
         async with agent("b", tmp_path, limits=limits) as b:
             for _ in range(40):
                 async with agent("a", tmp_path, limits=limits) as a:
@@ -388,10 +388,10 @@ def test_hanging_up_takes_no_longer_while_others_talk(tmp_path: Path) -> None:
     run(scenario())
 
 
-# ---- who is gone -------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_nobody_listens_on_refuses(tmp_path: Path) -> None:
+def test_closed_port_counts_as_refused(tmp_path: Path) -> None:
     """A node whose address refuses connections is known to be gone at once, which is news."""
 
     async def scenario() -> None:
@@ -405,8 +405,8 @@ def test_a_port_that_nobody_listens_on_refuses(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_another_life_at_the_same_port_counts_as_gone(tmp_path: Path) -> None:
-    """Who answers for another incarnation proves that the one that was asked for is dead."""
+def test_another_incarnation_at_the_same_port_counts_as_refused(tmp_path: Path) -> None:
+    """If another incarnation answers, the one that was asked for is dead."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -420,7 +420,7 @@ def test_another_life_at_the_same_port_counts_as_gone(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path) -> None:
-    """A node that hangs up is noticed at once; if the same life answers there again, it is no longer refused."""
+    """A node that closes its connections is noticed at once. If the same incarnation answers again, it is no longer refused."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path, limits=OFTEN) as a, agent("b", tmp_path) as b:
@@ -441,7 +441,7 @@ def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path)
 
 
 def serve_for_ever(directory: str) -> None:
-    """Another process that answers as node b, until somebody ends it."""
+    """Another process that answers as node b, until the test ends it."""
 
     async def serve() -> None:
         async with agent("b", Path(directory), limits=OFTEN) as b:
@@ -486,8 +486,8 @@ def test_a_killed_process_is_noticed_at_once(
     run(scenario())
 
 
-def test_the_end_of_a_connection_is_news_for_who_was_dialled(tmp_path: Path) -> None:
-    """Who only answered looks at once, too, when the other end hangs up; that alone does not make the peer gone."""
+def test_end_of_an_incoming_connection_is_news(tmp_path: Path) -> None:
+    """The end that only answered takes a turn, too, when the other end closes. That alone does not make the peer gone."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -503,7 +503,7 @@ def test_the_end_of_a_connection_is_news_for_who_was_dialled(tmp_path: Path) -> 
 def test_a_stopped_process_is_silent_and_not_gone(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """A peer that is stopped does not refuse; its proof of life grows old, and comes back with it."""
+    """A peer that is stopped does not refuse. Its proof of life gets old, and is renewed when it continues."""
     peer, b = process
 
     async def scenario() -> None:
@@ -527,14 +527,14 @@ def test_a_stopped_process_is_silent_and_not_gone(
     run(scenario())
 
 
-def test_a_connection_that_is_stuck_is_given_up(
+def test_stuck_connection_is_replaced(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """A connection that has been silent for the timeout is replaced: the network under it may be another one by now."""
+    """A connection that has been silent for the timeout is replaced: the network may have changed."""
     peer, b = process
 
     async def scenario() -> None:
-        limits = dataclasses.replace(OFTEN, heartbeat_timeout_s=0.5)
+        limits = changed(OFTEN, heartbeat_timeout_s=0.5)
         async with agent("a", tmp_path, limits=limits) as a:
             a.asks(b)
             await until(lambda: a.has_heard(b), "b's first words")
@@ -552,8 +552,8 @@ def test_a_connection_that_is_stuck_is_given_up(
 # ---- the token ---------------------------------------------------------------------------------------
 
 
-def test_of_many_that_come_first_all_have_one_token(tmp_path: Path) -> None:
-    """However many nodes start at once, they end with the same secret, which is long."""
+def test_agents_that_start_together_share_one_token(tmp_path: Path) -> None:
+    """However many agents start at once, all use the same secret, and it is long."""
     found: list[str] = []
     start = threading.Barrier(8)
 
@@ -572,8 +572,8 @@ def test_of_many_that_come_first_all_have_one_token(tmp_path: Path) -> None:
     assert len(found[0]) >= 32
 
 
-def test_status_has_all_that_is_said() -> None:
-    """What `STATUS` writes is what a NodeStatus holds, so that another version can be told apart."""
+def test_status_page_has_every_field() -> None:
+    """What `STATUS` writes is all of a NodeStatus, so that another version can be told apart."""
     said = STATUS.dump_python(waiting("a"), mode="json")
     assert set(said) == {each.name for each in dataclasses.fields(NodeStatus)}
     assert STATUS.validate_python(said) == waiting("a")

@@ -1,21 +1,22 @@
-"""Who comes, who goes and who asks whom: decided from facts alone, and always with a reason."""
+"""`decide` about nodes that join and leave, and which nodes ask which: from facts alone, with a reason."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, slots_per_member, spans
 from elastic_pt.membership.contacts import whom_to_ask
 from elastic_pt.membership.decide import Drain, Wait
-from elastic_pt.membership.status import MESH_NODES_MAX, Limits, NodeStatus, Peer, Phase
+from elastic_pt.membership.status import MESH_NODES_MAX, Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.runlog.records import CauseKind
 from tests.membership.world import (
     LIMITS,
     NOW_S,
     causes,
+    changed,
     decision,
     failed,
     generation,
@@ -30,14 +31,14 @@ from tests.membership.world import (
     waiting,
 )
 
-TIMEOUT_S = LIMITS.heartbeat_timeout_s
+TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 # ---- leaving -----------------------------------------------------------------------------------------
 
 
-def test_who_wants_to_go_is_drained_first() -> None:
-    """A member that leaves makes the leader ask for a drain; once all have stopped, the others go on without it."""
+def test_leaving_member_is_drained_first() -> None:
+    """A member that leaves makes the leader ask for a drain. Once all have stopped, the others go on without it."""
     world = generation("a", "b", "c")
     going = {"b": peer(status("b", leaving=True)), "c": peer(status("c"))}
     assert decision(status("a"), going, of=world) == Drain("b leaves")
@@ -50,8 +51,8 @@ def test_who_wants_to_go_is_drained_first() -> None:
     assert causes(proposal) == [(CauseKind.LEFT, "b")]
 
 
-def test_a_leader_that_leaves_leads_no_more() -> None:
-    """The first member that stays asks for the drain and forms the next world; alone, the leaver drains itself."""
+def test_leaving_leader_no_longer_leads() -> None:
+    """The first member that stays asks for the drain and forms the next world. A single node that leaves drains itself."""
     world = generation("a", "b")
     a, b = status("a", leaving=True), status("b")
     assert decision(b, {"a": peer(a)}, of=world) == Drain("a leaves")
@@ -64,23 +65,23 @@ def test_a_leader_that_leaves_leads_no_more() -> None:
 
 
 def test_when_all_leave_newcomers_go_on() -> None:
-    """A world whose members all want to go leaves the run to who waits."""
+    """If all members leave, the nodes that wait take the run over."""
     world, b = generation("a", "b"), peer(waiting("b", spent=1, leaving=True))
     me, c = waiting("a", spent=1, leaving=True), peer(waiting("c"))
     waits = decision(me, {"b": b, "c": c}, of=world, quiet_since_s=NOW_S)
     assert waits == Wait("c leads: a leaves; b leaves; c joins", broken=True)
 
 
-def test_a_failure_on_the_way_out_is_told() -> None:
-    """Who wants to go and then fails is left out, and its failure is a cause all the same."""
+def test_failure_of_a_leaving_member_is_a_cause() -> None:
+    """A member that leaves and then fails is left out, and its failure is a cause."""
     b = peer(waiting("b", spent=1, leaving=True, failure=failed("b")))
     proposal = decision(status("a"), {"b": b}, of=generation("a", "b"))
     assert causes(proposal) == [(CauseKind.FAILED, "b"), (CauseKind.LEFT, "b")]
 
 
 @pytest.mark.parametrize("gone", [refusing, silent])
-def test_who_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) -> None:
-    """A member that hangs up after its workers stopped in good order breaks nothing; with workers up it is lost."""
+def test_member_that_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) -> None:
+    """A member that closes its connections after a planned stop breaks nothing. With workers up it is lost."""
     world = generation("a", "b")
     left = gone(waiting("b", spent=1, leaving=True))
     assert not is_broken(status("a"), {"b": left}, of=world)
@@ -93,7 +94,7 @@ def test_who_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) -> None:
 
 
 def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
-    """Who has been asked to go before it was a member is no reason for a drain."""
+    """A node that was asked to leave before it was a member causes no drain."""
     peers = {"b": peer(waiting("b", leaving=True))}
     assert decision(status("a"), peers, of=generation("a")) == Wait("training")
     assert decision(waiting("a", leaving=True), {}, of=None) == Wait("leaving")
@@ -104,17 +105,17 @@ def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
 
 def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
     """A newcomer makes the leader ask for a drain, once no further one has come for the join window."""
-    world, window_s = generation("a", "b"), LIMITS.join_window_s
+    world, window_s = generation("a", "b"), LIMITS.elastic.join_window_s
     peers = {"b": peer(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     early = NOW_S - window_s + 0.01
     assert decision(status("a"), peers, of=world, newcomers_changed_s=early) == Wait("training")
     drain = decision(status("a"), peers, of=world, newcomers_changed_s=NOW_S - window_s)
     assert drain == Drain("c joins; d joins")
-    full = dataclasses.replace(LIMITS, nodes_max=3)
+    full = changed(LIMITS, nodes_max=3)
     at_once = decision(status("a"), peers, of=world, limits=full, newcomers_changed_s=NOW_S)
-    assert at_once == Drain("c joins"), "nobody else would be taken in"
+    assert at_once == Drain("c joins"), "no other node would be taken in"
     assert decision(status("b"), peers | {"a": peer(status("a"))}, of=world) == Wait("training")
-    assert decision(status("a", Phase.SETTLING), peers, of=world) == Wait("training")
+    assert decision(status("a", NodePhase.SETTLING), peers, of=world) == Wait("training")
 
 
 @pytest.mark.parametrize(
@@ -142,10 +143,8 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
         "does not know the generation",
     ],
 )
-def test_who_would_break_the_world_is_not_taken_in(
-    newcomer: Peer, facts: dict[str, object]
-) -> None:
-    """A newcomer reaches all who stay and is reached, has the same fingerprint, waits, answers and is not kept out."""
+def test_unfit_newcomer_is_not_taken_in(newcomer: Peer, facts: dict[str, object]) -> None:
+    """A newcomer reaches all members that stay and is reached, has the same fingerprint, waits, answers and is not kept out."""
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": newcomer}
     assert decision(status("a"), peers, of=world, **facts) == Wait("training")
@@ -155,8 +154,8 @@ def test_who_would_break_the_world_is_not_taken_in(
     assert isinstance(decision(status("a"), peers | {"c": fine}, of=world), Drain)
 
 
-def test_who_cannot_reach_a_lost_member_may_still_join() -> None:
-    """Only the members who stay count for a newcomer's links."""
+def test_newcomer_need_not_reach_a_lost_member() -> None:
+    """Only the members that stay count for a newcomer's links."""
     c = peer(waiting("c", unreachable=lives("b")))
     proposal = decision(status("a"), {"b": refusing(status("b")), "c": c}, of=generation("a", "b"))
     assert nodes(proposal) == ["a", "c"]
@@ -175,12 +174,13 @@ def test_a_newcomer_asks_while_a_member_lives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "quiet_s"), [(silent, LIMITS.takeover_s), (refusing, LIMITS.takeover_s / 2)]
+    ("gone", "quiet_s"),
+    [(silent, LIMITS.elastic.takeover_s), (refusing, LIMITS.elastic.takeover_s / 2)],
 )
 def test_new_nodes_take_over_when_all_members_are_gone(
     gone: Callable[[NodeStatus], Peer], quiet_s: float
 ) -> None:
-    """Newcomers that reach no member form a world once log and pulse have stood still; the first by name leads."""
+    """Newcomers that reach no member form a world once log and pulse no longer change; the first by name leads."""
     world = generation("a", "b")
     members = {name: gone(status(name)) for name in "ab"}
     c, d = waiting("c"), waiting("d")
@@ -195,10 +195,10 @@ def test_new_nodes_take_over_when_all_members_are_gone(
     assert decision(d, members | {"c": peer(c)}, of=world, **late) == Wait("c leads")
 
 
-def test_one_silent_member_is_enough_to_be_careful() -> None:
-    """Only if every member refuses does a newcomer wait half as long: the silent one may train on."""
+def test_takeover_is_faster_only_if_every_member_refuses() -> None:
+    """A newcomer waits half as long only if every member refuses: a silent member may still train."""
     peers = {"a": refusing(status("a")), "b": silent(status("b"))}
-    facts = {"quiet_since_s": NOW_S - 0.75 * LIMITS.takeover_s}
+    facts = {"quiet_since_s": NOW_S - 0.75 * LIMITS.elastic.takeover_s}
     waits = decision(waiting("c"), peers, of=generation("a", "b"), **facts)
     assert waits.reason.startswith("no member answers")
 
@@ -207,40 +207,40 @@ def test_one_silent_member_is_enough_to_be_careful() -> None:
 
 
 def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:
-    """The first generation waits until nobody new has come for a while, or until no more would be taken."""
+    """The first generation waits until no newcomer has appeared for a while, or until no more would be taken."""
     a, b = waiting("a"), peer(waiting("b"))
     young = {"newcomers_changed_s": NOW_S - 0.1}
     assert decision(a, {"b": b}, of=None, **young) == Wait("waiting for more nodes to arrive")
-    full = dataclasses.replace(LIMITS, nodes_max=2)
+    full = changed(LIMITS, nodes_max=2)
     assert nodes(decision(a, {"b": b}, of=None, limits=full, **young)) == ["a", "b"]
-    fed = dataclasses.replace(LIMITS, slots=1)
+    fed = changed(LIMITS, slots=1)
     assert nodes(decision(a, {"b": b}, of=None, limits=fed, **young)) == ["a"]
     proposal = decision(a, {"b": b}, of=None)
     assert (nodes(proposal), proposal.reason) == (["a", "b"], "started")
 
 
 def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
-    """Of two candidates without a link one waits, whichever of them says so; too few wait together."""
+    """Of two candidates without a link one waits, whichever of them reports it. Too few candidates all wait."""
     c = waiting("c")
     for b in (waiting("b", unreachable=lives("c")), waiting("b")):
         third = c if b.unreachable else waiting("c", unreachable=lives("b"))
         peers = {"b": peer(b), "c": peer(third)}
         assert nodes(decision(waiting("a"), peers, of=None)) == ["a", "b"]
-    limits = dataclasses.replace(LIMITS, nodes_min=3)
+    limits = changed(LIMITS, nodes_min=3)
     waits = decision(waiting("a"), peers, of=None, limits=limits)
     assert waits == Wait("waiting for nodes: 2 of at least 3")
 
 
-def test_the_first_world_leaves_out_who_is_kept_out_unless_it_is_needed() -> None:
-    """A quarantine outlives the world that called for it; but rather such a node than too few."""
+def test_first_world_has_a_barred_node_only_if_needed() -> None:
+    """A quarantine outlives the world that called for it, unless there would be too few nodes."""
     a, peers = waiting("a"), {"b": peer(waiting("b")), "c": peer(waiting("c"))}
     barred = {"b": "3 failures"}
     assert nodes(decision(a, peers, of=None, barred=barred)) == ["a", "c"]
-    needed = dataclasses.replace(LIMITS, nodes_min=3)
+    needed = changed(LIMITS, nodes_min=3)
     assert nodes(decision(a, peers, of=None, limits=needed, barred=barred)) == ["a", "b", "c"]
 
 
-# ---- bounds, shares, whom to ask ---------------------------------------------------------------------
+# ---- limits, shares, targets ------------------------------------------------------------------------
 
 
 def test_in_a_small_world_everyone_asks_everyone() -> None:
@@ -251,7 +251,7 @@ def test_in_a_small_world_everyone_asks_everyone() -> None:
 
 
 def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
-    """A star forms whose centre is never alone; who refuses or is silent is passed over, who is unknown is tried."""
+    """Nodes that refuse or are silent are skipped; nodes of which nothing is known are tried."""
     members = [member(f"n{number:02}") for number in range(MESH_NODES_MAX + 1)]
     peers = {
         members[0].incarnation: refusing(status("n00")),
@@ -270,9 +270,9 @@ def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
     assert asked(20) == [f"n{number:02}" for number in range(6, 12)]
 
 
-def test_large_worlds_speak_more_slowly_and_are_judged_by_that() -> None:
-    """One node hears hundreds: the interval grows with the world, and silence means several intervals."""
-    limits = Limits(1, 4096, None, heartbeat_timeout_s=1.5, join_window_s=1, takeover_s=3)
+def test_heartbeats_and_silence_scale_with_the_world() -> None:
+    """In a large world the interval grows, and the timeout is a multiple of it."""
+    limits = Limits(ElasticSection(nodes_max=4096), slots=None)
     assert limits.interval_s(512) == pytest.approx(0.2)
     assert limits.interval_s(2048) == pytest.approx(0.8)
     assert limits.silence_s(1024) == 1.5

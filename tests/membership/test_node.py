@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import socket
 import threading
 import time
@@ -12,23 +13,28 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
-from elastic_pt.membership.node import Formed, Left, Node, NodeOptions
+from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
-from elastic_pt.membership.status import Limits, StartTimes
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodeStatus, StartTimes
+from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, Recovery, Stop
 from tests.membership.bucket import WatchedStore
+from tests.membership.world import changed
 
 DEADLINE_S = 20.0
 LIMITS = Limits(
-    nodes_min=1,
-    nodes_max=8,
+    ElasticSection(
+        nodes_max=8,
+        heartbeat_timeout_s=2.0,
+        join_window_s=0.3,
+        takeover_s=4.0,
+        heartbeat_interval_s=0.1,
+    ),
     slots=8,
-    heartbeat_timeout_s=2.0,
-    join_window_s=0.3,
-    takeover_s=4.0,
-    heartbeat_interval_s=0.1,
 )
 FINGERPRINT = {"code": "1", "torch": "2.13"}
 
@@ -46,14 +52,19 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             fingerprint: dict[str, str] = FINGERPRINT,
             address: str = "127.0.0.1",
         ) -> Node:
-            limits = dataclasses.replace(LIMITS, nodes_min=nodes_min)
-            node = Node(
-                NodeOptions(name, address, 1, fingerprint, limits),
+            limits = changed(LIMITS, nodes_min=nodes_min)
+            node = new_node(
+                NodeStatus.first(new_member(name, address, workers=1), fingerprint),
+                limits,
+                Resources(
+                    log=RunLog(bucket, writer=name),
+                    hints=bucket,
+                    clock_s=time.monotonic,
+                    bind_store=functools.partial(bind_store, address),
+                    choose_resume=lambda _: None,
+                    on_drain=on_drain,
+                ),
                 bucket,
-                bucket,
-                RunLog(bucket, writer=name),
-                choose_resume=lambda _: None,
-                on_drain=on_drain,
             )
             node.start()
             stack.callback(node.leave)
@@ -161,7 +172,9 @@ def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[.
     assert names(second) == ["b", "c"]
     assert second.generation.reason == "lost a"
     assert second.generation.store_port != first.generation.store_port
-    assert b.read_at_s(2) - gone_s < LIMITS.heartbeat_timeout_s, "nobody waited for silence"
+    assert b.read_at_s(2) - gone_s < LIMITS.elastic.heartbeat_timeout_s, (
+        "no node waited for the silence timeout"
+    )
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
@@ -180,7 +193,7 @@ def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
 
 
 def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[..., Node]) -> None:
-    """The others hear that a node wants to go and drain; it leaves once it has stopped, and is told as left, not lost."""
+    """The others hear that a node wants to leave and drain. It leaves once it has stopped, and is recorded as left, not lost."""
     asked: list[str] = []
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
     number = formed(a, b)[0].generation.number
@@ -219,8 +232,8 @@ def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[...
     assert ended == [Left]
 
 
-def test_who_leaves_waits_for_no_answer_of_the_bucket(make_node: Callable[..., Node]) -> None:
-    """While a node's turn hangs on the bucket, the others hear that it wants to go, and see at once that it has gone."""
+def test_member_leaves_while_its_turn_hangs_on_the_bucket(make_node: Callable[..., Node]) -> None:
+    """The others hear at once that it wants to leave, and see at once that it has gone."""
     asked: list[str] = []
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
     number = formed(a, b)[0].generation.number
@@ -235,10 +248,10 @@ def test_who_leaves_waits_for_no_answer_of_the_bucket(make_node: Callable[..., N
     leaves.join()
 
 
-def test_who_waits_and_leaves_waits_for_no_answer_of_the_bucket(
+def test_waiting_node_leaves_while_its_turn_hangs_on_the_bucket(
     make_node: Callable[..., Node],
 ) -> None:
-    """A node that is no member goes at once when it is asked to, though its turn hangs on the bucket."""
+    """A node that is no member leaves at once when it is asked to."""
     a, left = make_node("a", nodes_min=2), threading.Event()
 
     def wait() -> None:
@@ -281,8 +294,8 @@ def test_a_failed_node_takes_part_in_the_next_world(make_node: Callable[..., Nod
     assert second.number == number + 1
 
 
-def test_how_a_start_went_is_told_once(make_node: Callable[..., Node]) -> None:
-    """When every member has told of its first step, the log has a RECOVERY for the generation."""
+def test_recovery_is_recorded_once(make_node: Callable[..., Node]) -> None:
+    """When every member has reported its first step, the log has a RECOVERY for the generation."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     number = formed(a, b)[0].generation.number
     for node, step_s in ((a, 0.25), (b, 0.5)):
@@ -297,9 +310,7 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
     make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A member that cannot connect to the generation's store says so, which is no failure; the next one has another store."""
-    monkeypatch.setattr(
-        "elastic_pt.membership.node._STORE_CONNECT", datetime.timedelta(seconds=0.5)
-    )
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", datetime.timedelta(seconds=0.5))
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     first = formed(a, b)[0].generation
     with socket.create_server(("127.0.0.1", 0)) as nobody:
@@ -317,12 +328,12 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
 
 
 @pytest.mark.parametrize("accepts", [False, True], ids=["vanished", "stopped"])
-def test_a_deaf_store_holds_nobody_back_from_the_next_world(
+def test_stalled_store_does_not_block_the_next_generation(
     make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, accepts: bool
 ) -> None:
-    """Who tries to reach the store of a host that vanished or stands still follows as soon as the others have gone on."""
+    """A node that connects to the store of a stalled or vanished host follows as soon as the others have gone on."""
     patience = datetime.timedelta(seconds=2 * DEADLINE_S)
-    monkeypatch.setattr("elastic_pt.membership.node._STORE_CONNECT", patience)
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", patience)
     a = make_node("a")
     first = formed(a)[0].generation
     dialled, found = threading.Event(), []
@@ -332,23 +343,23 @@ def test_a_deaf_store_holds_nobody_back_from_the_next_world(
             dialled.set()
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr("elastic_pt.membership.node.TCPStore", WatchedTCPStore)
+    monkeypatch.setattr("elastic_pt.membership.tcp_store.TCPStore", WatchedTCPStore)
     with deaf_address(accepts=accepts) as port:
         deaf = dataclasses.replace(first, number=2, store_port=port)
-        a._log.append(lambda _: deaf, generation=1)
+        a._participant.log.append(lambda _: deaf, generation=1)
         waits = threading.Thread(target=lambda: found.append(a.await_generation()), daemon=True)
         waits.start()
         assert dialled.wait(DEADLINE_S)
-        a._log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
+        a._participant.log.append(lambda _: dataclasses.replace(first, number=3), generation=2)
         waits.join(DEADLINE_S)
     assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
 
 
-def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Node]) -> None:
-    """A STOP that one node appends ends the others without their polling the bucket."""
+def test_stop_spreads_between_members(make_node: Callable[..., Node]) -> None:
+    """A STOP that one node appends ends the others, without polling of the bucket."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     world = formed(a, b)[0]
-    log = a._log
+    log = a._participant.log
     log.append(lambda _: Stop("completed", 7), generation=world.generation.number)
     a.notice_log()
     assert a.await_end(world.generation.number, DEADLINE_S, lambda: False)
@@ -359,24 +370,24 @@ def test_everyone_learns_of_the_end_from_each_other(make_node: Callable[..., Nod
 def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
     make_node: Callable[..., Node],
 ) -> None:
-    """A commit of another generation settles nothing; one of this generation does; giving up ends the wait."""
+    """A commit of another generation does not end the wait. One of this generation does, and so does giving up."""
     a = make_node("a")
     number = formed(a)[0].generation.number
 
     def committed(step: int, generation: int) -> Commit:
         return Commit((Checkpoint(step, generation, f"ckpt/{step}", 1, "0" * 64, None),), "history")
 
-    a._log.append(lambda _: committed(100, number - 1), generation=number)
+    a._participant.log.append(lambda _: committed(100, number - 1), generation=number)
     assert not a.await_settled(number, 60, 0.1, lambda: False)
     assert not a.await_settled(number, 60, DEADLINE_S, lambda: True)
-    a._log.append(lambda _: committed(60, number), generation=number)
+    a._participant.log.append(lambda _: committed(60, number), generation=number)
     assert a.await_settled(number, 60, DEADLINE_S, lambda: False)
 
 
-def test_a_node_outside_learns_of_the_end_by_itself(
+def test_waiting_node_finds_stop_in_the_log(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """A waiting node whose members left right after STOP looks at the log and ends too."""
+    """A waiting node whose members left right after STOP reads the log and ends, too."""
     a = make_node("a")
     world = formed(a)[0]
     spare = make_node("spare")
@@ -388,10 +399,10 @@ def test_a_node_outside_learns_of_the_end_by_itself(
     assert spare.await_generation() == Stop("completed", 7)
 
 
-def test_a_fleet_that_trains_hardly_asks_the_bucket(
+def test_training_fleet_makes_few_requests(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """While nothing changes, only the first member's pulse and glances reach the bucket: at most three requests a second for all."""
+    """While nothing changes, only the first member's pulse and look at the log reach the bucket: at most three requests a second for all."""
     nodes = [make_node(name, nodes_min=4) for name in "abcd"]
     formed(*nodes)
     eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first beat")
@@ -403,10 +414,10 @@ def test_a_fleet_that_trains_hardly_asks_the_bucket(
     assert bucket.requests.total() <= 3 * lasted_s
 
 
-def test_no_pulse_is_written_while_nobody_trains(
+def test_pulse_is_written_only_while_workers_run(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """The first member's node beats while its workers run, and no more once they are spent."""
+    """The first member writes the pulse while its workers run, and not after they are spent."""
     a = make_node("a", nodes_min=1)
     number = formed(a)[0].generation.number
     eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "a beat")
@@ -421,7 +432,7 @@ def test_no_pulse_is_written_while_nobody_trains(
 def test_without_the_bucket_training_goes_on(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """A bucket that is away breaks no generation; what changes meanwhile waits until it is back."""
+    """A bucket that is away breaks no generation. A change waits until it is back."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     number = formed(a, b)[0].generation.number
     content_with_one(b)
@@ -437,11 +448,11 @@ def test_without_the_bucket_training_goes_on(
     assert names(formed(b)[0]) == ["b"]
 
 
-@pytest.mark.parametrize("part", ["turn", "feel_pulse"])
-def test_a_crash_of_the_membership_ends_the_wait(
+@pytest.mark.parametrize("part", ["turn", "step_pulse"])
+def test_crash_of_the_membership_thread_ends_the_wait(
     make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """If the thread that carries the membership dies, or its pulse, whoever waits for it is told why, once and for all."""
+    """If the membership thread or its pulse task fails, every wait of the main thread raises the reason."""
     node = make_node("a", nodes_min=2)
     monkeypatch.setattr(node._participant, part, lambda: 1 / 0)
     with pytest.raises(NodeFailure, match=r"membership stopped: ZeroDivisionError"):

@@ -43,7 +43,7 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
-    """What the agent tells its workers never waits for one that is stopped; the others hear all of it."""
+    """Messages from the agent never wait for a stopped worker. The other workers get all of them."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket", heard.put)
     stopped = socket.socket(socket.AF_UNIX)
@@ -91,7 +91,7 @@ def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
 
 
 def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
-    """A new agent removes directories whose lock nobody holds, and leaves those of living agents alone."""
+    """A new agent removes directories whose lock is free, and leaves those of living agents alone."""
     dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
     for directory in (dead, alive):
         directory.mkdir()

@@ -8,7 +8,7 @@ from elastic_pt.errors import StoreError
 from elastic_pt.membership.budgets import SPACED_S
 from elastic_pt.membership.decide import Ended, Wait
 from elastic_pt.membership.pulse import KEY, Pulse
-from elastic_pt.membership.status import Phase, StartTimes
+from elastic_pt.membership.status import NodePhase, StartTimes
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import (
     Checkpoint,
@@ -20,13 +20,13 @@ from elastic_pt.runlog.records import (
     Stop,
 )
 from tests.membership.bucket import WatchedStore
-from tests.membership.fleet import BUDGETS, TICK_S, Fleet, names
-from tests.membership.world import LIMITS, failed, member
+from tests.membership.fleet import TICK_S, Fleet, names
+from tests.membership.world import LIMITS, changed, failed, member
 
 # ---- pulse and bucket --------------------------------------------------------------------------------
 
 
-def test_only_the_first_member_beats_and_only_while_it_trains(
+def test_only_the_first_member_writes_the_pulse_while_it_trains(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """One node of the fleet writes the pulse, a few times per takeover_s, while its workers run or settle."""
@@ -37,17 +37,17 @@ def test_only_the_first_member_beats_and_only_while_it_trains(
         for _ in range(round(seconds / TICK_S)):
             fleet.pass_time(TICK_S)
             for node in fleet.alive():
-                node.feel_pulse()
+                node.step_pulse()
         return bucket.requests[f"write {KEY}"] - before
 
-    expected = 4 * 10 / LIMITS.takeover_s
+    expected = 4 * 10 / LIMITS.elastic.takeover_s
     assert beats(10.0) == pytest.approx(expected, abs=1)
     assert bucket.requests[f"read {KEY}"] == 0
-    fleet.nodes["a"].say(phase=Phase.SETTLING)
+    fleet.nodes["a"].me.say(phase=NodePhase.SETTLING)
     assert beats(10.0) == pytest.approx(expected, abs=1)
-    fleet.nodes["a"].say(phase=Phase.WAITING)
+    fleet.nodes["a"].me.say(phase=NodePhase.WAITING)
     assert beats(2.0) == 0
-    fleet.nodes["a"].say(phase=Phase.RUNNING)
+    fleet.nodes["a"].me.say(phase=NodePhase.RUNNING)
     fleet.dead.add("a")
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["b"]
@@ -58,27 +58,27 @@ def test_only_the_first_member_beats_and_only_while_it_trains(
 
 
 def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
-    """A first member that has given its generation up tells nobody that it trains."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_min=2)
+    """A first member that has given its generation up does not write that it trains."""
+    fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
     fleet.dead.add("b")
     fleet.pass_time(1.0)
     before = bucket.requests[f"write {KEY}"]
     fleet.now_s += 10.0
-    fleet.nodes["a"].feel_pulse()
+    fleet.nodes["a"].step_pulse()
     assert bucket.requests[f"write {KEY}"] == before
 
 
-def test_the_first_member_glances_at_the_log_with_every_second_beat(
+def test_first_member_looks_at_the_log_at_every_second_pulse(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """Looking whether somebody has taken over costs the fleet half a request for each beat, and nothing else."""
+    """Looking for a takeover costs the fleet half a request per pulse, and nothing else."""
     fleet.form("a", "b")
     bucket.requests.clear()
-    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+    for _ in range(round(5 * LIMITS.elastic.takeover_s / TICK_S)):
         fleet.pass_time(TICK_S)
         for node in fleet.alive():
-            node.feel_pulse()
+            node.step_pulse()
     assert set(bucket.requests) == {f"write {KEY}", "read log"}
     assert bucket.requests["read log"] == pytest.approx(bucket.requests[f"write {KEY}"] / 2, abs=1)
 
@@ -87,7 +87,7 @@ def test_the_first_member_glances_at_the_log_with_every_second_beat(
 def test_a_lone_member_that_was_replaced_learns_of_it(
     fleet: Fleet, bucket: WatchedStore, answers: bool
 ) -> None:
-    """A node that newcomers have given up while it could reach nobody does not train on beside their world."""
+    """A member that no other node could reach, and that was replaced, does not train beside the new world."""
     fleet.form("a")
     a = fleet.nodes["a"]
     theirs = dataclasses.replace(fleet.log.generations[-1], number=2, members=(member("z"),))
@@ -96,37 +96,37 @@ def test_a_lone_member_that_was_replaced_learns_of_it(
     def train(seconds: float) -> None:
         for _ in range(round(seconds / TICK_S)):
             fleet.now_s += TICK_S
-            a.feel_pulse()
+            a.step_pulse()
             a.turn()
 
     if not answers:
         bucket.deaf_to = "read"
-        train(LIMITS.takeover_s)
-        assert (a.status.generation, a.decision) == (1, Wait("training"))
+        train(LIMITS.elastic.takeover_s)
+        assert (a.me.now.generation, a.decision) == (1, Wait("training"))
         bucket.deaf_to = ""
-    train(LIMITS.takeover_s / 2 + TICK_S)
-    assert a.status.generation == 2
+    train(LIMITS.elastic.takeover_s / 2 + TICK_S)
+    assert a.me.now.generation == 2
     assert a.decision != Wait("training")
 
 
 def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A request from when the bucket was away may hang for long after: that keeps no workers in a world that is over."""
+    """A request from when the bucket was away may hang for long. The workers end anyway."""
     first = fleet.form("a")
     theirs = dataclasses.replace(first, number=2, members=(member("z"),))
     RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
     a = fleet.nodes["a"]
-    for _ in range(round(LIMITS.takeover_s / TICK_S)):
+    for _ in range(round(LIMITS.elastic.takeover_s / TICK_S)):
         fleet.now_s += TICK_S
-        a.feel_pulse()
+        a.step_pulse()
     assert a.broken == 1
 
 
-def test_a_glance_that_comes_late_takes_nothing_back(
+def test_late_look_at_the_log_changes_nothing(
     fleet: Fleet, bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A world that was given up stays so, though a slow answer about the one before it comes in afterwards."""
+    """A generation that was given up stays so, even if a slow answer about the one before it arrives afterwards."""
     first = fleet.form("a")
     a = fleet.nodes["a"]
     theirs = dataclasses.replace(first, number=2)
@@ -134,18 +134,18 @@ def test_a_glance_that_comes_late_takes_nothing_back(
     glance = Pulse.record
 
     def slow(pulse: Pulse, index: int) -> Record | None:
-        a._give_up(2)
+        a.me.give_up(2)
         return glance(pulse, index)
 
     monkeypatch.setattr(Pulse, "record", slow)
-    fleet.now_s += LIMITS.takeover_s
-    a.feel_pulse()
-    assert (a.broken, a.status.broken) == (2, 2)
+    fleet.now_s += LIMITS.elastic.takeover_s
+    a.step_pulse()
+    assert a.broken == 2
 
 
 @pytest.mark.parametrize("sign", ["pulse", "log"])
-def test_who_is_cut_off_waits_while_the_run_goes_on(fleet: Fleet, sign: str) -> None:
-    """A newcomer that reaches no member takes over only once neither pulse nor log has moved for takeover_s."""
+def test_cut_off_node_waits_while_log_or_pulse_changes(fleet: Fleet, sign: str) -> None:
+    """A newcomer that reaches no member takes over only once neither pulse nor log has changed for takeover_s."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
@@ -162,35 +162,35 @@ def test_who_is_cut_off_waits_while_the_run_goes_on(fleet: Fleet, sign: str) -> 
                 body = Quarantine(f"ckpt/{number}", "bad")
                 RunLog(fleet.bucket, writer="a").append(lambda _: body, generation=1)
             b.turn()
-            b.feel_pulse()
+            b.step_pulse()
 
-    wait(5 * LIMITS.takeover_s, moves=True)
+    wait(5 * LIMITS.elastic.takeover_s, moves=True)
     assert fleet.log.generation_number == 1
-    wait(LIMITS.takeover_s - 1.0, moves=False)
+    wait(LIMITS.elastic.takeover_s - 1.0, moves=False)
     assert fleet.log.generation_number == 1
     wait(2.0, moves=False)
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_what_was_not_looked_at_was_not_quiet(fleet: Fleet) -> None:
+def test_time_without_a_look_at_the_pulse_is_not_quiet(fleet: Fleet) -> None:
     """Time in which a node did not get to feel the pulse, because something held it up, is no time of quiet."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
     b = fleet.nodes["b"]
-    for _ in range(round(5 * LIMITS.takeover_s / TICK_S)):
+    for _ in range(round(5 * LIMITS.elastic.takeover_s / TICK_S)):
         fleet.now_s += TICK_S
         b.turn()
     assert fleet.log.generation_number == 1
-    for _ in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+    for _ in range(round((LIMITS.elastic.takeover_s + 2.0) / TICK_S)):
         fleet.now_s += TICK_S
         b.turn()
-        b.feel_pulse()
+        b.step_pulse()
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_a_bucket_that_is_away_is_no_quiet(fleet: Fleet, bucket: WatchedStore) -> None:
-    """Who can see neither members nor bucket knows nothing, and does not take over the moment the bucket is back."""
+def test_time_without_the_bucket_is_not_quiet(fleet: Fleet, bucket: WatchedStore) -> None:
+    """A node that sees neither members nor bucket knows nothing, and does not take over as soon as the bucket is back."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
@@ -199,17 +199,17 @@ def test_a_bucket_that_is_away_is_no_quiet(fleet: Fleet, bucket: WatchedStore) -
     def wait(seconds: float) -> None:
         for _ in range(round(seconds / TICK_S)):
             fleet.now_s += TICK_S
-            b.feel_pulse()
+            b.step_pulse()
             try:
                 b.turn()
             except StoreError:
                 assert bucket.down
 
-    wait(LIMITS.takeover_s)
+    wait(LIMITS.elastic.takeover_s)
     bucket.down = True
-    wait(3 * LIMITS.takeover_s)
+    wait(3 * LIMITS.elastic.takeover_s)
     bucket.down = False
-    wait(LIMITS.takeover_s - 2.0)
+    wait(LIMITS.elastic.takeover_s - 2.0)
     assert fleet.log.generation_number == 1
     wait(4.0)
     assert names(fleet.log.generation) == ["b"]
@@ -218,7 +218,7 @@ def test_a_bucket_that_is_away_is_no_quiet(fleet: Fleet, bucket: WatchedStore) -
 def test_without_the_bucket_members_still_notice_and_then_wait(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A loss while the bucket is away is noticed and told; the next generation comes when the bucket does."""
+    """A loss while the bucket is away is noticed and told. The next generation follows when the bucket is back."""
     fleet.form("a", "b")
     bucket.down = True
     before = bucket.requests.total()
@@ -227,48 +227,48 @@ def test_without_the_bucket_members_still_notice_and_then_wait(
     fleet.dead.add("b")
     with pytest.raises(StoreError):
         fleet.pass_time(1.0)
-    assert fleet.nodes["a"].broken == fleet.nodes["a"].status.broken == 1
+    assert fleet.nodes["a"].broken == 1
     bucket.down = False
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["a"]
 
 
 def test_a_member_that_cannot_read_the_log_is_left_behind(fleet: Fleet) -> None:
-    """Who answers and yet does not read the generation's record holds the others up for takeover_s, and no longer."""
+    """A member that answers, but does not read the generation's record, delays the others for takeover_s at most."""
     fleet.start("a", "b")
     members = (fleet.nodes["a"].member, fleet.nodes["b"].member)
     world = Generation(1, members, (4, 4), "127.0.0.1", 1, None, "started")
     RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
-    for passed in range(round((LIMITS.takeover_s + 2.0) / TICK_S)):
+    for passed in range(round((LIMITS.elastic.takeover_s + 2.0) / TICK_S)):
         fleet.now_s += TICK_S
         fleet.talk()
         fleet.nodes["a"].turn()
-        if passed * TICK_S < LIMITS.takeover_s:
+        if passed * TICK_S < LIMITS.elastic.takeover_s:
             assert fleet.nodes["a"].broken == 0
     assert names(fleet.log.generation) == ["a"]
     assert fleet.log.generations[-1].causes[0].detail == "it does not read the log"
 
 
-def test_members_that_train_ask_nothing_of_the_bucket(fleet: Fleet, bucket: WatchedStore) -> None:
-    """However long nothing changes, turns cost no request; what one appends makes each of the others read on once."""
-    fleet.limits = dataclasses.replace(LIMITS, nodes_max=4)
+def test_turns_of_training_members_make_no_request(fleet: Fleet, bucket: WatchedStore) -> None:
+    """While nothing changes, turns make no request. A record makes each other member read it once."""
+    fleet.limits = changed(LIMITS, nodes_max=4)
     fleet.form(*"abcd")
     fleet.start("spare")
     fleet.pass_time(1.0)
     before = bucket.requests.total()
     fleet.pass_time(20.0)
     assert bucket.requests.total() == before
-    log = fleet.nodes["a"]._log
+    log = fleet.nodes["a"].log
     log.append(lambda _: Quarantine("ckpt/x", "bad"), generation=1)
     fleet.pass_time(4 * TICK_S)
-    assert {node.status.log_length for node in fleet.alive()} == {log.view.length}
+    assert {node.me.now.log_length for node in fleet.alive()} == {log.view.length}
 
 
 # ---- failures, recoveries, the end -------------------------------------------------------------------
 
 
-def test_a_node_that_fails_too_often_is_left_out_and_put_on_record(fleet: Fleet) -> None:
-    """The failure that is too many keeps its node out of the world that it calls for, and a QUARANTINE follows."""
+def test_node_that_fails_too_often_is_left_out_and_recorded(fleet: Fleet) -> None:
+    """The last failure of the budget keeps its node out of the next world, and a QUARANTINE follows."""
     fleet.form("a", "b")
     for number in (1, 2):
         fleet.spend(number, "a")
@@ -279,15 +279,15 @@ def test_a_node_that_fails_too_often_is_left_out_and_put_on_record(fleet: Fleet)
     assert isinstance(generation, Generation)
     assert names(generation) == ["a"]
     assert isinstance(quarantine, Quarantine)
-    assert (quarantine.node, quarantine.seconds) == ("b", BUDGETS.bar_s)
+    assert (quarantine.node, quarantine.seconds) == ("b", LIMITS.elastic.quarantine_s)
     assert "b: failure 2" in quarantine.why
     assert fleet.nodes["b"].decision.reason.startswith("kept out: 2 failures within 600 s")
-    fleet.pass_time(BUDGETS.bar_s)
+    fleet.pass_time(LIMITS.elastic.quarantine_s)
     assert fleet.drains[-1] == "b joins"
 
 
-def test_a_node_that_is_lost_too_often_is_put_on_record(fleet: Fleet) -> None:
-    """A node that is gone again and again finds itself kept out when it comes back."""
+def test_node_that_is_lost_too_often_is_recorded(fleet: Fleet) -> None:
+    """A node that is lost repeatedly is kept out when it comes back."""
     fleet.form("a", "b")
     for life in ("b2", "b3"):
         fleet.dead.add("b")
@@ -295,7 +295,7 @@ def test_a_node_that_is_lost_too_often_is_put_on_record(fleet: Fleet) -> None:
         fleet.run()
         fleet.dead.clear()
         fleet.start("b", member=dataclasses.replace(member("b"), incarnation=life))
-        fleet.pass_time(LIMITS.join_window_s + 1.0)
+        fleet.pass_time(LIMITS.elastic.join_window_s + 1.0)
         if life == "b2":
             assert fleet.drains[-1] == "b joins"
             fleet.spend(2, "a")
@@ -308,7 +308,7 @@ def test_a_node_that_is_lost_too_often_is_put_on_record(fleet: Fleet) -> None:
 
 
 def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
-    """When the budget of one exception is used up, STOP says so with the step of the last checkpoint, and all end."""
+    """When the budget of one exception is used up, STOP says so, with the step of the last checkpoint, and all nodes end."""
     fleet.form("a", "b")
     same = {"step": 7, "signature": "ValueError@loop.py:9"}
     fleet.spend(1, "a")
@@ -316,7 +316,7 @@ def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
     fleet.pass_time(1.0)
     fleet.run()
     checkpoint = Checkpoint(6, 2, "ckpt/6", 1, "0" * 64, None)
-    fleet.nodes["a"]._log.append(lambda _: Commit((checkpoint,), "history"), generation=2)
+    fleet.nodes["a"].log.append(lambda _: Commit((checkpoint,), "history"), generation=2)
     fleet.spend(2, "b")
     fleet.spend(2, "a", failure=failed("a", "ValueError: bad", **same))
     fleet.pass_time(1.0)
@@ -326,7 +326,7 @@ def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
 
 
 def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet) -> None:
-    """Where there is no other node to try, failures of one end the run once they lie ten seconds apart."""
+    """If there is no other node, failures of one end the run once they span ten seconds."""
     fleet.form("a")
     same = failed("a", step=7, signature="ValueError@loop.py:9")
     for number in (1, 2, 3):
@@ -341,8 +341,8 @@ def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet)
     assert fleet.log.stop.reason.startswith("the same failure 4 times at step 7, on a")
 
 
-def test_others_that_are_only_silent_are_others_to_try(fleet: Fleet) -> None:
-    """A node that may be alive behind a torn network could still be tried: the failures of one are no reason to stop."""
+def test_silent_members_count_as_nodes_to_try(fleet: Fleet) -> None:
+    """A node that may live behind a split network could still be tried: the failures of one node do not end the run."""
     fleet.form("a", "b")
     same = {"step": 7, "signature": "ValueError@loop.py:9"}
     fleet.spend(1, "a", failure=failed("a", **same))
@@ -356,19 +356,18 @@ def test_others_that_are_only_silent_are_others_to_try(fleet: Fleet) -> None:
 
 
 def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) -> None:
-    """Steps that were done since the last failure count, although no record tells of them yet."""
-    budgets = dataclasses.replace(BUDGETS, failures_max=2, flaps_max=9)
+    """Steps since the last failure count, although no record names them yet."""
+    fleet.limits = changed(LIMITS, failures_max=2, flaps_max=9)
     fleet.form("a")
     a = fleet.nodes["a"]
-    a._budgets = budgets
     for number, step in ((1, 5), (2, 9)):
-        a.say(step=step)
+        a.me.say(step=step)
         fleet.spend(number, "a", failure=failed("a"))
         fleet.pass_time(1.0)
         fleet.run()
     fleet.pass_time(SPACED_S)
     assert fleet.log.stop is None
-    a.say(step=8)
+    a.me.say(step=8)
     fleet.spend(3, "a", failure=failed("a"))
     fleet.pass_time(1.0)
     assert fleet.log.stop is not None
@@ -376,7 +375,7 @@ def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) ->
 
 
 def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) -> None:
-    """Whatever fails through its surroundings is tried again, on however many nodes and however often."""
+    """Failures through the surroundings are tried again, on any number of nodes and any number of times."""
     fleet.form("a", "b")
     for number in range(1, 6):
         trouble = {"step": 7, "surroundings": True, "signature": "OSError"}
@@ -390,7 +389,7 @@ def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) ->
 def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> None:
     """The next world is formed without a node that rests; after its rest it is taken in again."""
     fleet.form("a", "b")
-    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)
     fleet.spend(1, "a", failure=failed("a", surroundings=True))
     fleet.spend(1, "b")
     fleet.pass_time(1.0)
@@ -403,9 +402,9 @@ def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> No
 
 
 def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
-    """Alone, a node that rests pauses the run, says what it waits for, and goes on by itself."""
+    """A single node that rests pauses the run, states the reason, and goes on by itself."""
     fleet.form("a")
-    fleet.nodes["a"].rest("no space in /dev/shm", 5.0)
+    fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)
     fleet.spend(1, "a", failure=failed("a", surroundings=True))
     fleet.pass_time(4.0)
     assert fleet.log.generation_number == 1
@@ -421,7 +420,7 @@ def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
     fleet.form("a", "b")
     a, b = fleet.nodes["a"], fleet.nodes["b"]
     assert a.others_can_go_on()
-    b.rest("no space in /dev/shm", 3.0)
+    b.me.rest("no space in /dev/shm", 3.0)
     fleet.pass_time(1.0)
     assert not a.others_can_go_on()
     fleet.pass_time(3.0)
@@ -431,20 +430,20 @@ def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
     assert not a.others_can_go_on()
 
 
-def test_a_recovery_is_told_once_all_have_started(fleet: Fleet) -> None:
-    """The first member appends how long the start took until the last member was through each phase: once, and of this generation."""
+def test_recovery_is_recorded_once_all_have_started(fleet: Fleet) -> None:
+    """The first member appends how long the slowest member took for each phase: once, and for this generation only."""
     fleet.form("a", "b", "c")
 
     def times(number: int, start_s: float, step_s: float) -> StartTimes:
         return StartTimes(number, start_s=start_s, group_s=1.0, restore_s=0.5, step_s=step_s)
 
-    fleet.nodes["a"].say(start_times=times(1, 1.0, 0.25))
-    fleet.nodes["c"].say(start_times=times(1, 0.5, 0.25))
+    fleet.nodes["a"].me.say(start_times=times(1, 1.0, 0.25))
+    fleet.nodes["c"].me.say(start_times=times(1, 0.5, 0.25))
     fleet.pass_time(1.0)
-    fleet.nodes["b"].say(start_times=times(0, 9.0, 9.0))
+    fleet.nodes["b"].me.say(start_times=times(0, 9.0, 9.0))
     fleet.pass_time(1.0)
     assert fleet.log.recovery is None
-    fleet.nodes["b"].say(start_times=times(1, 0.5, 2.0))
+    fleet.nodes["b"].me.say(start_times=times(1, 0.5, 2.0))
     fleet.pass_time(2.0)
     generation = fleet.log.generation
     assert generation is not None
@@ -456,15 +455,15 @@ def test_a_recovery_is_told_once_all_have_started(fleet: Fleet) -> None:
     fleet.pass_time(1.0)
     fleet.run()
     for name in "bc":
-        fleet.nodes[name].say(start_times=times(2, 0.5, 2.0))
+        fleet.nodes[name].me.say(start_times=times(2, 0.5, 2.0))
     fleet.pass_time(1.0)
     assert fleet.log.recovery is not None
     assert fleet.log.recovery.number == 2
     assert fleet.log.recovery.total_s == pytest.approx(TICK_S + 4.0), "agreeing comes first"
 
 
-def test_the_log_outruns_what_peers_seem_to_be(fleet: Fleet) -> None:
-    """Before a node gives its world up or acts on it, it reads the log: the run may have ended, or gone on."""
+def test_log_is_read_before_acting(fleet: Fleet) -> None:
+    """Before a node acts on a broken world it reads the log: the run may have ended, or gone on."""
     fleet.form("a", "b")
     RunLog(fleet.bucket, writer="b").append(lambda _: Stop("completed", 9), generation=1)
     fleet.dead.add("b")
@@ -474,8 +473,8 @@ def test_the_log_outruns_what_peers_seem_to_be(fleet: Fleet) -> None:
     assert fleet.bound == 1, "for the first world"
 
 
-def test_when_a_generation_was_read_is_this_nodes_own_time(fleet: Fleet) -> None:
-    """`read_at_s` is the moment at which this node first saw the record, not when it was written."""
+def test_read_at_s_is_on_this_nodes_clock(fleet: Fleet) -> None:
+    """`read_at_s` is when this node first saw the record, not when it was written."""
     fleet.form("a", "b")
     known_s = fleet.nodes["b"].read_at_s(1)
     assert 0.0 < known_s < fleet.now_s

@@ -47,7 +47,7 @@ class Side:
         return self.table.peers[self.other].heard_s
 
 
-def test_life_is_proved_as_of_the_moment_of_sending() -> None:
+def test_proof_of_life_dates_from_sending() -> None:
     """An answer proves that the peer lived when the newest message that it received was sent, not when the answer came."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
@@ -64,8 +64,8 @@ def test_life_is_proved_as_of_the_moment_of_sending() -> None:
     assert b.heard_s is None
 
 
-def test_a_late_message_takes_no_proof_back() -> None:
-    """Of messages that overtake each other the newest one that was received is the proof."""
+def test_late_message_does_not_reduce_the_proof() -> None:
+    """Of messages that overtake each other, the newest one that was received is the proof."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     messages = []
@@ -77,8 +77,8 @@ def test_a_late_message_takes_no_proof_back() -> None:
     assert a.heard_s == 11.0
 
 
-def test_hearing_a_peer_that_does_not_hear_is_no_life() -> None:
-    """While one direction of a link loses everything, neither side counts the other as heard, however much arrives."""
+def test_one_way_link_gives_no_proof_of_life() -> None:
+    """While one direction of a link loses everything, neither side counts the other as heard."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     b.table.received(a.says())
@@ -101,8 +101,8 @@ EVENTS = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(EVENTS)
-def test_only_what_came_back_proves_life(events: list[tuple[str, str, int]]) -> None:
-    """Messages lost, late, overtaking or duplicated, peers forgotten and found again: life is never later than proved."""
+def test_only_acknowledged_messages_are_proof(events: list[tuple[str, str, int]]) -> None:
+    """Messages lost, late, overtaken or duplicated, peers forgotten and found again: no proof is later than a message that was received."""
     clock = Clock()
     sides = {node: Side(node, clock) for node in "ab"}
     received: dict[str, float] = {"a": -1.0, "b": -1.0}
@@ -135,8 +135,8 @@ def test_only_what_came_back_proves_life(events: list[tuple[str, str, int]]) -> 
         assert side.heard_s == proved[me]
 
 
-def test_only_new_words_are_news() -> None:
-    """`received` is true when the peer says something else of itself than before, and old words change nothing."""
+def test_only_a_changed_status_is_news() -> None:
+    """`received` is true when the peer's status has changed. An older message changes nothing."""
     a, b = Side("a"), Side("b")
     first, second = b.says(step=1), b.says(step=2)
     assert a.table.received(second)
@@ -147,8 +147,8 @@ def test_only_new_words_are_news() -> None:
     assert a.table.received(replace(leaves, status=replace(leaves.status, leaving=True)))
 
 
-def test_whoever_speaks_is_there_again() -> None:
-    """A refusal counts until the peer is heard; neither refusing nor reaching makes a peer known."""
+def test_refusal_ends_when_the_peer_is_heard() -> None:
+    """A refusal counts until the peer is heard. Neither refusing nor reaching makes a peer known."""
     a, b = Side("a"), Side("b")
     a.table.refused(B)
     assert a.table.peers[B].refused
@@ -163,7 +163,7 @@ def test_whoever_speaks_is_there_again() -> None:
 
 
 def test_the_silence_clock_starts_again_only_anew() -> None:
-    """Watching a peer again leaves its clock running, unless it is asked again after a time without questions."""
+    """Watching a peer again leaves its clock running, unless it was not asked in between."""
     side = Side("a")
     side.clock.now_s = 5.0
     side.table.watch(B)
@@ -172,8 +172,8 @@ def test_the_silence_clock_starts_again_only_anew() -> None:
     assert side.table.peers[B].watched_since_s == 5.0
 
 
-def test_a_crowd_of_strangers_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit of peers nobody new is noted; who is known goes on being heard."""
+def test_number_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit no new peer is stored. Known peers are still heard."""
     monkeypatch.setattr(peers, "_PEERS_MAX", 3)
     table = PeerTable(Clock())
     for count in (1, 2):
@@ -185,8 +185,8 @@ def test_a_crowd_of_strangers_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -
     assert all(peer.status is not None and peer.status.step == 2 for peer in table.peers.values())
 
 
-def test_a_peer_that_never_answers_fills_no_memory() -> None:
-    """Of messages without an answer only the newest are remembered, and an answer to the last one still counts."""
+def test_unanswered_messages_are_bounded() -> None:
+    """Of messages without an answer only the newest are kept, and an answer to the last one still counts."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     for clock.now_s in range(5000):
@@ -202,14 +202,14 @@ def test_a_peer_that_never_answers_fills_no_memory() -> None:
     [("count", 0), ("seen", -1), ("refusal", "x" * 1001), ("status", None), ("asks", "perhaps")],
 )
 def test_a_message_has_bounds(field_name: str, value: object) -> None:
-    """What is no message is refused as a whole before anybody looks at it."""
+    """A malformed message is refused as a whole before anything reads it."""
     said = MESSAGE.dump_python(Side("a").says(), mode="json")
     assert MESSAGE.validate_python(said).count == 1
     with pytest.raises(ValidationError, match=field_name):
         MESSAGE.validate_python(said | {field_name: value})
 
 
-def test_threads_do_not_undo_each_other() -> None:
+def test_table_is_safe_between_threads() -> None:
     """What one thread hears while another one watches is not lost."""
     a, b = Side("a"), Side("b")
     hearing = threading.Thread(target=lambda: a.table.received(b.says(step=1)))

@@ -85,10 +85,10 @@ def test_agents_get_ranks_and_a_store_of_their_own(
     assert generation.slots == ()
 
 
-def test_a_newcomer_makes_agents_meet_again(
+def test_newcomer_starts_another_rendezvous(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """Agents see that a node waits, meet again with it, and nobody is blamed for making room."""
+    """Agents see that a node waits, and meet again with it. That counts as no node's failure."""
     a = start("a")
     entered(a)
     assert a.num_nodes_waiting() == 0
@@ -101,8 +101,8 @@ def test_a_newcomer_makes_agents_meet_again(
     assert not kinds & {CauseKind.FAILED, CauseKind.LOST}
 
 
-def test_a_lost_node_makes_agents_meet_again(start: Callable[..., TorchrunRendezvous]) -> None:
-    """When an agent is gone the others see that a new rendezvous is due, and its world is without it."""
+def test_lost_node_starts_another_rendezvous(start: Callable[..., TorchrunRendezvous]) -> None:
+    """When an agent is gone, the others see that a new rendezvous is due, and form a world without it."""
     a, b = start("a", nodes_min=2), start("b", nodes_min=2)
     entered(a, b)
     c = start("c")
@@ -116,7 +116,7 @@ def test_a_lost_node_makes_agents_meet_again(start: Callable[..., TorchrunRendez
 def test_failures_of_stock_workers_do_not_end_the_run(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """How often workers may fail is torchrun's to say (--max-restarts): the log knows nothing of their progress."""
+    """torchrun decides how often workers may fail (--max-restarts): the log does not know their progress."""
     a = start("a")
     for _ in range(23):
         entered(a)
@@ -129,7 +129,7 @@ def test_failures_of_stock_workers_do_not_end_the_run(
 def test_the_end_of_the_run_closes_the_rendezvous(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """Only a STOP in the log closes; one agent that closes does not."""
+    """Only a STOP in the log closes it. One agent that closes does not."""
     a = start("a")
     entered(a)
     a.set_closed()
@@ -146,7 +146,7 @@ def test_the_end_of_the_run_closes_the_rendezvous(
 def test_agents_of_another_job_or_torch_are_refused(
     start: Callable[..., TorchrunRendezvous], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--rdzv-id and torch's version must agree; who differs is told which of them and both values."""
+    """--rdzv-id and torch's version must agree. An agent that differs is told which one, with both values."""
     entered(start("a"))
     with pytest.raises(ConfigError, match="torchrun --rdzv-id = 'other', where the run has 'job'"):
         start("b", run_id="other").next_rendezvous()

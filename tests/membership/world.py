@@ -1,25 +1,38 @@
 """Facts about made-up nodes, from which the tests of this folder let membership decide."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
-from elastic_pt.membership.admission import slots_per_member
-from elastic_pt.membership.assessment import View, assess
+from elastic_pt.config import ElasticSection
+from elastic_pt.membership.admission import newcomers, slots_per_member
+from elastic_pt.membership.assessment import assess
 from elastic_pt.membership.decide import Decision, Propose, decide
-from elastic_pt.membership.status import Limits, NodeStatus, Peer, Phase
+from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, Peer
+from elastic_pt.membership.view import View
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 NOW_S = 1000.0
 NOTICED_S = NOW_S - 0.5
 """When trouble was noticed, unless a test says otherwise: peers of `peer` have answered since."""
 LIMITS = Limits(
-    nodes_min=1,
-    nodes_max=8,
+    ElasticSection(
+        nodes_min=1,
+        nodes_max=8,
+        heartbeat_timeout_s=2.0,
+        join_window_s=1.0,
+        takeover_s=4.0,
+        flaps_max=2,
+        same_failures_max=2,
+    ),
     slots=8,
-    heartbeat_timeout_s=2.0,
-    join_window_s=1.0,
-    takeover_s=4.0,
 )
+
+
+def changed(limits: Limits, **changes: object) -> Limits:
+    """Limits with another value of some keys of `[elastic]`, or of `slots`; bounds are not checked."""
+    slots = changes.pop("slots", limits.slots)
+    return Limits(limits.elastic.model_copy(update=changes), slots)  # type: ignore[arg-type]
 
 
 def member(node: str, workers: int = 1) -> Member:
@@ -27,7 +40,7 @@ def member(node: str, workers: int = 1) -> Member:
     return Member(node, f"{node}1", "127.0.0.1", 1, 1, workers)
 
 
-def status(node: str, phase: Phase = Phase.RUNNING, **changes: object) -> NodeStatus:
+def status(node: str, phase: NodePhase = NodePhase.RUNNING, **changes: object) -> NodeStatus:
     """What a healthy member of generation 1 says."""
     healthy = NodeStatus(
         member(node), phase, generation=1, log_length=1, spent=0, failure=None, fingerprint={}
@@ -37,7 +50,7 @@ def status(node: str, phase: Phase = Phase.RUNNING, **changes: object) -> NodeSt
 
 def waiting(node: str, **changes: object) -> NodeStatus:
     """What a newcomer says."""
-    return status(node, Phase.WAITING, **changes)
+    return status(node, NodePhase.WAITING, **changes)
 
 
 def peer(
@@ -49,7 +62,7 @@ def peer(
 
 def silent(says: NodeStatus) -> Peer:
     """A peer that has not answered for longer than the timeout."""
-    return peer(says, silent_s=LIMITS.heartbeat_timeout_s + 0.1)
+    return peer(says, silent_s=LIMITS.elastic.heartbeat_timeout_s + 0.1)
 
 
 def refusing(says: NodeStatus) -> Peer:
@@ -69,11 +82,22 @@ def generation(*nodes: str) -> Generation:
 
 
 def view_of(
-    me: NodeStatus, peers: Mapping[str, Peer], *, of: Generation | None, **facts: object
+    me: NodeStatus,
+    peers: Mapping[str, Peer],
+    *,
+    of: Generation | None,
+    limits: Limits = LIMITS,
+    now_s: float = NOW_S,
+    generation_since_s: float = math.inf,
+    **facts: object,
 ) -> View:
-    """What `me` knows; `peers` by node. Log and pulse have been quiet for ever unless `facts` says otherwise."""
+    """What `me` sees; `peers` by node. Log and pulse have been quiet for ever unless `facts` says otherwise."""
     known = {member(node).incarnation: each for node, each in peers.items()}
-    view = View(me, of, None, known, broken_since_s=NOTICED_S)
+    found = None
+    if of is not None and of.rank_of(me.member.incarnation) is not None:
+        found = assess(me, of, known, generation_since_s, limits, now_s)
+    waits = newcomers(me, of, known, limits, now_s)
+    view = View(me, of, None, found, known, waits, broken_since_s=NOTICED_S)
     return dataclasses.replace(view, **facts)  # type: ignore[arg-type]
 
 
@@ -87,22 +111,24 @@ def decision(
     **facts: object,
 ) -> Decision:
     """Decide as `me`."""
-    return decide(view_of(me, peers, of=of, **facts), limits, now_s)
+    view = view_of(me, peers, of=of, limits=limits, now_s=now_s, **facts)  # type: ignore[arg-type]
+    return decide(view, limits, now_s)
 
 
 def is_broken(me: NodeStatus, peers: Mapping[str, Peer], *, of: Generation) -> bool:
     """Whether `me` finds its generation broken."""
-    return assess(view_of(me, peers, of=of), of, LIMITS, NOW_S).broken
+    found = view_of(me, peers, of=of).found
+    return found is not None and found.broken
 
 
 def nodes(proposal: Decision) -> list[str]:
-    """Whom a proposal names."""
+    """The nodes that a proposal names."""
     assert isinstance(proposal, Propose), proposal
     return [each.node for each in proposal.members]
 
 
 def causes(proposal: Decision) -> list[tuple[CauseKind, str]]:
-    """The causes of a proposal: what happened to whom."""
+    """The causes of a proposal: each kind with its node."""
     assert isinstance(proposal, Propose), proposal
     return [(cause.kind, cause.node) for cause in proposal.causes]
 

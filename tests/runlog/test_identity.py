@@ -49,7 +49,7 @@ def config(*overrides: str) -> Config:
 def test_a_node_that_differs_is_refused_by_name(
     store: Store, overrides: tuple[str, ...], platform: dict[str, str], named: str
 ) -> None:
-    """Another value, torch or processor is refused, naming it, what it is here and what it is in the run."""
+    """Another value, torch or processor is refused. The message has its name, the value here and that of the run."""
     agree_on_identity(store, config(), DATA, PLATFORM)
     with pytest.raises(ConfigError, match=named):
         agree_on_identity(store, config(*overrides), DATA, PLATFORM | platform)
@@ -96,7 +96,7 @@ def test_what_is_computed_decides_and_names_explain(
 
 
 def test_settings_are_compared_before_the_platform(store: Store) -> None:
-    """Another setting may change the probe: the setting is what the user has to hear of."""
+    """Another setting may change the probe. Then the message must name the setting."""
     agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
     with pytest.raises(ConfigError, match=r"run\.seed = 3"):
         agree_on_identity(store, config("run.seed=3"), DATA, EXACT_PLATFORM | {"probe": "2a"})
@@ -106,7 +106,7 @@ def test_settings_are_compared_before_the_platform(store: Store) -> None:
 def test_only_what_the_run_knows_of_its_platform_is_compared(
     store: Store, bound: dict[str, str]
 ) -> None:
-    """A run of an earlier version, which wrote down less of its platform, takes nodes that tell more."""
+    """A run of an earlier version, which recorded fewer names of its platform, accepts nodes with more names."""
     agree_on_identity(store, config(), DATA, PLATFORM)
     agree_on_identity(store, config(), DATA, EXACT_PLATFORM, bound)
     with pytest.raises(ConfigError, match="torch = '3'"):
@@ -172,7 +172,7 @@ def test_a_refused_node_publishes_nothing(store: Store) -> None:
 
 
 def test_the_first_node_writes_down_what_decides_the_bits(store: Store) -> None:
-    """`identity.json` has every value by name, so that whoever differs can be told which one."""
+    """`identity.json` has every value by name, so that a refusal can name it."""
     agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
     identity = json.loads(store.read(IDENTITY_KEY))
     assert identity["run.seed"] == 3

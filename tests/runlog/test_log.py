@@ -103,7 +103,7 @@ def test_a_quarantined_node_is_no_checkpoint() -> None:
 
 
 def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
-    """When several nodes propose the same generation, the log holds one of them and the others are fenced."""
+    """If several nodes propose the same generation, the log has one of them and the others are fenced."""
     store = open_store(f"file://{tmp_path}")
     RunLog(store, writer="first").append(lambda _: generation(1), generation=0)
     outcomes: list[str] = []
@@ -152,8 +152,8 @@ def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
     assert new.refresh().length == 3
 
 
-def test_a_slow_writer_builds_on_what_it_lost_to(tmp_path: Path) -> None:
-    """An append that loses its number is made again from the view that includes the winner."""
+def test_append_that_loses_is_built_again(tmp_path: Path) -> None:
+    """An append that loses its number is made again from the view that includes the winner's record."""
     store = open_store(f"file://{tmp_path}")
     one, two = RunLog(store, writer="one"), RunLog(store, writer="two")
     one.append(lambda _: generation(1), generation=0)
@@ -165,7 +165,7 @@ def test_a_slow_writer_builds_on_what_it_lost_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None:
-    """Changing any record but the newest is noticed by whoever reads the whole log."""
+    """Changing any record but the newest is noticed by a reader of the whole log."""
     log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
     log.append(lambda _: generation(1), generation=0)
     for step in (1, 2, 3):

@@ -54,8 +54,8 @@ def stored(body: Body) -> bytes:
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
-def test_a_record_says_the_same_when_it_is_read(body: Body) -> None:
-    """Every kind of record is read as it was written, with the SHA-256 of the bytes that were read."""
+def test_record_is_read_as_it_was_written(body: Body) -> None:
+    """Every kind of record is read as it was written, with the SHA-256 of its bytes."""
     record = Record.from_bytes(stored(body), key="log/7")
     assert record.body == body
     assert (record.index, record.generation, record.latest) == (7, 4, {Kind.GENERATION: 6})
@@ -84,13 +84,13 @@ def test_records_without_the_newer_fields_are_still_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["number", "members", "store_port", "reason"])
-def test_what_a_record_must_say_cannot_be_missing(name: str) -> None:
+def test_required_fields_of_a_record(name: str) -> None:
     """A GENERATION without one of the fields that decide is no record."""
     with pytest.raises(LogDamaged, match=f"log/7: not a record.*{name}"):
         Record.from_bytes(without(GENERATION, name), key="log/7")
 
 
 @pytest.mark.parametrize("kind", list(CauseKind))
-def test_every_cause_can_be_told(kind: CauseKind) -> None:
-    """Whatever changes a world has words that name the node."""
+def test_every_cause_has_a_text(kind: CauseKind) -> None:
+    """Every kind of cause has a text that names the node."""
     assert "node-7" in str(Cause(kind, "node-7", "some detail"))

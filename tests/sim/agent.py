@@ -1,10 +1,10 @@
 """One agent: the production `Participant`, `RunLog`, `Lobby`, `Pulse` and `Node`, on simulated threads.
 
-What `Node`'s membership thread, `Agent`'s main thread and the committing thread do is done here by
-greenlets, in the same order and with the same waits:
+Greenlets do the work of `MembershipThread`, of `Agent`'s main thread and of the committing thread, in the same
+order and with the same waits:
 
     membership   log.refresh ─► [ turn ─► aim ─► say ─► wait for news ] ...
-    pulse        [ feel_pulse ─► sleep ] ...
+    pulse        [ step_pulse ─► sleep ] ...
     main         [ await_generation ─► start workers ─► watch ─► settle | fail | give up ─► spend ] ...
     commit       shards of all members uploaded ─► append COMMIT (STOP after the last step)
 """
@@ -18,12 +18,11 @@ from typing import Any, Final
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
-from elastic_pt.membership.budgets import Budgets, rest_s
-from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.budgets import rest_s
 from elastic_pt.membership.node import Formed, Left, Node
-from elastic_pt.membership.participant import Participant, Surroundings
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, NodeStatus, Phase, StartTimes, is_news
+from elastic_pt.membership.participant import Participant
+from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     COMPLETED,
@@ -53,7 +52,7 @@ _RETRIES_WITHOUT_PROGRESS: Final = 3
 
 @dataclass(frozen=True)
 class Costs:
-    """Processor time of an agent, which does one thing after the other. Nothing, unless a simulation is about that."""
+    """Processor time of an agent, which does one thing after the other. Zero, except in simulations of large fleets."""
 
     receive_s: float = 0.0
     """For each message that it receives."""
@@ -70,7 +69,6 @@ class Habits:
     """What all nodes of a simulated run have in common."""
 
     limits: Limits
-    budgets: Budgets
     store_deadline_s: float
     settle_timeout_s: float
     costs: Costs = field(default_factory=Costs)
@@ -126,17 +124,24 @@ class WitnessedLog(RunLog):
         return record
 
 
-class SimulatedNode(Node):
-    """The production node, as its main thread uses it, with simulated threads behind it."""
+class SimulatedDriver:
+    """What the membership thread is to a `Node`; `AgentProcess` runs the simulated one."""
+
+    crash: BaseException | None = None
 
     def __init__(self, process: "AgentProcess") -> None:
         self._process = process
-        self._log = process.log
-        self._participant = process.participant
-        self._changed = Condition(process)  # type: ignore[assignment]
-        self._crash = None
+        self.changed: Any = Condition(process)
 
-    def _wake(self, *, tell: bool = False) -> None:
+    def start(self) -> None:
+        """Nothing: `AgentProcess.boot` starts the threads."""
+
+    def stop(self) -> None:
+        """Nothing: `AgentProcess.exit` ends them."""
+
+    def wake(self, *, tell: bool = True) -> None:
+        """Take a turn soon, and tell peers the own status."""
+
         def wake() -> None:
             self._process.news.set()
             if tell:
@@ -144,17 +149,20 @@ class SimulatedNode(Node):
 
         self._process.soon(wake)
 
+
+class SimulatedNode(Node):
+    """The production node, as its main thread uses it; connecting to a store takes simulated time."""
+
+    def __init__(self, process: "AgentProcess", driver: SimulatedDriver) -> None:
+        super().__init__(process.participant, driver)
+        self._process = process
+
     def changed(self) -> None:
-        """Whoever waits for something should look again."""
+        """The waiters should look again."""
         self._changed.notify_all()
 
-    def crash(self, error: BaseException) -> None:
-        """The membership thread has ended."""
-        self._crash = error
-        self.changed()
-
     def _connect(self, generation: Generation) -> Any:
-        own = self._participant.stores.get(generation.number)
+        own = self._participant.appender.stores.get(generation.number)
         if own is not None:
             return own
         process = self._process
@@ -228,30 +236,19 @@ class AgentProcess(Process):
         self.workers: Workers | None = None
         self.generation: Generation | None = None
         """Whose workers this agent has started last."""
-        limits, budgets = around.habits.limits, around.habits.budgets
         self.participant = Participant(
-            NodeStatus(
-                member=self._member,
-                phase=Phase.WAITING,
-                generation=0,
-                log_length=0,
-                spent=0,
-                failure=None,
-                fingerprint=fingerprint,
-            ),
-            limits,
-            budgets,
-            Surroundings(
+            NodeStatus.first(self._member, fingerprint),
+            around.habits.limits,
+            Resources(
                 log=self.log,
-                lobby=Lobby(hints, self.liveness_clock_s),
-                pulse=Pulse(hints, incarnation),
+                hints=hints,
                 clock_s=self.liveness_clock_s,
                 bind_store=self._bind_store,
                 choose_resume=self._choose_resume,
                 on_drain=self._drain,
             ),
         )
-        self.node = SimulatedNode(self)
+        self.node = SimulatedNode(self, SimulatedDriver(self))
         self.links = SimulatedLinks(
             self,
             machine,
@@ -278,7 +275,7 @@ class AgentProcess(Process):
         return self.clock_s()
 
     def wall_clock_s(self) -> float:
-        """The time of day, as this machine has it: somebody sets it back and forth, also while all else is well."""
+        """The time of day of this machine. It is set back and forth, also while nothing else is wrong."""
         hours = round(self._wall_offset_s + self.scheduler.now_s / 5.0) % 3
         return self.scheduler.now_s + self._wall_offset_s + 3600.0 * hours
 
@@ -319,11 +316,10 @@ class AgentProcess(Process):
     # ---- membership thread -------------------------------------------------------------------------
 
     def _membership(self) -> None:
-        # Production crashes here if the bucket does not answer; whoever started the agent starts it again.
+        # Production crashes here if the bucket does not answer, and is started again.
         port = self._port if self._port is not None else self.machine.free_port()
         self.machine.listeners[port] = _Answering(self)
-        self.participant.say(member=dataclasses.replace(self._member, port=port))
-        self.participant.begin()
+        self.participant.begin(dataclasses.replace(self._member, port=port))
         self.log.refresh()
         self.ready = True
         self.spawn(self._guarded(self._keep_pulse))
@@ -331,11 +327,11 @@ class AgentProcess(Process):
         while True:
             self.news.clear()
             self._turn()
-            self.news.wait(self.around.habits.limits.heartbeat_interval_s)
+            self.news.wait(self.around.habits.limits.elastic.heartbeat_interval_s)
 
     def _turn(self) -> None:
         participant, links = self.participant, self.links
-        told = participant.status
+        told = participant.me.now
         self._work()
         try:
             participant.turn()
@@ -345,7 +341,7 @@ class AgentProcess(Process):
             pass
         links.aim(participant.contacts.targets)
         asks = participant.wants_answers()
-        if asks or is_news(participant.status, told):
+        if asks or is_news(participant.me.now, told):
             links.say(asks=asks)
         self.node.changed()
 
@@ -363,8 +359,8 @@ class AgentProcess(Process):
 
     def _keep_pulse(self) -> None:
         while True:
-            self.participant.feel_pulse()
-            self.sleep(self.around.habits.limits.heartbeat_interval_s)
+            self.participant.step_pulse()
+            self.sleep(self.around.habits.limits.elastic.heartbeat_interval_s)
 
     def _bind_store(self) -> SimulatedStore:
         port = self.machine.free_port()
@@ -420,7 +416,7 @@ class AgentProcess(Process):
         )
         self.around.training.start(generation, workers, start_s)
         while workers.up:
-            # Looks often, because a membership thread that waits for the bucket wakes nobody.
+            # A short timeout: a membership thread that waits for the bucket notifies no waiter.
             self.node._await(
                 lambda: not workers.up or self.node.must_reform(number), _MONITOR_INTERVAL_S
             )
@@ -448,7 +444,7 @@ class AgentProcess(Process):
     def _worker_failed(self, workers: Workers, number: int) -> None:
         node, limits = self.node, self.around.habits.limits
         collateral = workers.collateral and node.await_reform(
-            number, 2 * limits.heartbeat_timeout_s
+            number, 2 * limits.elastic.heartbeat_timeout_s
         )
         own = node.failure(
             workers.detail,

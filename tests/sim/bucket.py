@@ -179,7 +179,7 @@ class Files(AsyncFileSystem):  # type: ignore[misc]
 
         def arrive(again_s: float = 0.2) -> None:
             if not bucket.is_reachable(machine):
-                # Sent again by the machine's TCP, long after nobody waits for it any more.
+                # Sent again by the machine's TCP, long after the client stopped waiting for it.
                 if stubborn and again_s < _RETRANSMISSION_MAX_S:
                     scheduler.after(again_s, lambda: arrive(2 * again_s))
                 return

@@ -55,7 +55,7 @@ def detection_bound_s(limits: Limits) -> float:
     rank 0 beats the pulse every `takeover_s / 4`, and glances at the log every second time. To that come slow
     requests and the time to kill.
     """
-    return limits.takeover_s / 2 + 2.0
+    return limits.elastic.takeover_s / 2 + 2.0
 
 
 class Attempt:
@@ -194,7 +194,7 @@ class Witness:
         if len(set(incarnations)) < len(incarnations):
             raise Violation("members are distinct", str(incarnations))
         if any(each in self.simulation.strangers for each in incarnations):
-            raise Violation("who differs is never taken in", str(incarnations))
+            raise Violation("a node that differs is never taken in", str(incarnations))
         if before.generation is not None:
             self._check_succession(generation, before.generation, attempt)
 
@@ -210,11 +210,11 @@ class Witness:
             last_s = self.last_step_s.get(before.number, float("-inf"))
             rank0 = simulation.agents.get(before.members[0].incarnation)
             well = rank0 is not None and simulation.well_since_s(rank0, now_s) < (
-                now_s - limits.takeover_s - 1.0
+                now_s - limits.elastic.takeover_s - 1.0
             )
             if now_s - last_s < 1.0 and well:
                 raise Violation(
-                    "who trains is not taken over",
+                    "a generation that trains is not taken over",
                     f"{proposer.name} replaces generation {before.number}, which did a step "
                     f"{now_s - last_s:.2f} s ago",
                 )
@@ -230,12 +230,12 @@ class Witness:
                 for each in before.members
                 if each not in generation.members
                 and each.node not in chosen
-                # Who rests leaves the others to it.
+                # A node that rests lets the others go on.
                 and not simulation.agents[each.incarnation].rested
-                # Who waits for the bucket, and has not read the record that it trains by, is no use to anybody.
+                # A node that waits for the bucket and has not read the newest GENERATION cannot train.
                 and simulation.agents[each.incarnation].log.view.generation_number >= before.number
             ],
-            now_s - limits.silence_s(len(before.members)) - limits.takeover_s,
+            now_s - limits.silence_s(len(before.members)) - limits.elastic.takeover_s,
         )
         if 2 * len(excluded) > len(before.members):
             raise Violation(
@@ -243,8 +243,8 @@ class Witness:
                 f"generation {generation.number} keeps {[each.node for each in stay]} and leaves "
                 f"{[each.node for each in excluded]} behind",
             )
-        # Asked again: everyone who is named was alive after the trouble was noticed. (A world that has stopped
-        # as planned goes on at once: who is lost meanwhile is noticed in the next one.)
+        # Ask again: every member was alive after the trouble was noticed. (A world that has stopped as planned
+        # goes on at once. A node that is lost meanwhile is noticed in the next one.)
         if proposer.participant.broken < before.number:
             return
         noticed_s = attempt.began_s - generation.agree_s / proposer.clock_rate - _CLOCK_GRAIN_S
@@ -252,7 +252,7 @@ class Witness:
             agent = simulation.agents[member.incarnation]
             if agent.dead and simulation.died_s[member.incarnation] < noticed_s:
                 raise Violation(
-                    "only who answers is a member",
+                    "only nodes that answer are members",
                     f"generation {generation.number} names {agent.name}, which died before",
                 )
 
@@ -297,7 +297,7 @@ class Witness:
         bound_s = detection_bound_s(self.simulation.habits.limits)
         if now_s - known_s > bound_s:
             raise Violation(
-                "nobody trains on in a superseded generation",
+                "no node trains on in a superseded generation",
                 f"generation {number} did step {world.step} {now_s - since_s:.1f} s after it was replaced",
             )
 
@@ -322,7 +322,7 @@ class Witness:
             if agent is not process and self.simulation.died_s.get(agent.incarnation) is None
         ]
         if not others:
-            raise Violation("nobody leaves a run that needs it", process.name)
+            raise Violation("no node leaves a run that needs it", process.name)
 
     def tick(self) -> None:
         """What must not last."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault, declared: what, when, for how long, to whom."""
+    """One fault, declared: what, when, for how long, on which nodes."""
 
     kind: str
     at_s: float
@@ -31,7 +31,7 @@ Injection = Callable[["Simulation", Fault], Undo]
 
 
 def crash(simulation: "Simulation", fault: Fault) -> Undo:
-    """The agent and its workers die; somebody starts the agent again."""
+    """The agent and its workers die; the agent is started again."""
     for node in fault.nodes:
         agent = simulation.agent_of(node)
         if agent is not None:
@@ -119,7 +119,7 @@ def unfit_everywhere(simulation: "Simulation", fault: Fault) -> Undo:
 
 
 def leave(simulation: "Simulation", fault: Fault) -> Undo:
-    """The node is asked to go (SIGTERM); somebody starts it again."""
+    """The node is asked to leave (SIGTERM) and is started again."""
     for node in fault.nodes:
         agent = simulation.agent_of(node)
         if agent is not None and agent.ready:
@@ -216,7 +216,7 @@ def clog(simulation: "Simulation", fault: Fault) -> Undo:
 
 
 def last_words(simulation: "Simulation", fault: Fault) -> Undo:
-    """A node dies as another one's workers do; what it said before is still on its way to everybody then."""
+    """A node dies at the moment another one's workers fail, while its last messages are still on their way."""
     dying, failing = fault.nodes
     clogs = simulation.network.clogs
     links = [(dying, other) for other in simulation.nodes if other != dying]
@@ -268,7 +268,7 @@ def bucket_slow(simulation: "Simulation", fault: Fault) -> Undo:
 
 
 def bucket_down(simulation: "Simulation", fault: Fault) -> Undo:
-    """The bucket answers nobody."""
+    """The bucket answers no node."""
     simulation.outage(1)
     return lambda: simulation.outage(-1)
 

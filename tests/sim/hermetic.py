@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from elastic_pt.membership import budgets as history
-from elastic_pt.membership import lobby, log, node, participant
+from elastic_pt.membership import appender, budgets, lobby, node, participant, pulse_watch
+from elastic_pt.runlog import log
 from elastic_pt.runlog.records import Record
 from elastic_pt.store import retry, s3
 from tests.sim.bucket import run_here
 
-_LOGGING = (lobby, participant, node, retry)
+_LOGGING = (lobby, participant, appender, pulse_watch, node, retry)
 
 Trace = Callable[[str, dict[str, Any]], None]
 
@@ -69,5 +69,5 @@ def hermetic(
         logger = _Logger(trace)
         for module in _LOGGING:
             stack.enter_context(patch.object(module, "log", logger))
-        assert not hasattr(history, "log")
+        assert not hasattr(budgets, "log")
         yield

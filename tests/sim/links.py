@@ -1,4 +1,4 @@
-"""What `elastic/links.py` does with WebSockets, over the simulated network: dial, ask, answer, notice who is gone."""
+"""`membership/links.py` over the simulated network: connect, ask, answer, notice that a peer is gone."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -210,7 +210,7 @@ class SimulatedLinks:
         self._dials: dict[str, Dial] = {}
 
     def aim(self, targets: Sequence[Member]) -> None:
-        """Keep a connection to each of these nodes, and to nobody else."""
+        """Keep a connection to each of these nodes, and to no other."""
         wanted = {each.incarnation: each for each in targets}
         for incarnation, member in wanted.items():
             if incarnation not in self._dials:
@@ -219,12 +219,12 @@ class SimulatedLinks:
             self._dials.pop(incarnation).cancel()
 
     def say(self, *, asks: bool) -> None:
-        """Tell everyone at once how things stand here, and ask for their answer if `asks`."""
+        """Send the own status to every connected peer at once; with `asks` they answer at once."""
         for link in list(self.open):
             link.say(asks=asks)
 
     def accept(self, end: End) -> None:
-        """Somebody dials."""
+        """Another agent connects."""
         links: list[Link] = []
 
         def heard(message: Message) -> None:

@@ -1,28 +1,28 @@
 """Bugs planted in the protocol, one at a time: a simulator that does not find them proves nothing.
 
-Each changes one thing of the production code (or of the little that drives it here), the way somebody who
-had not understood the rule might write it.
+Each changes one thing of the production code (or of the little that drives it here), in a way in which an
+engineer who has not understood the rule might write it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
 from elastic_pt.errors import AlreadyExists, FencedError
+from elastic_pt.membership import decide, participant
 from elastic_pt.membership.admission import newcomers
-from elastic_pt.membership.assessment import View
 from elastic_pt.membership.budgets import Moments
 from elastic_pt.membership.node import Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits
-from elastic_pt.runlog import log, membership, participant
+from elastic_pt.membership.status import Limits, NodeStatus, Peer
+from elastic_pt.runlog import log
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Body, Cause, CauseKind, Member
+from elastic_pt.runlog.records import Body, Cause, CauseKind, Generation
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim import agent
@@ -91,7 +91,7 @@ _append = RunLog.append
 
 
 class _AnyCommit:
-    """Taken for the commit that somebody expects."""
+    """Equal to every commit."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -112,7 +112,7 @@ def _append_behind_commits(
 
 
 def _bind_again(self: AgentProcess) -> SimulatedStore:
-    known = list(self.participant.stores.values())
+    known = list(self.participant.appender.stores.values())
     if known:
         return SimulatedStore(known[-1].port)
     return _bind_store(self)
@@ -143,17 +143,21 @@ _received = PeerTable.received
 
 
 def _unprobed_newcomers(
-    view: View, limits: Limits, now_s: float, stay: Sequence[Member] = ()
-) -> list[Member]:
-    peers = {
+    me: NodeStatus,
+    generation: Generation | None,
+    peers: Mapping[str, Peer],
+    limits: Limits,
+    now_s: float,
+) -> tuple[NodeStatus, ...]:
+    unprobed = {
         incarnation: dataclasses.replace(
             peer,
             reached=True,
             status=peer.status and dataclasses.replace(peer.status, unreachable=()),
         )
-        for incarnation, peer in view.peers.items()
+        for incarnation, peer in peers.items()
     }
-    return newcomers(dataclasses.replace(view, peers=peers), limits, now_s, stay)
+    return newcomers(me, generation, unprobed, limits, now_s)
 
 
 def _halt_after_three(
@@ -223,29 +227,29 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "not asked again",
-        "whoever answered before the trouble is taken for alive",
-        membership,
+        "a node that answered before the trouble counts as alive",
+        decide,
         "_answered",
         lambda view, member, since_s: True,
     ),
     Mutation(
         "smaller side does not wait",
         "any side of a torn network goes on at once",
-        membership,
+        decide,
         "_is_larger_side",
         lambda *_: True,
     ),
     Mutation(
-        "nobody parked",
+        "no node parked",
         "nodes that cannot reach each other are put into one world",
-        membership,
+        decide,
         "park",
         lambda links, order: (),
     ),
     Mutation(
         "links not probed",
-        "whoever asks to be taken in is, whether its address works or not",
-        membership,
+        "every node that asks is taken in, whether its address works or not",
+        participant,
         "newcomers",
         _unprobed_newcomers,
     ),
@@ -258,7 +262,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "hearing is proof",
-        "whoever is heard counts as reachable, though it may not hear this node",
+        "a node that is heard counts as reachable, though it may not hear this node",
         PeerTable,
         "received",
         _hearing_is_proof,

@@ -20,7 +20,7 @@ from tests.sim.scheduler import Process, Scheduler
 _RETRANSMISSION_S: Final = 0.2
 _RETRANSMISSION_MAX_S: Final = 4.0
 _CONNECT_AGAIN_S: Final = (0.0, 1.0, 3.0, 7.0)
-"""When a connection request that nobody answers is sent again."""
+"""When a connection request without an answer is sent again."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Machine:
         self.address = f"10.0.0.{name}"
         self.up = True
         self.listeners: dict[int, Any] = {}
-        """Who answers, by port: anything with `accept(connection)` and `process`."""
+        """The listeners, by port: anything with `accept(connection)` and `process`."""
         self.next_port = 20000
 
     def free_port(self) -> int:
@@ -174,7 +174,7 @@ class Network:
         self.messages = 0
 
     def machine_at(self, address: str) -> Machine | None:
-        """Who has an address."""
+        """The machine with an address."""
         return self.machines.get(address.removeprefix("10.0.0."))
 
     def is_cut(self, source: Machine, target: Machine) -> bool:
@@ -209,12 +209,12 @@ class Network:
         self._retransmit()
 
     def switch_off(self, machine: Machine) -> None:
-        """A machine loses power or its only link: whatever it ran is dead to the others, who hear nothing."""
+        """A machine loses power or its only link. The others receive nothing from its processes any more."""
         machine.up = False
         machine.listeners.clear()
 
     def switch_on(self, machine: Machine) -> None:
-        """A machine is back, with none of its processes; those who still talk to them learn that now."""
+        """A machine is back, with none of its processes. Peers that still send to them learn that now."""
         machine.up = True
         for connection in list(self.connections):
             for end in (connection.near, connection.far):
@@ -250,7 +250,7 @@ class Network:
         on_refused: Callable[[], None],
         on_failed: Callable[[], None],
     ) -> None:
-        """Ask for a connection. No callback comes if nobody answers within `timeout_s`; the caller watches that.
+        """Ask for a connection. No callback comes without an answer within `timeout_s`; the caller watches that.
 
         `on_failed`: the machine took the connection, and closed it before the process answered.
         """

@@ -4,7 +4,7 @@
 
 One fleet goes through everything in turn: it starts, all nodes at once; one node dies; one falls silent; a tenth
 falls silent; a fifth more come; the leader falls silent. Messages, turns and reading a record cost their agent
-processor time, as measured (`COSTS`), so that whoever everybody talks to is as slow here as it would be.
+processor time, as measured (`COSTS`), so that a leader is as slow here as in reality.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.status import Limits
 from elastic_pt.runlog.records import Generation, Member
 from tests.sim.agent import AgentProcess, Costs, Habits
@@ -28,9 +28,9 @@ NODES: Final = 1000
 LIMIT_S: Final = 3.0
 """For losses, and for joins once the last newcomer takes part."""
 _START_LIMIT_S: Final = 5.0
-"""A start has the lobby and everybody's first connection before it."""
+"""A start includes the lobby and all first connections."""
 _LEADERS_LIMIT_S: Final = 5.0
-"""That both whom everybody asks are gone takes the others a time-out, and a second one."""
+"""The loss of both leaders takes the others two timeouts, one after the other."""
 COSTS: Final = Costs(receive_s=40e-6, send_s=35e-6, turn_s=5e-6, record_s=3e-6)
 """What `benchmarks/agent_costs.py` measured on 2 cores, and more: it found 42 us for a message (sent and received
 over aiohttp's WebSocket), 3.6 us for a turn and each node that it knows of, 2.9 us for each member of a record."""
@@ -50,7 +50,7 @@ class Case:
     name: str
     strike: Callable[["Fleet"], None]
     limit_s: float = LIMIT_S
-    """Simulated seconds until all who are left must know the new world."""
+    """Simulated seconds until all remaining nodes must know the new world."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,8 @@ class Fleet(Simulation):
                 workers=(1,) * nodes,
                 habits=Habits(
                     limits=Limits(
-                        nodes_min=nodes // 2,
-                        nodes_max=2 * nodes,
-                        slots=None,
-                        heartbeat_timeout_s=1.5,
-                        join_window_s=0.5,
-                        takeover_s=3.0,
-                        heartbeat_interval_s=0.2,
+                        ElasticSection(nodes_min=nodes // 2, nodes_max=2 * nodes), slots=None
                     ),
-                    budgets=Budgets(),
                     store_deadline_s=120.0,
                     settle_timeout_s=600.0,
                     costs=COSTS,
@@ -124,7 +117,7 @@ class Fleet(Simulation):
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Who trains."""
+        """The newest generation."""
         return self._generation().members
 
     def measure(self, cases: tuple[Case, ...]) -> Iterator[Measured]:
@@ -214,12 +207,12 @@ class Fleet(Simulation):
         return self.scheduler.now_s - began_s
 
     def _all_begun(self) -> bool:
-        """Whether all who are left take part: they answer others and have read the log."""
+        """Whether all remaining nodes take part: they answer others and have read the log."""
         agents = [agent for agent in self.nodes.values() if agent is not None]
         return len(agents) == self._awaited and all(agent.ready for agent in agents)
 
     def _all_know(self) -> bool:
-        """Whether the newest generation is of all who are left, and each of them knows it."""
+        """Whether the newest generation has all remaining nodes, and each of them knows it."""
         generation = self.witness.view.generation
         agents = [agent for agent in self.nodes.values() if agent is not None]
         return (

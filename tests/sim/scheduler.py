@@ -108,7 +108,7 @@ class Scheduler:
         self.at(self.now_s + delay_s, call, process)
 
     def block(self) -> Any:
-        """Hand over until somebody switches back to the running greenlet."""
+        """Switch to other greenlets until one switches back to this one."""
         return self.hub.switch()
 
     def run(self, until_s: float, stop: Callable[[], bool] | None = None) -> None:
@@ -153,7 +153,7 @@ class Lock:
         traceback: TracebackType | None,
     ) -> None:
         if self._waiting:
-            # Handed over: it stays held, so that nobody comes in between.
+            # The lock passes to the next waiter without being free in between.
             self._process.soon(self._waiting.popleft().switch)
         else:
             self._held = False
@@ -190,7 +190,7 @@ class Condition:
         return True
 
     def notify_all(self) -> None:
-        """Let everyone who waits look again."""
+        """Let all waiters check their condition again."""
         for waiting, ticket in list(self._waiting.items()):
             self._process.soon(lambda waiting=waiting, ticket=ticket: self._wake(waiting, ticket))
 
@@ -208,7 +208,7 @@ class Event:
         self._set = False
 
     def set(self) -> None:
-        """Wake who waits."""
+        """Wake the waiters."""
         if not self._set:
             self._set = True
             self._condition.notify_all()

@@ -1,7 +1,7 @@
 """One simulated run from one seed: faults for a while, then none, and everything must come together.
 
 0 s           nodes start, faults strike        every check holds at every event
-quiet_from_s  the last fault has ended          ─► one running generation of all who can be in it, in time
+quiet_from_s  the last fault has ended          ─► one running generation of all fit nodes, in time
 converged     nothing happens any more          ─► no new generation, few requests to the bucket
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, combinations
 from typing import Any, Final
 
-from elastic_pt.membership.budgets import Budgets
+from elastic_pt.config import ElasticSection
 from elastic_pt.membership.status import Limits
 from elastic_pt.runlog.records import Member, Quarantine, Record
 from tests.sim import faults
@@ -26,9 +26,9 @@ from tests.sim.training import Plan, State, Training
 
 CONVERGENCE_S: Final = 40.0
 """Simulated seconds after the last fault within which all nodes train together, and what one request to the
-bucket may take that went when nobody answered. Half of it is what torch's store client waits for a host that is gone."""
+bucket may take that was sent before it answered again. Half of it is the timeout of torch's store client."""
 SETTLED_S: Final = 4.0
-"""Simulated seconds that it takes to notice the last trouble: only who has trained for so long has converged."""
+"""Simulated seconds that it takes to notice the last trouble: a node has converged only after it has trained for this long."""
 QUIET_S: Final = 5.0
 """Simulated seconds that the world must then stay as it is."""
 REQUESTS_PER_SECOND_MAX: Final = 3.0
@@ -92,32 +92,32 @@ def scenario(scheduler: Scheduler) -> Scenario:
         cut_for_good = [(one, other), (other, one)][: source.randint(1, 2)]
     enough = count - (1 if lost_for_good or cut_for_good else 0)
     quick = source.random() < 0.2
-    limits = Limits(
-        nodes_min=1 if source.random() < 0.8 else source.randint(1, enough),
-        nodes_max=64 if source.random() < 0.8 else max(1, count - 1),
-        slots=source.choice((8, 8, 12, 64)),
-        heartbeat_timeout_s=1.0 if quick else 1.5,
-        join_window_s=source.choice((0.0, 0.5, 0.5)),
-        takeover_s=2.0 if quick else 3.0,
-        heartbeat_interval_s=0.2,
-    )
-    if limits.nodes_min > limits.nodes_max:
-        limits = dataclasses.replace(limits, nodes_min=limits.nodes_max)
+    nodes_min = 1 if source.random() < 0.8 else source.randint(1, enough)
+    nodes_max = 64 if source.random() < 0.8 else max(1, count - 1)
+    slots = source.choice((8, 8, 12, 64))
+    join_window_s = source.choice((0.0, 0.5, 0.5))
     starts_s = tuple(
         source.uniform(0.0, 1.0) if source.random() < 0.8 else source.uniform(0.0, 15.0)
         for _ in nodes
     )
     workers = tuple(source.choice((1, 1, 1, 2)) for _ in nodes)
     # However the nodes come together, so many fit into the slots.
-    fitting = sum(total <= (limits.slots or total) for total in accumulate(sorted(workers)[::-1]))
-    limits = dataclasses.replace(limits, nodes_min=min(limits.nodes_min, fitting))
+    fitting = sum(total <= slots for total in accumulate(sorted(workers)[::-1]))
+    elastic = ElasticSection(
+        nodes_min=min(nodes_min, nodes_max, fitting),
+        nodes_max=nodes_max,
+        heartbeat_interval_s=0.2,
+        heartbeat_timeout_s=1.0 if quick else 1.5,
+        join_window_s=join_window_s,
+        takeover_s=2.0 if quick else 3.0,
+        quarantine_s=3.0,
+    )
     return Scenario(
         nodes=nodes,
         starts_s=starts_s,
         workers=workers,
         habits=Habits(
-            limits=limits,
-            budgets=Budgets(bar_s=3.0),
+            limits=Limits(elastic, slots),
             store_deadline_s=source.choice((5.0, 20.0, 120.0)),
             settle_timeout_s=10.0,
         ),
@@ -241,7 +241,7 @@ class Simulation:
             agent.unwind()
 
     def _converge(self) -> float:
-        """Wait until all who can train do so, and have for a while; seconds from the last fault to the begin of that."""
+        """Wait until all fit nodes have trained for a while; seconds from the last fault to the begin of that."""
         scheduler = self.scheduler
         began_s = since_s = scheduler.now_s
         generation = 0
@@ -338,10 +338,12 @@ class Simulation:
             ):
                 return False
         workers = sum(each.workers for each in members) + self._workers[agent.machine.name]
-        return len(members) < limits.nodes_max and (limits.slots is None or workers <= limits.slots)
+        return len(members) < limits.elastic.nodes_max and (
+            limits.slots is None or workers <= limits.slots
+        )
 
     def describe(self) -> str:
-        """Where everyone stands, in one line."""
+        """The state of every node, in one line."""
         view = self.witness.view
         members = [each.node for each in view.generation.members] if view.generation else []
         parts = [f"generation {view.generation_number} of {','.join(members)}"]
@@ -380,7 +382,10 @@ class Simulation:
         around = self.around
         if node == "z":
             # It must not be able to begin a run of its own.
-            limits = dataclasses.replace(self.habits.limits, nodes_min=2, nodes_max=64)
+            elastic = self.habits.limits.elastic.model_copy(
+                update={"nodes_min": 2, "nodes_max": 64}
+            )
+            limits = dataclasses.replace(self.habits.limits, elastic=elastic)
             around = dataclasses.replace(
                 around, habits=dataclasses.replace(self.habits, limits=limits)
             )
@@ -411,7 +416,7 @@ class Simulation:
             self.witness.gave_up(agent)
         refused = why.startswith("ConfigError")
         if refused and agent.machine.name != "z":
-            raise Violation("nobody is refused without a reason", why)
+            raise Violation("no node is refused without a reason", why)
         if not refused and why != "run ended" and self.restarts:
             again_s = self.scheduler.random.uniform(0.1, 3.0)
             self.scheduler.after(again_s, lambda: self.start(agent.machine.name))
@@ -434,7 +439,7 @@ class Simulation:
             self.network.switch_on(self.network.machines[node])
             self.start(node)
 
-    # ---- who is well -------------------------------------------------------------------------------
+    # ---- fit nodes ---------------------------------------------------------------------------------
 
     def ill(self, what: Any) -> None:
         """A fault on a machine, a link or the bucket begins."""
@@ -547,7 +552,7 @@ class Simulation:
         return running.wall_clock_s() if isinstance(running, AgentProcess) else 0.0
 
     def note(self, text: str) -> None:
-        """A line for whoever replays this seed."""
+        """Add a line to the trace of a replayed seed."""
         if self.tracing:
             self.trace_lines.append(f"{self.scheduler.now_s:9.3f}  {text}")
 

@@ -11,7 +11,7 @@ BATCH = 50
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
 def test_every_invariant_holds(first: int) -> None:
-    """Whatever strikes, no invariant breaks, and once it is over everyone trains together again."""
+    """Whatever faults happen, no invariant breaks, and afterwards all nodes train together again."""
     violations = [
         f"seed {seed}: {outcome.violation}; replay it with python -m tests.sim --seed {seed}"
         for seed in range(first, first + BATCH)
@@ -22,14 +22,14 @@ def test_every_invariant_holds(first: int) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[each.name for each in MUTATIONS])
 def test_a_planted_bug_is_found(mutation: Mutation) -> None:
-    """A simulator that overlooks a broken rule proves nothing about the rule."""
+    """A simulator that misses a broken rule proves nothing about that rule."""
     found = find(mutation)
     assert found.outcome is not None, f"{mutation.name}: not found within {found.seeds} seeds"
     assert found.outcome.violation is not None
 
 
-def test_a_seed_is_replayed_to_the_letter() -> None:
-    """The same seed gives the same events in the same order, or no failure could be looked into."""
+def test_seed_is_replayed_exactly() -> None:
+    """The same seed gives the same events in the same order; otherwise no failure could be debugged."""
     one, other = (simulate(7, tracing=True) for _ in range(2))
     assert one.trace
     assert one.trace == other.trace

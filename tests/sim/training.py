@@ -75,7 +75,7 @@ class World:
     workers: dict[str, Workers] = field(default_factory=dict)
     step: int = 0
     drain_at: int = 0
-    """The step after which all stop; 0 while nobody has asked."""
+    """The step after which all stop; 0 while none was asked for."""
     staging: bool = False
     """Whether a checkpoint is on its way; the next one waits until it is committed or given up."""
     uploaded: dict[int, set[str]] = field(default_factory=dict)
@@ -200,7 +200,7 @@ class Training:
                 self._reset(workers, other)
 
     def _reset_others(self, world: World, late: Workers) -> None:
-        """Whoever comes to a world that somebody has left already fails at once."""
+        """A worker that starts in a world that another one has left fails at once."""
         for gone in world.workers.values():
             if not gone.up:
                 self._reset(gone, late)

@@ -1,0 +1,175 @@
+"""Appends what a node has decided to the run's log: GENERATION (with QUARANTINE), STOP, and RECOVERY."""
+
+import structlog
+
+from elastic_pt.errors import FencedError
+from elastic_pt.membership.admission import slots_per_member
+from elastic_pt.membership.budgets import quarantines_due
+from elastic_pt.membership.decide import Halt, Propose
+from elastic_pt.membership.memory import Memory
+from elastic_pt.membership.own_status import OwnStatus
+from elastic_pt.membership.peers import PeerTable
+from elastic_pt.membership.resources import BoundStore, Resources
+from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, frontier_step
+from elastic_pt.runlog.identity import require_platform_since_start
+from elastic_pt.runlog.log import RunView
+from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Stop
+
+log = structlog.get_logger("elastic_pt.participant")
+
+
+class Appender:
+    """Appends for one node. Agent process; called from the thread of `Participant.turn`, may block on the bucket."""
+
+    def __init__(
+        self,
+        me: OwnStatus,
+        table: PeerTable,
+        memory: Memory,
+        limits: Limits,
+        resources: Resources,
+    ) -> None:
+        self._me = me
+        self._table = table
+        self._memory = memory
+        self._limits = limits
+        self._resources = resources
+        self._log = resources.log
+        self._clock_s = resources.clock_s
+        self._waived_generation = resources.log.view.waived_generation
+        """As it was when this node's platform was compared with the run's, just before."""
+        self.stores: dict[int, BoundStore] = {}
+        """The store that this node bound for the generation that it proposed last, by the generation's number."""
+        self._noticed_s: dict[int, float] = {}
+        """When the trouble before that generation was noticed, by the generation's number."""
+
+    def require_platform(self, view: RunView) -> None:
+        """Raise `ConfigError` if the run has gone over to another platform since this agent was started."""
+        require_platform_since_start(
+            self._resources.hints.url, view, self._resources.platform, self._waived_generation
+        )
+
+    def propose(self, proposal: Propose) -> None:
+        """Bind the next generation's store, then append its GENERATION. Another node's may be accepted instead."""
+        before = self._log.view
+        number = before.generation_number + 1
+        resume = self._resources.choose_resume(before)
+        if self._log.view.generation_number >= number:
+            # The log was read on while an unusable checkpoint was quarantined: another node has proposed already.
+            self._read()
+            return
+        store = self._resources.bind_store()
+        noticed_s = self._memory.broken_since_s
+        generation = Generation(
+            number=number,
+            members=proposal.members,
+            slots=slots_per_member(proposal.members, self._limits.slots),
+            store_address=self._me.stated.member.address,
+            store_port=store.port,
+            resume=resume,
+            reason=proposal.reason,
+            causes=proposal.causes,
+            frontier_step=frontier_step(self._me.stated, dict(self._table.peers)),
+            agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
+            platform=self._resources.platform,
+            fenced_url=self._resources.fenced_url or before.fenced_url,
+        )
+
+        def make(view: RunView) -> Generation:
+            self.require_platform(view)
+            # The old generation may commit until the new one is in the log. The new one must not resume before that.
+            if view.commit != before.commit:
+                raise FencedError(
+                    f"a newer checkpoint was committed than the one that generation {number} would start from"
+                )
+            return generation
+
+        try:
+            self.stores = {number: store}
+            self._noticed_s = {} if noticed_s is None else {number: noticed_s}
+            self._log.append(make, generation=number - 1)
+            self._read()
+        except FencedError as error:
+            self.stores = {}
+            log.info("proposal_lost", number=number, reason=str(error))
+            self._read()
+            return
+        log.info(
+            "generation",
+            number=number,
+            members=[each.node for each in proposal.members],
+            resume_step=0 if resume is None else resume.step,
+            reason=proposal.reason,
+        )
+        self._append_quarantines(number)
+
+    def halt(self, decision: Halt) -> None:
+        """Append STOP."""
+        view = self._log.view
+        steps = [each.step for each in view.checkpoints[:1]]
+        log.error("stop", reason=decision.reason)
+        self._append(Stop(decision.reason, max(steps, default=0)), view.generation_number)
+
+    def report_recovery(self) -> None:
+        """As the first member: append RECOVERY once all members have told how long the generation took to start."""
+        view = self._log.view
+        generation, number, me = view.generation, view.generation_number, self._me.stated
+        told = view.recovery is not None and view.recovery.number >= number
+        if generation is None or told or view.stop is not None or me.broken >= number:
+            return
+        if generation.rank_of(me.member.incarnation) != 0:
+            return
+        times = self._start_times(generation, me)
+        if len(times) < len(generation.members) or any(each.generation != number for each in times):
+            return
+        # Members wait for each other between the phases, so each phase ends when the slowest member ends it.
+        ends = [
+            max(each.start_s for each in times),
+            max(each.start_s + each.group_s for each in times),
+            max(each.start_s + each.group_s + each.restore_s for each in times),
+            max(each.start_s + each.group_s + each.restore_s + each.step_s for each in times),
+        ]
+        recovery = Recovery(
+            number=number,
+            start_s=ends[0],
+            group_s=ends[1] - ends[0],
+            restore_s=ends[2] - ends[1],
+            step_s=ends[3] - ends[2],
+            total_s=self._agreed_after_s(generation) + ends[3],
+        )
+        self._append(recovery, number)
+
+    def _start_times(self, generation: Generation, me: NodeStatus) -> list[StartTimes]:
+        statuses: list[NodeStatus | None] = []
+        for member in generation.members:
+            peer = self._table.peers.get(member.incarnation)
+            own = member.incarnation == me.member.incarnation
+            statuses.append(me if own else None if peer is None else peer.status)
+        return [each.start_times for each in statuses if each is not None and each.start_times]
+
+    def _agreed_after_s(self, generation: Generation) -> float:
+        """Seconds from noticing the trouble until the record was read; for another node's record, until it was made."""
+        noticed_s = self._noticed_s.get(generation.number)
+        if noticed_s is None:
+            return generation.agree_s
+        read_s = self._memory.read_at_s(generation.number)
+        return (self._clock_s() if read_s is None else read_s) - noticed_s
+
+    def _append_quarantines(self, number: int) -> None:
+        """Keep out the nodes that the new generation's causes name once too often."""
+        due = quarantines_due(
+            self._log.view, self._memory.moments, self._limits.elastic, self._clock_s()
+        )
+        for each in due:
+            self._append(each, number)
+            log.warning("node_kept_out", kept_out=each.node, seconds=each.seconds, reason=each.why)
+
+    def _append(self, body: Recovery | Quarantine | Stop, number: int) -> None:
+        try:
+            self._log.append(lambda _: body, generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind=type(body).__name__, reason=str(error))
+        self._read()
+
+    def _read(self) -> None:
+        self._memory.log_read(self._log.view, self._clock_s())

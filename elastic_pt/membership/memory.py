@@ -1,0 +1,82 @@
+"""What one node remembers from turn to turn, because neither the log nor its peers can tell it again.
+
+All moments are on this node's own monotonic clock:
+
+    when it read each generation and each quarantine     `moments`, for the budgets
+    when it found the newest generation broken           `broken_since_s`
+    when a newcomer last appeared                        `newcomers_changed_s`, for the join window
+    how long log and pulse have not changed              `quiet_since_s` to `quiet_until_s`, for a takeover
+"""
+
+import math
+from collections.abc import Iterable
+
+from elastic_pt.membership.budgets import Moments
+from elastic_pt.runlog.log import RunView
+
+
+class Memory:
+    """One node's memory. Agent process; the pulse's thread calls the three methods about quiet, the turn's all others."""
+
+    def __init__(self, now_s: float) -> None:
+        self.broken_since_s: float | None = None
+        """When the newest generation was found broken or over; None while it is neither."""
+        self.newcomers_changed_s = now_s
+        self.quiet_since_s = now_s
+        self.quiet_until_s = -math.inf
+        """When log and pulse were last seen unchanged."""
+        self._newcomers: frozenset[str] = frozenset()
+        self._generations: dict[int, float] = {}
+        self._quarantines: dict[int, float] = {}
+        self._length = 0
+        self._pulse: bytes | None = None
+
+    def begin(self, now_s: float) -> None:
+        """This node takes part from now on. Nodes that start together have the join window to find each other."""
+        self.newcomers_changed_s = self.quiet_since_s = now_s
+
+    # ---- the log -----------------------------------------------------------------------------------
+
+    def log_read(self, view: RunView, now_s: float) -> None:
+        """Note that this node has read the log up to here: a longer log ends the quiet.
+
+        The moments of records that the view has dropped are forgotten.
+        """
+        if view.length != self._length:
+            self._length, self.quiet_since_s = view.length, now_s
+        known = self._generations
+        self._generations = {
+            each.number: known.get(each.number, now_s) for each in view.generations
+        }
+        bars = self._quarantines
+        self._quarantines = {index: bars.get(index, now_s) for index, _ in view.bars}
+
+    @property
+    def moments(self) -> Moments:
+        """When this node read what."""
+        return Moments(self._generations, self._quarantines)
+
+    def read_at_s(self, generation: int) -> float | None:
+        """When this node first read that generation's record; None if it has not."""
+        return self._generations.get(generation)
+
+    # ---- peers -------------------------------------------------------------------------------------
+
+    def newcomers_seen(self, waiting: Iterable[str], known: Iterable[str], now_s: float) -> None:
+        """Note which newcomers wait, of the `known` peers; one that was not seen before starts the join window again."""
+        found = frozenset(waiting)
+        if found - self._newcomers:
+            self.newcomers_changed_s = now_s
+        self._newcomers = (self._newcomers | found) & frozenset(known)
+
+    # ---- quiet: neither the log nor the pulse changes ----------------------------------------------
+
+    def pulse_read(self, pulse: bytes, asked_s: float, now_s: float) -> None:
+        """Note the pulse, which was asked for at `asked_s`. What came after is unknown, so the quiet ends there."""
+        if pulse != self._pulse:
+            self._pulse, self.quiet_since_s = pulse, now_s
+        self.quiet_until_s = asked_s
+
+    def bucket_failed(self, now_s: float) -> None:
+        """The bucket did not answer. What happened behind it is unknown, so the quiet begins again."""
+        self.quiet_since_s = now_s

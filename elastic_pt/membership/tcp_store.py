@@ -1,0 +1,56 @@
+"""The TCPStore of one generation: its proposer binds it before the GENERATION is appended, the others connect.
+
+Runs in the agent process, without name look-ups.
+"""
+
+import datetime
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
+
+from elastic_pt.errors import StoreError
+from elastic_pt.membership.lookups import without_dns
+from elastic_pt.runlog.records import Generation
+
+TIMEOUT: Final = datetime.timedelta(seconds=20)
+
+
+def bind_store(address: str) -> TCPStore:
+    """A fresh store that listens on a free port of `address`. Raises `StoreError` if it cannot."""
+    try:
+        with without_dns():
+            return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    except (DistNetworkError, DistStoreError) as error:
+        raise StoreError(f"cannot listen at {address}: {str(error).splitlines()[0]}") from error
+
+
+def connect_store(
+    generation: Generation, changed: threading.Condition, given_up: Callable[[], bool]
+) -> TCPStore:
+    """Connect to a generation's store; wait on `changed` until that worked or `given_up()`.
+
+    Raises `DistNetworkError` or `DistStoreError` if it did not work.
+    """
+    outcome: list[TCPStore | RuntimeError] = []
+
+    def connect() -> None:
+        address, port = generation.store_address, generation.store_port
+        try:
+            with without_dns():
+                outcome.append(TCPStore(address, port, is_master=False, timeout=TIMEOUT))
+        except (DistNetworkError, DistStoreError) as error:
+            outcome.append(error)
+        with changed:
+            changed.notify_all()
+
+    # In a thread: the client never times out on a host that accepts and then stalls, and meanwhile the other
+    # members may have gone on without that host.
+    threading.Thread(target=connect, name="store", daemon=True).start()
+    with changed:
+        changed.wait_for(lambda: bool(outcome) or given_up(), TIMEOUT.total_seconds())
+    found = outcome[0] if outcome else DistNetworkError("it does not answer")
+    if isinstance(found, RuntimeError):
+        raise found
+    return found

@@ -1,0 +1,37 @@
+"""The facts that one node decides from: one immutable `View`, built once per turn by `Participant`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from elastic_pt.membership.assessment import Assessment
+from elastic_pt.membership.status import NodeStatus, Peer
+from elastic_pt.runlog.records import Generation, Stop
+
+
+@dataclass(frozen=True)
+class View:
+    """The facts that one node decides from. Moments are on its own monotonic clock."""
+
+    me: NodeStatus
+    generation: Generation | None
+    """The newest one in the log."""
+    stop: Stop | None
+    found: Assessment | None
+    """The state of the members; None if this node is no member of the newest generation."""
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    """By incarnation."""
+    newcomers: tuple[NodeStatus, ...] = ()
+    """Live nodes outside the generation that could be taken in, by name."""
+    newcomers_changed_s: float = 0.0
+    """When a newcomer last appeared."""
+    broken_since_s: float | None = None
+    """When this node found that the newest generation has no future."""
+    quiet_since_s: float = 0.0
+    """Since when neither the log nor the pulse has changed."""
+    quiet_until_s: float = math.inf
+    """When that was last seen to be so."""
+    barred: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that are kept out, by name, each with the reason."""
+    halt: str = ""
+    """Why the run must end, if its failures say so."""

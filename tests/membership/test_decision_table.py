@@ -1,0 +1,177 @@
+"""The decision table of docs/membership.md, row by row against `decide`."""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from elastic_pt.membership import decide as module
+from elastic_pt.membership.decide import Decision, Propose, Wait
+from elastic_pt.membership.status import NodePhase
+from elastic_pt.runlog.records import CauseKind, Stop
+from tests.membership.world import (
+    LIMITS,
+    NOTICED_S,
+    NOW_S,
+    changed,
+    decision,
+    failed,
+    generation,
+    lives,
+    peer,
+    refusing,
+    silent,
+    status,
+    waiting,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "membership.md"
+ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| `(.+)` \|$", re.MULTILINE)
+WORLD = generation("a", "b", "c")
+TAKEOVER_S = LIMITS.elastic.takeover_s
+HEALTHY = {"b": peer(status("b")), "c": peer(status("c"))}
+LOST_C = {"b": peer(status("b")), "c": refusing(status("c"))}
+STOPPED = {"b": peer(waiting("b", spent=1)), "c": peer(waiting("c", spent=1))}
+FAILED_C = {"b": peer(status("b")), "c": peer(waiting("c", spent=1, failure=failed("c")))}
+CUT_OFF = {"b": silent(status("b")), "c": silent(status("c"))}
+OUTSIDE_ALONE = {node: refusing(status(node)) for node in "abc"}
+TWO = changed(LIMITS, nodes_min=2)
+THREE = changed(LIMITS, nodes_min=3)
+D = {"d": peer(waiting("d"))}
+YOUNG = {"newcomers_changed_s": NOW_S}
+MOVED = {"quiet_since_s": NOW_S}
+
+
+def of_member(
+    peers: dict[str, Any], *, node: str = "a", phase: NodePhase = NodePhase.RUNNING, **facts: Any
+) -> Decision:
+    """What a member of the generation a, b, c decides."""
+    said = {key: facts.pop(key) for key in ("spent", "unreachable") if key in facts}
+    return decision(status(node, phase, **said), peers, of=WORLD, **facts)
+
+
+def of_newcomer(peers: dict[str, Any], *, of: Any = WORLD, **facts: Any) -> Decision:
+    """What node d, which waits outside the generation, decides."""
+    said = {key: facts.pop(key) for key in ("unreachable", "resting", "leaving") if key in facts}
+    return decision(waiting("d", **said), peers, of=of, **facts)
+
+
+CASES: dict[int, Callable[[], Decision]] = {
+    1: lambda: of_member(HEALTHY, stop=Stop("completed", 100)),
+    2: lambda: of_member(HEALTHY),
+    3: lambda: of_member(HEALTHY | {"b": peer(status("b", leaving=True))}),
+    4: lambda: of_member(HEALTHY | D),
+    5: lambda: of_member(HEALTHY | D, **YOUNG),
+    6: lambda: of_member({"a": peer(status("a")), "c": peer(status("c"))} | D, node="b"),
+    7: lambda: of_member(STOPPED, phase=NodePhase.SETTLING),
+    8: lambda: of_member(STOPPED | D, phase=NodePhase.WAITING, spent=1),
+    9: lambda: of_member(STOPPED, phase=NodePhase.WAITING, spent=1),
+    10: lambda: of_member(LOST_C),
+    11: lambda: of_member(HEALTHY | {"c": silent(status("c", unreachable=lives("a", "b")))}
+                          | {"b": peer(status("b", unreachable=lives("c")))}),
+    12: lambda: of_member(LOST_C | {"b": peer(status("b"), silent_s=NOW_S - NOTICED_S + 0.1)}),
+    13: lambda: of_member({"a": peer(status("a")), "c": refusing(status("c"))}, node="b", **MOVED),
+    14: lambda: of_member(
+        {"a": peer(status("a")), "c": refusing(status("c"))},
+        node="b",
+        broken_since_s=NOW_S - 2 * TAKEOVER_S,
+    ),
+    15: lambda: of_member(FAILED_C),
+    16: lambda: of_member(FAILED_C, halt="20 failures in a row without a step beyond 7"),
+    17: lambda: of_member(FAILED_C, barred={"c": "3 failures within 600 s"}),
+    18: lambda: of_member(HEALTHY | {"c": peer(status("c", unreachable=lives("b")))}),
+    19: lambda: of_member(HEALTHY | {"c": peer(status("c", broken=1))}),
+    20: lambda: of_member(LOST_C, limits=THREE),
+    21: lambda: of_member(
+        LOST_C | {"b": peer(waiting("b", resting="no space in /dev/shm"))}, limits=TWO
+    ),
+    22: lambda: of_member(CUT_OFF, **MOVED),
+    23: lambda: of_member(CUT_OFF, broken_since_s=NOW_S - TAKEOVER_S),
+    24: lambda: of_newcomer(HEALTHY | {"a": peer(status("a"))}),
+    25: lambda: of_newcomer(HEALTHY, resting="no space in /dev/shm"),
+    26: lambda: of_newcomer(HEALTHY, barred={"d": "3 failures within 600 s"}),
+    27: lambda: of_newcomer(HEALTHY, unreachable=lives("c")),
+    28: lambda: of_newcomer(OUTSIDE_ALONE, **MOVED),
+    29: lambda: of_newcomer(OUTSIDE_ALONE),
+    30: lambda: of_newcomer({}, of=None),
+    31: lambda: of_newcomer({}, of=None, **YOUNG),
+    32: lambda: of_newcomer({"e": peer(waiting("e"))}, of=None, limits=THREE),
+    33: lambda: of_newcomer({"c": peer(waiting("c"))}, of=None),
+    34: lambda: of_newcomer({}, of=None, leaving=True),
+}  # fmt: skip
+"""The facts of each row."""
+
+
+def in_words(found: Decision) -> str:
+    """A decision as the table writes it."""
+    if isinstance(found, Propose):
+        return f"Propose {', '.join(each.node for each in found.members)}"
+    if isinstance(found, Wait) and found.asking:
+        return "Wait for answers; workers end"
+    if isinstance(found, Wait) and found.broken:
+        return "Wait; workers end"
+    return type(found).__name__
+
+
+def test_the_decision_table_has_the_rows_that_are_built_here() -> None:
+    """No row of docs/membership.md goes unchecked, and no case is missing there."""
+    assert [int(row[0]) for row in ROW.findall(PAGE.read_text())] == list(CASES)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_a_row_of_the_decision_table_is_what_decide_does(number: int) -> None:
+    """The facts of a row lead to the decision and the reason that docs/membership.md states."""
+    rows = {int(row[0]): row for row in ROW.findall(PAGE.read_text())}
+    found = CASES[number]()
+    assert (in_words(found), found.reason) == rows[number][2:]
+
+
+@contextmanager
+def lines_of_decide(lines: set[int]) -> Iterator[None]:
+    """Collect the lines of `decide`'s module that are run."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            lines.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_each_decision_in_the_code_has_a_row() -> None:
+    """Every place where `decide` returns a decision is reached by a row: a new branch needs a new row."""
+    kinds = {"Propose", "Halt", "Drain", "Wait", "Ended"}
+    places = {
+        node.lineno
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Return)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id in kinds
+    }
+    assert len(places) > 15
+    reached: set[int] = set()
+    with lines_of_decide(reached):
+        for case in CASES.values():
+            case()
+    assert places <= reached, f"no row for decide.py lines {sorted(places - reached)}"
+
+
+def test_each_kind_of_cause_is_explained_on_the_page() -> None:
+    """The page says what each cause of a generation means."""
+    page = PAGE.read_text()
+    assert [kind for kind in CauseKind if f"| `{kind}` |" not in page] == []
