@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
+from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.layout import (
     ShardFile,
     Tensor,
@@ -184,15 +184,14 @@ def main() -> None:
     by_committer = Counter(store.requests)
     committer.close(10.0)
 
-    reference = reference_of(commits[0])
     wanted = {tensor.name: (world_size // 2, world_size // 2 + 1) for tensor in tensors}
     store.requests.clear()
     started_s = time.monotonic()
-    read_index(store, reference, run_id, wanted)
+    read_index(store, commits[0], run_id, wanted)
     worker_s, worker_requests = time.monotonic() - started_s, store.requests.total()
     store.requests.clear()
     started_s = time.monotonic()
-    quick_check(store, reference, run_id)
+    quick_check(store, commits[0], run_id)
     check_s = time.monotonic() - started_s
 
     total = by_nodes.total() + by_committer.total()
@@ -201,7 +200,7 @@ def main() -> None:
         f"  node    {node_s:.2f} s after its last upload; record {sizes[-1][0] / 1e3:.0f} KB, "
         f"notice {sizes[-1][1] / 1e3:.1f} KB\n"
         f"  commit  {commit_s:.2f} s from the notices to the COMMIT; manifest "
-        f"{reference.manifest_size / 1e6:.2f} MB\n"
+        f"{commits[0].manifest_size / 1e6:.2f} MB\n"
         f"  total   {node_s + commit_s:.2f} s from the last upload to the COMMIT\n"
         f"  requests beside the uploads: {total / options.nodes:.2f} a node "
         f"(nodes {dict(by_nodes)}, committing node {dict(by_committer)}, of which {polls} while it waited)\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
+from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.restore import quick_check
 from elastic_pt.checkpoint.shard_file import is_staged
@@ -46,7 +46,7 @@ def choose_resume(
         if inside and checkpoint.generation == view.generation_number:
             return checkpoint
         try:
-            quick_check(store, reference_of(checkpoint), view.run_id)
+            quick_check(store, checkpoint, view.run_id)
             return checkpoint
         except CheckpointError as error:
             quarantine(run_log, view.generation_number, checkpoint.directory, str(error))

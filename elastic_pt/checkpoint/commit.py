@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
 
 from elastic_pt.checkpoint import retention
 from elastic_pt.checkpoint.history import Line, StepHistory, write_history
-from elastic_pt.checkpoint.layout import CheckpointReference, checkpoint_directory
+from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.upload import collect, publish_manifest
 from elastic_pt.errors import FencedError
 from elastic_pt.runlog.log import RunLog, RunView
@@ -34,17 +34,6 @@ log = structlog.get_logger("elastic_pt.checkpoint.commit")
 def directory_of(generation: Generation, step: int) -> str:
     """Where a generation puts the checkpoint of a step. A generation's number is unique in the log."""
     return checkpoint_directory(step, generation.number, generation.members[0].incarnation)
-
-
-def reference_of(checkpoint: Checkpoint) -> CheckpointReference:
-    """A log's checkpoint as the checkpoint folder names it."""
-    return CheckpointReference(
-        checkpoint.step,
-        checkpoint.generation,
-        checkpoint.directory,
-        checkpoint.manifest_size,
-        checkpoint.manifest_sha256,
-    )
 
 
 @dataclass(frozen=True)
@@ -154,16 +143,10 @@ class Committer:
         if notices is None:
             log.info("commit_abandoned", step=step, directory=directory)
             return None
-        reference = publish_manifest(self._store, notices)
+        checkpoint = publish_manifest(self._store, notices)
         history = self._write_history(directory, step)
-        checkpoint = Checkpoint(
-            reference.step,
-            reference.generation,
-            reference.directory,
-            reference.manifest_size,
-            reference.manifest_sha256,
-            loss=json.loads(history[-1].text)["loss"] if history else None,
-        )
+        if history:
+            checkpoint = replace(checkpoint, loss=json.loads(history[-1].text)["loss"])
 
         gone: set[str] = set()
 
@@ -171,7 +154,7 @@ class Committer:
             # Asked again after each lost race: only what the last answer lets go may be deleted.
             gone.clear()
             candidates = (checkpoint, *view.checkpoints)
-            expired = retention.expired([reference_of(each) for each in candidates], self._keep)
+            expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
             kept = tuple(each for each in candidates if each.directory not in gone)
             return Commit(kept, _history_key(directory))

@@ -6,10 +6,10 @@
         notice-<rank>.json         for the committing node: that the node record is there, and which rows it has
         manifest.json              names every node record, written when every notice is there
 
-The directory counts if and only if a COMMIT record of the run's log holds its `CheckpointReference`:
-the manifest's size and SHA-256. From there the chain goes down: the manifest holds size and SHA-256 of
-every node record; a node record those of its shard files, and a CRC-32 of every block of rows. So whoever
-holds the reference can tell any other bytes from the right ones, whole files or the few rows it needs.
+The directory counts if and only if a COMMIT record of the run's log names it, with the
+manifest's size and SHA-256. From there the chain goes down: the manifest holds size and SHA-256 of
+every node record; a node record those of its shard files, and a CRC-32 of every block of rows. So a reader of the
+record can tell any other bytes from the right ones, whole files or the few rows it needs.
 
 A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does); a file holds rows
 `[first_row, end_row)` of it, and the files of a node hold rows without a gap between them. For every tensor the
@@ -19,7 +19,7 @@ manifest again, and each node record against the rows that the manifest says. No
 workers will read.
 
 Until schema 2 there was one `part-<rank>.json` per file, and the manifest held all slices itself. Such
-checkpoints are still read: `Manifest` is both that document and what a reader puts together from schema 2,
+checkpoints are still read: `FullManifest` is both that document and what a reader puts together from schema 2,
 whose documents are in `nodes`.
 
 Records check themselves when they are built, so a record that exists is a valid one, whether it was
@@ -34,7 +34,6 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from elastic_pt.checkpoint.record import (
-    DOCUMENT_BYTES_MAX,
     Document,
     Record,
     all_whole,
@@ -316,7 +315,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Manifest(Document):
+class FullManifest(Document):
     """Every slice of a checkpoint, bound to one run, step, generation and place.
 
     In schema 1 this is the object `manifest.json`; in schema 2 a reader puts it together from the node records.
@@ -380,32 +379,6 @@ class Manifest(Document):
         for name, entry in entries.items():
             check_tiling(name, [entry.rows], entry.global_shape[0])
         return entries
-
-
-@dataclass(frozen=True)
-class CheckpointReference(Record):
-    """What a COMMIT record says: which directory counts, and which manifest bytes are the right ones."""
-
-    what: ClassVar[str] = "checkpoint reference"
-
-    step: int
-    generation: int
-    directory: str
-    manifest_size: int
-    manifest_sha256: str
-
-    def __post_init__(self) -> None:
-        self._text("directory", DIRECTORY)
-        name = parse_directory(self.directory)
-        self._whole("step", name.step, name.step)
-        self._whole("generation", name.generation, name.generation)
-        self._whole("manifest_size", 2, DOCUMENT_BYTES_MAX)
-        self._text("manifest_sha256", SHA256)
-
-    @property
-    def manifest_key(self) -> str:
-        """Key of the manifest this reference is about."""
-        return manifest_key(self.directory)
 
 
 def joined(files: Iterable[ShardFile]) -> dict[str, TensorEntry]:

@@ -1,6 +1,6 @@
 """Reading a checkpoint: which one, is it whole, and these rows of it please.
 
-    reference (from the log) ── read_root ── read_index ── plan_reads ── load_rows ── tensors    (workers)
+    checkpoint (from the log) ── read_root ── read_index ── plan_reads ── load_rows ── tensors    (workers)
                                     ├─────── quick_check (every size, before a run goes on)
                                     └─────── read_manifest ── verify (every byte, for people)
 
@@ -27,20 +27,22 @@ from typing import Literal, Protocol, TypeVar
 import torch
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
+    FullManifest,
     Part,
     RowRange,
     ShardFile,
     TensorEntry,
     TensorSlice,
     TrainingState,
+    manifest_key,
+    parse_directory,
     part_key,
 )
 from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
-from elastic_pt.checkpoint.record import either
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds, hash_blocks
 from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
 READ_BYTES_MAX = 32 << 20
@@ -79,9 +81,9 @@ class ReadRange:
 class UsableCheckpoint:
     """The newest checkpoint that passed the check, and why each newer one did not."""
 
-    reference: CheckpointReference
-    manifest: Manifest
-    passed_over: tuple[tuple[CheckpointReference, str], ...]
+    checkpoint: Checkpoint
+    manifest: FullManifest
+    passed_over: tuple[tuple[Checkpoint, str], ...]
 
 
 class Index(Protocol):
@@ -100,46 +102,56 @@ class PartialIndex:
     tensors: Mapping[str, TensorEntry]
 
 
-def read_root(store: Store, reference: CheckpointReference, run_id: str) -> RootManifest | Manifest:
-    """Read the object `manifest.json` that the reference is about, of either schema.
+def read_root(store: Store, checkpoint: Checkpoint, run_id: str) -> RootManifest | FullManifest:
+    """Read the object `manifest.json` that the checkpoint is about, of either schema.
 
-    Size and SHA-256 are those of the reference before anything is parsed; then run, step, generation and
+    Size and SHA-256 are those of the checkpoint before anything is parsed; then run, step, generation and
     directory must agree, so a swapped, replayed or foreign manifest is a `CheckpointError`.
     """
-    key = reference.manifest_key
-    data = _read_exactly(store, key, reference.manifest_size, reference.manifest_sha256)
-    manifest = either(RootManifest, Manifest, data)
+    name = parse_directory(checkpoint.directory)
+    if (name.step, name.generation) != (checkpoint.step, checkpoint.generation):
+        raise CheckpointError(
+            f"{checkpoint.directory}: committed as step {checkpoint.step} of generation {checkpoint.generation}"
+        )
+    if not 0 < checkpoint.manifest_size <= DOCUMENT_BYTES_MAX:
+        raise CheckpointError(
+            f"{checkpoint.directory}: a manifest of {checkpoint.manifest_size} bytes, "
+            f"expected 1 to {DOCUMENT_BYTES_MAX}"
+        )
+    key = manifest_key(checkpoint.directory)
+    data = _read_exactly(store, key, checkpoint.manifest_size, checkpoint.manifest_sha256)
+    manifest = either(RootManifest, FullManifest, data)
     if manifest.run_id != run_id:
         raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
-    if manifest.directory != reference.directory:
+    if manifest.directory != checkpoint.directory:
         raise CheckpointError(f"{key}: was written for {manifest.directory}")
     return manifest
 
 
-def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> Manifest:
-    """Every slice of the checkpoint that the reference is about; reads all its node records.
+def read_manifest(store: Store, checkpoint: Checkpoint, run_id: str) -> FullManifest:
+    """Every slice of the checkpoint that the checkpoint is about; reads all its node records.
 
     Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
     """
-    return _whole_manifest(store, read_root(store, reference, run_id))
+    return _whole_manifest(store, read_root(store, checkpoint, run_id))
 
 
-def _whole_manifest(store: Store, root: RootManifest | Manifest) -> Manifest:
-    if isinstance(root, Manifest):
+def _whole_manifest(store: Store, root: RootManifest | FullManifest) -> FullManifest:
+    if isinstance(root, FullManifest):
         return root
     files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
-    return Manifest(root.run_id, root.directory, files, root.state)
+    return FullManifest(root.run_id, root.directory, files, root.state)
 
 
 def read_index(
-    store: Store, reference: CheckpointReference, run_id: str, wanted: Mapping[str, RowRange]
+    store: Store, checkpoint: Checkpoint, run_id: str, wanted: Mapping[str, RowRange]
 ) -> PartialIndex:
     """Where rows `[first, end)` of each wanted tensor are; reads the records of those nodes alone that have some.
 
     Raises `CheckpointError` as `read_manifest` does.
     """
-    root = read_root(store, reference, run_id)
-    if isinstance(root, Manifest):
+    root = read_root(store, checkpoint, run_id)
+    if isinstance(root, FullManifest):
         return PartialIndex(root.state, root.tensors)
     ranges = [wanted.get(tensor.name, (0, 0)) for tensor in root.tensors]
     nodes = [
@@ -167,12 +179,12 @@ def read_index(
     )
 
 
-def quick_check(store: Store, reference: CheckpointReference, run_id: str) -> None:
+def quick_check(store: Store, checkpoint: Checkpoint, run_id: str) -> None:
     """Look at the size of every file: nothing is missing or cut short.
 
     Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
     """
-    _check_sizes(store, read_root(store, reference, run_id).sizes)
+    _check_sizes(store, read_root(store, checkpoint, run_id).sizes)
 
 
 def _check_sizes(store: Store, expected: Sequence[tuple[str, int]]) -> None:
@@ -291,46 +303,46 @@ def read_blocks(store: Store, read: ReadRange) -> Iterator[tuple[Block, memoryvi
         yield block, part
 
 
-def verify(store: Store, reference: CheckpointReference, run_id: str) -> list[str]:
+def verify(store: Store, checkpoint: Checkpoint, run_id: str) -> list[str]:
     """Read every byte of a checkpoint and say what is wrong with it; an empty list means nothing is.
 
-    Checks the manifest against the reference, node records against the manifest, the tiling of every tensor, size
+    Checks the manifest against the checkpoint, node records against the manifest, the tiling of every tensor, size
     and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that are still there.
     """
     try:
-        root = read_root(store, reference, run_id)
+        root = read_root(store, checkpoint, run_id)
         manifest = _whole_manifest(store, root)
     except CheckpointError as error:
         return [str(error)]
     problems = _file_problems(store, manifest)
-    return problems + _part_problems(store, root) if isinstance(root, Manifest) else problems
+    return problems + _part_problems(store, root) if isinstance(root, FullManifest) else problems
 
 
 def newest_usable(
     store: Store,
-    references: Iterable[CheckpointReference],
+    checkpoints: Iterable[Checkpoint],
     run_id: str,
     check: Literal["quick", "full"] = "quick",
 ) -> UsableCheckpoint:
-    """The first of `references` (committed ones, newest first) that passes the check.
+    """The first of `checkpoints` (committed ones, newest first) that passes the check.
 
     `quick` looks at the manifest, the node records and all sizes; `full` reads every byte. Raises `CheckpointError` with
     all reasons when none passes.
     """
-    passed_over: list[tuple[CheckpointReference, str]] = []
-    for reference in references:
+    passed_over: list[tuple[Checkpoint, str]] = []
+    for checkpoint in checkpoints:
         try:
-            root = read_root(store, reference, run_id)
+            root = read_root(store, checkpoint, run_id)
             _check_sizes(store, root.sizes)
             manifest = _whole_manifest(store, root)
         except CheckpointError as error:
-            passed_over.append((reference, str(error)))
+            passed_over.append((checkpoint, str(error)))
             continue
         problems = _file_problems(store, manifest) if check == "full" else []
         if not problems:
-            return UsableCheckpoint(reference, manifest, tuple(passed_over))
-        passed_over.append((reference, "; ".join(problems)))
-    reasons = "; ".join(f"step {reference.step}: {reason}" for reference, reason in passed_over)
+            return UsableCheckpoint(checkpoint, manifest, tuple(passed_over))
+        passed_over.append((checkpoint, "; ".join(problems)))
+    reasons = "; ".join(f"step {checkpoint.step}: {reason}" for checkpoint, reason in passed_over)
     raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")
 
 
@@ -430,7 +442,7 @@ def _check_size(key: str, expected: int, size: int | None) -> None:
         raise CheckpointError(f"{key}: {size} bytes, expected {expected}")
 
 
-def _file_problems(store: Store, manifest: Manifest) -> list[str]:
+def _file_problems(store: Store, manifest: FullManifest) -> list[str]:
     with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
         found = list(pool.map(lambda file: _problems_of(store, file), manifest.files))
     return [problem for problems in found for problem in problems]
@@ -462,7 +474,7 @@ def _problems_of(store: Store, file: ShardFile) -> list[str]:
     return problems
 
 
-def _part_problems(store: Store, manifest: Manifest) -> list[str]:
+def _part_problems(store: Store, manifest: FullManifest) -> list[str]:
     """Parts are of no use once the manifest exists, so a missing one is no problem; a changed one is a sign of rot."""
     problems = []
     for file in manifest.files:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Final
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
     ShardFile,
     Tensor,
     TrainingState,
+    manifest_key,
     parse_directory,
     shard_key,
 )
@@ -46,6 +46,7 @@ from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, TEXT_LENGTH_MAX, ei
 from elastic_pt.checkpoint.restore import read_root
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, NotFound, StoreError
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
 _THREADS: Final = 64
@@ -348,7 +349,7 @@ def collect(
     return found
 
 
-def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> CheckpointReference:
+def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
     """Make one manifest of all node records, create it once, read it back (committing agent).
 
     Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
@@ -380,11 +381,14 @@ def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> CheckpointR
             f"{first.directory}: a manifest of {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}"
         )
     sha256 = hashlib.sha256(data).hexdigest()
-    reference = CheckpointReference(name.step, name.generation, first.directory, len(data), sha256)
-    store.create(reference.manifest_key, data)
-    if read_root(store, reference, first.run_id) != manifest:
-        raise CheckpointError(f"{reference.manifest_key}: reads back as another manifest")
-    return reference
+    checkpoint = Checkpoint(
+        name.step, name.generation, first.directory, len(data), sha256, loss=None
+    )
+    key = manifest_key(first.directory)
+    store.create(key, data)
+    if read_root(store, checkpoint, first.run_id) != manifest:
+        raise CheckpointError(f"{key}: reads back as another manifest")
+    return checkpoint
 
 
 def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | None:

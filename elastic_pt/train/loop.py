@@ -40,7 +40,7 @@ class Agent(Protocol):
 
 
 @dataclass(frozen=True)
-class Identity:
+class Provenance:
     """What a checkpoint says about where it comes from."""
 
     data_fingerprint: str
@@ -58,7 +58,7 @@ def train(
     batches: Iterator[StepBatch],
     agent: Agent,
     staging: Staging,
-    identity: Identity,
+    provenance: Provenance,
     enter: Callable[[Phase, int], None] = unwatched,
 ) -> Outcome:
     """Train until the last step or until the agent wants the world to change. Worker process; communicates.
@@ -93,7 +93,7 @@ def train(
                 min(config.elastic.settle_timeout_s, config.elastic.collective_timeout_s) / 2
             )
             patience_s = longest_s if finished or result.control.drain else 0.0
-            stage_or_skip(config, state, agent, staging, identity, enter, patience_s)
+            stage_or_skip(config, state, agent, staging, provenance, enter, patience_s)
             last_checkpoint = staged_step = state.steps_done
         if result.control.drain and not finished:
             return Outcome.DRAINED
@@ -105,7 +105,7 @@ def stage_or_skip(
     state: TrainState,
     agent: Agent,
     staging: Staging,
-    identity: Identity,
+    provenance: Provenance,
     enter: Callable[[Phase, int], None],
     patience_s: float,
 ) -> None:
@@ -115,7 +115,7 @@ def stage_or_skip(
     while True:
         enter(Phase.STAGE, state.steps_done)
         try:
-            return stage(config, state, agent, staging, identity)
+            return stage(config, state, agent, staging, provenance)
         except StagingFull as error:
             final = time.monotonic() + pause_s > give_up_at_s
             agent.send(
@@ -132,7 +132,7 @@ def stage_or_skip(
 
 
 def stage(
-    config: Config, state: TrainState, agent: Agent, staging: Staging, identity: Identity
+    config: Config, state: TrainState, agent: Agent, staging: Staging, provenance: Provenance
 ) -> None:
     """Copy this worker's rows of the whole state into the agent's staging directory, and say so."""
     started_s = time.monotonic()
@@ -151,9 +151,9 @@ def stage(
             seed=config.run.seed,
             slots=config.train.slots,
             numerics=config.train.numerics,
-            data_fingerprint=identity.data_fingerprint,
-            tokenizer_sha256=identity.tokenizer_sha256,
-            config_fingerprint=identity.config_fingerprint,
+            data_fingerprint=provenance.data_fingerprint,
+            tokenizer_sha256=provenance.tokenizer_sha256,
+            config_fingerprint=provenance.config_fingerprint,
             skipped_in_a_row=state.skipped_in_a_row,
         ),
     )

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from elastic_pt.checkpoint.layout import CheckpointReference
 from elastic_pt.checkpoint.restore import load_rows, read_index
 from elastic_pt.checkpoint.shard_file import Staging
 from elastic_pt.config import Config, parse_config
@@ -35,7 +34,7 @@ from elastic_pt.model.parallel import resolve_device
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.events import configure_events
 from elastic_pt.train.exact import make_deterministic
-from elastic_pt.train.loop import Identity, train
+from elastic_pt.train.loop import Provenance, train
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
@@ -95,7 +94,7 @@ def main(config_text: str, scratch_path: str) -> str:
             iter(loader),
             agent,
             Staging(scratch, assignment.generation),
-            identity(config, manifest),
+            provenance_of(config, manifest),
             progress.enter,
         )
         progress.enter(Phase.END, state.steps_done)
@@ -125,9 +124,9 @@ def join_world(config: Config, assignment: Assignment, device: torch.device) -> 
         return init_device_mesh(device.type, (world_size,))
 
 
-def identity(config: Config, manifest: Manifest) -> Identity:
+def provenance_of(config: Config, manifest: Manifest) -> Provenance:
     """What checkpoints of this run say about where they come from."""
-    return Identity(
+    return Provenance(
         data_fingerprint=manifest.fingerprint,
         tokenizer_sha256=manifest.tokenizer_sha256,
         config_fingerprint=config.fingerprint(),
@@ -146,26 +145,19 @@ def restore(
     if resume is None:
         state.initialize()
         return
-    reference = CheckpointReference(
-        resume.step,
-        resume.generation,
-        resume.directory,
-        resume.manifest_size,
-        resume.manifest_sha256,
-    )
     store = open_store(config.run.url, deadline_s=config.store.deadline_s)
     slices = dict(state.slices())
     wanted = {
         name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
     }
     try:
-        index = read_index(store, reference, assignment.run_id, wanted)
-        found = Identity(
+        index = read_index(store, resume, assignment.run_id, wanted)
+        found = Provenance(
             index.state.data_fingerprint,
             index.state.tokenizer_sha256,
             index.state.config_fingerprint,
         )
-        if found != identity(config, data):
+        if found != provenance_of(config, data):
             raise ConfigError(
                 f"{resume.directory}: made with another configuration, data or tokenizer ({found})"
             )

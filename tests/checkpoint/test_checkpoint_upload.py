@@ -11,7 +11,6 @@ import torch
 
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
     checkpoint_directory,
     manifest_key,
     shard_key,
@@ -36,6 +35,7 @@ from elastic_pt.checkpoint.upload import (
     upload_shard,
 )
 from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 from tests.checkpoint.world import (
     RUN_ID,
@@ -93,7 +93,7 @@ class FailingStore:
         self._change(lambda: self._store.delete(key))
 
 
-def attempt(store: Store, shards: list[StagedShard]) -> CheckpointReference:
+def attempt(store: Store, shards: list[StagedShard]) -> Checkpoint:
     """Upload all shards and publish, as agents do, in one thread."""
     upload_nodes(store, shards)
     nodes = list(dict.fromkeys(shard.ranks for shard in shards))

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
+    FullManifest,
     TrainingState,
     checkpoint_directory,
 )
@@ -24,6 +23,7 @@ from elastic_pt.checkpoint.upload import (
     publish_node,
     upload_shard,
 )
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -148,7 +148,7 @@ def write_checkpoint(
     nonce: str = "0a1b2c3d",
     run_id: str = RUN_ID,
     workers: int = 1,
-) -> CheckpointReference:
+) -> Checkpoint:
     """The whole road from tensors to the reference that a COMMIT record would hold."""
     directory = checkpoint_directory(step, generation, nonce)
     shards = stage(
@@ -160,7 +160,7 @@ def write_checkpoint(
     return publish_manifest(store, collected(store, directory, world_size, workers))
 
 
-def load_world(store: Store, manifest: Manifest, world_size: int) -> dict[str, torch.Tensor]:
+def load_world(store: Store, manifest: FullManifest, world_size: int) -> dict[str, torch.Tensor]:
     """Load as `world_size` ranks do, each its own rows, and join what they got."""
     pieces: dict[str, list[torch.Tensor]] = {name: [] for name in manifest.tensors}
     for rank in range(world_size):

@@ -12,11 +12,12 @@ from torch.distributed import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.digest import digest
-from elastic_pt.checkpoint.layout import CheckpointReference, TrainingState, checkpoint_directory
+from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
 from elastic_pt.checkpoint.restore import load_rows, read_manifest
 from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.checkpoint.upload import StagedShard, publish_manifest
 from elastic_pt.config import Config, parse_config
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
@@ -66,9 +67,9 @@ def _run_world(
     config: Config,
     world_size: int,
     generation: int,
-    resume: CheckpointReference | None,
+    resume: Checkpoint | None,
     last_step: int,
-) -> tuple[CheckpointReference, list[float]]:
+) -> tuple[Checkpoint, list[float]]:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = _CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as staging:
@@ -101,7 +102,7 @@ def _worker(
     rank: int,
     config: Config,
     world_size: int,
-    resume: CheckpointReference | None,
+    resume: Checkpoint | None,
     last_step: int,
     port: int,
     staging: str,
@@ -134,7 +135,7 @@ def _worker(
     dist.destroy_process_group()
 
 
-def _fill(config: Config, state: TrainState, resume: CheckpointReference | None) -> None:
+def _fill(config: Config, state: TrainState, resume: Checkpoint | None) -> None:
     if resume is None:
         state.initialize()
         return
