@@ -135,7 +135,7 @@ def main() -> None:
     run_log.append(lambda _: generation, generation=0)
     directory, run_id = directory_of(generation, STEP), run_log.view.run_id
     zeros = "0" * 64
-    state = TrainingState(STEP, 0, 0, 0, STEP, STEP, STEP, zeros, zeros, zeros, "exact", world_size)
+    state = TrainingState(STEP, STEP, 0, zeros, zeros, zeros)
     tensors = tensors_of(world_size)
 
     node_s, sizes = 0.0, []

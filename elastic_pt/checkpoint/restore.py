@@ -39,7 +39,7 @@ from elastic_pt.checkpoint.layout import (
     part_key,
 )
 from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds, hash_blocks
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.runlog.records import Checkpoint
@@ -120,7 +120,7 @@ def read_root(store: Store, checkpoint: Checkpoint, run_id: str) -> RootManifest
         )
     key = manifest_key(checkpoint.directory)
     data = _read_exactly(store, key, checkpoint.manifest_size, checkpoint.manifest_sha256)
-    manifest = either(RootManifest, FullManifest, data)
+    manifest = decode(data, RootManifest, FullManifest)
     if manifest.run_id != run_id:
         raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
     if manifest.directory != checkpoint.directory:
@@ -479,11 +479,14 @@ def _part_problems(store: Store, manifest: FullManifest) -> list[str]:
     problems = []
     for file in manifest.files:
         rank = int(file.key.rpartition("-")[2].partition(".")[0])
-        expected = Part(manifest.run_id, manifest.directory, rank, file, manifest.state).to_bytes()
         key = part_key(manifest.directory, rank)
         try:
-            if store.read(key, 0, len(expected) + 1) != expected:
-                problems.append(f"{key}: does not say what the manifest says")
+            part = Part.from_bytes(store.read(key, 0, DOCUMENT_BYTES_MAX))
         except NotFound:
-            pass
+            continue
+        except CheckpointError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        if part != Part(manifest.run_id, manifest.directory, rank, file, manifest.state):
+            problems.append(f"{key}: does not say what the manifest says")
     return problems

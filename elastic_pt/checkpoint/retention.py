@@ -18,7 +18,7 @@ from elastic_pt.checkpoint.layout import (
     parse_directory,
 )
 from elastic_pt.checkpoint.nodes import RootManifest
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -76,7 +76,7 @@ def remove(store: Store, directory: str) -> None:
     keys = set(store.keys(f"{directory}/"))
     try:
         data = store.read(manifest_key(directory), 0, DOCUMENT_BYTES_MAX)
-        manifest = either(RootManifest, FullManifest, data)
+        manifest = decode(data, RootManifest, FullManifest)
     except (NotFound, CheckpointError):
         pass
     else:

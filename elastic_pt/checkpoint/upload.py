@@ -33,6 +33,7 @@ from elastic_pt.checkpoint.layout import (
     shard_key,
 )
 from elastic_pt.checkpoint.nodes import (
+    REASON_LENGTH_MAX,
     NodeNotice,
     NodeRecord,
     NodeRefusal,
@@ -42,7 +43,7 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, TEXT_LENGTH_MAX, either
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.checkpoint.restore import read_root
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, NotFound, StoreError
@@ -155,7 +156,9 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
 def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
     """Tell the committing node that this node's share of a checkpoint will not come."""
     first_rank = shard.ranks.start
-    refusal = NodeRefusal(shard.run_id, shard.directory, first_rank, why[:TEXT_LENGTH_MAX])
+    # A path in the text may hold bytes that are not UTF-8.
+    text = why.encode(errors="replace").decode()[:REASON_LENGTH_MAX]
+    refusal = NodeRefusal(shard.run_id, shard.directory, first_rank, text)
     store.create(notice_key(shard.directory, first_rank), refusal.to_bytes())
 
 
@@ -395,7 +398,7 @@ def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | Non
     """The notice of a node; None if it may still come."""
     key = notice_key(directory, ranks.start)
     try:
-        notice = either(NodeNotice, NodeRefusal, store.read(key, 0, DOCUMENT_BYTES_MAX))
+        notice = decode(store.read(key, 0, DOCUMENT_BYTES_MAX), NodeNotice, NodeRefusal)
     except NotFound:
         return None
     except CheckpointError as error:

@@ -137,20 +137,12 @@ def stage(
     """Copy this worker's rows of the whole state into the agent's staging directory, and say so."""
     started_s = time.monotonic()
     path = staging.path(state.steps_done, state.rank)
-    rows_seen = state.steps_done * config.train.global_batch
     write_shard(
         path,
         {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
         TrainingState(
             step=state.steps_done,
             optimizer_step=state.optimizer.step_count,
-            rows_seen=rows_seen,
-            tokens_seen=rows_seen * config.data.sequence_length,
-            learning_rate_step=state.steps_done,
-            data_position=state.steps_done,
-            seed=config.run.seed,
-            slots=config.train.slots,
-            numerics=config.train.numerics,
             data_fingerprint=provenance.data_fingerprint,
             tokenizer_sha256=provenance.tokenizer_sha256,
             config_fingerprint=provenance.config_fingerprint,

@@ -160,7 +160,7 @@ def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
     store = memory_store()
     upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
     notices = collected(store, DIRECTORY, 2)
-    other = replace(notices[1], state=training_state(50, rows_seen=1))
+    other = replace(notices[1], state=training_state(50, optimizer_step=49))
     stranger = replace(notices[1], run_id="another")
     reshaped = replace(notices[1], tensors_sha256="0" * 64)
     for wrong in (
@@ -217,7 +217,7 @@ def test_a_node_vouches_only_for_rows_that_join(tmp_path: Path) -> None:
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
     first, middle, last = (upload_shard(store, shard) for shard in shards)
     gap = replace(middle, file=replace(middle.file, slices=()))
-    other = replace(middle, state=training_state(50, rows_seen=1))
+    other = replace(middle, state=training_state(50, optimizer_step=49))
     for wrong, reason in (
         ([first, gap, last], "are missing"),
         ([first, other, last], "differ in their training state"),

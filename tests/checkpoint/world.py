@@ -40,17 +40,11 @@ def training_state(step: int = 40, **changes: object) -> TrainingState:
     """A plausible state after `step` steps."""
     values: dict[str, object] = {
         "step": step,
-        "rows_seen": step * 32,
-        "tokens_seen": step * 32 * 256,
-        "seed": 7,
         "optimizer_step": step,
-        "learning_rate_step": step,
-        "data_position": step,
+        "skipped_in_a_row": 0,
         "data_fingerprint": "d" * 64,
         "tokenizer_sha256": "e" * 64,
         "config_fingerprint": "f" * 64,
-        "numerics": "exact",
-        "slots": 8,
     }
     return TrainingState(**(values | changes))  # type: ignore[arg-type]
 

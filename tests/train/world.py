@@ -158,13 +158,6 @@ def _save(config: Config, state: TrainState, path: Path) -> None:
         TrainingState(
             step=state.steps_done,
             optimizer_step=state.optimizer.step_count,
-            learning_rate_step=state.steps_done,
-            rows_seen=0,
-            tokens_seen=0,
-            data_position=state.steps_done,
-            seed=config.run.seed,
-            slots=config.train.slots,
-            numerics=config.train.numerics,
             data_fingerprint="0" * 64,
             tokenizer_sha256="0" * 64,
             config_fingerprint=config.fingerprint(),
