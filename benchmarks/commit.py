@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import (
     ShardFile,
     Tensor,
@@ -28,8 +29,8 @@ from elastic_pt.checkpoint.layout import (
     TrainingState,
     shard_key,
 )
-from elastic_pt.checkpoint.restore import quick_check, read_index
 from elastic_pt.checkpoint.upload import StagedShard, UploadedShard, publish_node
+from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Member
 from elastic_pt.store.open import open_store

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from chaos_tests.processes import kill_all, mark_children, marked
 from elastic_pt.checkpoint.digest import digest
-from elastic_pt.checkpoint.restore import read_manifest
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.links import url_of

@@ -16,9 +16,10 @@ import structlog
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.layout import parse_directory
-from elastic_pt.checkpoint.restore import quick_check
+from elastic_pt.checkpoint.publish import ShareMissing
 from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import ShareMissing, StagedShard, Uploader
+from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.membership.node import Formed, Node

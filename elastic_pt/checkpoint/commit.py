@@ -20,7 +20,7 @@ import structlog
 from elastic_pt.checkpoint import retention
 from elastic_pt.checkpoint.history import Line, StepHistory, write_history
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.upload import collect, publish_manifest
+from elastic_pt.checkpoint.publish import collect, publish_manifest
 from elastic_pt.errors import FencedError
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 
 from elastic_pt.checkpoint import digest as checkpoint_digest
 from elastic_pt.checkpoint.layout import FullManifest
-from elastic_pt.checkpoint.restore import load_rows, newest_usable, verify
+from elastic_pt.checkpoint.restore import load_rows
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import HeldOutBatch, held_out_batches
@@ -76,7 +77,7 @@ def choose_checkpoint(run: Run, step: int | None) -> Chosen:
             )
         passed_over = []
     run_id = run.log.view.run_id
-    found = newest_usable(run.store, usable, run_id, check="full")
+    found = newest_usable(run.store, usable, run_id)
     passed_over += [(each.step, reason) for each, reason in found.passed_over]
     newer = sorted((each for each in passed_over if each[0] > found.manifest.step), reverse=True)
     return Chosen(found.manifest, tuple(newer))

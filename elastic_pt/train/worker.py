@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from elastic_pt.checkpoint.restore import load_rows, read_index
+from elastic_pt.checkpoint.index import read_index
+from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import Staging
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.cache import ShardCache, cache_directory

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastic_pt.checkpoint.digest import canonical_order, digest, iterate_tensors
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import FullManifest
-from elastic_pt.checkpoint.restore import read_manifest
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store

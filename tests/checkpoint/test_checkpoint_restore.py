@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from elastic_pt.checkpoint.index import read_index, read_manifest, read_root
 from elastic_pt.checkpoint.layout import (
     FullManifest,
     ShardFile,
@@ -22,14 +23,9 @@ from elastic_pt.checkpoint.layout import (
 from elastic_pt.checkpoint.nodes import NodeRecord, RootManifest, node_key, notice_key
 from elastic_pt.checkpoint.restore import (
     load_rows,
-    newest_usable,
     plan_reads,
-    quick_check,
-    read_index,
-    read_manifest,
-    read_root,
-    verify,
 )
+from elastic_pt.checkpoint.verify import newest_usable, quick_check, verify
 from elastic_pt.errors import AccessDenied, CheckpointError
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -274,7 +270,7 @@ def two_checkpoints(store: Store, folder: Path) -> tuple[Checkpoint, Checkpoint]
 def test_damage_that_sizes_show_falls_back_before_loading(
     store: Store, tmp_path: Path, damage: str
 ) -> None:
-    """A truncated, empty, missing or grown object: the quick check passes on to the one before, with the reason."""
+    """A truncated, empty, missing or grown object fails the quick check, and the checkpoint before is taken."""
     new, old = two_checkpoints(store, tmp_path)
     key = shard_key(new.directory, 1)
     data = store.read(key)
@@ -284,6 +280,8 @@ def test_damage_that_sizes_show_falls_back_before_loading(
         store.delete(key)
     else:
         store.write(key, {"cut": data[:-1], "empty": b"", "grown": data + b"\0"}[damage])
+    with pytest.raises(CheckpointError, match=key):
+        quick_check(store, new, RUN_ID)
     usable = newest_usable(store, [new, old], RUN_ID)
     assert usable.checkpoint == old
     assert usable.manifest.step == 40
@@ -301,14 +299,13 @@ def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> No
     assert len(left) == len(right)
     store.write(keys[0], right)
     store.write(keys[1], left)
-    usable = newest_usable(store, [new, old], RUN_ID, "quick")
-    assert usable.checkpoint == new
+    quick_check(store, new, RUN_ID)
     with pytest.raises(CheckpointError, match=keys[0]):
-        load_all(store, usable.manifest)
+        load_all(store, read_manifest(store, new, RUN_ID))
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        newest_usable(store, [new, old], RUN_ID, "full")
+        newest_usable(store, [new, old], RUN_ID)
     store.write(keys[1], right)
-    full = newest_usable(store, [new, old], RUN_ID, "full")
+    full = newest_usable(store, [new, old], RUN_ID)
     assert full.checkpoint == old
     assert "SHA-256" in full.passed_over[0][1]
 
@@ -499,4 +496,4 @@ def test_notices_are_not_needed_once_the_manifest_exists(store: Store, tmp_path:
     for rank in range(2):
         store.delete(notice_key(reference.directory, rank))
     assert verify(store, reference, RUN_ID) == []
-    assert newest_usable(store, [reference], RUN_ID, "full").passed_over == ()
+    assert newest_usable(store, [reference], RUN_ID).passed_over == ()

@@ -11,8 +11,8 @@ from elastic_pt.checkpoint.layout import (
     manifest_key,
     shard_key,
 )
-from elastic_pt.checkpoint.restore import newest_usable, verify
 from elastic_pt.checkpoint.retention import expired, leftovers, listed_directories, remove
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import CheckpointError
 from elastic_pt.runlog.records import Checkpoint
 from tests.checkpoint.world import RUN_ID, full_tensors, memory_store, write_checkpoint

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from elastic_pt.checkpoint.digest import digest
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import (
     checkpoint_directory,
     manifest_key,
@@ -22,18 +23,16 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.restore import newest_usable, read_manifest, verify
+from elastic_pt.checkpoint.publish import ShareMissing, collect, publish_manifest
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
 from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.checkpoint.upload import (
-    ShareMissing,
     StagedShard,
     Uploader,
-    collect,
-    publish_manifest,
     publish_node,
     upload_shard,
 )
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -113,7 +112,7 @@ def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
     failing = FailingStore(store, crash_at, after)
     with pytest.raises(Crash):
         attempt(failing, shards)
-    assert newest_usable(store, [old], RUN_ID, "full").passed_over == ()
+    assert newest_usable(store, [old], RUN_ID).passed_over == ()
     for ranks in nodes_of(3, 2):
         key = notice_key(DIRECTORY, ranks.start)
         if store.size(key) is not None:

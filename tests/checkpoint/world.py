@@ -13,13 +13,12 @@ from elastic_pt.checkpoint.layout import (
     checkpoint_directory,
 )
 from elastic_pt.checkpoint.nodes import NodeNotice
+from elastic_pt.checkpoint.publish import collect, publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
 from elastic_pt.checkpoint.upload import (
     StagedShard,
     UploadedShard,
-    collect,
-    publish_manifest,
     publish_node,
     upload_shard,
 )

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.shard_file import Staging, describe_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, publish_node, upload_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest

@@ -12,10 +12,12 @@ from torch.distributed import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.digest import digest
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
-from elastic_pt.checkpoint.restore import load_rows, read_manifest
+from elastic_pt.checkpoint.publish import publish_manifest
+from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest
+from elastic_pt.checkpoint.upload import StagedShard
 from elastic_pt.config import Config, parse_config
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
