@@ -168,7 +168,7 @@ def main() -> None:
         run_log,
         keep=2,
         last_step=10 * STEP,
-        deadline_s=600.0,
+        timeout_s=600.0,
         superseded=lambda _: False,
         on_commit=on_commit,
         on_done=lambda _: None,

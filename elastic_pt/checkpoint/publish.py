@@ -39,7 +39,7 @@ def collect(
     directory: str,
     nodes: Sequence[range],
     *,
-    deadline_s: float,
+    timeout_s: float,
     now: Callable[[], float],
     wait: Callable[[float], object],
     should_stop: Callable[[], bool],
@@ -50,7 +50,7 @@ def collect(
     `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
     missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
     `wait(seconds)` waits. None as soon as `should_stop()`. Raises `ShareMissing` when a node has said that its own will
-    not come or `deadline_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
+    not come or `timeout_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
     """
     started_s = now()
     found: list[NodeNotice] = []
@@ -70,10 +70,10 @@ def collect(
             found += there[:first_missing]
             at_once = 1
             waited_s = now() - started_s
-            if waited_s >= deadline_s:
+            if waited_s >= timeout_s:
                 first_rank = asked[first_missing].start
                 key = notice_key(directory, first_rank)
-                raise ShareMissing(f"{key}: not there after {deadline_s} s", first_rank)
+                raise ShareMissing(f"{key}: not there after {timeout_s} s", first_rank)
             wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
     return found
 
@@ -83,8 +83,7 @@ def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
 
     Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
     tensors, and the rows of the nodes tile every tensor; `AlreadyExists` if another manifest is there. The checkpoint
-    counts once the caller has put the returned reference into a COMMIT record. Publishing the same notices twice
-    gives the same reference.
+    counts once the caller has put it into a COMMIT record. Publishing the same notices twice gives the same one.
     """
     if not notices:
         raise CheckpointError("a checkpoint without nodes cannot be published")

@@ -1,28 +1,25 @@
-"""From a staged shard file to a manifest that can be committed.
+"""From a staged shard file to a node's record and notice in the bucket.
 
     worker: write_shard ──► staging directory (memory)
-    agent:  Uploader    ──► describe ─► shard-<rank>.safetensors ─► local file removed
-                            all of its workers' ─► node-<rank>.json ─► notice-<rank>.json
-    committing agent:       collect (all notices) ─► publish_manifest ─► reference ─► COMMIT, by the caller
+    agent:  Uploader    ──► describe_shard ─► shard-<rank>.safetensors ─► local file removed
+                            after the last worker of the node: node-<rank>.json ─► notice-<rank>.json
 
 A node record holds about 80 KB of slices per worker, so only its node and readers handle it. The notice is
-a few KB: size and SHA-256 of the record and the rows that it has of each tensor. That is enough to see that
-the checkpoint is whole, for thousands of nodes.
+a few KB; `publish` makes the manifest of all notices.
 
-Every arrow may be the last thing a process does. Until the COMMIT record is in the log nothing counts, and
+The process may die after any of these steps. Until the COMMIT record is in the log nothing counts, and
 nothing that was written is ever changed: records and manifest are created once, in a directory whose nonce no
-other world uses. So there is nothing to clean up before trying again, and `retention` removes the rest later.
+other world uses. So a new attempt needs no clean-up, and `retention` removes the rest later.
 """
 
 import hashlib
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import (
     ShardFile,
     Tensor,
@@ -163,11 +160,11 @@ class _NodeShards:
 class Uploader:
     """Uploads staged shards one after another in a thread of its own (agent process).
 
-    After the last shard of its node it writes the node's record and notice; after one that is missing or
-    cannot be uploaded, a refusal, and the rest of the node's shards is dropped.
+    After the last shard of its node it writes the node's record and notice. After one that is missing or
+    cannot be uploaded it writes a refusal and drops the rest of the node's shards.
     `on_uploaded(shard)` or `on_failed(shard, error)` is called once per shard, in that thread, after the
     local file is gone: a shard that could not be uploaded before the store's deadline makes room for
-    the next checkpoint. Use it as a context manager, or call `close`.
+    the next checkpoint.
     """
 
     def __init__(
@@ -176,121 +173,61 @@ class Uploader:
         *,
         on_uploaded: Callable[[StagedShard], None],
         on_failed: Callable[[StagedShard, Exception], None],
-        queue_limit: int = 64,
     ) -> None:
         self._store = store
         self._on_uploaded = on_uploaded
         self._on_failed = on_failed
-        self._queue_limit = queue_limit
-        self._changed = threading.Condition()
-        self._waiting: deque[StagedShard] = deque()
-        self._busy = False
-        self._current: Path | None = None
         self._node = _NodeShards("", range(0))
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="checkpoint-upload", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "Uploader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._jobs = JobThread("checkpoint-upload", self._upload)
 
     def submit(self, shard: StagedShard) -> None:
-        """Queue a shard. Raises `CheckpointError` when the queue is full or the uploader is closed."""
-        with self._changed:
-            if self._closed or not self._thread.is_alive():
-                raise CheckpointError(f"{shard.path}: the uploader has ended")
-            if len(self._waiting) >= self._queue_limit:
-                raise CheckpointError(
-                    f"{shard.path}: {self._queue_limit} shards are waiting already"
-                )
-            self._waiting.append(shard)
-            self._changed.notify_all()
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing is pending; False if that took longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+        """Queue a shard. Raises `CheckpointError` when too many wait or the uploader is closed."""
+        self._jobs.submit(shard)
 
     def pending(self) -> set[Path]:
         """The local files that are still to be uploaded, the one under way included."""
-        with self._changed:
-            current = set() if self._current is None else {self._current}
-            return {shard.path for shard in self._waiting} | current
+        return {shard.path for shard in self._jobs.pending()}
 
     def discard(self) -> int:
         """Drop what is queued (not what is under way) and its local files; the number of shards dropped."""
-        with self._changed:
-            dropped = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify_all()
+        dropped = self._jobs.discard()
         for shard in dropped:
-            if not shard.missing:
-                shard.path.unlink(missing_ok=True)
+            _remove_staged(shard)
         return len(dropped)
 
-    def close(self, timeout_s: float = 0.0) -> bool:
-        """Wait up to `timeout_s` for what is pending, drop the rest, and stop the thread.
-
-        False if an upload is still under way; its thread is a daemon and ends with the process.
-        """
-        drained = self.drain(timeout_s)
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    def close(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for what is pending, then drop the rest. False if an upload is still under way."""
+        done = self._jobs.close(timeout_s)
         self.discard()
-        if drained:
-            self._thread.join()
-        return drained
-
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                shard = self._waiting.popleft()
-                self._busy = True
-                self._current = shard.path
-            try:
-                self._upload(shard)
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._current = None
-                    self._changed.notify_all()
+        return done
 
     def _upload(self, shard: StagedShard) -> None:
-        failure: Exception | None = None
         # Workers stage a checkpoint only after the one before was released, so their shards never mix.
         if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
             self._node = _NodeShards(shard.directory, shard.ranks)
+        node, failure = self._node, None
         try:
-            self._do_share(shard)
-        # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all checkpoints.
+            if shard.missing and not node.refused:
+                node.refused = True
+                refuse_node(self._store, shard, shard.missing)
+            elif not node.refused:
+                node.uploaded[shard.rank] = upload_shard(self._store, shard)
+                if len(node.uploaded) == len(node.ranks):
+                    publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
+        # Any error at all: the agent must hear of it, and the thread must live, or no checkpoint would follow.
         except Exception as error:
             failure = error
-            self._node.refused = True
+            node.refused = True
             with suppress(StoreError):
                 refuse_node(self._store, shard, str(error))
-        if not shard.missing:
-            with suppress(OSError):
-                shard.path.unlink()
+        _remove_staged(shard)
         if failure is None:
             self._on_uploaded(shard)
         else:
             self._on_failed(shard, failure)
 
-    def _do_share(self, shard: StagedShard) -> None:
-        node = self._node
-        if node.refused:
-            return
-        if shard.missing:
-            node.refused = True
-            refuse_node(self._store, shard, shard.missing)
-            return
-        node.uploaded[shard.rank] = upload_shard(self._store, shard)
-        if len(node.uploaded) == len(node.ranks):
-            publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
+
+def _remove_staged(shard: StagedShard) -> None:
+    if not shard.missing:
+        with suppress(OSError):
+            shard.path.unlink()

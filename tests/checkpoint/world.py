@@ -121,7 +121,7 @@ def collected(store: Store, directory: str, world_size: int, workers: int = 1) -
         store,
         directory,
         nodes_of(world_size, workers),
-        deadline_s=0.0,
+        timeout_s=0.0,
         now=lambda: 0.0,
         wait=lambda _: None,
         should_stop=lambda: False,
