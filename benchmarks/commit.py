@@ -20,7 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
+from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import (
     ShardFile,
     Tensor,
@@ -28,8 +29,8 @@ from elastic_pt.checkpoint.layout import (
     TrainingState,
     shard_key,
 )
-from elastic_pt.checkpoint.restore import quick_check, read_index
 from elastic_pt.checkpoint.upload import StagedShard, UploadedShard, publish_node
+from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Member
 from elastic_pt.store.open import open_store
@@ -135,7 +136,7 @@ def main() -> None:
     run_log.append(lambda _: generation, generation=0)
     directory, run_id = directory_of(generation, STEP), run_log.view.run_id
     zeros = "0" * 64
-    state = TrainingState(STEP, 0, 0, 0, STEP, STEP, STEP, zeros, zeros, zeros, "exact", world_size)
+    state = TrainingState(STEP, STEP, 0, zeros, zeros, zeros)
     tensors = tensors_of(world_size)
 
     node_s, sizes = 0.0, []
@@ -167,7 +168,7 @@ def main() -> None:
         run_log,
         keep=2,
         last_step=10 * STEP,
-        deadline_s=600.0,
+        timeout_s=600.0,
         superseded=lambda _: False,
         on_commit=on_commit,
         on_done=lambda _: None,
@@ -184,15 +185,14 @@ def main() -> None:
     by_committer = Counter(store.requests)
     committer.close(10.0)
 
-    reference = reference_of(commits[0])
     wanted = {tensor.name: (world_size // 2, world_size // 2 + 1) for tensor in tensors}
     store.requests.clear()
     started_s = time.monotonic()
-    read_index(store, reference, run_id, wanted)
+    read_index(store, commits[0], run_id, wanted)
     worker_s, worker_requests = time.monotonic() - started_s, store.requests.total()
     store.requests.clear()
     started_s = time.monotonic()
-    quick_check(store, reference, run_id)
+    quick_check(store, commits[0], run_id)
     check_s = time.monotonic() - started_s
 
     total = by_nodes.total() + by_committer.total()
@@ -201,7 +201,7 @@ def main() -> None:
         f"  node    {node_s:.2f} s after its last upload; record {sizes[-1][0] / 1e3:.0f} KB, "
         f"notice {sizes[-1][1] / 1e3:.1f} KB\n"
         f"  commit  {commit_s:.2f} s from the notices to the COMMIT; manifest "
-        f"{reference.manifest_size / 1e6:.2f} MB\n"
+        f"{commits[0].manifest_size / 1e6:.2f} MB\n"
         f"  total   {node_s + commit_s:.2f} s from the last upload to the COMMIT\n"
         f"  requests beside the uploads: {total / options.nodes:.2f} a node "
         f"(nodes {dict(by_nodes)}, committing node {dict(by_committer)}, of which {polls} while it waited)\n"

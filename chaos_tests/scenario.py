@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from chaos_tests.processes import kill_all, mark_children, marked
-from elastic_pt.checkpoint.commit import reference_of
 from elastic_pt.checkpoint.digest import digest
-from elastic_pt.checkpoint.restore import read_manifest
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.links import url_of
@@ -190,7 +189,7 @@ class Scenario:
 
 def run_digest(store: Store, view: RunView) -> str:
     """Digest of the newest committed checkpoint."""
-    return digest(store, read_manifest(store, reference_of(view.checkpoints[0]), view.run_id))
+    return digest(store, read_manifest(store, view.checkpoints[0], view.run_id))
 
 
 def check_ledger(store: Store, log: RunLog, config: Config) -> None:

@@ -59,10 +59,8 @@ def check_start(config: Config) -> None:
     parse_config(config.to_toml(comments=True), source="test")
     learning_rate(0, config.train)
     TrainingState(
-        step=1, rows_seen=1, tokens_seen=1, seed=config.run.seed, optimizer_step=1,
-        learning_rate_step=1, data_position=1, data_fingerprint="d", tokenizer_sha256="e" * 64,
-        config_fingerprint=config.fingerprint(), numerics=config.train.numerics,
-        slots=config.train.slots,
+        step=1, optimizer_step=1, skipped_in_a_row=0, data_fingerprint="d", tokenizer_sha256="e" * 64,
+        config_fingerprint=config.fingerprint(),
     )  # fmt: skip
 
 

@@ -342,19 +342,12 @@ class Agent:
         """The workers stopped as planned: wait until their checkpoint counts, or until that has no future (False)."""
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
-        number, timeout_s = formed.generation.number, self._config.elastic.settle_timeout_s
-        step = self._checkpointing.staged_step
-
-        def given_up() -> bool:
-            return self._checkpointing.lost() is not None
-
-        if completed:
-            if formed.node_rank == 0:
-                self._checkpointing.finish(formed.generation)
-            settled = self._node.await_end(number, timeout_s, given_up)
-        else:
-            settled = self._node.await_settled(number, step, timeout_s, given_up)
-        log.info("settled" if settled else "settle_failed", step=step, generation=number)
+        settled = self._checkpointing.wait(formed, completed=completed)
+        log.info(
+            "settled" if settled else "settle_failed",
+            step=self._checkpointing.staged_step,
+            generation=formed.generation.number,
+        )
         return settled
 
     def _diverged(self, formed: Formed) -> None:
@@ -424,12 +417,8 @@ class Agent:
         match message["kind"]:
             case "step":
                 self._step_done(message)
-            case "staged":
-                self._checkpointing.staged(message)
-            case "skipped":
-                self._checkpointing.skipped(message)
-            case "no_room":
-                log.warning("staging_waits_for_room", step=message["step"], cause=message["why"])
+            case "staged" | "no_room" | "skipped":
+                self._checkpointing.save(message)
             case "activity":
                 self._observation.activity(message["activity"])
             case "unusable":

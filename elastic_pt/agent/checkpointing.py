@@ -1,10 +1,15 @@
-"""A node's share in checkpoints: staged shards go up, complete ones are committed, bad ones never used again.
+"""A node's share in checkpoints (agent process): the verbs of `train.checkpoints`, on the agent's side.
+
+    load    `choose_resume`: the newest checkpoint whose files are all there, for a new generation
+    save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
+    wait    after the workers' last step: until their last checkpoint is committed
+    close   finish what is due, within a bounded time
 
     staged ─► Uploader ─► bucket        (every node)
               Committer ─► COMMIT       (the node of rank 0)
     commit or upload ─► `released` ─► workers may stage the next one
 
-Agent process; called from the channel's, the upload, the commit and the membership threads.
+Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
 from collections import defaultdict
@@ -14,11 +19,12 @@ from pathlib import Path
 
 import structlog
 
-from elastic_pt.checkpoint.commit import Committer, directory_of, reference_of
+from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.layout import parse_directory
-from elastic_pt.checkpoint.restore import quick_check
+from elastic_pt.checkpoint.publish import ShareMissing
 from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import ShareMissing, StagedShard, Uploader
+from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.membership.node import Formed, Node
@@ -36,8 +42,8 @@ def choose_resume(
 ) -> Checkpoint | None:
     """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
 
-    A member of the newest generation (by `incarnation`) takes one that this generation has committed as it is:
-    whoever committed it looked at every file of it just now. None at the start of a run. Raises
+    A member of the newest generation (by `incarnation`) does not check one that this generation has committed:
+    every file was checked at its commit, moments ago. None at the start of a run. Raises
     `CheckpointError` if none of those that were committed is left.
     """
     generation = view.generation
@@ -46,14 +52,14 @@ def choose_resume(
         if inside and checkpoint.generation == view.generation_number:
             return checkpoint
         try:
-            quick_check(store, reference_of(checkpoint), view.run_id)
+            quick_check(store, checkpoint, view.run_id)
             return checkpoint
         except CheckpointError as error:
             quarantine(run_log, view.generation_number, checkpoint.directory, str(error))
     if view.commit is not None:
         raise CheckpointError(
             f"{store.url}: none of the committed checkpoints is usable; "
-            "`elastic-pt checkpoints --verify` and `elastic-pt log` tell why"
+            "`elastic-pt checkpoints --verify` and `elastic-pt log` show why"
         )
     return None
 
@@ -71,17 +77,17 @@ def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> No
 
 @dataclass(frozen=True)
 class Lost:
-    """A checkpoint that cannot be committed, and whose trouble that is."""
+    """A checkpoint that cannot be committed, and which node is the cause."""
 
     generation: int
     step: int
     why: str
     own: bool
-    """Whether this node could not do its share; else another node could not."""
+    """Whether this node could not upload its share; else another node could not."""
 
 
 class Checkpointing:
-    """See the module. `formed` tells the generation whose workers run; `release(step)` lets them go on."""
+    """`save`, `wait` and `close` of the module, for one node and all its generations."""
 
     def __init__(
         self,
@@ -95,14 +101,16 @@ class Checkpointing:
         formed: Callable[[], Formed],
         release: Callable[[int], None],
     ) -> None:
-        self._log = run_log
+        """`formed()` is the generation whose workers run; `release(step)` tells them that a checkpoint is done."""
         self._node = node
         self._metrics = metrics
         self._staging = staging
         self._formed = formed
         self._release = release
+        self._settle_timeout_s = config.elastic.settle_timeout_s
         self._workers = node.member.workers
         self._uploads: dict[int, int] = defaultdict(int)
+        """Shards of this generation that are done, by step."""
         self._lost: Lost | None = None
         """The last checkpoint that this node knows cannot be committed."""
         self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
@@ -111,7 +119,7 @@ class Checkpointing:
             run_log,
             keep=config.checkpoint.keep,
             last_step=config.train.steps,
-            deadline_s=config.elastic.settle_timeout_s,
+            timeout_s=config.elastic.settle_timeout_s,
             superseded=node.must_reform,
             on_commit=self._committed,
             on_done=release,
@@ -121,54 +129,74 @@ class Checkpointing:
         self.staged_step = 0
         """Step of the newest shard that a worker of this node has staged."""
 
+    # ---- one generation ------------------------------------------------------------------------
+
     def starts(self) -> None:
         """Workers of a new generation are about to start."""
         self._uploads.clear()
         self._sweep()
 
+    def save(self, message: Message) -> None:
+        """A worker says `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
+        kind, step, formed = message["kind"], int(message["step"]), self._formed()
+        generation = formed.generation
+        if message["generation"] != generation.number:
+            # A worker of an earlier generation: its shard belongs to no checkpoint any more.
+            log.info("stale_shard_dropped", step=step, generation=message["generation"])
+            if kind == "staged":
+                Path(message["path"]).unlink(missing_ok=True)
+            return
+        if kind == "no_room":
+            log.warning("staging_waits_for_room", step=step, cause=message["why"])
+            return
+        self.staged_step = step
+        shard = StagedShard(
+            path=Path(message["path"]) if kind == "staged" else Path(),
+            run_id=self._node.view.run_id,
+            directory=directory_of(generation, step),
+            rank=message["rank"],
+            ranks=generation.worker_ranks()[formed.node_rank],
+            missing="" if kind == "staged" else message["why"],
+        )
+        if kind == "staged":
+            self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+        else:
+            self._metrics.checkpoint_skips.inc()
+            log.warning("checkpoint_skipped", step=step, cause=shard.missing)
+            self._lose((generation.number, step), shard.missing, own=True)
+        try:
+            # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
+            self._uploader.submit(shard)
+            if shard.rank == 0:
+                self._committer.expect(step, generation)
+        except ElasticPtError as error:
+            self._upload_failed(shard, error)
+
+    def note_step(self, message: Message) -> None:
+        """Rank 0 has done a step; the history of the next commit holds it."""
+        self._committer.note_step(self._formed().generation.number, message)
+
     def stopped(self) -> None:
-        """The workers are gone: what they staged and nobody reads any more is dropped."""
+        """The workers are gone: drop the shards that they staged and that are not being uploaded."""
         self._uploader.discard()
         self._sweep()
 
-    def skipped(self, message: Message) -> None:
-        """A worker had no room for its shard: this checkpoint will not be one, and nobody waits for it."""
-        if self._is_stale(message):
-            return
-        self._metrics.checkpoint_skips.inc()
-        log.warning("checkpoint_skipped", step=message["step"], cause=message["why"])
-        self._enqueue(message, Path(), missing=message["why"])
-        place = self._formed().generation.number, int(message["step"])
-        self._lose(place, message["why"], own=True)
+    def wait(self, formed: Formed, *, completed: bool) -> bool:
+        """The workers stopped as planned: wait until their last checkpoint is committed.
 
-    def _sweep(self) -> None:
-        """No worker lives: what dead ones left half written, or staged without a word, only takes room."""
-        pending = self._uploader.pending()
-        try:
-            for path in self._staging.iterdir():
-                if is_staged(path) and path not in pending:
-                    path.unlink(missing_ok=True)
-                    log.info("staging_swept", path=str(path))
-        except OSError as error:
-            # Sweeping only makes room; a directory in trouble is told by whoever needs it.
-            log.warning("staging_not_swept", cause=str(error))
+        After the last step (`completed`) wait for the end of the run too. False if the generation or its
+        checkpoint has no future, or after `elastic.settle_timeout_s`.
+        """
+        number, timeout_s = formed.generation.number, self._settle_timeout_s
 
-    def staged(self, message: Message) -> None:
-        """A worker has left a shard."""
-        path = Path(message["path"])
-        if self._is_stale(message):
-            path.unlink(missing_ok=True)
-            return
-        self._metrics.checkpoint_stage_seconds.set(message["seconds"])
-        self._enqueue(message, path)
+        def given_up() -> bool:
+            return self.lost() is not None
 
-    def note_step(self, message: Message) -> None:
-        """Rank 0 has done a step; the history of the next commit tells of it."""
-        self._committer.note_step(self._formed().generation.number, message)
-
-    def finish(self, generation: Generation) -> None:
-        """The last step is done: end the run once its checkpoint is committed."""
-        self._committer.finish(generation)
+        if not completed:
+            return self._node.await_settled(number, self.staged_step, timeout_s, given_up)
+        if formed.node_rank == 0:
+            self._committer.finish(formed.generation)
+        return self._node.await_end(number, timeout_s, given_up)
 
     def lost(self) -> Lost | None:
         """Why the checkpoint that was staged last cannot be committed; None while it may be."""
@@ -176,54 +204,41 @@ class Checkpointing:
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """What the others are told when the checkpoint that was staged last is none; None if another node knows why."""
+        """What to tell the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None
-        why = "nobody said why" if lost is None else lost.why
+        why = "no node said why" if lost is None else lost.why
         return self._node.failure(
             f"the checkpoint of step {self.staged_step} was not committed: {why}",
             kind=CauseKind.GAVE_UP,
         )
 
     def close(self, timeout_s: float) -> None:
-        """Finish what is due, within a bounded time."""
+        """Finish the commits that are due, within a bounded time; drop what is not uploaded."""
         self._committer.close(timeout_s)
-        self._uploader.close()
+        self._uploader.close(0.0)
 
-    def _is_stale(self, message: Message) -> bool:
-        """Whether the sender is a worker of an earlier generation, whose shards belong to no checkpoint any more."""
-        if message["generation"] == self._formed().generation.number:
-            return False
-        log.info("stale_shard_dropped", step=message["step"], generation=message["generation"])
-        return True
-
-    def _enqueue(self, message: Message, path: Path, missing: str = "") -> None:
-        formed, step = self._formed(), int(message["step"])
-        generation = formed.generation
-        self.staged_step = step
-        shard = StagedShard(
-            path=path,
-            run_id=self._node.view.run_id,
-            directory=directory_of(generation, step),
-            rank=message["rank"],
-            ranks=generation.worker_ranks()[formed.node_rank],
-            missing=missing,
-        )
+    def _sweep(self) -> None:
+        """No worker lives: remove what dead ones left in the staging directory, whole or half written."""
+        pending = self._uploader.pending()
         try:
-            self._uploader.submit(shard)
-        except ElasticPtError as error:
-            self._upload_failed(shard, error)
-        else:
-            if shard.rank == 0:
-                self._committer.expect(step, generation)
+            for path in self._staging.iterdir():
+                if is_staged(path) and path not in pending:
+                    path.unlink(missing_ok=True)
+                    log.info("staging_swept", path=str(path))
+        except OSError as error:
+            # Sweeping only makes room. If the directory is broken, the next worker that stages reports it.
+            log.warning("staging_not_swept", cause=str(error))
+
+    # ---- on the upload and commit threads ----------------------------------------------------
 
     def _uploaded(self, shard: StagedShard) -> None:
         formed, name = self._formed(), parse_directory(shard.directory)
         if name.generation != formed.generation.number:
             return
         self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit itself, so that checkpoints never overtake it.
+        # The committing node's workers wait for the commit itself: no checkpoint may overtake another.
         if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
             self._release(name.step)
 
@@ -247,15 +262,15 @@ class Checkpointing:
     def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("commit_failed", step=step, cause=str(error))
-        # The committing node may be the one whose share is missing.
+        # The missing share may be that of the committing node itself.
         first_rank = generation.first_worker_rank(self._formed().node_rank)
         own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
         self._lose((generation.number, step), str(error), own=own)
 
     def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
-        """The checkpoint of a generation and step will not be one: whoever waits for it learns so."""
+        """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
-        # What a node knows of itself stands.
+        # Keep what this node knows of its own share.
         if own or known is None or (known.generation, known.step) != place:
             self._lost = Lost(*place, why, own)
         self._node.notice_log()

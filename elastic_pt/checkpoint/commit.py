@@ -1,26 +1,27 @@
-"""From uploaded parts to a checkpoint that counts: what the committing node does, one step after the other.
+"""From uploaded shards to a checkpoint that counts: what the committing node does, one step after the other.
 
     collect notices ─► publish manifest ─► history ─► COMMIT ─► workers go on ─► Tidier: remove what expired
 
-The node of rank 0 commits. It runs this in a thread of its agent; a node that loses its generation on the
-way meets the fence at the COMMIT and appends nothing. It reads a few KB per node and nothing per worker
-(see `checkpoint.upload`). Deletes have a thread of their own and begin once the workers go on: nothing waits for them, and one that fails is tried again after a later commit.
+The node of rank 0 commits, in a thread of its agent. If the generation is replaced meanwhile, the log's fence
+refuses the COMMIT, and nothing is appended. The node reads a few KB per node and nothing per worker. Deletes
+have a thread of their own and begin once the workers go on: nothing waits for them, and one that fails is
+tried again after a later commit.
 """
 
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
 
 from elastic_pt.checkpoint import retention
 from elastic_pt.checkpoint.history import Line, StepHistory, write_history
-from elastic_pt.checkpoint.layout import CheckpointReference, checkpoint_directory
-from elastic_pt.checkpoint.upload import collect, publish_manifest
+from elastic_pt.checkpoint.job_thread import JobThread
+from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.publish import collect, publish_manifest
 from elastic_pt.errors import FencedError
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
@@ -34,17 +35,6 @@ log = structlog.get_logger("elastic_pt.checkpoint.commit")
 def directory_of(generation: Generation, step: int) -> str:
     """Where a generation puts the checkpoint of a step. A generation's number is unique in the log."""
     return checkpoint_directory(step, generation.number, generation.members[0].incarnation)
-
-
-def reference_of(checkpoint: Checkpoint) -> CheckpointReference:
-    """A log's checkpoint as the checkpoint folder names it."""
-    return CheckpointReference(
-        checkpoint.step,
-        checkpoint.generation,
-        checkpoint.directory,
-        checkpoint.manifest_size,
-        checkpoint.manifest_sha256,
-    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Committer:
         *,
         keep: int,
         last_step: int,
-        deadline_s: float,
+        timeout_s: float,
         superseded: Callable[[int], bool],
         on_commit: Callable[[Checkpoint], None],
         on_done: Callable[[int], None],
@@ -76,7 +66,7 @@ class Committer:
         self._log = run_log
         self._keep = keep
         self._last_step = last_step
-        self._deadline_s = deadline_s
+        self._timeout_s = timeout_s
         self._superseded = superseded
         self._on_commit = on_commit
         self._on_done = on_done
@@ -84,10 +74,9 @@ class Committer:
         self._tidier = Tidier(store, on_failure=on_untidy)
         self._history = StepHistory()
         self._history_lock = threading.Lock()
-        self._due: queue.Queue[_Due | None] = queue.Queue()
         self._newest = (0, 0)
-        self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
-        self._thread.start()
+        """Generation and step of the newest checkpoint that is due."""
+        self._jobs = JobThread("commit", self._do)
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit."""
@@ -97,36 +86,34 @@ class Committer:
     def expect(self, step: int, generation: Generation) -> None:
         """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
         self._newest = (generation.number, step)
-        self._due.put(_Due(step, generation))
+        self._jobs.submit(_Due(step, generation))
 
     def finish(self, generation: Generation) -> None:
         """The workers of `generation` have done the last step: end the run once its checkpoint is committed."""
-        self._due.put(_Due(None, generation))
+        self._jobs.submit(_Due(None, generation))
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
-        self._due.put(None)
         give_up_at_s = time.monotonic() + timeout_s
-        self._thread.join(timeout_s)
+        self._jobs.close(timeout_s)
         self._tidier.close(max(0.0, give_up_at_s - time.monotonic()))
 
-    def _run(self) -> None:
-        while (due := self._due.get()) is not None:
-            step = self._last_step if due.step is None else due.step
-            left: _Expired | None = None
-            try:
-                if due.step is None:
-                    self._stop(due.generation)
-                else:
-                    left = self._commit(due.step, due.generation)
-            except FencedError as error:
-                log.info("commit_fenced", step=step, reason=str(error))
-            # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all commits.
-            except Exception as error:
-                self._on_failure(due.generation, step, error)
-            self._on_done(step)
-            if left is not None:
-                self._tidier.tidy(left)
+    def _do(self, due: _Due) -> None:
+        step = self._last_step if due.step is None else due.step
+        expired: _Expired | None = None
+        try:
+            if due.step is None:
+                self._stop(due.generation)
+            else:
+                expired = self._commit(due.step, due.generation)
+        except FencedError as error:
+            log.info("commit_fenced", step=step, reason=str(error))
+        # Any error at all: the agent must hear of it, and the thread must live, or no commit would follow.
+        except Exception as error:
+            self._on_failure(due.generation, step, error)
+        self._on_done(step)
+        if expired is not None:
+            self._tidier.tidy(expired)
 
     def _stop(self, generation: Generation) -> None:
         view = self._log.refresh()
@@ -142,11 +129,11 @@ class Committer:
             self._store,
             directory,
             generation.worker_ranks(),
-            deadline_s=self._deadline_s,
+            timeout_s=self._timeout_s,
             now=time.monotonic,
             wait=time.sleep,
             poll_interval_s=_POLL_INTERVAL_S,
-            # A newer checkpoint that is due already makes this one pointless, should a part of it be missing.
+            # Do not wait for missing parts once a newer checkpoint is due.
             should_stop=lambda: (
                 self._superseded(generation.number) or self._newest > (generation.number, step)
             ),
@@ -154,24 +141,18 @@ class Committer:
         if notices is None:
             log.info("commit_abandoned", step=step, directory=directory)
             return None
-        reference = publish_manifest(self._store, notices)
+        checkpoint = publish_manifest(self._store, notices)
         history = self._write_history(directory, step)
-        checkpoint = Checkpoint(
-            reference.step,
-            reference.generation,
-            reference.directory,
-            reference.manifest_size,
-            reference.manifest_sha256,
-            loss=json.loads(history[-1].text)["loss"] if history else None,
-        )
+        if history:
+            checkpoint = replace(checkpoint, loss=json.loads(history[-1].text)["loss"])
 
         gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
-            # Asked again after each lost race: only what the last answer lets go may be deleted.
+            # The log calls this again after each lost race: only what the last call lets go may be deleted.
             gone.clear()
             candidates = (checkpoint, *view.checkpoints)
-            expired = retention.expired([reference_of(each) for each in candidates], self._keep)
+            expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
             kept = tuple(each for each in candidates if each.directory not in gone)
             return Commit(kept, _history_key(directory))
@@ -208,29 +189,28 @@ class Tidier:
     def __init__(self, store: Store, *, on_failure: Callable[[Exception], None]) -> None:
         self._store = store
         self._on_failure = on_failure
-        self._due: queue.Queue[_Expired | None] = queue.Queue()
         self._expired: set[str] = set()
         """Checkpoints that some commit let go and that are not removed yet."""
-        self._thread = threading.Thread(target=self._run, name="tidy", daemon=True)
-        self._thread.start()
+        self._jobs = JobThread("tidy", self._do)
 
     def tidy(self, expired: _Expired) -> None:
         """Remove, soon, the expired checkpoints and the uploads that nothing can commit any more."""
-        self._due.put(expired)
+        # One removal does the work of all that wait, so the queue cannot grow.
+        waiting = self._jobs.discard()
+        directories = expired.directories.union(*(each.directories for each in waiting))
+        self._jobs.submit(_Expired(expired.view, directories))
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
-        self._due.put(None)
-        self._thread.join(timeout_s)
+        self._jobs.close(timeout_s)
 
-    def _run(self) -> None:
-        while (due := self._due.get()) is not None:
-            self._expired |= due.directories
-            try:
-                self._remove(due.view)
-            # Whatever it is: a thread that dies unheard would leave every later checkpoint behind.
-            except Exception as error:
-                self._on_failure(error)
+    def _do(self, due: _Expired) -> None:
+        self._expired |= due.directories
+        try:
+            self._remove(due.view)
+        # Any error at all: the thread must live, or every later checkpoint would stay.
+        except Exception as error:
+            self._on_failure(error)
 
     def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 
 import torch
 
-from elastic_pt.checkpoint.layout import Manifest
+from elastic_pt.checkpoint.layout import FullManifest
 from elastic_pt.checkpoint.restore import load_rows, read_tensors
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import Store
 
 
-def digest(store: Store, manifest: Manifest) -> str:
+def digest(store: Store, manifest: FullManifest) -> str:
     """SHA-256 (hex) over weights and optimizer state as described above, every block's CRC checked.
 
     Streams with at most 160 MiB in memory. Raises `CheckpointError` if bytes are missing or wrong. Any process.
@@ -41,7 +41,7 @@ def digest(store: Store, manifest: Manifest) -> str:
     return result.hexdigest()
 
 
-def canonical_order(manifest: Manifest) -> list[str]:
+def canonical_order(manifest: FullManifest) -> list[str]:
     """The names of all tensors in the order in which the digest takes them."""
 
     def rank(name: str) -> tuple[bool, str, str]:
@@ -52,7 +52,7 @@ def canonical_order(manifest: Manifest) -> list[str]:
 
 
 def iterate_tensors(
-    store: Store, manifest: Manifest, prefix: str = "model/", threads: int = 8
+    store: Store, manifest: FullManifest, prefix: str = "model/", threads: int = 8
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor whose name starts with `prefix`, whole, as `(name without the prefix, CPU tensor)`, sorted.
 

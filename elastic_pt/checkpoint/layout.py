@@ -6,24 +6,23 @@
         notice-<rank>.json         for the committing node: that the node record is there, and which rows it has
         manifest.json              names every node record, written when every notice is there
 
-The directory counts if and only if a COMMIT record of the run's log holds its `CheckpointReference`:
-the manifest's size and SHA-256. From there the chain goes down: the manifest holds size and SHA-256 of
-every node record; a node record those of its shard files, and a CRC-32 of every block of rows. So whoever
-holds the reference can tell any other bytes from the right ones, whole files or the few rows it needs.
+The directory counts if and only if a COMMIT record of the run's log names it, with the size and SHA-256
+of its manifest. From there the chain goes down: the manifest holds size and SHA-256 of every node record;
+a node record holds those of its shard files, and a CRC-32 of every block of rows. So a reader of the log
+can tell any other bytes from the right ones, for whole files and for the few rows that it needs.
 
-A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does); a file holds rows
+A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does). A file holds rows
 `[first_row, end_row)` of it, and the files of a node hold rows without a gap between them. For every tensor the
-rows of the nodes tile all rows without gap or overlap. This is checked three times: a node checks that the
-slices of its workers join, the committing node that the rows of all nodes tile, and a reader checks the
+rows of the nodes tile all rows without gap or overlap. This is checked three times. A node checks that the
+slices of its workers join. The committing node checks that the rows of all nodes tile. A reader checks the
 manifest again, and each node record against the rows that the manifest says. Nothing here knows how many
 workers will read.
 
-Until schema 2 there was one `part-<rank>.json` per file, and the manifest held all slices itself. Such
-checkpoints are still read: `Manifest` is both that document and what a reader puts together from schema 2,
-whose documents are in `nodes`.
+In schema 1 there was one `part-<rank>.json` per file, and the manifest held all slices itself. Such
+checkpoints are still read. `FullManifest` is both that document and what a reader puts together from the
+documents of later schemas, which are in `nodes`.
 
-Records check themselves when they are built, so a record that exists is a valid one, whether it was
-decoded or constructed. This module does no I/O; every error is a `CheckpointError` of one line.
+This module does no I/O; every error is a `CheckpointError` of one line.
 """
 
 import math
@@ -31,16 +30,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
-from elastic_pt.checkpoint.record import (
-    DOCUMENT_BYTES_MAX,
-    Document,
-    Record,
-    all_whole,
-    as_tuple,
-    shown,
-)
+from pydantic import Field, StringConstraints
+
+from elastic_pt.checkpoint.record import Record, StoredDocument, record, shown
 from elastic_pt.errors import CheckpointError
 
 BLOCK_BYTES_MAX = 4 << 20
@@ -48,16 +42,30 @@ DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}
 
 RowRange = tuple[int, int]
 
-RANK_MAX = 99_999
-DIRECTORY = re.compile(r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})")
-KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
-_TENSOR_NAME = re.compile(r"(model|exp_avg|exp_avg_sq)/[A-Za-z0-9_.-]+")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-LABEL = re.compile(r"[A-Za-z0-9._:+-]{1,128}")
+# Text in which no two dots follow each other: no name leads out of its directory.
+_WORD: Final = r"\.?([A-Za-z0-9_-]\.?)+"
+_DIRECTORY: Final = r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})"
+
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Step = Annotated[int, Field(ge=0, le=9_999_999_999)]
+Rank = Annotated[int, Field(ge=0, le=99_999)]
+Row = Annotated[int, Field(ge=0, le=1 << 40)]
+Shape = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1 << 40)], ...], Field(min_length=1, max_length=8)
+]
+FileBytes = Annotated[int, Field(ge=8, le=1 << 53)]
+Crc32 = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[str, StringConstraints(pattern=r"^\.?([A-Za-z0-9_:+-]\.?)+$", max_length=128)]
+Key = Annotated[str, StringConstraints(pattern=rf"^{_WORD}(/{_WORD})*$", max_length=512)]
+Directory = Annotated[str, StringConstraints(pattern=rf"^{_DIRECTORY}$")]
+TensorName = Annotated[
+    str, StringConstraints(pattern=rf"^(model|exp_avg|exp_avg_sq)/{_WORD}$", max_length=512)
+]
+Dtype = Literal["F64", "I64", "F32", "BF16"]
 
 
-@dataclass(frozen=True)
-class DirectoryName:
+class DirectoryName(NamedTuple):
     """The parts of a checkpoint directory's name."""
 
     step: int
@@ -74,7 +82,7 @@ def checkpoint_directory(step: int, generation: int, nonce: str) -> str:
 
 def parse_directory(directory: str) -> DirectoryName:
     """Take a checkpoint directory's name apart. Raises `CheckpointError` for any other name."""
-    found = DIRECTORY.fullmatch(directory)
+    found = re.fullmatch(_DIRECTORY, directory)
     if found is None:
         raise CheckpointError(f"{shown(directory)} is not the name of a checkpoint directory")
     return DirectoryName(int(found[1]), int(found[2]), found[3])
@@ -95,83 +103,65 @@ def manifest_key(directory: str) -> str:
     return f"{directory}/manifest.json"
 
 
-@dataclass(frozen=True)
+@record
 class TrainingState(Record):
     """All resumable state that is not a tensor. It knows no rank and no world size.
 
-    There is no RNG state in it, because nothing random depends on what was drawn before: initial
-    weights, data order and every other draw are keyed by `seed` and the step (or row) they are for.
-    `data_position` is the loader's whole state. The state is the one *after* step `step` was applied:
-    `step` counts steps that are done, `optimizer_step` those of them that were not skipped for a
-    non-finite gradient (AdamW's bias correction), `learning_rate_step` the schedule's position.
+    What follows from the step and the configuration is not in it: the position of the data and of the
+    schedule, the samples and tokens that were read, and every random draw, which is keyed by the seed and
+    the step (or row) it is for. `config_fingerprint` stands for the configuration, the seed included.
     """
 
     what: ClassVar[str] = "training state"
 
-    step: int
-    rows_seen: int
-    tokens_seen: int
-    seed: int
-    optimizer_step: int
-    learning_rate_step: int
-    data_position: int
-    data_fingerprint: str
-    tokenizer_sha256: str
-    config_fingerprint: str
-    numerics: str
-    slots: int
-    skipped_in_a_row: int = 0
-    """Steps just before this state that were skipped one after the other; left out of the JSON where it is 0."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object; one written before `skipped_in_a_row` existed keeps its bytes and its seal."""
-        values = super().to_json()
-        if not self.skipped_in_a_row:
-            del values["skipped_in_a_row"]
-        return values
-
-    @classmethod
-    def from_json(cls, value: object) -> Self:
-        """Decode strictly; an absent `skipped_in_a_row` is 0."""
-        if isinstance(value, dict):
-            value = {"skipped_in_a_row": 0} | value
-        return super().from_json(value)
+    step: Step
+    """Steps that are done: the state is the one after them."""
+    optimizer_step: Step
+    """Those of them that were not skipped for a non-finite gradient (AdamW's bias correction)."""
+    skipped_in_a_row: Step
+    """Steps just before this state that were skipped one after the other."""
+    data_fingerprint: Label
+    tokenizer_sha256: Sha256
+    config_fingerprint: Label
 
     def __post_init__(self) -> None:
-        self._whole("step", 0, 9_999_999_999)
-        for field in ("rows_seen", "tokens_seen", "data_position"):
-            self._whole(field, 0)
-        self._whole("seed", 0, (1 << 64) - 1)
-        self._whole("optimizer_step", 0, self.step)
-        self._whole("learning_rate_step", 0, self.step)
-        self._whole("slots", 1)
-        self._whole("skipped_in_a_row", 0, self.step - self.optimizer_step)
-        for field in ("data_fingerprint", "config_fingerprint"):
-            self._text(field, LABEL)
-        self._text("tokenizer_sha256", SHA256)
-        if self.numerics not in ("exact", "native"):
-            self._refuse("numerics", "'exact' or 'native'")
+        if self.optimizer_step > self.step:
+            raise self.refuse("optimizer_step", f"at most the {self.step} steps done")
+        if self.skipped_in_a_row > self.step - self.optimizer_step:
+            raise self.refuse("skipped_in_a_row", f"at most {self.step - self.optimizer_step}")
 
 
-@dataclass(frozen=True)
+_LEFT_OUT: Final = {
+    "rows_seen", "tokens_seen", "seed", "learning_rate_step", "data_position", "numerics", "slots"
+}  # fmt: skip
+"""Fields that states had until schema 2. They follow from the step and the configuration; nothing reads them."""
+
+
+def upgraded_state(schema: int, content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a document whose `state` of schema 1 or 2 becomes one of schema 3."""
+    state = content.get("state")
+    if schema >= 3 or not isinstance(state, dict):
+        return content
+    missing = _LEFT_OUT - state.keys()
+    if missing:
+        raise CheckpointError(f"training state: missing field {min(missing)!r}")
+    kept = {key: state[key] for key in state if key not in _LEFT_OUT}
+    # It was left out where it was 0.
+    return content | {"state": {"skipped_in_a_row": 0} | kept}
+
+
+@record
 class Tensor(Record):
-    """One whole tensor of the state, whoever holds its rows."""
+    """One whole tensor of the state, whichever workers hold its rows."""
 
     what: ClassVar[str] = "tensor"
 
-    name: str
-    dtype: str
-    global_shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _check_tensor(self)
-
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {"global_shape": as_tuple(values["global_shape"])}
+    name: TensorName
+    dtype: Dtype
+    global_shape: Shape
 
 
-@dataclass(frozen=True)
+@record
 class TensorSlice(Record):
     """Rows `[first_row, end_row)` of one tensor, stored at byte `offset` of one shard file.
 
@@ -181,35 +171,28 @@ class TensorSlice(Record):
 
     what: ClassVar[str] = "tensor slice"
 
-    name: str
-    dtype: str
-    global_shape: tuple[int, ...]
-    first_row: int
-    end_row: int
-    offset: int
-    block_rows: int
-    block_crc32: tuple[int, ...]
+    name: TensorName
+    dtype: Dtype
+    global_shape: Shape
+    first_row: Row
+    end_row: Row
+    offset: FileBytes
+    block_rows: Row
+    block_crc32: tuple[Crc32, ...]
 
     def __post_init__(self) -> None:
-        _check_tensor(self)
-        shape = self.global_shape
-        self._whole("first_row", 0, shape[0] - 1)
-        self._whole("end_row", self.first_row + 1, shape[0])
-        self._whole("offset", 8)
-        self._whole("block_rows", 1, shape[0])
+        rows = self.global_shape[0]
+        if not self.first_row < self.end_row <= rows:
+            raise self.refuse("end_row", f"{self.first_row + 1} to {rows}")
+        if not 1 <= self.block_rows <= rows:
+            raise self.refuse("block_rows", f"1 to {rows}")
         if self.block_rows > 1 and self.block_rows * self.row_bytes > BLOCK_BYTES_MAX:
-            self._refuse(
+            raise self.refuse(
                 "block_rows", f"at most {BLOCK_BYTES_MAX} bytes of {self.row_bytes}-byte rows"
             )
         blocks = -(-(self.end_row - self.first_row) // self.block_rows)
-        crcs = self.block_crc32
-        if not (all_whole(crcs, 0, 0xFFFFFFFF) and len(crcs) == blocks):
-            self._refuse("block_crc32", f"{blocks} CRC-32 values")
-
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        lists = ("global_shape", "block_crc32")
-        return values | {field: as_tuple(values[field]) for field in lists}
+        if len(self.block_crc32) != blocks:
+            raise self.refuse("block_crc32", f"{blocks} CRC-32 values")
 
     @property
     def row_bytes(self) -> int:
@@ -222,15 +205,6 @@ class TensorSlice(Record):
         return self.offset + (self.end_row - self.first_row) * self.row_bytes
 
 
-def _check_tensor(tensor: Tensor | TensorSlice) -> None:
-    tensor._text("name", _TENSOR_NAME)
-    if tensor.dtype not in DTYPE_BYTES:
-        tensor._refuse("dtype", f"one of {', '.join(DTYPE_BYTES)}")
-    shape = tensor.global_shape
-    if not (all_whole(shape, 1, 1 << 40) and 1 <= len(shape) <= 8):
-        tensor._refuse("global_shape", "one to eight sizes of at least 1")
-
-
 def rows_per_block(row_bytes: int, rows: int, block_bytes: int = 1 << 20) -> int:
     """Rows of one block, for rows of `row_bytes` each: as many as `block_bytes` hold, at least one.
 
@@ -240,21 +214,18 @@ def rows_per_block(row_bytes: int, rows: int, block_bytes: int = 1 << 20) -> int
     return max(1, min(rows, block_bytes // row_bytes))
 
 
-@dataclass(frozen=True)
+@record
 class ShardFile(Record):
     """One immutable file of a checkpoint. `key` is relative to the run's store, `size` is in bytes."""
 
     what: ClassVar[str] = "shard file"
 
-    key: str
-    size: int
-    sha256: str
+    key: Key
+    size: FileBytes
+    sha256: Sha256
     slices: tuple[TensorSlice, ...]
 
     def __post_init__(self) -> None:
-        self._text("key", KEY)
-        self._whole("size", 8)
-        self._text("sha256", SHA256)
         end, names = 0, set()
         for piece in self.slices:
             if piece.offset < end or piece.end_offset > self.size or piece.name in names:
@@ -265,39 +236,28 @@ class ShardFile(Record):
             end = piece.end_offset
             names.add(piece.name)
 
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {"slices": tuple(map(TensorSlice.from_json, as_tuple(values["slices"])))}
 
-
-@dataclass(frozen=True)
-class Part(Document):
+@record
+class Part(StoredDocument):
     """One worker's share of a checkpoint of schema 1."""
 
     what: ClassVar[str] = "checkpoint part"
-    schema: ClassVar[int] = 1
+    schemas: ClassVar[tuple[int, ...]] = (1,)
 
-    run_id: str
-    directory: str
-    rank: int
+    run_id: Label
+    directory: Directory
+    rank: Rank
     file: ShardFile
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        self._whole("rank", 0, RANK_MAX)
         if self.file.key != shard_key(self.directory, self.rank):
             raise CheckpointError(f"{self.what}: {self.file.key} is not rank {self.rank}'s file")
-        if self.state.step != parse_directory(self.directory).step:
-            raise CheckpointError(
-                f"{self.what}: state of step {self.state.step} in {self.directory}"
-            )
+        require_step(self.what, self.directory, self.state)
 
     @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        file = ShardFile.from_json(values["file"])
-        return values | {"file": file, "state": TrainingState.from_json(values["state"])}
+    def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
+        return upgraded_state(schema, content)
 
 
 @dataclass(frozen=True)
@@ -305,7 +265,7 @@ class TensorEntry:
     """A tensor and its pieces, `(file key, slice)`, in the order of their rows and without gap or overlap."""
 
     name: str
-    dtype: str
+    dtype: Dtype
     global_shape: tuple[int, ...]
     pieces: tuple[tuple[str, TensorSlice], ...]
 
@@ -315,28 +275,23 @@ class TensorEntry:
         return self.pieces[0][1].first_row, self.pieces[-1][1].end_row
 
 
-@dataclass(frozen=True)
-class Manifest(Document):
+@record
+class FullManifest(StoredDocument):
     """Every slice of a checkpoint, bound to one run, step, generation and place.
 
-    In schema 1 this is the object `manifest.json`; in schema 2 a reader puts it together from the node records.
+    In schema 1 this is the object `manifest.json`; for later ones a reader puts it together from the node records.
     """
 
     what: ClassVar[str] = "checkpoint manifest"
-    schema: ClassVar[int] = 1
+    schemas: ClassVar[tuple[int, ...]] = (1,)
 
-    run_id: str
-    directory: str
+    run_id: Label
+    directory: Directory
     files: tuple[ShardFile, ...]
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        if self.state.step != self.step:
-            raise CheckpointError(
-                f"{self.what}: state of step {self.state.step} in {self.directory}"
-            )
+        require_step(self.what, self.directory, self.state)
         # Ranks count from 0 without gaps, so the sorted keys are known.
         if [file.key for file in self.files] != [
             shard_key(self.directory, rank) for rank in range(len(self.files))
@@ -348,9 +303,8 @@ class Manifest(Document):
             raise CheckpointError(f"{self.what}: no tensors")
 
     @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        files = tuple(map(ShardFile.from_json, as_tuple(values["files"])))
-        return values | {"files": files, "state": TrainingState.from_json(values["state"])}
+    def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
+        return upgraded_state(schema, content)
 
     @property
     def step(self) -> int:
@@ -382,30 +336,10 @@ class Manifest(Document):
         return entries
 
 
-@dataclass(frozen=True)
-class CheckpointReference(Record):
-    """What a COMMIT record says: which directory counts, and which manifest bytes are the right ones."""
-
-    what: ClassVar[str] = "checkpoint reference"
-
-    step: int
-    generation: int
-    directory: str
-    manifest_size: int
-    manifest_sha256: str
-
-    def __post_init__(self) -> None:
-        self._text("directory", DIRECTORY)
-        name = parse_directory(self.directory)
-        self._whole("step", name.step, name.step)
-        self._whole("generation", name.generation, name.generation)
-        self._whole("manifest_size", 2, DOCUMENT_BYTES_MAX)
-        self._text("manifest_sha256", SHA256)
-
-    @property
-    def manifest_key(self) -> str:
-        """Key of the manifest this reference is about."""
-        return manifest_key(self.directory)
+def require_step(what: str, directory: str, state: TrainingState) -> None:
+    """Raise `CheckpointError` unless the state is of the step in the directory's name."""
+    if state.step != parse_directory(directory).step:
+        raise CheckpointError(f"{what}: state of step {state.step} in {directory}")
 
 
 def joined(files: Iterable[ShardFile]) -> dict[str, TensorEntry]:

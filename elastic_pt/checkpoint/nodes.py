@@ -1,42 +1,39 @@
-"""The documents of schema 2: what a node's workers uploaded, and which nodes make a checkpoint.
+"""The documents that nodes write: what a node's workers uploaded, and which nodes make a checkpoint.
 
     NodeRecord (every slice of a node's workers) ◄── NodeShare (its size, SHA-256 and rows)
     NodeNotice or NodeRefusal (to the committing node) ──► RootManifest (the share of every node)
 
-See `layout` for what is checked where. No I/O.
+`layout` says what is checked where. No I/O.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, StringConstraints
 
 from elastic_pt.checkpoint.layout import (
-    DIRECTORY,
-    KEY,
-    LABEL,
-    RANK_MAX,
-    SHA256,
+    Directory,
+    FileBytes,
+    Key,
+    Label,
+    Rank,
+    Row,
     RowRange,
+    Sha256,
     ShardFile,
     Tensor,
     TrainingState,
     check_tiling,
     joined,
-    parse_directory,
+    require_step,
     shard_key,
+    upgraded_state,
 )
-from elastic_pt.checkpoint.record import (
-    COUNT_MAX,
-    DOCUMENT_BYTES_MAX,
-    TEXT_LENGTH_MAX,
-    Document,
-    Record,
-    all_whole,
-    as_tuple,
-    canonical,
-)
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, Document, Record, canonical, record
 from elastic_pt.errors import CheckpointError
+
+REASON_LENGTH_MAX = 512
 
 
 def node_key(directory: str, first_rank: int) -> str:
@@ -51,25 +48,22 @@ def notice_key(directory: str, first_rank: int) -> str:
 
 def fingerprint_of(tensors: Sequence[Tensor]) -> str:
     """SHA-256 over what all tensors of the state are; equal on all nodes of a checkpoint."""
-    return hashlib.sha256(canonical([each.to_json() for each in tensors])).hexdigest()
+    return hashlib.sha256(canonical(tensors)).hexdigest()
 
 
-@dataclass(frozen=True)
+@record
 class NodeRecord(Document):
     """What is in the shard files of one node's workers. Its agent writes it once all of them are uploaded."""
 
     what: ClassVar[str] = "node record"
-    schema: ClassVar[int] = 2
+    schemas: ClassVar[tuple[int, ...]] = (2,)
 
-    run_id: str
-    directory: str
-    first_rank: int
+    run_id: Label
+    directory: Directory
+    first_rank: Rank
     files: tuple[ShardFile, ...]
 
     def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        self._whole("first_rank", 0, RANK_MAX)
         ranks = range(self.first_rank, self.first_rank + len(self.files))
         if not ranks or [each.key for each in self.files] != [
             shard_key(self.directory, rank) for rank in ranks
@@ -77,10 +71,6 @@ class NodeRecord(Document):
             raise CheckpointError(
                 f"{self.what}: its files are not those of ranks {self.first_rank}, ... of {self.directory}"
             )
-
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {"files": tuple(map(ShardFile.from_json, as_tuple(values["files"])))}
 
     def rows_of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """First and end row of each tensor that this node holds, one after the other; 0, 0 where it has none.
@@ -105,31 +95,18 @@ class NodeRecord(Document):
         return tuple(found)
 
 
-@dataclass(frozen=True)
+@record
 class NodeShare(Record):
     """One node's share of a checkpoint, as the manifest names it. `rows` are those of `NodeRecord.rows_of`."""
 
     what: ClassVar[str] = "node share"
 
-    key: str
-    size: int
-    sha256: str
-    shard_sizes: tuple[int, ...]
+    key: Key
+    size: Annotated[int, Field(ge=2, le=DOCUMENT_BYTES_MAX)]
+    sha256: Sha256
+    shard_sizes: Annotated[tuple[FileBytes, ...], Field(min_length=1)]
     """Bytes of the shard file of each of its workers."""
-    rows: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        self._text("key", KEY)
-        self._whole("size", 2, DOCUMENT_BYTES_MAX)
-        self._text("sha256", SHA256)
-        if not (all_whole(self.shard_sizes, 8, COUNT_MAX) and self.shard_sizes):
-            self._refuse("shard_sizes", "at least one size of at least 8")
-        if not all_whole(self.rows, 0, 1 << 40):
-            self._refuse("rows", "whole numbers")
-
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {field: as_tuple(values[field]) for field in ("shard_sizes", "rows")}
+    rows: tuple[Row, ...]
 
     def spans(self) -> Iterable[RowRange]:
         """The rows of each tensor, in the order of the manifest's tensors."""
@@ -137,43 +114,35 @@ class NodeShare(Record):
         return zip(numbers, numbers, strict=True)
 
 
-@dataclass(frozen=True)
+@record
 class NodeNotice(Document):
     """A node tells the committing node that all its shards and its record are in the store."""
 
     what: ClassVar[str] = "node notice"
-    schema: ClassVar[int] = 2
+    schemas: ClassVar[tuple[int, ...]] = (2, 3)
 
-    run_id: str
-    directory: str
-    first_rank: int
+    run_id: Label
+    directory: Directory
+    first_rank: Rank
     share: NodeShare
     state: TrainingState
-    tensors_sha256: str
+    tensors_sha256: Sha256
     """The `fingerprint_of` all tensors."""
     tensors: tuple[Tensor, ...]
     """All tensors, sorted by name; only the notice of the first node says them, since they are the same everywhere."""
 
     def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        self._whole("first_rank", 0, RANK_MAX)
-        self._text("tensors_sha256", SHA256)
         if self.share.key != node_key(self.directory, self.first_rank):
             raise CheckpointError(f"{self.what}: {self.share.key} is not its node's record")
-        _check_step(self)
+        require_step(self.what, self.directory, self.state)
         if bool(self.tensors) != (self.first_rank == 0):
-            self._refuse("tensors", "those of the state at rank 0, and none at others")
+            raise self.refuse("tensors", "those of the state at rank 0, and none at others")
         if self.tensors and fingerprint_of(self.tensors) != self.tensors_sha256:
-            self._refuse("tensors_sha256", "the SHA-256 of the tensors")
+            raise self.refuse("tensors_sha256", "the SHA-256 of the tensors")
 
     @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {
-            "share": NodeShare.from_json(values["share"]),
-            "state": TrainingState.from_json(values["state"]),
-            "tensors": tuple(map(Tensor.from_json, as_tuple(values["tensors"]))),
-        }
+    def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
+        return upgraded_state(schema, content)
 
     @property
     def ranks(self) -> range:
@@ -181,44 +150,35 @@ class NodeNotice(Document):
         return range(self.first_rank, self.first_rank + len(self.share.shard_sizes))
 
 
-@dataclass(frozen=True)
+@record
 class NodeRefusal(Document):
     """A node tells, in the place of its notice, that its record will not come, so that nobody waits for it."""
 
     what: ClassVar[str] = "node refusal"
-    schema: ClassVar[int] = 2
+    schemas: ClassVar[tuple[int, ...]] = (2,)
 
-    run_id: str
-    directory: str
-    first_rank: int
-    why: str
-
-    def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        self._whole("first_rank", 0, RANK_MAX)
-        if not isinstance(self.why, str) or len(self.why) > TEXT_LENGTH_MAX:
-            self._refuse("why", f"text of at most {TEXT_LENGTH_MAX} characters")
+    run_id: Label
+    directory: Directory
+    first_rank: Rank
+    why: Annotated[str, StringConstraints(max_length=REASON_LENGTH_MAX)]
 
 
-@dataclass(frozen=True)
+@record
 class RootManifest(Document):
     """Which node records make a checkpoint, and which rows each has; bound to one run, step, generation and place."""
 
     what: ClassVar[str] = "checkpoint manifest"
-    schema: ClassVar[int] = 2
+    schemas: ClassVar[tuple[int, ...]] = (2, 3)
 
-    run_id: str
-    directory: str
+    run_id: Label
+    directory: Directory
     tensors: tuple[Tensor, ...]
     nodes: tuple[NodeShare, ...]
     """In the order of their ranks."""
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self._text("run_id", LABEL)
-        self._text("directory", DIRECTORY)
-        _check_step(self)
+        require_step(self.what, self.directory, self.state)
         names = [tensor.name for tensor in self.tensors]
         if not names or names != sorted(set(names)):
             raise CheckpointError(f"{self.what}: its tensors are none, or not sorted by name")
@@ -242,12 +202,8 @@ class RootManifest(Document):
             )
 
     @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values | {
-            "tensors": tuple(map(Tensor.from_json, as_tuple(values["tensors"]))),
-            "nodes": tuple(map(NodeShare.from_json, as_tuple(values["nodes"]))),
-            "state": TrainingState.from_json(values["state"]),
-        }
+    def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
+        return upgraded_state(schema, content)
 
     @property
     def sizes(self) -> list[tuple[str, int]]:
@@ -261,10 +217,3 @@ class RootManifest(Document):
         """Keys of all that belongs to the checkpoint besides the manifest."""
         notices = {node.key.replace("/node-", "/notice-") for node in self.nodes}
         return {key for key, _ in self.sizes} | notices
-
-
-def _check_step(document: NodeNotice | RootManifest) -> None:
-    if document.state.step != parse_directory(document.directory).step:
-        raise CheckpointError(
-            f"{document.what}: state of step {document.state.step} in {document.directory}"
-        )

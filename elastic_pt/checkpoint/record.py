@@ -1,101 +1,164 @@
-"""Records that check themselves, as strict JSON.
+"""Records that check themselves, and their JSON.
 
-A `Record` is a frozen dataclass whose JSON object has exactly its fields; a `Document` is a record that
-is an object of its own in the store. Decoding refuses what encoding would not have written: other
-fields, other types, another schema, and (for documents, by their seal) any flipped bit.
+A `Record` is a frozen dataclass. pydantic checks its fields, strictly, when it is built and when it is
+decoded; `__post_init__` checks what several fields say together. So a record that exists is a valid one.
+
+A `StoredDocument` is a record that is an object of its own in the store. Its JSON is canonical (sorted
+keys, no spaces) and holds, beside the fields, `schema`, `kind` and the seal `sha256` over all the rest.
+`decode` refuses any flipped bit, any unknown, missing or ill-typed field, and any other schema. A
+`Document` is one that this version also writes.
+
+Every error is a `CheckpointError` of one line.
 """
 
+import functools
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import CREATE_LIMIT_BYTES
 
 DOCUMENT_BYTES_MAX = CREATE_LIMIT_BYTES
-COUNT_MAX = 1 << 53
-TEXT_LENGTH_MAX = 512
+_ENVELOPE = ("schema", "kind", "sha256")
 
 
 class Record:
-    """A frozen dataclass whose JSON object has exactly its fields."""
+    """A frozen dataclass whose JSON object has exactly its fields. Subclasses are decorated with `record`."""
 
     what: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object."""
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        return {name: _plain(getattr(self, name)) for name in names}
+        """The fields by name; records in them stay records."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
-    def from_json(cls, value: object) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Decode strictly: a missing, unknown or ill-typed field is a `CheckpointError`."""
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        return cls(**cls._decoded(_exactly(cls.what, value, names)))
+        try:
+            decoded: Self = _adapter(cls).validate_json(text)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise _refusal(cls.what, error) from error
+        return decoded
 
-    @classmethod
-    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values
-
-    def _whole(self, field: str, low: int, high: int = COUNT_MAX) -> None:
-        value = getattr(self, field)
-        if type(value) is not int or not low <= value <= high:
-            self._refuse(field, f"a whole number from {low} to {high}")
-
-    def _text(self, field: str, pattern: re.Pattern[str]) -> None:
-        value = getattr(self, field)
-        fits = isinstance(value, str) and len(value) <= TEXT_LENGTH_MAX
-        if not fits or not pattern.fullmatch(value) or ".." in value:
-            self._refuse(field, f"text like {pattern.pattern}")
-
-    def _refuse(self, field: str, wanted: str) -> None:
-        value = shown(getattr(self, field))
-        raise CheckpointError(f"{self.what}: {field} = {value}: {wanted} would be right")
+    def refuse(self, field: str, wanted: str) -> CheckpointError:
+        """The error for a field whose value does not fit the other fields."""
+        return CheckpointError(
+            f"{self.what}: {field} = {shown(getattr(self, field))}, expected {wanted}"
+        )
 
 
-class Document(Record):
-    """A record that is an object of its own in the store: canonical JSON with a schema version."""
+Class = TypeVar("Class", bound=Record)
 
-    schema: ClassVar[int]
 
-    def to_bytes(self) -> bytes:
-        """Canonical bytes: equal records have equal bytes, and any changed bit is noticed by `from_bytes`."""
-        body = {"schema": self.schema, "kind": self.what} | self.to_json()
-        # Each value is encoded once: the seal of a large document is not worth a second time.
-        encoded = {key: canonical(value) for key, value in body.items()}
-        seal = hashlib.sha256(_object(encoded)).hexdigest()
-        return _object(encoded | {"sha256": canonical(seal)}) + b"\n"
+@dataclass_transform(frozen_default=True)
+def record(cls: type[Class]) -> type[Class]:
+    """Make a subclass of `Record` a dataclass whose constructor raises `CheckpointError` for a wrong field."""
+    config = ConfigDict(strict=True, extra="forbid")
+    made = cast(type[Class], dataclass(frozen=True, config=config)(cls))
+    build = made.__init__
+    names = [field.name for field in fields(made)]  # type: ignore[arg-type]
+
+    @functools.wraps(build)
+    def init(self: Class, *values: Any, **named: Any) -> None:
+        # By name, so that pydantic's error says which field it is about.
+        named |= zip(names, values, strict=False)
+        try:
+            build(self, *values[len(names) :], **named)
+        except ValidationError as error:
+            raise _refusal(made.what, error) from error
+
+    made.__init__ = init  # type: ignore[assignment,method-assign]
+    return made
+
+
+class StoredDocument(Record):
+    """A record that is an object of its own in the store."""
+
+    schemas: ClassVar[tuple[int, ...]]
+    """Those that are read."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Decode what `to_bytes` wrote. Raises `CheckpointError` for anything else, one flipped bit included."""
-        return cls._from_tree(_tree(data, cls.what), data)
+        """Decode the bytes of one of the schemas. Raises `CheckpointError` for anything else."""
+        return decode(data, cls, cls)
 
     @classmethod
-    def _from_tree(cls, value: dict[str, Any], data: bytes) -> Self:
-        if value.get("schema") != cls.schema or value.get("kind") != cls.what:
-            found = f"schema {shown(value.get('schema'))} of {shown(value.get('kind'))}"
-            raise CheckpointError(f"{cls.what}: found {found}; expected schema {cls.schema}")
-        ours = {key: value[key] for key in value if key not in ("schema", "kind", "sha256")}
-        record = cls.from_json(ours)
-        if record.to_bytes() != data:
-            raise CheckpointError(f"{cls.what}: the bytes do not match their own SHA-256")
-        return record
+    def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a document of `schema`, as the newest schema has them."""
+        return content
 
 
-One = TypeVar("One", bound=Document)
-Other = TypeVar("Other", bound=Document)
+class Document(StoredDocument):
+    """A document that this version writes, in the last of its schemas."""
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes: equal documents have equal bytes."""
+        return sealed(self.what, self.schemas[-1], self.to_json())
 
 
-def either(one: type[One], other: type[Other], data: bytes) -> One | Other:
-    """Decode a document that is of one of two schemas or kinds. Raises `CheckpointError` as `from_bytes` does."""
-    value = _tree(data, one.what)
-    if (value.get("schema"), value.get("kind")) == (other.schema, other.what):
-        return other._from_tree(value, data)
-    return one._from_tree(value, data)
+One = TypeVar("One", bound=StoredDocument)
+Other = TypeVar("Other", bound=StoredDocument)
+
+
+def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
+    """Decode a document of one of two kinds or schemas. Raises `CheckpointError` for any other bytes."""
+    tree = _tree(data, one.what)
+    schema = tree.get("schema")
+    kinds: tuple[type[One] | type[Other], ...] = (one, other)
+    for kind in kinds:
+        if tree.get("kind") == kind.what and type(schema) is int and schema in kind.schemas:
+            break
+    else:
+        found = f"schema {shown(schema)} of {shown(tree.get('kind'))}"
+        wanted = " or ".join(map(str, sorted({*one.schemas, *other.schemas}, reverse=True)))
+        raise CheckpointError(f"{one.what}: found {found}, expected schema {wanted}")
+    content = {key: value for key, value in tree.items() if key not in _ENVELOPE}
+    try:
+        encoded = _encoded(content)
+    except ValueError as error:  # not a finite number
+        raise CheckpointError(f"{kind.what}: {error}") from error
+    if _sealed(kind.what, schema, encoded) != data:
+        raise CheckpointError(f"{kind.what}: the bytes do not match their own SHA-256")
+    upgraded = kind._upgraded(schema, content)
+    changed = {key: upgraded[key] for key in upgraded if upgraded[key] is not content.get(key)}
+    return kind.from_json(
+        _object({key: encoded[key] for key in upgraded if key not in changed} | _encoded(changed))
+    )
+
+
+def sealed(what: str, schema: int, content: Mapping[str, Any]) -> bytes:
+    """The bytes of a document: its content in an envelope, with the SHA-256 over all of it."""
+    return _sealed(what, schema, _encoded(content))
+
+
+def _sealed(what: str, schema: int, encoded: Mapping[str, bytes]) -> bytes:
+    body = {"schema": canonical(schema), "kind": canonical(what), **encoded}
+    seal = hashlib.sha256(_object(body)).hexdigest()
+    return _object(body | {"sha256": canonical(seal)}) + b"\n"
+
+
+def _encoded(content: Mapping[str, Any]) -> dict[str, bytes]:
+    # Each value is encoded once, though it is hashed and then written: a manifest has megabytes.
+    return {key: canonical(value) for key, value in content.items()}
+
+
+def _object(encoded: Mapping[str, bytes]) -> bytes:
+    """The canonical JSON object of values that are encoded already."""
+    return b"{" + b",".join(canonical(key) + b":" + encoded[key] for key in sorted(encoded)) + b"}"
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON text of a value. Raises `ValueError` for a number that is not finite."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=Record.to_json
+    )
+    return text.encode("ascii")
 
 
 def _tree(data: bytes, what: str) -> dict[str, Any]:
@@ -108,46 +171,32 @@ def _tree(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _plain(value: object) -> object:
-    # Not `asdict`, which copies every number of a large manifest one by one.
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, tuple) and value and isinstance(value[0], Record):
-        return [record.to_json() for record in value]
-    return value
+@functools.cache
+def _adapter(cls: type[Record]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
-def _exactly(what: str, value: object, names: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what}: {shown(value)} is not a JSON object")
-    for problem, wrong in (("missing", names - value.keys()), ("unknown", value.keys() - names)):
-        if wrong:
-            raise CheckpointError(f"{what}: {problem} field {', '.join(map(shown, sorted(wrong)))}")
-    return dict(value)
-
-
-def as_tuple(value: object) -> tuple[Any, ...]:
-    """A JSON array as a tuple; `CheckpointError` for anything else."""
-    if not isinstance(value, list | tuple):
-        raise CheckpointError(f"{shown(value)} is not a JSON array")
-    return tuple(value)
-
-
-def all_whole(values: object, low: int, high: int) -> bool:
-    """Whether this is a tuple of whole numbers from `low` to `high`."""
-    if not isinstance(values, tuple) or not set(map(type, values)) <= {int}:
-        return False
-    return not values or low <= min(values) <= max(values) <= high
-
-
-def _object(encoded: Mapping[str, bytes]) -> bytes:
-    """The canonical JSON object of values that are encoded already."""
-    return b"{" + b",".join(canonical(key) + b":" + encoded[key] for key in sorted(encoded)) + b"}"
-
-
-def canonical(value: object) -> bytes:
-    """The one JSON text of a value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+def _refusal(what: str, error: ValidationError) -> CheckpointError:
+    """What pydantic found first, in one line."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    value = shown(first["input"])
+    match first["type"]:
+        case "missing" | "missing_argument":
+            return CheckpointError(f"{what}: missing field {field!r}")
+        case "unexpected_keyword_argument":
+            return CheckpointError(f"{what}: unknown field {shown(field)}")
+        case "dataclass_type" | "dataclass_exact_type":
+            return CheckpointError(f"{what}: {field or 'it'} = {value}, expected a JSON object")
+        case "tuple_type":
+            return CheckpointError(f"{what}: {field} = {value}, expected a JSON array")
+        case "json_invalid":
+            return CheckpointError(f"{what}: not JSON")
+        case "string_pattern_mismatch":
+            wanted = f"text like {first['ctx']['pattern']}"
+        case _:
+            wanted = " ".join(first["msg"].removeprefix("Input should be ").split())
+    return CheckpointError(f"{what}: {shown(field)[1:-1]} = {value}, expected {wanted}")
 
 
 def shown(value: object) -> str:

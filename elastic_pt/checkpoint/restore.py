@@ -1,55 +1,28 @@
-"""Reading a checkpoint: which one, is it whole, and these rows of it please.
+"""Reading rows of tensors, bit for bit (workers and the command line).
 
-    reference (from the log) ── read_root ── read_index ── plan_reads ── load_rows ── tensors    (workers)
-                                    ├─────── quick_check (every size, before a run goes on)
-                                    └─────── read_manifest ── verify (every byte, for people)
-
-`read_root` reads the one object that the log vouches for. `read_index` reads, many at once, the records of those
-nodes whose rows are wanted, `read_manifest` those of all; each is compared with size, SHA-256 and rows in the root.
+    index ── plan_reads ── load_rows ── tensors       the rows that a worker wants
+               └────────── read_tensors ── bytes      whole tensors, for a digest
 
 A reader asks for row ranges and does not care how many workers wrote the files. What it asks for is
-widened to whole blocks, because a block is what a CRC-32 covers; neighbouring blocks of a file become one
+widened to whole blocks, because a block is what a CRC-32 covers. Neighbouring blocks of a file become one
 request of at most 32 MiB. A block is compared with its CRC before a byte of it reaches a tensor.
 
-Errors: `CheckpointError` means that this checkpoint cannot be used and another one may; any other
-`StoreError` (no access, deadline passed) says nothing about the checkpoint and goes through.
-Runs in workers (tensors) and in agents or the command line (choice and verification).
+Errors are those of `index`.
 """
 
-import hashlib
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
 
 import torch
 
-from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
-    Part,
-    RowRange,
-    ShardFile,
-    TensorEntry,
-    TensorSlice,
-    TrainingState,
-    part_key,
-)
-from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
-from elastic_pt.checkpoint.record import either
-from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds, hash_blocks
-from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.checkpoint.index import Index, in_order, read_bytes
+from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
+from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
+from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import Store
 
 READ_BYTES_MAX = 32 << 20
-_VERIFY_THREADS = 4
-_REQUEST_THREADS = 64
-"""Small requests that a reader has under way at once: sizes and node records."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,115 +48,8 @@ class ReadRange:
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True)
-class UsableCheckpoint:
-    """The newest checkpoint that passed the check, and why each newer one did not."""
-
-    reference: CheckpointReference
-    manifest: Manifest
-    passed_over: tuple[tuple[CheckpointReference, str], ...]
-
-
-class Index(Protocol):
-    """What `load_rows` needs to know of a checkpoint: where the rows of each tensor are."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorEntry]:
-        """The tensors by name, with all the pieces that the caller may want rows of."""
-
-
-@dataclass(frozen=True)
-class PartialIndex:
-    """The state of a checkpoint, and where the rows are that one reader wants."""
-
-    state: TrainingState
-    tensors: Mapping[str, TensorEntry]
-
-
-def read_root(store: Store, reference: CheckpointReference, run_id: str) -> RootManifest | Manifest:
-    """Read the object `manifest.json` that the reference is about, of either schema.
-
-    Size and SHA-256 are those of the reference before anything is parsed; then run, step, generation and
-    directory must agree, so a swapped, replayed or foreign manifest is a `CheckpointError`.
-    """
-    key = reference.manifest_key
-    data = _read_exactly(store, key, reference.manifest_size, reference.manifest_sha256)
-    manifest = either(RootManifest, Manifest, data)
-    if manifest.run_id != run_id:
-        raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
-    if manifest.directory != reference.directory:
-        raise CheckpointError(f"{key}: was written for {manifest.directory}")
-    return manifest
-
-
-def read_manifest(store: Store, reference: CheckpointReference, run_id: str) -> Manifest:
-    """Every slice of the checkpoint that the reference is about; reads all its node records.
-
-    Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
-    """
-    return _whole_manifest(store, read_root(store, reference, run_id))
-
-
-def _whole_manifest(store: Store, root: RootManifest | Manifest) -> Manifest:
-    if isinstance(root, Manifest):
-        return root
-    files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
-    return Manifest(root.run_id, root.directory, files, root.state)
-
-
-def read_index(
-    store: Store, reference: CheckpointReference, run_id: str, wanted: Mapping[str, RowRange]
-) -> PartialIndex:
-    """Where rows `[first, end)` of each wanted tensor are; reads the records of those nodes alone that have some.
-
-    Raises `CheckpointError` as `read_manifest` does.
-    """
-    root = read_root(store, reference, run_id)
-    if isinstance(root, Manifest):
-        return PartialIndex(root.state, root.tensors)
-    ranges = [wanted.get(tensor.name, (0, 0)) for tensor in root.tensors]
-    nodes = [
-        node
-        for node in root.nodes
-        if any(
-            first < low_high[1] and low_high[0] < end
-            for low_high, (first, end) in zip(node.spans(), ranges, strict=True)
-        )
-    ]
-    # Not `joined`: between nodes that were read for different tensors rows may be missing. `plan_reads` notices.
-    pieces: dict[str, list[tuple[str, TensorSlice]]] = {tensor.name: [] for tensor in root.tensors}
-    for record in _read_nodes(store, root, nodes):
-        for file in record.files:
-            for piece in file.slices:
-                pieces[piece.name].append((file.key, piece))
-    return PartialIndex(
-        root.state,
-        {
-            tensor.name: TensorEntry(
-                tensor.name, tensor.dtype, tensor.global_shape, tuple(pieces[tensor.name])
-            )
-            for tensor in root.tensors
-        },
-    )
-
-
-def quick_check(store: Store, reference: CheckpointReference, run_id: str) -> None:
-    """Look at the size of every file: nothing is missing or cut short.
-
-    Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
-    """
-    _check_sizes(store, read_root(store, reference, run_id).sizes)
-
-
-def _check_sizes(store: Store, expected: Sequence[tuple[str, int]]) -> None:
-    with ThreadPoolExecutor(_REQUEST_THREADS) as pool:
-        sizes = pool.map(lambda file: store.size(file[0]), expected)
-        for (key, size), found in zip(expected, sizes, strict=True):
-            _check_size(key, size, found)
-
-
 def plan_reads(
-    manifest: Index, wanted: Mapping[str, RowRange], read_bytes_max: int = READ_BYTES_MAX
+    index: Index, wanted: Mapping[str, RowRange], read_bytes_max: int = READ_BYTES_MAX
 ) -> list[ReadRange]:
     """The requests that fetch rows `[first, end)` of each wanted tensor, in file order.
 
@@ -192,7 +58,7 @@ def plan_reads(
     """
     found: list[tuple[str, Block]] = []
     for name, (first, end) in wanted.items():
-        entry = _entry(manifest, name)
+        entry = _entry(index, name)
         # A worker without rows of a tensor may say so with any empty range.
         if first != end and not 0 <= first < end <= entry.global_shape[0]:
             raise CheckpointError(
@@ -230,7 +96,7 @@ def coalesce(
 
 def load_rows(
     store: Store,
-    manifest: Index,
+    index: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
     threads: int = 8,
@@ -243,7 +109,7 @@ def load_rows(
     are then partly filled and must not be used.
     """
     for name, (first, end) in wanted.items():
-        entry, target = _entry(manifest, name), into[name]
+        entry, target = _entry(index, name), into[name]
         shape = (end - first, *entry.global_shape[1:])
         if tuple(target.shape) != shape or target.dtype != TORCH_DTYPES[entry.dtype]:
             raise CheckpointError(
@@ -254,12 +120,12 @@ def load_rows(
         for block, data in read_blocks(store, read):
             _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
 
-    for _ in _in_order(plan_reads(manifest, wanted), fetch, threads):
+    for _ in in_order(plan_reads(index, wanted), fetch, threads):
         pass
 
 
 def read_tensors(
-    store: Store, manifest: Index, names: Sequence[str], threads: int = 4
+    store: Store, index: Index, names: Sequence[str], threads: int = 4
 ) -> Iterator[tuple[str, memoryview]]:
     """Every byte of the named tensors, as `(name, verified bytes)`, in the order of the names and of their rows.
 
@@ -268,19 +134,17 @@ def read_tensors(
     blocks = [
         (key, block)
         for name in names
-        for key, piece in _entry(manifest, name).pieces
+        for key, piece in _entry(index, name).pieces
         for block in _blocks(piece, piece.first_row, piece.end_row)
     ]
-    for fetched in _in_order(
-        coalesce(blocks), lambda read: list(read_blocks(store, read)), threads
-    ):
+    for fetched in in_order(coalesce(blocks), lambda read: list(read_blocks(store, read)), threads):
         for block, data in fetched:
             yield block.tensor, data
 
 
 def read_blocks(store: Store, read: ReadRange) -> Iterator[tuple[Block, memoryview]]:
     """Fetch one request and yield its blocks, each compared with its CRC-32 first."""
-    data = memoryview(_read(store, read.key, read.start, read.end))
+    data = memoryview(read_bytes(store, read.key, read.start, read.end))
     for block in read.blocks:
         part = data[block.start - read.start : block.end - read.start]
         where = f"{read.key}: {block.tensor} block {block.index} (rows {block.first_row} to {block.end_row})"
@@ -291,70 +155,8 @@ def read_blocks(store: Store, read: ReadRange) -> Iterator[tuple[Block, memoryvi
         yield block, part
 
 
-def verify(store: Store, reference: CheckpointReference, run_id: str) -> list[str]:
-    """Read every byte of a checkpoint and say what is wrong with it; an empty list means nothing is.
-
-    Checks the manifest against the reference, node records against the manifest, the tiling of every tensor, size
-    and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that are still there.
-    """
-    try:
-        root = read_root(store, reference, run_id)
-        manifest = _whole_manifest(store, root)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = _file_problems(store, manifest)
-    return problems + _part_problems(store, root) if isinstance(root, Manifest) else problems
-
-
-def newest_usable(
-    store: Store,
-    references: Iterable[CheckpointReference],
-    run_id: str,
-    check: Literal["quick", "full"] = "quick",
-) -> UsableCheckpoint:
-    """The first of `references` (committed ones, newest first) that passes the check.
-
-    `quick` looks at the manifest, the node records and all sizes; `full` reads every byte. Raises `CheckpointError` with
-    all reasons when none passes.
-    """
-    passed_over: list[tuple[CheckpointReference, str]] = []
-    for reference in references:
-        try:
-            root = read_root(store, reference, run_id)
-            _check_sizes(store, root.sizes)
-            manifest = _whole_manifest(store, root)
-        except CheckpointError as error:
-            passed_over.append((reference, str(error)))
-            continue
-        problems = _file_problems(store, manifest) if check == "full" else []
-        if not problems:
-            return UsableCheckpoint(reference, manifest, tuple(passed_over))
-        passed_over.append((reference, "; ".join(problems)))
-    reasons = "; ".join(f"step {reference.step}: {reason}" for reference, reason in passed_over)
-    raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")
-
-
-def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) -> list[NodeRecord]:
-    """The records of these nodes, each just as the manifest describes it."""
-
-    def read(node: NodeShare) -> NodeRecord:
-        data = _read_exactly(store, node.key, node.size, node.sha256)
-        try:
-            record = NodeRecord.from_bytes(data)
-            rows = record.rows_of(root.tensors)
-        except CheckpointError as error:
-            raise CheckpointError(f"{node.key}: {error}") from error
-        sizes = tuple(file.size for file in record.files)
-        facts = (record.run_id, record.directory, sizes, rows)
-        if facts != (root.run_id, root.directory, node.shard_sizes, node.rows):
-            raise CheckpointError(f"{node.key}: does not say what the manifest says")
-        return record
-
-    return list(_in_order(nodes, read, _REQUEST_THREADS))
-
-
-def _entry(manifest: Index, name: str) -> TensorEntry:
-    entry = manifest.tensors.get(name)
+def _entry(index: Index, name: str) -> TensorEntry:
+    entry = index.tensors.get(name)
     if entry is None:
         raise CheckpointError(f"{name}: not in the checkpoint")
     return entry
@@ -388,90 +190,3 @@ def _copy_rows(block: Block, data: memoryview, rows: RowRange, target: torch.Ten
     source = torch.frombuffer(used, dtype=target.dtype).view(high - low, *target.shape[1:])
     with torch.no_grad():  # per thread, so it belongs here and not around the pool
         target[low - rows[0] : high - rows[0]].copy_(source)
-
-
-def _in_order(
-    reads: Iterable[Item], work: Callable[[Item], Result], threads: int
-) -> Iterator[Result]:
-    """`map` over a pool that is at most `threads` reads ahead of the consumer."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for read in reads:
-                if len(waiting) == threads:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(work, read))
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _read(store: Store, key: str, start: int, end: int) -> bytes:
-    try:
-        return store.read(key, start, end)
-    except NotFound as error:
-        raise CheckpointError(f"{key}: missing") from error
-
-
-def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
-    data = _read(store, key, 0, size + 1)
-    if len(data) != size:
-        raise CheckpointError(f"{key}: its size is not the committed {size} bytes")
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{key}: its SHA-256 is not the committed one")
-    return data
-
-
-def _check_size(key: str, expected: int, size: int | None) -> None:
-    if size is None:
-        raise CheckpointError(f"{key}: missing")
-    if size != expected:
-        raise CheckpointError(f"{key}: {size} bytes, expected {expected}")
-
-
-def _file_problems(store: Store, manifest: Manifest) -> list[str]:
-    with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
-        found = list(pool.map(lambda file: _problems_of(store, file), manifest.files))
-    return [problem for problems in found for problem in problems]
-
-
-def _problems_of(store: Store, file: ShardFile) -> list[str]:
-    starts = range(0, file.size, READ_BYTES_MAX)
-    try:
-        _check_size(file.key, file.size, store.size(file.key))
-        chunks = (
-            memoryview(_read(store, file.key, start, min(start + READ_BYTES_MAX, file.size)))
-            for start in starts
-        )
-        bounds = [bound for piece in file.slices for bound in block_bounds(piece)]
-        size, sha256, crcs = hash_blocks(chunks, bounds)
-        _check_size(file.key, file.size, size)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = (
-        [] if sha256 == file.sha256 else [f"{file.key}: its SHA-256 is not the one in the manifest"]
-    )
-    found = iter(crcs)
-    for piece in file.slices:
-        for index, crc in enumerate(piece.block_crc32):
-            if next(found) != crc:
-                problems.append(
-                    f"{file.key}: {piece.name} block {index}: its CRC-32 is not the one in the manifest"
-                )
-    return problems
-
-
-def _part_problems(store: Store, manifest: Manifest) -> list[str]:
-    """Parts are of no use once the manifest exists, so a missing one is no problem; a changed one is a sign of rot."""
-    problems = []
-    for file in manifest.files:
-        rank = int(file.key.rpartition("-")[2].partition(".")[0])
-        expected = Part(manifest.run_id, manifest.directory, rank, file, manifest.state).to_bytes()
-        key = part_key(manifest.directory, rank)
-        try:
-            if store.read(key, 0, len(expected) + 1) != expected:
-                problems.append(f"{key}: does not say what the manifest says")
-        except NotFound:
-            pass
-    return problems

@@ -13,29 +13,29 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
+    FullManifest,
     manifest_key,
     parse_directory,
 )
 from elastic_pt.checkpoint.nodes import RootManifest
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, either
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
 _DELETE_THREADS: Final = 16
 
 
-def expired(references: Sequence[CheckpointReference], keep: int) -> list[CheckpointReference]:
+def expired(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
     """The committed checkpoints that are no longer kept, newest first.
 
-    `references` are the usable committed ones, newest commit first (the order of the log, not of the
+    `checkpoints` are the usable committed ones, newest commit first (the order of the log, not of the
     steps: a run that fell back commits an earlier step later). The first `keep` >= 1 stay.
     """
     assert keep >= 1, f"keep = {keep}: the newest checkpoint is never deleted"
-    newest_first = list(dict.fromkeys(references))
-    kept = {reference.directory for reference in newest_first[:keep]}
-    return [reference for reference in newest_first if reference.directory not in kept]
+    newest_first = list(dict.fromkeys(checkpoints))
+    kept = {checkpoint.directory for checkpoint in newest_first[:keep]}
+    return [checkpoint for checkpoint in newest_first if checkpoint.directory not in kept]
 
 
 def leftovers(
@@ -76,7 +76,7 @@ def remove(store: Store, directory: str) -> None:
     keys = set(store.keys(f"{directory}/"))
     try:
         data = store.read(manifest_key(directory), 0, DOCUMENT_BYTES_MAX)
-        manifest = either(RootManifest, Manifest, data)
+        manifest = decode(data, RootManifest, FullManifest)
     except (NotFound, CheckpointError):
         pass
     else:

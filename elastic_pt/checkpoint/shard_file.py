@@ -21,26 +21,30 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 
 from elastic_pt.checkpoint.layout import (
     DTYPE_BYTES,
+    Dtype,
     ShardFile,
     Tensor,
     TensorSlice,
     TrainingState,
     rows_per_block,
 )
+from elastic_pt.checkpoint.record import canonical
 from elastic_pt.errors import CheckpointError
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
+TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "F64": torch.float64,
     "I64": torch.int64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_HEADER_SCHEMA = "2"
+_HEADER_SCHEMA = "3"
 _STAGED_NAME = re.compile(r"\.?\d{10}-g\d+-rank-\d+\.safetensors(\.\d+\.tmp)?")
+_TENSORS = TypeAdapter(tuple[Tensor, ...])
 _HEADER_BYTES_MAX = 100_000_000
 _COPY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
@@ -204,9 +208,9 @@ def _header(
         offset = end
     metadata = {
         "elastic_pt_schema": _HEADER_SCHEMA,
-        "state": json.dumps(state.to_json()),
+        "state": canonical(state).decode(),
         "rows": json.dumps(whole),
-        "tensors": json.dumps([tensor.to_json() for tensor in _tensors(tensors)]),
+        "tensors": canonical(_tensors(tensors)).decode(),
     }
     text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
@@ -249,8 +253,8 @@ def _parse_header(
             raise CheckpointError(
                 f"{path}: written with schema {metadata['elastic_pt_schema']!r:.40}"
             )
-        state = TrainingState.from_json(json.loads(metadata["state"]))
-        tensors = tuple(map(Tensor.from_json, json.loads(metadata["tensors"])))
+        state = TrainingState.from_json(metadata["state"])
+        tensors = _TENSORS.validate_json(metadata["tensors"])
         whole = json.loads(metadata["rows"])
         slices = []
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -1,31 +1,26 @@
-"""From a staged shard file to a manifest that can be committed.
+"""From a staged shard file to a node's record and notice in the bucket.
 
     worker: write_shard ──► staging directory (memory)
-    agent:  Uploader    ──► describe ─► shard-<rank>.safetensors ─► local file removed
-                            all of its workers' ─► node-<rank>.json ─► notice-<rank>.json
-    committing agent:       collect (all notices) ─► publish_manifest ─► reference ─► COMMIT, by the caller
+    agent:  Uploader    ──► describe_shard ─► shard-<rank>.safetensors ─► local file removed
+                            after the last worker of the node: node-<rank>.json ─► notice-<rank>.json
 
 A node record holds about 80 KB of slices per worker, so only its node and readers handle it. The notice is
-a few KB: size and SHA-256 of the record and the rows that it has of each tensor. That is enough to see that
-the checkpoint is whole, for thousands of nodes.
+a few KB; `publish` makes the manifest of all notices.
 
-Every arrow may be the last thing a process does. Until the COMMIT record is in the log nothing counts, and
+The process may die after any of these steps. Until the COMMIT record is in the log nothing counts, and
 nothing that was written is ever changed: records and manifest are created once, in a directory whose nonce no
-other world uses. So there is nothing to clean up before trying again, and `retention` removes the rest later.
+other world uses. So a new attempt needs no clean-up, and `retention` removes the rest later.
 """
 
 import hashlib
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
     ShardFile,
     Tensor,
     TrainingState,
@@ -33,19 +28,18 @@ from elastic_pt.checkpoint.layout import (
     shard_key,
 )
 from elastic_pt.checkpoint.nodes import (
+    REASON_LENGTH_MAX,
     NodeNotice,
     NodeRecord,
     NodeRefusal,
     NodeShare,
-    RootManifest,
     fingerprint_of,
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, TEXT_LENGTH_MAX, either
-from elastic_pt.checkpoint.restore import read_root
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
-from elastic_pt.errors import CheckpointError, NotFound, StoreError
+from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.store.port import Store
 
 _THREADS: Final = 64
@@ -53,14 +47,6 @@ _THREADS: Final = 64
 _POLL_MAX_S: Final = 0.5
 _POLL_SHARE: Final = 0.1
 """A notice is asked for again after this share of the time waited: it comes later by no more than that."""
-
-
-class ShareMissing(CheckpointError):
-    """A node's share of a checkpoint will not come: the node has said so, or has said nothing for too long."""
-
-    def __init__(self, text: str, first_rank: int) -> None:
-        super().__init__(text)
-        self.first_rank = first_rank
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,8 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
     first = shards[0]
     staged = first.staged
     if [each.staged.rank for each in shards] != list(staged.ranks):
-        raise CheckpointError(f"{first.file.key}: not all shards of ranks {_shown(staged.ranks)}")
+        ranks = f"{staged.ranks.start} to {staged.ranks.stop - 1}"
+        raise CheckpointError(f"{first.file.key}: not all shards of ranks {ranks}")
     for each in shards:
         if (each.state, each.tensors) != (first.state, first.tensors):
             raise CheckpointError(
@@ -154,7 +141,9 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
 def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
     """Tell the committing node that this node's share of a checkpoint will not come."""
     first_rank = shard.ranks.start
-    refusal = NodeRefusal(shard.run_id, shard.directory, first_rank, why[:TEXT_LENGTH_MAX])
+    # A path in the text may hold bytes that are not UTF-8.
+    text = why.encode(errors="replace").decode()[:REASON_LENGTH_MAX]
+    refusal = NodeRefusal(shard.run_id, shard.directory, first_rank, text)
     store.create(notice_key(shard.directory, first_rank), refusal.to_bytes())
 
 
@@ -171,11 +160,11 @@ class _NodeShards:
 class Uploader:
     """Uploads staged shards one after another in a thread of its own (agent process).
 
-    After the last shard of its node it writes the node's record and notice; after one that is missing or
-    cannot be uploaded, a refusal, and the rest of the node's shards is dropped.
+    After the last shard of its node it writes the node's record and notice. After one that is missing or
+    cannot be uploaded it writes a refusal and drops the rest of the node's shards.
     `on_uploaded(shard)` or `on_failed(shard, error)` is called once per shard, in that thread, after the
     local file is gone: a shard that could not be uploaded before the store's deadline makes room for
-    the next checkpoint. Use it as a context manager, or call `close`.
+    the next checkpoint.
     """
 
     def __init__(
@@ -184,228 +173,61 @@ class Uploader:
         *,
         on_uploaded: Callable[[StagedShard], None],
         on_failed: Callable[[StagedShard, Exception], None],
-        queue_limit: int = 64,
     ) -> None:
         self._store = store
         self._on_uploaded = on_uploaded
         self._on_failed = on_failed
-        self._queue_limit = queue_limit
-        self._changed = threading.Condition()
-        self._waiting: deque[StagedShard] = deque()
-        self._busy = False
-        self._current: Path | None = None
         self._node = _NodeShards("", range(0))
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="checkpoint-upload", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "Uploader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._jobs = JobThread("checkpoint-upload", self._upload)
 
     def submit(self, shard: StagedShard) -> None:
-        """Queue a shard. Raises `CheckpointError` when the queue is full or the uploader is closed."""
-        with self._changed:
-            if self._closed or not self._thread.is_alive():
-                raise CheckpointError(f"{shard.path}: the uploader has ended")
-            if len(self._waiting) >= self._queue_limit:
-                raise CheckpointError(
-                    f"{shard.path}: {self._queue_limit} shards are waiting already"
-                )
-            self._waiting.append(shard)
-            self._changed.notify_all()
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing is pending; False if that took longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+        """Queue a shard. Raises `CheckpointError` when too many wait or the uploader is closed."""
+        self._jobs.submit(shard)
 
     def pending(self) -> set[Path]:
         """The local files that are still to be uploaded, the one under way included."""
-        with self._changed:
-            current = set() if self._current is None else {self._current}
-            return {shard.path for shard in self._waiting} | current
+        return {shard.path for shard in self._jobs.pending()}
 
     def discard(self) -> int:
         """Drop what is queued (not what is under way) and its local files; the number of shards dropped."""
-        with self._changed:
-            dropped = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify_all()
+        dropped = self._jobs.discard()
         for shard in dropped:
-            if not shard.missing:
-                shard.path.unlink(missing_ok=True)
+            _remove_staged(shard)
         return len(dropped)
 
-    def close(self, timeout_s: float = 0.0) -> bool:
-        """Wait up to `timeout_s` for what is pending, drop the rest, and stop the thread.
-
-        False if an upload is still under way; its thread is a daemon and ends with the process.
-        """
-        drained = self.drain(timeout_s)
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    def close(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for what is pending, then drop the rest. False if an upload is still under way."""
+        done = self._jobs.close(timeout_s)
         self.discard()
-        if drained:
-            self._thread.join()
-        return drained
-
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                shard = self._waiting.popleft()
-                self._busy = True
-                self._current = shard.path
-            try:
-                self._upload(shard)
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._current = None
-                    self._changed.notify_all()
+        return done
 
     def _upload(self, shard: StagedShard) -> None:
-        failure: Exception | None = None
         # Workers stage a checkpoint only after the one before was released, so their shards never mix.
         if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
             self._node = _NodeShards(shard.directory, shard.ranks)
+        node, failure = self._node, None
         try:
-            self._do_share(shard)
-        # Whatever it is, the agent must hear of it: a thread that dies unheard would stop all checkpoints.
+            if shard.missing and not node.refused:
+                node.refused = True
+                refuse_node(self._store, shard, shard.missing)
+            elif not node.refused:
+                node.uploaded[shard.rank] = upload_shard(self._store, shard)
+                if len(node.uploaded) == len(node.ranks):
+                    publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
+        # Any error at all: the agent must hear of it, and the thread must live, or no checkpoint would follow.
         except Exception as error:
             failure = error
-            self._node.refused = True
+            node.refused = True
             with suppress(StoreError):
                 refuse_node(self._store, shard, str(error))
-        if not shard.missing:
-            with suppress(OSError):
-                shard.path.unlink()
+        _remove_staged(shard)
         if failure is None:
             self._on_uploaded(shard)
         else:
             self._on_failed(shard, failure)
 
-    def _do_share(self, shard: StagedShard) -> None:
-        node = self._node
-        if node.refused:
-            return
-        if shard.missing:
-            node.refused = True
-            refuse_node(self._store, shard, shard.missing)
-            return
-        node.uploaded[shard.rank] = upload_shard(self._store, shard)
-        if len(node.uploaded) == len(node.ranks):
-            publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
 
-
-def collect(
-    store: Store,
-    directory: str,
-    nodes: Sequence[range],
-    *,
-    deadline_s: float,
-    now: Callable[[], float],
-    wait: Callable[[float], object],
-    should_stop: Callable[[], bool],
-    poll_interval_s: float = 0.2,
-) -> list[NodeNotice] | None:
-    """Wait for the notice of every node and return them in order (committing agent).
-
-    `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
-    missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
-    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `ShareMissing` when a node has said that its own will
-    not come or `deadline_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
-    """
-    started_s = now()
-    found: list[NodeNotice] = []
-    at_once = 1
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while len(found) < len(nodes):
-            if should_stop():
-                return None
-            asked = nodes[len(found) : len(found) + at_once]
-            looks = list(pool.map(lambda ranks: _read_notice(store, directory, ranks), asked))
-            there = [notice for notice in looks if notice is not None]
-            if None not in looks:
-                found += there
-                at_once = _THREADS
-                continue
-            first_missing = looks.index(None)
-            found += there[:first_missing]
-            at_once = 1
-            waited_s = now() - started_s
-            if waited_s >= deadline_s:
-                first_rank = asked[first_missing].start
-                key = notice_key(directory, first_rank)
-                raise ShareMissing(f"{key}: not there after {deadline_s} s", first_rank)
-            wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
-    return found
-
-
-def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> CheckpointReference:
-    """Make one manifest of all node records, create it once, read it back (committing agent).
-
-    Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
-    tensors, and the rows of the nodes tile every tensor; `AlreadyExists` if another manifest is there. The checkpoint
-    counts once the caller has put the returned reference into a COMMIT record. Publishing the same notices twice
-    gives the same reference.
-    """
-    if not notices:
-        raise CheckpointError("a checkpoint without nodes cannot be published")
-    notices = sorted(notices, key=lambda notice: notice.first_rank)
-    first = notices[0]
-    for notice in notices:
-        key, first_key = notice.share.key, first.share.key
-        if (notice.run_id, notice.directory) != (first.run_id, first.directory):
-            raise CheckpointError(f"{key} and {first_key} are not of one checkpoint")
-        if (notice.state, notice.tensors_sha256) != (first.state, first.tensors_sha256):
-            raise CheckpointError(f"{key} and {first_key} differ in their training state")
-    name = parse_directory(first.directory)
-    manifest = RootManifest(
-        first.run_id,
-        first.directory,
-        first.tensors,
-        tuple(notice.share for notice in notices),
-        first.state,
-    )
-    data = manifest.to_bytes()
-    if len(data) > DOCUMENT_BYTES_MAX:
-        raise CheckpointError(
-            f"{first.directory}: a manifest of {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}"
-        )
-    sha256 = hashlib.sha256(data).hexdigest()
-    reference = CheckpointReference(name.step, name.generation, first.directory, len(data), sha256)
-    store.create(reference.manifest_key, data)
-    if read_root(store, reference, first.run_id) != manifest:
-        raise CheckpointError(f"{reference.manifest_key}: reads back as another manifest")
-    return reference
-
-
-def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | None:
-    """The notice of a node; None if it may still come."""
-    key = notice_key(directory, ranks.start)
-    try:
-        notice = either(NodeNotice, NodeRefusal, store.read(key, 0, DOCUMENT_BYTES_MAX))
-    except NotFound:
-        return None
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
-    if (notice.directory, notice.first_rank) != (directory, ranks.start):
-        raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
-    if isinstance(notice, NodeRefusal):
-        raise ShareMissing(f"{key}: its node could not upload it: {notice.why}", ranks.start)
-    if notice.ranks != ranks:
-        raise CheckpointError(
-            f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"
-        )
-    return notice
-
-
-def _shown(ranks: range) -> str:
-    return f"{ranks.start} to {ranks.stop - 1}"
+def _remove_staged(shard: StagedShard) -> None:
+    if not shard.missing:
+        with suppress(OSError):
+            shard.path.unlink()

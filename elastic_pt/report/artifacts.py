@@ -21,9 +21,9 @@ import torch
 from tokenizers import Tokenizer
 
 from elastic_pt.checkpoint import digest as checkpoint_digest
-from elastic_pt.checkpoint.commit import reference_of
-from elastic_pt.checkpoint.layout import Manifest
-from elastic_pt.checkpoint.restore import load_rows, newest_usable, verify
+from elastic_pt.checkpoint.layout import FullManifest
+from elastic_pt.checkpoint.restore import load_rows
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import HeldOutBatch, held_out_batches
@@ -48,7 +48,7 @@ _BATCH_TOKENS: Final = 8192
 class Chosen:
     """A checkpoint that verified, and why newer ones were not taken."""
 
-    manifest: Manifest
+    manifest: FullManifest
     passed_over: tuple[tuple[int, str], ...]
     """Step and reason."""
 
@@ -77,15 +77,15 @@ def choose_checkpoint(run: Run, step: int | None) -> Chosen:
             )
         passed_over = []
     run_id = run.log.view.run_id
-    found = newest_usable(run.store, map(reference_of, usable), run_id, check="full")
-    passed_over += [(reference.step, reason) for reference, reason in found.passed_over]
+    found = newest_usable(run.store, usable, run_id)
+    passed_over += [(each.step, reason) for each, reason in found.passed_over]
     newer = sorted((each for each in passed_over if each[0] > found.manifest.step), reverse=True)
     return Chosen(found.manifest, tuple(newer))
 
 
 def problems_of(run: Run, checkpoint: Checkpoint) -> list[str]:
     """Everything that is wrong with a checkpoint, after reading every byte of it."""
-    return verify(run.store, reference_of(checkpoint), run.log.view.run_id)
+    return verify(run.store, checkpoint, run.log.view.run_id)
 
 
 def digest_of(run: Run, chosen: Chosen) -> str:

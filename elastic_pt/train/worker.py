@@ -3,7 +3,7 @@
 Composition root of the worker process, which is disposable: it is forked for one generation and killed with
 SIGKILL when that generation has no future. The fork server calls `main` in a process that it has just forked.
 
-    main ─► join_world ─► TrainState ─► restore | initialize ─► SlotLoader ─► train.loop.train
+    main ─► join_world ─► TrainState ─► Checkpoints.load ─► SlotLoader ─► train.loop.train
 """
 
 import datetime
@@ -16,23 +16,19 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from elastic_pt.checkpoint.layout import CheckpointReference
-from elastic_pt.checkpoint.restore import load_rows, read_index
-from elastic_pt.checkpoint.shard_file import Staging
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import SlotLoader
-from elastic_pt.data.manifest import Manifest
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
-from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.membership.lookups import without_dns
 from elastic_pt.model.parallel import resolve_device
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.events import configure_events
+from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.exact import make_deterministic
-from elastic_pt.train.loop import Identity, train
+from elastic_pt.train.loop import train
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
@@ -60,9 +56,10 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
+    checkpoints = Checkpoints(config, manifest, assignment, agent, scratch, progress.enter)
     agent.send("activity", activity="restore")
     progress.enter(Phase.RESTORE, resume_step)
-    restore(config, state, assignment, agent, manifest)
+    checkpoints.load(state)
     agent.send("activity", activity="train")
     plan = DataPlan(
         manifest,
@@ -88,15 +85,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
         prefetch_steps=config.data.prefetch_steps,
     )
     with loader:
-        outcome = train(
-            config,
-            state,
-            iter(loader),
-            agent,
-            Staging(scratch, assignment.generation),
-            identity(config, manifest),
-            progress.enter,
-        )
+        outcome = train(config, state, iter(loader), agent, checkpoints, progress.enter)
         progress.enter(Phase.END, state.steps_done)
     # Nobody closes connections while another worker may still be reading from them.
     dist.barrier()
@@ -122,61 +111,3 @@ def join_world(config: Config, assignment: Assignment, device: torch.device) -> 
             device_id=device if device.type == "cuda" else None,
         )
         return init_device_mesh(device.type, (world_size,))
-
-
-def identity(config: Config, manifest: Manifest) -> Identity:
-    """What checkpoints of this run say about where they come from."""
-    return Identity(
-        data_fingerprint=manifest.fingerprint,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        config_fingerprint=config.fingerprint(),
-    )
-
-
-def restore(
-    config: Config, state: TrainState, assignment: Assignment, agent: WorkerSide, data: Manifest
-) -> None:
-    """Fill this worker's rows from the generation's checkpoint, or from the seed at the start of a run.
-
-    A checkpoint that does not verify is reported to the agent, which quarantines it; the next
-    generation resumes from the one before.
-    """
-    resume = assignment.resume
-    if resume is None:
-        state.initialize()
-        return
-    reference = CheckpointReference(
-        resume.step,
-        resume.generation,
-        resume.directory,
-        resume.manifest_size,
-        resume.manifest_sha256,
-    )
-    store = open_store(config.run.url, deadline_s=config.store.deadline_s)
-    slices = dict(state.slices())
-    wanted = {
-        name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
-    }
-    try:
-        index = read_index(store, reference, assignment.run_id, wanted)
-        found = Identity(
-            index.state.data_fingerprint,
-            index.state.tokenizer_sha256,
-            index.state.config_fingerprint,
-        )
-        if found != identity(config, data):
-            raise ConfigError(
-                f"{resume.directory}: made with another configuration, data or tokenizer ({found})"
-            )
-        load_rows(
-            store,
-            index,
-            wanted,
-            into={name: each.rows for name, each in slices.items()},
-        )
-    except CheckpointError as error:
-        agent.send("unusable", directory=resume.directory, why=str(error))
-        raise
-    state.steps_done = index.state.step
-    state.optimizer.step_count = index.state.optimizer_step
-    state.skipped_in_a_row = index.state.skipped_in_a_row

@@ -99,10 +99,10 @@ def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> Non
     """A skipped checkpoint is lost by this node; the same step of another one is not."""
     checkpointing = member_of(tmp_path, node_rank=1)
     assert checkpointing.lost() is None
-    message = {"step": 7, "rank": 3, "generation": 3, "why": "no space left"}
-    checkpointing.skipped(message)
+    message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
+    checkpointing.save(message)
     assert checkpointing.lost() == Lost(3, 7, "no space left", own=True)
-    checkpointing.skipped(message | {"step": 8, "generation": 2})
+    checkpointing.save(message | {"step": 8, "generation": 2})
     assert checkpointing.staged_step == 7
     checkpointing.close(WAIT_S)
 
@@ -113,12 +113,19 @@ def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: 
     released = threading.Event()
     committing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
     full = member_of(tmp_path, node_rank=1)
-    full.skipped({"step": 7, "rank": 2, "generation": 3, "why": "no space left"})
+    full.save({"kind": "skipped", "step": 7, "rank": 2, "generation": 3, "why": "no space left"})
     for rank in (0, 1):
         path = Staging(tmp_path / "staging", 3).path(7, rank)
         write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
-        committing.staged(
-            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        committing.save(
+            {
+                "kind": "staged",
+                "step": 7,
+                "rank": rank,
+                "generation": 3,
+                "path": str(path),
+                "seconds": 0.1,
+            }
         )
     assert released.wait(WAIT_S)
     lost = committing.lost()
@@ -146,7 +153,9 @@ def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> 
         StagedShard(path, RUN_ID, directory, 1, range(2)),
         "the store failed",
     )
-    checkpointing.staged({"step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1})
+    checkpointing.save(
+        {"kind": "staged", "step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1}
+    )
     assert released.wait(WAIT_S)
     failure = checkpointing.failure()
     assert failure is not None
@@ -165,8 +174,15 @@ def test_silence_is_the_trouble_of_the_node_that_was_silent(
     for rank in staged:
         path = Staging(tmp_path / "staging", 3).path(7, rank)
         write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
-        committing.staged(
-            {"step": 7, "rank": rank, "generation": 3, "path": str(path), "seconds": 0.1}
+        committing.save(
+            {
+                "kind": "staged",
+                "step": 7,
+                "rank": rank,
+                "generation": 3,
+                "path": str(path),
+                "seconds": 0.1,
+            }
         )
     assert released.wait(WAIT_S)
     lost = committing.lost()
@@ -185,7 +201,9 @@ def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path
     assert old != new
     for path in (old, new):
         path.write_bytes(b"x")
-    checkpointing.staged({"step": 7, "rank": 2, "generation": 2, "path": str(old), "seconds": 0.1})
+    checkpointing.save(
+        {"kind": "staged", "step": 7, "rank": 2, "generation": 2, "path": str(old), "seconds": 0.1}
+    )
     assert checkpointing.staged_step == 0
     assert [path.name for path in (tmp_path / "staging").iterdir()] == [new.name]
     checkpointing.close(WAIT_S)

@@ -51,7 +51,7 @@ class World:
             self.log,
             keep=keep,
             last_step=100,
-            deadline_s=WAIT_S,
+            timeout_s=WAIT_S,
             superseded=lambda _: False,
             on_commit=self.committed.append,
             on_done=lambda step: self.done[step].set(),

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastic_pt.checkpoint.digest import canonical_order, digest, iterate_tensors
-from elastic_pt.checkpoint.layout import Manifest
-from elastic_pt.checkpoint.restore import read_manifest
+from elastic_pt.checkpoint.index import read_manifest
+from elastic_pt.checkpoint.layout import FullManifest
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -27,7 +27,7 @@ from tests.checkpoint.world import (
 
 def published(
     store: Store, folder: Path, tensors: dict[str, torch.Tensor], world_size: int
-) -> Manifest:
+) -> FullManifest:
     """The manifest of a checkpoint of these tensors."""
     return read_manifest(store, write_checkpoint(store, folder, tensors, world_size), RUN_ID)
 

@@ -5,15 +5,16 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from elastic_pt.checkpoint.index import read_index, read_manifest, read_root
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
+    FullManifest,
     ShardFile,
     TensorSlice,
     manifest_key,
@@ -22,15 +23,11 @@ from elastic_pt.checkpoint.layout import (
 from elastic_pt.checkpoint.nodes import NodeRecord, RootManifest, node_key, notice_key
 from elastic_pt.checkpoint.restore import (
     load_rows,
-    newest_usable,
     plan_reads,
-    quick_check,
-    read_index,
-    read_manifest,
-    read_root,
-    verify,
 )
+from elastic_pt.checkpoint.verify import newest_usable, quick_check, verify
 from elastic_pt.errors import AccessDenied, CheckpointError
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 from tests.checkpoint.world import (
     RUN_ID,
@@ -59,7 +56,7 @@ def store() -> Store:
     return memory_store()
 
 
-def load_all(store: Store, manifest: Manifest) -> None:
+def load_all(store: Store, manifest: FullManifest) -> None:
     """Load every row of everything."""
     load_world(store, manifest, 1)
 
@@ -153,7 +150,7 @@ def test_wrong_wishes_are_refused(store: Store, tmp_path: Path) -> None:
 
 
 @st.composite
-def planned(draw: st.DrawFn) -> tuple[Manifest, dict[str, tuple[int, int]], int]:
+def planned(draw: st.DrawFn) -> tuple[FullManifest, dict[str, tuple[int, int]], int]:
     """A manifest of random slices and block sizes, wanted rows, and a limit."""
     files: list[list[TensorSlice]] = [[] for _ in range(draw(worlds))]
     offsets = [256] * len(files)
@@ -177,14 +174,14 @@ def planned(draw: st.DrawFn) -> tuple[Manifest, dict[str, tuple[int, int]], int]
         ShardFile(shard_key(directory, rank), offsets[rank], "a" * 64, tuple(pieces))
         for rank, pieces in enumerate(files)
     )
-    manifest = Manifest(RUN_ID, directory, shards, training_state())
+    manifest = FullManifest(RUN_ID, directory, shards, training_state())
     return manifest, wanted, draw(st.integers(1, 200))
 
 
 @settings(deadline=None)
 @given(planned())
 def test_a_plan_covers_the_wanted_rows_once(
-    drawn: tuple[Manifest, dict[str, tuple[int, int]], int],
+    drawn: tuple[FullManifest, dict[str, tuple[int, int]], int],
 ) -> None:
     """Every wanted row is in exactly one block, no block is useless, and requests are bounded and maximal."""
     manifest, wanted, limit = drawn
@@ -262,7 +259,7 @@ def test_rows_are_verified_before_they_are_used(store: Store, tmp_path: Path) ->
     assert torch.equal(into, torch.zeros(4, 2))
 
 
-def two_checkpoints(store: Store, folder: Path) -> tuple[CheckpointReference, CheckpointReference]:
+def two_checkpoints(store: Store, folder: Path) -> tuple[Checkpoint, Checkpoint]:
     """Step 50 and step 40, of the same shapes, written by three ranks."""
     old = write_checkpoint(store, folder, full_tensors(SMALL, seed=1), 3, step=40)
     new = write_checkpoint(store, folder, full_tensors(SMALL, seed=2), 3, step=50)
@@ -273,7 +270,7 @@ def two_checkpoints(store: Store, folder: Path) -> tuple[CheckpointReference, Ch
 def test_damage_that_sizes_show_falls_back_before_loading(
     store: Store, tmp_path: Path, damage: str
 ) -> None:
-    """A truncated, empty, missing or grown object: the quick check passes on to the one before, with the reason."""
+    """A truncated, empty, missing or grown object fails the quick check, and the checkpoint before is taken."""
     new, old = two_checkpoints(store, tmp_path)
     key = shard_key(new.directory, 1)
     data = store.read(key)
@@ -283,8 +280,10 @@ def test_damage_that_sizes_show_falls_back_before_loading(
         store.delete(key)
     else:
         store.write(key, {"cut": data[:-1], "empty": b"", "grown": data + b"\0"}[damage])
+    with pytest.raises(CheckpointError, match=key):
+        quick_check(store, new, RUN_ID)
     usable = newest_usable(store, [new, old], RUN_ID)
-    assert usable.reference == old
+    assert usable.checkpoint == old
     assert usable.manifest.step == 40
     [(passed_over, reason)] = usable.passed_over
     assert passed_over == new
@@ -300,15 +299,14 @@ def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> No
     assert len(left) == len(right)
     store.write(keys[0], right)
     store.write(keys[1], left)
-    usable = newest_usable(store, [new, old], RUN_ID, "quick")
-    assert usable.reference == new
+    quick_check(store, new, RUN_ID)
     with pytest.raises(CheckpointError, match=keys[0]):
-        load_all(store, usable.manifest)
+        load_all(store, read_manifest(store, new, RUN_ID))
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        newest_usable(store, [new, old], RUN_ID, "full")
+        newest_usable(store, [new, old], RUN_ID)
     store.write(keys[1], right)
-    full = newest_usable(store, [new, old], RUN_ID, "full")
-    assert full.reference == old
+    full = newest_usable(store, [new, old], RUN_ID)
+    assert full.checkpoint == old
     assert "SHA-256" in full.passed_over[0][1]
 
 
@@ -328,15 +326,15 @@ def test_shards_swapped_between_ranks_are_found(store: Store, tmp_path: Path) ->
 def test_replayed_and_foreign_manifests_are_refused(store: Store, tmp_path: Path) -> None:
     """An older manifest under a newer name, one of another attempt, and one of another run do not count."""
     new, old = two_checkpoints(store, tmp_path)
-    good = store.read(new.manifest_key)
-    store.write(new.manifest_key, store.read(old.manifest_key))
+    good = store.read(manifest_key(new.directory))
+    store.write(manifest_key(new.directory), store.read(manifest_key(old.directory)))
     with pytest.raises(CheckpointError, match=r"SHA-256|size"):
         read_manifest(store, new, RUN_ID)
     # Even a reference that vouches for the old bytes cannot make them those of another directory.
     forged = replace(old, step=new.step, directory=new.directory)
     with pytest.raises(CheckpointError, match=f"written for {old.directory}"):
         read_manifest(store, forged, RUN_ID)
-    store.write(new.manifest_key, good)
+    store.write(manifest_key(new.directory), good)
     with pytest.raises(CheckpointError, match="belongs to run"):
         read_manifest(store, new, "run-of-somebody-else")
     assert read_manifest(store, new, RUN_ID).step == 50
@@ -346,16 +344,36 @@ def test_only_the_committed_manifest_counts(store: Store, tmp_path: Path) -> Non
     """A well-formed manifest of the same directory, run and size is refused if it is not the committed one."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     root = read_root(store, reference, RUN_ID)
-    other = replace(root, state=training_state(seed=8)).to_bytes()
+    other = replace(root, state=training_state(data_fingerprint="c" * 64)).to_bytes()
     assert len(other) == reference.manifest_size
-    store.write(reference.manifest_key, other)
+    store.write(manifest_key(reference.directory), other)
     with pytest.raises(CheckpointError, match="SHA-256"):
         read_manifest(store, reference, RUN_ID)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 41},
+        {"generation": 2},
+        {"manifest_size": 0},
+        {"manifest_size": 1 << 40},
+        {"manifest_sha256": ""},
+        {"directory": "ckpt/../0000000040-g1-0a1b2c3d"},
+    ],
+)
+def test_a_commit_that_contradicts_its_directory_is_refused(
+    store: Store, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Step, generation, size and hash in the log must fit the directory's name and its manifest."""
+    checkpoint = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
+    with pytest.raises(CheckpointError):
+        read_root(store, replace(checkpoint, **changes), RUN_ID)
+
+
 def vouched_for(
-    store: Store, reference: CheckpointReference, change: Callable[[NodeRecord], NodeRecord]
-) -> CheckpointReference:
+    store: Store, reference: Checkpoint, change: Callable[[NodeRecord], NodeRecord]
+) -> Checkpoint:
     """The reference to a manifest that vouches for a changed record of the first node."""
     root = read_root(store, reference, RUN_ID)
     assert isinstance(root, RootManifest)
@@ -364,7 +382,7 @@ def vouched_for(
     store.write(share.key, record)
     share = replace(share, size=len(record), sha256=hashlib.sha256(record).hexdigest())
     data = replace(root, nodes=(share, *others)).to_bytes()
-    store.write(reference.manifest_key, data)
+    store.write(manifest_key(reference.directory), data)
     sha256 = hashlib.sha256(data).hexdigest()
     return replace(reference, manifest_size=len(data), manifest_sha256=sha256)
 
@@ -440,7 +458,7 @@ def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
     """With every checkpoint bad the error holds all the reasons; with none at all it says so."""
     new, old = two_checkpoints(store, tmp_path)
     store.delete(shard_key(new.directory, 2))
-    store.write(old.manifest_key, b"")
+    store.write(manifest_key(old.directory), b"")
     with pytest.raises(CheckpointError, match=r"step 50: .*missing.*step 40: .*size"):
         newest_usable(store, [new, old], RUN_ID)
     with pytest.raises(CheckpointError, match="none was committed"):
@@ -478,4 +496,4 @@ def test_notices_are_not_needed_once_the_manifest_exists(store: Store, tmp_path:
     for rank in range(2):
         store.delete(notice_key(reference.directory, rank))
     assert verify(store, reference, RUN_ID) == []
-    assert newest_usable(store, [reference], RUN_ID, "full").passed_over == ()
+    assert newest_usable(store, [reference], RUN_ID).passed_over == ()

@@ -7,23 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
     checkpoint_directory,
     manifest_key,
     shard_key,
 )
-from elastic_pt.checkpoint.restore import newest_usable, verify
 from elastic_pt.checkpoint.retention import expired, leftovers, listed_directories, remove
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import CheckpointError
+from elastic_pt.runlog.records import Checkpoint
 from tests.checkpoint.world import RUN_ID, full_tensors, memory_store, write_checkpoint
 
 SMALL = {"b": (3,), "w": (4, 2)}
 
 
-def reference(step: int, generation: int = 1) -> CheckpointReference:
+def reference(step: int, generation: int = 1) -> Checkpoint:
     """A committed checkpoint."""
     directory = checkpoint_directory(step, generation, "0a1b2c3d")
-    return CheckpointReference(step, generation, directory, 100, "a" * 64)
+    return Checkpoint(step, generation, directory, 100, "a" * 64, loss=None)
 
 
 references = st.lists(
@@ -33,7 +33,7 @@ references = st.lists(
 
 @settings(deadline=None)
 @given(references, st.integers(1, 6))
-def test_the_newest_are_kept(committed: list[CheckpointReference], keep: int) -> None:
+def test_the_newest_are_kept(committed: list[Checkpoint], keep: int) -> None:
     """Exactly the first `keep` commits stay, in whatever order steps came."""
     assert expired(committed, keep) == committed[keep:]
 
@@ -92,7 +92,7 @@ def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -
             with pytest.raises(KeyboardInterrupt):
                 remove(Dying(), new.directory)
         usable = newest_usable(store, [new, old], RUN_ID)
-        assert usable.reference == (new if survived in (0, 7) else old)
+        assert usable.checkpoint == (new if survived in (0, 7) else old)
         remove(store, new.directory)
         remove(store, new.directory)
         assert store.keys(new.directory) == []
@@ -124,7 +124,7 @@ def test_removing_is_confined_to_checkpoint_directories(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             remove(store, name)
     torn = checkpoint_directory(30, 1, "beef")
-    store.write(manifest_key(torn), store.read(kept.manifest_key))
+    store.write(manifest_key(torn), store.read(manifest_key(kept.directory)))
     store.write(shard_key(torn, 0), b"half")
     remove(store, torn)
     assert listed_directories(store) == [kept.directory]

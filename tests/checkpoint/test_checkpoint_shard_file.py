@@ -43,7 +43,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     assert all(same_bits(read[name], tensors[name].rows.detach().contiguous()) for name in tensors)
     with safe_open(path, "pt") as file:
-        assert file.metadata()["elastic_pt_schema"] == "2"
+        assert file.metadata()["elastic_pt_schema"] == "3"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from elastic_pt.checkpoint.digest import digest
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
     checkpoint_directory,
     manifest_key,
     shard_key,
@@ -23,19 +23,18 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.restore import newest_usable, read_manifest, verify
+from elastic_pt.checkpoint.publish import ShareMissing, collect, publish_manifest
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
 from elastic_pt.checkpoint.shard_file import write_shard
 from elastic_pt.checkpoint.upload import (
-    ShareMissing,
     StagedShard,
     Uploader,
-    collect,
-    publish_manifest,
     publish_node,
     upload_shard,
 )
+from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 from tests.checkpoint.world import (
     RUN_ID,
@@ -93,7 +92,7 @@ class FailingStore:
         self._change(lambda: self._store.delete(key))
 
 
-def attempt(store: Store, shards: list[StagedShard]) -> CheckpointReference:
+def attempt(store: Store, shards: list[StagedShard]) -> Checkpoint:
     """Upload all shards and publish, as agents do, in one thread."""
     upload_nodes(store, shards)
     nodes = list(dict.fromkeys(shard.ranks for shard in shards))
@@ -113,7 +112,7 @@ def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
     failing = FailingStore(store, crash_at, after)
     with pytest.raises(Crash):
         attempt(failing, shards)
-    assert newest_usable(store, [old], RUN_ID, "full").passed_over == ()
+    assert newest_usable(store, [old], RUN_ID).passed_over == ()
     for ranks in nodes_of(3, 2):
         key = notice_key(DIRECTORY, ranks.start)
         if store.size(key) is not None:
@@ -160,7 +159,7 @@ def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
     store = memory_store()
     upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
     notices = collected(store, DIRECTORY, 2)
-    other = replace(notices[1], state=training_state(50, rows_seen=1))
+    other = replace(notices[1], state=training_state(50, optimizer_step=49))
     stranger = replace(notices[1], run_id="another")
     reshaped = replace(notices[1], tensors_sha256="0" * 64)
     for wrong in (
@@ -217,7 +216,7 @@ def test_a_node_vouches_only_for_rows_that_join(tmp_path: Path) -> None:
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
     first, middle, last = (upload_shard(store, shard) for shard in shards)
     gap = replace(middle, file=replace(middle.file, slices=()))
-    other = replace(middle, state=training_state(50, rows_seen=1))
+    other = replace(middle, state=training_state(50, optimizer_step=49))
     for wrong, reason in (
         ([first, gap, last], "are missing"),
         ([first, other, last], "differ in their training state"),
@@ -259,14 +258,14 @@ class Clock:
 
 
 def collect_by(
-    clock: Clock, store: Store, *, ranks: int, deadline_s: float, stop_after_s: float = float("inf")
+    clock: Clock, store: Store, *, ranks: int, timeout_s: float, stop_after_s: float = float("inf")
 ) -> list[NodeNotice] | None:
     """Collect the notices of `DIRECTORY` on a clock that only waiting moves."""
     return collect(
         store,
         DIRECTORY,
         nodes_of(ranks),
-        deadline_s=deadline_s,
+        timeout_s=timeout_s,
         now=clock.now,
         wait=clock.wait,
         should_stop=lambda: clock.now_s > stop_after_s,
@@ -280,7 +279,7 @@ def test_collecting_waits_for_late_notices(tmp_path: Path) -> None:
     clock = Clock(
         {0.3 * (3 - n): lambda n=n: upload_nodes(store, shards[n : n + 1]) for n in range(3)}
     )  # type: ignore[misc]
-    notices = collect_by(clock, store, ranks=3, deadline_s=5.0)
+    notices = collect_by(clock, store, ranks=3, timeout_s=5.0)
     assert notices is not None
     assert [notice.first_rank for notice in notices] == [0, 1, 2]
     assert clock.now_s < 101.5
@@ -293,17 +292,17 @@ def test_nobody_waits_for_a_shard_that_will_not_come(tmp_path: Path) -> None:
     upload_nodes(store, shards[:1])
     shards[1].path.write_bytes(b"not a shard")
     failures: list[int] = []
-    with Uploader(
+    uploader = Uploader(
         store, on_uploaded=lambda _: None, on_failed=lambda shard, _: failures.append(shard.step)
-    ) as uploader:
-        uploader.submit(shards[1])
-        assert uploader.drain(WAIT_S)
+    )
+    uploader.submit(shards[1])
+    assert uploader.close(WAIT_S)
     assert failures == [50]
     clock = Clock()
     with pytest.raises(
         ShareMissing, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
     ):
-        collect_by(clock, store, ranks=2, deadline_s=600.0)
+        collect_by(clock, store, ranks=2, timeout_s=600.0)
     assert clock.now_s < 101.0
 
 
@@ -314,10 +313,10 @@ def test_collecting_has_an_end(tmp_path: Path) -> None:
     upload_nodes(store, shards[:1])
     clock = Clock()
     with pytest.raises(ShareMissing, match=r"notice-00001.json: not there after 5.0 s") as missing:
-        collect_by(clock, store, ranks=2, deadline_s=5.0)
+        collect_by(clock, store, ranks=2, timeout_s=5.0)
     assert missing.value.first_rank == 1
     assert clock.now_s == pytest.approx(105.0, abs=0.3)
-    stopped = collect_by(clock, store, ranks=2, deadline_s=5.0, stop_after_s=106.0)
+    stopped = collect_by(clock, store, ranks=2, timeout_s=5.0, stop_after_s=106.0)
     assert stopped is None
 
 
@@ -361,12 +360,11 @@ class Heard:
         self.uploaded: list[int] = []
         self.failed: list[tuple[int, Exception]] = []
 
-    def uploader(self, store: Store, queue_limit: int = 64) -> Uploader:
+    def uploader(self, store: Store) -> Uploader:
         return Uploader(
             store,
             on_uploaded=lambda shard: self.uploaded.append(shard.step),
             on_failed=lambda shard, error: self.failed.append((shard.step, error)),
-            queue_limit=queue_limit,
         )
 
 
@@ -375,10 +373,10 @@ def test_the_uploader_uploads_and_removes(tmp_path: Path) -> None:
     store, heard = memory_store(), Heard()
     tensors = full_tensors(SMALL)
     shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50), workers=2)
-    with heard.uploader(store) as uploader:
-        for shard in shards:
-            uploader.submit(shard)
-        assert uploader.drain(WAIT_S)
+    uploader = heard.uploader(store)
+    for shard in shards:
+        uploader.submit(shard)
+    assert uploader.close(WAIT_S)
     assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
     assert list(tmp_path.iterdir()) == []
     reference = publish_manifest(store, collected(store, DIRECTORY, 3, 2))
@@ -396,17 +394,17 @@ def test_failed_uploads_are_reported_and_make_room(tmp_path: Path) -> None:
 
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50))
     shards[1].path.write_bytes(b"damaged")
-    with heard.uploader(FailingStore(store, gate=give_up)) as uploader:
-        for shard in shards:
-            uploader.submit(shard)
-        assert uploader.drain(WAIT_S)
+    uploader = heard.uploader(FailingStore(store, gate=give_up))
+    for shard in shards:
+        uploader.submit(shard)
+    assert uploader.close(WAIT_S)
     assert [type(error) for _, error in heard.failed] == [StoreError, CheckpointError]
     assert heard.uploaded == [50]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_queue_is_bounded_and_can_be_dropped(tmp_path: Path) -> None:
-    """A full queue refuses at once; dropping it frees its files; the shard under way is finished."""
+def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
+    """Dropping the queue frees its files; the shard under way is finished; a closed uploader takes no shard."""
     store, heard = memory_store(), Heard()
     started, release = threading.Event(), threading.Event()
 
@@ -415,17 +413,15 @@ def test_the_queue_is_bounded_and_can_be_dropped(tmp_path: Path) -> None:
         assert release.wait(WAIT_S)
 
     shards = stage(tmp_path, full_tensors(SMALL), 4, DIRECTORY, training_state(50))
-    uploader = heard.uploader(FailingStore(store, gate=hold), queue_limit=2)
+    uploader = heard.uploader(FailingStore(store, gate=hold))
     uploader.submit(shards[0])
     assert started.wait(WAIT_S)
     uploader.submit(shards[1])
     uploader.submit(shards[2])
-    with pytest.raises(CheckpointError, match="2 shards are waiting"):
-        uploader.submit(shards[3])
-    assert not uploader.drain(0.0)
+    assert uploader.pending() == {shard.path for shard in shards[:3]}
     assert uploader.discard() == 2
-    assert not uploader.drain(0.0)
-    assert not uploader.close()
+    assert uploader.pending() == {shards[0].path}
+    assert not uploader.close(0.0)
     release.set()
     assert uploader.close(WAIT_S)
     assert heard.uploaded == [50]
@@ -438,11 +434,11 @@ def test_a_shard_that_had_no_room_is_waited_for_by_nobody(tmp_path: Path) -> Non
     """A worker's missing shard becomes its node's refusal; the node uploads nothing more of this checkpoint."""
     store, heard = memory_store(), Heard()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
-    with heard.uploader(store) as uploader:
-        uploader.submit(shards[0])
-        uploader.submit(replace(shards[1], path=Path(), missing="no room"))
-        uploader.submit(shards[2])
-        assert uploader.drain(WAIT_S)
+    uploader = heard.uploader(store)
+    uploader.submit(shards[0])
+    uploader.submit(replace(shards[1], path=Path(), missing="no room"))
+    uploader.submit(shards[2])
+    assert uploader.close(WAIT_S)
     assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
     assert not shards[2].path.exists()
     assert store.size(shard_key(DIRECTORY, 2)) is None

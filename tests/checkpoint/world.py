@@ -8,22 +8,21 @@ from pathlib import Path
 import torch
 
 from elastic_pt.checkpoint.layout import (
-    CheckpointReference,
-    Manifest,
+    FullManifest,
     TrainingState,
     checkpoint_directory,
 )
 from elastic_pt.checkpoint.nodes import NodeNotice
+from elastic_pt.checkpoint.publish import collect, publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
 from elastic_pt.checkpoint.upload import (
     StagedShard,
     UploadedShard,
-    collect,
-    publish_manifest,
     publish_node,
     upload_shard,
 )
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -40,17 +39,11 @@ def training_state(step: int = 40, **changes: object) -> TrainingState:
     """A plausible state after `step` steps."""
     values: dict[str, object] = {
         "step": step,
-        "rows_seen": step * 32,
-        "tokens_seen": step * 32 * 256,
-        "seed": 7,
         "optimizer_step": step,
-        "learning_rate_step": step,
-        "data_position": step,
+        "skipped_in_a_row": 0,
         "data_fingerprint": "d" * 64,
         "tokenizer_sha256": "e" * 64,
         "config_fingerprint": "f" * 64,
-        "numerics": "exact",
-        "slots": 8,
     }
     return TrainingState(**(values | changes))  # type: ignore[arg-type]
 
@@ -128,7 +121,7 @@ def collected(store: Store, directory: str, world_size: int, workers: int = 1) -
         store,
         directory,
         nodes_of(world_size, workers),
-        deadline_s=0.0,
+        timeout_s=0.0,
         now=lambda: 0.0,
         wait=lambda _: None,
         should_stop=lambda: False,
@@ -148,7 +141,7 @@ def write_checkpoint(
     nonce: str = "0a1b2c3d",
     run_id: str = RUN_ID,
     workers: int = 1,
-) -> CheckpointReference:
+) -> Checkpoint:
     """The whole road from tensors to the reference that a COMMIT record would hold."""
     directory = checkpoint_directory(step, generation, nonce)
     shards = stage(
@@ -160,7 +153,7 @@ def write_checkpoint(
     return publish_manifest(store, collected(store, directory, world_size, workers))
 
 
-def load_world(store: Store, manifest: Manifest, world_size: int) -> dict[str, torch.Tensor]:
+def load_world(store: Store, manifest: FullManifest, world_size: int) -> dict[str, torch.Tensor]:
     """Load as `world_size` ranks do, each its own rows, and join what they got."""
     pieces: dict[str, list[torch.Tensor]] = {name: [] for name in manifest.tensors}
     for rank in range(world_size):

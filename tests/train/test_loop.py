@@ -15,22 +15,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.shard_file import Staging, describe_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest, publish_node, upload_shard
+from elastic_pt.checkpoint.publish import publish_manifest
+from elastic_pt.checkpoint.shard_file import describe_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.model.optimizer import local_rows
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
-from elastic_pt.train.loop import Identity, train
+from elastic_pt.train.checkpoints import Checkpoints
+from elastic_pt.train.loop import train
 from elastic_pt.train.state import TrainState
-from elastic_pt.train.worker import restore
 from elastic_pt.workers.assignment import Assignment, Outcome
-from elastic_pt.workers.channel import WorkerSide
 from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
-
-IDENTITY = Identity("0" * 64, "1" * 64, "2" * 64)
 
 
 class FakeAgent:
@@ -63,6 +61,15 @@ class FakeAgent:
     def staged(self) -> list[int]:
         """Steps of the checkpoints that were staged."""
         return [int(str(content["step"])) for kind, content in self.messages if kind == "staged"]
+
+
+def checkpoints_in(
+    staging: Path, config: Config, agent: FakeAgent, resume: Checkpoint | None = None
+) -> Checkpoints:
+    """The checkpoints of the only worker of generation 1."""
+    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
+    assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
+    return Checkpoints(config, cast(Manifest, data), assignment, agent, staging)
 
 
 @pytest.fixture
@@ -101,11 +108,13 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
     config = config_for(tmp_path, "train.steps=7", "checkpoint.every_steps=3")
     state, batches = start(config)
     agent = FakeAgent()
-    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.COMPLETED
+    assert (
+        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+        is Outcome.COMPLETED
+    )
     assert agent.staged() == [3, 6, 7]
     _, saved, _ = describe_shard(tmp_path / "0000000006-g1-rank-0.safetensors", "shard")
-    assert (saved.step, saved.optimizer_step, saved.rows_seen) == (6, 6, 48)
-    assert saved.tokens_seen == 48 * config.data.sequence_length
+    assert (saved.step, saved.optimizer_step) == (6, 6)
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -114,7 +123,7 @@ def test_a_checkpoint_waits_for_the_upload_before(tmp_path: Path) -> None:
     config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
     state, batches = start(config)
     agent = FakeAgent(upload_steps=4)
-    train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY)
+    train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
     assert agent.staged() == [2, 7, 9]
 
 
@@ -124,7 +133,10 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
     config = config_for(tmp_path, "train.steps=9")
     state, batches = start(config)
     agent = FakeAgent(drain_at=3, upload_steps=99)
-    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.DRAINED
+    assert (
+        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+        is Outcome.DRAINED
+    )
     assert agent.staged() == [state.steps_done] == [4]
 
 
@@ -137,7 +149,10 @@ def test_a_poisoned_step_is_skipped_and_the_data_goes_on(
     state, batches = start(config)
     seen = poison(monkeypatch, state, steps={1})
     agent = FakeAgent()
-    assert train(config, state, batches, agent, Staging(tmp_path, 1), IDENTITY) is Outcome.COMPLETED
+    assert (
+        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+        is Outcome.COMPLETED
+    )
     before, poisoned, after = seen[1], seen[2], weights(state)
     assert torch.equal(before, poisoned)
     assert not torch.equal(poisoned, after)
@@ -153,8 +168,9 @@ def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.Monk
     config = config_for(tmp_path, "train.steps=20", "train.max_skipped_steps=2")
     state, batches = start(config)
     poison(monkeypatch, state, steps=set(range(4, 20)))
+    agent = FakeAgent()
     assert (
-        train(config, state, batches, FakeAgent(), Staging(tmp_path, 1), IDENTITY)
+        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
         is Outcome.DIVERGED
     )
     assert state.steps_done == 7
@@ -187,17 +203,22 @@ def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
     config = config_for(
         tmp_path, "train.steps=9", "train.max_skipped_steps=2", "checkpoint.every_steps=1"
     )
-    who = Identity("0" * 64, "1" * 64, config.fingerprint())
     state, batches = start(config)
     poison(monkeypatch, state, steps=poisoned)
     agent = FakeAgent()
-    outcome = train(config, state, batches, agent, Staging(tmp_path, 1), who)
+    outcome = train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
     assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
     for step in agent.staged():
         again, rest = start(config)
         take_up(config, again, tmp_path / f"{step:010d}-g1-rank-0.safetensors", step)
         assert (
-            train(config, again, islice(rest, step, None), FakeAgent(), Staging(tmp_path, 1), who)
+            train(
+                config,
+                again,
+                islice(rest, step, None),
+                FakeAgent(),
+                checkpoints_in(tmp_path, config, FakeAgent()),
+            )
             is outcome
         )
         assert again.steps_done == state.steps_done
@@ -209,13 +230,8 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     store = open_store(config.run.url)
     directory = checkpoint_directory(step, 1, "abcd")
     uploaded = upload_shard(store, StagedShard(shard, RUN_ID, directory, 0, range(1)))
-    reference = publish_manifest(store, [publish_node(store, [uploaded])])
-    resume = Checkpoint(
-        step, 1, directory, reference.manifest_size, reference.manifest_sha256, loss=None
-    )
-    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
-    assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
-    restore(config, state, assignment, cast(WorkerSide, None), cast(Manifest, data))
+    resume = publish_manifest(store, [publish_node(store, [uploaded])])
+    checkpoints_in(shard.parent, config, FakeAgent(), resume).load(state)
 
 
 @pytest.fixture
@@ -258,7 +274,7 @@ def test_a_full_staging_costs_checkpoints_and_no_worker(
     agent = Roomy()
     state, batches = start(config)
     assert (
-        train(config, state, batches, agent, Staging(small_staging, 1), IDENTITY)
+        train(config, state, batches, agent, checkpoints_in(small_staging, config, agent))
         is Outcome.COMPLETED
     )
     kinds = [(kind, content["step"]) for kind, content in agent.messages if kind != "step"]
@@ -274,7 +290,7 @@ def test_a_stop_without_room_waits_for_a_bounded_time(tmp_path: Path, small_stag
     agent = FakeAgent()
     state, batches = start(config)
     assert (
-        train(config, state, batches, agent, Staging(small_staging, 1), IDENTITY)
+        train(config, state, batches, agent, checkpoints_in(small_staging, config, agent))
         is Outcome.COMPLETED
     )
     kinds = [kind for kind, _ in agent.messages if kind != "step"]

@@ -12,11 +12,14 @@ from torch.distributed import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.digest import digest
-from elastic_pt.checkpoint.layout import CheckpointReference, TrainingState, checkpoint_directory
-from elastic_pt.checkpoint.restore import load_rows, read_manifest
+from elastic_pt.checkpoint.index import read_manifest
+from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
+from elastic_pt.checkpoint.publish import publish_manifest
+from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_manifest
+from elastic_pt.checkpoint.upload import StagedShard
 from elastic_pt.config import Config, parse_config
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
@@ -66,9 +69,9 @@ def _run_world(
     config: Config,
     world_size: int,
     generation: int,
-    resume: CheckpointReference | None,
+    resume: Checkpoint | None,
     last_step: int,
-) -> tuple[CheckpointReference, list[float]]:
+) -> tuple[Checkpoint, list[float]]:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = _CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as staging:
@@ -101,7 +104,7 @@ def _worker(
     rank: int,
     config: Config,
     world_size: int,
-    resume: CheckpointReference | None,
+    resume: Checkpoint | None,
     last_step: int,
     port: int,
     staging: str,
@@ -134,7 +137,7 @@ def _worker(
     dist.destroy_process_group()
 
 
-def _fill(config: Config, state: TrainState, resume: CheckpointReference | None) -> None:
+def _fill(config: Config, state: TrainState, resume: Checkpoint | None) -> None:
     if resume is None:
         state.initialize()
         return
@@ -157,13 +160,6 @@ def _save(config: Config, state: TrainState, path: Path) -> None:
         TrainingState(
             step=state.steps_done,
             optimizer_step=state.optimizer.step_count,
-            learning_rate_step=state.steps_done,
-            rows_seen=0,
-            tokens_seen=0,
-            data_position=state.steps_done,
-            seed=config.run.seed,
-            slots=config.train.slots,
-            numerics=config.train.numerics,
             data_fingerprint="0" * 64,
             tokenizer_sha256="0" * 64,
             config_fingerprint=config.fingerprint(),

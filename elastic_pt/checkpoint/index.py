@@ -1,0 +1,187 @@
+"""Reading what a checkpoint says of itself: where the rows of each tensor are.
+
+    checkpoint (from the log) ── read_root ──┬── read_index      the node records that one worker needs
+                                             └── read_manifest   the node records of all nodes
+
+`read_root` reads the one object whose size and SHA-256 are in the log. `read_index` and `read_manifest` read
+node records, many at once, and compare each with size, SHA-256 and rows in the root.
+
+Errors: `CheckpointError` means that this checkpoint cannot be used and another one may; any other
+`StoreError` (no access, deadline passed) says nothing about the checkpoint and goes through.
+Runs in workers, agents and the command line.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+from elastic_pt.checkpoint.layout import (
+    FullManifest,
+    RowRange,
+    TensorEntry,
+    TensorSlice,
+    TrainingState,
+    manifest_key,
+    parse_directory,
+)
+from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
+from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.port import Store
+
+REQUEST_THREADS: Final = 64
+"""Small requests that a reader has under way at once: sizes and node records."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Index(Protocol):
+    """Where the rows of each tensor are; all that `restore` needs to know of a checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """The tensors by name, with all the pieces that the caller may want rows of."""
+
+
+@dataclass(frozen=True)
+class PartialIndex:
+    """The state of a checkpoint, and where the rows are that one reader wants."""
+
+    state: TrainingState
+    tensors: Mapping[str, TensorEntry]
+
+
+def read_root(store: Store, checkpoint: Checkpoint, run_id: str) -> RootManifest | FullManifest:
+    """Read the object `manifest.json` of a committed checkpoint, of any schema.
+
+    Size and SHA-256 must be the committed ones before anything is parsed; then run, step, generation and
+    directory must agree, so a swapped, replayed or foreign manifest is a `CheckpointError`.
+    """
+    name = parse_directory(checkpoint.directory)
+    if (name.step, name.generation) != (checkpoint.step, checkpoint.generation):
+        raise CheckpointError(
+            f"{checkpoint.directory}: committed as step {checkpoint.step} of generation {checkpoint.generation}"
+        )
+    if not 0 < checkpoint.manifest_size <= DOCUMENT_BYTES_MAX:
+        raise CheckpointError(
+            f"{checkpoint.directory}: a manifest of {checkpoint.manifest_size} bytes, "
+            f"expected 1 to {DOCUMENT_BYTES_MAX}"
+        )
+    key = manifest_key(checkpoint.directory)
+    data = _read_exactly(store, key, checkpoint.manifest_size, checkpoint.manifest_sha256)
+    manifest = decode(data, RootManifest, FullManifest)
+    if manifest.run_id != run_id:
+        raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
+    if manifest.directory != checkpoint.directory:
+        raise CheckpointError(f"{key}: was written for {manifest.directory}")
+    return manifest
+
+
+def read_manifest(store: Store, checkpoint: Checkpoint, run_id: str) -> FullManifest:
+    """Every slice of a committed checkpoint; reads all its node records.
+
+    Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
+    """
+    return full_manifest(store, read_root(store, checkpoint, run_id))
+
+
+def full_manifest(store: Store, root: RootManifest | FullManifest) -> FullManifest:
+    """Every slice of the checkpoint with this root; reads all its node records."""
+    if isinstance(root, FullManifest):
+        return root
+    files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
+    return FullManifest(root.run_id, root.directory, files, root.state)
+
+
+def read_index(
+    store: Store, checkpoint: Checkpoint, run_id: str, wanted: Mapping[str, RowRange]
+) -> PartialIndex:
+    """Where rows `[first, end)` of each wanted tensor are; reads the records of those nodes alone that have some.
+
+    Raises `CheckpointError` as `read_manifest` does.
+    """
+    root = read_root(store, checkpoint, run_id)
+    if isinstance(root, FullManifest):
+        return PartialIndex(root.state, root.tensors)
+    ranges = [wanted.get(tensor.name, (0, 0)) for tensor in root.tensors]
+    nodes = [
+        node
+        for node in root.nodes
+        if any(
+            first < low_high[1] and low_high[0] < end
+            for low_high, (first, end) in zip(node.spans(), ranges, strict=True)
+        )
+    ]
+    # Not `joined`: between nodes that were read for different tensors rows may be missing. `plan_reads` notices.
+    pieces: dict[str, list[tuple[str, TensorSlice]]] = {tensor.name: [] for tensor in root.tensors}
+    for record in _read_nodes(store, root, nodes):
+        for file in record.files:
+            for piece in file.slices:
+                pieces[piece.name].append((file.key, piece))
+    return PartialIndex(
+        root.state,
+        {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.global_shape, tuple(pieces[tensor.name])
+            )
+            for tensor in root.tensors
+        },
+    )
+
+
+def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) -> list[NodeRecord]:
+    """The records of these nodes, each just as the manifest describes it."""
+
+    def read(node: NodeShare) -> NodeRecord:
+        data = _read_exactly(store, node.key, node.size, node.sha256)
+        try:
+            record = NodeRecord.from_bytes(data)
+            rows = record.rows_of(root.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{node.key}: {error}") from error
+        sizes = tuple(file.size for file in record.files)
+        facts = (record.run_id, record.directory, sizes, rows)
+        if facts != (root.run_id, root.directory, node.shard_sizes, node.rows):
+            raise CheckpointError(f"{node.key}: does not say what the manifest says")
+        return record
+
+    return list(in_order(nodes, read, REQUEST_THREADS))
+
+
+def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
+    data = read_bytes(store, key, 0, size + 1)
+    if len(data) != size:
+        raise CheckpointError(f"{key}: its size is not the committed {size} bytes")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{key}: its SHA-256 is not the committed one")
+    return data
+
+
+def read_bytes(store: Store, key: str, start: int, end: int) -> bytes:
+    """Bytes `[start, end)` of an object; one that is not there is a `CheckpointError`."""
+    try:
+        return store.read(key, start, end)
+    except NotFound as error:
+        raise CheckpointError(f"{key}: missing") from error
+
+
+def in_order(
+    reads: Iterable[Item], work: Callable[[Item], Result], threads: int
+) -> Iterator[Result]:
+    """`map` over a pool that is at most `threads` reads ahead of the consumer."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for read in reads:
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(work, read))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,143 @@
+"""From the notices of all nodes to a manifest that can be committed (committing agent).
+
+    collect (all notices) ─► publish_manifest ─► Checkpoint ─► COMMIT, by the caller
+
+The committing node reads a notice of a few KB per node: size and SHA-256 of the node's record, and the rows
+that it has of each tensor. That is enough to see that the checkpoint is whole, for thousands of nodes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from elastic_pt.checkpoint.index import read_root
+from elastic_pt.checkpoint.layout import manifest_key, parse_directory
+from elastic_pt.checkpoint.nodes import NodeNotice, NodeRefusal, RootManifest, notice_key
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
+from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.port import Store
+
+_THREADS: Final = 64
+"""Requests of the committing agent that are under way at once."""
+_POLL_MAX_S: Final = 0.5
+_POLL_SHARE: Final = 0.1
+"""A missing notice is asked for again after this share of the time waited: the delay stays below that share."""
+
+
+class ShareMissing(CheckpointError):
+    """A node's share of a checkpoint will not come: the node has said so, or has said nothing for too long."""
+
+    def __init__(self, text: str, first_rank: int) -> None:
+        super().__init__(text)
+        self.first_rank = first_rank
+
+
+def collect(
+    store: Store,
+    directory: str,
+    nodes: Sequence[range],
+    *,
+    timeout_s: float,
+    now: Callable[[], float],
+    wait: Callable[[float], object],
+    should_stop: Callable[[], bool],
+    poll_interval_s: float = 0.2,
+) -> list[NodeNotice] | None:
+    """Wait for the notice of every node and return them in order (committing agent).
+
+    `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
+    missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
+    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `ShareMissing` when a node has said that its own will
+    not come or `timeout_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
+    """
+    started_s = now()
+    found: list[NodeNotice] = []
+    at_once = 1
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while len(found) < len(nodes):
+            if should_stop():
+                return None
+            asked = nodes[len(found) : len(found) + at_once]
+            looks = list(pool.map(lambda ranks: _read_notice(store, directory, ranks), asked))
+            there = [notice for notice in looks if notice is not None]
+            if None not in looks:
+                found += there
+                at_once = _THREADS
+                continue
+            first_missing = looks.index(None)
+            found += there[:first_missing]
+            at_once = 1
+            waited_s = now() - started_s
+            if waited_s >= timeout_s:
+                first_rank = asked[first_missing].start
+                key = notice_key(directory, first_rank)
+                raise ShareMissing(f"{key}: not there after {timeout_s} s", first_rank)
+            wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
+    return found
+
+
+def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
+    """Make one manifest of all node records, create it once, read it back (committing agent).
+
+    Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
+    tensors, and the rows of the nodes tile every tensor; `AlreadyExists` if another manifest is there. The checkpoint
+    counts once the caller has put it into a COMMIT record. Publishing the same notices twice gives the same one.
+    """
+    if not notices:
+        raise CheckpointError("a checkpoint without nodes cannot be published")
+    notices = sorted(notices, key=lambda notice: notice.first_rank)
+    first = notices[0]
+    for notice in notices:
+        key, first_key = notice.share.key, first.share.key
+        if (notice.run_id, notice.directory) != (first.run_id, first.directory):
+            raise CheckpointError(f"{key} and {first_key} are not of one checkpoint")
+        if (notice.state, notice.tensors_sha256) != (first.state, first.tensors_sha256):
+            raise CheckpointError(f"{key} and {first_key} differ in their training state")
+    name = parse_directory(first.directory)
+    manifest = RootManifest(
+        first.run_id,
+        first.directory,
+        first.tensors,
+        tuple(notice.share for notice in notices),
+        first.state,
+    )
+    data = manifest.to_bytes()
+    if len(data) > DOCUMENT_BYTES_MAX:
+        raise CheckpointError(
+            f"{first.directory}: a manifest of {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    checkpoint = Checkpoint(
+        name.step, name.generation, first.directory, len(data), sha256, loss=None
+    )
+    key = manifest_key(first.directory)
+    store.create(key, data)
+    if read_root(store, checkpoint, first.run_id) != manifest:
+        raise CheckpointError(f"{key}: reads back as another manifest")
+    return checkpoint
+
+
+def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | None:
+    """The notice of a node; None if it may still come."""
+    key = notice_key(directory, ranks.start)
+    try:
+        notice = decode(store.read(key, 0, DOCUMENT_BYTES_MAX), NodeNotice, NodeRefusal)
+    except NotFound:
+        return None
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+    if (notice.directory, notice.first_rank) != (directory, ranks.start):
+        raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
+    if isinstance(notice, NodeRefusal):
+        raise ShareMissing(f"{key}: its node could not upload it: {notice.why}", ranks.start)
+    if notice.ranks != ranks:
+        raise CheckpointError(
+            f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"
+        )
+    return notice
+
+
+def _shown(ranks: range) -> str:
+    return f"{ranks.start} to {ranks.stop - 1}"

@@ -1,0 +1,143 @@
+"""Is a checkpoint whole? By sizes, before a run goes on; by every byte, for people.
+
+    quick_check     the root and the size of every file
+    verify          every byte; what is wrong, in words
+    newest_usable   the first checkpoint of which every byte is right
+
+Errors are those of `index`. Runs in agents and the command line.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from elastic_pt.checkpoint.index import REQUEST_THREADS, full_manifest, read_bytes, read_root
+from elastic_pt.checkpoint.layout import FullManifest, Part, ShardFile, part_key
+from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
+from elastic_pt.checkpoint.restore import READ_BYTES_MAX
+from elastic_pt.checkpoint.shard_file import block_bounds, hash_blocks
+from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.port import Store
+
+_VERIFY_THREADS: Final = 4
+
+
+@dataclass(frozen=True)
+class UsableCheckpoint:
+    """The newest checkpoint that passed the check, and why each newer one did not."""
+
+    checkpoint: Checkpoint
+    manifest: FullManifest
+    passed_over: tuple[tuple[Checkpoint, str], ...]
+
+
+def quick_check(store: Store, checkpoint: Checkpoint, run_id: str) -> None:
+    """Look at the size of every file: nothing is missing or cut short.
+
+    Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
+    """
+    _check_sizes(store, read_root(store, checkpoint, run_id).sizes)
+
+
+def _check_sizes(store: Store, expected: Sequence[tuple[str, int]]) -> None:
+    with ThreadPoolExecutor(REQUEST_THREADS) as pool:
+        sizes = pool.map(lambda file: store.size(file[0]), expected)
+        for (key, size), found in zip(expected, sizes, strict=True):
+            _check_size(key, size, found)
+
+
+def verify(store: Store, checkpoint: Checkpoint, run_id: str) -> list[str]:
+    """Read every byte of a checkpoint and say what is wrong with it; an empty list means nothing is.
+
+    Checks the manifest against the commit, node records against the manifest, the tiling of every tensor, size
+    and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that are still there.
+    """
+    try:
+        root = read_root(store, checkpoint, run_id)
+        manifest = full_manifest(store, root)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = _file_problems(store, manifest)
+    return problems + _part_problems(store, root) if isinstance(root, FullManifest) else problems
+
+
+def newest_usable(store: Store, checkpoints: Iterable[Checkpoint], run_id: str) -> UsableCheckpoint:
+    """The first of `checkpoints` (committed ones, newest first) of which every byte is right.
+
+    Raises `CheckpointError` with all reasons when there is none.
+    """
+    passed_over: list[tuple[Checkpoint, str]] = []
+    for checkpoint in checkpoints:
+        try:
+            root = read_root(store, checkpoint, run_id)
+            # Cheap, and finds a torn checkpoint before gigabytes of it are read.
+            _check_sizes(store, root.sizes)
+            manifest = full_manifest(store, root)
+        except CheckpointError as error:
+            passed_over.append((checkpoint, str(error)))
+            continue
+        problems = _file_problems(store, manifest)
+        if not problems:
+            return UsableCheckpoint(checkpoint, manifest, tuple(passed_over))
+        passed_over.append((checkpoint, "; ".join(problems)))
+    reasons = "; ".join(f"step {checkpoint.step}: {reason}" for checkpoint, reason in passed_over)
+    raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")
+
+
+def _check_size(key: str, expected: int, size: int | None) -> None:
+    if size is None:
+        raise CheckpointError(f"{key}: missing")
+    if size != expected:
+        raise CheckpointError(f"{key}: {size} bytes, expected {expected}")
+
+
+def _file_problems(store: Store, manifest: FullManifest) -> list[str]:
+    with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+        found = list(pool.map(lambda file: _problems_of(store, file), manifest.files))
+    return [problem for problems in found for problem in problems]
+
+
+def _problems_of(store: Store, file: ShardFile) -> list[str]:
+    starts = range(0, file.size, READ_BYTES_MAX)
+    try:
+        _check_size(file.key, file.size, store.size(file.key))
+        chunks = (
+            memoryview(read_bytes(store, file.key, start, min(start + READ_BYTES_MAX, file.size)))
+            for start in starts
+        )
+        bounds = [bound for piece in file.slices for bound in block_bounds(piece)]
+        size, sha256, crcs = hash_blocks(chunks, bounds)
+        _check_size(file.key, file.size, size)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = (
+        [] if sha256 == file.sha256 else [f"{file.key}: its SHA-256 is not the one in the manifest"]
+    )
+    found = iter(crcs)
+    for piece in file.slices:
+        for index, crc in enumerate(piece.block_crc32):
+            if next(found) != crc:
+                problems.append(
+                    f"{file.key}: {piece.name} block {index}: its CRC-32 is not the one in the manifest"
+                )
+    return problems
+
+
+def _part_problems(store: Store, manifest: FullManifest) -> list[str]:
+    """Nothing reads parts once the manifest exists, so a missing one is no problem; a changed one is a sign of damage."""
+    problems = []
+    for file in manifest.files:
+        rank = int(file.key.rpartition("-")[2].partition(".")[0])
+        key = part_key(manifest.directory, rank)
+        try:
+            part = Part.from_bytes(store.read(key, 0, DOCUMENT_BYTES_MAX))
+        except NotFound:
+            continue
+        except CheckpointError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        if part != Part(manifest.run_id, manifest.directory, rank, file, manifest.state):
+            problems.append(f"{key}: does not say what the manifest says")
+    return problems

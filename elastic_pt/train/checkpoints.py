@@ -1,0 +1,182 @@
+"""How a worker loads and saves the state of training (worker process).
+
+    load   fill this worker's rows from the checkpoint that its generation resumes from, or from the seed
+    save   copy this worker's rows into the staging directory (memory); the agent uploads and commits them
+    wait   where `save` found no room: try again for a while, then give this checkpoint up
+
+There is no `close`: what was staged belongs to the agent, which may outlive this process. The agent's side
+of the same verbs is `agent.checkpointing`; the files are those of the package `checkpoint`.
+
+Between the two processes, over `workers.channel`:
+
+    worker ─► agent   staged     a shard lies in the staging directory
+                      no_room    there is no room for it; this worker tries again
+                      skipped    there was no room: no node waits for this checkpoint any more
+                      unusable   the checkpoint to resume from does not verify: the agent quarantines it
+    agent ─► worker   released   the agent is done with the checkpoint of a step
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from elastic_pt.checkpoint.index import read_index
+from elastic_pt.checkpoint.layout import TrainingState
+from elastic_pt.checkpoint.restore import load_rows
+from elastic_pt.checkpoint.shard_file import Staging, StagingFull, write_shard
+from elastic_pt.config import Config
+from elastic_pt.data.manifest import Manifest
+from elastic_pt.errors import CheckpointError, ConfigError
+from elastic_pt.store.open import open_store
+from elastic_pt.train.state import TrainState
+from elastic_pt.workers.assignment import Assignment
+from elastic_pt.workers.heartbeat import Phase
+
+_PAUSE_MIN_S: Final = 0.1
+_PAUSE_MAX_S: Final = 5.0
+
+
+class Agent(Protocol):
+    """What a worker needs of the node's agent (`workers.channel.WorkerSide`)."""
+
+    @property
+    def drain_requested(self) -> bool:
+        """Whether to stop at a step boundary."""
+
+    def released(self, step: int) -> bool:
+        """Whether the agent is done with the checkpoint of `step`."""
+
+    def send(self, kind: str, **content: object) -> None:
+        """Tell the agent something."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint comes from: what it was trained on and with."""
+
+    data_fingerprint: str
+    tokenizer_sha256: str
+    config_fingerprint: str
+
+
+def unwatched(phase: Phase, step: int) -> None:
+    """Called with each phase where no watchdog looks."""
+
+
+class Checkpoints:
+    """The four verbs of the module. One per worker; not thread-safe."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Manifest,
+        assignment: Assignment,
+        agent: Agent,
+        scratch: Path,
+        enter: Callable[[Phase, int], None] = unwatched,
+    ) -> None:
+        """`scratch` is the agent's staging directory; `enter(phase, steps done)` informs the watchdog."""
+        self._config = config
+        self._assignment = assignment
+        self._agent = agent
+        self._staging = Staging(scratch, assignment.generation)
+        self._enter = enter
+        self._provenance = Provenance(data.fingerprint, data.tokenizer_sha256, config.fingerprint())
+        self._saved_step: int | None = None
+        self._without_room: TrainState | None = None
+        """The state that the last `save` could not stage."""
+        self._why = ""
+
+    def load(self, state: TrainState) -> None:
+        """Fill this worker's rows; communicates nothing.
+
+        Raises `CheckpointError` for a checkpoint that does not verify: the agent is told and quarantines it, and
+        the next generation resumes from the one before. Raises `ConfigError` for one of another run.
+        """
+        resume = self._assignment.resume
+        if resume is None:
+            state.initialize()
+            return
+        store = open_store(self._config.run.url, deadline_s=self._config.store.deadline_s)
+        slices = dict(state.slices())
+        wanted = {
+            name: (each.first_row, each.first_row + each.rows.shape[0])
+            for name, each in slices.items()
+        }
+        try:
+            index = read_index(store, resume, self._assignment.run_id, wanted)
+            found = Provenance(
+                index.state.data_fingerprint,
+                index.state.tokenizer_sha256,
+                index.state.config_fingerprint,
+            )
+            if found != self._provenance:
+                raise ConfigError(
+                    f"{resume.directory}: made with another configuration, data or tokenizer: "
+                    f"{found}, expected {self._provenance}"
+                )
+            load_rows(store, index, wanted, into={name: each.rows for name, each in slices.items()})
+        except CheckpointError as error:
+            self._agent.send("unusable", directory=resume.directory, why=str(error))
+            raise
+        state.steps_done = index.state.step
+        state.optimizer.step_count = index.state.optimizer_step
+        state.skipped_in_a_row = index.state.skipped_in_a_row
+
+    def save(self, state: TrainState) -> None:
+        """Copy this worker's rows of the whole state into the staging directory. Call `wait` next."""
+        self._saved_step = state.steps_done
+        self._enter(Phase.STAGE, state.steps_done)
+        started_s = time.monotonic()
+        path = self._staging.path(state.steps_done, state.rank)
+        try:
+            write_shard(
+                path,
+                {
+                    name: (each.rows, each.global_shape, each.first_row)
+                    for name, each in state.slices()
+                },
+                TrainingState(
+                    step=state.steps_done,
+                    optimizer_step=state.optimizer.step_count,
+                    skipped_in_a_row=state.skipped_in_a_row,
+                    data_fingerprint=self._provenance.data_fingerprint,
+                    tokenizer_sha256=self._provenance.tokenizer_sha256,
+                    config_fingerprint=self._provenance.config_fingerprint,
+                ),
+            )
+        except StagingFull as error:
+            self._without_room, self._why = state, str(error)
+            return
+        self._without_room = None
+        self._tell("staged", state, path=str(path), seconds=time.monotonic() - started_s)
+
+    def wait(self, timeout_s: float) -> None:
+        """Try again until the state of the last `save` is staged; after `timeout_s` tell the agent that it is skipped."""
+        give_up_at_s = time.monotonic() + timeout_s
+        pause_s = _PAUSE_MIN_S
+        while (state := self._without_room) is not None:
+            if time.monotonic() + pause_s > give_up_at_s:
+                self._without_room = None
+                self._tell("skipped", state, why=self._why)
+                return
+            self._tell("no_room", state, why=self._why)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_MAX_S)
+            self.save(state)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the agent still works on the checkpoint that was saved last."""
+        return self._saved_step is not None and not self._agent.released(self._saved_step)
+
+    def _tell(self, kind: str, state: TrainState, **content: object) -> None:
+        self._agent.send(
+            kind,
+            step=state.steps_done,
+            rank=state.rank,
+            generation=self._staging.generation,
+            **content,
+        )
