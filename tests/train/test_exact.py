@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_pt.train.exact import DyadicSum, Turn, fold, row_square_sums
+from elastic_pt.train.exact import DyadicSum, Rounds, fold, row_square_sums
 from tests.train.world import config_for, train_through
 
 EVERYTHING = (
@@ -42,13 +42,13 @@ def test_any_order_of_arrival_gives_the_bits_of_the_tree(slots: int, seed: int) 
 
 
 @pytest.mark.parametrize(("slots", "world_size"), [(8, 3), (64, 4), (512, 64), (100, 7), (17, 17)])
-def test_few_partial_sums_wait(slots: int, world_size: int) -> None:
-    """With slots dealt out in turns, the partial sums that wait are at most log2(V) + 1."""
-    turn, tree, most = Turn(slots, world_size), DyadicSum(slots), 0
-    for index in range(turn.count):
-        turn.index = index
+def test_few_partial_sums_are_pending(slots: int, world_size: int) -> None:
+    """With slots assigned round by round, at most log2(V) + 1 partial sums are pending."""
+    rounds, tree, most = Rounds(slots, world_size), DyadicSum(slots), 0
+    for index in range(rounds.count):
+        rounds.index = index
         for rank in range(world_size):
-            if (slot := turn.slot_of(rank)) < slots:
+            if (slot := rounds.slot_of(rank)) < slots:
                 tree.add(slot, torch.ones(1))
         most = max(most, len(tree._pending))
     assert tree.take_root().item() == slots
