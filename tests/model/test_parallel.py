@@ -127,6 +127,7 @@ def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"train\.device"):
         resolve_device(TrainSection(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert resolve_device(TrainSection(), local_rank=2) == torch.device("cuda", 2)
     assert resolve_device(TrainSection(device="cpu")) == torch.device("cpu")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
