@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Final, Self
 
 from benchmarks.recovery_network import Network
 from benchmarks.recovery_watch import EventLogs, StepWatch
+from benchmarks.synthetic import write_random_tokens
 from chaos_tests.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
-from elastic_pt.data.documents import standard_library_source
-from elastic_pt.data.prepare import prepare
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.links import TOKEN_KEY
@@ -26,7 +25,7 @@ CHECKPOINT_STEPS: Final = 5
 """Steps between checkpoints, for us and for the peers."""
 POLL_S: Final = 0.02
 _VOCABULARY: Final = 320
-_CORPUS_CHARACTERS: Final = 300_000
+_TOKENS: Final = 100_000
 _MEMORY: Final = "/dev/shm"
 _STEPS: Final = 1_000_000
 _JOIN_WINDOW_S: Final = 0.2
@@ -44,19 +43,20 @@ class Plan:
     directory: Path
     seed: int
     tell: Callable[[str], None]
-    """Says a line to whoever watches."""
+    """Prints a line of progress."""
+    overrides: tuple[str, ...] = ()
+    """Changes of the run's configuration, as for `--set`."""
 
 
 def prepare_data(directory: Path) -> str:
-    """A few hundred kilobytes of the standard library, tokenized; returns their URL."""
-    url = f"file://{directory}"
-    source = standard_library_source(_CORPUS_CHARACTERS)
-    prepare([source], open_store(url), vocab_size=_VOCABULARY, held_out=0.05)
-    return url
+    """A few hundred kilobytes of random tokens; returns their URL."""
+    return write_random_tokens(directory, _VOCABULARY, _TOKENS)
 
 
-def make_config(run_url: str, data_url: str, staging: str, nodes_max: int) -> Config:
-    """A tiny model that trains for as long as anybody lets it. What decides about recovery is the default."""
+def make_config(
+    run_url: str, data_url: str, staging: str, nodes_max: int, overrides: Sequence[str] = ()
+) -> Config:
+    """A tiny model that trains without end. The settings that decide about recovery are the defaults."""
     text = f"""
 [run]
 url = "{run_url}"
@@ -82,7 +82,7 @@ flaps_max = {_STEPS}
 every_steps = {CHECKPOINT_STEPS}
 staging = "{staging}"
 """
-    return parse_config(text, source="benchmarks/recovery.py")
+    return parse_config(text, source="benchmarks/recovery.py", overrides=overrides)
 
 
 class OurRun:
@@ -102,7 +102,7 @@ class OurRun:
             tempfile.TemporaryDirectory(prefix="recovery-", dir=_MEMORY)
         )
         url, logs = f"file://{directory / 'run'}", directory / "nodes"
-        config = make_config(url, data_url, staging, nodes_max)
+        config = make_config(url, data_url, staging, nodes_max, plan.overrides)
         self.fleet = self._stack.enter_context(Fleet(config, logs))
         self.logs = EventLogs(logs)
         self._store = open_store(url)

@@ -84,11 +84,19 @@ class Whole:
 class Scenario:
     """One run with its nodes, and what can be seen of it from outside."""
 
-    def __init__(self, config: Config, fleet: Fleet, directory: Path, mark: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        directory: Path,
+        mark: str,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.config = config
         self.fleet = fleet
         self.directory = directory
         self.mark = mark
+        self.patience_s = patience_s
         self.store: Store = open_store(config.run.url)
         self.ask_from: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each question to an agent: the agents may be on another network than this process."""
@@ -129,11 +137,11 @@ class Scenario:
         return max((status.step for status in self.statuses()), default=0)
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; fails with the nodes' last words after `PATIENCE_S`."""
-        deadline_s = time.monotonic() + PATIENCE_S
+        """Wait for a condition; fails with the ends of the nodes' logs after `patience_s`."""
+        deadline_s = time.monotonic() + self.patience_s
         while not condition():
             if time.monotonic() > deadline_s:
-                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.last_words()}")
+                raise AssertionError(f"not within {self.patience_s} s: {what}\n{self.last_words()}")
             time.sleep(_POLL_S)
 
     def until_step(self, step: int, nodes: int) -> None:
@@ -152,7 +160,7 @@ class Scenario:
 
     def finish(self) -> None:
         """Wait until every node that still runs has ended well."""
-        codes = self.fleet.wait(PATIENCE_S)
+        codes = self.fleet.wait(self.patience_s)
         assert set(codes.values()) == {0}, f"{codes}\n{self.last_words()}"
 
     def events(self, node: str, name: str) -> list[dict[str, Any]]:
@@ -213,12 +221,12 @@ def check_ledger(store: Store, log: RunLog, config: Config) -> None:
 
 
 @contextmanager
-def scenario(config: Config, directory: Path) -> Iterator[Scenario]:
+def scenario(config: Config, directory: Path, patience_s: float = PATIENCE_S) -> Iterator[Scenario]:
     """A scenario whose processes are all gone at its end, whatever happened."""
     with mark_children() as mark:
         try:
             with Fleet(config, directory) as fleet:
-                yield Scenario(config, fleet, directory, mark)
+                yield Scenario(config, fleet, directory, mark, patience_s)
         finally:
             kill_all(mark)
 
