@@ -3,19 +3,19 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from benchmarks.recovery_network import Network
 from benchmarks.recovery_watch import EventLogs, StepWatch
 from benchmarks.synthetic import write_random_tokens
 from chaos_tests.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.fleet.network import Network
 from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation, Member
@@ -85,6 +85,11 @@ staging = "{staging}"
     return parse_config(text, source="benchmarks/recovery.py", overrides=overrides)
 
 
+def network_of(count: int) -> Network:
+    """A network for so many nodes at a time, on IPv4."""
+    return Network([f"place-{number}" for number in range(count)], versions=(4,))
+
+
 class OurRun:
     """A run of real agents that never ends by itself; a context manager that leaves no process behind."""
 
@@ -108,7 +113,8 @@ class OurRun:
         self._store = open_store(url)
         self._log = RunLog(self._store, writer="benchmark")
         self._started = 0
-        self._slot_of: dict[str, int] = {}
+        self._place_of: dict[str, str] = {}
+        """The network's node on which an agent runs."""
 
     def __enter__(self) -> Self:
         return self
@@ -128,18 +134,19 @@ class OurRun:
         if self._network is None:
             self.fleet.start(node)
             return node
-        taken = {self._slot_of[each] for each in self.fleet.running()}
-        slot = self._slot_of[node] = min(set(self._network.slots) - taken)
-        self._network.mend(slot)
+        taken = {self._place_of[each] for each in self.fleet.running()}
+        place = next(each for each in self._network.nodes if each not in taken)
+        self._place_of[node] = place
+        self._network.link_up(place)
         self.fleet.start(
-            node, address=self._network.address(slot), prefix=self._network.inside(slot)
+            node, address=self._network.address(place), prefix=self._network.prefix(place)
         )
         return node
 
     def cut(self, node: str) -> None:
         """Take a node's link down. Only in a run with a network."""
         assert self._network is not None
-        self._network.cut(self._slot_of[node])
+        self._network.link_down(self._place_of[node])
 
     def generation(self) -> Generation:
         """The newest generation."""
@@ -171,9 +178,9 @@ class OurRun:
             time.sleep(POLL_S)
 
     def watch(self, member: Member, interval_s: float) -> StepWatch:
-        """Eyes on one member's steps."""
-        enter = (lambda: None) if self._network is None else self._network.enter_hub
-        return StepWatch(member, self._store.read(TOKEN_KEY).decode(), enter, interval_s)
+        """A watch on one member's steps."""
+        within = nullcontext if self._network is None else self._network.on_hub
+        return StepWatch(member, self._store.read(TOKEN_KEY).decode(), within, interval_s)
 
     def worker(self, member: Member) -> int:
         """Process id of a member's (only) worker."""

@@ -14,6 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -181,19 +182,23 @@ class StepPoint:
 
 
 class StepWatch:
-    """Asks one agent for its step, again and again, in a thread of its own; a context manager.
+    """Asks one agent for its step at a fixed interval, in a thread of its own; a context manager.
 
-    `enter` runs first in the thread: it can take the thread to another network.
+    The thread runs inside `within()`, which can move it to another network.
     """
 
     def __init__(
-        self, member: Member, token: str, enter: Callable[[], None], interval_s: float = _POLL_S
+        self,
+        member: Member,
+        token: str,
+        within: Callable[[], AbstractContextManager[None]],
+        interval_s: float = _POLL_S,
     ) -> None:
         self.points: list[StepPoint] = []
         self.node = member.node
         self._member = member
         self._headers = {"Authorization": f"Bearer {token}"}
-        self._enter = enter
+        self._within = within
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="step-watch", daemon=True)
@@ -225,7 +230,10 @@ class StepWatch:
             time.sleep(_POLL_S)
 
     def _run(self) -> None:
-        self._enter()
+        with self._within():
+            self._ask()
+
+    def _ask(self) -> None:
         connection = http.client.HTTPConnection(
             self._member.address, self._member.port, timeout=_ANSWER_TIMEOUT_S
         )

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.network import Network, missing_for_networks
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario, Whole, make_config
+from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
 from tests.services.fixtures import left_out

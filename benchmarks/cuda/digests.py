@@ -30,6 +30,8 @@ from benchmarks.synthetic import write_random_tokens
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import check_ledger, make_config, run_digest, scenario
 from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Generation
+from elastic_pt.workers.forking import die_with_parent
 
 _STEPS: Final = 40
 _KILL_STEP: Final = 14
@@ -92,12 +94,17 @@ def _in_own_process(case: Case, options: argparse.Namespace) -> dict[str, object
     command += ["--device", options.device, "--size", options.size, "--work", str(options.work)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {_TIMEOUT_S:g} s"}
     if done.returncode != 0:
-        return {"error": f"exit code {done.returncode}: {done.stderr[-1500:]}"}
+        return {"error": f"exit code {done.returncode}: {done.stderr[-1500:].strip()}"}
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -136,7 +143,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
         worlds = [
             record.body.world_size
             for record in log.records()
-            if type(record.body).__name__ == "Generation"
+            if isinstance(record.body, Generation)
         ]
         return {
             "digest": run_digest(fleet_run.store, view),

@@ -22,6 +22,7 @@ from rich.table import Table
 _RESULTS: Final = "results.json"
 _TABLE: Final = "table.txt"
 _TABLE_WIDTH: Final = 140
+_FOUND_MAX: Final = 500
 
 
 @dataclass
@@ -74,8 +75,9 @@ def print_table(out: Path) -> None:
     table.add_column("case")
     table.add_column("found", overflow="fold")
     for row in results["rows"]:
-        found = f"FAILED: {row['found']}" if row["failed"] else row["found"]
-        table.add_row(row["part"], row["case"], found[:400])
+        # The end of an error says the most.
+        found = f"FAILED: {row['found'][-_FOUND_MAX:]}" if row["failed"] else row["found"]
+        table.add_row(row["part"], row["case"], found[:_FOUND_MAX])
     Console(width=_TABLE_WIDTH, markup=False).print(table)
     with (out / _TABLE).open("w", encoding="utf-8") as file:
         Console(width=_TABLE_WIDTH, markup=False, file=file).print(table)

@@ -275,7 +275,8 @@ class NodeProcesses(LocalElasticAgent):
         if self._stuck:
             # torch would try, and wait, once more.
             self._watched, self._pcontext = [], None
-        super()._shutdown(signal.SIGKILL, 0)
+        # Without a timeout: torch 2.11 takes none, and all workers have ended here.
+        super()._shutdown(signal.SIGKILL)
 
     def _exit_barrier(self) -> None:
         """None: the log's STOP record, not a barrier over a store, tells that all are done."""
