@@ -11,6 +11,7 @@ exact reduction are tried over gloo with tensors of the device, each by itself.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.forking import die_with_parent
 
+_VOCABULARY: Final = 512
+_MEMORY: Final = "/dev/shm"
+_MEMORY_BYTES_MIN: Final = 1 << 30
 _STEPS: Final = 40
 _KILL_STEP: Final = 14
 _TIMEOUT_S: Final = 400.0
@@ -67,7 +71,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     """All cases, several at a time where there are cores for it."""
     with report.attempt("gloo with tensors of the device"):
         _try_collectives(options.device, report)
-    write_random_tokens(options.work / "data", SIZES[options.size].vocabulary, 400_000)
+    write_random_tokens(options.work / "data", _VOCABULARY, 400_000)
     reference: dict[bool, str] = {}
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max(1, cores // _CORES_PER_CASE)) as pool:
@@ -111,6 +115,8 @@ def _in_own_process(case: Case, options: argparse.Namespace) -> dict[str, object
 
 def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, object]:
     directory = work / case.name.replace(" ", "-").replace(",", "")
+    # Containers may give /dev/shm 64 MB only.
+    in_memory = shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES_MIN
     config = make_config(
         f"file://{directory / 'run'}",
         f"file://{work / 'data'}",
@@ -120,6 +126,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
         f'train.device="{device}"',
         f"train.compile={str(case.compiled).lower()}",
         f"elastic.workers_per_node={case.workers}",
+        f'checkpoint.staging="{_MEMORY if in_memory else work}"',
         # A first start on a cold machine imports and compiles for long.
         "elastic.hang_timeout_s=120",
         f"elastic.settle_timeout_s={_TIMEOUT_S}",

@@ -151,6 +151,10 @@ class ExactAllReduceHook:
 
     def __call__(self, reduce_output: Tensor) -> None:
         """Take this round's gradient out of `reduce_output [n]` and leave zeros or the root there."""
+        if reduce_output.is_cuda:
+            # FSDP2 allocates it on its reduce-scatter stream, calls this hook on another stream, and frees it while
+            # that stream may still read it. Without this mark the next group of parameters could overwrite it.
+            reduce_output.record_stream(torch.cuda.current_stream(reduce_output.device))
         self._sum.add(self._rounds.slot_of(0), reduce_output.clone())
         _put_out(self._sum, self._rounds, reduce_output)
 
