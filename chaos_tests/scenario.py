@@ -1,4 +1,4 @@
-"""What every scenario shares: a tiny run, eyes on it, and the verdict over the whole of it.
+"""What all scenarios share: a tiny run, ways to observe it, and the check of the finished run.
 
     start nodes ─► wait until a named step ─► disturb ─► finish ─► check_whole
 
@@ -74,7 +74,7 @@ every_steps = {CHECKPOINT_STEPS}
 
 @dataclass(frozen=True)
 class Whole:
-    """What remains of a finished run."""
+    """The result of a finished run."""
 
     digest: str
     generations: list[Generation]
@@ -82,7 +82,7 @@ class Whole:
 
 
 class Scenario:
-    """One run with its nodes, and what can be seen of it from outside."""
+    """One run with its nodes, observed from outside."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Scenario:
         return generation
 
     def statuses(self) -> list[NodeStatus]:
-        """What the members of the newest generation say of themselves; those that do not answer are left out."""
+        """The statuses that the members of the newest generation report; members that do not answer are left out."""
         generation = self.view().generation
         members = () if generation is None else generation.members
         return [status for each in members if (status := self._ask(each)) is not None]
@@ -141,7 +141,7 @@ class Scenario:
         deadline_s = time.monotonic() + self.patience_s
         while not condition():
             if time.monotonic() > deadline_s:
-                raise AssertionError(f"not within {self.patience_s} s: {what}\n{self.last_words()}")
+                raise AssertionError(f"not within {self.patience_s} s: {what}\n{self.log_tails()}")
             time.sleep(_POLL_S)
 
     def until_step(self, step: int, nodes: int) -> None:
@@ -149,7 +149,7 @@ class Scenario:
 
         def reached() -> bool:
             codes = self.fleet.exit_codes()
-            assert None in codes.values(), f"all nodes have ended: {codes}\n{self.last_words()}"
+            assert None in codes.values(), f"all nodes have ended: {codes}\n{self.log_tails()}"
             generation = self.view().generation
             return (
                 generation is not None and len(generation.members) == nodes and self.step() >= step
@@ -159,9 +159,9 @@ class Scenario:
         assert self.view().stop is None, f"the run was over before step {step} could be disturbed"
 
     def finish(self) -> None:
-        """Wait until every node that still runs has ended well."""
+        """Wait until every node that still runs has ended with exit code 0."""
         codes = self.fleet.wait(self.patience_s)
-        assert set(codes.values()) == {0}, f"{codes}\n{self.last_words()}"
+        assert set(codes.values()) == {0}, f"{codes}\n{self.log_tails()}"
 
     def events(self, node: str, name: str) -> list[dict[str, Any]]:
         """The structured events of one name that a node wrote, in order."""
@@ -170,10 +170,10 @@ class Scenario:
         return [event for event in events if event["event"] == name]
 
     def decisions(self, node: str) -> list[str]:
-        """What a node's membership decided, by kind, in order."""
+        """The kinds of decisions that a node's membership took, in order."""
         return [event["kind"] for event in self.events(node, "decision")]
 
-    def last_words(self) -> str:
+    def log_tails(self) -> str:
         """The end of each node's log."""
         return "\n".join(
             f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-12:])
@@ -181,7 +181,7 @@ class Scenario:
         )
 
     def check_whole(self, reference_digest: str) -> Whole:
-        """The verdict: fails unless the finished run is, to the bit and to the row, the undisturbed one."""
+        """Fail unless the finished run has the weights of the undisturbed one and read each row once."""
         view = self.view()
         assert view.stop is not None
         assert (view.stop.reason, view.stop.step) == ("completed", self.config.train.steps)

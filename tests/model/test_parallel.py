@@ -121,7 +121,7 @@ def test_bfloat16_computes_on_float32_masters(build: Build) -> None:
 
 
 def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto takes what is there; asking for an absent device is a user's mistake, in one line."""
+    """auto takes the device that is there; asking for an absent one is a `ConfigError`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(TrainSection()) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"train\.device"):

@@ -30,7 +30,7 @@ def tree_sum(values: list[torch.Tensor]) -> torch.Tensor:
 @settings(deadline=None, max_examples=200)
 @given(slots=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_any_order_of_arrival_gives_the_bits_of_the_tree(slots: int, seed: int) -> None:
-    """Whatever order contributions arrive in, their sum has the bits of the one canonical tree."""
+    """For any order of arrival, the sum has the bits of the canonical tree."""
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(5, generator=generator) * 10.0 ** (slot % 7 - 3) for slot in range(slots)]
     order = list(range(slots))
@@ -98,7 +98,7 @@ def test_the_digest_is_that_of_a_world_of_one(
 
 
 @pytest.mark.distributed
-def test_changing_the_world_on_the_way_changes_no_bit(
+def test_resizing_during_a_run_changes_no_bit(
     reference: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     """A run that passes through worlds of 3, 1, 8, 5 and 2, resharding in between, ends with the same bits."""
