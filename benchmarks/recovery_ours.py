@@ -1,4 +1,4 @@
-"""Our agents, disturbed again and again: one long-lived run per kind of disturbance.
+"""Disturbs our agents repeatedly: one long-lived run per kind of disturbance.
 
     whole world ─► a random pause of some steps ─► disturb ─► first step of the new generation ─► Sample
          ▲                                                                                     │
@@ -179,7 +179,7 @@ def stalled(
     last_s = last_step_s(watch.points, report.time_s)
     assert last_s is not None
     normal_s = normal_step_s(watch.points, start_s)
-    # Whoever noticed did so before the old generation's last step: the stall begins with agreeing.
+    # The disturbance was detected before the old generation's last step: the stall begins with agreeing.
     notice_s = noticed_s(run.logs.events, nodes, start_s)
     phases = phases_of(last_s, notice_s, first.generation_s, report)
     phases["first step"] -= normal_s

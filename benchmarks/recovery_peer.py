@@ -2,8 +2,8 @@
 
     agents of torchrun ─► torchrun_peer.py (FSDP2, DCP) ─► steps.jsonl ─► Sample
 
-Each repetition has a job of its own: a job that was disturbed does not take in a replacement reliably. What
-torchrun cannot do is recorded as what became of it: nothing within the limit, or all agents ended.
+Each repetition starts a new job: a job that was disturbed does not accept a replacement reliably. Where torchrun does
+not recover, the outcome is recorded: nothing within the limit, or all agents ended.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Setting:
 
 
 SETTINGS: Final = {
-    # All of torchrun's own defaults; the process group's would be 30 minutes, which nobody keeps.
+    # torchrun's own defaults, but not the process group's timeout of 30 minutes, which is rarely kept.
     "torchrun_default": Setting(collective_timeout_s=60.0),
     "torchrun_tuned": Setting(
         collective_timeout_s=10.0,
@@ -128,7 +128,7 @@ class TorchrunJob:
         return range(len(self._agents))
 
     def kill(self, index: int) -> None:
-        """Lose an agent's whole machine."""
+        """Simulate the loss of an agent's machine."""
         agent, mark = self._agents[index]
         kill_all(mark)
         agent.wait()

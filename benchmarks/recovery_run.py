@@ -1,4 +1,4 @@
-"""One long-lived run of real agents that `recovery_ours.py` disturbs, and what can be seen of it."""
+"""One long-lived run of real agents that `recovery_ours.py` disturbs and observes."""
 
 import tempfile
 import time
@@ -76,7 +76,7 @@ micro_batch = 1
 [elastic]
 nodes_max = {nodes_max}
 join_window_s = {_JOIN_WINDOW_S}
-# Nodes whose workers fail again and again are kept out, and this is what happens here.
+# Nodes whose workers fail repeatedly are quarantined, and these do fail repeatedly.
 flaps_max = {_STEPS}
 [checkpoint]
 every_steps = {CHECKPOINT_STEPS}
@@ -155,9 +155,9 @@ class OurRun:
         return generation
 
     def make_whole(self) -> Generation:
-        """Replace what is gone and wait until all train and have committed; returns their generation.
+        """Replace lost nodes and wait until all train and have committed; returns their generation.
 
-        Raises `ElasticPtError` when that has not come to pass within `_WHOLE_S`.
+        Raises `ElasticPtError` after `_WHOLE_S`.
         """
         while len(self.fleet.running()) < self.plan.nodes:
             self.start_node()
@@ -188,7 +188,7 @@ class OurRun:
         return pid
 
     def pause(self, watch: StepWatch, steps: int) -> None:
-        """Let the world do some steps. Raises `ElasticPtError` if it does not."""
+        """Wait until the world has done some steps. Raises `ElasticPtError` after `_WHOLE_S`."""
         deadline_s = time.monotonic() + _WHOLE_S
         while watch.step == 0:
             if time.monotonic() > deadline_s:

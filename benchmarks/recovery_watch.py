@@ -1,4 +1,4 @@
-"""Eyes on a run of real agents: the events they log, and the steps that one of them reports.
+"""Observes a run of real agents: the events they log, and the steps that one of them reports.
 
     <node>.log ─► EventLogs ─► first_step_after ─► FirstStep ─┐
     GET /v1/status ─► StepWatch ─► StepPoint ─────────────────┴─► phases_of
@@ -25,7 +25,7 @@ from elastic_pt.runlog.records import Member
 _POLL_S: Final = 0.01
 _ANSWER_TIMEOUT_S: Final = 1.0
 _INDIFFERENT: Final = ("training", "waiting for all members to stop")
-"""Reasons of decisions that notice nothing."""
+"""Reasons of decisions that detect no change."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EventLogs:
         self._directory = directory
         self._read_bytes: dict[Path, int] = {}
         self.events: list[Event] = []
-        """What has been read, by node in order."""
+        """All events so far; those of one node are in order."""
 
     def refresh(self) -> list[Event]:
         """Read on; returns all events."""
@@ -134,7 +134,7 @@ def first_step_after(
 
 
 def noticed_s(events: Sequence[Event], nodes: Iterable[str], since_s: float) -> float | None:
-    """When the first of `nodes` noticed that something is wrong, or that the world should change."""
+    """When the first of `nodes` detected a fault, or that the world should change."""
     wanted = set(nodes)
     times = [
         event.time_s
@@ -154,8 +154,8 @@ def phases_of(
 ) -> dict[str, float]:
     """Seconds of each phase between `start_s` and a node's first step; they add up to all of it.
 
-    What its workers did not account for, from the generation's record on, is the fork. An unknown notice
-    counts as agreeing.
+    The time after the generation's record that its workers did not report is the fork. Without a known moment of
+    detection, the time before the record counts as agreeing.
     """
     agreed_s = max(start_s, generation_s)
     detected_s = start_s if notice_s is None else min(max(start_s, notice_s), agreed_s)

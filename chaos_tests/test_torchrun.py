@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("all_reduce.py")
 
 
 class Torchrun:
-    """Agents of stock torchrun, each with a mark of its own: their workers are in sessions of their own."""
+    """Agents of stock torchrun, each with its own mark: their workers are in separate sessions."""
 
     def __init__(self, directory: Path) -> None:
         self.url = f"file://{directory / 'run'}"
@@ -56,7 +56,7 @@ class Torchrun:
         self.agents.append((agent, mark))
 
     def kill(self, index: int) -> None:
-        """Lose an agent's whole machine."""
+        """Simulate the loss of an agent's machine."""
         agent, mark = self.agents[index]
         kill_all(mark)
         agent.wait()
@@ -67,7 +67,7 @@ class Torchrun:
         return text.split("\n")[:-1]
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; fails with the agents' last words after `PATIENCE_S`."""
+        """Wait for a condition; fails with the ends of the agents' logs after `PATIENCE_S`."""
         deadline_s = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline_s:
