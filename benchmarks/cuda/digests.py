@@ -4,7 +4,8 @@
     W = 2, one node             a worker killed; both workers compute on one device, so they talk over gloo
     W = 3, three nodes          a node killed, so that the run ends at W = 2; over gloo as well
 
-Each is done eager and compiled; the bits of the two may differ. Before that, the collectives of FSDP2 and of the
+Each is done eager and compiled; the bits of the two may differ. Digests are compared with the first case of their
+kind that ends. Before that, the collectives of FSDP2 and of the
 exact reduction are tried over gloo with tensors of the device, each by itself.
 """
 
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -72,17 +73,18 @@ def run(options: argparse.Namespace, report: Report) -> None:
     with report.attempt("gloo with tensors of the device"):
         _try_collectives(options.device, report)
     write_random_tokens(options.work / "data", _VOCABULARY, 400_000)
-    reference: dict[bool, str] = {}
+    first: dict[bool, str] = {}
+    """The digest of the first case that ended, eager and compiled."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max(1, cores // _CORES_PER_CASE)) as pool:
-        for case, outcome in zip(
-            CASES, pool.map(lambda case: _in_own_process(case, options), CASES), strict=True
-        ):
+        running = {pool.submit(_in_own_process, case, options): case for case in CASES}
+        for done in as_completed(running):
+            case, outcome = running[done], done.result()
             if "error" in outcome:
                 report.row(case.name, outcome["error"], failed=True)
                 continue
             found = outcome["digest"]
-            expected = reference.setdefault(case.compiled, found)
+            expected = first.setdefault(case.compiled, found)
             verdict = "equal" if found == expected else f"NOT EQUAL to {expected[:12]}"
             report.row(
                 case.name,

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+import structlog
 import torch
 
 # `torch.use_deterministic_algorithms` imports it, which takes 0.3 s: once in the fork server, not in each worker.
@@ -40,6 +41,8 @@ from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
 from elastic_pt.workers.heartbeat import Phase, Progress
+
+log = structlog.get_logger("elastic_pt.train.worker")
 
 _DEVICES_PREFIX: Final = "devices"
 _WORKERS_PREFIX: Final = "workers"
@@ -116,6 +119,8 @@ def join_world(config: Config, assignment: Assignment, device: torch.device) -> 
             assignment.store_address, assignment.store_port, is_master=False, timeout=timeout
         )
         backend = choose_backend(device, PrefixStore(_DEVICES_PREFIX, store), world_size)
+        if device.type == "cuda" and backend == "gloo":
+            log.warning("cuda_device_is_shared", backend=backend, device=str(device))
         dist.init_process_group(
             backend,
             store=PrefixStore(_WORKERS_PREFIX, store),
