@@ -3,15 +3,15 @@
 import argparse
 import importlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from benchmarks.cuda.report import Report, machine, print_table, read_results, write_results
 from benchmarks.cuda.sizes import SIZES
@@ -29,6 +29,7 @@ LIMITS_S: Final = {
 _ON_CPU: Final = 4.0
 """Times these limits: compiling for a few busy CPU cores takes long."""
 _LOG_BYTES_MAX: Final = 200_000
+_COPY_TIMEOUT_S: Final = 5.0
 
 
 def main() -> None:
@@ -71,7 +72,18 @@ def _run_part(part: str, options: argparse.Namespace, limit_s: float) -> None:
         command = [sys.executable, "-m", "benchmarks.cuda", part, "--work", work]
         command += ["--device", options.device, "--size", options.size, "--out", str(options.out)]
         started_s = time.monotonic()
-        child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        assert child.stdout is not None
+        copying = threading.Thread(
+            target=_copy_output, args=(child.stdout, Path(work, "output.log")), daemon=True
+        )
+        copying.start()
         try:
             code = child.wait(limit_s)
             if code != 0:
@@ -83,18 +95,28 @@ def _run_part(part: str, options: argparse.Namespace, limit_s: float) -> None:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             kill_all(mark)
+            copying.join(_COPY_TIMEOUT_S)
         print(f"{part}: {time.monotonic() - started_s:.0f} s", flush=True)
         _keep_logs(part, Path(work), options.out)
 
 
+def _copy_output(stream: IO[bytes], path: Path) -> None:
+    """To this process's output, and to a file for the archive of logs."""
+    with path.open("wb") as file:
+        for line in stream:
+            file.write(line)
+            file.flush()
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+
+
 def _keep_logs(part: str, work: Path, out: Path) -> None:
-    """The ends of the agents' logs, in one small archive."""
+    """The ends of the part's output and of its agents' logs, in one small archive."""
     with tarfile.open(out / f"{part}-logs.tar.gz", "w:gz") as archive:
         for path in sorted(work.rglob("*.log")):
             short = work / "short"
             short.write_bytes(path.read_bytes()[-_LOG_BYTES_MAX:])
             archive.add(short, arcname=str(path.relative_to(work)))
-    shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

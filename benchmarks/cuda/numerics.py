@@ -30,7 +30,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
     }
     with report.attempt(shape.name), tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "exact.json"
-        command = [sys.executable, str(_EXACT), "--world-size", "1", "--pairs", str(_PAIRS)]
+        # -P: the folder of the script must not be searched, because `cuda` in it is no CUDA library.
+        command = [sys.executable, "-P", str(_EXACT), "--world-size", "1", "--pairs", str(_PAIRS)]
         command += ["--device", options.device, "--json", str(path)]
         for name, value in settings.items():
             command += ["--set", f"{name}={value}"]

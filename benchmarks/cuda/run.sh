@@ -3,7 +3,8 @@
 #
 #     benchmarks/cuda/run.sh                                   all parts, at most 560 s together
 #     benchmarks/cuda/run.sh digests recovery                  some parts
-#     benchmarks/cuda/run.sh --device cpu --size tiny          every part on a CPU, to try the benchmark itself
+#     benchmarks/cuda/run.sh --device cpu --size tiny --seconds 1200
+#                                                              every part on a CPU, to try the benchmark itself
 #
 # Parts (each in its own process, with its own limit; a part that fails or is cut does not stop the others):
 #
@@ -17,7 +18,8 @@
 # 10 minutes each have room for everything: `run.sh numerics snapshot digests`, then `run.sh recovery speed`.
 #
 # Needs a checkout, Python 3.12 with torch >= 2.11, and 20 GB in the temporary directory; no network. What else
-# elastic-pt needs comes from a folder of wheels, which `wheels.sh` fills on a machine with a network.
+# elastic-pt needs comes from a folder of wheels, which `wheels.sh` fills on a machine with a network. git ignores
+# the folder, so copy it along with the checkout.
 #
 # Options:  --wheels DIR   folder of wheels (default: .wheels in the checkout, if it is there)
 #           --out DIR      results (default: $OUT, else cuda-results): results.json, table.txt, *-logs.tar.gz
