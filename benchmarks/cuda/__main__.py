@@ -19,8 +19,8 @@ from chaos_tests.processes import kill_all, mark_children
 from elastic_pt.workers.forking import die_with_parent
 
 LIMITS_S: Final = {
-    "numerics": 60.0,
-    "snapshot": 90.0,
+    "numerics": 90.0,
+    "snapshot": 150.0,
     "digests": 300.0,
     "recovery": 200.0,
     "speed": 300.0,

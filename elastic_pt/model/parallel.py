@@ -5,6 +5,8 @@
 The order matters: recomputation goes inside the compiled region, and FSDP2 outside of both, so that its
 gathering of weights happens around a compiled block. Parameter names stay as the model has them: blocks
 are not wrapped in modules, only their `forward` is replaced.
+
+Untested so far: everything here on CUDA. `benchmarks/cuda/run.sh` runs it on a machine with one GPU.
 """
 
 import functools
