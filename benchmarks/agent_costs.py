@@ -1,9 +1,9 @@
-"""Processor time of an agent in a large world: what `tests/sim/scale.py` charges its simulated agents with.
+"""Processor time of an agent in a large world; `tests/sim/scale.py` charges its simulated agents with it.
 
     python benchmarks/agent_costs.py [--nodes 1000] [--repeats 5] [--json FILE]
 
 One message is sent and received over a real WebSocket on loopback, with the peer table behind it; one turn is
-taken by a leader that watches everybody; one GENERATION record is read. Medians, in microseconds: a message for
+taken by a leader that watches all nodes; one GENERATION record is read. Medians, in microseconds: a message for
 its sender and its receiver together, a turn for each node, a record for each member.
 """
 

@@ -1,4 +1,4 @@
-"""From the last upload to the COMMIT of a large world, with a store whose every answer takes a while.
+"""Time from the last upload to the COMMIT of a large world, with a store of a fixed latency.
 
     python benchmarks/commit.py --nodes 1000 --workers 8 --latency-ms 30
 
@@ -8,8 +8,8 @@ them. Shards are not uploaded: their `write` and the `size` that checks it are w
 out. All nodes finish their last upload at the same moment, after the committing node has waited for `--wait-s`: the worst case.
 
 `node` is what one node does after its last upload: the nodes do it at the same time. `commit` is from then on, when all
-notices appear at once, to the COMMIT. `worker` is what a worker then reads to learn where its rows are, and
-`check` what a node that takes the run up looks at, for the sizes of all files.
+notices appear at once, to the COMMIT. `worker` is what a worker then reads to find its rows, and
+`check` is what a node that resumes the run reads to compare the sizes of all files.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What exact arithmetic costs: the same step with numerics = exact and native, taken in turns in one run.
+"""What exact arithmetic costs: the same step with numerics = exact and native, alternating in one run.
 
     python benchmarks/exact.py [--world-size 2] [--pairs 9] [--device auto] [--json FILE]
 
@@ -19,15 +19,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from elastic_pt.config import Config, parse_config
 from elastic_pt.model.optimizer import local_rows
+from elastic_pt.model.parallel import choose_backend, resolve_device
 from elastic_pt.train.exact import row_square_sums
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
 
 VOCABULARY = 8192
+_POLL_S = 0.05
 
 
 def main() -> None:
@@ -55,6 +57,10 @@ def main() -> None:
     ]
     for worker in workers:
         worker.start()
+    while results.empty():
+        if not any(worker.is_alive() for worker in workers):
+            raise SystemExit("all workers ended without a result; their errors are above")
+        time.sleep(_POLL_S)
     report = results.get()
     for worker in workers:
         worker.join()
@@ -88,18 +94,17 @@ def work(
     overrides: list[str],
     results: "torch.multiprocessing.SimpleQueue",
 ) -> None:
-    """One worker: both states, in turns."""
-    cuda = device_name != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    """One worker: steps of both states, alternating. Workers beyond the CUDA devices share them, over gloo."""
+    device = resolve_device(benchmark_config(device_name, overrides, "exact").train, rank)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    backend = choose_backend(device, dist.PrefixStore("devices", store), world_size)
     timeout = datetime.timedelta(minutes=5)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
-    mesh = init_device_mesh(device.type, (world_size,))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     states = {}
     for numerics in ("exact", "native"):
         config = benchmark_config(device_name, overrides, numerics)

@@ -1,4 +1,4 @@
-"""How long training stands still when something happens to it, with real agents on this machine.
+"""How long a fault or a change of nodes stops training, with real agents on this machine.
 
     python benchmarks/recovery.py [--repeats 30] [--kinds worker,node] [--peer torchrun] [--json FILE]
 
@@ -8,7 +8,7 @@
 
 Printed, as p50 and p99: seconds from the disturbance to the first optimizer step that the new generation
 completes; for `join` and `leave` how much longer than a normal step the survivors wait for their next one.
-Victims take turns over all nodes, that of rank 0 included, after a random pause of some steps.
+Every node is the victim in turn, that of rank 0 included, after a random number of steps.
 With `--peer torchrun`, stock torchrun with FSDP2 and torch.distributed.checkpoint trains the same model in
 the same run, with its defaults and tuned, and is disturbed in the same ways.
 """
@@ -55,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
     if unknown := set(options.kinds) - set(KINDS):
-        parser.error(f"--kinds: {', '.join(sorted(unknown))}; {', '.join(KINDS)} would be right")
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
     if options.nodes < 2:
-        parser.error("--nodes: at least 2 would be right")
+        parser.error("--nodes: expected at least 2")
     return options
 
 
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:
-    """Keep what has been measured so far, whatever comes next."""
+    """Write the results so far, so that a later failure does not lose them."""
     if path is not None:
         path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

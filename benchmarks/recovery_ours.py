@@ -1,4 +1,4 @@
-"""Our agents, disturbed again and again: one long-lived run per kind of disturbance.
+"""Disturbs our agents repeatedly: one long-lived run per kind of disturbance.
 
     whole world ─► a random pause of some steps ─► disturb ─► first step of the new generation ─► Sample
          ▲                                                                                     │
@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from benchmarks.recovery_network import Network, missing_for_networks
 from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
-from benchmarks.recovery_run import CHECKPOINT_STEPS, POLL_S, OurRun, Plan
+from benchmarks.recovery_run import CHECKPOINT_STEPS, POLL_S, OurRun, Plan, network_of
 from benchmarks.recovery_watch import (
     FirstStep,
     StepWatch,
@@ -28,6 +27,7 @@ from benchmarks.recovery_watch import (
     phases_of,
 )
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.fleet.network import missing_for_networks
 from elastic_pt.runlog.records import Generation, Member
 
 _FINE_POLL_S: Final = 0.005
@@ -179,7 +179,7 @@ def stalled(
     last_s = last_step_s(watch.points, report.time_s)
     assert last_s is not None
     normal_s = normal_step_s(watch.points, start_s)
-    # Whoever noticed did so before the old generation's last step: the stall begins with agreeing.
+    # The disturbance was detected before the old generation's last step: the stall begins with agreeing.
     notice_s = noticed_s(run.logs.events, nodes, start_s)
     phases = phases_of(last_s, notice_s, first.generation_s, report)
     phases["first step"] -= normal_s
@@ -201,7 +201,7 @@ DISTURBANCES: Final[dict[str, Disturbance]] = {
 def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
     """All repetitions of one kind, in as few runs as possible. Main thread."""
     if kind == "silent" and (reason := missing_for_networks()):
-        return unavailable(reason)
+        return unavailable(f"left out: needs networks, {reason}")
     randomness = random.Random(f"{plan.seed} {kind}")
     samples: list[Sample] = []
     broken: list[str] = []
@@ -209,7 +209,7 @@ def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
     while len(samples) < plan.repeats and len(broken) < _FAILURES_MAX:
         runs += 1
         with ExitStack() as stack:
-            network = stack.enter_context(Network(plan.nodes)) if kind == "silent" else None
+            network = stack.enter_context(network_of(plan.nodes)) if kind == "silent" else None
             nodes_max = plan.nodes + (kind == "join")
             directory = plan.directory / f"{kind}-{runs}"
             run = stack.enter_context(OurRun(plan, directory, data_url, nodes_max, network))

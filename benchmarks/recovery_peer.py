@@ -2,8 +2,8 @@
 
     agents of torchrun ─► torchrun_peer.py (FSDP2, DCP) ─► steps.jsonl ─► Sample
 
-Each repetition has a job of its own: a job that was disturbed does not take in a replacement reliably. What
-torchrun cannot do is recorded as what became of it: nothing within the limit, or all agents ended.
+Each repetition starts a new job: a job that was disturbed does not accept a replacement reliably. Where torchrun does
+not recover, the outcome is recorded: nothing within the limit, or all agents ended.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from benchmarks.recovery_network import Network, missing_for_networks
 from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
-from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan
+from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan, network_of
 from benchmarks.recovery_watch import StepPoint, normal_step_s
 from chaos_tests.processes import kill_all, mark_children, marked
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.workers.forking import die_with_parent
 
 _SCRIPT: Final = Path(__file__).with_name("torchrun_peer.py")
@@ -50,7 +50,7 @@ class Setting:
 
 
 SETTINGS: Final = {
-    # All of torchrun's own defaults; the process group's would be 30 minutes, which nobody keeps.
+    # torchrun's own defaults, but not the process group's timeout of 30 minutes, which is rarely kept.
     "torchrun_default": Setting(collective_timeout_s=60.0),
     "torchrun_tuned": Setting(
         collective_timeout_s=10.0,
@@ -82,7 +82,7 @@ class TorchrunJob:
         self._endpoint = (
             f"127.0.0.1:{_free_port()}"
             if network is None
-            else f"{network.address(1)}:{_NETWORK_PORT}"
+            else f"{network.address(network.nodes[0])}:{_NETWORK_PORT}"
         )
 
     def __enter__(self) -> Self:
@@ -99,8 +99,8 @@ class TorchrunJob:
         # On one machine torchrun cannot tell by the host's name which agent is the host.
         rendezvous = ",".join((*self._setting.rendezvous, f"is_host={int(index == 0)}"))
         if self._network is not None:
-            address, interface = self._network.address(index + 1), "eth0"
-            inside = self._network.inside(index + 1)
+            address, interface = self._network.address(self._network.nodes[index]), "eth0"
+            inside = self._network.prefix(self._network.nodes[index])
         command = [*inside, sys.executable, "-m", "torch.distributed.run"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self._endpoint}", "--rdzv-id=peer"]
         command += [f"--nnodes=1:{self._nodes_max}", "--nproc-per-node=1", "--max-restarts=1000"]
@@ -128,7 +128,7 @@ class TorchrunJob:
         return range(len(self._agents))
 
     def kill(self, index: int) -> None:
-        """Lose an agent's whole machine."""
+        """Simulate the loss of an agent's machine."""
         agent, mark = self._agents[index]
         kill_all(mark)
         agent.wait()
@@ -148,7 +148,7 @@ class TorchrunJob:
     def cut(self, index: int) -> None:
         """Take an agent's link down."""
         assert self._network is not None
-        self._network.cut(index + 1)
+        self._network.link_down(self._network.nodes[index])
 
     def ended(self, among: Sequence[int]) -> bool:
         """Whether all these agents have ended by themselves."""
@@ -270,7 +270,7 @@ def measure_once(kind: str, setting: Setting, plan: Plan, directory: Path, turn:
     randomness = random.Random(f"{plan.seed} {kind} {turn}")
     victim = turn % plan.nodes
     with ExitStack() as stack:
-        network = stack.enter_context(Network(plan.nodes)) if kind == "silent" else None
+        network = stack.enter_context(network_of(plan.nodes)) if kind == "silent" else None
         nodes_max = plan.nodes + (kind == "join")
         job = stack.enter_context(TorchrunJob(setting, directory, nodes_max, network))
         for _ in range(plan.nodes):
@@ -295,7 +295,7 @@ def measure_once(kind: str, setting: Setting, plan: Plan, directory: Path, turn:
 def measure_peer(name: str, kind: str, plan: Plan) -> Summary:
     """All repetitions of one kind under one setting. Victims take turns, the rendezvous host last."""
     if kind == "silent" and (reason := missing_for_networks()):
-        return unavailable(reason)
+        return unavailable(f"left out: needs networks, {reason}")
     samples: list[Sample] = []
     for turn in range(1, plan.repeats + 1):
         directory = plan.directory / name / f"{kind}-{turn}"

@@ -1,4 +1,4 @@
-"""What the samples of `recovery.py` add up to: percentiles, median phases, targets, and the table for people.
+"""Summaries of the samples of `recovery.py`: percentiles, median phases, targets, and the table for people.
 
     Sample ─► summarize ─► {"p50", "p99", "repeats", "phases", "samples", ...} ─► rows ─► table
                                                                   TARGETS ─► judge ─┘
@@ -149,7 +149,7 @@ def words(summary: Summary | None, row: Row) -> str:
 
 
 def breakdown(summary: Summary) -> str:
-    """The median phases in order, in one line; for a join also what the joiner's time went into."""
+    """The median phases in order, in one line; for a join also the phases of the joiner."""
     joiner = {
         f"joiner's {name}": summary[key]["p50"]
         for name, key in (
@@ -164,7 +164,7 @@ def breakdown(summary: Summary) -> str:
 
 
 def worst(summary: Summary) -> str:
-    """The phases of the slowest repetition, or what became of one that did not recover."""
+    """The phases of the slowest repetition, or the failure of one that did not recover."""
     slowest = max(
         summary["samples"],
         key=lambda sample: math.inf if sample["seconds"] is None else sample["seconds"],

@@ -1,22 +1,21 @@
-"""One long-lived run of real agents that `recovery_ours.py` disturbs, and what can be seen of it."""
+"""One long-lived run of real agents that `recovery_ours.py` disturbs and observes."""
 
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from benchmarks.recovery_network import Network
 from benchmarks.recovery_watch import EventLogs, StepWatch
+from benchmarks.synthetic import write_random_tokens
 from chaos_tests.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
-from elastic_pt.data.documents import standard_library_source
-from elastic_pt.data.prepare import prepare
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.fleet.network import Network
 from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation, Member
@@ -26,7 +25,7 @@ CHECKPOINT_STEPS: Final = 5
 """Steps between checkpoints, for us and for the peers."""
 POLL_S: Final = 0.02
 _VOCABULARY: Final = 320
-_CORPUS_CHARACTERS: Final = 300_000
+_TOKENS: Final = 100_000
 _MEMORY: Final = "/dev/shm"
 _STEPS: Final = 1_000_000
 _JOIN_WINDOW_S: Final = 0.2
@@ -44,19 +43,20 @@ class Plan:
     directory: Path
     seed: int
     tell: Callable[[str], None]
-    """Says a line to whoever watches."""
+    """Prints a line of progress."""
+    overrides: tuple[str, ...] = ()
+    """Changes of the run's configuration, as for `--set`."""
 
 
 def prepare_data(directory: Path) -> str:
-    """A few hundred kilobytes of the standard library, tokenized; returns their URL."""
-    url = f"file://{directory}"
-    source = standard_library_source(_CORPUS_CHARACTERS)
-    prepare([source], open_store(url), vocab_size=_VOCABULARY, held_out=0.05)
-    return url
+    """A few hundred kilobytes of random tokens; returns their URL."""
+    return write_random_tokens(directory, _VOCABULARY, _TOKENS)
 
 
-def make_config(run_url: str, data_url: str, staging: str, nodes_max: int) -> Config:
-    """A tiny model that trains for as long as anybody lets it. What decides about recovery is the default."""
+def make_config(
+    run_url: str, data_url: str, staging: str, nodes_max: int, overrides: Sequence[str] = ()
+) -> Config:
+    """A tiny model that trains without end. The settings that decide about recovery are the defaults."""
     text = f"""
 [run]
 url = "{run_url}"
@@ -76,13 +76,18 @@ micro_batch = 1
 [elastic]
 nodes_max = {nodes_max}
 join_window_s = {_JOIN_WINDOW_S}
-# Nodes whose workers fail again and again are kept out, and this is what happens here.
+# Nodes whose workers fail repeatedly are quarantined, and these do fail repeatedly.
 flaps_max = {_STEPS}
 [checkpoint]
 every_steps = {CHECKPOINT_STEPS}
 staging = "{staging}"
 """
-    return parse_config(text, source="benchmarks/recovery.py")
+    return parse_config(text, source="benchmarks/recovery.py", overrides=overrides)
+
+
+def network_of(count: int) -> Network:
+    """A network for so many nodes at a time, on IPv4."""
+    return Network([f"place-{number}" for number in range(count)], versions=(4,))
 
 
 class OurRun:
@@ -102,13 +107,14 @@ class OurRun:
             tempfile.TemporaryDirectory(prefix="recovery-", dir=_MEMORY)
         )
         url, logs = f"file://{directory / 'run'}", directory / "nodes"
-        config = make_config(url, data_url, staging, nodes_max)
+        config = make_config(url, data_url, staging, nodes_max, plan.overrides)
         self.fleet = self._stack.enter_context(Fleet(config, logs))
         self.logs = EventLogs(logs)
         self._store = open_store(url)
         self._log = RunLog(self._store, writer="benchmark")
         self._started = 0
-        self._slot_of: dict[str, int] = {}
+        self._place_of: dict[str, str] = {}
+        """The network's node on which an agent runs."""
 
     def __enter__(self) -> Self:
         return self
@@ -128,18 +134,19 @@ class OurRun:
         if self._network is None:
             self.fleet.start(node)
             return node
-        taken = {self._slot_of[each] for each in self.fleet.running()}
-        slot = self._slot_of[node] = min(set(self._network.slots) - taken)
-        self._network.mend(slot)
+        taken = {self._place_of[each] for each in self.fleet.running()}
+        place = next(each for each in self._network.nodes if each not in taken)
+        self._place_of[node] = place
+        self._network.link_up(place)
         self.fleet.start(
-            node, address=self._network.address(slot), prefix=self._network.inside(slot)
+            node, address=self._network.address(place), prefix=self._network.prefix(place)
         )
         return node
 
     def cut(self, node: str) -> None:
         """Take a node's link down. Only in a run with a network."""
         assert self._network is not None
-        self._network.cut(self._slot_of[node])
+        self._network.link_down(self._place_of[node])
 
     def generation(self) -> Generation:
         """The newest generation."""
@@ -148,9 +155,9 @@ class OurRun:
         return generation
 
     def make_whole(self) -> Generation:
-        """Replace what is gone and wait until all train and have committed; returns their generation.
+        """Replace lost nodes and wait until all train and have committed; returns their generation.
 
-        Raises `ElasticPtError` when that has not come to pass within `_WHOLE_S`.
+        Raises `ElasticPtError` after `_WHOLE_S`.
         """
         while len(self.fleet.running()) < self.plan.nodes:
             self.start_node()
@@ -171,9 +178,9 @@ class OurRun:
             time.sleep(POLL_S)
 
     def watch(self, member: Member, interval_s: float) -> StepWatch:
-        """Eyes on one member's steps."""
-        enter = (lambda: None) if self._network is None else self._network.enter_hub
-        return StepWatch(member, self._store.read(TOKEN_KEY).decode(), enter, interval_s)
+        """A watch on one member's steps."""
+        within = nullcontext if self._network is None else self._network.on_hub
+        return StepWatch(member, self._store.read(TOKEN_KEY).decode(), within, interval_s)
 
     def worker(self, member: Member) -> int:
         """Process id of a member's (only) worker."""
@@ -181,7 +188,7 @@ class OurRun:
         return pid
 
     def pause(self, watch: StepWatch, steps: int) -> None:
-        """Let the world do some steps. Raises `ElasticPtError` if it does not."""
+        """Wait until the world has done some steps. Raises `ElasticPtError` after `_WHOLE_S`."""
         deadline_s = time.monotonic() + _WHOLE_S
         while watch.step == 0:
             if time.monotonic() > deadline_s:

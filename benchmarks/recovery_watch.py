@@ -1,4 +1,4 @@
-"""Eyes on a run of real agents: the events they log, and the steps that one of them reports.
+"""Observes a run of real agents: the events they log, and the steps that one of them reports.
 
     <node>.log ─► EventLogs ─► first_step_after ─► FirstStep ─┐
     GET /v1/status ─► StepWatch ─► StepPoint ─────────────────┴─► phases_of
@@ -14,6 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -24,7 +25,7 @@ from elastic_pt.runlog.records import Member
 _POLL_S: Final = 0.01
 _ANSWER_TIMEOUT_S: Final = 1.0
 _INDIFFERENT: Final = ("training", "waiting for all members to stop")
-"""Reasons of decisions that notice nothing."""
+"""Reasons of decisions that detect no change."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class EventLogs:
         self._directory = directory
         self._read_bytes: dict[Path, int] = {}
         self.events: list[Event] = []
-        """What has been read, by node in order."""
+        """All events so far; those of one node are in order."""
 
     def refresh(self) -> list[Event]:
         """Read on; returns all events."""
@@ -133,7 +134,7 @@ def first_step_after(
 
 
 def noticed_s(events: Sequence[Event], nodes: Iterable[str], since_s: float) -> float | None:
-    """When the first of `nodes` noticed that something is wrong, or that the world should change."""
+    """When the first of `nodes` detected a fault, or that the world should change."""
     wanted = set(nodes)
     times = [
         event.time_s
@@ -153,8 +154,8 @@ def phases_of(
 ) -> dict[str, float]:
     """Seconds of each phase between `start_s` and a node's first step; they add up to all of it.
 
-    What its workers did not account for, from the generation's record on, is the fork. An unknown notice
-    counts as agreeing.
+    The time after the generation's record that its workers did not report is the fork. Without a known moment of
+    detection, the time before the record counts as agreeing.
     """
     agreed_s = max(start_s, generation_s)
     detected_s = start_s if notice_s is None else min(max(start_s, notice_s), agreed_s)
@@ -181,19 +182,23 @@ class StepPoint:
 
 
 class StepWatch:
-    """Asks one agent for its step, again and again, in a thread of its own; a context manager.
+    """Asks one agent for its step at a fixed interval, in a thread of its own; a context manager.
 
-    `enter` runs first in the thread: it can take the thread to another network.
+    The thread runs inside `within()`, which can move it to another network.
     """
 
     def __init__(
-        self, member: Member, token: str, enter: Callable[[], None], interval_s: float = _POLL_S
+        self,
+        member: Member,
+        token: str,
+        within: Callable[[], AbstractContextManager[None]],
+        interval_s: float = _POLL_S,
     ) -> None:
         self.points: list[StepPoint] = []
         self.node = member.node
         self._member = member
         self._headers = {"Authorization": f"Bearer {token}"}
-        self._enter = enter
+        self._within = within
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="step-watch", daemon=True)
@@ -225,7 +230,10 @@ class StepWatch:
             time.sleep(_POLL_S)
 
     def _run(self) -> None:
-        self._enter()
+        with self._within():
+            self._ask()
+
+    def _ask(self) -> None:
         connection = http.client.HTTPConnection(
             self._member.address, self._member.port, timeout=_ANSWER_TIMEOUT_S
         )

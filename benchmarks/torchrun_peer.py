@@ -1,4 +1,4 @@
-"""What stock torchrun runs as our peer: FSDP2 and torch.distributed.checkpoint on the same model, data synthetic.
+"""The script that stock torchrun runs for comparison: FSDP2 and torch.distributed.checkpoint, the same model, synthetic data.
 
     torchrun ... benchmarks/torchrun_peer.py DIRECTORY [--timeout 60] [--checkpoint-steps 5]
 

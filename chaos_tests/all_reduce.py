@@ -1,7 +1,7 @@
-"""What stock torchrun trains here: sums that know their world. Started as `all_reduce.py RESULTS STEPS`.
+"""The script that stock torchrun runs here: all-reduces whose sum shows the world. Started as `all_reduce.py RESULTS STEPS`.
 
-In a world of two it goes on until it is disturbed; in a world of one it makes STEPS sums and ends. Rank 0
-appends a line `world sum` to RESULTS for each; the sum says that every worker took part.
+In a world of two it repeats until it is disturbed; in a world of one it makes STEPS sums and ends. Rank 0
+appends a line `world sum` to RESULTS for each; the sum shows that every worker took part.
 """
 
 import sys

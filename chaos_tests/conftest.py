@@ -1,4 +1,4 @@
-"""The prepared corpus and the undisturbed run that all scenarios of a session are compared with."""
+"""The prepared corpus, and the undisturbed run that all scenarios of a session are compared with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -42,7 +42,7 @@ def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def reference_digest(data_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Digest of the run that nobody disturbed, on one node."""
+    """Digest of an undisturbed run on one node."""
     directory = tmp_path_factory.mktemp("reference")
     config = make_config(f"file://{directory / 'run'}", data_url, 1)
     with scenario(config, directory) as undisturbed:

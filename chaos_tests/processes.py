@@ -1,7 +1,7 @@
 """Finding and ending the processes of a scenario, from /proc alone.
 
-Whatever a scenario starts inherits an environment variable with a value of its own, which no change of
-session, group or parent can shake off: that is how leftovers are found.
+Every process of a scenario inherits an environment variable with a value unique to the scenario. It survives changes
+of session, group and parent, so leftover processes are found by it.
 """
 
 import os
@@ -18,7 +18,7 @@ _PROC: Final = Path("/proc")
 
 @contextmanager
 def mark_children() -> Iterator[str]:
-    """Give everything that is started meanwhile a mark of its own."""
+    """Give all processes that are started meanwhile a unique mark."""
     before, value = os.environ.get(MARK), uuid.uuid4().hex
     os.environ[MARK] = value
     try:

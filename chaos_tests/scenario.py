@@ -1,4 +1,4 @@
-"""What every scenario shares: a tiny run, eyes on it, and the verdict over the whole of it.
+"""What all scenarios share: a tiny run, ways to observe it, and the check of the finished run.
 
     start nodes ─► wait until a named step ─► disturb ─► finish ─► check_whole
 
@@ -73,7 +73,7 @@ every_steps = {CHECKPOINT_STEPS}
 
 @dataclass(frozen=True)
 class Whole:
-    """What remains of a finished run."""
+    """The result of a finished run."""
 
     digest: str
     generations: list[Generation]
@@ -81,13 +81,21 @@ class Whole:
 
 
 class Scenario:
-    """One run with its nodes, and what can be seen of it from outside."""
+    """One run with its nodes, observed from outside."""
 
-    def __init__(self, config: Config, fleet: Fleet, directory: Path, mark: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        directory: Path,
+        mark: str,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.config = config
         self.fleet = fleet
         self.directory = directory
         self.mark = mark
+        self.patience_s = patience_s
         self.store: Store = open_store(config.run.url)
         self.ask_from: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each question to an agent: the agents may be on another network than this process."""
@@ -104,7 +112,7 @@ class Scenario:
         return generation
 
     def statuses(self) -> list[NodeStatus]:
-        """What the members of the newest generation say of themselves; those that do not answer are left out."""
+        """The statuses that the members of the newest generation report; members that do not answer are left out."""
         generation = self.view().generation
         members = () if generation is None else generation.members
         return [status for each in members if (status := self._ask(each)) is not None]
@@ -128,11 +136,11 @@ class Scenario:
         return max((status.step for status in self.statuses()), default=0)
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; fails with the nodes' last words after `PATIENCE_S`."""
-        deadline_s = time.monotonic() + PATIENCE_S
+        """Wait for a condition; fails with the ends of the nodes' logs after `patience_s`."""
+        deadline_s = time.monotonic() + self.patience_s
         while not condition():
             if time.monotonic() > deadline_s:
-                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.last_words()}")
+                raise AssertionError(f"not within {self.patience_s} s: {what}\n{self.log_tails()}")
             time.sleep(_POLL_S)
 
     def until_step(self, step: int, nodes: int) -> None:
@@ -140,7 +148,7 @@ class Scenario:
 
         def reached() -> bool:
             codes = self.fleet.exit_codes()
-            assert None in codes.values(), f"all nodes have ended: {codes}\n{self.last_words()}"
+            assert None in codes.values(), f"all nodes have ended: {codes}\n{self.log_tails()}"
             generation = self.view().generation
             return (
                 generation is not None and len(generation.members) == nodes and self.step() >= step
@@ -150,9 +158,9 @@ class Scenario:
         assert self.view().stop is None, f"the run was over before step {step} could be disturbed"
 
     def finish(self) -> None:
-        """Wait until every node that still runs has ended well."""
-        codes = self.fleet.wait(PATIENCE_S)
-        assert set(codes.values()) == {0}, f"{codes}\n{self.last_words()}"
+        """Wait until every node that still runs has ended with exit code 0."""
+        codes = self.fleet.wait(self.patience_s)
+        assert set(codes.values()) == {0}, f"{codes}\n{self.log_tails()}"
 
     def events(self, node: str, name: str) -> list[dict[str, Any]]:
         """The structured events of one name that a node wrote, in order."""
@@ -161,10 +169,10 @@ class Scenario:
         return [event for event in events if event["event"] == name]
 
     def decisions(self, node: str) -> list[str]:
-        """What a node's membership decided, by kind, in order."""
+        """The kinds of decisions that a node's membership took, in order."""
         return [event["kind"] for event in self.events(node, "decision")]
 
-    def last_words(self) -> str:
+    def log_tails(self) -> str:
         """The end of each node's log."""
         return "\n".join(
             f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-12:])
@@ -172,7 +180,7 @@ class Scenario:
         )
 
     def check_whole(self, reference_digest: str) -> Whole:
-        """The verdict: fails unless the finished run is, to the bit and to the row, the undisturbed one."""
+        """Fail unless the finished run has the weights of the undisturbed one and read each row once."""
         view = self.view()
         assert view.stop is not None
         assert (view.stop.reason, view.stop.step) == ("completed", self.config.train.steps)
@@ -212,12 +220,12 @@ def check_ledger(store: Store, log: RunLog, config: Config) -> None:
 
 
 @contextmanager
-def scenario(config: Config, directory: Path) -> Iterator[Scenario]:
+def scenario(config: Config, directory: Path, patience_s: float = PATIENCE_S) -> Iterator[Scenario]:
     """A scenario whose processes are all gone at its end, whatever happened."""
     with mark_children() as mark:
         try:
             with Fleet(config, directory) as fleet:
-                yield Scenario(config, fleet, directory, mark)
+                yield Scenario(config, fleet, directory, mark, patience_s)
         finally:
             kill_all(mark)
 

@@ -1,4 +1,4 @@
-"""Everything is lost, nodes come, checkpoints go bad: the run goes on at whatever size there is."""
+"""All nodes are lost, nodes join, checkpoints are damaged: the run continues with the nodes that are there."""
 
 import os
 import shutil
@@ -26,10 +26,10 @@ def newest_shard(run: Scenario) -> Path:
     return sorted(directory.glob("*.safetensors"))[0]
 
 
-def test_a_run_survives_all_its_nodes(
+def test_new_nodes_resume_after_all_nodes_are_lost(
     start: StartScenario, interrupted: Interrupted, tmp_path: Path, reference_digest: str
 ) -> None:
-    """F19, I5: two new nodes take up what three lost ones left, and little of it is gone."""
+    """F19, I5: two new nodes resume the run of three lost ones; at most two checkpoint intervals are repeated."""
     run = start("elastic.nodes_max=2", run_url=f"file://{copy_of(interrupted, tmp_path)}")
     committed = run.view().checkpoints[0]
     # One checkpoint may have been on its way, and steps go on meanwhile.
@@ -43,8 +43,8 @@ def test_a_run_survives_all_its_nodes(
     assert {member.node for member in whole.generations[-1].members} == {"new-a", "new-b"}
 
 
-def test_a_node_joins_a_running_world(start: StartScenario, reference_digest: str) -> None:
-    """F21: a newcomer is taken in at a step boundary; no step is lost or done twice for it."""
+def test_a_node_joins_a_running_run(start: StartScenario, reference_digest: str) -> None:
+    """F21: a new node is admitted at a step boundary; no step is lost or done twice."""
     run = start(
         "elastic.nodes_max=2", "elastic.join_window_s=0.5", "elastic.hang_timeout_s=60", nodes=1
     )
@@ -67,14 +67,14 @@ def test_a_node_joins_a_running_world(start: StartScenario, reference_digest: st
 
 
 @pytest.mark.parametrize("damage", ["bit flip", "truncation"])
-def test_a_bad_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_checkpoint_is_quarantined_and_the_previous_one_used(
     damage: str,
     start: StartScenario,
     interrupted: Interrupted,
     tmp_path: Path,
     reference_digest: str,
 ) -> None:
-    """F35, F36: a committed file that changed is never trained from; the log says which and why."""
+    """F35, F36: a committed file that changed is never loaded; the log names it and the reason."""
     run = start(run_url=f"file://{copy_of(interrupted, tmp_path)}")
     newest, before, *_ = run.view().checkpoints
     shard = newest_shard(run)

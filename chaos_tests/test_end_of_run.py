@@ -1,4 +1,4 @@
-"""The last moments of a run: whatever is lost then, the run ends once, and ends the same."""
+"""Faults at the end of a run: it ends exactly once, with the same result."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ from elastic_pt.runlog.records import Stop
 pytestmark = pytest.mark.chaos
 
 
-def test_a_run_ends_although_its_last_record_was_never_written(
+def test_a_later_node_writes_a_missing_stop_record(
     start: StartScenario, reference_digest: str, tmp_path: Path
 ) -> None:
-    """If the committing node dies between the last COMMIT and STOP, the next node that comes writes STOP."""
+    """If the committing node dies between the last COMMIT and STOP, the next node that starts writes STOP."""
     run = start(nodes=1)
     run.finish()
     (last,) = [record for record in run._log.records() if isinstance(record.body, Stop)]
@@ -29,8 +29,10 @@ def test_a_run_ends_although_its_last_record_was_never_written(
     assert len(again.check_whole(reference_digest).generations) == 2
 
 
-def test_a_finished_run_stays_finished(start: StartScenario, reference_digest: str) -> None:
-    """A node that comes after STOP ends at once, well, and adds nothing to the log."""
+def test_a_node_started_after_stop_ends_at_once(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """A node that starts after STOP ends at once with exit code 0 and adds nothing to the log."""
     run = start(nodes=1)
     run.finish()
     length = run.view().length
@@ -38,13 +40,13 @@ def test_a_finished_run_stays_finished(start: StartScenario, reference_digest: s
     run.finish()
     assert run.view().length == length
     run.check_whole(reference_digest)
-    assert "Traceback" not in run.last_words()
+    assert "Traceback" not in run.log_tails()
 
 
-def test_a_node_that_is_told_to_stop_leaves_in_good_order(
+def test_sigterm_commits_a_step_and_the_node_leaves(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """SIGTERM has the world stop at a step and commit it; the others go on from there, and no step is done twice."""
+    """On SIGTERM the world stops at a step and commits it; the others resume there, and no step is done twice."""
     run = start(nodes=2)
     run.until_step(8, nodes=2)
     os.kill(run.fleet.pid("node-0"), signal.SIGTERM)
@@ -57,10 +59,10 @@ def test_a_node_that_is_told_to_stop_leaves_in_good_order(
     assert "Traceback" not in run.fleet.tail("node-0", lines=50)
 
 
-def test_a_node_that_is_told_twice_goes_at_once(
+def test_a_second_sigterm_ends_the_agent_at_once(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """A second SIGTERM ends an agent with 143, whatever its last checkpoint needs; the other goes on without it."""
+    """A second SIGTERM ends an agent with exit code 143 without its last checkpoint; the other node continues."""
     # No step will ever end, so there is no step at which to leave in good order.
     run = start("elastic.hang_timeout_s=60", nodes=2)
     run.until_step(8, nodes=2)
@@ -75,17 +77,17 @@ def test_a_node_that_is_told_twice_goes_at_once(
 
 
 def test_a_spare_node_ends_with_the_others(start: StartScenario) -> None:
-    """A node that V slots cannot feed waits as a spare, and ends well when the run does."""
+    """A node beyond the V slots waits as a spare, and ends with exit code 0 when the run does."""
     run = start("train.global_batch=4", "train.micro_batch=2", "train.steps=12", nodes=3)
     run.finish()
     assert run.view().stop is not None
     assert [len(run.generation().members), run.generation().slots] == [2, (1, 1)]
 
 
-def test_a_run_falls_back_past_any_number_of_bad_checkpoints(
+def test_several_damaged_checkpoints_are_skipped(
     start: StartScenario, reference_digest: str, tmp_path: Path
 ) -> None:
-    """With a bit flipped in each of the four newest checkpoints, the run resumes from the fifth on its own."""
+    """With a bit flipped in each of the four newest checkpoints, the run resumes from the fifth."""
     run = start("checkpoint.keep=6", "checkpoint.every_steps=3", nodes=1)
     run.until("six checkpoints", lambda: len(run.view().checkpoints) >= 6)
     run.fleet.kill("node-0")

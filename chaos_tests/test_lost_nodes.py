@@ -1,4 +1,4 @@
-"""Workers and nodes are killed, rank 0's included; the run goes on and ends as if nothing had happened."""
+"""Workers and nodes are killed, rank 0's included; the run continues and ends with the digest of the undisturbed run."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ ORPHAN_S = 2.0
 
 
 def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str) -> None:
-    """F1: losing one worker costs no node: the same nodes go on from the last checkpoint, and say why."""
+    """F1: after one worker is killed the same nodes resume from the last checkpoint and log the reason."""
     run = start(nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     worker = workers_of(run.fleet.pid("node-1"), run.mark)[0]
@@ -31,7 +31,7 @@ def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str
 
 
 def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest: str) -> None:
-    """F4: the nodes that are left go on from the last checkpoint; the log names the one that is gone."""
+    """F4: the remaining nodes resume from the last checkpoint; the log names the lost one."""
     run = start(nodes=3)
     run.until_step(KILL_STEP, nodes=3)
     victim = run.generation().members[1].node
@@ -43,8 +43,10 @@ def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest:
     assert newest.resume is not None
 
 
-def test_killing_rank_0s_node_is_no_different(start: StartScenario, reference_digest: str) -> None:
-    """F6: the node that leads, commits and holds the generation's store is as expendable as any other."""
+def test_a_killed_leader_node_shrinks_the_world(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """F6: the node that leads, commits and serves the generation's store can be lost like any other."""
     run = start(nodes=3)
     run.until_step(KILL_STEP, nodes=3)
     victim = first_member(run.generation())
@@ -56,7 +58,7 @@ def test_killing_rank_0s_node_is_no_different(start: StartScenario, reference_di
 
 
 def test_workers_die_with_their_agent(start: StartScenario, reference_digest: str) -> None:
-    """F3: not even a hung worker outlives its agent by two seconds; for the others the node is gone."""
+    """F3: when an agent is killed its workers end within two seconds, even hung ones; the others see the node as lost."""
     run = start(nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     agent = run.fleet.pid("node-1")
@@ -72,8 +74,8 @@ def test_workers_die_with_their_agent(start: StartScenario, reference_digest: st
     assert run.check_whole(reference_digest).generations[-1].reason == "lost node-1"
 
 
-def test_two_workers_on_each_node(start: StartScenario, reference_digest: str) -> None:
-    """A node is lost whole, with all its workers, and the bits depend on neither nodes nor workers."""
+def test_a_killed_node_with_two_workers(start: StartScenario, reference_digest: str) -> None:
+    """A node is lost with all its workers, and the bits depend on neither the nodes nor the workers."""
     run = start("elastic.workers_per_node=2", nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     assert run.generation().world_size == 4

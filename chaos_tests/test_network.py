@@ -1,4 +1,4 @@
-"""Nodes with addresses of their own on a network that is cut: one side goes on, the other waits and comes back."""
+"""Nodes on separate addresses and a network with faults: one side continues, the other waits and rejoins."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.network import Network, missing_for_networks
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario, Whole, make_config
+from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
 from tests.services.fixtures import left_out
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.chaos
 FAULT_STEP = CHECKPOINT_STEPS + 3
 PROBE_TIMEOUT_S = 0.5
 PATIENT = ("elastic.hang_timeout_s=60", "elastic.join_window_s=2")
-"""A worker may be made to stand still, and who comes back does not wait long to be taken in."""
+"""A test may stop a worker for long, and a node that rejoins is admitted soon."""
 
 MakeNetwork = Callable[..., Network]
 
 
 @pytest.fixture
 def make_network() -> Iterator[MakeNetwork]:
-    """Makes the test's network: `make_network(3, versions=(6,))` for three nodes that speak IPv6 only."""
+    """Makes the test's network: `make_network(3, versions=(6,))` for three nodes with IPv6 addresses only."""
     missing = missing_for_networks()
     if missing:
         left_out(f"tests on networks of their own, {missing}")
@@ -70,7 +70,7 @@ def names_of(generation: Generation) -> list[str]:
 
 
 def reaches(network: Network, here: str, there: str, version: int) -> bool:
-    """Whether a connection from one node to another one comes about."""
+    """Whether a connection from one node to another succeeds."""
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     with ExitStack() as stack:
         with network.on(there):
@@ -86,8 +86,8 @@ def reaches(network: Network, here: str, there: str, version: int) -> bool:
         return True
 
 
-def test_the_network_cuts_what_it_is_told_to_cut(make_network: MakeNetwork) -> None:
-    """Each fault cuts its own paths for both versions of IP, spares the others, and is undone by `heal`."""
+def test_each_network_fault_cuts_its_own_paths(make_network: MakeNetwork) -> None:
+    """Each fault cuts its own paths for both IP versions and no other path, and `heal` undoes it."""
     network = make_network(3, versions=(4, 6))
     one, two, three = network.nodes
 
@@ -114,8 +114,8 @@ def test_the_network_cuts_what_it_is_told_to_cut(make_network: MakeNetwork) -> N
     assert cut() == set()
 
 
-def test_a_one_way_cut_lets_the_other_way_pass(make_network: MakeNetwork) -> None:
-    """What B sends still arrives at A while B hears nothing of A."""
+def test_block_drops_one_direction_only(make_network: MakeNetwork) -> None:
+    """B's packets still arrive at A while A's packets do not arrive at B."""
     network = make_network(2)
     one, two = network.nodes
     network.block(two, from_=one)
@@ -134,10 +134,10 @@ def test_a_one_way_cut_lets_the_other_way_pass(make_network: MakeNetwork) -> Non
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_nodes_with_addresses_of_their_own(
+def test_nodes_on_ipv4_or_ipv6_without_loopback(
     version: int, make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """Every connection between nodes goes to the address a node was given, be it IPv4 or IPv6; none needs loopback."""
+    """Every connection between nodes goes to the address a node was given, IPv4 or IPv6; none needs loopback."""
     network = make_network(3, versions=(version,))
     run = start_on(network, start)
     run.until_step(FAULT_STEP, nodes=3)
@@ -152,10 +152,10 @@ def test_nodes_with_addresses_of_their_own(
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_node_without_a_link_is_left_behind(
+def test_a_node_whose_link_is_down_is_lost(
     rank: int, make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """F4: a node that falls silent, nothing being reset, is lost to the others; it sees the end and adds nothing."""
+    """F4: a node that becomes silent without a connection reset is lost; it sees that and appends nothing."""
     network = make_network(3)
     run = start_on(network, start)
     run.until_step(FAULT_STEP, nodes=3)
@@ -172,7 +172,7 @@ def test_a_node_without_a_link_is_left_behind(
 
 @contextmanager
 def standing_still(run: Scenario, node: str) -> Iterator[None]:
-    """The world cannot finish a step meanwhile, because a worker is stopped: it would be over before it changes."""
+    """Stop a worker of `node`, so that the run cannot end before the world changes."""
     worker = workers_of(run.fleet.pid(node), run.mark)[0]
     os.kill(worker, signal.SIGSTOP)
     try:
@@ -182,7 +182,7 @@ def standing_still(run: Scenario, node: str) -> Iterator[None]:
 
 
 def heal_and_finish(run: Scenario, network: Network, others: list[str], digest: str) -> Whole:
-    """The side that went on does a step, the network heals, and the run ends with everyone in it again."""
+    """The continuing side does a step, the network heals, and the run ends with all nodes as members again."""
     run.until("one side goes on", lambda: sorted(names_of(run.generation())) == sorted(others))
     run.until_step(run.generation().frontier_step + 1, nodes=len(others))
     leader, *_, last = names_of(run.generation())
@@ -199,10 +199,10 @@ def heal_and_finish(run: Scenario, network: Network, others: list[str], digest: 
     return whole
 
 
-def test_a_leader_cut_off_by_a_partition_comes_back(
+def test_a_partitioned_leader_rejoins(
     make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """F7: two of three go on; the first leaves the run to them, appends no generation, and is taken in once healed."""
+    """F7: two of three nodes continue; the cut-off leader appends no generation and is admitted after the network heals."""
     network = make_network(3)
     run = start_on(network, start, *PATIENT)
     run.until_step(FAULT_STEP, nodes=3)
@@ -218,10 +218,10 @@ def test_a_leader_cut_off_by_a_partition_comes_back(
 
 
 @pytest.mark.parametrize("deaf", [0, 2])
-def test_of_two_nodes_with_a_one_way_link_one_waits(
+def test_the_later_node_of_a_one_way_link_is_parked(
     deaf: int, make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """F8: when one node no longer hears another one, the later of the two is parked; healed, all go on."""
+    """F8: when one node no longer receives from another, the later of the two is parked; after the network heals all continue."""
     network = make_network(3)
     run = start_on(network, start, *PATIENT)
     run.until_step(FAULT_STEP, nodes=3)
@@ -237,10 +237,10 @@ def test_of_two_nodes_with_a_one_way_link_one_waits(
     assert last not in proposers_since(run, before)
 
 
-def test_of_two_halves_one_goes_on(
+def test_one_half_of_an_equal_split_continues(
     make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """F9: torn 2 | 2, the half with the first member goes on and the other one waits; healed, all four go on."""
+    """F9: split 2 | 2, the half with the first member continues and the other waits; after the network heals all four continue."""
     network = make_network(4)
     run = start_on(network, start, *PATIENT)
     run.until_step(FAULT_STEP, nodes=4)
@@ -254,10 +254,10 @@ def test_of_two_halves_one_goes_on(
 
 
 @pytest.mark.parametrize("address", ["10.77.0.99", "fd77::99", "node-7", "10.77.0"])
-def test_an_address_that_is_not_this_nodes_own_is_refused(
+def test_an_address_of_another_machine_is_refused(
     address: str, data_url: str, tmp_path: Path
 ) -> None:
-    """A wrong `--address` ends the agent with exit code 2 and one line that says so; the run has not begun."""
+    """A wrong `--address` ends the agent with exit code 2 and a one-line error, before the run begins."""
     config = tmp_path / "config.toml"
     config.write_text(make_config(f"file://{tmp_path}/run", data_url, 1).to_toml())
     command = [sys.executable, "-m", "elastic_pt", "run", str(config), "--address", address]
@@ -269,10 +269,10 @@ def test_an_address_that_is_not_this_nodes_own_is_refused(
     assert not (tmp_path / "run" / "log").exists()
 
 
-def test_no_name_is_looked_up_from_the_start_to_the_recovery(
+def test_start_and_recovery_ask_no_dns_server(
     make_network: MakeNetwork, start: StartScenario, reference_digest: str, tmp_path: Path
 ) -> None:
-    """F47: nodes that know each other by address ask no DNS server, so a silent one costs no second."""
+    """F47: nodes reach each other by address and ask no DNS server, so a silent one causes no delay."""
     network = make_network(2)
     resolver = tmp_path / "resolv.conf"
     resolver.write_text(f"nameserver {network.address_of_hub()}\noptions timeout:5 attempts:2\n")
@@ -299,7 +299,7 @@ def test_no_name_is_looked_up_from_the_start_to_the_recovery(
 
 
 def received(server: socket.socket) -> list[str]:
-    """The names that were asked for, as far as they can be read."""
+    """The names in the DNS queries that arrived."""
     names = []
     while True:
         try:

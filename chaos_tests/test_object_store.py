@@ -1,4 +1,4 @@
-"""The same promises where the run directory is a bucket on a real S3 server."""
+"""The same rules with the run directory in a bucket on a real S3 server."""
 
 import os
 import signal
@@ -24,10 +24,10 @@ CACHED_SHARDS = 5
 """Each of two workers maps a shard and needs room for the next one."""
 
 
-def test_rank_0s_node_is_lost_on_a_real_bucket(
+def test_a_killed_leader_node_on_s3(
     start: StartScenario, ceph_url: str, reference_digest: str
 ) -> None:
-    """F6 on S3: log, checkpoints and resume need nothing that a file system has and a bucket has not."""
+    """F6 on S3: log, checkpoints and resume need only what a bucket offers."""
     run = start(run_url=f"{ceph_url}/run", nodes=2)
     run.until_step(CHECKPOINT_STEPS + 3, nodes=2)
     victim = first_member(run.generation())
@@ -42,7 +42,7 @@ def test_rank_0s_node_is_lost_on_a_real_bucket(
 def proxied(
     start: StartScenario, ceph: Ceph, ceph_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Scenario, FaultProxy]]:
-    """Two nodes that reach their bucket through a proxy, watched by a test that reaches it directly."""
+    """Two nodes that reach their bucket through a proxy; the test reaches it directly."""
     with FaultProxy(ceph.endpoint) as proxy:
         run = start("elastic.nodes_max=2", "store.deadline_s=60", run_url=f"{ceph_url}/run")
         # The test's own connection is made before the address changes.
@@ -53,10 +53,10 @@ def proxied(
         yield run, proxy
 
 
-def test_a_bucket_that_is_away_pauses_nothing(
+def test_training_continues_without_the_bucket(
     proxied: tuple[Scenario, FaultProxy], reference_digest: str
 ) -> None:
-    """F5: while nobody can reach the bucket the world trains on; when it is back the checkpoints are too."""
+    """F5: while no node can reach the bucket the world trains on; afterwards the checkpoints are written."""
     run, proxy = proxied
     run.until_step(CHECKPOINT_STEPS + 3, nodes=2)
     proxy.cut()
@@ -66,10 +66,10 @@ def test_a_bucket_that_is_away_pauses_nothing(
     assert len(run.check_whole(reference_digest).generations) == 1
 
 
-def test_a_loss_while_the_bucket_is_away_waits_for_it(
+def test_recovery_waits_for_the_bucket(
     proxied: tuple[Scenario, FaultProxy], reference_digest: str
 ) -> None:
-    """F5: without the log nobody can decide who goes on; as soon as it answers the run resumes by itself."""
+    """F5: without the log no new generation can be decided; as soon as the bucket answers the run resumes."""
     run, proxy = proxied
     run.until_step(CHECKPOINT_STEPS + 3, nodes=2)
     first = run.generation()
@@ -89,7 +89,7 @@ def test_a_loss_while_the_bucket_is_away_waits_for_it(
 def test_a_corpus_on_s3_larger_than_the_cache(
     start: StartScenario, ceph_url: str, reference_digest: str, tmp_path: Path
 ) -> None:
-    """F46: token shards come through a bounded cache of their own, never into the staging directory, bits unchanged."""
+    """F46: token shards go through a bounded cache, never into the staging directory, and the bits are the same."""
     url, cache = f"{ceph_url}/data", tmp_path / "cache"
     manifest = prepare(
         [standard_library_source(CORPUS_CHARACTERS)],

@@ -1,4 +1,4 @@
-"""Troubles of the surroundings pass: no run ends for good because of them, and a STOP by failure can be lifted."""
+"""Data, disk and program fail and are repaired: the run resumes, and a STOP by failure can be reopened."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.chaos
 
 KILL_STEP = CHECKPOINT_STEPS + 3
 RESTS = 3
-"""A node rests from its second failure on; three failures used to end a run."""
+"""A node rests from its second failure on; this many rests show that no number of failures ends the run."""
 
 
 def until_it_rests(run: Scenario, node: str) -> None:
-    """Wait until the node has failed several times and `status` tells what it waits for."""
+    """Wait until the node has failed several times and `status` shows that it rests."""
     opened = open_run(run.config.run.url)
     run.until("the node rests", lambda: len(run.events(node, "node_rests")) >= RESTS)
     run.until("status says paused", lambda: read_status(opened).state is State.PAUSED)
@@ -33,16 +33,16 @@ def until_it_rests(run: Scenario, node: str) -> None:
 
 
 def fill(blob: Path) -> None:
-    """Take all the space that is left where `blob` lies."""
+    """Fill the file system of `blob`."""
     with suppress(OSError), blob.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
-def test_data_that_is_away_for_a_while_ends_no_run(
+def test_missing_data_is_retried_until_it_is_back(
     start: StartScenario, reference_digest: str, data_url: str, tmp_path: Path
 ) -> None:
-    """F45: workers that cannot read their data are started again, with pauses, until it is back."""
+    """F45: workers that cannot read their data are restarted with backoff until the data is back."""
     data = Path(shutil.copytree(data_url.removeprefix("file://"), tmp_path / "data"))
     run = start(f"data.url=file://{data}", nodes=1)
     run.until_step(KILL_STEP, nodes=1)
@@ -55,10 +55,10 @@ def test_data_that_is_away_for_a_while_ends_no_run(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_staging_directory_ends_no_run(
+def test_a_full_staging_directory_pauses_the_run(
     start: StartScenario, reference_digest: str, tmp_path: Path
 ) -> None:
-    """F39: whoever fills the staging directory of the only node holds the run up, and no longer than that."""
+    """F39: a full staging directory on the only node pauses the run; it resumes once there is room."""
     staging = tmp_path / "staging"
     staging.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", staging], check=True)
@@ -78,10 +78,10 @@ def test_a_full_staging_directory_ends_no_run(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_the_node_without_room_for_the_last_checkpoint_is_the_one_that_rests(
+def test_a_node_without_room_for_the_last_checkpoint_is_blamed_alone(
     start: StartScenario, reference_digest: str, tmp_path: Path
 ) -> None:
-    """F39: a node that cannot stage the last checkpoint says so itself; the committing node is blamed for nothing and completes the run."""
+    """F39: a node that cannot stage the last checkpoint reports it; the committing node is not blamed and completes the run."""
     staging = tmp_path / "staging"
     staging.mkdir()
     run = start(
@@ -99,8 +99,8 @@ def test_the_node_without_room_for_the_last_checkpoint_is_the_one_that_rests(
     assert committing == "node-0"
     fill(Path(f"/proc/{pid}/root{staging}/blob"))
     codes = run.fleet.wait(PATIENCE_S)
-    assert codes["node-0"] == 0, run.last_words()
-    assert codes["node-1"] in (0, 6), run.last_words()
+    assert codes["node-0"] == 0, run.log_tails()
+    assert codes["node-1"] in (0, 6), run.log_tails()
     assert run.events("node-1", "checkpoint_skipped")
     whole = run.check_whole(reference_digest)
     causes = [cause for generation in whole.generations for cause in generation.causes]
@@ -112,10 +112,10 @@ def test_the_node_without_room_for_the_last_checkpoint_is_the_one_that_rests(
     assert run.events("node-0", "node_rests") == []
 
 
-def test_a_run_that_failed_is_reopened_and_completed(
+def test_a_failed_run_is_reopened_and_completed(
     start: StartScenario, reference_digest: str, data_url: str, tmp_path: Path
 ) -> None:
-    """F2: alone, a failure of the program ends the run after spaced attempts; mended and reopened, it completes."""
+    """F2: on one node a repeated failure of the program stops the run after several attempts; repaired and reopened, it completes."""
     data = Path(shutil.copytree(data_url.removeprefix("file://"), tmp_path / "data"))
     whole = {path: path.read_bytes() for path in data.rglob("*.bin")}
     for path, content in whole.items():
@@ -131,6 +131,6 @@ def test_a_run_that_failed_is_reopened_and_completed(
     assert run_command_line(["reopen", url, "--why", "the shards are whole again"]) == 0
     assert run.view().stop is None
     run.fleet.start("node-1")
-    assert run.fleet.wait(PATIENCE_S)["node-1"] == 0, run.last_words()
+    assert run.fleet.wait(PATIENCE_S)["node-1"] == 0, run.log_tails()
     run.check_whole(reference_digest)
     assert run_command_line(["reopen", url, "--why", "again"]) == 2

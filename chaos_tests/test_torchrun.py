@@ -1,4 +1,4 @@
-"""Stock torchrun on our rendezvous: scripts that know nothing of this project become elastic."""
+"""Stock torchrun with our rendezvous: a script that knows nothing of this project becomes elastic."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("all_reduce.py")
 
 
 class Torchrun:
-    """Agents of stock torchrun, each with a mark of its own: their workers are in sessions of their own."""
+    """Agents of stock torchrun, each with its own mark: their workers are in separate sessions."""
 
     def __init__(self, directory: Path) -> None:
         self.url = f"file://{directory / 'run'}"
@@ -56,7 +56,7 @@ class Torchrun:
         self.agents.append((agent, mark))
 
     def kill(self, index: int) -> None:
-        """Lose an agent's whole machine."""
+        """Simulate the loss of an agent's machine."""
         agent, mark = self.agents[index]
         kill_all(mark)
         agent.wait()
@@ -67,14 +67,14 @@ class Torchrun:
         return text.split("\n")[:-1]
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; fails with the agents' last words after `PATIENCE_S`."""
+        """Wait for a condition; fails with the ends of the agents' logs after `PATIENCE_S`."""
         deadline_s = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline_s:
-                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.last_words()}")
+                raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.log_tails()}")
             time.sleep(0.02)
 
-    def last_words(self) -> str:
+    def log_tails(self) -> str:
         """The end of each agent's output."""
         return "\n---\n".join(
             self._log(index).read_text()[-4000:] for index in range(len(self.agents))
@@ -96,8 +96,8 @@ def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_stock_torchrun_loses_an_agent(torchrun: Torchrun, victim: int) -> None:
-    """Two agents of stock torchrun meet in a bucket; whichever is lost, the other goes on and finishes."""
+def test_torchrun_continues_without_a_lost_agent(torchrun: Torchrun, victim: int) -> None:
+    """Two agents of stock torchrun meet through a bucket; when either is lost, the other continues and finishes."""
     torchrun.start()
     torchrun.start()
     torchrun.until("a world of two adds up", lambda: "2 3" in torchrun.lines())
@@ -108,7 +108,7 @@ def test_stock_torchrun_loses_an_agent(torchrun: Torchrun, victim: int) -> None:
     survivor, mark = torchrun.agents[1 - lost]
     torchrun.kill(lost)
     torchrun.until("the other has ended", lambda: survivor.poll() is not None)
-    assert survivor.returncode == 0, torchrun.last_words()
+    assert survivor.returncode == 0, torchrun.log_tails()
     assert torchrun.lines()[-STEPS_ALONE:] == ["1 1"] * STEPS_ALONE
     newest = RunLog(open_store(torchrun.url), writer="chaos").refresh().generation
     assert newest is not None
@@ -118,8 +118,8 @@ def test_stock_torchrun_loses_an_agent(torchrun: Torchrun, victim: int) -> None:
     torchrun.until("no process is left", lambda: not marked(mark))
 
 
-def test_stock_torchrun_outlives_a_member_that_never_enters(torchrun: Torchrun) -> None:
-    """A member that stands still takes nobody with it: who waits for it in a new generation goes on to the next."""
+def test_torchrun_continues_without_a_member_that_never_enters(torchrun: Torchrun) -> None:
+    """A stopped member does not stop the others: a node that waits for it in a new generation moves on to the next one."""
     torchrun.start()
     torchrun.start()
     torchrun.until("a world of two adds up", lambda: "2 3" in torchrun.lines())
@@ -133,5 +133,5 @@ def test_stock_torchrun_outlives_a_member_that_never_enters(torchrun: Torchrun) 
         os.kill(worker, signal.SIGKILL)
     survivor, _ = torchrun.agents[1 - stopped]
     torchrun.until("the other has ended", lambda: survivor.poll() is not None)
-    assert survivor.returncode == 0, torchrun.last_words()
+    assert survivor.returncode == 0, torchrun.log_tails()
     assert torchrun.lines()[-STEPS_ALONE:] == ["1 1"] * STEPS_ALONE

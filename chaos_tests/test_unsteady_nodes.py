@@ -1,4 +1,4 @@
-"""Nodes that hang, flap, come too late or come twice: the run goes on, and never in two places at once."""
+"""Nodes that hang, fail repeatedly, or are started twice: the run continues, and always as one lineage."""
 
 import os
 import shutil
@@ -18,10 +18,8 @@ pytestmark = pytest.mark.chaos
 KILL_STEP = CHECKPOINT_STEPS + 3
 
 
-def test_a_worker_that_stands_still_is_killed_and_replaced(
-    start: StartScenario, reference_digest: str
-) -> None:
-    """F12: a stopped worker holds nobody up for long; its stacks are kept, and it is blamed, not those who waited."""
+def test_a_hung_worker_is_killed_and_replaced(start: StartScenario, reference_digest: str) -> None:
+    """F12: a stopped worker is killed soon; its stacks are kept, and it is blamed, not the workers that waited for it."""
     run = start(nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     os.kill(workers_of(run.fleet.pid("node-1"), run.mark)[0], signal.SIGSTOP)
@@ -35,10 +33,8 @@ def test_a_worker_that_stands_still_is_killed_and_replaced(
     assert "run_step" in failure["stacks"]
 
 
-def test_an_agent_that_stands_still_is_left_behind_and_comes_back(
-    start: StartScenario, reference_digest: str
-) -> None:
-    """F13: for the others a stopped agent is gone; when it wakes up it appends nothing and asks to be taken in."""
+def test_a_stopped_agent_is_lost_and_rejoins(start: StartScenario, reference_digest: str) -> None:
+    """F13: the others see a stopped agent as lost; when it continues it appends nothing and asks to join."""
     run = start("elastic.join_window_s=0.2", nodes=3)
     run.until_step(KILL_STEP, nodes=3)
     first = run.generation()
@@ -54,10 +50,10 @@ def test_an_agent_that_stands_still_is_left_behind_and_comes_back(
     run.check_whole(reference_digest)
 
 
-def test_a_node_that_fails_again_and_again_is_kept_out(
+def test_a_node_that_fails_repeatedly_is_quarantined(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """F20: the third failure within ten minutes costs a node its place for a while; the others finish without it."""
+    """F20: after the third failure within ten minutes a node is quarantined; the others finish without it."""
     run = start(nodes=2)
     for number in range(3):
         run.until_step(KILL_STEP + 6 * number, nodes=2)
@@ -73,10 +69,10 @@ def test_a_node_that_fails_again_and_again_is_kept_out(
     assert CauseKind.BARRED in [cause.kind for cause in whole.generations[-1].causes]
 
 
-def test_below_nodes_min_the_run_pauses_and_resumes_by_itself(
+def test_below_nodes_min_the_run_pauses_and_resumes(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """F22: too few nodes stop nothing for good: the state is kept, `status` says why, a new node is enough."""
+    """F22: with too few nodes the run pauses: the state is kept, `status` gives the reason, and a new node resumes it."""
     run = start("elastic.nodes_min=2", nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     run.fleet.kill("node-1")
@@ -90,7 +86,7 @@ def test_below_nodes_min_the_run_pauses_and_resumes_by_itself(
 
 
 def test_the_same_failure_everywhere_stops_the_run(start: StartScenario, tmp_path: Path) -> None:
-    """F2: an exception that no other node and no other try gets past ends the run, with its cause, and soon."""
+    """F2: an exception that repeats on every node and every attempt stops the run soon, with its cause."""
     data = Path(make_damaged_data(start, tmp_path))
     run = start(f"data.url=file://{data}", nodes=2)
     codes = run.fleet.wait(PATIENCE_S)
@@ -112,10 +108,10 @@ def make_damaged_data(start: StartScenario, directory: Path) -> str:
     return str(copy)
 
 
-def test_a_run_that_is_started_twice_is_one_run(
+def test_starting_a_run_twice_gives_one_lineage(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """F25: whoever starts a second time joins what is there or waits; there is one lineage and one result."""
+    """F25: nodes of a second start join the running world or wait; there is one lineage and one result."""
     run = start("elastic.nodes_max=2", nodes=0)
     for node in ("first-a", "first-b", "second-a", "second-b"):
         run.fleet.start(node)

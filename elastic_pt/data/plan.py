@@ -47,11 +47,6 @@ class DataPlan:
             for source in self.manifest.sources
         )
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of all sources together. With weights by token share, one epoch of each source."""
-        return sum(self.rows_per_source)
-
     @cached_property
     def mixture(self) -> Mixture:
         """The order of the sources; building it takes up to a third of a second for ragged weights."""

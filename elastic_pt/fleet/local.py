@@ -1,8 +1,8 @@
 """Several nodes on one machine: each is a real agent in a process group of its own.
 
 `elastic-pt local`, the demo and the chaos tests all start and kill nodes through `Fleet`. Killing a node
-means SIGKILL to its whole process group, agent, fork server and workers at once: what losing the machine
-looks like to the others.
+means SIGKILL to its whole process group (agent, fork server and workers) at once. The other nodes see the same as
+when a machine is lost.
 """
 
 import os
@@ -52,8 +52,8 @@ class Fleet:
     def start(self, node: str, *, address: str = LOOPBACK, prefix: Sequence[str] = ()) -> int:
         """Start a node's agent, which its peers find at `address`; returns its process id.
 
-        `prefix` goes before the command, to start it somewhere else than here (`nsenter ...`); it must
-        become the agent under the same process id.
+        `prefix` goes before the command, for example to enter a namespace (`nsenter ...`); it must become the agent
+        under the same process id.
         """
         command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
         with (self._directory / f"{node}.log").open("ab") as output:
@@ -69,7 +69,7 @@ class Fleet:
         return agent.pid
 
     def kill(self, node: str) -> None:
-        """Lose a node: SIGKILL to all its processes at once."""
+        """Simulate the loss of a node: SIGKILL to all its processes at once."""
         agent = self._agents.pop(node)
         os.killpg(agent.pid, signal.SIGKILL)
         agent.wait()
@@ -93,7 +93,7 @@ class Fleet:
             if time.monotonic() > deadline_s:
                 node = self.running()[0]
                 raise UnexpectedError(
-                    f"{node} has not ended after {timeout_s} s; its last words: {self.tail(node)}"
+                    f"{node} has not ended after {timeout_s} s; the end of its log: {self.tail(node)}"
                 )
             time.sleep(_POLL_S)
         return self.exit_codes()
@@ -105,7 +105,7 @@ class Fleet:
         )
 
     def close(self) -> None:
-        """End whatever still runs, and wait for it."""
+        """Kill all processes that still run, and wait for them."""
         for agent in self._agents.values():
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@
 The weights keep their bits: float32, under the names of Llama, or of Qwen3 where queries and keys are
 normalised. Two of our matrices are several of theirs, so rows are cut on the way out and joined on the
 way in. Tensors are taken one by one, and a shard is written once it is full: memory holds one shard.
-The directory appears under its name by a rename once it is complete, or not at all.
+The directory is written under a temporary name and renamed once it is complete.
 """
 
 import json
@@ -71,11 +71,11 @@ def export(
     and `OSError` if the directory cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists already; a new or empty directory would be right")
+        raise ConfigError(f"{out}: exists already; expected a new or empty directory")
     papers = _papers(config, vocabulary, tokenizer_json, context_length, end_of_text)
     tokenizer_json = _as_trained(tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: whatever lies beside `out` is somebody's.
+    # A unique name: no existing directory beside `out` may be touched.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     partial.chmod(0o755)
     try:
@@ -90,7 +90,7 @@ def export(
 
 
 def load_exported(directory: Path) -> Transformer:
-    """The model in an exported directory, on the CPU in float32. Raises `ConfigError` if it is not one of ours."""
+    """The model in an exported directory, on the CPU in float32. Raises `ConfigError` if it was not made by `export`."""
     config, vocabulary = _read_config(directory)
     shards = _shards_by_name(directory)
     model = build_on_meta(config, vocabulary)
@@ -129,7 +129,7 @@ def foreign_parts(name: str, full: Tensor, config: ModelSection) -> Iterator[tup
 def _checked(
     pairs: Iterable[tuple[str, Tensor]], config: ModelSection, vocabulary: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass the weights on; every parameter must come exactly once, float32 and of the right shape."""
+    """Yield the weights; raise `ConfigError` unless every parameter comes exactly once, float32 and in its shape."""
     missing = {name: p.shape for name, p in build_on_meta(config, vocabulary).named_parameters()}
     for name, full in pairs:
         if missing.pop(name, None) != full.shape or full.dtype != torch.float32:
@@ -239,9 +239,7 @@ def _end_of_text(tokenizer_json: bytes, wanted: str | None) -> tuple[int | None,
             return None, None
         (wanted,) = special
     if wanted not in special:
-        raise ConfigError(
-            f"end-of-text token {wanted!r}: one of {', '.join(special)} would be right"
-        )
+        raise ConfigError(f"end-of-text token {wanted!r}: expected one of {', '.join(special)}")
     return special[wanted], wanted
 
 
@@ -281,13 +279,9 @@ def _read_config(directory: Path) -> tuple[ModelSection, int]:
         )
         return config, int(shape["vocab_size"])
     except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}; an exported directory would be right"
-        ) from error
+        raise ConfigError(f"{path}: {error.strerror}; expected an exported directory") from error
     except KeyError as error:
-        raise ConfigError(
-            f"{path}: {error} is missing; an exported directory would be right"
-        ) from error
+        raise ConfigError(f"{path}: {error} is missing; expected an exported directory") from error
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Sampling from a trained model, to look at what it learned.
+"""Samples text from a trained model.
 
 The whole context is computed again for every token: for texts of a few hundred tokens this is fast enough, and
 it needs no cache of keys and values in the model. To serve the model, `export` it.
@@ -29,7 +29,7 @@ def generate(
     unsharded and on one device.
     """
     if not token_ids:
-        raise ValueError("token_ids is empty: at least one token to continue from would be right")
+        raise ValueError("token_ids is empty: expected at least one token")
     device = model.output_weight.device
     generator = torch.Generator().manual_seed(seed)
     context = list(token_ids)

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the parameter's name, and on nothing else.
+"""Initial weights that depend on the seed and on the parameter's name, shape and depth only.
 
 Every parameter has its own counter-based generator, keyed by SHA-256(seed, name). A rank that holds some
 rows of a parameter makes the full value and keeps its rows, so the weights of a run are the same for
@@ -53,14 +53,12 @@ def fill_(model: nn.Module, *, layers: int, seed: int) -> None:
 def assign_(parameter: Tensor, full: Tensor) -> None:
     """Copy a full value into a parameter, or this rank's rows of it into a sharded one. Communicates nothing."""
     if parameter.shape != full.shape:
-        raise ValueError(
-            f"shape {tuple(full.shape)} given, {tuple(parameter.shape)} would be right"
-        )
+        raise ValueError(f"shape {tuple(full.shape)}: expected {tuple(parameter.shape)}")
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return
     if parameter.placements != (Shard(0),):
-        raise ValueError(f"placements {parameter.placements}: (Shard(0),) would be right")
+        raise ValueError(f"placements {parameter.placements}: expected (Shard(0),)")
     mesh = parameter.device_mesh
     parameter.to_local().copy_(full[shard_rows(full.shape[0], mesh.get_local_rank(), mesh.size())])
 

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary that never holds the logits of all tokens.
 
-The plain way makes logits [N, V], their log-softmax and their gradient: three times N·V floats, the
-largest tensors of a small model's step by far. Here one chunk of rows at a time goes all the way:
+The plain implementation makes logits [N, V], their log-softmax and their gradient: three times N·V floats, the
+largest tensors of a small model's step by far. Here one chunk of rows at a time goes through all steps:
 
     logits_c = hidden_c · Wᵀ ─► log-sum-exp, loss ─► softmax − onehot, in place ─► hidden grad, weight grad +=
 
@@ -84,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, scale: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # In place, because a second [V, D] is what this function exists to avoid: so only one backward pass.
+        # In place: a second [V, D] tensor would cost the memory that this function saves. So only one backward pass.
         hidden_grad_ND, weight_grad_VD = ctx.hidden_grad_ND, ctx.weight_grad_VD
         if hidden_grad_ND is None and weight_grad_VD is None:
             raise RuntimeError("the gradients of this loss were already used by a backward pass")

@@ -2,10 +2,10 @@
 
 A rank updates its rows of each parameter, and where those rows begin and end changes with the number of
 ranks. The result of an element must therefore not depend on its place in the tensor. It would if one
-kernel did several roundings at once: in a vector loop a multiply and an add may be contracted into one
-operation with a single rounding, and in the loop's scalar tail not (`addcmul`, `addcdiv`, `lerp`, `add` with
+kernel did several operations at once: in a vector loop a multiply and an add may become one operation with a
+single rounding, and in the loop's scalar tail two (`addcmul`, `addcdiv`, `lerp`, `add` with
 alpha, fused optimizers). So every operation here is a single one that IEEE 754 rounds correctly: multiply,
-add, subtract, divide or square root of float32. These have one right answer, on any path.
+add, subtract, divide or square root of float32. Their result is the same on every code path.
 
     m ← m·β1 + g·(1−β1)        v ← v·β2 + (g·g)·(1−β2)
     p ← p·(1 − η·λ) − (m / (√v + ε·√c2)) · (η·√c2 / c1)          c1 = 1−β1ᵗ,  c2 = 1−β2ᵗ

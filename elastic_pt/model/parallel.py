@@ -1,14 +1,19 @@
-"""From a plain model to one that recomputes, compiles and shards: one function, the model knows nothing of it.
+"""Where a worker computes, and how a plain model becomes one that recomputes, compiles and shards.
+
+`parallelize` is one function; the model knows nothing of it.
 
 The order matters: recomputation goes inside the compiled region, and FSDP2 outside of both, so that its
 gathering of weights happens around a compiled block. Parameter names stay as the model has them: blocks
 are not wrapped in modules, only their `forward` is replaced.
+
+Untested so far: everything here on CUDA. `benchmarks/cuda/run.sh` runs it on a machine with one GPU.
 """
 
 import functools
 from typing import Any
 
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import (
@@ -38,15 +43,41 @@ SAVED_OPERATIONS = frozenset(
 
 
 def resolve_device(train: TrainSection, local_rank: int = 0) -> torch.device:
-    """Where a worker computes. Raises `ConfigError` if CUDA is asked for and absent."""
+    """Where a worker computes. Raises `ConfigError` if CUDA is asked for and absent.
+
+    With more workers than CUDA devices on this node, the workers share the devices.
+    """
     available = torch.cuda.is_available()
     if train.device == "cuda" and not available:
         raise ConfigError(
-            'train.device = "cuda": this machine has no CUDA device; "auto" or "cpu" would be right'
+            'train.device = "cuda": this machine has no CUDA device; expected "auto" or "cpu"'
         )
     if train.device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def choose_backend(device: torch.device, store: Store, world_size: int) -> str:
+    """The collective library of a generation: NCCL if every worker has a CUDA device of its own, else gloo.
+
+    NCCL refuses two ranks on one device. gloo copies CUDA tensors through host memory: slow, and enough for a test.
+    Communicates over `store`: on CUDA every worker of the generation must call it, once.
+    """
+    if device.type != "cuda":
+        return "gloo"
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return "gloo" if any_shared(str(uuid), store, world_size) else "nccl"
+
+
+def any_shared(name: str, store: Store, world_size: int) -> bool:
+    """Whether two of `world_size` workers give the same `name`; the same answer for all. Communicates."""
+    if store.add(f"device/{name}", 1) > 1:
+        store.set("device-shared", "yes")
+    # A worker is counted after it has reported a shared device, so the last one counted sees all reports.
+    if store.add("devices-counted", 1) == world_size:
+        store.set("devices-compared", "yes")
+    store.wait(["devices-compared"])
+    return store.check(["device-shared"])
 
 
 def resolve_compute_dtype(train: TrainSection, device: torch.device) -> torch.dtype:
@@ -89,7 +120,9 @@ def optimize_blocks(model: Transformer, train: TrainSection) -> None:
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
             )
         if train.compile:
-            block.compile()
+            # One kernel per shape. Otherwise the tiny pass of a worker without a slot would make the compiler
+            # generate one kernel for several shapes, and the bits could depend on the number of workers.
+            block.compile(dynamic=False)
 
 
 def _selective_contexts() -> Any:

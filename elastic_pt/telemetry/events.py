@@ -1,8 +1,8 @@
 """Structured events: one JSON object a line, on standard error and in the run directory.
 
-`configure_events` belongs to the composition roots. Events that go to the bucket wait in a bounded buffer
-and are written by a thread of their own, as `events/<node>/<sequence>.jsonl`: a slow or absent bucket
-drops the oldest events, and never holds up training.
+`configure_events` belongs to the composition roots. Events for the bucket are kept in a bounded buffer, and a
+thread writes them as `events/<node>/<sequence>.jsonl`. While the bucket is slow or unreachable the oldest events are
+dropped; training never waits.
 """
 
 import json
@@ -47,7 +47,7 @@ class EventSink:
             self._buffer.append(json.dumps(event, default=str))
 
     def close(self) -> None:
-        """Write what is left, within a bounded time."""
+        """Write the remaining events, within a bounded time."""
         self._closing.set()
         self._thread.join(timeout=2 * _FLUSH_INTERVAL_S)
 
@@ -74,11 +74,11 @@ class EventSink:
             with self._lock:
                 # More may have been dropped while this was written.
                 self._dropped -= dropped
-        except Exception:  # whatever it is, the next events are heard, and these once it has passed
+        except Exception:  # of any kind: the thread must go on, and these events are tried again
             self._put_back(lines)
 
     def _put_back(self, lines: list[str]) -> None:
-        """Keep what could not be written, behind nothing newer: where there is no room the oldest go."""
+        """Keep events that could not be written, before the newer ones; without room, drop the oldest."""
         with self._lock:
             room = max(0, _BUFFER_EVENTS_MAX - len(self._buffer))
             self._dropped += max(0, len(lines) - room)

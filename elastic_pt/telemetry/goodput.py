@@ -1,11 +1,11 @@
 """Where a node's time went: every second is in exactly one bucket, and the buckets add up to all of it.
 
-form        no generation: looking for peers, agreeing
+form        no generation: the node looks for peers and agrees with them on a world
 start       workers start, connect and build the model
-restore     weights come back from a checkpoint
-productive  steps beyond everything done before
+restore     workers load a checkpoint
+productive  steps beyond the last step that was done before
 recompute   steps that were done before and lost
-settle      workers have stopped as planned; their checkpoint is on its way
+settle      workers have stopped as planned; their checkpoint is being uploaded
 """
 
 from enum import StrEnum
@@ -26,7 +26,6 @@ class GoodputLedger:
     """Accounts for time by activity. Pure: the clock comes in as `now_s`. Agent process."""
 
     def __init__(self, now_s: float) -> None:
-        self.started_s = now_s
         self.seconds: dict[Activity, float] = dict.fromkeys(Activity, 0.0)
         self._activity = Activity.FORM
         self._since_s = now_s
@@ -38,7 +37,7 @@ class GoodputLedger:
         self._activity = activity
 
     def step_done(self, step: int, now_s: float) -> None:
-        """A step has ended: the time since the last event was productive, or spent on what was known before."""
+        """A step has ended: the time since the last event was productive, or recomputed a step that was lost."""
         new = step > self._frontier_step
         self._activity = Activity.PRODUCTIVE if new else Activity.RECOMPUTE
         self._account(now_s)

@@ -7,17 +7,21 @@ Floating-point addition is not associative, so the sum is defined as one binary 
     level 1           g0+g1          g2+g3       ...        it is node(level-1, 2i) + node(level-1, 2i+1);
     level 0          g0    g1       g2    g3     ...        a node whose right half has no slots is its left half
 
-Whoever adds, the tree is the same. Worker r of W computes slots r, r + W, r + 2W, ...: in turn k all workers
-together cover the contiguous slots [kW, (k+1)W), so contributions arrive in the order of the slots and the partial
-sums that wait are the ones of a binary counter, at most log2(V) + 1 of them (contiguous spans per worker would
-leave up to W·log2(V/W) waiting).
+The tree is the same for every set of workers. Worker r of W computes slots r, r + W, r + 2W, ...: in round k all
+workers together compute the contiguous slots [kW, (k+1)W). So contributions arrive in the order of the slots, and
+the pending partial sums are those of a binary counter, at most log2(V) + 1 of them (contiguous spans per worker
+would leave up to W·log2(V/W) pending).
 
-    backward of turn k ─► FSDP2 ─► ExactReduceScatter: all-to-all, one piece per source ─► DyadicSum.add(slot, piece)
-                                   output: zeros, and in the last turn the root
+    backward of round k ─► FSDP2 ─► ExactReduceScatter: all-to-all, one piece per source ─► DyadicSum.add(slot, piece)
+                                    output: zeros, and in the last round the root
 
 FSDP2 skips its reduce-scatter in a world of one; there `ExactAllReduceHook` feeds the same tree.
 
-The gradient norm is a sum too: squares are summed in float64 within each row by folding the row onto itself, then
+On CUDA all of this runs on FSDP2's communication streams. The all-to-all copies and never adds, so NCCL and gloo
+give the same bits. The CUDA path is written after torch's documentation and source; `benchmarks/cuda/run.sh`
+checks it where there is a GPU.
+
+The gradient norm is a sum too. Squares are summed in float64 within each row by folding the row onto itself, then
 over all rows in the model's order by the same fold. A row is never split over workers, and every operation is a
 single IEEE addition or multiplication, so vector width, threads and shard borders cannot show.
 """
@@ -89,8 +93,11 @@ class DyadicSum:
         return value
 
 
-class Turn:
-    """Which of the step's turns the backward pass is in; shared by all reductions of a model."""
+class Rounds:
+    """The rounds of a step: each worker computes at most one slot per round. Shared by all reductions of a model.
+
+    `train.step` sets `index` before each backward pass, so that a reduction knows whose slots it receives.
+    """
 
     def __init__(self, slots: int, world_size: int) -> None:
         self.slots = slots
@@ -99,21 +106,21 @@ class Turn:
         self.index = 0
 
     def slot_of(self, rank: int) -> int:
-        """The slot that `rank` computes in this turn; `slots` or more means none."""
+        """The slot that `rank` computes in this round; `slots` or more means none."""
         return self.index * self.world_size + rank
 
     @property
     def last(self) -> bool:
-        """Whether this turn completes the step."""
+        """Whether this round completes the step."""
         return self.index == self.count - 1
 
 
 class ExactReduceScatter:
     """What FSDP2 calls instead of its reduce-scatter, for one group of parameters. Worker process."""
 
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-        self._sum = DyadicSum(turn.slots)
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._sum = DyadicSum(rounds.slots)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for FSDP2's input and output."""
@@ -132,44 +139,48 @@ class ExactReduceScatter:
         assert not async_op
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
-        for source, piece in enumerate(received.view(self._turn.world_size, -1)):
-            slot = self._turn.slot_of(source)
-            if slot < self._turn.slots:
+        for source, piece in enumerate(received.view(self._rounds.world_size, -1)):
+            slot = self._rounds.slot_of(source)
+            if slot < self._rounds.slots:
                 self._sum.add(slot, piece)
-        _put_out(self._sum, self._turn, output_tensor)
+        _put_out(self._sum, self._rounds, output_tensor)
 
 
 class ExactAllReduceHook:
     """The same sum in a world of one, where FSDP2 calls no reduce-scatter but still this hook."""
 
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-        self._sum = DyadicSum(turn.slots)
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._sum = DyadicSum(rounds.slots)
 
     def __call__(self, reduce_output: Tensor) -> None:
-        """Take this turn's gradient out of `reduce_output [n]` and leave zeros or the root there."""
-        self._sum.add(self._turn.slot_of(0), reduce_output.clone())
-        _put_out(self._sum, self._turn, reduce_output)
+        """Take this round's gradient out of `reduce_output [n]` and leave zeros or the root there."""
+        if reduce_output.is_cuda:
+            # FSDP2 allocates it on its reduce-scatter stream, calls this hook on another stream, and frees it while
+            # that stream may still read it. Without this mark the next group of parameters could overwrite it.
+            reduce_output.record_stream(torch.cuda.current_stream(reduce_output.device))
+        self._sum.add(self._rounds.slot_of(0), reduce_output.clone())
+        _put_out(self._sum, self._rounds, reduce_output)
 
 
-def _put_out(tree: DyadicSum, turn: Turn, output: Tensor) -> None:
-    if turn.last:
-        # Adding zero turns -0 into +0, as FSDP2's accumulation onto zeros does when there are more turns.
+def _put_out(tree: DyadicSum, rounds: Rounds, output: Tensor) -> None:
+    if rounds.last:
+        # Adding zero turns -0 into +0, as FSDP2's accumulation onto zeros does when there are more rounds.
         torch.add(tree.take_root(), 0.0, out=output)
     else:
         tree.own_pending()
         output.zero_()
 
 
-def install_exact_reduction(model: torch.nn.Module, turn: Turn) -> None:
+def install_exact_reduction(model: torch.nn.Module, rounds: Rounds) -> None:
     """Make every FSDP2 group of `model` sum its gradients over the canonical tree."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             sum_without_scaling(module)
-            if turn.world_size > 1:
-                module.set_custom_reduce_scatter(ExactReduceScatter(turn))  # type: ignore[arg-type]
+            if rounds.world_size > 1:
+                module.set_custom_reduce_scatter(ExactReduceScatter(rounds))  # type: ignore[arg-type]
             else:
-                module.set_all_reduce_hook(ExactAllReduceHook(turn))
+                module.set_all_reduce_hook(ExactAllReduceHook(rounds))
 
 
 def sum_without_scaling(module: FSDPModule) -> None:

@@ -1,10 +1,10 @@
-"""What to do about a step that went wrong while every process lives: a pure function of what all ranks know.
+"""What to do with a step whose loss or gradient is not finite: a pure function of values that all ranks have.
 
     finite loss and gradient         ─► UPDATE
-    not finite, up to the limit      ─► SKIP    no update, the data is passed over, on every rank alike
-    not finite more often in a row   ─► STOP    the run ends with its last good checkpoint and this cause
+    not finite, up to the limit      ─► SKIP    no update, the data of the step is skipped, on every rank
+    not finite more often in a row   ─► STOP    the run ends with its last checkpoint and this cause
 
-Every rank has the same bits of loss and gradient norm, so every rank takes the same rung.
+Every rank has the same bits of loss and gradient norm, so every rank decides the same.
 """
 
 import math
@@ -22,7 +22,7 @@ class Rung(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A rung and, unless all is well, why."""
+    """A rung and, unless it is UPDATE, the reason."""
 
     rung: Rung
     reason: str = ""

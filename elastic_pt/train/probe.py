@@ -1,13 +1,15 @@
-"""What computes on this node, as far as it decides the bits: by name, and by what it computes.
+"""Identifies what decides the bits on this node: by names, and by a small computation (the probe).
 
-Names alone do not tell. MKL takes other code on another vendor's processor, with another result in the last
-bit, and nothing that has a name need say so. So in exact mode a child process of the fork server takes two small
+Names alone are not enough. MKL takes another code path on another vendor's processor, with another result in the
+last bit, and no name need show it. So in exact mode a child process of the fork server takes two small
 training steps (forward, backward, norm, update) with the model, the optimizer, the data type, the threads and,
 where they are small, the shapes of the run. The SHA-256 of all that they computed is the probe, which nodes compare.
 
-The step is small: other shapes may take other kernels. So the names that choose kernels are compared as well, and
-the rest of the names explain why a probe differs (`identity.EXPLAINING`). Compiled code is not part of the step,
+The step is small, and other shapes may take other kernels. So the names that choose kernels are compared as well, and
+the other names explain why a probe differs (`identity.EXPLAINING`). Compiled code is not part of the step,
 because compiling takes a minute: with `train.compile` the compiler and the processor's model are compared instead.
+
+Untested so far: the probe and the names on CUDA.
 """
 
 import hashlib
@@ -59,22 +61,22 @@ _COMPILE_VARIABLES: Final = re.compile(
     r"(TORCHINDUCTOR|TRITON)_(?!COMPILE_THREADS$|HOME$|WORKER_|REDIS_"
     r"|\w*(VERBOSE|LOG|DEBUG|DUMP|TIMEOUT|CACHE(?!_BLOCKING)))\w+"
 )
-"""All but those that are known to choose nothing, because compiled code is not probed and there are a hundred."""
+"""There are about a hundred, and compiled code is not probed: all but those that are known to choose no kernel."""
 _DEFAULTS: Final = re.compile(
     r"(OMP_DYNAMIC|KMP_DETERMINISTIC_REDUCTION)=(false|no|off|0)"
     r"|(ONEDNN|DNNL)_(MAX_CPU_ISA=(default|all)|CPU_ISA_HINTS=no_hints|DEFAULT_FPMATH_MODE=strict)"
     r"|(TORCH_(?!MKLDNN)\w+|DISABLE_ADDMM_CUDA_LT|CUBLAS_EMULATE_\w+)=0"
-    # Of glibc's only those of the processor choose functions; the rest is about memory and threads.
+    # Only glibc.cpu.* chooses functions; the other tunables are about memory and threads.
     r"|GLIBC_TUNABLES=((?!glibc\.cpu\.).)*",
     re.IGNORECASE,
 )
-"""As if they were not set."""
+"""Settings that mean the same as no setting."""
 
 
 def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
     """What computes on this node, by name. Runs in a process of the fork server that ends after it.
 
-    Native numerics does not promise bits: then it is the version of torch and the kind of processor alone.
+    Native numerics does not promise bits: then only the version of torch and the kind of processor are returned.
     """
     config = parse_config(config_text, source="the agent")
     train, device = config.train, resolve_device(config.train)
@@ -86,7 +88,7 @@ def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
 
 
 def names_of(train: TrainSection, device: torch.device) -> dict[str, str]:
-    """All but the probe."""
+    """All names, without the probe."""
     cuda = device.type == "cuda"
     vendor, model = processor_in(Path("/proc/cpuinfo"))
     names = _kind(device) | {
@@ -162,7 +164,7 @@ def _step(
 
 
 def small(model: ModelSection) -> ModelSection:
-    """A block of the run's shape, with fewer heads and narrower where it is large."""
+    """One block of the run's shape; a large one with fewer heads and narrower."""
     head_width = min(model.head_width, _WIDTH_MAX)
     heads = min(model.heads, max(1, _WIDTH_MAX // head_width))
     queries_per_key = model.heads // model.kv_heads
@@ -178,8 +180,7 @@ def small(model: ModelSection) -> ModelSection:
 
 
 def variables(environment: Mapping[str, str], *, cuda: bool, compiled: bool) -> str:
-    """The environment's variables that choose other kernels, in one line; all in one value, so that one that is
-    missing shows too."""
+    """The environment's variables that choose kernels, in one line. One value for all, so that a missing one differs too."""
     families = [_CUDA_VARIABLES if cuda else _CPU_VARIABLES]
     families += [_COMPILE_VARIABLES] if compiled else []
     return ", ".join(

@@ -1,8 +1,9 @@
 """What training knows between two steps, and how it maps to the tensors of a checkpoint.
 
-The resumable part knows no rank and no world size: the full weights, the two AdamW moments, how many
-steps are done, how many of them updated the weights, and how many were skipped just now. The learning rate, the data position and every
-random number follow from the step and the seed. A worker holds the rows `shard_rows` of each tensor.
+The resumable part knows no rank and no world size: the full weights, the two AdamW moments, how many steps are
+done, how many of them updated the weights, and how many were skipped in a row up to now. The learning rate, the
+data position and every random number follow from the step and the seed. A worker holds the rows `shard_rows` of
+each tensor.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from elastic_pt.model import initialize
 from elastic_pt.model.optimizer import ExactAdamW, local_rows
 from elastic_pt.model.parallel import parallelize, resolve_compute_dtype
 from elastic_pt.model.transformer import Transformer, build_on_meta
-from elastic_pt.train.exact import RowSquares, Turn, install_exact_reduction, sum_without_scaling
+from elastic_pt.train.exact import Rounds, RowSquares, install_exact_reduction, sum_without_scaling
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class TrainState:
         self.world_size = mesh.size()
         self.steps_done = 0
         self.skipped_in_a_row = 0
-        self.turn = Turn(config.train.slots, self.world_size)
-        self.model = _build(config, vocabulary, mesh, device, self.turn)
+        self.rounds = Rounds(config.train.slots, self.world_size)
+        self.model = _build(config, vocabulary, mesh, device, self.rounds)
         self.optimizer = ExactAdamW(
             self.model.named_parameters(),
             beta1=config.train.beta1,
@@ -77,12 +78,12 @@ class TrainState:
 
 
 def _build(
-    config: Config, vocabulary: int, mesh: DeviceMesh, device: torch.device, turn: Turn
+    config: Config, vocabulary: int, mesh: DeviceMesh, device: torch.device, rounds: Rounds
 ) -> Transformer:
     model = build_on_meta(config.model, vocabulary)
     parallelize(model, mesh, config.train, resolve_compute_dtype(config.train, device))
     if config.train.numerics == "exact":
-        install_exact_reduction(model, turn)
+        install_exact_reduction(model, rounds)
     else:
         for module in model.modules():
             if isinstance(module, FSDPModule):

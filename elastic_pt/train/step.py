@@ -1,11 +1,12 @@
 """One optimizer step: V slots forward and backward, one agreement of all workers, one update.
 
-    turn 0 .. ceil(V/W)-1:  slot of this worker ─► loss ─► backward (gradients enter the canonical tree)
+    round 0 .. ceil(V/W)-1: slot of this worker ─► loss ─► backward (gradients enter the canonical tree)
     agree_on_step:          losses, row sums of squares and control bits, one all-reduce
     judge ─► clip ─► AdamW
 
-The agreement is a sum of vectors that are zero wherever a worker has nothing to say, so it is exact in any
-order. Its control bits make all workers stop or checkpoint after the same step at no extra cost.
+Each entry of the agreement's vector is non-zero on at most one worker, so the sum is exact in any order; of the
+control bits only zero or not zero counts. They make all workers stop or checkpoint after the same step at no extra
+cost.
 """
 
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ _CONTROLS: Final = 2
 
 @dataclass(frozen=True)
 class Control:
-    """What one worker wants all to do after this step."""
+    """What one worker asks all workers to do after this step."""
 
     drain: bool
     """Checkpoint and stop: the world is about to change."""
     checkpoint_pending: bool
-    """The checkpoint before is still on its way; a periodic one would have to wait."""
+    """The previous checkpoint is still being uploaded, so a periodic one would have to wait."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class StepResult:
     learning_rate: float
     verdict: Verdict
     control: Control
-    """True where any worker wanted it."""
+    """True where any worker asked for it."""
 
 
 def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepResult:
@@ -59,11 +60,11 @@ def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepRes
     train = state.config.train
     step = state.steps_done
     losses_2V = torch.zeros(2, train.slots, dtype=torch.float64, device=state.device)
-    for turn in range(state.turn.count):
-        state.turn.index = turn
-        slot = state.turn.slot_of(state.rank)
+    for index in range(state.rounds.count):
+        state.rounds.index = index
+        slot = state.rounds.slot_of(state.rank)
         if slot < train.slots:
-            losses_2V[:, slot] = _backward(state, tokens_SBT[turn], 1.0)
+            losses_2V[:, slot] = _backward(state, tokens_SBT[index], 1.0)
         else:
             # FSDP2 gathers and reduces in every backward pass, so a worker without a slot runs a tiny one.
             _backward(state, tokens_SBT.new_zeros(1, 2), 0.0)
@@ -103,7 +104,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _agree_on_step(
     state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control
 ) -> tuple[Tensor, float, Control]:
-    """One all-reduce: losses of all slots [2, V], gradient norm, and what any worker wants."""
+    """One all-reduce: losses of all slots [2, V], gradient norm, and what any worker asks for."""
     exact = state.config.train.numerics == "exact"
     squares = state.row_squares.total_rows if exact else 1
     vector = torch.zeros(

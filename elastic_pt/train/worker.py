@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Final
 
+import structlog
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.cache import ShardCache, cache_directory
@@ -23,7 +24,7 @@ from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.membership.lookups import without_dns
-from elastic_pt.model.parallel import resolve_device
+from elastic_pt.model.parallel import choose_backend, resolve_device
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.events import configure_events
 from elastic_pt.train.checkpoints import Checkpoints
@@ -35,6 +36,9 @@ from elastic_pt.workers.channel import WorkerSide
 from elastic_pt.workers.forking import begin_worker
 from elastic_pt.workers.heartbeat import Phase, Progress
 
+log = structlog.get_logger("elastic_pt.train.worker")
+
+_DEVICES_PREFIX: Final = "devices"
 _WORKERS_PREFIX: Final = "workers"
 
 
@@ -102,12 +106,18 @@ def join_world(config: Config, assignment: Assignment, device: torch.device) -> 
         store = TCPStore(
             assignment.store_address, assignment.store_port, is_master=False, timeout=timeout
         )
+        backend = choose_backend(device, PrefixStore(_DEVICES_PREFIX, store), world_size)
+        if device.type == "cuda" and backend == "gloo":
+            log.warning("cuda_device_is_shared", backend=backend, device=str(device))
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            backend,
             store=PrefixStore(_WORKERS_PREFIX, store),
             rank=int(os.environ["RANK"]),
             world_size=world_size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if backend == "nccl" else None,
         )
-        return init_device_mesh(device.type, (world_size,))
+        # Not `init_device_mesh`: where there is CUDA it replaces a gloo group by a new one.
+        group = dist.group.WORLD
+        assert group is not None
+        return DeviceMesh.from_group(group, device.type)

@@ -254,7 +254,8 @@ class NodeProcesses(LocalElasticAgent):
         if self._stuck:
             # Or torch would try again, and wait again.
             self._watched, self._pcontext = [], None
-        super()._shutdown(signal.SIGKILL, 0)
+        # Without a timeout: torch 2.11 takes none, and all workers have ended here.
+        super()._shutdown(signal.SIGKILL)
 
     def _exit_barrier(self) -> None:
         """No barrier: the log's STOP record tells that all are done."""

@@ -51,7 +51,7 @@ def first_step(number: int, time_s: float, node: str, step: int = 7) -> Event:
     ("count", "share", "expected"), [(1, 0.99, 1), (4, 0.5, 2), (30, 0.5, 15), (200, 0.99, 198)]
 )
 def test_percentiles_are_nearest_rank(count: int, share: float, expected: int) -> None:
-    """A percentile is a value that was measured: the smallest that enough of the others do not exceed."""
+    """A percentile is a measured value: the smallest that the given share of the samples does not exceed."""
     assert percentile([float(value) for value in range(count, 0, -1)], share) == expected
 
 
@@ -61,7 +61,7 @@ def test_p99_of_few_samples_is_the_worst() -> None:
 
 
 def test_a_repetition_without_recovery_counts_as_infinitely_long() -> None:
-    """What did not recover makes p99 null, is counted with its reason, and is never dropped."""
+    """A repetition without recovery makes p99 null, is counted with its reason, and is never dropped."""
     samples = [Sample(1.0), Sample(2.0), Sample(None, failure="> 60 s")]
     summary = summarize(samples)
     assert (summary["p50"], summary["p99"], summary["repeats"]) == (2.0, None, 3)
@@ -73,7 +73,7 @@ def test_a_repetition_without_recovery_counts_as_infinitely_long() -> None:
 
 
 def test_the_worst_repetition_is_shown() -> None:
-    """A missed p99 is explained by the slowest repetition, of which one that did not recover is the slowest."""
+    """A missed p99 is explained by the slowest repetition; one without recovery counts as the slowest."""
     samples = [
         Sample(9.0, {"detect": 9.0}, victim="rank 1"),
         Sample(0.1, {"detect": 0.1}, victim="rank 2"),
@@ -100,8 +100,8 @@ def test_the_json_of_a_kind() -> None:
     assert judge(summary, DETECTION) is True
 
 
-def test_a_kind_that_was_left_out_says_why() -> None:
-    """What could not be measured has the same keys, no numbers, a reason, and neither passes nor fails."""
+def test_a_kind_that_was_not_measured_gives_its_reason() -> None:
+    """A kind that could not be measured has the same keys, no numbers, a reason, and neither passes nor fails."""
     summary = unavailable("left out: network namespaces need root")
     assert {"p50", "p99", "repeats", "phases", "samples"} <= set(summary)
     assert summary["p50"] is None
@@ -109,8 +109,8 @@ def test_a_kind_that_was_left_out_says_why() -> None:
     assert "root" in words(summary, WORKER)
 
 
-def test_a_row_without_detections_misses() -> None:
-    """A target for something that was never seen is missed, not passed over."""
+def test_a_target_without_samples_is_missed() -> None:
+    """A target without any sample is missed, not skipped."""
     assert judge(summarize([Sample(1.0)]), DETECTION) is False
 
 
@@ -118,7 +118,7 @@ def test_a_row_without_detections_misses() -> None:
     ("notice_s", "detect_s"), [(100.1, 0.1), (None, 0.0), (99.0, 0.0), (101.0, 0.3)]
 )
 def test_phases_add_up(notice_s: float | None, detect_s: float) -> None:
-    """The phases add up to the whole time, whenever it was noticed."""
+    """The phases add up to the whole time, whenever the disturbance was detected."""
     phases = phases_of(100.0, notice_s, 100.3, first_step(2, 101.0, "a"))
     assert list(phases) == list(PHASES)
     assert math.isclose(sum(phases.values()), 1.0)
@@ -149,7 +149,7 @@ def test_the_first_step_counts_once_all_survivors_have_it() -> None:
 
 
 def test_a_generation_that_breaks_before_its_first_step_does_not_count() -> None:
-    """When a generation is lost on the way, the next one is the recovery."""
+    """When a generation fails before its first step, the next one is the recovery."""
     events = [
         generation(2, 100.3, "a", "b", "c"),
         first_step(2, 100.9, "a"),
@@ -163,7 +163,7 @@ def test_a_generation_that_breaks_before_its_first_step_does_not_count() -> None
 
 
 def test_a_joiner_must_be_in_the_generation() -> None:
-    """A generation without the joiner is not the one that a join is measured by."""
+    """A join is measured by the first generation that has the joiner as a member."""
     events = [
         generation(2, 100.3, "a"),
         first_step(2, 100.9, "a"),
@@ -175,8 +175,8 @@ def test_a_joiner_must_be_in_the_generation() -> None:
     assert found.generation == 3
 
 
-def test_only_what_a_survivor_says_afterwards_is_noticing() -> None:
-    """Decisions that see nothing wrong, other nodes, and what was said before do not count as detection."""
+def test_detection_is_a_survivors_first_event_after_the_disturbance() -> None:
+    """Decisions without a finding, events of other nodes and earlier events do not count as detection."""
     training = {"reason": "training"}
     events = [
         Event(99.0, "a", "decision", {"reason": "lost c"}),

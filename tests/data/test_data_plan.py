@@ -64,7 +64,7 @@ def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
         row for slot in undisturbed for row in slot
     ]
     times_read = Counter(row for batch in committed for row in batch)
-    assert len(times_read) == plan.rows_per_epoch
+    assert len(times_read) == sum(plan.rows_per_source)
     assert {times_read[0, row] for row in range(160)} == {1, 2}
     assert {times_read[1, row] for row in range(80)} == {2, 3}
     assert sum(times_read.values()) == STEPS * BATCH
@@ -73,9 +73,9 @@ def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
 @given(rows=st.integers(1, 300), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_is_a_new_order_of_all_rows(rows: int, seed: int, manifest_of: Make) -> None:
-    """Each stretch of rows_per_epoch plan rows of one source holds every row once."""
+    """Each stretch of as many plan rows as the source has rows holds every row once."""
     plan = DataPlan(manifest_of([rows * 8 + 1]), 8, seed, 4)
-    assert plan.rows_per_epoch == rows
+    assert plan.rows_per_source == (rows,)
     epochs = plan.locate(np.arange(3 * rows, dtype=np.int64))[1].reshape(3, rows)
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))

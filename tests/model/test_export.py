@@ -35,7 +35,7 @@ def write(model: Transformer, tokenizer_json: bytes, out: Path, shard_bytes: int
 def test_round_trip_keeps_the_bits(
     build: Build, tokenizer_json: bytes, tmp_path: Path, tied: bool, qk_norm: bool, shard_bytes: int
 ) -> None:
-    """transformers loads every weight bit for bit, nothing missing, nothing left over; so do we."""
+    """transformers loads every weight bit for bit, with none missing and none left over, and so does `load_exported`."""
     model = build(tied_embeddings=tied, qk_norm=qk_norm)
     out = tmp_path / "model"
     write(model, tokenizer_json, out, shard_bytes)
@@ -90,7 +90,7 @@ def test_the_exported_tokenizer_adds_no_tokens(
 
 
 def test_a_used_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
-    """An export never mixes with what is there."""
+    """An export into a directory with files is refused."""
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ConfigError, match="exists already"):
         write(build(), tokenizer_json, tmp_path)
@@ -119,7 +119,7 @@ def test_a_failed_export_leaves_nothing(
 
 @pytest.mark.parametrize("content", [b"not json", b"[]", b"{}"])
 def test_a_bad_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
-    """What is not a tokenizer gives one clear line before anything is written."""
+    """A broken tokenizer is refused in one line before anything is written."""
     with pytest.raises(ConfigError, match="tokenizer"):
         export({}, ModelSection(), 10, content, tmp_path / "out", context_length=8)
     assert not list(tmp_path.iterdir())

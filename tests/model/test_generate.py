@@ -42,7 +42,7 @@ def test_limits(build: Build) -> None:
 
 
 def test_the_context_limit_hides_earlier_tokens(build: Build) -> None:
-    """With a context limit, what came before it does not change the text; without one it does."""
+    """With a context limit, earlier tokens do not change the text; without one they do."""
     model = build(tied_embeddings=False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -35,7 +35,7 @@ def plain(
     seed=st.integers(0, 1000),
 )
 def test_equals_plain(count: int, width: int, vocabulary: int, z_loss: float, seed: int) -> None:
-    """Values and both gradients are those of F.cross_entropy plus z-loss, whatever the number of chunks."""
+    """Values and both gradients are those of F.cross_entropy plus z-loss, for any number of chunks."""
     hidden, weight, targets = case(count, width, vocabulary, seed)
     targets[::5] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def test_bfloat16_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_second_backward_is_refused() -> None:
-    """The gradients are handed out once; asking again is an error, never a wrong number."""
+    """The gradients are used by one backward pass; a second one is an error, never a wrong number."""
     hidden, weight, targets = case(5, 4, 6, 0)
     sums = cross_entropy_sums(hidden, weight, targets)
     sums.total.backward(retain_graph=True)

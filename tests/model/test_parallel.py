@@ -1,6 +1,7 @@
 """Recomputation, compilation and sharding change neither names nor losses."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from elastic_pt.config import TrainSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.model.initialize import fill_
 from elastic_pt.model.parallel import (
+    any_shared,
     optimize_blocks,
     parallelize,
     resolve_compute_dtype,
@@ -119,12 +121,13 @@ def test_bfloat16_computes_on_float32_masters(build: Build) -> None:
 
 
 def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto takes what is there; asking for an absent device is a user's mistake, in one line."""
+    """auto takes the device that is there; asking for an absent one is a `ConfigError`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(TrainSection()) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"train\.device"):
         resolve_device(TrainSection(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert resolve_device(TrainSection(), local_rank=2) == torch.device("cuda", 2)
     assert resolve_device(TrainSection(device="cpu")) == torch.device("cpu")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
@@ -132,3 +135,22 @@ def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatc
     assert resolve_compute_dtype(TrainSection(), cpu) == torch.float32
     assert resolve_compute_dtype(TrainSection(compute_dtype="float32"), cuda) == torch.float32
     assert resolve_compute_dtype(TrainSection(compute_dtype="bfloat16"), cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"), [("abc", False), ("aba", True), ("aaa", True), ("a", False)]
+)
+def test_all_workers_learn_whether_a_device_is_shared(names: str, shared: bool) -> None:
+    """Every worker gets the same answer: yes if two of them compute on one device, which NCCL would refuse."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(lambda name: any_shared(name, store, len(names)), names))
+    assert answers == [shared] * len(names)
+
+
+def test_more_workers_than_devices_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers beyond the node's CUDA devices take the same devices again, from the first on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = [resolve_device(TrainSection(), local_rank).index for local_rank in range(5)]
+    assert devices == [0, 1, 0, 1, 0]

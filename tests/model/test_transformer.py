@@ -83,7 +83,7 @@ def test_fifty_steps_equal_a_plain_loop(
     assert float(loss.detach()) < 4.5, "nothing was learned, so equality shows nothing"
 
 
-def test_later_tokens_do_not_matter(build: Build) -> None:
+def test_hidden_states_ignore_later_tokens(build: Build) -> None:
     """A hidden state depends on its own and earlier tokens only."""
     model = build()
     first, second = tokens(1, 20), tokens(1, 20)
@@ -93,7 +93,7 @@ def test_later_tokens_do_not_matter(build: Build) -> None:
 
 
 def test_no_state_beside_parameters(build: Build) -> None:
-    """A model built on the meta device lacks nothing but its parameters."""
+    """A model built on the meta device needs only its parameters."""
     model = build()
     rebuilt = build_on_meta(model.config, model.vocabulary).to_empty(device="cpu")
     assert not list(rebuilt.buffers())

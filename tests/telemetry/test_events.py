@@ -24,10 +24,10 @@ class Filling(WatchedStore):
 
 
 @pytest.mark.parametrize("down", [True, False])
-def test_what_is_dropped_during_a_write_is_counted(
+def test_events_dropped_during_a_write_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down: bool
 ) -> None:
-    """Kept and dropped events add up to those that were taken, whenever they came and whatever became of the write."""
+    """Kept and dropped events add up to all events, whenever they came and whether or not the write succeeded."""
     monkeypatch.setattr(events, "_BUFFER_EVENTS_MAX", 4)
     monkeypatch.setattr(events, "_FLUSH_INTERVAL_S", 3600.0)
     buffer = deque[str](maxlen=4)
@@ -55,7 +55,7 @@ def test_what_is_dropped_during_a_write_is_counted(
 def test_a_full_buffer_drops_the_oldest_and_tells_how_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the bucket is away the newest events are kept; once it is back they are written behind a count of the rest."""
+    """While the bucket is unreachable the newest events are kept; afterwards they are written, after a count of the dropped ones."""
     monkeypatch.setattr(events, "_BUFFER_EVENTS_MAX", 10)
     monkeypatch.setattr(events, "_FLUSH_INTERVAL_S", 3600.0)
     store = WatchedStore(open_store(f"file://{tmp_path}"))

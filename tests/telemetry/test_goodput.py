@@ -15,7 +15,7 @@ EVENT = st.tuples(
 
 @given(st.lists(EVENT, max_size=60))
 def test_the_buckets_add_up_to_all_time(events: list[tuple[float, Activity | int]]) -> None:
-    """Whatever happens in whatever order, the buckets sum to the time that passed."""
+    """For any events in any order, the buckets sum to the time that passed."""
     now_s = 7.0
     ledger, metrics = GoodputLedger(now_s), Metrics()
     for pause_s, event in events:
@@ -35,8 +35,8 @@ def test_the_buckets_add_up_to_all_time(events: list[tuple[float, Activity | int
     assert exported == pytest.approx(now_s - 7.0)
 
 
-def test_steps_done_again_are_recomputed_not_productive() -> None:
-    """After falling back, time up to the old frontier is recompute; beyond it, productive again."""
+def test_repeated_steps_count_as_recompute() -> None:
+    """After a fall back, time up to the old frontier is recompute; beyond it, productive again."""
     ledger = GoodputLedger(0.0)
     for step, now_s in [(1, 1.0), (2, 2.0)]:
         ledger.step_done(step, now_s)

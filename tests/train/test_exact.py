@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_pt.train.exact import DyadicSum, Turn, fold, row_square_sums
+from elastic_pt.train.exact import DyadicSum, Rounds, fold, row_square_sums
 from tests.train.world import config_for, train_through
 
 EVERYTHING = (
@@ -30,7 +30,7 @@ def tree_sum(values: list[torch.Tensor]) -> torch.Tensor:
 @settings(deadline=None, max_examples=200)
 @given(slots=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_any_order_of_arrival_gives_the_bits_of_the_tree(slots: int, seed: int) -> None:
-    """Whatever order contributions arrive in, their sum has the bits of the one canonical tree."""
+    """For any order of arrival, the sum has the bits of the canonical tree."""
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(5, generator=generator) * 10.0 ** (slot % 7 - 3) for slot in range(slots)]
     order = list(range(slots))
@@ -42,13 +42,13 @@ def test_any_order_of_arrival_gives_the_bits_of_the_tree(slots: int, seed: int) 
 
 
 @pytest.mark.parametrize(("slots", "world_size"), [(8, 3), (64, 4), (512, 64), (100, 7), (17, 17)])
-def test_few_partial_sums_wait(slots: int, world_size: int) -> None:
-    """With slots dealt out in turns, the partial sums that wait are at most log2(V) + 1."""
-    turn, tree, most = Turn(slots, world_size), DyadicSum(slots), 0
-    for index in range(turn.count):
-        turn.index = index
+def test_few_partial_sums_are_pending(slots: int, world_size: int) -> None:
+    """With slots assigned round by round, at most log2(V) + 1 partial sums are pending."""
+    rounds, tree, most = Rounds(slots, world_size), DyadicSum(slots), 0
+    for index in range(rounds.count):
+        rounds.index = index
         for rank in range(world_size):
-            if (slot := turn.slot_of(rank)) < slots:
+            if (slot := rounds.slot_of(rank)) < slots:
                 tree.add(slot, torch.ones(1))
         most = max(most, len(tree._pending))
     assert tree.take_root().item() == slots
@@ -98,7 +98,7 @@ def test_the_digest_is_that_of_a_world_of_one(
 
 
 @pytest.mark.distributed
-def test_changing_the_world_on_the_way_changes_no_bit(
+def test_resizing_during_a_run_changes_no_bit(
     reference: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     """A run that passes through worlds of 3, 1, 8, 5 and 2, resharding in between, ends with the same bits."""

@@ -69,10 +69,10 @@ def test_equal_machines_have_equal_probes_under_any_load() -> None:
         ("ONEDNN_MAX_CPU_ISA=SSE41", ('compute_dtype = "bfloat16"',), "environment"),
     ],
 )
-def test_another_code_path_shows_in_the_probe_and_by_name(
+def test_another_code_path_changes_the_probe_and_a_name(
     variable: str, lines: tuple[str, ...], shows_in: str
 ) -> None:
-    """I9: A node whose libraries take another code path has another probe, and a name that tells why."""
+    """I9: a node whose libraries take another code path has another probe, and a name that explains it."""
     name, _, value = variable.partition("=")
     mine, other = platform_with(*lines), platform_with(*lines, **{name: value})
     if "DEFAULT" in mine["processor"] or "Math Kernel" not in mine["libraries"]:
@@ -82,8 +82,8 @@ def test_another_code_path_shows_in_the_probe_and_by_name(
     assert variable in other["environment"]
 
 
-def test_what_decides_the_computation_decides_the_probe() -> None:
-    """The data type of the run is that of the probe; the number of its steps, which no small step sees, is not."""
+def test_the_probe_depends_on_data_type_but_not_on_the_number_of_steps() -> None:
+    """Another data type changes the probe; another number of steps, which no single step depends on, does not."""
     float32 = platform_with()
     assert platform_with("steps = 7") == float32
     assert platform_with('compute_dtype = "bfloat16"')["probe"] != float32["probe"]
@@ -91,7 +91,7 @@ def test_what_decides_the_computation_decides_the_probe() -> None:
 
 @pytest.mark.parametrize("kind", ["weight", "moment"])
 def test_one_bit_of_the_last_update_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe covers every number that the steps leave behind, to the last bit of the last update."""
+    """The probe covers every number that the steps produce, to the last bit of the last update."""
     parsed = parse_config(config('device = "cpu"'), source="x")
     before = probe(parsed, 300, torch.device("cpu"))
     assert probe(parsed, 300, torch.device("cpu")) == before
@@ -109,12 +109,12 @@ def test_one_bit_of_the_last_update_shows(kind: str, monkeypatch: pytest.MonkeyP
 
 
 def test_native_numerics_has_no_probe() -> None:
-    """Where no bits are promised, torch and the kind of processor are all that nodes compare."""
+    """With native numerics, nodes compare only the version of torch and the kind of processor."""
     assert platform_with('numerics = "native"').keys() == {"torch", "processor"}
 
 
 def test_compiled_runs_compare_compiler_and_processor() -> None:
-    """The probe is not compiled, so the compiler and the model that it compiles for count by name."""
+    """The probe is not compiled, so the names of the compiler and of the processor model are compared."""
     train = parse_config(config("compile = true"), source="x").train
     names = names_of(train, torch.device("cpu"))
     assert names["processor model"] in names["compiler"]
@@ -133,8 +133,8 @@ def test_compiled_runs_compare_compiler_and_processor() -> None:
         (True, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, NVIDIA_TF32_OVERRIDE=1"),
     ],
 )
-def test_variables_that_choose_kernels_are_told(cuda: bool, compiled: bool, shown: str) -> None:
-    """Of the environment only what may choose another kernel on this device counts, in one order."""
+def test_variables_that_choose_kernels_are_reported(cuda: bool, compiled: bool, shown: str) -> None:
+    """Only the environment variables that may choose another kernel on this device count, in a fixed order."""
     environment = {
         "OMP_DYNAMIC": "true",
         "MKL_CBWR": "AVX2",
@@ -176,13 +176,13 @@ HARMLESS = {
 
 @pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("name", HARMLESS)
-def test_variables_that_choose_no_kernel_refuse_nobody(name: str, cuda: bool) -> None:
-    """Paths, versions, logs, what the agent sets itself and defaults that are spelled out are not told."""
+def test_variables_that_choose_no_kernel_are_not_reported(name: str, cuda: bool) -> None:
+    """Paths, versions, logs, variables that the agent sets and explicit defaults are not reported."""
     assert variables({name: HARMLESS[name]}, cuda=cuda, compiled=True) == ""
 
 
-def test_variables_that_choose_no_kernel_leave_the_probe() -> None:
-    """What is not told by name does not show in what is computed either."""
+def test_variables_that_choose_no_kernel_do_not_change_the_probe() -> None:
+    """A variable that is not reported does not change the computed bits either."""
     assert platform_with(**{name: HARMLESS[name] for name in HARMLESS if name != "HOME"}) == (
         platform_with()
     )
@@ -199,8 +199,8 @@ def test_variables_that_choose_no_kernel_leave_the_probe() -> None:
         "TORCHINDUCTOR_CPP_DYNAMIC_THREADS=1",
     ],
 )
-def test_variables_that_look_harmless_may_choose_kernels(variable: str) -> None:
-    """A name like those of caches or threads, or a value that is a default elsewhere, hides nothing."""
+def test_variables_with_harmless_looking_names_are_reported(variable: str) -> None:
+    """A variable counts although its name looks like a cache or thread setting, or its value is a default elsewhere."""
     name, _, value = variable.partition("=")
     assert variables({name: value}, cuda=False, compiled=True) == variable
 
@@ -211,7 +211,7 @@ def test_variables_that_look_harmless_may_choose_kernels(variable: str) -> None:
 def test_the_probe_takes_any_shape_and_stays_small(
     kv_heads: int, queries_per_key: int, half_head: int, qk_norm: bool, ffn_width: int
 ) -> None:
-    """Whatever the model's shape, the probe's is valid, of one layer, bounded, and the model's own where that is small."""
+    """For any model shape the probe's shape is valid, has one layer and bounded sizes, and equals the model's where that is small."""
     heads = kv_heads * queries_per_key
     shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "qk_norm": qk_norm}
     model = ModelSection(width=heads * 2 * half_head, ffn_width=ffn_width, **shape)
@@ -228,8 +228,8 @@ def test_the_probe_takes_any_shape_and_stays_small(
         assert [getattr(found, x) for x in kept] == [getattr(model, x) for x in kept]
 
 
-def test_a_processor_is_told_apart_by_what_linux_says(tmp_path: Path) -> None:
-    """Vendor and model come from /proc/cpuinfo, on x86 and on Arm; a machine without it has no name."""
+def test_vendor_and_model_come_from_proc_cpuinfo(tmp_path: Path) -> None:
+    """Vendor and model come from /proc/cpuinfo on x86 and Arm; without that file they are unknown."""
     info = tmp_path / "cpuinfo"
     assert processor_in(info) == ("unknown", "")
     info.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n")

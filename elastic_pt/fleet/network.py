@@ -1,12 +1,12 @@
-"""A network for the nodes of a scenario, with faults: each node on a machine of its own, as far as it can tell.
+"""Several nodes on one machine, each in its own network namespace, with links that can be cut. Needs root.
 
     [hub: bridge 10.77.0.254, fd77::254] ── veth ── [node-0: eth0 10.77.0.1, fd77::1]
                                          ── veth ── [node-1: eth0 10.77.0.2, fd77::2] ...
 
-Hub and nodes are network namespaces without a name: each exists as an open file of this process and as the
-network of what runs in it, so nothing is left behind however a test session ends, and sessions cannot
-collide. The machine's own network is never touched. To look around in one while a test stands still:
-`nsenter --net=/proc/<pid of an agent>/ns/net`.
+Chaos tests and benchmarks start an agent in each namespace and cut links between them. Hub and nodes are network
+namespaces without a name. Each exists as an open file of this process and as the network of the processes in it,
+so nothing is left behind however this process ends, and two such networks on one machine do not collide. The
+machine's own network is never changed. To look into a namespace: `nsenter --net=/proc/<pid of an agent>/ns/net`.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
+from elastic_pt.errors import UnexpectedError
+
 _CLONE_NEWNET: Final = 0x40000000
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _OWN_NAMESPACE: Final = "/proc/thread-self/ns/net"
@@ -32,7 +34,7 @@ _LINKS_POLL_S: Final = 0.005
 
 
 def missing_for_networks() -> str:
-    """Why this process cannot make networks, as a clause; empty if it can."""
+    """Why this process cannot make networks, as a clause ("which need root"); empty if it can."""
     if os.geteuid() != 0:
         return "which need root"
     absent = [command for command in _COMMANDS if shutil.which(command) is None]
@@ -46,14 +48,14 @@ def missing_for_networks() -> str:
 
 
 class Network:
-    """One namespace per node around a hub; a context manager. Faults add up until `heal`. Needs root."""
+    """One namespace per node around a hub; a context manager. Faults add up until `heal` or `link_up`. Needs root."""
 
     def __init__(self, nodes: Sequence[str], *, versions: Collection[int] = (4, 6)) -> None:
-        """`versions` says which versions of IP the nodes speak."""
+        """`versions`: the versions of IP that the nodes have addresses of."""
         self.nodes = tuple(nodes)
         self._versions = sorted(versions)
         self._namespaces: dict[str, int] = {}
-        self._unplugged: set[str] = set()
+        self._down: set[str] = set()
         self._hub = -1
 
     def __enter__(self) -> Self:
@@ -80,7 +82,7 @@ class Network:
         self.close()
 
     def close(self) -> None:
-        """Let go of all namespaces; each ends, with its links, when nothing runs in it any more."""
+        """Close all namespaces; the kernel removes each, with its links, when no process is in it any more."""
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
         if self._hub >= 0:
@@ -88,15 +90,15 @@ class Network:
             self._hub = -1
 
     def address(self, node: str, version: int | None = None) -> str:
-        """A node's address, of the lowest version of IP that the nodes speak unless another one is wanted."""
+        """A node's address of an IP version; by default of the lowest version that the nodes have."""
         return _address(version or self._versions[0], 1 + self.nodes.index(node))
 
     def address_of_hub(self) -> str:
-        """The hub's address, of the lowest version of IP that the nodes speak."""
+        """The hub's address of the lowest IP version that the nodes have."""
         return _address(self._versions[0], _HUB_NUMBER)
 
     def prefix(self, node: str) -> list[str]:
-        """What to put before a command to have it run on a node, under the same process id."""
+        """The words before a command that run it on a node, under the same process id."""
         return _inside(self._namespaces[node])
 
     @contextmanager
@@ -112,7 +114,7 @@ class Network:
             yield
 
     def block(self, node: str, *, from_: str) -> None:
-        """Drop whatever arrives at `node` from another one; the other direction is left as it is."""
+        """Drop all packets that arrive at `node` from another node; the other direction stays open."""
         for version in self._versions:
             source = self.address(from_, version)
             self._tables(node, version, "--append", "INPUT", "--source", source, "--jump", "DROP")
@@ -129,16 +131,16 @@ class Network:
                 self.partition(one, other)
 
     def link_down(self, node: str) -> None:
-        """Pull a node's cable: what it sends and what is sent to it is lost, and nothing is reset."""
+        """Take a node's link down: all packets to and from it are lost, and no connection is reset."""
         self._ip(self._hub, "link", "set", self._port(node), "down")
-        self._unplugged.add(node)
+        self._down.add(node)
 
     def link_up(self, node: str) -> None:
-        """Plug it in again."""
+        """Bring a node's link up again; returns when it carries packets."""
         self._ip(self._hub, "link", "set", self._port(node), "up")
-        self._unplugged.discard(node)
+        self._down.discard(node)
         self._await_links()
-        # Nobody may go on believing for a second that there is no such neighbour.
+        # Otherwise nodes remember for about a second that this neighbour cannot be reached.
         for each in self.nodes:
             self._ip(self._namespaces[each], "neighbour", "flush", "dev", "eth0")
 
@@ -147,7 +149,7 @@ class Network:
         for node in self.nodes:
             for version in self._versions:
                 self._tables(node, version, "--flush", "INPUT")
-        for node in sorted(self._unplugged):
+        for node in sorted(self._down):
             self.link_up(node)
 
     def _add(self, node: str) -> None:
@@ -160,11 +162,11 @@ class Network:
         self._give_addresses(namespace, "eth0", 1 + self.nodes.index(node))
 
     def _await_links(self) -> None:
-        """Return once every cable that is plugged in carries packets: the kernel gets there in its own time."""
+        """Return once every link that is up carries packets; the kernel takes a moment for that."""
         deadline_s = time.monotonic() + _LINKS_TIMEOUT_S
-        while not all(self._carries(node) for node in self.nodes if node not in self._unplugged):
+        while not all(self._carries(node) for node in self.nodes if node not in self._down):
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"links are not up after {_LINKS_TIMEOUT_S} s")
+                raise UnexpectedError(f"network links are not up after {_LINKS_TIMEOUT_S:g} s")
             time.sleep(_LINKS_POLL_S)
 
     def _carries(self, node: str) -> bool:
@@ -176,7 +178,7 @@ class Network:
 
     def _give_addresses(self, namespace: int, interface: str, number: int) -> None:
         for version in self._versions:
-            # Without asking first whether somebody else has it (nodad), an IPv6 address can be used at once.
+            # nodad: an IPv6 address is usable at once, without a search for another owner first.
             length, now = ("/24", ()) if version == 4 else ("/64", ("nodad",))
             address = _address(version, number) + length
             self._ip(namespace, "addr", "add", address, "dev", interface, *now)
@@ -197,7 +199,7 @@ def _address(version: int, number: int) -> str:
 
 
 def _new_namespace() -> int:
-    """A file that holds a new network namespace. A thread makes it, because who makes one moves into it."""
+    """An open file of a new network namespace. In a thread: the thread that makes a namespace moves into it."""
 
     def make() -> int:
         if _LIBC.unshare(_CLONE_NEWNET) != 0:
@@ -237,5 +239,7 @@ def _inside(namespace: int) -> list[str]:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+        raise UnexpectedError(
+            f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}"
+        )
     return done.stdout

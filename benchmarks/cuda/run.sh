@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Measures elastic-pt on one NVIDIA GPU: bits, speed, cost of exactness, checkpoints, recovery.
+#
+#     benchmarks/cuda/run.sh                                   all parts, at most 560 s together
+#     benchmarks/cuda/run.sh digests recovery                  some parts
+#     benchmarks/cuda/run.sh --device cpu --size tiny --seconds 1200
+#                                                              every part on a CPU, to try the benchmark itself
+#
+# Parts (each in its own process, with its own limit; a part that fails or is cut does not stop the others):
+#
+#     numerics   exact against native arithmetic, in turns; median of 7 pairs                    about 30 s
+#     snapshot   how long a checkpoint of 4.3 GB stops training, and how fast it is restored     about 60 s
+#     digests    do runs that are killed end with equal weights; W = 1, 2, 3; eager, compiled    about 200 s
+#     recovery   a worker or a node is killed: seconds by phase                                  about 120 s
+#     speed      step time, tokens/s, MFU, memory of 125M, 350M and 1B models; profile           about 200 s
+#
+# The times are estimates for an H100: the benchmark has run on CPUs only so far. Two commands of at most
+# 10 minutes each have room for everything: `run.sh numerics snapshot digests`, then `run.sh recovery speed`.
+#
+# Needs a checkout, Python 3.12 with torch >= 2.11, and 20 GB in the temporary directory; no network. What else
+# elastic-pt needs comes from a folder of wheels, which `wheels.sh` fills on a machine with a network. git ignores
+# the folder, so copy it along with the checkout.
+#
+# Options:  --wheels DIR   folder of wheels (default: .wheels in the checkout, if it is there)
+#           --out DIR      results (default: $OUT, else cuda-results): results.json, table.txt, *-logs.tar.gz
+#           --seconds N    for all parts together (default 560); --device cuda|cpu; --size full|tiny
+#           PYTHON=...     the interpreter that has torch (default: python3)
+#
+# The wheels are installed into a directory of their own, which comes first on PYTHONPATH. Not into a virtual
+# environment: one that is made by a Python in another virtual environment does not see that one's torch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=${PYTHON:-python3}
+wheels=.wheels
+out=${OUT:-cuda-results}
+arguments=()
+while (($#)); do
+    case $1 in
+        --wheels) wheels=$2; shift 2 ;;
+        --out) out=$2; shift 2 ;;
+        --help | -h) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+        *) arguments+=("$1"); shift ;;
+    esac
+done
+
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+# torch asks for it before deterministic matrix products on CUDA; agents set it for their own workers.
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
+if compgen -G "$wheels/*.whl" > /dev/null; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$site" "$wheels"/*.whl
+    export PYTHONPATH=$PWD:$site
+fi
+"$python" -m benchmarks.cuda --out "$out" "${arguments[@]}"

@@ -1,0 +1,212 @@
+"""Part `snapshot`: how long a checkpoint stops training today, where the time goes, and how fast it comes back.
+
+stall     `train.loop.stage`: copy to host and write into the staging directory; the next step waits for it
+parts     device to host (pageable as today; pinned for comparison), host to staging, device to device
+upload    hash and copy to a store on the local disk; the agent does it beside training
+restore   `load_rows` from that store into the device, with a cold and a warm page cache
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from benchmarks.cuda.alone import (
+    process_group,
+    random_tokens,
+    step,
+    synchronize,
+    training_state,
+)
+from benchmarks.cuda.report import Report
+from benchmarks.cuda.sizes import SIZES
+from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.restore import load_rows, read_index
+from elastic_pt.checkpoint.shard_file import Staging
+from elastic_pt.checkpoint.upload import (
+    StagedShard,
+    publish_manifest,
+    publish_node,
+    upload_shard,
+)
+from elastic_pt.store.open import open_store
+from elastic_pt.train.loop import Identity, stage
+from elastic_pt.train.state import TrainState
+
+_REPEATS: Final = 3
+_RUN_ID: Final = "benchmark"
+_MEMORY: Final = "/dev/shm"
+
+
+class _SilentAgent:
+    """Takes the messages of `stage`."""
+
+    drain_requested = False
+
+    def released(self, step: int) -> bool:
+        """Every checkpoint is released at once."""
+        return True
+
+    def send(self, kind: str, **content: object) -> None:
+        """Ignore it."""
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """All measurements on one state."""
+    size, device = SIZES[options.size], torch.device(options.device)
+    with (
+        process_group(device) as mesh,
+        training_state(size.snapshot, size.vocabulary, mesh, device) as state,
+        tempfile.TemporaryDirectory(prefix="snapshot-", dir=options.work) as disk,
+    ):
+        tokens = random_tokens(state.config, size.vocabulary, device)
+        step(state, tokens)
+        step_s = statistics.median(_seconds(lambda: step(state, tokens), device))
+        tensors = [each.rows for _, each in state.slices()]
+        state_bytes = sum(rows.nbytes for rows in tensors)
+        report.row("state", f"{state_bytes / 1e9:.3f} GB, {step_s * 1e3:.1f} ms/step")
+        with _staging_directory(state_bytes, Path(disk)) as staging:
+            with report.attempt("copies"):
+                _copies(tensors, staging, device, report)
+            path = _stall(state, staging, state_bytes, step_s, report)
+            with report.attempt("upload and restore"):
+                _upload_and_restore(path, state, state_bytes, Path(disk), report)
+
+
+def _stall(
+    state: TrainState, staging: Path, state_bytes: int, step_s: float, report: Report
+) -> Path:
+    identity = Identity("0" * 64, "0" * 64, state.config.fingerprint())
+    seconds = []
+    for generation in range(1, _REPEATS + 1):
+        place = Staging(staging, generation)
+        path = place.path(state.steps_done, state.rank)
+        seconds += _seconds(
+            lambda place=place: stage(state.config, state, _SilentAgent(), place, identity),
+            state.device,
+            repeats=1,
+        )
+        if generation < _REPEATS:
+            path.unlink()
+    stall_s = statistics.median(seconds)
+    report.row(
+        "stall",
+        f"{stall_s:.3f} s ({state_bytes / stall_s / 1e9:.2f} GB/s), {stall_s / step_s:.1f} steps; staging in {staging.parent}",
+        stall_s=stall_s,
+        samples_s=seconds,
+        state_bytes=state_bytes,
+        step_s=step_s,
+    )
+    return path
+
+
+def _copies(
+    tensors: list[torch.Tensor], staging: Path, device: torch.device, report: Report
+) -> None:
+    """The rates that bound any way of taking a snapshot."""
+    state_bytes = sum(rows.nbytes for rows in tensors)
+
+    def row(case: str, seconds: list[float]) -> None:
+        best_s = statistics.median(seconds)
+        rate = state_bytes / best_s
+        report.row(case, f"{best_s:.3f} s, {rate / 1e9:.2f} GB/s", seconds=best_s, rate=rate)
+
+    row("device to host, pageable", _seconds(lambda: [rows.cpu() for rows in tensors], device))
+    row("device to device", _seconds(lambda: [rows.clone() for rows in tensors], device))
+    host = [
+        torch.empty(rows.shape, dtype=rows.dtype, pin_memory=device.type == "cuda")
+        for rows in tensors
+    ]
+
+    def copy_to_host() -> None:
+        for there, rows in zip(host, tensors, strict=True):
+            there.copy_(rows, non_blocking=True)
+
+    row("device to host, pinned", _seconds(copy_to_host, device))
+
+    def write() -> None:
+        with (staging / "written").open("wb", buffering=0) as file:
+            for each in host:
+                view = memoryview(each.view(-1).view(torch.uint8).numpy())
+                while view:
+                    view = view[file.write(view) :]
+
+    row("host to staging, new file", _seconds(write, device))
+    (staging / "written").unlink()
+
+
+def _upload_and_restore(
+    path: Path, state: TrainState, state_bytes: int, disk: Path, report: Report
+) -> None:
+    """Through the same functions as agent and worker."""
+    store = open_store(f"file://{disk}/store")
+    directory = checkpoint_directory(state.steps_done, 1, "abcd")
+    started_s = time.perf_counter()
+    uploaded = upload_shard(store, StagedShard(path, _RUN_ID, directory, 0, range(1)))
+    reference = publish_manifest(store, [publish_node(store, [uploaded])])
+    seconds = time.perf_counter() - started_s
+    rate = state_bytes / seconds
+    report.row("upload to local disk", f"{seconds:.2f} s, {rate / 1e9:.2f} GB/s", rate=rate)
+
+    slices = dict(state.slices())
+    into = {name: each.rows for name, each in slices.items()}
+    wanted = {name: (0, each.rows.shape[0]) for name, each in slices.items()}
+    before = {name: rows.cpu() for name, rows in into.items()}
+
+    def load() -> None:
+        load_rows(store, read_index(store, reference, _RUN_ID, wanted), wanted, into)
+
+    for cache in ("cold", "warm"):
+        for rows in into.values():
+            rows.zero_()
+        if cache == "cold":
+            _forget(disk)
+        (seconds,) = _seconds(load, state.device, repeats=1)
+        rate = state_bytes / seconds
+        same = all(torch.equal(rows.cpu(), before[name]) for name, rows in into.items())
+        report.row(
+            f"restore, {cache} page cache",
+            f"{seconds:.2f} s, {rate / 1e9:.2f} GB/s, {'equal bits' if same else 'OTHER BITS'}",
+            failed=not same,
+            rate=rate,
+        )
+
+
+def _forget(directory: Path) -> None:
+    """Ask the kernel to drop the files of a directory from its page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def _seconds(
+    work: Callable[[], object], device: torch.device, repeats: int = _REPEATS
+) -> list[float]:
+    """Seconds of each repetition, the device's work included."""
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        started_s = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started_s)
+    return seconds
+
+
+@contextmanager
+def _staging_directory(state_bytes: int, disk: Path) -> Iterator[Path]:
+    """In memory where there is room for two copies, as in a run; else on disk."""
+    roomy = shutil.disk_usage(_MEMORY).free > 2 * state_bytes
+    with tempfile.TemporaryDirectory(prefix="staging-", dir=_MEMORY if roomy else disk) as staging:
+        yield Path(staging)

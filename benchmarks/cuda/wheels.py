@@ -1,0 +1,47 @@
+"""Prints the requirements that `wheels.sh` downloads, one `name==version` a line.
+
+Walks the requirements of the installed elastic-pt as they are for Python 3.12; versions come from constraints.txt.
+"""
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from packaging.requirements import Requirement
+
+_LEFT_OUT: Final = {"torch", "pyarrow", "matplotlib", "tokenizers"}
+"""torch is there already. The others are of no use here: Parquet files, plots, tokenizers."""
+_TARGET: Final = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
+_CONSTRAINTS: Final = Path(__file__).resolve().parents[2] / "constraints.txt"
+
+
+def normal(name: str) -> str:
+    """The one spelling of a distribution's name."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needed() -> set[str]:
+    """Names of all distributions that elastic-pt requires."""
+    found: set[str] = set()
+    waiting = ["elastic-pt"]
+    while waiting:
+        for text in metadata.requires(waiting.pop()) or ():
+            requirement = Requirement(text)
+            name = normal(requirement.name)
+            wanted = requirement.marker is None or requirement.marker.evaluate(_TARGET)
+            if wanted and name not in found | _LEFT_OUT:
+                found.add(name)
+                waiting.append(name)
+    return found
+
+
+def main() -> None:
+    """Print the list."""
+    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pinned = {normal(line.partition("==")[0]): line for line in lines if "==" in line}
+    print("\n".join(sorted(pinned[name] for name in needed())))
+
+
+if __name__ == "__main__":
+    main()
