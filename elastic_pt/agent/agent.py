@@ -91,7 +91,7 @@ def run_agent(config: Config, options: AgentOptions, scratch: Path) -> Stop | No
     The fork server has been started (`workers.forking`) with the same scratch directory. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
-    store = open_store(config.run.url, deadline_s=config.store.deadline_s)
+    store = open_store(config.run.url, timeout_s=config.store.deadline_s)
     data = _read_data(config, store)
     first = FirstFork(entry=_PLATFORM, arguments=(config.to_toml(), data.vocab_size))
     name = options.node or socket.gethostname()
@@ -139,7 +139,7 @@ def _leave_at_once(*_: object) -> None:
 def _read_data(config: Config, store: Store) -> Manifest:
     """The prepared data's manifest. Data that a run has read before and that is missing now is away, not wrong."""
     try:
-        return read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
+        return read_manifest(open_store(config.data.url, timeout_s=config.store.deadline_s))
     except DataError as error:
         if isinstance(error.__cause__, NotFound) and store.size(IDENTITY_KEY) is not None:
             raise StoreError(
@@ -225,7 +225,7 @@ class Agent:
                 platform=me.platform,
             ),
             store,
-            open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
+            open_store(config.run.url, timeout_s=_HINTS_DEADLINE_S),
             self._log,
             choose_resume=lambda view: choose_resume(
                 store, self._log, view, self._node.member.incarnation

@@ -36,7 +36,7 @@ from elastic_pt.model import export as model_export
 from elastic_pt.model import generate as model_generate
 from elastic_pt.model.loss import IGNORED, LossSums
 from elastic_pt.model.transformer import Transformer, build_on_meta
-from elastic_pt.report.status import STORE_DEADLINE_S, Run, read_checkpoints
+from elastic_pt.report.status import STORE_TIMEOUT_S, Run, read_checkpoints
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -133,7 +133,7 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
         )
     chosen = choose_checkpoint(run, step)
     url = data_url or run.config.data.url
-    data_store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
+    data_store = open_store(url, timeout_s=STORE_TIMEOUT_S, patient=False)
     try:
         data = read_data_manifest(data_store)
     except (DataError, StoreError) as error:

@@ -205,7 +205,7 @@ class S3Store:
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._bucket = bucket
         self._root = f"{root}/" if root else ""
-        read_timeout_s = min(60.0, retry.backoff.deadline_s / 2)
+        read_timeout_s = min(60.0, retry.timeout_s / 2)
         self._client = Client(
             url,
             retry=retry,

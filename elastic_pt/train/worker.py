@@ -58,7 +58,7 @@ def main(config_text: str, scratch_path: str) -> str:
     device = resolve_device(config.train, local_rank)
     make_deterministic(config.train, device)
     mesh = join_world(config, assignment, device)
-    data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
+    data_store = open_store(config.data.url, timeout_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
     agent.send("activity", activity="restore")
@@ -153,7 +153,7 @@ def restore(
         resume.manifest_size,
         resume.manifest_sha256,
     )
-    store = open_store(config.run.url, deadline_s=config.store.deadline_s)
+    store = open_store(config.run.url, timeout_s=config.store.deadline_s)
     slices = dict(state.slices())
     wanted = {
         name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()

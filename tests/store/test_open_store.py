@@ -56,7 +56,7 @@ def test_any_other_missing_module_is_one_line_too() -> None:
 
 def test_a_protocol_without_an_atomic_create_refuses_to_create() -> None:
     """A look followed by a write is no fence: such a store holds bytes, never a run's log."""
-    store = open_store("http://127.0.0.1:9/run", deadline_s=0.1)
+    store = open_store("http://127.0.0.1:9/run", timeout_s=0.1)
     with pytest.raises(ConfigError, match="http:// has no atomic create"):
         store.create("log/0", b"1")
     with pytest.raises(ConfigError, match="can only be read"):
