@@ -13,8 +13,8 @@ from benchmarks.recovery_network import Network
 from benchmarks.recovery_watch import EventLogs, StepWatch
 from chaos_tests.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
-from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import standard_library_source
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.links import TOKEN_KEY

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from elastic_pt.cli.options import INTERRUPTED, absolute_url
+from elastic_pt.data import HELD_OUT, LEFT_OUT_MAX, VOCABULARY
 from elastic_pt.errors import ConfigError, StoreError
 
-VOCAB_SIZE = 8192
 LISTED_FILES = 10
 """Lines of left-out.jsonl that the summary shows."""
 
 if TYPE_CHECKING:
     from elastic_pt.data.manifest import Manifest
-    from elastic_pt.data.prepare import Progress
+    from elastic_pt.data.scan import Progress
 
 _Result = TypeVar("_Result")
 
@@ -49,7 +49,7 @@ def prepare(
             "--vocab-size",
             metavar="N",
             help="Tokens that the tokenizer learns.",
-            show_default=str(VOCAB_SIZE),
+            show_default=str(VOCABULARY),
         ),
     ] = None,
     held_out: Annotated[
@@ -57,7 +57,7 @@ def prepare(
         typer.Option(
             "--held-out", metavar="FRACTION", help="Share of documents kept for evaluation."
         ),
-    ] = 0.01,
+    ] = HELD_OUT,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +74,7 @@ def prepare(
             metavar="SHARE",
             help="Share of a source's files that may be left out.",
         ),
-    ] = 0.1,
+    ] = LEFT_OUT_MAX,
 ) -> None:
     """Turn text into token shards: filter, drop duplicates, hold out, learn a tokenizer, tokenize.
 
@@ -89,10 +89,10 @@ def prepare(
     elastic-pt prepare more/ --out data2 --tokenizer tokenizer.json --held-out 0.05
     """
     # Tokenizer and parquet libraries take a moment to import.
-    from elastic_pt.data.documents import parse_source
     from elastic_pt.data.left_out import LEFT_OUT_KEY
     from elastic_pt.data.manifest import MANIFEST_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
+    from elastic_pt.data.sources import parse_source
     from elastic_pt.store.open import open_store
 
     if tokenizer and vocab_size is not None:
@@ -107,7 +107,7 @@ def prepare(
                 lambda: prepare_data(
                     specs,
                     store,
-                    vocab_size=VOCAB_SIZE if vocab_size is None else vocab_size,
+                    vocab_size=VOCABULARY if vocab_size is None else vocab_size,
                     held_out=held_out,
                     tokenizer_file=tokenizer,
                     allow_left_out=allow_left_out,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_data import Prepared, cache_at, words
 
-from elastic_pt.data.documents import SourceSpec
 from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.data.prepare import Progress, prepare
 from elastic_pt.data.shards import TokenReader
+from elastic_pt.data.sources import SourceSpec
 from elastic_pt.data.tokenizer import load_tokenizer
 from elastic_pt.errors import AlreadyExists, DataError
 from elastic_pt.store.open import open_store
