@@ -49,7 +49,7 @@ KILL_STEP: Final = 48
 """Early, so that the new node, which has to start first, joins long before the last step."""
 LOST_STEPS: Final = range(8, 18)
 """How far beyond the newest checkpoint the node is killed: far enough to show that steps are done again."""
-CORPUS_CHARACTERS: Final = 2_000_000
+CORPUS_CHARACTERS: Final = 1_500_000
 """A third more than the steps read."""
 TABLE_FOLDERS: Final = ("encodings", "lib2to3", "pydoc_data")
 """Generated tables of characters and the like, which would fill a large part of so small a corpus."""
@@ -74,7 +74,7 @@ width = 128
 heads = 2
 kv_heads = 1
 [train]
-steps = 300
+steps = 240
 global_batch = 12
 micro_batch = 2
 learning_rate = 4e-3

@@ -59,7 +59,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line that stays, above the bars."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def begin(self, phase: str, text: str) -> None:
         """Start the clock of the next phase."""
@@ -116,7 +116,7 @@ def _program() -> str:
     """How this command line was called."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
-        return f"{Path(sys.executable).name} -m elastic_pt"
+        return f"{shown(Path(sys.executable))} -m elastic_pt"
     found = shutil.which(called.name)
     on_path = found is not None and Path(found).resolve() == called.resolve()
     return called.name if on_path else shown(called.absolute())
