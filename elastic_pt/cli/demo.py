@@ -242,13 +242,16 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
                 or status.state is State.COMPLETED
             ),
         )
-        if joined.state is not State.COMPLETED:
+        if joined.state is State.COMPLETED:
+            note = f"{recovery.node} lost; the run was over before node-4 was up"
+        else:
+            note = f"{recovery.node} lost, node-4 joined"
             screen.say(
                 f"   generation {joined.generation}: {joined.reason}, after a checkpoint; no step is done again"
             )
         show.now = "training"
         _end(fleet, show)
-    screen.end(f"{recovery.node} lost, node-4 joined")
+    screen.end(note)
     return recovery, time.monotonic() - started_s
 
 

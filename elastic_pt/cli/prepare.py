@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from elastic_pt.cli.options import INTERRUPTED, absolute_url
+from elastic_pt.cli.options import INTERRUPTED, AsJson, absolute_url, print_json
 from elastic_pt.data import HELD_OUT, LEFT_OUT_MAX, VOCABULARY
 from elastic_pt.errors import ConfigError, StoreError
 
@@ -75,6 +75,7 @@ def prepare(
             help="Share of a source's files that may be left out.",
         ),
     ] = LEFT_OUT_MAX,
+    as_json: AsJson = False,
 ) -> None:
     """Turn text into token shards: filter, drop duplicates, hold out, learn a tokenizer, tokenize.
 
@@ -82,8 +83,7 @@ def prepare(
     documents, files of other kinds) is left out, counted, and listed in
     left-out.jsonl; a source that loses more files than allowed is refused.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt prepare books/ --out data
     elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 32768
     elastic-pt prepare more/ --out data2 --tokenizer tokenizer.json --held-out 0.05
@@ -119,6 +119,9 @@ def prepare(
         print(told, file=sys.stderr, flush=True)
         # An orderly end would wait for the compiled code in the thread.
         os._exit(INTERRUPTED)
+    if as_json:
+        print_json(summary_json(manifest, store.url))
+        return
     for line in summary(manifest):
         typer.echo(line)
     with suppress(StoreError):  # it is prepared all the same
@@ -169,6 +172,32 @@ def progress_bars() -> Iterator[Callable[["Progress"], None]]:
             bars.update(stages[progress.stage], completed=progress.documents, total=total)
 
         yield show
+
+
+def summary_json(manifest: "Manifest", url: str) -> dict[str, Any]:
+    """What was prepared, for programs."""
+    from elastic_pt.data.left_out import LEFT_OUT_KEY
+
+    return {
+        "url": url,
+        "fingerprint": manifest.fingerprint,
+        "vocab_size": manifest.vocab_size,
+        "end_token": manifest.end_token,
+        "sources": [
+            {
+                "name": source.name,
+                "weight": source.weight,
+                "documents": source.documents,
+                "tokens": source.tokens("train"),
+                "held_out_documents": source.held_out_documents,
+                "held_out_tokens": source.tokens("held_out"),
+                "held_out_bytes": source.held_out_bytes,
+            }
+            for source in manifest.sources
+        ],
+        "skipped": manifest.skipped,
+        "left_out_url": f"{url}/{LEFT_OUT_KEY}",
+    }
 
 
 def summary(manifest: "Manifest") -> list[str]:
