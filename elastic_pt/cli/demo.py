@@ -45,7 +45,7 @@ from elastic_pt.runlog.identity import CONFIG_KEY
 from elastic_pt.runlog.records import Generation
 from elastic_pt.store.open import open_store
 
-KILL_STEP: Final = 48
+KILL_STEP: Final = 28
 """Early, so that the new node, which has to start first, joins long before the last step."""
 LOST_STEPS: Final = range(8, 18)
 """How far beyond the newest checkpoint the node is killed: far enough to show that steps are done again."""
@@ -70,7 +70,7 @@ url = "{data}"
 sequence_length = 128
 [model]
 layers = 2
-width = 128
+width = 96
 heads = 2
 kv_heads = 1
 [train]

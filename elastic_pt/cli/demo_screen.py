@@ -33,7 +33,7 @@ class Screen:
         self.console = console
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20, pulse_style="bar.back"),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn(

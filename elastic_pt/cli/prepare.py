@@ -85,7 +85,7 @@ def prepare(
 
     Examples:
     elastic-pt prepare books/ --out data
-    elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 32768
+    elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 2000
     elastic-pt prepare more/ --out data2 --tokenizer tokenizer.json --held-out 0.05
     """
     # Tokenizer and parquet libraries take a moment to import.

@@ -53,7 +53,7 @@ def run(
     Examples:
     elastic-pt run run.toml
     elastic-pt run s3://bucket/run
-    elastic-pt run s3://bucket/run --node spot-7 --set elastic.workers_per_node=8
+    elastic-pt run s3://bucket/run --node spot-7 --set elastic.workers_per_node=2
     """
     if node is not None and not _NODE_NAME.fullmatch(node):
         raise ConfigError(

@@ -121,11 +121,11 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}; a TOML file would be right"
+            f"{path}: cannot be read: {error.strerror}; expected a TOML file"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: not UTF-8 text at byte {error.start}; a TOML file would be right"
+            f"{path}: not UTF-8 text at byte {error.start}; expected a TOML file"
         ) from error
     return parse_config(text, source=str(path), overrides=overrides)
 
@@ -149,12 +149,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section, dot, key = path.strip().partition(".")
     if not equals or not dot or not key or "." in key:
         raise ConfigError(
-            f"--set {override!r}: section.key=value would be right, such as train.steps=100"
+            f"--set {override!r}: expected section.key=value, such as train.steps=100"
         )
     table = tree.setdefault(section, {})
     if not isinstance(table, dict):
         raise ConfigError(
-            f"--set {override!r}: {section} is a value in the file; a [{section}] table would be right"
+            f"--set {override!r}: {section} is a value in the file; expected a [{section}] table"
         )
     try:
         table[key] = tomllib.loads(f"x = {value}")["x"]
@@ -163,14 +163,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    """All mistakes in one line: field, value, what would be right."""
+    """All mistakes in one line: field, value, what is expected."""
     parts = []
     for mistake in error.errors():
         field = ".".join(str(part) for part in mistake["loc"]) or source
         value = mistake["input"]
         if mistake["type"] == "extra_forbidden":
             parts.append(
-                f"{field} = {value!r}: unknown key; {_known_keys(mistake['loc'])} would be right"
+                f"{field} = {value!r}: unknown key; expected {_known_keys(mistake['loc'])}"
             )
         elif mistake["type"] == "missing":
             parts.append(f"{field}: missing; {_wanted(mistake['loc'])}")
@@ -202,5 +202,6 @@ def _wanted(location: tuple[int | str, ...]) -> str:
     section = section_type(field.annotation)
     if len(location) == 1:
         required = [key for key, leaf in section.model_fields.items() if leaf.is_required()]
-        return f"a [{location[0]}] table with {', '.join(required)} would be right"
-    return section.model_fields[str(location[1])].description or "a value would be right"
+        return f"expected a [{location[0]}] table with {', '.join(required)}"
+    sentence = section.model_fields[str(location[1])].description or "A value"
+    return f"expected {sentence[0].lower()}{sentence[1:].rstrip('.')}"

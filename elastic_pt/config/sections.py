@@ -47,9 +47,7 @@ def broken_scheme(text: str) -> str:
 
 def _without_trailing_slash(url: str) -> str:
     if not url.strip():
-        raise ValueError(
-            "must not be empty; a URL such as s3://bucket/run or a directory would be right"
-        )
+        raise ValueError("must not be empty; expected a directory or a URL such as s3://bucket/run")
     if scheme := broken_scheme(url):
         raise ValueError(
             f"begins like a URL of {scheme!r} and is none; expected {scheme.lower()}://... or a path"

@@ -140,7 +140,7 @@ def open_run(url: str) -> Run:
     elif view.head is None:
         raise ConfigError(
             f"{store.url}: no run there (neither {CONFIG_KEY} nor {record_key(0)}); "
-            "the run.url of a run that was started would be right"
+            "expected the run.url of a run that was started"
         )
     return Run(store, log, config)
 

@@ -32,7 +32,7 @@ def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> S
     protocol, separator, rest = url.partition("://")
     rest = rest.rstrip("/")
     if not separator and not url.startswith("/"):
-        raise ConfigError(f"{url!r} is not a URL; s3://bucket/run or /absolute/path would be right")
+        raise ConfigError(f"{url!r} is not a URL; expected s3://bucket/run or /absolute/path")
     if not separator or protocol in ("file", "local"):
         return LocalStore(f"file://{rest}" if separator else f"file://{url.rstrip('/')}")
     retry = Retry(timeout_s)
@@ -44,13 +44,11 @@ def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> S
 
 def _require_protocol(url: str, protocol: str) -> None:
     if protocol not in available_protocols():
-        raise ConfigError(
-            f"{url}: {protocol}:// is unknown; file, memory, s3, gs or abfs would be right"
-        )
+        raise ConfigError(f"{url}: {protocol}:// is unknown; expected file, memory, s3, gs or abfs")
     module, extra = _EXTRAS.get(protocol, ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"{url}: {protocol}:// needs the module {module}; pip install 'elastic-pt[{extra}]' would be right"
+            f"{url}: {protocol}:// needs the module {module}; expected `pip install 'elastic-pt[{extra}]'`"
         )
     try:
         get_filesystem_class(protocol)

@@ -198,7 +198,7 @@ class S3Store:
     def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
         bucket, _, root = url.partition("://")[2].partition("/")
         if not bucket:
-            raise ConfigError(f"{url} names no bucket; s3://bucket/run would be right")
+            raise ConfigError(f"{url} names no bucket; expected s3://bucket/run")
         check_environment(os.environ)
         # They log the traceback of each error that they also raise, and whoever set up no logging would see it.
         for name in ("botocore", "aiobotocore"):

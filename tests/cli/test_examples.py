@@ -5,6 +5,7 @@ a directory here, and the step of an example is one that the run keeps.
 """
 
 import json
+import random
 import re
 import shlex
 import shutil
@@ -43,12 +44,10 @@ EXAMPLES = {
     name: examples_of(command.epilog)
     for name, command in {"": ROOT, **ROOT.commands}.items()  # type: ignore[attr-defined]
 }
-RUN_HERE = [
-    pytest.param(line, id=f"{name or 'elastic-pt'}-{number}")
-    for name, lines in EXAMPLES.items()
-    for number, line in enumerate(lines)
-    if name != "demo"
-]
+# Without repetitions, and without the demo, which tests/cli/test_demo.py runs.
+RUN_HERE = dict.fromkeys(
+    line for name, lines in EXAMPLES.items() for line in lines if name != "demo"
+)
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +56,12 @@ def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp("examples") / "place"
     for folder in ("books", "more", "src"):
         shutil.copytree(texts, root / folder)
+        # Enough words for the vocabulary of the examples.
+        rng = random.Random(folder)
+        words = (
+            "".join(rng.choices("abcdefghijklmno", k=rng.randint(3, 8))) for _ in range(40_000)
+        )
+        (root / folder / "words.txt").write_text(" ".join(words))
     lines = (
         json.dumps({"text": f"{n} {path.read_text()}"}) for n, path in enumerate(texts.iterdir())
     )
@@ -106,7 +111,7 @@ def run_in_place(words: list[str]) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("example", RUN_HERE)
+@pytest.mark.parametrize("example", RUN_HERE, ids=lambda line: line.removeprefix("elastic-pt "))
 def test_an_example_works(
     example: str, place: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
