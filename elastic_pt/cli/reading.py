@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -140,11 +140,20 @@ def checkpoints(
     run = open_run(absolute_url(run_url, "RUN_URL"))
     entries = []
     for report in read_checkpoints(run):
-        entry = dataclasses.asdict(report.checkpoint) | {"quarantine": report.quarantine or None}
+        checkpoint = report.checkpoint
+        entry: dict[str, Any] = {
+            "step": checkpoint.step,
+            "generation": checkpoint.generation,
+            "directory": checkpoint.directory,
+            "manifest_bytes": checkpoint.manifest_size,
+            "manifest_sha256": checkpoint.manifest_sha256,
+            "loss": checkpoint.loss,
+            "quarantine": report.quarantine or None,
+        }
         if verify:
             from elastic_pt.report.artifacts import problems_of
 
-            entry["problems"] = problems_of(run, report.checkpoint)
+            entry["problems"] = problems_of(run, checkpoint)
         entries.append(entry)
     if as_json:
         print_json(entries)
