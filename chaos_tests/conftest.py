@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, make_config, run_digest, scenario
-from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import standard_library_source
 from elastic_pt.store.open import open_store
 
 CORPUS_CHARACTERS = 300_000

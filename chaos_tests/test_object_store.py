@@ -10,8 +10,8 @@ import pytest
 from chaos_tests.conftest import CORPUS_CHARACTERS, VOCABULARY, StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, first_member
-from elastic_pt.data.documents import standard_library_source
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import standard_library_source
 from elastic_pt.store.open import open_store
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at

@@ -1,7 +1,7 @@
 """The error tree of elastic_pt, and the exit code each error ends a process with.
 
     ElasticPtError                 8   something this project raises on purpose; always as one of these
-    ├── ConfigError                2   the user can mend it: names the field, the value, what would be right
+    ├── ConfigError                2   the user can mend it: names the field, the value, what is expected
     │   └── DataError              2   the corpus or the prepared data cannot be used as it is
     ├── StoreError                 3   the bucket did not do what was asked before the deadline
     │   ├── NotFound               3   no object under that key
@@ -26,7 +26,7 @@ class ElasticPtError(Exception):
 
 
 class ConfigError(ElasticPtError):
-    """A user's mistake: the message names the field or file, the value, and what would be right."""
+    """A user's mistake: the message names the field or file, the value, and what is expected."""
 
     exit_code = 2
 

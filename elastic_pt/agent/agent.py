@@ -105,7 +105,7 @@ def run_agent(
     training stack. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
-    store = open_store(config.run.url, deadline_s=config.store.deadline_s)
+    store = open_store(config.run.url, timeout_s=config.store.deadline_s)
     data = _read_data(config, store)
     platform.begin(config.to_toml(), data.vocab_size)
     name = options.node or socket.gethostname()
@@ -136,7 +136,7 @@ def run_agent(
 def _read_data(config: Config, store: Store) -> Manifest:
     """The prepared data's manifest. Data that a run has read before and that is missing now is away, not wrong."""
     try:
-        return read_manifest(open_store(config.data.url, deadline_s=config.store.deadline_s))
+        return read_manifest(open_store(config.data.url, timeout_s=config.store.deadline_s))
     except DataError as error:
         if isinstance(error.__cause__, NotFound) and store.size(IDENTITY_KEY) is not None:
             raise StoreError(
@@ -187,7 +187,7 @@ class Agent:
             Limits(config.elastic, config.train.slots),
             Resources(
                 log=run_log,
-                hints=open_store(config.run.url, deadline_s=_HINTS_DEADLINE_S),
+                hints=open_store(config.run.url, timeout_s=_HINTS_DEADLINE_S),
                 clock_s=time.monotonic,
                 bind_store=partial(bind_store, member.address),
                 choose_resume=partial(

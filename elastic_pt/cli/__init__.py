@@ -12,10 +12,12 @@ have no use for it. Workers come through here too, because a forked process impo
 module again.
 """
 
+import inspect
 import io
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, Final
 
@@ -32,27 +34,43 @@ _BROKEN_PIPE: Final = 141
 
 log = structlog.get_logger("elastic_pt.cli")
 
+_EXAMPLES: Final = "\n\nExamples:\n"
+"""Begins the last part of a command's docstring: one command a line. `--help` shows it last."""
+
+
+def _examples(command: Callable[..., Any]) -> str:
+    examples = inspect.cleandoc(command.__doc__ or "").partition(_EXAMPLES)[2]
+    return f"[bold]Examples[/bold]\n{examples}"
+
+
+def _text(command: Callable[..., Any]) -> str:
+    return inspect.cleandoc(command.__doc__ or "").partition(_EXAMPLES)[0]
+
+
 app = typer.Typer(
     name="elastic-pt",
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("prepare")(prepare.prepare)
-app.command("run")(training.run)
-app.command("local")(training.local)
-app.command("demo")(training.demo)
-app.command("status")(reading.status)
-app.command("log")(reading.log)
-app.command("checkpoints")(reading.checkpoints)
-app.command("digest")(weights.digest)
-app.command("generate")(weights.generate)
-app.command("eval")(weights.evaluate)
-app.command("export")(weights.export)
-app.command("reopen")(control.reopen)
-app.command("config")(setup.config)
-app.command("storage-check")(setup.storage_check)
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "prepare": prepare.prepare,
+    "run": training.run,
+    "local": training.local,
+    "demo": training.demo,
+    "status": reading.status,
+    "log": reading.log,
+    "checkpoints": reading.checkpoints,
+    "digest": weights.digest,
+    "generate": weights.generate,
+    "eval": weights.evaluate,
+    "export": weights.export,
+    "reopen": control.reopen,
+    "config": setup.config,
+    "storage-check": setup.storage_check,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_text(_command), epilog=_examples(_command))(_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,7 +79,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def entry(
     context: typer.Context,
     show_version: Annotated[
@@ -73,8 +90,7 @@ def entry(
 ) -> None:
     """Pre-train a language model on machines that get taken away. A bucket is all that has to survive.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt prepare books/ --out data
     elastic-pt local run.toml --nodes 3
     elastic-pt status runs/first
@@ -85,10 +101,13 @@ def entry(
         raise typer.Exit(ConfigError.exit_code)
 
 
+app.callback(invoke_without_command=True, help=_text(entry), epilog=_examples(entry))(entry)
+
+
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A locale without the character that a text holds, as `LC_ALL=C` may be, ends no command.
+        # A character that the locale cannot show (`LC_ALL=C`) must not end a command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     raise SystemExit(run_command_line(sys.argv[1:]))
@@ -110,7 +129,7 @@ def run_command_line(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has enough of it; nothing more may be written at exit either.
+        # The reader of the output has closed it; nothing more may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except (SystemExit, GeneratorExit):
@@ -138,4 +157,4 @@ def _usage_message(error: TyperException, arguments: list[str]) -> str:
     for name in getattr(getattr(error, "param", None), "opts", ()):
         if name in arguments[:-1]:
             message = f"{name} {arguments[arguments.index(name) + 1]}: {message}"
-    return f"{message}; `{path} --help` tells what would be right"
+    return f"{message}; expected what `{path} --help` tells"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from elastic_pt.cli.options import RunUrl, absolute_url
+from elastic_pt.cli.options import AsJson, RunUrl, absolute_url, print_json
 from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def reopen(
             help="Also accept another kind of processor, accelerator or torch from the newest checkpoint on.",
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let a run go on that has ended for another reason than completion.
 
@@ -41,8 +42,7 @@ def reopen(
     another one after it, and the log and `elastic-pt digest` say where. That
     works for a run that has not ended, too, once none of its agents is left.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt reopen runs/first --why "the learning rate is mended"
     elastic-pt reopen s3://bucket/run --platform --why "only AMD nodes are left"
     """
@@ -74,7 +74,10 @@ def reopen(
 
     view = run.log.append(make, generation=view.generation_number)
     step = view.checkpoints[0].step if view.checkpoints else 0
-    typer.echo(f"reopened at step {step}; `elastic-pt run {run.store.url}` goes on from there")
+    if as_json:
+        print_json({"url": run.store.url, "step": step, "platform": platform, "why": reason})
+    else:
+        typer.echo(f"reopened at step {step}; `elastic-pt run {run.store.url}` goes on from there")
 
 
 def _require_abandoned(run: "Run") -> None:

@@ -1,10 +1,10 @@
 """What `elastic-pt demo` shows: lose a node, take one in, end with the same weights bit for bit.
 
-    prepare ─► three nodes, one killed, one joins ─► two nodes, undisturbed ─► digests side by side
-                                     └─► plot             held-out text, continuation ◄─┘
+    prepare ─► disturbed: three nodes,     ─► undisturbed: two nodes ─► compare: digests, held-out text,
+               one killed, another joins                                plot, a continuation
 
-Everything goes through the same commands and agents as a real run; only this file knows that it is a show.
-Runs in the command line's process; the nodes are processes of their own.
+Each phase has a bar. The runs use the same agents as any other run, and their directories stay, with commands
+to try on them. Runs in the command line's process; the nodes are processes of their own.
 """
 
 import time
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from elastic_pt.cli.demo_screen import Screen, shown
 from elastic_pt.config import Config, parse_config
-from elastic_pt.data.documents import standard_library_source
-from elastic_pt.data.prepare import Progress as PrepareProgress
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.scan import Progress
+from elastic_pt.data.sources import standard_library_source
 from elastic_pt.errors import RunFailed, UnexpectedError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.report.artifacts import (
     Evaluation,
     Sampling,
-    choose_checkpoint,
     continue_text,
     digest_of,
     evaluate,
@@ -46,20 +45,21 @@ from elastic_pt.runlog.identity import CONFIG_KEY
 from elastic_pt.runlog.records import Generation
 from elastic_pt.store.open import open_store
 
-KILL_STEP: Final = 130
-LOST_STEPS: Final = range(8, 22)
+KILL_STEP: Final = 28
+"""Early, so that the new node, which has to start first, joins long before the last step."""
+LOST_STEPS: Final = range(8, 18)
 """How far beyond the newest checkpoint the node is killed: far enough to show that steps are done again."""
-CORPUS_CHARACTERS: Final = 6_000_000
+CORPUS_CHARACTERS: Final = 1_500_000
+"""A third more than the steps read."""
 TABLE_FOLDERS: Final = ("encodings", "lib2to3", "pydoc_data")
-"""Generated tables of characters and the like: they would fill a fifth of so small a corpus."""
+"""Generated tables of characters and the like, which would fill a large part of so small a corpus."""
 VOCABULARY: Final = 1024
-HELD_OUT: Final = 0.01
+HELD_OUT: Final = 0.02
 PROMPT: Final = "def __init__(self"
 PLOT_NAME: Final = "plot.png"
-_PATIENCE_S: Final = 900.0
-_WATCH_S: Final = 0.2
-_RECOVERY_POLL_S: Final = 0.02
-_LINE_INTERVAL_S: Final = 10.0
+_TIMEOUT_S: Final = 900.0
+_POLL_S: Final = 0.2
+_RECOVERY_POLL_S: Final = 0.05
 
 _CONFIG: Final = """
 [run]
@@ -69,17 +69,21 @@ seed = 1
 url = "{data}"
 sequence_length = 128
 [model]
-width = 128
+layers = 2
+width = 96
+heads = 2
+kv_heads = 1
 [train]
-steps = 400
+steps = 240
 global_batch = 12
 micro_batch = 2
+learning_rate = 4e-3
 decay_share = 0.4
 [elastic]
 nodes_max = {nodes}
 join_window_s = 3.0
 [checkpoint]
-every_steps = 30
+every_steps = 20
 keep = 2
 """
 
@@ -109,45 +113,6 @@ class Result:
     seconds: float
 
 
-class Screen:
-    """Tells what happens: a live line on a terminal, while `bars` is entered; plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.console = Console(highlight=False)
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._line_s = float("-inf")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(Text(text))
-
-    def progress(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Where the current part is."""
-        if not self.console.is_terminal:
-            if time.monotonic() - self._line_s >= _LINE_INTERVAL_S:
-                self._line_s = time.monotonic()
-                self.say(f"  {what} {done}/{'?' if total is None else total}  {note}")
-            return
-        if self._task is None:
-            self._task = self.bars.add_task(what, total=total, note=note)
-        self.bars.update(self._task, description=what, completed=done, total=total, note=note)
-
-    def part_done(self) -> None:
-        """The current part is over; its bar goes."""
-        if self._task is not None:
-            self.bars.remove_task(self._task)
-            self._task = None
-
-
 class Show:
     """One run of the demo while it trains."""
 
@@ -165,18 +130,18 @@ class Show:
         return self._run
 
     def watch(
-        self, what: str, reached: Callable[[RunStatus], bool], poll_s: float = _WATCH_S
+        self, what: str, reached: Callable[[RunStatus], bool], poll_s: float = _POLL_S
     ) -> RunStatus:
         """Show progress until the status is as wanted. Raises `RunFailed` or `UnexpectedError` if that becomes impossible."""
-        deadline_s = time.monotonic() + _PATIENCE_S
+        deadline_s = time.monotonic() + _TIMEOUT_S
         while True:
             if self._run is None and self._store.size(CONFIG_KEY) is not None:
                 self._run = open_run(self._store.url)
             if self._run is not None:
                 status = read_status(self._run)
-                loss = "" if status.loss is None else f"loss {status.loss:.3f}  "
-                note = f"{loss}world size {status.world_size}  {self.now}"
-                self._screen.progress("step", status.step, status.steps, note)
+                loss = "" if status.loss is None else f"loss {status.loss:.2f}, "
+                note = f"{loss}world size {status.world_size}, {self.now}"
+                self._screen.progress(status.step, status.steps, note)
                 if reached(status):
                     return status
                 if status.state in (State.COMPLETED, State.FAILED):
@@ -184,7 +149,7 @@ class Show:
             failed = {node: code for node, code in self._fleet.exit_codes().items() if code}
             if failed or time.monotonic() > deadline_s:
                 node = next(iter(failed), next(iter(self._fleet.exit_codes())))
-                cause = f"{node} ended" if failed else f"not within {_PATIENCE_S} s"
+                cause = f"{node} ended" if failed else f"not within {_TIMEOUT_S} s"
                 raise UnexpectedError(f"{cause}, waiting for: {what}; {self._fleet.tail(node, 3)}")
             time.sleep(poll_s)
 
@@ -195,30 +160,30 @@ def run_demo(directory: Path) -> None:
     Raises `RunFailed` or `UnexpectedError` if the two runs do not end with the same bits, or do not end at all.
     """
     place, started_s = _new_folder(directory), time.monotonic()
-    screen = Screen()
-    screen.say(f"elastic_pt demo in {place}")
-    with screen.bars:
+    disturbed, undisturbed = _config(place, "disturbed", 3), _config(place, "undisturbed", 2)
+    console = Console(highlight=False)
+    with Screen(console) as screen:
+        screen.begin("prepare", f"elastic_pt demo in {place}")
         _prepare(place, screen)
-        disturbed = _config(place, "disturbed", 3)
-        screen.say(
-            f"1. three nodes train {disturbed.train.steps} steps; one will be killed, one will join"
+        screen.begin(
+            "disturbed",
+            f"1. three nodes train {disturbed.train.steps} steps; one will be killed, one will join",
         )
         recovery, disturbed_s = _train_disturbed(disturbed, place, screen)
-        plot_path = place / "disturbed" / PLOT_NAME
-        plot(open_run(disturbed.run.url), plot_path)
-        undisturbed = _config(place, "undisturbed", 2)
-        screen.say("2. two nodes train the same, undisturbed")
+        screen.begin("undisturbed", "2. two nodes train the same, undisturbed")
         undisturbed_s = _train_undisturbed(undisturbed, place, screen)
-        results = [_result(disturbed, disturbed_s), _result(undisturbed, undisturbed_s)]
-        text = _continuation(disturbed)
-    _report(screen.console, results, recovery, text)
-    screen.say(f"plot       {plot_path}")
+        screen.begin("compare", "3. both are compared")
+        seconds = {"disturbed": disturbed_s, "undisturbed": undisturbed_s}
+        results, text = _compare(place, seconds, screen)
+    _report(console, results, recovery, text)
+    screen.say(f"plot       {shown(place / 'disturbed' / PLOT_NAME)}")
     screen.say(f"total      {time.monotonic() - started_s:.0f} s")
     if results[0].digest != results[1].digest:
         raise UnexpectedError(
             f"the digests differ: {results[0].digest} with a node lost and one joined, "
-            f"{results[1].digest} undisturbed; equal ones were promised, so this is a bug"
+            f"{results[1].digest} undisturbed; expected equal ones, so this is a bug"
         )
+    screen.try_next(place)
 
 
 def _new_folder(directory: Path) -> Path:
@@ -240,10 +205,8 @@ def _config(place: Path, run: str, nodes: int) -> Config:
 
 
 def _prepare(place: Path, screen: Screen) -> None:
-    def show(progress: PrepareProgress) -> None:
-        screen.progress(
-            f"documents: {progress.stage}", progress.documents, progress.documents_total
-        )
+    def show(progress: Progress) -> None:
+        screen.progress(progress.documents, progress.documents_total, progress.stage)
 
     source = standard_library_source(CORPUS_CHARACTERS)
     manifest = prepare(
@@ -253,12 +216,12 @@ def _prepare(place: Path, screen: Screen) -> None:
         held_out=HELD_OUT,
         progress=show,
     )
-    screen.part_done()
     documents = sum(source.documents for source in manifest.sources)
     screen.say(
         f"   corpus: Python's standard library, {documents:,} documents, "
-        f"{manifest.tokens('train'):,} tokens of {manifest.vocab_size:,}"
+        f"{manifest.tokens('train'):,} tokens, vocabulary {manifest.vocab_size:,}"
     )
+    screen.end("tokenizer, token shards")
 
 
 def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recovery, float]:
@@ -271,13 +234,24 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
         show.now = "training"
         recovery = _lose_rank_zero(fleet, show, screen)
         fleet.start("node-4")
-        show.now = "training; node-4 is starting"
+        show.now = "node-4 starts"
         joined = show.watch(
-            "node-4 joined", lambda status: any(each.node == "node-4" for each in status.members)
+            "node-4 joined",
+            lambda status: (
+                any(each.node == "node-4" for each in status.members)
+                or status.state is State.COMPLETED
+            ),
         )
-        screen.say(f"   generation {joined.generation}: {joined.reason}, at a step boundary")
+        if joined.state is State.COMPLETED:
+            note = f"{recovery.node} lost; the run was over before node-4 was up"
+        else:
+            note = f"{recovery.node} lost, node-4 joined"
+            screen.say(
+                f"   generation {joined.generation}: {joined.reason}, after a checkpoint; no step is done again"
+            )
         show.now = "training"
-        _end(fleet, show, screen)
+        _end(fleet, show)
+    screen.end(note)
     return recovery, time.monotonic() - started_s
 
 
@@ -289,7 +263,8 @@ def _train_undisturbed(config: Config, place: Path, screen: Screen) -> float:
             fleet.start(node)
         show.watch("the first step", lambda status: status.step > 0)
         show.now = "training"
-        _end(fleet, show, screen)
+        _end(fleet, show)
+    screen.end("")
     return time.monotonic() - started_s
 
 
@@ -302,13 +277,12 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
             and status.commit is not None
             and status.step - status.commit.step in LOST_STEPS
         ),
-        _RECOVERY_POLL_S,
     )
     node = before.members[0].node
     fleet.kill(node)
     killed_s = time.monotonic()
     screen.say(f"   step {before.step}: SIGKILL to {node} (rank 0), agent and worker at once")
-    show.now = f"{node} is gone; recovering"
+    show.now = f"{node} lost"
 
     def resumed_step() -> int:
         generation = show.run.log.view.generation
@@ -328,17 +302,38 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
     screen.say(
         f"   generation {after.generation}: {after.reason}; on from step {resumed}, {first_step_s:.1f} s later"
     )
-    show.now = f"doing steps {resumed + 1} to {before.step} again"
+    show.now = f"steps {resumed + 1} to {before.step} again"
     show.watch(
         "the steps that were lost", lambda status: status.step > before.step, _RECOVERY_POLL_S
     )
     return Recovery(node, before.step, resumed, first_step_s, time.monotonic() - killed_s)
 
 
-def _end(fleet: Fleet, show: Show, screen: Screen) -> None:
+def _end(fleet: Fleet, show: Show) -> None:
     show.watch("the end of the run", lambda status: status.state is State.COMPLETED)
-    fleet.wait(_PATIENCE_S)
-    screen.part_done()
+    fleet.wait(_TIMEOUT_S)
+
+
+def _compare(place: Path, seconds: dict[str, float], screen: Screen) -> tuple[list[Result], str]:
+    """Both results, the disturbed run's first, and what its model writes."""
+    results, parts = [], 2 * len(seconds) + 2
+    for number, (name, seconds_of) in enumerate(seconds.items()):
+        run = open_run(f"file://{place / name}")
+        screen.progress(2 * number, parts, f"digest of {name}")
+        trained = open_trained(run, None, None)
+        digest = digest_of(run, trained.chosen)
+        screen.progress(2 * number + 1, parts, f"held-out text, {name}")
+        held_out = evaluate(trained, lambda _: None)
+        results.append(Result(digest, read_history(run)[-1]["loss"], held_out, seconds_of))
+        if number == 0:
+            first, model = run, trained.text_model()
+    screen.progress(parts - 2, parts, "plot")
+    plot(first, place / "disturbed" / PLOT_NAME)
+    screen.progress(parts - 1, parts, "continuation")
+    sampling = Sampling(max_tokens=120, temperature=0.5, top_k=40, seed=1)
+    text = PROMPT + continue_text(model, PROMPT, sampling)
+    screen.end("")
+    return results, text
 
 
 def plot(run: Run, path: Path) -> None:
@@ -356,23 +351,6 @@ def plot(run: Run, path: Path) -> None:
         if isinstance(body := record.body, Generation)
     ]
     plot_run(path, "A small transformer on Python's standard library", points, generations)
-
-
-def _result(config: Config, seconds: float) -> Result:
-    run = open_run(config.run.url)
-    trained = open_trained(run, None, None)
-    return Result(
-        digest=digest_of(run, choose_checkpoint(run, None)),
-        loss=read_history(run)[-1]["loss"],
-        held_out=evaluate(trained, lambda _: None),
-        seconds=seconds,
-    )
-
-
-def _continuation(config: Config) -> str:
-    trained = open_trained(open_run(config.run.url), None, None)
-    sampling = Sampling(max_tokens=120, temperature=0.5, top_k=40, seed=1)
-    return PROMPT + continue_text(trained.text_model(), PROMPT, sampling)
 
 
 def _report(console: Console, results: list[Result], recovery: Recovery, text: str) -> None:

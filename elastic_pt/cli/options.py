@@ -1,8 +1,9 @@
 """Arguments and options that several commands share."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -36,7 +37,11 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+AsJsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object a line, for programs.")
+]
+AsJsonList = Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")]
 Step = Annotated[
     int | None,
     typer.Option(
@@ -55,6 +60,11 @@ DataUrl = Annotated[
         show_default=False,
     ),
 ]
+
+
+def print_json(value: Any) -> None:
+    """What a command says to a program: JSON on standard output, and nothing else there."""
+    typer.echo(json.dumps(value, indent=1))
 
 
 def absolute_url(text: str, name: str) -> str:

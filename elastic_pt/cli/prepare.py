@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from elastic_pt.cli.options import INTERRUPTED, absolute_url
+from elastic_pt.cli.options import INTERRUPTED, AsJson, absolute_url, print_json
+from elastic_pt.data import HELD_OUT, LEFT_OUT_MAX, VOCABULARY
 from elastic_pt.errors import ConfigError, StoreError
 
-VOCAB_SIZE = 8192
 LISTED_FILES = 10
 """Lines of left-out.jsonl that the summary shows."""
 
 if TYPE_CHECKING:
     from elastic_pt.data.manifest import Manifest
-    from elastic_pt.data.prepare import Progress
+    from elastic_pt.data.scan import Progress
 
 _Result = TypeVar("_Result")
 
@@ -49,7 +49,7 @@ def prepare(
             "--vocab-size",
             metavar="N",
             help="Tokens that the tokenizer learns.",
-            show_default=str(VOCAB_SIZE),
+            show_default=str(VOCABULARY),
         ),
     ] = None,
     held_out: Annotated[
@@ -57,7 +57,7 @@ def prepare(
         typer.Option(
             "--held-out", metavar="FRACTION", help="Share of documents kept for evaluation."
         ),
-    ] = 0.01,
+    ] = HELD_OUT,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +74,8 @@ def prepare(
             metavar="SHARE",
             help="Share of a source's files that may be left out.",
         ),
-    ] = 0.1,
+    ] = LEFT_OUT_MAX,
+    as_json: AsJson = False,
 ) -> None:
     """Turn text into token shards: filter, drop duplicates, hold out, learn a tokenizer, tokenize.
 
@@ -82,17 +83,16 @@ def prepare(
     documents, files of other kinds) is left out, counted, and listed in
     left-out.jsonl; a source that loses more files than allowed is refused.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt prepare books/ --out data
-    elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 32768
+    elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 2000
     elastic-pt prepare more/ --out data2 --tokenizer tokenizer.json --held-out 0.05
     """
     # Tokenizer and parquet libraries take a moment to import.
-    from elastic_pt.data.documents import parse_source
     from elastic_pt.data.left_out import LEFT_OUT_KEY
     from elastic_pt.data.manifest import MANIFEST_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
+    from elastic_pt.data.sources import parse_source
     from elastic_pt.store.open import open_store
 
     if tokenizer and vocab_size is not None:
@@ -107,7 +107,7 @@ def prepare(
                 lambda: prepare_data(
                     specs,
                     store,
-                    vocab_size=VOCAB_SIZE if vocab_size is None else vocab_size,
+                    vocab_size=VOCABULARY if vocab_size is None else vocab_size,
                     held_out=held_out,
                     tokenizer_file=tokenizer,
                     allow_left_out=allow_left_out,
@@ -119,6 +119,9 @@ def prepare(
         print(told, file=sys.stderr, flush=True)
         # An orderly end would wait for the compiled code in the thread.
         os._exit(INTERRUPTED)
+    if as_json:
+        print_json(summary_json(manifest, store.url))
+        return
     for line in summary(manifest):
         typer.echo(line)
     with suppress(StoreError):  # it is prepared all the same
@@ -169,6 +172,32 @@ def progress_bars() -> Iterator[Callable[["Progress"], None]]:
             bars.update(stages[progress.stage], completed=progress.documents, total=total)
 
         yield show
+
+
+def summary_json(manifest: "Manifest", url: str) -> dict[str, Any]:
+    """What was prepared, for programs."""
+    from elastic_pt.data.left_out import LEFT_OUT_KEY
+
+    return {
+        "url": url,
+        "fingerprint": manifest.fingerprint,
+        "vocab_size": manifest.vocab_size,
+        "end_token": manifest.end_token,
+        "sources": [
+            {
+                "name": source.name,
+                "weight": source.weight,
+                "documents": source.documents,
+                "tokens": source.tokens("train"),
+                "held_out_documents": source.held_out_documents,
+                "held_out_tokens": source.tokens("held_out"),
+                "held_out_bytes": source.held_out_bytes,
+            }
+            for source in manifest.sources
+        ],
+        "skipped": manifest.skipped,
+        "left_out_url": f"{url}/{LEFT_OUT_KEY}",
+    }
 
 
 def summary(manifest: "Manifest") -> list[str]:

@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from elastic_pt.cli.options import AsJson, RunUrl, absolute_url
+from elastic_pt.cli.options import (
+    AsJson,
+    AsJsonLines,
+    AsJsonList,
+    RunUrl,
+    absolute_url,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from elastic_pt.report.status import MemberReport, RunStatus
@@ -20,8 +27,7 @@ def status(run_url: RunUrl, as_json: AsJson = False) -> None:
     The state is new, running, paused (fewer nodes than elastic.nodes_min),
     down (nobody answers, not finished), completed or failed.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt status runs/first
     elastic-pt status s3://bucket/run --json
     """
@@ -30,7 +36,7 @@ def status(run_url: RunUrl, as_json: AsJson = False) -> None:
 
     found = read_status(open_run(absolute_url(run_url, "RUN_URL")))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        print_json(dataclasses.asdict(found))
         return
     for line in status_lines(found):
         typer.echo(line)
@@ -72,7 +78,7 @@ def log(
             help="Tell why each generation followed the one before, and where the time of each recovery went.",
         ),
     ] = False,
-    as_json: AsJson = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Print the run's log, one line per record, and check its hash chain on the way.
 
@@ -81,8 +87,7 @@ def log(
     failed, left or joined, how soon that was noticed and agreed on, and each
     phase up to the first step. docs/recovery.md says how to read it.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt log runs/first
     elastic-pt log runs/first --explain
     elastic-pt log s3://bucket/run --json | jq .kind
@@ -120,12 +125,11 @@ def checkpoints(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every byte; exit code 4 if anything is wrong.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: AsJsonList = False,
 ) -> None:
     """List the committed checkpoints that are kept, newest first.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt checkpoints runs/first
     elastic-pt checkpoints s3://bucket/run --verify --json
     """
@@ -136,14 +140,23 @@ def checkpoints(
     run = open_run(absolute_url(run_url, "RUN_URL"))
     entries = []
     for report in read_checkpoints(run):
-        entry = dataclasses.asdict(report.checkpoint) | {"quarantine": report.quarantine or None}
+        checkpoint = report.checkpoint
+        entry: dict[str, Any] = {
+            "step": checkpoint.step,
+            "generation": checkpoint.generation,
+            "directory": checkpoint.directory,
+            "manifest_bytes": checkpoint.manifest_size,
+            "manifest_sha256": checkpoint.manifest_sha256,
+            "loss": checkpoint.loss,
+            "quarantine": report.quarantine or None,
+        }
         if verify:
             from elastic_pt.report.artifacts import problems_of
 
-            entry["problems"] = problems_of(run, report.checkpoint)
+            entry["problems"] = problems_of(run, checkpoint)
         entries.append(entry)
     if as_json:
-        typer.echo(json.dumps(entries, indent=1))
+        print_json(entries)
     elif not entries:
         typer.echo("no checkpoint is committed yet")
     for entry in () if as_json else entries:

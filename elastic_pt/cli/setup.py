@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from elastic_pt.cli.options import Overrides, absolute_url
+from elastic_pt.cli.options import AsJson, Overrides, absolute_url, print_json
 from elastic_pt.config import load_config, parse_config
 from elastic_pt.errors import AccessDenied, ConfigError, NotFound
 
@@ -25,14 +25,14 @@ def config(
         ),
     ] = None,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the effective configuration, with a sentence for every key.
 
     Without CONFIG it prints the defaults, with placeholders for run.url and
     data.url: a file to start from.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt config > run.toml
     elastic-pt config run.toml --set train.steps=2000
     """
@@ -40,13 +40,17 @@ def config(
         effective = parse_config(_PLACEHOLDERS, source="the defaults", overrides=overrides or [])
     else:
         effective = load_config(path, overrides or [])
-    typer.echo(effective.to_toml(comments=True).rstrip())
+    if as_json:
+        print_json(effective.model_dump(mode="json"))
+    else:
+        typer.echo(effective.to_toml(comments=True).rstrip())
 
 
 def storage_check(
     url: Annotated[
         str, typer.Argument(metavar="URL", help="A directory of the store: a path or a URL.")
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Prove on your own store whether it keeps a run of several nodes safe.
 
@@ -54,8 +58,7 @@ def storage_check(
     one object, twenty times, and removes what it made. The last line is fenced
     (exit code 0) or unfenced (exit code 2).
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt storage-check s3://bucket/somewhere
     elastic-pt storage-check /mnt/shared
     """
@@ -69,10 +72,21 @@ def storage_check(
         if not store.url.startswith("file://"):
             raise
         raise ConfigError(
-            f"URL = {url!r}: cannot be used: {error}; a directory that this user may make and write would be right"
+            f"URL = {url!r}: cannot be used: {error}; expected a directory that this user may make and write"
         ) from error
-    # The report ends with "<verdict>: <reason>"; scripts get the verdict on a line of its own.
-    for line in (*report.lines[:-1], report.reason, report.verdict):
-        typer.echo(line)
+    # The report ends with "<verdict>: <reason>".
+    checks = report.lines[:-1]
+    if as_json:
+        print_json(
+            {
+                "url": store.url,
+                "verdict": report.verdict,
+                "reason": report.reason,
+                "checks": checks,
+            }
+        )
+    else:
+        for line in (*checks, report.reason, report.verdict):
+            typer.echo(line)
     if not report.fenced:
         raise typer.Exit(ConfigError.exit_code)

@@ -50,16 +50,15 @@ def run(
     the run is complete, or once SIGTERM or Ctrl-C has asked this node to leave
     and its last checkpoint is committed.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt run run.toml
     elastic-pt run s3://bucket/run
-    elastic-pt run s3://bucket/run --node spot-7 --set elastic.workers_per_node=8
+    elastic-pt run s3://bucket/run --node spot-7 --set elastic.workers_per_node=2
     """
     if node is not None and not _NODE_NAME.fullmatch(node):
         raise ConfigError(
-            f"--node {node!r}: at most 64 letters, digits, '.', '_' and '-', "
-            "the first one a letter or digit, would be right"
+            f"--node {node!r}: expected at most 64 letters, digits, '.', '_' and '-', "
+            "the first one a letter or digit"
         )
     config = _configuration(source, overrides or [])
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,12 +108,12 @@ def joined_config(store: "Store", overrides: list[str]) -> Config:
         if wanted[name] != found[name]:
             raise ConfigError(
                 f"--set {name}={wanted[name]}: the run at {store.url} has {found[name]!r} and cannot change it; "
-                "a new run.url would be right"
+                "expected the run's value, or a new run.url"
             )
     if config.run.url != original.run.url:
         raise ConfigError(
-            f"--set run.url={config.run.url}: joins the run at {store.url}; a configuration file "
-            "with another run.url would start a new one"
+            f"--set run.url={config.run.url}: this command joins the run at {store.url}; "
+            "expected no --set run.url, or a configuration file instead of RUN_URL"
         )
     return config
 
@@ -150,10 +149,9 @@ def local(
     `elastic-pt run RUN_URL` and it is taken in. Ctrl-C ends them all; the same
     command goes on from the last checkpoint.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt local run.toml --nodes 3
-    elastic-pt local run.toml --nodes 2 --workers-per-node 4 --set train.steps=500
+    elastic-pt local run.toml --nodes 2 --workers-per-node 2 --set run.seed=7
     """
     changes = list(overrides or [])
     if workers_per_node is not None:
@@ -180,9 +178,7 @@ def demo(
     machine, kills one of them, lets another join, and compares the result with
     an undisturbed run of two nodes.
 
-    \b
-    [bold]Examples[/bold]
-    elastic-pt demo
+    Examples:
     elastic-pt demo --directory /tmp/demo
     """
     from elastic_pt.cli.demo import run_demo

@@ -1,9 +1,8 @@
 """Commands that make something of a run's checkpoints: `digest`, `eval`, `generate`, `export`."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +12,7 @@ from elastic_pt.cli.options import (
     RunUrl,
     Step,
     absolute_url,
+    print_json,
     require_new_directory,
 )
 from elastic_pt.errors import ConfigError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The commands import `artifacts` when they run, because it imports torch.
 
 
-def digest(run_url: RunUrl, step: Step = None) -> None:
+def digest(run_url: RunUrl, step: Step = None, as_json: AsJson = False) -> None:
     """Print one SHA-256 over all weights and the optimizer state of a checkpoint.
 
     Equal digests mean equal bits, whatever world size wrote them. Without --step
@@ -32,8 +32,7 @@ def digest(run_url: RunUrl, step: Step = None) -> None:
     on another platform (`reopen --platform`), a second line says up to which
     step the checkpoint is exact.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt digest runs/first
     elastic-pt digest s3://bucket/run --step 2000
     """
@@ -45,8 +44,20 @@ def digest(run_url: RunUrl, step: Step = None) -> None:
     chosen = choose_checkpoint(run, step)
     tell_passed_over(chosen)
     manifest = chosen.manifest
-    typer.echo(f"step={manifest.step} sha256={digest_of(run, chosen)}")
+    sha256 = digest_of(run, chosen)
     changes = read_platform_changes(run.store, run.log, manifest.generation, manifest.step)
+    if as_json:
+        print_json(
+            {
+                "step": manifest.step,
+                "sha256": sha256,
+                "exact_up_to_step": changes[0].step if changes else manifest.step,
+                "platform_changes": [dataclasses.asdict(each) for each in changes],
+                "passed_over": passed_over_json(chosen),
+            }
+        )
+        return
+    typer.echo(f"step={manifest.step} sha256={sha256}")
     if changes:
         later = "; ".join(f"from step {each.step} on {each}" for each in changes)
         typer.echo(f"exact up to step {changes[0].step}; {later}")
@@ -56,6 +67,11 @@ def tell_passed_over(chosen: "Chosen") -> None:
     """One line on standard error for each newer checkpoint that was not used."""
     for step, reason in chosen.passed_over:
         typer.echo(f"passed over step {step}: {reason}", err=True)
+
+
+def passed_over_json(chosen: "Chosen") -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [{"step": step, "reason": reason} for step, reason in chosen.passed_over]
 
 
 def _trained(run_url: str, step: int | None, data_url: str | None) -> "Trained":
@@ -77,8 +93,7 @@ def evaluate(
     Loss is the mean cross-entropy per token, in nats. Bits per byte counts UTF-8
     bytes of the documents, so it compares models with different tokenizers.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt eval runs/first
     elastic-pt eval s3://bucket/run --step 2000 --json
     """
@@ -93,7 +108,8 @@ def evaluate(
         task = bars.add_task("held-out tokens", total=trained.data.tokens("held_out"))
         result = measure(trained, on_tokens=lambda count: bars.advance(task, count))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result), indent=1))
+        passed_over = passed_over_json(trained.chosen)
+        print_json(dataclasses.asdict(result) | {"passed_over": passed_over})
         return
     typer.echo(f"step           {result.step}")
     typer.echo(f"held-out loss  {result.loss:.4f} nats per token")
@@ -130,11 +146,11 @@ def generate(
     ] = 0,
     step: Step = None,
     data_url: DataUrl = None,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a text with a trained model; prints prompt and continuation.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt generate runs/first --prompt "Once upon a time"
     elastic-pt generate model/ --prompt "def " --max-tokens 50 --temperature 0
     """
@@ -150,12 +166,16 @@ def generate(
             raise typer.BadParameter(
                 f"--data {data_url}: an exported directory has its own tokenizer; a run URL needs data"
             )
-        model = open_exported(directory)
+        model, found = open_exported(directory), None
     else:
         trained = _trained(source, step, data_url)
-        model = trained.text_model()
+        model, found = trained.text_model(), trained.chosen.manifest.step
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    typer.echo(prompt + continue_text(model, prompt, sampling))
+    continuation = continue_text(model, prompt, sampling)
+    if as_json:
+        print_json({"step": found, "prompt": prompt, "continuation": continuation})
+    else:
+        typer.echo(prompt + continuation)
 
 
 def export(
@@ -168,11 +188,11 @@ def export(
     ],
     step: Step = None,
     data_url: DataUrl = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the model as a directory that Hugging Face transformers loads untouched, bit for bit.
 
-    \b
-    [bold]Examples[/bold]
+    Examples:
     elastic-pt export runs/first --out model
     elastic-pt export s3://bucket/run --step 2000 --out model
     """
@@ -184,7 +204,12 @@ def export(
         write(trained, out)
     except OSError as error:
         raise ConfigError(
-            f"--out {out}: cannot be written: {error.strerror or error}; a new directory "
-            "that this user may make, with room for the weights, would be right"
+            f"--out {out}: cannot be written: {error.strerror or error}; expected a new directory "
+            "that this user may make, with room for the weights"
         ) from error
-    typer.echo(f"wrote step {trained.chosen.manifest.step} to {out}")
+    step = trained.chosen.manifest.step
+    if as_json:
+        passed_over = passed_over_json(trained.chosen)
+        print_json({"step": step, "directory": str(out.resolve()), "passed_over": passed_over})
+    else:
+        typer.echo(f"wrote step {step} to {out}")

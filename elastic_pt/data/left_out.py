@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from elastic_pt.data.documents import Skip, SourceFiles
+from elastic_pt.data.sources import Skip, SourceFiles
 from elastic_pt.errors import DataError
 
 LEFT_OUT_KEY = "left-out.jsonl"
-SHARE_MAX = 0.1
-"""Share of a source that may be left out unless the user says otherwise."""
 EXAMPLES = 3
 
 DUPLICATE = "duplicate"

@@ -145,6 +145,6 @@ def read_manifest(store: Store) -> Manifest:
         data = store.read(MANIFEST_KEY)
     except NotFound as error:
         raise DataError(
-            f"{origin}: no such file; a directory that `elastic-pt prepare` finished would be right"
+            f"{origin}: no such file; expected a directory that `elastic-pt prepare` has finished"
         ) from error
     return Manifest.from_json(data, origin=origin)

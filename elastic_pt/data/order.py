@@ -75,7 +75,7 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
         raise DataError("weights = []: a mixture needs at least one source")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise DataError(f"weight = {weight}: a positive, finite number would be right")
+            raise DataError(f"weight = {weight}: expected a positive, finite number")
     # str() gives the decimal that was meant: 0.1 is 1/10, not 3602879701896397/36028797018963968.
     meant = [Fraction(str(float(weight))) for weight in weights]
     total = sum(meant)
@@ -84,7 +84,7 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
         if share * PERIOD_MAX < 1:
             raise DataError(
                 f"weight = {weight} is {float(share):.1e} of all weights: "
-                f"at least 1/{PERIOD_MAX} would be right"
+                f"expected at least 1/{PERIOD_MAX}"
             )
     simple = [share.limit_denominator(PERIOD_MAX) for share in shares]
     period = math.lcm(*(share.denominator for share in simple))

@@ -30,13 +30,13 @@ class DataPlan:
     def __post_init__(self) -> None:
         for name in ("sequence_length", "global_batch"):
             if getattr(self, name) < 1:
-                raise DataError(f"{name} = {getattr(self, name)}: a positive number would be right")
+                raise DataError(f"{name} = {getattr(self, name)}: expected a positive number")
         for source, rows in zip(self.manifest.sources, self.rows_per_source, strict=True):
             if rows < 1:
                 raise DataError(
                     f"source {source.name}: {source.tokens('train')} tokens hold no row of "
                     f"data.sequence_length + 1 = {self.sequence_length + 1}; "
-                    "more text or a shorter data.sequence_length would be right"
+                    "expected more text or a shorter data.sequence_length"
                 )
 
     @cached_property

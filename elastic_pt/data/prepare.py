@@ -6,40 +6,44 @@
     encode  tokenize, write shards, and last of all the manifest
 
 The scan leaves one byte per document, its fate, which the later passes follow; the encoding pass
-hashes the texts again and refuses a corpus that changed meanwhile. Since only the hash of a document
-decides its split, documents that are added later move no other document to the other side. (One
-exception: where chance leaves a very small corpus without a split, one document is moved over.)
-The result depends on the texts, their order and the arguments, on nothing else.
+hashes the texts again and refuses a corpus that changed meanwhile (`data.scan`). The result depends on the texts, their order and the arguments, on nothing else.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from pathlib import Path
 
-from elastic_pt.data.documents import (
-    Document,
+from elastic_pt.data import HELD_OUT, LEFT_OUT_MAX, VOCABULARY
+from elastic_pt.data.documents import Document, read_documents
+from elastic_pt.data.encoder import BATCH_CHARACTERS, Encoder, pieces
+from elastic_pt.data.left_out import (
+    LEFT_OUT_KEY,
+    SourceLosses,
+    count_by_reason,
+)
+from elastic_pt.data.manifest import MANIFEST_KEY, Manifest, Source, TokenType
+from elastic_pt.data.order import PERIOD_MAX, whole_weights
+from elastic_pt.data.scan import (
+    PROGRESS_DOCUMENTS,
+    Fate,
+    Progress,
+    Report,
+    Scan,
+    nothing_left,
+    scan_sources,
+    with_fate,
+)
+from elastic_pt.data.shards import HASH_CHARACTERS, SHARD_TOKENS, ShardWriter
+from elastic_pt.data.sources import (
     Skip,
     SourceFiles,
     SourceSpec,
     list_files,
     location,
     merge_sources,
-    read_documents,
 )
-from elastic_pt.data.encoder import BATCH_CHARACTERS, Encoder, pieces
-from elastic_pt.data.left_out import (
-    DUPLICATE,
-    LEFT_OUT_KEY,
-    SHARE_MAX,
-    SourceLosses,
-    count_by_reason,
-)
-from elastic_pt.data.manifest import MANIFEST_KEY, Manifest, Source, TokenType
-from elastic_pt.data.order import PERIOD_MAX, whole_weights
-from elastic_pt.data.shards import HASH_CHARACTERS, SHARD_TOKENS, ShardWriter
 from elastic_pt.data.tokenizer import (
     check_vocab_size,
     end_token,
@@ -55,52 +59,16 @@ BATCH_DOCUMENTS = 1024
 TRIED_DOCUMENTS = 64
 TRIED_CHARACTERS = 1_000_000
 """What of each source a given tokenizer has to give back before the corpus is read: the starts of its first documents."""
-PROGRESS_DOCUMENTS = 256
-"""Documents between two calls of the progress callback."""
-
-
-class Fate(IntEnum):
-    """What happens to one document of the scan."""
-
-    DUPLICATE = 0
-    TRAIN = 1
-    HELD_OUT = 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where `prepare` is: `documents` of `documents_total` in this stage (None: not known yet)."""
-
-    stage: str
-    """scan, learn or encode."""
-    documents: int
-    documents_total: int | None
-
-
-Report = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the first pass knows: one `Fate` per document and one digest of the texts, per source."""
-
-    fates: tuple[bytearray, ...]
-    digests: tuple[bytes, ...]
-
-    @property
-    def documents(self) -> int:
-        """Documents read, duplicates included."""
-        return sum(len(fates) for fates in self.fates)
 
 
 def prepare(
     sources: Sequence[SourceSpec],
     out: Store,
     *,
-    vocab_size: int = 8192,
-    held_out: float = 0.01,
+    vocab_size: int = VOCABULARY,
+    held_out: float = HELD_OUT,
     tokenizer_file: Path | None = None,
-    allow_left_out: float = SHARE_MAX,
+    allow_left_out: float = LEFT_OUT_MAX,
     shard_tokens: int = SHARD_TOKENS,
     progress: Report | None = None,
 ) -> Manifest:
@@ -126,7 +94,7 @@ def prepare(
             given, end_token(given)[1], is_given=True, origin=f"tokenizer {tokenizer_file}"
         )
         _try_tokenizer(encoder, losses, allow_left_out)
-    scan = _scan(losses, held_out, report)
+    scan = scan_sources(losses, held_out, report)
     _check_losses(losses, allow_left_out)
     files = [each.source for each in losses]
     tokenizer = given or train_tokenizer(_train_texts(files, scan, report), vocab_size)
@@ -238,112 +206,17 @@ def _occupied(out: Store) -> DataError:
     return DataError(f"{out.url}: already holds prepared data; expected an empty directory")
 
 
-def _scan(losses: list[SourceLosses], held_out: float, report: Report) -> Scan:
-    """Decide the fate of every document, and note in `losses` what is left out."""
-    threshold = int(held_out * 2**64)
-    seen: set[bytes] = set()
-    smallest: list[tuple[bytes, int]] = []  # per source: hash and place of a train document
-    fates: list[bytearray] = []
-    digests: list[bytes] = []
-    for lost in losses:
-        fates.append(bytearray())
-        smallest.append((b"\xff" * 33, 0))
-        rolling = hashlib.sha256()
-        for item in read_documents(lost.source):
-            if isinstance(item, Skip):
-                lost.skip(item)
-                continue
-            digest = _digest(item)
-            rolling.update(digest)
-            lost.keep(item.url)
-            if digest in seen:
-                fate = Fate.DUPLICATE
-                lost.skip(Skip(item.url, DUPLICATE))
-            else:
-                seen.add(digest)
-                below = int.from_bytes(digest[:8], "big") < threshold
-                fate = Fate.HELD_OUT if below else Fate.TRAIN
-                if fate == Fate.TRAIN:
-                    smallest[-1] = min(smallest[-1], (digest, len(fates[-1])))
-            fates[-1].append(fate)
-            if len(fates[-1]) % PROGRESS_DOCUMENTS == 0:
-                report(Progress("scan", sum(map(len, fates)), None))
-        digests.append(rolling.digest())
-    report(Progress("scan", sum(map(len, fates)), None))
-    if held_out > 0:
-        _mend_small_splits(fates, smallest)
-    _check_something_left(losses, fates)
-    return Scan(tuple(fates), tuple(digests))
-
-
-def _mend_small_splits(fates: list[bytearray], smallest: list[tuple[bytes, int]]) -> None:
-    """Chance leaves a very small corpus without one of its splits: move one document over."""
-    for of_source in fates:
-        if Fate.TRAIN not in of_source and Fate.HELD_OUT in of_source:
-            of_source[of_source.index(Fate.HELD_OUT)] = Fate.TRAIN
-    if not any(Fate.HELD_OUT in of_source for of_source in fates):
-        can_spare = [
-            (*smallest[number], number)
-            for number, of_source in enumerate(fates)
-            if of_source.count(Fate.TRAIN) > 1
-        ]
-        if can_spare:
-            _, place, number = min(can_spare)
-            fates[number][place] = Fate.HELD_OUT
-
-
-def _check_something_left(losses: list[SourceLosses], fates: list[bytearray]) -> None:
-    for lost, of_source in zip(losses, fates, strict=True):
-        if Fate.TRAIN not in of_source:
-            raise _nothing_left(lost, losses, of_source.count(Fate.HELD_OUT))
-
-
-def _nothing_left(
-    source: SourceLosses, losses: list[SourceLosses], held_out_documents: int
-) -> DataError:
-    counts = count_by_reason(losses)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    spec = source.source.spec
-    return DataError(
-        f"source {spec.name} ({', '.join(spec.paths)}): no document left to train on "
-        f"(held out: {held_out_documents}; left out of all sources: {left_out or 'none'}); "
-        "expected more text"
-    )
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode("utf-8")).digest()
-
-
 def _train_texts(sources: list[SourceFiles], scan: Scan, report: Report) -> Iterator[str]:
     """What the tokenizer learns from: every document that trains, none that is held out."""
     done = 0
     for number, source in enumerate(sources):
-        for document, fate in _with_fate(source, scan, number):
+        for document, fate in with_fate(source, scan, number):
             if fate == Fate.TRAIN:
                 yield from pieces(document.text)
             done += 1
             if done % PROGRESS_DOCUMENTS == 0:
                 report(Progress("learn", done, scan.documents))
     report(Progress("learn", done, scan.documents))
-
-
-def _with_fate(source: SourceFiles, scan: Scan, number: int) -> Iterator[tuple[Document, Fate]]:
-    """Read a source again beside what the scan decided; `DataError` if its texts are not the same."""
-    changed = DataError(
-        f"source {source.spec.name}: changed while it was prepared; expected files at rest"
-    )
-    fates, rolling, place = scan.fates[number], hashlib.sha256(), 0
-    for item in read_documents(source):
-        if isinstance(item, Skip):
-            continue
-        if place == len(fates):
-            raise changed
-        rolling.update(_digest(item))
-        yield item, Fate(fates[place])
-        place += 1
-    if rolling.digest() != scan.digests[number]:
-        raise changed
 
 
 @dataclass(frozen=True)
@@ -369,14 +242,14 @@ def _encode(
     done = 0
     for number, lost in enumerate(losses):
         encoder = _SourceEncoder(lost, target)
-        for document, fate in _with_fate(lost.source, scan, number):
+        for document, fate in with_fate(lost.source, scan, number):
             encoder.add(document, fate)
             done += 1
             if done % PROGRESS_DOCUMENTS == 0:
                 report(Progress("encode", done, scan.documents))
         encoded.append(encoder.close())
         if not encoded[-1].documents:
-            raise _nothing_left(lost, losses, encoded[-1].held_out_documents)
+            raise nothing_left(lost, losses, encoded[-1].held_out_documents)
     report(Progress("encode", done, scan.documents))
     weights = _shares(
         [each.source.spec.weight for each in losses], [each.tokens("train") for each in encoded]

@@ -36,7 +36,7 @@ from elastic_pt.model import export as model_export
 from elastic_pt.model import generate as model_generate
 from elastic_pt.model.loss import IGNORED, LossSums
 from elastic_pt.model.transformer import Transformer, build_on_meta
-from elastic_pt.report.status import STORE_DEADLINE_S, Run, read_checkpoints
+from elastic_pt.report.status import STORE_TIMEOUT_S, Run, read_checkpoints
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -73,7 +73,7 @@ def choose_checkpoint(run: Run, step: int | None) -> Chosen:
         if not usable:
             kept = ", ".join(str(each.checkpoint.step) for each in reports) or "none yet"
             raise ConfigError(
-                f"--step {step}: no committed checkpoint of this step is kept; one of these would be right: {kept}"
+                f"--step {step}: no committed checkpoint of this step is kept; expected one of: {kept}"
             )
         passed_over = []
     run_id = run.log.view.run_id
@@ -129,11 +129,11 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
     if run.config is None:
         raise ConfigError(
             f"{run.store.url}: has no config.toml, so its model is unknown; "
-            "a run of `elastic-pt run` would be right"
+            "expected a run of `elastic-pt run`"
         )
     chosen = choose_checkpoint(run, step)
     url = data_url or run.config.data.url
-    data_store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
+    data_store = open_store(url, timeout_s=STORE_TIMEOUT_S, patient=False)
     try:
         data = read_data_manifest(data_store)
     except (DataError, StoreError) as error:
@@ -141,12 +141,12 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
         kind = ConfigError if isinstance(error, (DataError, NotFound)) else StoreError
         raise kind(
             f"data.url = {url!r}: vocabulary and tokenizer cannot be read ({error}); "
-            "--data URL with the place of the same prepared data would be right"
+            "expected --data URL with the place of the same prepared data"
         ) from error
     if data.tokenizer_sha256 != chosen.manifest.state.tokenizer_sha256:
         raise ConfigError(
             f"data.url = {url!r}: has another tokenizer than the checkpoint was trained with; "
-            "the data that this run was started with would be right"
+            "expected the data that this run was started with"
         )
     return Trained(run.store, run.config, chosen, data_store, data)
 
@@ -175,7 +175,7 @@ def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
     if data.tokens("held_out") == 0:
         raise DataError(
             f"{trained.data_store.url}: nothing was held out; "
-            "data prepared with --held-out above 0 would be right"
+            "expected data that was prepared with --held-out above 0"
         )
     model = trained.model()
     section = trained.config.data

@@ -55,7 +55,7 @@ from elastic_pt.runlog.records import (
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
-STORE_DEADLINE_S: Final = 30.0
+STORE_TIMEOUT_S: Final = 30.0
 ANSWER_TIMEOUT_S: Final = 2.0
 _ANSWER_BYTES_MAX: Final = 1024 * 1024
 
@@ -131,7 +131,7 @@ class Run:
 
 def open_run(url: str) -> Run:
     """Open the run at an absolute URL. Raises `ConfigError` if there is none."""
-    store = open_store(url, deadline_s=STORE_DEADLINE_S, patient=False)
+    store = open_store(url, timeout_s=STORE_TIMEOUT_S, patient=False)
     log = RunLog(store, writer="elastic-pt")
     view = log.refresh()
     config: Config | None = None
@@ -140,7 +140,7 @@ def open_run(url: str) -> Run:
     elif view.head is None:
         raise ConfigError(
             f"{store.url}: no run there (neither {CONFIG_KEY} nor {record_key(0)}); "
-            "the run.url of a run that was started would be right"
+            "expected the run.url of a run that was started"
         )
     return Run(store, log, config)
 

@@ -66,7 +66,7 @@ class FsspecStore:
         if self._protocol not in ATOMIC_CREATE:
             raise NoAtomicCreate(
                 f"{self.url}: {self._protocol}:// has no atomic create that is known here, so a run's log "
-                "cannot live there; file://, s3://, gs:// or abfs:// would be right"
+                "cannot live there; expected file://, s3://, gs:// or abfs://"
             )
 
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:

@@ -41,9 +41,7 @@ class LocalStore:
     def __init__(self, url: str) -> None:
         path = url.removeprefix("file://")
         if not path.startswith("/"):
-            raise ConfigError(
-                f"{url} is not an absolute path; file:///absolute/path would be right"
-            )
+            raise ConfigError(f"{url} is not an absolute path; expected file:///absolute/path")
         self._url = f"file://{path}"
         self._root = Path(path or "/")
         self._swept = False
@@ -140,7 +138,7 @@ class LocalStore:
                 raise
             raise NoAtomicCreate(
                 f"{self._url} is on a file system without hard links, so a run's log cannot live there; "
-                "a local disk, NFS or the bucket's own URL would be right"
+                "expected a local disk, NFS or the bucket's own URL"
             ) from error
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from elastic_pt.errors import ConfigError
 from elastic_pt.store.fsspec_store import FsspecStore
 from elastic_pt.store.local import LocalStore
 from elastic_pt.store.port import Store
-from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.retry import Retry
 from elastic_pt.store.s3 import S3Store
 
 # protocol -> (module that serves it, extra of this package that installs the module)
@@ -22,20 +22,20 @@ _EXTRAS = {
 }
 
 
-def open_store(url: str, *, deadline_s: float = 120.0, patient: bool = True) -> Store:
+def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> Store:
     """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol; a plain path is a file.
 
     Opening connects to nothing; the first request does, once per process, and each request is retried
-    for `deadline_s` seconds. Unless `patient`, an S3 endpoint that refuses the connection or whose name is not
+    for `timeout_s`. Unless `patient`, an S3 endpoint that refuses the connection or whose name is not
     known is a `StoreError` at once, until it has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
     """
     protocol, separator, rest = url.partition("://")
     rest = rest.rstrip("/")
     if not separator and not url.startswith("/"):
-        raise ConfigError(f"{url!r} is not a URL; s3://bucket/run or /absolute/path would be right")
+        raise ConfigError(f"{url!r} is not a URL; expected s3://bucket/run or /absolute/path")
     if not separator or protocol in ("file", "local"):
         return LocalStore(f"file://{rest}" if separator else f"file://{url.rstrip('/')}")
-    retry = Retry(Backoff(deadline_s))
+    retry = Retry(timeout_s)
     if protocol in ("s3", "s3a"):
         return S3Store(f"s3://{rest}", retry=retry, patient=patient)
     _require_protocol(url, protocol)
@@ -44,13 +44,11 @@ def open_store(url: str, *, deadline_s: float = 120.0, patient: bool = True) -> 
 
 def _require_protocol(url: str, protocol: str) -> None:
     if protocol not in available_protocols():
-        raise ConfigError(
-            f"{url}: {protocol}:// is unknown; file, memory, s3, gs or abfs would be right"
-        )
+        raise ConfigError(f"{url}: {protocol}:// is unknown; expected file, memory, s3, gs or abfs")
     module, extra = _EXTRAS.get(protocol, ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"{url}: {protocol}:// needs the module {module}; pip install 'elastic-pt[{extra}]' would be right"
+            f"{url}: {protocol}:// needs the module {module}; expected `pip install 'elastic-pt[{extra}]'`"
         )
     try:
         get_filesystem_class(protocol)

@@ -60,7 +60,7 @@ class Store(Protocol):
 def checked_key(key: str) -> str:
     """The key itself, if it names one object below the store's URL; else `ValueError`."""
     if not key or key != key.strip("/") or any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError(f"not a key: {key!r}; a relative path such as log/1.json would be right")
+        raise ValueError(f"not a key: {key!r}; expected a relative path such as log/1.json")
     return key
 
 
@@ -68,7 +68,7 @@ def checked_prefix(prefix: str) -> str:
     """The prefix itself, if keys can start with it ("" means all); else `ValueError`."""
     if prefix.startswith("/") or ".." in prefix.split("/") or "//" in prefix:
         raise ValueError(
-            f"not a prefix of keys: {prefix!r}; log/ would be right, or nothing for all"
+            f"not a prefix of keys: {prefix!r}; expected a prefix such as log/, or nothing for all"
         )
     return prefix
 

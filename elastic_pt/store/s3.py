@@ -198,14 +198,14 @@ class S3Store:
     def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
         bucket, _, root = url.partition("://")[2].partition("/")
         if not bucket:
-            raise ConfigError(f"{url} names no bucket; s3://bucket/run would be right")
+            raise ConfigError(f"{url} names no bucket; expected s3://bucket/run")
         check_environment(os.environ)
         # They log the traceback of each error that they also raise, and whoever set up no logging would see it.
         for name in ("botocore", "aiobotocore"):
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._bucket = bucket
         self._root = f"{root}/" if root else ""
-        read_timeout_s = min(60.0, retry.backoff.deadline_s / 2)
+        read_timeout_s = min(60.0, retry.timeout_s / 2)
         self._client = Client(
             url,
             retry=retry,

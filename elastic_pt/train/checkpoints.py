@@ -99,7 +99,7 @@ class Checkpoints:
         if resume is None:
             state.initialize()
             return
-        store = open_store(self._config.run.url, deadline_s=self._config.store.deadline_s)
+        store = open_store(self._config.run.url, timeout_s=self._config.store.deadline_s)
         slices = dict(state.slices())
         wanted = {
             name: (each.first_row, each.first_row + each.rows.shape[0])

@@ -57,7 +57,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     device = resolve_device(config.train, local_rank)
     make_deterministic(config.train, device)
     mesh = join_world(config, assignment, device)
-    data_store = open_store(config.data.url, deadline_s=config.store.deadline_s)
+    data_store = open_store(config.data.url, timeout_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
     checkpoints = Checkpoints(config, manifest, assignment, agent, scratch, progress.enter)

@@ -60,7 +60,7 @@ def test_the_digest_is_the_same_in_every_store_and_world(tmp_path: Path) -> None
     found = set()
     for world_size in (1, 2, 5, 9):
         url = f"file://{tmp_path}/run-{world_size}"
-        for store in (memory_store(), open_store(url, deadline_s=5.0)):
+        for store in (memory_store(), open_store(url, timeout_s=5.0)):
             found.add(digest(store, published(store, tmp_path, tensors, world_size)))
     assert found == {expected_digest(tensors)}
 

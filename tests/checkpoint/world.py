@@ -32,7 +32,7 @@ SHAPES = {"head.weight": (7, 3), "norm.weight": (5,), "one.bias": (1, 2), "wide"
 
 def memory_store() -> Store:
     """An empty store of its own."""
-    return open_store(f"memory://{uuid.uuid4().hex}/run", deadline_s=5.0)
+    return open_store(f"memory://{uuid.uuid4().hex}/run", timeout_s=5.0)
 
 
 def training_state(step: int = 40, **changes: object) -> TrainingState:

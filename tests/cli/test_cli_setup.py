@@ -98,7 +98,7 @@ def test_config_output_is_a_config_again(trained: Trained, tmp_path: Path) -> No
     ],
 )
 def test_mistakes_in_overrides_name_the_key(override: str, parts: list[str]) -> None:
-    """A wrong --set names the key, the value and what would be right, in one line."""
+    """A wrong --set names the key, the value and what is expected, in one line."""
     assert_one_line_mistake(elastic_pt("config", "--set", override), *parts)
 
 
@@ -124,7 +124,7 @@ def test_a_directory_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
     """A path of `storage-check` that cannot be used at all is named, which is no verdict about a store."""
     (tmp_path / "file").write_text("")
     for path in ("/proc/x", tmp_path / "file" / "x", tmp_path / "file"):
-        assert_one_line_mistake(elastic_pt("storage-check", path), f"URL = '{path}'", "right")
+        assert_one_line_mistake(elastic_pt("storage-check", path), f"URL = '{path}'", "expected")
 
 
 def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_prepare_tells_what_it_did(texts: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_of_prepare_are_one_line(texts: Path, prepared: Trained, tmp_path: Path) -> None:
-    """Each wrong argument of `prepare` is named, with what would be right, and nothing counts as prepared."""
+    """Each wrong argument of `prepare` is named, with what is expected, and nothing counts as prepared."""
     out = ("--out", tmp_path / "out")
     mistakes = {
         "does not exist": [tmp_path / "missing", *out],

@@ -89,7 +89,7 @@ def test_no_usable_checkpoint_is_an_error(trained: Trained, tmp_path: Path) -> N
 
 
 def test_a_step_that_is_not_kept_is_named(trained: Trained) -> None:
-    """A --step without a checkpoint gives the steps that would be right."""
+    """A --step without a checkpoint gives the steps that are kept."""
     assert_one_line_mistake(
         elastic_pt("digest", trained.run, "--step", 3), "--step 3", f"{STEPS}, "
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from prepared_data import Prepared, words
 
-from elastic_pt.data.documents import SourceSpec
 from elastic_pt.data.manifest import Manifest, Shard, Source
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import SourceSpec
 from elastic_pt.store.open import open_store
 
 

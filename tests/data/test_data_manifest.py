@@ -71,6 +71,8 @@ def test_what_is_no_json_object_is_refused(data: bytes) -> None:
 
 
 def test_a_directory_without_a_manifest_is_told(tmp_path: Path) -> None:
-    """A wrong data URL is answered with what would be right."""
-    with pytest.raises(DataError, match="`elastic-pt prepare` finished would be right"):
+    """A wrong data URL is answered with what is expected."""
+    with pytest.raises(
+        DataError, match="expected a directory that `elastic-pt prepare` has finished"
+    ):
         read_manifest(open_store(str(tmp_path)))

@@ -106,7 +106,7 @@ def test_a_plan_of_nothing_is_refused(
     sequence_length: int, global_batch: int, manifest_of: Make
 ) -> None:
     """Lengths and batches are positive."""
-    with pytest.raises(DataError, match="a positive number would be right"):
+    with pytest.raises(DataError, match="expected a positive number"):
         DataPlan(manifest_of([100]), sequence_length, 0, global_batch)
 
 

@@ -16,15 +16,13 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from elastic_pt.data import documents
-from elastic_pt.data.documents import (
-    PIECE_BYTES,
-    Document,
+from elastic_pt.data.documents import PIECE_BYTES, Document, read_documents
+from elastic_pt.data.sources import (
     Skip,
     SourceSpec,
     list_files,
     merge_sources,
     parse_source,
-    read_documents,
     standard_library_source,
 )
 from elastic_pt.errors import DataError
@@ -387,7 +385,8 @@ def test_a_table_bomb_takes_no_memory(tmp_path: Path, kind: str) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
     program = """if True:
         import collections, pathlib, re, sys
-        from elastic_pt.data.documents import Document, SourceSpec, list_files, read_documents
+        from elastic_pt.data.documents import Document, read_documents
+        from elastic_pt.data.sources import SourceSpec, list_files
         source = list_files(SourceSpec("s", (sys.argv[1],)))
         seen = collections.Counter(
             len(item.text) if isinstance(item, Document) else item.reason for item in read_documents(source)
@@ -414,7 +413,8 @@ def test_a_compressed_bomb_takes_no_memory(tmp_path: Path) -> None:
         file.write(compressor.flush())
     program = """if True:
         import resource, sys
-        from elastic_pt.data.documents import SourceSpec, list_files, read_documents
+        from elastic_pt.data.documents import read_documents
+        from elastic_pt.data.sources import SourceSpec, list_files
         resource.setrlimit(resource.RLIMIT_DATA, (500 * 2**20, 500 * 2**20))
         print(*map(repr, read_documents(list_files(SourceSpec("s", (sys.argv[1],))))))
     """

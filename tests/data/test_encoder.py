@@ -16,9 +16,9 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.trainers import BpeTrainer
 
 from elastic_pt.data import encoder
-from elastic_pt.data.documents import SourceSpec
 from elastic_pt.data.encoder import Encoder, pieces
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import SourceSpec
 from elastic_pt.data.tokenizer import (
     WORD_BYTES_MAX,
     load_tokenizer,

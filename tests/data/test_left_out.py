@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from prepared_data import words
 
-from elastic_pt.data.documents import Skip, SourceSpec, list_files
 from elastic_pt.data.left_out import LEFT_OUT_KEY, SourceLosses, count_by_reason
 from elastic_pt.data.prepare import prepare
+from elastic_pt.data.sources import Skip, SourceSpec, list_files
 from elastic_pt.errors import DataError
 from elastic_pt.store.open import open_store
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_data import Prepared, cache_at, words
 
-from elastic_pt.data.documents import SourceSpec
 from elastic_pt.data.manifest import Manifest, read_manifest
 from elastic_pt.data.prepare import Progress, prepare
 from elastic_pt.data.shards import TokenReader
+from elastic_pt.data.sources import SourceSpec
 from elastic_pt.data.tokenizer import load_tokenizer
 from elastic_pt.errors import AlreadyExists, DataError
 from elastic_pt.store.open import open_store
@@ -255,7 +255,7 @@ def test_a_source_of_duplicates_alone_is_refused(tmp_path: Path) -> None:
 def test_impossible_arguments_are_refused(
     tmp_path: Path, arguments: dict[str, object], told: str
 ) -> None:
-    """A mistake in an argument names it, its value and what would be right, and writes no manifest."""
+    """A mistake in an argument names it, its value and what is expected, and writes no manifest."""
     spec = write_lines(tmp_path / "x.jsonl", [words(i) for i in range(5)])
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(DataError, match=told):

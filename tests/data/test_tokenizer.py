@@ -65,7 +65,7 @@ def test_a_swapped_tokenizer_is_refused(prepared: Prepared, tmp_path: Path) -> N
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, data: bytes, told: str) -> None:
-    """The error names the file and what would be right, in one line."""
+    """The error names the file and what is expected, in one line."""
     (tmp_path / "tokenizer.json").write_bytes(data)
     with pytest.raises(DataError, match=told) as caught:
         load_tokenizer_file(tmp_path / "tokenizer.json")

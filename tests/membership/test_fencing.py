@@ -122,7 +122,7 @@ def race_for_run(url: str, writer: str, seed: int, barrier: Barrier) -> list[Tol
     choice = random.Random(f"{seed} {url} {writer}")
     told: list[Told] = []
     try:
-        log = RunLog(open_store(url, deadline_s=30.0), writer=writer)
+        log = RunLog(open_store(url, timeout_s=30.0), writer=writer)
         log.refresh()
         for race in range(1, RACES_PER_RUN + 1):
             owns = owner_of(log.view) == writer
@@ -287,7 +287,7 @@ BODIES: dict[str, Callable[[RunView, int], Body]] = {
 
 def write_as_zombie(url: str, parent: Connection) -> None:
     """Process of a zombie: appends what it is asked for, and stands still on the way."""
-    store = StandingStill(open_store(url, deadline_s=30.0))
+    store = StandingStill(open_store(url, timeout_s=30.0))
     log = RunLog(store, writer="zombie")
     while order := json.loads(parent.recv_bytes()):
         race = log.refresh().generation_number

@@ -15,7 +15,7 @@ import greenlet
 from botocore import exceptions as boto
 from fsspec.asyn import AsyncFileSystem
 
-from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.retry import Retry
 from elastic_pt.store.s3 import S3Store
 from tests.sim.scheduler import Process, Scheduler
 
@@ -62,18 +62,18 @@ class Bucket:
         self.on_change: Callable[[str, bytes | None, bytes | None], None] = lambda *_: None
         """Called with key, old and new object whenever one changes."""
 
-    def store_for(self, process: Process, machine: str, deadline_s: float) -> S3Store:
+    def store_for(self, process: Process, machine: str, timeout_s: float) -> S3Store:
         """The production store, as `open_store` makes it, for one process."""
         store = S3Store(
             URL,
             retry=Retry(
-                Backoff(deadline_s),
+                timeout_s,
                 clock_s=process.clock_s,
                 sleep=process.sleep,
                 draw=self.scheduler.random.random,
             ),
         )
-        files = Files.of(self, process, machine, min(60.0, deadline_s / 2))
+        files = Files.of(self, process, machine, min(60.0, timeout_s / 2))
         store._client._built = (os.getpid(), files, f"{_BUCKET}/{_ROOT.rstrip('/')}")
         return store
 

@@ -117,7 +117,7 @@ def test_a_store_that_breaks_create_once_is_found(
 
 def test_a_protocol_without_a_create_is_unfenced() -> None:
     """A store whose protocol has no atomic create gets its verdict without a request."""
-    report = is_fenced(open_store("http://127.0.0.1:9/run", deadline_s=0.1))
+    report = is_fenced(open_store("http://127.0.0.1:9/run", timeout_s=0.1))
     assert report.verdict == "unfenced"
     assert "http:// has no atomic create" in report.reason
 
@@ -126,4 +126,4 @@ def test_a_store_that_is_away_gets_no_verdict(monkeypatch: pytest.MonkeyPatch) -
     """A refused connection is an error of its own, told at the deadline: it says nothing about fencing."""
     point_aws_at("http://127.0.0.1:9", "key", "secret", monkeypatch)
     with pytest.raises(StoreError, match=r"gave up after \d+ attempts .*Could not connect"):
-        is_fenced(open_store("s3://bucket/run", deadline_s=3.0))
+        is_fenced(open_store("s3://bucket/run", timeout_s=3.0))

@@ -10,13 +10,13 @@ import pytest
 
 from elastic_pt.errors import AccessDenied, ConfigError, StoreError
 from elastic_pt.store.client import Client, Fault, fault_of
-from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.retry import Retry
 
 
 @pytest.fixture
 def client() -> Client:
     """A client of some place in memory."""
-    return Client(f"memory://{uuid.uuid4().hex}", retry=Retry(Backoff(5.0)))
+    return Client(f"memory://{uuid.uuid4().hex}", retry=Retry(5.0))
 
 
 def filesystem_of(client: Client) -> object:
@@ -27,7 +27,7 @@ def test_one_filesystem_serves_all_requests_of_a_process(client: Client) -> None
     """Connections are kept between requests, and shared with no other client."""
     first = filesystem_of(client)
     assert filesystem_of(client) is first
-    assert filesystem_of(Client(client.url, retry=Retry(Backoff(5.0)))) is not first
+    assert filesystem_of(Client(client.url, retry=Retry(5.0))) is not first
 
 
 def test_a_child_builds_its_own_and_keeps_the_parents_alive(client: Client) -> None:
@@ -59,7 +59,7 @@ def test_a_refusal_builds_a_new_filesystem_once(client: Client) -> None:
 
 def test_a_server_that_cannot_be_reached_is_a_store_error() -> None:
     """A protocol that connects while its filesystem is built is retried and told like any other request."""
-    client = Client("ftp://127.0.0.1:1/y", retry=Retry(Backoff(0.05, first_s=0.01)))
+    client = Client("ftp://127.0.0.1:1/y", retry=Retry(0.05, first_s=0.01))
     with pytest.raises(StoreError, match=r"asking of ftp://127\.0\.0\.1:1/y: gave up .*refused"):
         filesystem_of(client)
 
@@ -92,7 +92,7 @@ def test_what_cannot_work_is_told_at_once_until_it_has_worked(
     """Wrong settings, and for a command a server nobody reaches, are no reason to wait; later both pass."""
     client = Client(
         f"memory://{uuid.uuid4().hex}",
-        retry=Retry(Backoff(20.0)),
+        retry=Retry(20.0),
         fault_of=lambda _: fault,
         patient=patient,
     )

@@ -36,7 +36,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def store(url: str) -> Store:
     """A client of that place."""
-    return open_store(url, deadline_s=30.0)
+    return open_store(url, timeout_s=30.0)
 
 
 def test_written_bytes_are_read_back_whole_and_in_ranges(store: Store) -> None:
@@ -156,7 +156,7 @@ def test_keys_are_listed_by_prefix_and_sorted(store: Store) -> None:
 
 def test_keys_see_only_their_own_url(store: Store, url: str) -> None:
     """A neighbour whose URL starts alike stays out of the listing."""
-    neighbour = open_store(url + "-2", deadline_s=30.0)
+    neighbour = open_store(url + "-2", timeout_s=30.0)
     neighbour.write("theirs", b"1")
     store.write("mine", b"1")
     assert store.keys("") == ["mine"]

@@ -22,15 +22,15 @@ def test_a_plain_path_is_a_file_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("s3://", "names no bucket; s3://bucket/run would be right"),
-        ("s4://bucket/run", "s4:// is unknown; file, memory, s3, gs or abfs would be right"),
-        ("relative/run", "is not a URL; s3://bucket/run or /absolute/path would be right"),
+        ("s3://", "names no bucket; expected s3://bucket/run"),
+        ("s4://bucket/run", "s4:// is unknown; expected file, memory, s3, gs or abfs"),
+        ("relative/run", "is not a URL; expected s3://bucket/run or /absolute/path"),
         ("", "is not a URL"),
         ("file://relative/run", "is not an absolute path"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused_when_it_is_opened(url: str, told: str) -> None:
-    """The message names the value and what would be right, on one line, before anything starts."""
+    """The message names the value and what is expected, on one line, before anything starts."""
     with pytest.raises(ConfigError) as caught:
         open_store(url)
     assert told in str(caught.value)
@@ -56,7 +56,7 @@ def test_any_other_missing_module_is_one_line_too() -> None:
 
 def test_a_protocol_without_an_atomic_create_refuses_to_create() -> None:
     """A look followed by a write is no fence: such a store holds bytes, never a run's log."""
-    store = open_store("http://127.0.0.1:9/run", deadline_s=0.1)
+    store = open_store("http://127.0.0.1:9/run", timeout_s=0.1)
     with pytest.raises(ConfigError, match="http:// has no atomic create"):
         store.create("log/0", b"1")
     with pytest.raises(ConfigError, match="can only be read"):

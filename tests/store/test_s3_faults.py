@@ -11,7 +11,7 @@ import pytest
 from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, StoreError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
-from elastic_pt.store.retry import Backoff, Retry
+from elastic_pt.store.retry import Retry
 from elastic_pt.store.s3 import PART_BYTES, S3Store
 from tests.services.proxy import Fault, FaultProxy
 
@@ -29,7 +29,7 @@ def proxied(
     bucket = request.getfixturevalue(f"{request.param}_url")
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield open_store(f"{bucket}/run", deadline_s=20.0), proxy
+        yield open_store(f"{bucket}/run", timeout_s=20.0), proxy
 
 
 def test_a_create_whose_answer_was_lost_succeeded(proxied: tuple[Store, FaultProxy]) -> None:
@@ -158,7 +158,7 @@ def test_only_our_own_retries_happen(proxied: tuple[Store, FaultProxy]) -> None:
     """Each refusal is seen by the one place that retries: s3fs and botocore do not multiply attempts."""
     store, proxy = proxied
     slept_s: list[float] = []
-    ours = S3Store(store.url, retry=Retry(Backoff(20.0), sleep=slept_s.append))
+    ours = S3Store(store.url, retry=Retry(20.0, sleep=slept_s.append))
     for code in ("SlowDown", "InternalError"):
         proxy.fault("PUT", *[Fault.status(503, code)] * 3)
         ours.write("x", b"1")
@@ -184,7 +184,7 @@ def test_the_deadline_holds_and_says_what_was_tried(
 ) -> None:
     """A store that refuses or stays silent costs the deadline, and the error names it."""
     store, proxy = proxied
-    impatient = open_store(store.url, deadline_s=1.0)
+    impatient = open_store(store.url, timeout_s=1.0)
     fault = Fault.hang(30.0) if hanging else Fault.status(503, "SlowDown")
     proxy.fault("PUT", *[fault] * 1000)
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_a_bucket_that_does_not_exist_is_the_users_mistake(
         lambda store: store.keys(""),
     ):
         with pytest.raises(ConfigError, match="s3://no-such-bucket-here/run names a bucket"):
-            use(open_store("s3://no-such-bucket-here/run", deadline_s=5.0))
+            use(open_store("s3://no-such-bucket-here/run", timeout_s=5.0))
 
 
 def test_wrong_credentials_are_denied(

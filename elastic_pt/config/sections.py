@@ -1,35 +1,21 @@
-"""Every knob of a run, in one frozen tree.
+"""The sections of the configuration: every key with its type, its bounds, its default and its sentence.
 
-A TOML file gives the tree; `--set section.key=value` overrides single leaves; unknown keys are errors.
-Each section is handed alone to the code that needs it. The sections in `IDENTITY_SECTIONS` decide the
-bits of the weights: they are written to the run directory once and every node must agree on them. The
-others may differ from node to node.
+A rule over several keys of a section is a validator of that section.
 """
 
-import hashlib
-import json
 import re
-import tomllib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from elastic_pt.errors import ConfigError
-
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2}|$)")
-IDENTITY_SECTIONS = ("data", "model", "train")
-INTRODUCED: dict[str, Any] = {}
-"""Keys of these sections that came after the first version, by name, with the default that each had then. A run that
-knows nothing of one has that value, and its identity and fingerprint stay what they were."""
 
 # Every number has a finite range. Beyond it, nothing here was meant, and some library below would fail late.
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -61,9 +47,7 @@ def broken_scheme(text: str) -> str:
 
 def _without_trailing_slash(url: str) -> str:
     if not url.strip():
-        raise ValueError(
-            "must not be empty; a URL such as s3://bucket/run or a directory would be right"
-        )
+        raise ValueError("must not be empty; expected a directory or a URL such as s3://bucket/run")
     if scheme := broken_scheme(url):
         raise ValueError(
             f"begins like a URL of {scheme!r} and is none; expected {scheme.lower()}://... or a path"
@@ -307,164 +291,3 @@ class StoreSection(Section):
 
     deadline_s: Seconds = 120.0
     """Seconds for which one request to the bucket is retried."""
-
-
-class Config(Section):
-    """The whole tree."""
-
-    run: RunSection
-    data: DataSection
-    model: ModelSection = ModelSection()
-    train: TrainSection = TrainSection()
-    elastic: ElasticSection = ElasticSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    telemetry: TelemetrySection = TelemetrySection()
-    store: StoreSection = StoreSection()
-
-    def to_toml(self, *, comments: bool = False) -> str:
-        """The effective configuration as TOML, on request with a sentence per key."""
-        lines: list[str] = []
-        for section_name, section_field in Config.model_fields.items():
-            section = getattr(self, section_name)
-            lines += [f"[{section_name}]"]
-            doc = (section_type(section_field.annotation).__doc__ or "").strip()
-            if comments and doc:
-                lines += [f"# {doc.splitlines()[0]}"]
-            for key, field in type(section).model_fields.items():
-                if comments and field.description:
-                    lines += [f"# {field.description}"]
-                lines += [f"{key} = {_toml_value(getattr(section, key))}"]
-            lines += [""]
-        return "\n".join(lines)
-
-    def identity(self) -> dict[str, Any]:
-        """The part that decides the bits of the weights, as `section.key -> value`."""
-        leaves: dict[str, Any] = {"run.seed": self.run.seed}
-        for name in IDENTITY_SECTIONS:
-            section: Section = getattr(self, name)
-            leaves |= {f"{name}.{key}": value for key, value in section.model_dump().items()}
-        # Where data lies and how it is read decides no bit.
-        for key in ("url", "prefetch_steps", "cache", "cache_bytes"):
-            del leaves[f"data.{key}"]
-        return {
-            name: value
-            for name, value in leaves.items()
-            if name not in INTRODUCED or value != INTRODUCED[name]
-        }
-
-    def fingerprint(self) -> str:
-        """SHA-256 over `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-
-def section_type(annotation: Any) -> type[Section]:
-    """The class of a section field."""
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return annotation
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file and apply `section.key=value` overrides. Raises `ConfigError` in one line."""
-    try:
-        # Editors on Windows begin a file with a byte order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}; a TOML file would be right"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text at byte {error.start}; a TOML file would be right"
-        ) from error
-    return parse_config(text, source=str(path), overrides=overrides)
-
-
-def parse_config(text: str, *, source: str, overrides: Iterable[str] = ()) -> Config:
-    """Parse TOML text (`source` names it in errors) and apply `section.key=value` overrides."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from error
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from error
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    section, dot, key = path.strip().partition(".")
-    if not equals or not dot or not key or "." in key:
-        raise ConfigError(
-            f"--set {override!r}: section.key=value would be right, such as train.steps=100"
-        )
-    table = tree.setdefault(section, {})
-    if not isinstance(table, dict):
-        raise ConfigError(
-            f"--set {override!r}: {section} is a value in the file; a [{section}] table would be right"
-        )
-    try:
-        table[key] = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        table[key] = value.strip()
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """All mistakes in one line: field, value, what would be right."""
-    parts = []
-    for mistake in error.errors():
-        field = ".".join(str(part) for part in mistake["loc"]) or source
-        value = mistake["input"]
-        if mistake["type"] == "extra_forbidden":
-            parts.append(
-                f"{field} = {value!r}: unknown key; {_known_keys(mistake['loc'])} would be right"
-            )
-        elif mistake["type"] == "missing":
-            parts.append(f"{field}: missing; {_wanted(mistake['loc'])}")
-        elif mistake["type"] == "value_error":
-            # A rule over several keys names them itself.
-            leaf = f"{field} = {value!r}: " if len(mistake["loc"]) > 1 else ""
-            parts.append(f"{leaf}{mistake['ctx']['error']}")
-        else:
-            parts.append(f"{field} = {value!r}: {_expectation(mistake['msg'])}")
-    return f"{source}: " + "; ".join(parts)
-
-
-def _expectation(message: str) -> str:
-    """What pydantic says of a value, as this project says it."""
-    if message.startswith("Input should be "):
-        return f"expected {message.removeprefix('Input should be ')}"
-    return f"{message[0].lower()}{message[1:]}"
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    fields = Config.model_fields
-    if len(location) > 1 and str(location[0]) in fields:
-        fields = section_type(fields[str(location[0])].annotation).model_fields
-    return "one of " + ", ".join(fields)
-
-
-def _wanted(location: tuple[int | str, ...]) -> str:
-    field = Config.model_fields[str(location[0])]
-    section = section_type(field.annotation)
-    if len(location) == 1:
-        required = [key for key, leaf in section.model_fields.items() if leaf.is_required()]
-        return f"a [{location[0]}] table with {', '.join(required)} would be right"
-    return section.model_fields[str(location[1])].description or "a value would be right"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = (
-            value.replace("\\", "\\\\")
-            .replace('"', '\\"')
-            .replace("\n", "\\n")
-            .replace("\t", "\\t")
-        )
-        return f'"{escaped}"'
-    return repr(value)

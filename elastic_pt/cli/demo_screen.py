@@ -1,0 +1,122 @@
+"""What the demo shows on its way: a bar per phase, lines above them, and commands to try at the end.
+
+On a terminal the bars move; elsewhere a line comes every few seconds.
+"""
+
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Final, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+PHASES: Final = ("prepare", "disturbed", "undisturbed", "compare")
+_LINE_INTERVAL_S: Final = 10.0
+
+
+class Screen:
+    """The bars of all phases and the lines above them; the bars move while it is entered."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20, pulse_style="bar.back"),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn(
+                "{task.fields[note]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {
+            phase: self._bars.add_task(phase, start=False, total=None, note="") for phase in PHASES
+        }
+        self._phase = PHASES[0]
+        self._line_s = float("-inf")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def begin(self, phase: str, text: str) -> None:
+        """Start the clock of the next phase."""
+        self._phase = phase
+        self._bars.start_task(self._tasks[phase])
+        self.say(text)
+
+    def progress(self, done: int, total: int | None, note: str) -> None:
+        """Where the current phase is."""
+        self._bars.update(self._tasks[self._phase], completed=done, total=total, note=note)
+        if not self.console.is_terminal and time.monotonic() - self._line_s >= _LINE_INTERVAL_S:
+            self._line_s = time.monotonic()
+            self.say(f"   {self._phase} {done}/{'?' if total is None else total}  {note}")
+
+    def end(self, note: str) -> None:
+        """The current phase is over: its clock stops."""
+        task = self._bars.tasks[PHASES.index(self._phase)]
+        total = task.total or task.completed or 1
+        self._bars.update(task.id, completed=total, total=total, note=note)
+        self._bars.stop_task(task.id)
+
+    def try_next(self, place: Path) -> None:
+        """Commands for what the demo left in `place`."""
+        self.say("\nTry next:")
+        for arguments, why in next_commands(place):
+            line = Text.assemble(f"  {_program()} {shlex.join(arguments)}", (f"   # {why}", "dim"))
+            self.console.print(line, soft_wrap=True)
+
+
+def next_commands(place: Path) -> list[tuple[list[str], str]]:
+    """Commands, each with its purpose, that work on what a demo left in `place`."""
+    run, again = shown(place / "disturbed"), shown(place / "again")
+    config = shown(place / "disturbed-nodes" / "config.toml")
+    return [
+        (["log", run, "--explain"], "each change of the world, and where its time went"),
+        (["checkpoints", run, "--verify"], "read every byte of what is kept"),
+        (["generate", run, "--prompt", "class "], "let the model write"),
+        (["export", run, "--out", shown(place / "model")], "for Hugging Face transformers"),
+        (
+            ["local", config, "--nodes", "2", "--set", f"run.url={again}"],
+            "train it once more, and kill what you like",
+        ),
+        (["digest", again], "when that has ended: the same digest"),
+    ]
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: from the working directory where it lies below that."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _program() -> str:
+    """How this command line was called."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shown(Path(sys.executable))} -m elastic_pt"
+    found = shutil.which(called.name)
+    on_path = found is not None and Path(found).resolve() == called.resolve()
+    return called.name if on_path else shown(called.absolute())

@@ -1,0 +1,56 @@
+"""The demo, made small: real nodes, one killed, and the commands that it recommends at its end."""
+
+import io
+from pathlib import Path
+
+import pytest
+from command_line import elastic_pt
+from rich.console import Console
+from rich.text import Text
+
+from elastic_pt.cli import demo
+from elastic_pt.cli.demo_screen import PHASES, Screen, next_commands
+
+SMALL = {"width = 96": "width = 16", "layers = 2": "layers = 1", "steps = 240": "steps = 90"}
+
+
+@pytest.mark.chaos
+def test_the_demo_shows_equal_digests_and_commands_that_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node is killed, the digests are equal, and each command of `Try next` works on what the demo left."""
+    text = demo._CONFIG
+    for large, small in SMALL.items():
+        assert large in text
+        text = text.replace(large, small)
+    monkeypatch.setattr(demo, "_CONFIG", text)
+    monkeypatch.setattr(demo, "CORPUS_CHARACTERS", 400_000)
+    monkeypatch.setattr(demo, "VOCABULARY", 300)
+    monkeypatch.chdir(tmp_path)
+    shown = elastic_pt("demo", "--directory", tmp_path / "shown")
+    assert shown.exit_code == 0, shown
+    assert "SIGKILL to node-" in shown.out
+    assert "The weights are equal, bit for bit." in shown.out
+    place = tmp_path / "shown" / "1"
+    assert (place / "disturbed" / demo.PLOT_NAME).stat().st_size > 10_000
+    for arguments, _ in next_commands(place):
+        assert " ".join(arguments[:2]) in shown.out
+        result = elastic_pt(*arguments)
+        assert result.exit_code == 0, result
+    # The last one is the digest of the run that the reader has trained.
+    assert result.out.split("sha256=")[1].strip() in shown.out
+
+
+def test_each_phase_has_a_bar_that_ends_full() -> None:
+    """All phases are there from the start; a phase that has ended has a full bar and a stopped clock."""
+    written = io.StringIO()
+    with Screen(Console(file=written, force_terminal=True, width=100)) as screen:
+        for number, phase in enumerate(PHASES):
+            screen.begin(phase, f"{phase} begins")
+            screen.progress(3, 9, "at work")
+            screen.end(f"ended as number {number}")
+    lines = Text.from_ansi(written.getvalue()).plain.splitlines()
+    last = [line for line in lines if "9/9" in line][-len(PHASES) :]
+    for number, (phase, line) in enumerate(zip(PHASES, last, strict=True)):
+        assert line.split()[0] == phase
+        assert f"ended as number {number}" in line
