@@ -71,7 +71,8 @@ def test_too_many_open_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return accept(listener)
 
     monkeypatch.setattr(socket.socket, "accept", refuse)
-    agent = AgentSide(tmp_path / "socket", heard.put)
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(heard.put)
     worker = WorkerSide(tmp_path / "socket")
     worker.send("hello")
     assert heard.get(timeout=DEADLINE_S)["kind"] == "hello"

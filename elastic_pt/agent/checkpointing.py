@@ -98,14 +98,12 @@ class Checkpointing:
         metrics: Metrics,
         staging: Path,
         *,
-        formed: Callable[[], Formed],
         release: Callable[[int], None],
     ) -> None:
-        """`formed()` is the generation whose workers run; `release(step)` tells them that a checkpoint is done."""
+        """`release(step)` tells the workers that a checkpoint is done."""
         self._node = node
         self._metrics = metrics
         self._staging = staging
-        self._formed = formed
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
         self._workers = node.member.workers
@@ -138,7 +136,7 @@ class Checkpointing:
 
     def save(self, message: Message) -> None:
         """A worker says `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
-        kind, step, formed = message["kind"], int(message["step"]), self._formed()
+        kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
             # A worker of an earlier generation: its shard belongs to no checkpoint any more.
@@ -174,7 +172,7 @@ class Checkpointing:
 
     def note_step(self, message: Message) -> None:
         """Rank 0 has done a step; the history of the next commit holds it."""
-        self._committer.note_step(self._formed().generation.number, message)
+        self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
         """The workers are gone: drop the shards that they staged and that are not being uploaded."""
@@ -200,7 +198,7 @@ class Checkpointing:
 
     def lost(self) -> Lost | None:
         """Why the checkpoint that was staged last cannot be committed; None while it may be."""
-        lost, due = self._lost, (self._formed().generation.number, self.staged_step)
+        lost, due = self._lost, (self._node.formed.generation.number, self.staged_step)
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
@@ -234,7 +232,7 @@ class Checkpointing:
     # ---- on the upload and commit threads ----------------------------------------------------
 
     def _uploaded(self, shard: StagedShard) -> None:
-        formed, name = self._formed(), parse_directory(shard.directory)
+        formed, name = self._node.formed, parse_directory(shard.directory)
         if name.generation != formed.generation.number:
             return
         self._uploads[name.step] += 1
@@ -263,7 +261,7 @@ class Checkpointing:
         self._metrics.checkpoint_failures.inc()
         log.error("commit_failed", step=step, cause=str(error))
         # The missing share may be that of the committing node itself.
-        first_rank = generation.first_worker_rank(self._formed().node_rank)
+        first_rank = generation.first_worker_rank(self._node.formed.node_rank)
         own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
         self._lose((generation.number, step), str(error), own=own)
 

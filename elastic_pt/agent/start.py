@@ -1,7 +1,12 @@
-"""What an agent checks and sets before it takes part, so that mistakes are named at the start and not at step 1000."""
+"""The checks before a node takes part, so that a mistake shows at the start and not at step 1000. Agent process.
+
+read_data ─► prepare ─► Prepared     the agent is built from it; else an `ElasticPtError` that names the mistake
+"""
 
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import structlog
 import torch
@@ -9,14 +14,81 @@ import torch
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
-from elastic_pt.data.manifest import TOKEN_BYTES, Manifest
+from elastic_pt.data.manifest import TOKEN_BYTES, Manifest, read_manifest
 from elastic_pt.data.plan import DataPlan
-from elastic_pt.errors import ConfigError, NodeFailure
+from elastic_pt.errors import ConfigError, DataError, NodeFailure, NotFound, StoreError
 from elastic_pt.membership.address import interface_of
+from elastic_pt.membership.node import new_member
+from elastic_pt.runlog.identity import IDENTITY_KEY, agree_on_identity, fingerprint
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Member
 from elastic_pt.store.check import is_fenced
+from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
+from elastic_pt.workers.forking import ForkedCall
 
 log = structlog.get_logger("elastic_pt.agent.start")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A node that may take part."""
+
+    config: Config
+    """With `data.cache` spelled out."""
+    store: Store
+    """The run directory."""
+    log: RunLog
+    member: Member
+    fingerprint: Mapping[str, str]
+    """What nodes of one world compare when one joins."""
+    platform: Mapping[str, str]
+    """What computes on this node, as far as it decides the bits. Empty with native numerics."""
+    fenced_url: str
+    """See `require_fencing`."""
+    environment: Mapping[str, str]
+    """Environment variables for the workers."""
+
+
+def read_data(config: Config, store: Store) -> Manifest:
+    """The prepared data's manifest. `StoreError` if it is missing now, and the run in `store` has read it before."""
+    try:
+        return read_manifest(open_store(config.data.url, timeout_s=config.store.deadline_s))
+    except DataError as error:
+        if isinstance(error.__cause__, NotFound) and store.size(IDENTITY_KEY) is not None:
+            raise StoreError(
+                f"data.url = {config.data.url!r}: away ({error.__cause__}); the run has read it before, "
+                "so start this node again when it is back"
+            ) from error
+        raise
+
+
+def prepare(
+    config: Config, store: Store, data: Manifest, name: str, address: str, platform: ForkedCall
+) -> Prepared:
+    """Check everything that could keep this node from training, and agree with the run on its identity."""
+    environment = environment_of_workers(address)
+    workers = config.elastic.workers_per_node or max(1, torch.cuda.device_count())
+    require_device(config)
+    run_log = RunLog(store, writer=name)
+    fenced_url = require_fencing(store, config, run_log.refresh().fenced_url)
+    require_staging_space(config, data.vocab_size)
+    require_work(config, data, workers)
+    require_cache(config, data)
+    # Last: a node must not join before it could start a worker, or all others would wait for it.
+    computes = platform.wait(config.elastic.startup_timeout_s)
+    agree_on_identity(store, config, data, computes, run_log.refresh().platform)
+    cache = str(cache_directory(config.data.cache))
+    return Prepared(
+        config=config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
+        store=store,
+        log=run_log,
+        member=new_member(name, address, workers),
+        fingerprint=fingerprint(config, data, computes),
+        platform=computes if config.train.numerics == "exact" else {},
+        fenced_url=fenced_url,
+        environment=environment,
+    )
 
 
 def require_fencing(store: Store, config: Config, checked_url: str) -> str:
@@ -43,7 +115,7 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
     if workers > config.train.slots:
         raise ConfigError(
             f"elastic.workers_per_node = {workers}: more than the {config.train.slots} slots of a step "
-            "(train.global_batch / train.micro_batch); fewer workers or smaller micro-batches would be right"
+            "(train.global_batch / train.micro_batch); expected fewer workers or smaller micro-batches"
         )
     DataPlan(
         data,
@@ -54,10 +126,10 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
 
 
 def require_cache(config: Config, data: Manifest) -> None:
-    """Refuse a cache of token shards that workers could not use: not this user's own, or too small for one shard."""
+    """Refuse a cache of token shards that belongs to another user, or is too small for one shard."""
     shards = [shard for source in data.sources for shard in source.train]
     largest = max(shards, key=lambda shard: shard.tokens)
-    # Shards of a directory are mapped where they lie.
+    # Shards on a file system are mapped in place.
     size = (
         0
         if config.data.url.startswith("file://")
@@ -79,8 +151,8 @@ def require_device(config: Config) -> None:
 def require_staging_space(config: Config, vocabulary: int) -> None:
     """Refuse a staging directory that could never hold this node's share of a checkpoint.
 
-    Containers give /dev/shm 64 MB unless told otherwise, and writing beyond that kills the writer. A directory
-    that is large enough but full now is a `NodeFailure`: that may pass, so the node may be started again.
+    /dev/shm of a container has 64 MB by default, and writing beyond that kills the writer. A directory that is large
+    enough but full now is a `NodeFailure`: start the node again when there is room.
     """
     size = footprint(config.model, vocabulary).checkpoint_bytes
     staging = config.checkpoint.staging
@@ -88,7 +160,7 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         usage = shutil.disk_usage(staging)
     except OSError as error:
         raise ConfigError(
-            f"checkpoint.staging = {staging!r}: {error.strerror}; a writable local directory would be right"
+            f"checkpoint.staging = {staging!r}: {error.strerror}; expected a writable local directory"
         ) from error
     smallest_share = size // config.elastic.nodes_max
     if usage.free < smallest_share:
@@ -106,16 +178,14 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
 
 
 def environment_of_workers(address: str) -> dict[str, str]:
-    """What workers need to know of this node beyond that; set in this process too."""
+    """Environment variables for this node's workers; set in this process too. Raises `ConfigError`."""
     try:
         interface = interface_of(address)
     except ValueError:
-        raise ConfigError(
-            f"--address {address}: not an IP address; one of this machine's own would be right"
-        ) from None
+        raise ConfigError(f"--address {address}: expected an IP address of this machine") from None
     if interface is None:
         raise ConfigError(
-            f"--address {address}: no interface of this machine has it; one of its own would be right"
+            f"--address {address}: no interface has it; expected an IP address of this machine"
         )
     environment = {
         "GLOO_SOCKET_IFNAME": interface,

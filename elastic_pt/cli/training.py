@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -72,12 +73,20 @@ def run(
             threads=config.train.threads,
             timeout_s=config.elastic.startup_timeout_s,
         )
-        from elastic_pt.agent.agent import AgentOptions, run_agent
+        from elastic_pt.agent.agent import run_agent
+        from elastic_pt.membership.address import local_address
         from elastic_pt.train import probe, worker
 
         platform = forking.ForkedCall(probe.WHAT, probe.platform_of_workers)
         forking.start_fork_server(scratch)
-        stop = run_agent(config, AgentOptions(node, address), scratch, worker.main, platform)
+        stop = run_agent(
+            config,
+            node or socket.gethostname(),
+            address or local_address(),
+            scratch,
+            worker.main,
+            platform,
+        )
     if stop is not None:
         _tell_end(stop.reason, stop.step)
 

@@ -60,6 +60,8 @@ class Node:
         self._participant = participant
         self._driver = driver
         self._changed = driver.changed
+        self.latest: Formed | None = None
+        """The generation that `await_generation` has returned last."""
 
     # ---- start and end -----------------------------------------------------------------------------
 
@@ -88,6 +90,12 @@ class Node:
     def member(self) -> Member:
         """How this node introduces itself."""
         return self._participant.member
+
+    @property
+    def formed(self) -> Formed:
+        """The same, once there is one."""
+        assert self.latest is not None
+        return self.latest
 
     @property
     def view(self) -> RunView:
@@ -188,7 +196,8 @@ class Node:
             rank = found.rank_of(self.member.incarnation)
             assert rank is not None
             try:
-                return Formed(found, rank, self._connect(found))
+                self.latest = Formed(found, rank, self._connect(found))
+                return self.latest
             except (DistNetworkError, DistStoreError) as error:
                 reason = str(error).splitlines()[0]
                 log.warning("store_unreachable", generation=found.number, error=reason)

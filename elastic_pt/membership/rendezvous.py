@@ -47,8 +47,11 @@ class LogRendezvous(RendezvousHandler):
     def __init__(self, node: Node, run_id: str) -> None:
         self._node = node
         self._run_id = run_id
-        self.formed: Formed | None = None
+
+    @property
+    def formed(self) -> Formed | None:
         """The generation that was returned last."""
+        return self._node.latest
 
     def get_backend(self) -> str:
         """The name under which torchrun finds this handler."""
@@ -70,7 +73,6 @@ class LogRendezvous(RendezvousHandler):
         found = self._node.await_generation()
         if isinstance(found, Stop):
             raise RendezvousClosedError(f"the run has ended: {found.reason}")
-        self.formed = found
         self._node.running()
         generation = found.generation
         return RendezvousInfo(

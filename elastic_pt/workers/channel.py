@@ -46,8 +46,7 @@ def _short(path: Path) -> Iterator[str]:
 class AgentSide:
     """The agent's end: one thread per worker handles its messages in order. Agent process."""
 
-    def __init__(self, path: Path, handle: Callable[[Message], None]) -> None:
-        self._handle = handle
+    def __init__(self, path: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _short(path) as name:
             self._listener.bind(name)
@@ -55,9 +54,20 @@ class AgentSide:
         self._closing = threading.Event()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
-        threading.Thread(target=self._accept, name="channel", daemon=True).start()
 
-    def broadcast(self, message: Message) -> None:
+    def listen(self, handle: Callable[[Message], None]) -> None:
+        """Take connections, and call `handle` with each message."""
+        threading.Thread(target=self._accept, args=(handle,), name="channel", daemon=True).start()
+
+    def drain(self, reason: str) -> None:
+        """Ask all workers to checkpoint and stop at a step on which they agree."""
+        self._broadcast({"kind": "drain", "reason": reason})
+
+    def release(self, step: int) -> None:
+        """Tell all workers that the agent is done with the checkpoint of `step`."""
+        self._broadcast({"kind": "released", "step": step})
+
+    def _broadcast(self, message: Message) -> None:
         """Send to all workers that are connected."""
         line = json.dumps(message).encode() + b"\n"
         with self._lock:
@@ -86,7 +96,7 @@ class AgentSide:
         self._closing.set()
         self._listener.close()
 
-    def _accept(self) -> None:
+    def _accept(self, handle: Callable[[Message], None]) -> None:
         while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
@@ -96,31 +106,32 @@ class AgentSide:
                     log.warning("channel_not_accepted", cause=str(error))
                 continue
             thread = threading.Thread(
-                target=self._read, args=(connection,), name="channel-reader", daemon=True
+                target=self._read, args=(connection, handle), name="channel-reader", daemon=True
             )
             with self._lock:
                 self._connections[connection] = thread
             thread.start()
 
-    def _read(self, connection: socket.socket) -> None:
+    def _read(self, connection: socket.socket, handle: Callable[[Message], None]) -> None:
         try:
             with connection, connection.makefile("rb") as lines:
                 while line := lines.readline(_LINE_BYTES_MAX):
                     if line.endswith(b"\n"):
-                        self._take(line)
+                        _take(line, handle)
         except OSError:
             pass
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
 
-    def _take(self, line: bytes) -> None:
-        """Handle one message. An error must not end this thread: the worker would take its agent for dead."""
-        try:
-            self._handle(json.loads(line))
-        except Exception:
-            text = line[:_SHOWN_BYTES].decode(errors="replace")
-            log.exception("message_failed", message=text)
+
+def _take(line: bytes, handle: Callable[[Message], None]) -> None:
+    """Handle one message. An error must not end this thread: the worker would take its agent for dead."""
+    try:
+        handle(json.loads(line))
+    except Exception:
+        text = line[:_SHOWN_BYTES].decode(errors="replace")
+        log.exception("message_failed", message=text)
 
 
 class WorkerSide:

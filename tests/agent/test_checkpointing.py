@@ -81,6 +81,7 @@ def member_of(
         must_reform=lambda _: False,
         view=SimpleNamespace(run_id=RUN_ID),
         notice_log=lambda: None,
+        formed=cast(Formed, formed),
     )
     node.failure = partial(Node.failure, cast(Node, node))
     return Checkpointing(
@@ -90,7 +91,6 @@ def member_of(
         cast(Node, node),
         Metrics(),
         folder / "staging",
-        formed=lambda: cast(Formed, formed),
         release=released,
     )
 

@@ -23,13 +23,14 @@ DEADLINE_S = 30.0
 def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
     """Messages arrive complete and in order, and a closed worker's last words are handled before it counts as gone."""
     heard: Queue[Message] = Queue()
-    agent = AgentSide(tmp_path / "socket", heard.put)
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(heard.put)
     worker = WorkerSide(tmp_path / "socket")
     for number in range(100):
         worker.send("step", step=number, padding="x" * 5000)
     assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
-    agent.broadcast({"kind": "released", "step": 7})
-    agent.broadcast({"kind": "drain"})
+    agent.release(7)
+    agent.drain("the world changes")
     waiting = threading.Event()
     while not worker.drain_requested:
         waiting.wait(0.01)
@@ -45,7 +46,8 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
 def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
     """Messages from the agent never wait for a stopped worker. The other workers get all of them."""
     heard: Queue[Message] = Queue()
-    agent = AgentSide(tmp_path / "socket", heard.put)
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(heard.put)
     stopped = socket.socket(socket.AF_UNIX)
     stopped.connect(str(tmp_path / "socket"))
     worker = WorkerSide(tmp_path / "socket")
@@ -57,7 +59,7 @@ def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path
         nonlocal told
         while len(agent._connections) > 1 and told < 10_000:
             told += 1
-            agent.broadcast({"kind": "released", "step": told, "padding": "x" * 10_000})
+            agent.release(told)
             while not worker.released(told):
                 threading.Event().wait(0.001)
 
@@ -81,7 +83,8 @@ def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
         "w = WorkerSide(Path(sys.argv[1])); w.send('hello'); threading.Event().wait(30)"
     )
     ready = threading.Event()
-    agent = AgentSide(tmp_path / "socket", lambda _: ready.set())
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(lambda _: ready.set())
     worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "socket")])
     assert ready.wait(30)
     for connection in list(agent._connections):
@@ -150,14 +153,15 @@ def test_addresses_and_their_interfaces() -> None:
 
 def test_a_worker_hears_on_after_a_line_that_is_no_message(tmp_path: Path) -> None:
     """What a worker cannot read ends neither it nor its hearing."""
-    agent = AgentSide(tmp_path / "socket", lambda _: None)
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(lambda _: None)
     worker = WorkerSide(tmp_path / "socket")
     while not agent._connections:
         threading.Event().wait(0.001)
     (connection,) = agent._connections
     connection.sendall(b'\xff no JSON\n{"step": 3}\n[1]\n')
     deadline_s = time.monotonic() + DEADLINE_S
-    agent.broadcast({"kind": "drain"})
+    agent.drain("the world changes")
     while not worker.drain_requested:
         assert time.monotonic() < deadline_s
         threading.Event().wait(0.001)
@@ -173,7 +177,8 @@ def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> N
         heard.put(message)
         assert message["kind"] != "bad"
 
-    agent = AgentSide(tmp_path / "socket", handle)
+    agent = AgentSide(tmp_path / "socket")
+    agent.listen(handle)
     worker = socket.socket(socket.AF_UNIX)
     worker.connect(str(tmp_path / "socket"))
     worker.sendall(b'{"kind": "bad"}\n\xff\xfe no JSON \n{"kind": "good"}\n')

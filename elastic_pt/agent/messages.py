@@ -1,0 +1,80 @@
+"""What this node's workers say, and who in the agent hears it. Agent process, on the channel's threads.
+
+step                       ─► metrics, this node's status, the history of steps
+staged  no_room  skipped   ─► Checkpointing.save
+activity                   ─► the goodput ledger
+unusable                   ─► QUARANTINE of the checkpoint
+"""
+
+from dataclasses import dataclass
+
+import structlog
+
+from elastic_pt.agent.checkpointing import Checkpointing, quarantine
+from elastic_pt.agent.observation import Observation
+from elastic_pt.membership.node import Node
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.workers.channel import Message
+
+log = structlog.get_logger("elastic_pt.agent.messages")
+
+
+@dataclass
+class Progress:
+    """How far this node's workers have come, over all its generations. Written here, and read by the main thread."""
+
+    step: int = 0
+    """The newest step that they have done."""
+    failures: int = 0
+    """How often this node made a generation fail since it first did that step. The main thread counts them."""
+    skipped: tuple[int, str] = (0, "")
+    """The newest step that was skipped, and why."""
+    quarantined: int = 0
+    """The newest generation whose checkpoint this node found unusable."""
+
+
+class WorkerMessages:
+    """Hands each message to the part of the agent that it is for."""
+
+    def __init__(
+        self,
+        run_log: RunLog,
+        node: Node,
+        checkpointing: Checkpointing,
+        observation: Observation,
+        progress: Progress,
+    ) -> None:
+        self._log = run_log
+        self._node = node
+        self._checkpointing = checkpointing
+        self._observation = observation
+        self._progress = progress
+
+    def handle(self, message: Message) -> None:
+        """One message of one worker."""
+        match message["kind"]:
+            case "step":
+                self._step_done(message)
+            case "staged" | "no_room" | "skipped":
+                self._checkpointing.save(message)
+            case "activity":
+                self._observation.activity(message["activity"])
+            case "unusable":
+                number = self._progress.quarantined = self._node.formed.generation.number
+                quarantine(self._log, number, message["directory"], message["why"])
+
+    def _step_done(self, message: Message) -> None:
+        formed, step = self._node.formed, int(message["step"])
+        if message["rank"] == formed.generation.first_worker_rank(formed.node_rank):
+            times = self._observation.step_done(message)
+            if times is not None:
+                self._node.first_step(times)
+                log.info("first_step", step=step, **vars(times))
+            self._node.progress(step, message["loss"])
+            if step > self._progress.step:
+                self._progress.step, self._progress.failures = step, 0
+            if message["skipped"]:
+                self._progress.skipped = (step, message["skipped"])
+                log.warning("step_skipped", step=step, cause=message["skipped"])
+        if message["rank"] == 0:
+            self._checkpointing.note_step(message)
