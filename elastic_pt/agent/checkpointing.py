@@ -101,7 +101,7 @@ class Checkpointing:
         formed: Callable[[], Formed],
         release: Callable[[int], None],
     ) -> None:
-        """`formed()` is the generation whose workers run; `release(step)` tells them that a checkpoint is done."""
+        """`formed()` is the generation whose workers run; `release(step)` lets them stage the next checkpoint."""
         self._node = node
         self._metrics = metrics
         self._staging = staging
@@ -204,7 +204,7 @@ class Checkpointing:
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """What to tell the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
+        """The cause for the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None
