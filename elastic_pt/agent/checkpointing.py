@@ -100,7 +100,7 @@ class Checkpointing:
         *,
         release: Callable[[int], None],
     ) -> None:
-        """`release(step)` tells the workers that a checkpoint is done."""
+        """`release(step)` lets the workers stage the next checkpoint."""
         self._node = node
         self._metrics = metrics
         self._staging = staging
@@ -202,7 +202,7 @@ class Checkpointing:
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """What to tell the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
+        """The cause for the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None

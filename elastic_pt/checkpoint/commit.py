@@ -108,7 +108,7 @@ class Committer:
                 expired = self._commit(due.step, due.generation)
         except FencedError as error:
             log.info("commit_fenced", step=step, reason=str(error))
-        # Any error at all: the agent must hear of it, and the thread must live, or no commit would follow.
+        # Every error: report it to the agent and keep the thread alive, or no commit would follow.
         except Exception as error:
             self._on_failure(due.generation, step, error)
         self._on_done(step)
@@ -149,7 +149,7 @@ class Committer:
         gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
-            # The log calls this again after each lost race: only what the last call lets go may be deleted.
+            # The log calls this again after each lost race: only what the last call drops may be deleted.
             gone.clear()
             candidates = (checkpoint, *view.checkpoints)
             expired = retention.expired(candidates, self._keep)
@@ -177,7 +177,7 @@ class _Expired:
 
     view: RunView
     directories: set[str]
-    """Checkpoints that it let go."""
+    """Checkpoints that it no longer keeps."""
 
 
 class Tidier:
@@ -190,7 +190,7 @@ class Tidier:
         self._store = store
         self._on_failure = on_failure
         self._expired: set[str] = set()
-        """Checkpoints that some commit let go and that are not removed yet."""
+        """Checkpoints that a commit no longer keeps and that are not removed yet."""
         self._jobs = JobThread("tidy", self._do)
 
     def tidy(self, expired: _Expired) -> None:
@@ -208,7 +208,7 @@ class Tidier:
         self._expired |= due.directories
         try:
             self._remove(due.view)
-        # Any error at all: the thread must live, or every later checkpoint would stay.
+        # Every error: keep the thread alive, or no later checkpoint would be removed.
         except Exception as error:
             self._on_failure(error)
 

@@ -7,12 +7,13 @@ its full (all rows) C-ordered little-endian float32 bytes:
     2. for every parameter, again sorted: exp_avg/<parameter>, then exp_avg_sq/<parameter>
 
 Tensors that a checkpoint does not have are left out. bfloat16 is widened, which is exact; other types
-would lose bits and are refused. For a float32 model the first part is what anybody gets from
+would lose bits: they are refused. For a float32 model the first part equals
 `for name in sorted(weights): sha256.update(weights[name].numpy().tobytes())`.
 """
 
 import hashlib
 from collections.abc import Iterator
+from typing import Final
 
 import torch
 
@@ -21,6 +22,8 @@ from elastic_pt.checkpoint.restore import load_rows, read_tensors
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES
 from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import Store
+
+_WEIGHTS: Final = "model/"
 
 
 def digest(store: Store, manifest: FullManifest) -> str:
@@ -51,15 +54,13 @@ def canonical_order(manifest: FullManifest) -> list[str]:
     return sorted(manifest.tensors, key=rank)
 
 
-def iterate_tensors(
-    store: Store, manifest: FullManifest, prefix: str = "model/", threads: int = 8
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor whose name starts with `prefix`, whole, as `(name without the prefix, CPU tensor)`, sorted.
+def iterate_weights(store: Store, manifest: FullManifest) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight, whole, as `(parameter, CPU tensor)`, sorted by parameter.
 
     Holds one tensor at a time, CRC-checked. Raises `CheckpointError` if bytes are missing or wrong. Any process.
     """
     for name, entry in manifest.tensors.items():
-        if name.startswith(prefix):
+        if name.startswith(_WEIGHTS):
             tensor = torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype])
-            load_rows(store, manifest, {name: (0, entry.global_shape[0])}, {name: tensor}, threads)
-            yield name.removeprefix(prefix), tensor
+            load_rows(store, manifest, {name: (0, entry.global_shape[0])}, {name: tensor})
+            yield name.removeprefix(_WEIGHTS), tensor

@@ -1,8 +1,8 @@
 """The history of steps between two commits: bounded in memory, written in parts.
 
 A commit names one key. Its object holds a line of JSON per step; where a part is full its last line is
-`{"next": KEY}` and the history goes on there. Parts are created from the last to the first, so whoever
-finds the first one finds them all.
+`{"next": KEY}` and the history goes on there. Parts are created from the last to the first, so a
+reader that finds the first one finds them all.
 """
 
 import json
@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
 
 class StepHistory:
-    """Steps that no commit tells of yet, in order. Agent process; the caller holds a lock.
+    """The steps since the last commit, in order. Agent process; the caller holds a lock.
 
     Adding a step costs O(1) on average. Beyond `bytes_max` every second line of the older half is dropped.
     """
@@ -36,7 +36,7 @@ class StepHistory:
         self._bytes = 0
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Remember a step; it replaces what was known of it and of later ones."""
+        """Add a step; it replaces its own earlier line and those of later steps."""
         line = Line(entry["step"], json.dumps(entry).encode() + b"\n")
         while self._lines and self._lines[-1].step >= line.step:
             self._bytes -= len(self._lines.pop().text)
@@ -50,7 +50,7 @@ class StepHistory:
         return [line for line in self._lines if line.step <= step]
 
     def forget(self, step: int) -> None:
-        """Drop the lines up to and with `step`: a commit tells of them."""
+        """Drop the lines up to and with `step`: they are written with a commit."""
         while self._lines and self._lines[0].step <= step:
             self._bytes -= len(self._lines.popleft().text)
 

@@ -9,7 +9,7 @@
 The directory counts if and only if a COMMIT record of the run's log names it, with the size and SHA-256
 of its manifest. From there the chain goes down: the manifest holds size and SHA-256 of every node record;
 a node record holds those of its shard files, and a CRC-32 of every block of rows. So a reader of the log
-can tell any other bytes from the right ones, for whole files and for the few rows that it needs.
+can detect any wrong byte, in whole files and in the few rows that it needs.
 
 A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does). A file holds rows
 `[first_row, end_row)` of it, and the files of a node hold rows without a gap between them. For every tensor the

@@ -116,7 +116,7 @@ class NodeShare(Record):
 
 @record
 class NodeNotice(Document):
-    """A node tells the committing node that all its shards and its record are in the store."""
+    """For the committing node: all shards of a node and its record are in the store."""
 
     what: ClassVar[str] = "node notice"
     schemas: ClassVar[tuple[int, ...]] = (2, 3)
@@ -129,14 +129,14 @@ class NodeNotice(Document):
     tensors_sha256: Sha256
     """The `fingerprint_of` all tensors."""
     tensors: tuple[Tensor, ...]
-    """All tensors, sorted by name; only the notice of the first node says them, since they are the same everywhere."""
+    """All tensors, sorted by name; only in the notice of the first node, since they are the same everywhere."""
 
     def __post_init__(self) -> None:
         if self.share.key != node_key(self.directory, self.first_rank):
             raise CheckpointError(f"{self.what}: {self.share.key} is not its node's record")
         require_step(self.what, self.directory, self.state)
         if bool(self.tensors) != (self.first_rank == 0):
-            raise self.refuse("tensors", "those of the state at rank 0, and none at others")
+            raise self.refuse("tensors", "all tensors at rank 0, and none at other ranks")
         if self.tensors and fingerprint_of(self.tensors) != self.tensors_sha256:
             raise self.refuse("tensors_sha256", "the SHA-256 of the tensors")
 
@@ -152,7 +152,7 @@ class NodeNotice(Document):
 
 @record
 class NodeRefusal(Document):
-    """A node tells, in the place of its notice, that its record will not come, so that nobody waits for it."""
+    """In the place of a node's notice: its record will not come, so the committing node stops waiting."""
 
     what: ClassVar[str] = "node refusal"
     schemas: ClassVar[tuple[int, ...]] = (2,)

@@ -23,6 +23,8 @@ from elastic_pt.errors import CheckpointError
 from elastic_pt.store.port import Store
 
 READ_BYTES_MAX = 32 << 20
+_LOAD_THREADS = 8
+_READ_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,11 @@ def load_rows(
     index: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
-    threads: int = 8,
 ) -> None:
     """Fill `into[name]` with rows `[first, end)` of every wanted tensor, bit for bit.
 
     `into[name]` has shape `(end - first, *global_shape[1:])` and the stored dtype, on any device; an
-    autograd leaf is written in place. Holds at most `threads` requests of 32 MiB in memory. Raises
+    autograd leaf is written in place. Holds at most 8 requests of 32 MiB in memory. Raises
     `CheckpointError` naming file, tensor and block of the first bytes that are missing or wrong; the tensors
     are then partly filled and must not be used.
     """
@@ -120,16 +121,16 @@ def load_rows(
         for block, data in read_blocks(store, read):
             _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
 
-    for _ in in_order(plan_reads(index, wanted), fetch, threads):
+    for _ in in_order(plan_reads(index, wanted), fetch, _LOAD_THREADS):
         pass
 
 
 def read_tensors(
-    store: Store, index: Index, names: Sequence[str], threads: int = 4
+    store: Store, index: Index, names: Sequence[str]
 ) -> Iterator[tuple[str, memoryview]]:
     """Every byte of the named tensors, as `(name, verified bytes)`, in the order of the names and of their rows.
 
-    Reads ahead by at most `threads` requests of 32 MiB. Raises `CheckpointError` as `load_rows` does.
+    Reads ahead by at most 4 requests of 32 MiB. Raises `CheckpointError` as `load_rows` does.
     """
     blocks = [
         (key, block)
@@ -137,7 +138,9 @@ def read_tensors(
         for key, piece in _entry(index, name).pieces
         for block in _blocks(piece, piece.first_row, piece.end_row)
     ]
-    for fetched in in_order(coalesce(blocks), lambda read: list(read_blocks(store, read)), threads):
+    for fetched in in_order(
+        coalesce(blocks), lambda read: list(read_blocks(store, read)), _READ_THREADS
+    ):
         for block, data in fetched:
             yield block.tensor, data
 

@@ -3,9 +3,9 @@
 Two kinds of directories go: checkpoints that were committed and are no longer kept (`expired`), and
 torn uploads of worlds that are gone (`leftovers`). Both decisions are pure. A directory that is not
 committed is left alone while anything could still commit it: its generation must be superseded *and*
-a newer checkpoint must be committed. Whoever reads an old log therefore deletes less, never more.
+a newer checkpoint must be committed. So an agent that has read an old log deletes less, never more.
 
-`remove` takes the manifest first: a checkpoint that is half removed can no longer be mistaken for one.
+`remove` takes the manifest first: a half-removed checkpoint must not pass for a whole one.
 """
 
 from collections.abc import Collection, Sequence
@@ -69,8 +69,8 @@ def listed_directories(store: Store) -> list[str]:
 def remove(store: Store, directory: str) -> None:
     """Delete a checkpoint directory: the manifest, then every file it named or a listing shows. Agent process.
 
-    Removing what is partly or wholly gone is fine, so a crash in the middle is mended by calling it
-    again. Raises `CheckpointError` if this is not a checkpoint directory, `StoreError` if the store fails.
+    Removing what is partly or wholly gone is fine, so call it again after a crash
+    in the middle. Raises `CheckpointError` if this is not a checkpoint directory, `StoreError` if the store fails.
     """
     parse_directory(directory)
     keys = set(store.keys(f"{directory}/"))

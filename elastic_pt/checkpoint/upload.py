@@ -214,7 +214,7 @@ class Uploader:
                 node.uploaded[shard.rank] = upload_shard(self._store, shard)
                 if len(node.uploaded) == len(node.ranks):
                     publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
-        # Any error at all: the agent must hear of it, and the thread must live, or no checkpoint would follow.
+        # Every error: report it to the agent and keep the thread alive, or no checkpoint would follow.
         except Exception as error:
             failure = error
             node.refused = True

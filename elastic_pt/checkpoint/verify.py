@@ -28,7 +28,6 @@ _VERIFY_THREADS: Final = 4
 class UsableCheckpoint:
     """The newest checkpoint that passed the check, and why each newer one did not."""
 
-    checkpoint: Checkpoint
     manifest: FullManifest
     passed_over: tuple[tuple[Checkpoint, str], ...]
 
@@ -80,7 +79,7 @@ def newest_usable(store: Store, checkpoints: Iterable[Checkpoint], run_id: str) 
             continue
         problems = _file_problems(store, manifest)
         if not problems:
-            return UsableCheckpoint(checkpoint, manifest, tuple(passed_over))
+            return UsableCheckpoint(manifest, tuple(passed_over))
         passed_over.append((checkpoint, "; ".join(problems)))
     reasons = "; ".join(f"step {checkpoint.step}: {reason}" for checkpoint, reason in passed_over)
     raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")

@@ -264,7 +264,7 @@ def export(trained: Trained, out: Path) -> None:
     # Also checks the tokenizer's hash before its bytes are copied.
     load_tokenizer(trained.data_store, trained.data)
     model_export.export(
-        checkpoint_digest.iterate_tensors(trained.store, trained.chosen.manifest),
+        checkpoint_digest.iterate_weights(trained.store, trained.chosen.manifest),
         trained.config.model,
         trained.data.vocab_size,
         trained.data_store.read(trained.data.tokenizer_key),

@@ -1,4 +1,4 @@
-"""Where a new generation goes on: what is taken on trust, and what is looked at."""
+"""The agent's checkpoints: where a new generation resumes, and which node a lost checkpoint is blamed on."""
 
 import threading
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def bucket(tmp_path: Path) -> WatchedStore:
     return bucket
 
 
-def test_a_member_takes_what_its_own_generation_committed(bucket: WatchedStore) -> None:
-    """A recovery asks the bucket nothing about files that were all looked at when they were committed, moments ago."""
+def test_a_member_resumes_from_its_own_commit_without_a_check(bucket: WatchedStore) -> None:
+    """A recovery makes no requests for files that were checked at their commit, moments ago."""
     log = RunLog(bucket, writer="a")
     view = log.refresh()
     bucket.requests.clear()
@@ -48,8 +48,8 @@ def test_a_member_takes_what_its_own_generation_committed(bucket: WatchedStore) 
     assert bucket.requests.total() == 0
 
 
-def test_new_nodes_look_at_every_file_first(bucket: WatchedStore) -> None:
-    """Who takes a run up, perhaps days later, puts on record which checkpoints have become unusable."""
+def test_new_nodes_check_every_file_first(bucket: WatchedStore) -> None:
+    """A node that resumes a run, perhaps days later, checks each checkpoint and quarantines unusable ones in the log."""
     log = RunLog(bucket, writer="z")
     with pytest.raises(CheckpointError, match="none of the committed checkpoints is usable"):
         choose_resume(bucket, log, log.refresh(), member("z").incarnation)
@@ -95,8 +95,8 @@ def member_of(
     )
 
 
-def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> None:
-    """A skipped checkpoint is lost by this node; the same step of another one is not."""
+def test_a_node_without_room_is_the_cause_of_the_loss(tmp_path: Path) -> None:
+    """A skipped checkpoint is lost through this node; a message of an earlier generation changes nothing."""
     checkpointing = member_of(tmp_path, node_rank=1)
     assert checkpointing.lost() is None
     message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
@@ -107,8 +107,8 @@ def test_who_had_no_room_knows_that_it_is_its_own_trouble(tmp_path: Path) -> Non
     checkpointing.close(WAIT_S)
 
 
-def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: Path) -> None:
-    """A node that says it had no room loses the checkpoint for all, but it alone loses it by its own trouble."""
+def test_a_refusal_of_another_node_is_not_the_committing_nodes_failure(tmp_path: Path) -> None:
+    """A node without room loses the checkpoint for all nodes, but only that node is the cause."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
     committing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
@@ -140,8 +140,8 @@ def test_the_committing_node_is_not_to_blame_for_another_ones_refusal(tmp_path: 
     full.close(WAIT_S)
 
 
-def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> None:
-    """The node of rank 0 may read that it refused before its upload thread tells: the trouble is its own."""
+def test_a_refusal_of_the_committing_node_is_its_own_failure(tmp_path: Path) -> None:
+    """The committing node may read its own refusal before its upload thread reports it: it is still the cause."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
     checkpointing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
@@ -164,10 +164,10 @@ def test_a_committing_node_is_not_excused_by_its_own_refusal(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("staged", "own"), [((0, 1), False), ((0,), True)], ids=["other", "own"])
-def test_silence_is_the_trouble_of_the_node_that_was_silent(
+def test_a_missing_notice_is_the_failure_of_its_node(
     tmp_path: Path, staged: tuple[int, ...], own: bool
 ) -> None:
-    """A share that has not come in time, without a word, is no trouble of the committing node unless it is its own."""
+    """When a notice does not come in time, the committing node is the cause only if the notice is its own."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
     committing = member_of(tmp_path, 0, lambda _: released.set(), settle_s=1.0)
@@ -193,8 +193,8 @@ def test_silence_is_the_trouble_of_the_node_that_was_silent(
     committing.close(WAIT_S)
 
 
-def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:
-    """A file that a worker of an earlier world staged at the same step is dropped, and has another name."""
+def test_a_shard_of_an_earlier_generation_is_dropped(tmp_path: Path) -> None:
+    """A file of the same step from a worker of an earlier generation is dropped; its name is different."""
     (tmp_path / "staging").mkdir()
     checkpointing = member_of(tmp_path, node_rank=1)
     old, new = (Staging(tmp_path / "staging", number).path(7, 2) for number in (2, 3))
@@ -209,8 +209,8 @@ def test_a_shard_of_an_earlier_generation_is_not_taken_for_the_new_ones(tmp_path
     checkpointing.close(WAIT_S)
 
 
-def test_what_dead_workers_left_in_staging_is_swept(tmp_path: Path) -> None:
-    """At a stop and at a start everything that no upload waits for goes; files of another kind stay."""
+def test_files_of_dead_workers_are_swept_from_staging(tmp_path: Path) -> None:
+    """At a stop and at a start all shards that are not being uploaded are removed; other files stay."""
     staging = tmp_path / "staging"
     staging.mkdir()
     checkpointing = member_of(tmp_path, node_rank=0)

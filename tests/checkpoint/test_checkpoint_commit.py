@@ -1,4 +1,4 @@
-"""Committing is one thing, tidying another: what is deleted follows from the record that is in the log."""
+"""Commits and deletes: what is deleted follows from the COMMIT that is in the log."""
 
 import threading
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, keep=2)
 
 
-def test_what_a_quarantine_saved_is_not_deleted(world: World) -> None:
+def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> None:
     """An append that is retried behind a QUARANTINE keeps, and does not delete, what its first attempt would have dropped."""
     world.commit(1)
     world.commit(2)
@@ -107,7 +107,7 @@ def test_what_a_quarantine_saved_is_not_deleted(world: World) -> None:
     assert world.there(3)
 
 
-def test_expired_checkpoints_are_removed_after_their_workers_went_on(world: World) -> None:
+def test_expired_checkpoints_are_removed_after_workers_are_released(world: World) -> None:
     """The workers are released at the COMMIT; only then, and without them, the oldest checkpoint goes."""
     released = threading.Event()
 
@@ -126,8 +126,8 @@ def test_expired_checkpoints_are_removed_after_their_workers_went_on(world: Worl
     assert world.untidy == []
 
 
-def test_a_failed_delete_is_no_failed_commit_and_is_tried_again(world: World) -> None:
-    """What cannot be removed now counts apart, and goes after a later commit."""
+def test_a_failed_delete_fails_no_commit_and_is_retried(world: World) -> None:
+    """A failed delete has its own counter, and is done after a later commit."""
     refuse = [True]
 
     def before(verb: str, key: str) -> None:
@@ -147,8 +147,8 @@ def test_a_failed_delete_is_no_failed_commit_and_is_tried_again(world: World) ->
     assert (world.there(1), world.there(2), world.there(3)) == (False, False, True)
 
 
-def test_the_end_of_the_run_waits_for_no_tidying(world: World) -> None:
-    """STOP follows the last COMMIT at once, whatever becomes of the deletes."""
+def test_stop_does_not_wait_for_deletes(world: World) -> None:
+    """STOP follows the last COMMIT at once, even while deletes hang."""
     stuck = threading.Event()
 
     def before(verb: str, key: str) -> None:

@@ -16,7 +16,7 @@ def history_of(steps: int, bytes_max: int = 1 << 20) -> StepHistory:
     return history
 
 
-def test_a_history_never_outgrows_its_bytes() -> None:
+def test_a_history_stays_below_its_limit() -> None:
     """However long no commit succeeds, the history keeps within its bound, thins what is old and keeps the newest step."""
     lines = history_of(20_000, bytes_max=10_000).through(20_000)
     assert sum(len(line.text) for line in lines) <= 10_000
@@ -26,7 +26,7 @@ def test_a_history_never_outgrows_its_bytes() -> None:
 
 
 def test_a_step_that_is_done_again_replaces_the_later_ones() -> None:
-    """After a fall back the history tells each step once, and a commit takes its own steps out."""
+    """After a fall back the history has each step once, and a commit removes the steps that it wrote."""
     history = history_of(10)
     history.add({"step": 6, "loss": 2.0})
     assert [line.step for line in history.through(99)] == [1, 2, 3, 4, 5, 6]

@@ -79,7 +79,7 @@ TENSORS = (Tensor("model/a", "BF16", (2,)), Tensor("model/layers.0.weight", "F32
 
 
 def share(first_rank: int, sizes: tuple[int, ...], rows: tuple[int, ...]) -> NodeShare:
-    """What the manifest says of a node."""
+    """A node's entry in the manifest."""
     return NodeShare(node_key(DIRECTORY, first_rank), 900, "b" * 64, sizes, rows)
 
 
@@ -227,8 +227,8 @@ def test_a_record_knows_its_nodes_rows() -> None:
             replace(record, files=files)
 
 
-def test_only_the_first_node_tells_all_tensors() -> None:
-    """The table of tensors is said once, and its SHA-256 by every node."""
+def test_only_the_first_notice_lists_all_tensors() -> None:
+    """The first notice lists all tensors; every notice has the SHA-256 of that list."""
     notice = documents()["notice"]
     assert isinstance(notice, NodeNotice)
     assert notice.ranks == range(1)
@@ -388,7 +388,7 @@ def test_json_has_exactly_the_known_fields() -> None:
 
 @pytest.mark.parametrize("change", [{"schema": 2}, {"kind": "checkpoint part"}, {"extra": 1}])
 def test_documents_of_another_schema_are_refused(change: dict[str, Any]) -> None:
-    """A manifest of an unknown schema or kind, or with more in it, is not guessed at."""
+    """A manifest of an unknown schema or kind, or with an unknown field, is refused."""
     content = json.loads(EARLIER["manifest of schema 1"]) | change
     schema, kind = content.pop("schema"), content.pop("kind")
     del content["sha256"]
@@ -397,8 +397,8 @@ def test_documents_of_another_schema_are_refused(change: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema":1}'])
-def test_documents_that_are_none_are_refused(data: bytes) -> None:
-    """Whatever lies under a manifest's key, the answer is a `CheckpointError`."""
+def test_bytes_that_are_no_document_are_refused(data: bytes) -> None:
+    """Any bytes under a manifest's key are a `CheckpointError` at worst."""
     with pytest.raises(CheckpointError):
         FullManifest.from_bytes(data)
 

@@ -1,4 +1,4 @@
-"""Restoring: any number of workers from any number, the right bits or an error that says where."""
+"""Restoring: any number of workers reads what any number wrote; the right bits, or an error that names the place."""
 
 import hashlib
 import itertools
@@ -132,7 +132,7 @@ def test_parameters_and_views_are_filled_in_place(store: Store, tmp_path: Path) 
     assert torch.equal(strided, tensors["exp_avg/w"])
 
 
-def test_wrong_wishes_are_refused(store: Store, tmp_path: Path) -> None:
+def test_rows_that_do_not_exist_are_refused(store: Store, tmp_path: Path) -> None:
     """Unknown tensors, rows that do not exist, and targets of another shape or type are errors."""
     manifest = read_manifest(
         store, write_checkpoint(store, tmp_path, full_tensors(SMALL), 2), RUN_ID
@@ -232,7 +232,7 @@ def test_every_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_load_ignores_damage_in_bytes_it_does_not_use(store: Store, tmp_path: Path) -> None:
-    """A worker whose rows are intact restores, whatever happened to the rows of others."""
+    """A worker restores its rows when only other rows are damaged."""
     tensors = full_tensors(SMALL)
     reference = write_checkpoint(store, tmp_path, tensors, 2)
     manifest = read_manifest(store, reference, RUN_ID)
@@ -283,7 +283,7 @@ def test_damage_that_sizes_show_falls_back_before_loading(
     with pytest.raises(CheckpointError, match=key):
         quick_check(store, new, RUN_ID)
     usable = newest_usable(store, [new, old], RUN_ID)
-    assert usable.checkpoint == old
+    assert usable.manifest.directory == old.directory
     assert usable.manifest.step == 40
     [(passed_over, reason)] = usable.passed_over
     assert passed_over == new
@@ -306,7 +306,7 @@ def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> No
         newest_usable(store, [new, old], RUN_ID)
     store.write(keys[1], right)
     full = newest_usable(store, [new, old], RUN_ID)
-    assert full.checkpoint == old
+    assert full.manifest.directory == old.directory
     assert "SHA-256" in full.passed_over[0][1]
 
 
@@ -374,7 +374,7 @@ def test_a_commit_that_contradicts_its_directory_is_refused(
 def vouched_for(
     store: Store, reference: Checkpoint, change: Callable[[NodeRecord], NodeRecord]
 ) -> Checkpoint:
-    """The reference to a manifest that vouches for a changed record of the first node."""
+    """A checkpoint whose manifest has the hash of a changed record of the first node."""
     root = read_root(store, reference, RUN_ID)
     assert isinstance(root, RootManifest)
     share, *others = root.nodes
@@ -388,7 +388,7 @@ def vouched_for(
 
 
 def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> None:
-    """A node record whose CRC is wrong for bytes that are right would fail a load, so `verify` says it."""
+    """A wrong CRC in a node record fails a load even if the bytes are right, so `verify` reports it."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
 
     def wrong_crc(record: NodeRecord) -> NodeRecord:
@@ -406,7 +406,7 @@ def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> No
 def test_a_node_record_must_have_the_rows_that_the_manifest_says(
     store: Store, tmp_path: Path
 ) -> None:
-    """A vouched record that lacks a slice, or is of another node, is refused by whoever reads it."""
+    """A record that lacks a slice, or is of another run, is refused even if its hash is in the manifest."""
     tensors = full_tensors(SMALL)
     for change in (
         lambda record: replace(
@@ -446,8 +446,8 @@ def test_a_reader_asks_only_for_the_records_of_the_rows_it_wants(
         read_index(store, reference, RUN_ID, {"model/w": (0, 8)})
 
 
-def test_rows_that_were_not_asked_for_are_no_rows(store: Store, tmp_path: Path) -> None:
-    """A load of rows whose records were not read fails, instead of leaving in the tensor what was there."""
+def test_rows_outside_the_index_are_refused(store: Store, tmp_path: Path) -> None:
+    """A load of rows whose records were not read fails; it does not leave old values in the tensor."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     index = read_index(store, reference, RUN_ID, {"model/w": (0, 2)})
     with pytest.raises(CheckpointError, match="model/w: 2 of rows 0 to 3 are in the index"):
@@ -455,7 +455,7 @@ def test_rows_that_were_not_asked_for_are_no_rows(store: Store, tmp_path: Path) 
 
 
 def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
-    """With every checkpoint bad the error holds all the reasons; with none at all it says so."""
+    """If every checkpoint is bad, the error has all reasons; if there is none, it says so."""
     new, old = two_checkpoints(store, tmp_path)
     store.delete(shard_key(new.directory, 2))
     store.write(manifest_key(old.directory), b"")
@@ -465,8 +465,8 @@ def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
         newest_usable(store, [], RUN_ID)
 
 
-def test_trouble_with_the_store_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
-    """When access is denied, no checkpoint is passed over: the error goes through as it is."""
+def test_a_store_error_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
+    """When access is denied, no checkpoint counts as bad: the store's error is raised."""
     store = memory_store()
     references = two_checkpoints(store, tmp_path)
 

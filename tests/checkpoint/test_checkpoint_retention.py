@@ -34,7 +34,7 @@ references = st.lists(
 @settings(deadline=None)
 @given(references, st.integers(1, 6))
 def test_the_newest_are_kept(committed: list[Checkpoint], keep: int) -> None:
-    """Exactly the first `keep` commits stay, in whatever order steps came."""
+    """Exactly the first `keep` commits stay, in any order of steps."""
     assert expired(committed, keep) == committed[keep:]
 
 
@@ -44,8 +44,8 @@ def test_after_a_fall_back_the_order_of_commits_counts() -> None:
     assert expired(log, 1) == log[1:]
 
 
-def test_the_newest_checkpoint_cannot_be_given_up() -> None:
-    """Keeping none is a programming error, not a wish."""
+def test_keeping_no_checkpoint_is_refused() -> None:
+    """The newest checkpoint is always kept: `keep` below 1 is a programming error."""
     with pytest.raises(AssertionError):
         expired([reference(1)], 0)
 
@@ -92,7 +92,7 @@ def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -
             with pytest.raises(KeyboardInterrupt):
                 remove(Dying(), new.directory)
         usable = newest_usable(store, [new, old], RUN_ID)
-        assert usable.checkpoint == (new if survived in (0, 7) else old)
+        assert usable.manifest.directory == (new if survived in (0, 7) else old).directory
         remove(store, new.directory)
         remove(store, new.directory)
         assert store.keys(new.directory) == []
@@ -117,7 +117,7 @@ def test_removing_does_not_depend_on_the_listing(tmp_path: Path) -> None:
 
 
 def test_removing_is_confined_to_checkpoint_directories(tmp_path: Path) -> None:
-    """No other name is accepted, and a manifest copied from elsewhere leads to no foreign file."""
+    """No other name is accepted, and a manifest copied from another directory deletes nothing there."""
     store = memory_store()
     kept = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2, step=40)
     for name in ("log", "ckpt", "ckpt/", "ckpt/../log", "", f"{kept.directory}/x"):

@@ -1,4 +1,4 @@
-"""The file a worker stages: readable by anybody, whole or not there, described to the last block."""
+"""The file a worker stages: plain safetensors, whole or absent, and described block by block."""
 
 import contextlib
 import hashlib
@@ -84,7 +84,7 @@ def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
 def test_hashes_do_not_depend_on_how_the_bytes_arrive(
     data: bytes, cuts: list[int], chunk: int
 ) -> None:
-    """CRCs and SHA-256 of a stream are those of the bytes, whatever the chunks, gaps between blocks included."""
+    """CRCs and SHA-256 of a stream depend on its bytes alone, not on chunks or on gaps between blocks."""
     edges = sorted({cut for cut in cuts if cut <= len(data)})
     bounds = list(zip(edges[0::2], edges[1::2], strict=False))
     view = memoryview(data)
@@ -117,7 +117,7 @@ def test_rows_that_do_not_fit_are_refused(
 def test_no_room_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When staging memory is full, the worker hears it and no half file stays, under any name."""
+    """When staging memory is full, the worker gets an error, and no half file stays."""
 
     def full(descriptor: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")
@@ -129,7 +129,7 @@ def test_no_room_is_an_error_and_leaves_nothing(
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may take fewer bytes than offered; the file is whole all the same."""
+    """The kernel may write fewer bytes than it was given; the file is still whole."""
     import os
 
     real = os.pwrite
@@ -139,7 +139,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same_bits(load_file(tmp_path / "shard")["model/x"], tensor)
 
 
-def test_only_files_of_ours_are_described(tmp_path: Path) -> None:
+def test_foreign_files_are_not_described(tmp_path: Path) -> None:
     """A file that is cut, grown, empty, foreign, or missing is a `CheckpointError`, not a description."""
     good = tmp_path / "good"
     write_shard(good, {"model/x": (torch.randn(8, 8), (8, 8), 0)}, training_state())

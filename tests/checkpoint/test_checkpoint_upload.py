@@ -1,4 +1,4 @@
-"""Uploading: any step may be the last one, and what was not finished never counts."""
+"""Uploading: the process may die at any step, and an unfinished upload never counts."""
 
 import hashlib
 import threading
@@ -143,7 +143,7 @@ def test_the_crash_test_reaches_every_change(tmp_path: Path) -> None:
     assert store.changes == 8
 
 
-def test_publishing_twice_gives_the_same_reference(tmp_path: Path) -> None:
+def test_publishing_twice_gives_the_same_checkpoint(tmp_path: Path) -> None:
     """A committing agent that lost the response may do it again; a different manifest is refused."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
@@ -177,7 +177,7 @@ def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_cover_the_state_is_not_committed(tmp_path: Path) -> None:
-    """Rows that no node has, rows that two have, and a tensor that nobody has stop the manifest by name."""
+    """Missing rows, rows of two nodes, and a missing tensor prevent the manifest; the error names the tensor."""
     store = memory_store()
     upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
     notices = collected(store, DIRECTORY, 2)
@@ -196,8 +196,8 @@ def test_a_checkpoint_that_does_not_cover_the_state_is_not_committed(tmp_path: P
     assert store.size(manifest_key(DIRECTORY)) is None
 
 
-def test_a_tensor_that_no_worker_staged_is_missed(tmp_path: Path) -> None:
-    """A worker names all tensors of the state, so one whose rows nobody has is no checkpoint."""
+def test_a_tensor_that_no_worker_staged_is_found(tmp_path: Path) -> None:
+    """Each worker lists all tensors of the state, so a tensor without rows is found."""
     store = memory_store()
     path = tmp_path / "shard"
     rows = {
@@ -210,7 +210,7 @@ def test_a_tensor_that_no_worker_staged_is_missed(tmp_path: Path) -> None:
         publish_manifest(store, collected(store, DIRECTORY, 1))
 
 
-def test_a_node_vouches_only_for_rows_that_join(tmp_path: Path) -> None:
+def test_a_node_record_needs_rows_that_join(tmp_path: Path) -> None:
     """A gap between the workers of a node, another state, or a worker left out is found before its record is written."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
@@ -230,7 +230,7 @@ def test_a_node_vouches_only_for_rows_that_join(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_was_not_stored_whole_stops_its_node(tmp_path: Path) -> None:
-    """A node looks at the size of each shard it uploaded before it vouches for it."""
+    """A node checks the size of each uploaded shard before it writes its record."""
 
     class Cutting(FailingStore):
         def write(self, key: str, source: bytes | Path) -> None:
@@ -285,8 +285,8 @@ def test_collecting_waits_for_late_notices(tmp_path: Path) -> None:
     assert clock.now_s < 101.5
 
 
-def test_nobody_waits_for_a_shard_that_will_not_come(tmp_path: Path) -> None:
-    """A node that cannot upload its shard leaves a note, and collecting ends there instead of at its deadline."""
+def test_collecting_ends_when_a_node_refuses(tmp_path: Path) -> None:
+    """A node that cannot upload its shard writes a refusal, and collecting ends there instead of at its timeout."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
@@ -306,7 +306,7 @@ def test_nobody_waits_for_a_shard_that_will_not_come(tmp_path: Path) -> None:
     assert clock.now_s < 101.0
 
 
-def test_collecting_has_an_end(tmp_path: Path) -> None:
+def test_collecting_ends_at_its_timeout(tmp_path: Path) -> None:
     """A notice that never comes is an error that names it and the limit; a stop request ends the wait at once."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
@@ -430,7 +430,7 @@ def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
         uploader.submit(shards[3])
 
 
-def test_a_shard_that_had_no_room_is_waited_for_by_nobody(tmp_path: Path) -> None:
+def test_a_shard_without_room_becomes_a_refusal(tmp_path: Path) -> None:
     """A worker's missing shard becomes its node's refusal; the node uploads nothing more of this checkpoint."""
     store, heard = memory_store(), Heard()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)

@@ -1,4 +1,4 @@
-"""A little world that writes checkpoints through the real path and reads them back at any size."""
+"""Helpers that write checkpoints with the real code and read them with any number of workers."""
 
 import hashlib
 import uuid
@@ -142,7 +142,7 @@ def write_checkpoint(
     run_id: str = RUN_ID,
     workers: int = 1,
 ) -> Checkpoint:
-    """The whole road from tensors to the reference that a COMMIT record would hold."""
+    """All steps from tensors to the checkpoint that a COMMIT record would hold."""
     directory = checkpoint_directory(step, generation, nonce)
     shards = stage(
         folder, tensors, world_size, directory, training_state(step), run_id, workers=workers
@@ -162,7 +162,7 @@ def load_world(store: Store, manifest: FullManifest, world_size: int) -> dict[st
             first, end = row_range(entry.global_shape[0], rank, world_size)
             wanted[name] = (first, end)
             into[name] = torch.full((end - first, *entry.global_shape[1:]), float("nan"))
-        load_rows(store, manifest, wanted, into, threads=2)
+        load_rows(store, manifest, wanted, into)
         for name, rows in into.items():
             pieces[name].append(rows)
     return {name: torch.cat(rows) for name, rows in pieces.items()}

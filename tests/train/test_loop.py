@@ -118,7 +118,7 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_checkpoint_waits_for_the_upload_before(tmp_path: Path) -> None:
+def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) -> None:
     """While the last checkpoint is still being uploaded the next one is put off; the final one is not."""
     config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
     state, batches = start(config)
@@ -141,9 +141,7 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_poisoned_step_is_skipped_and_the_data_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_step_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step whose loss is not finite changes no weight and no moment, is reported, and the next step trains."""
     config = config_for(tmp_path, "train.steps=3")
     state, batches = start(config)
@@ -163,7 +161,9 @@ def test_a_poisoned_step_is_skipped_and_the_data_goes_on(
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_run_that_stays_poisoned_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_loss_stays_non_finite_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After more than `max_skipped_steps` non-finite steps in a row the run ends as diverged, weights intact."""
     config = config_for(tmp_path, "train.steps=20", "train.max_skipped_steps=2")
     state, batches = start(config)
@@ -247,7 +247,7 @@ def small_staging(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """A foreign file that takes all the room there is."""
+    """A file that fills the directory."""
     filler = folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
@@ -256,10 +256,10 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_full_staging_costs_checkpoints_and_no_worker(
+def test_a_full_staging_directory_skips_checkpoints_and_fails_no_worker(
     tmp_path: Path, small_staging: Path
 ) -> None:
-    """Without room a periodic checkpoint is skipped and leaves nothing behind; the last one waits for room."""
+    """Without room a periodic checkpoint is skipped and leaves no file; the last one waits for room."""
     config = config_for(tmp_path, "train.steps=5", "checkpoint.every_steps=2")
     filler = fill(small_staging)
 
@@ -283,8 +283,8 @@ def test_a_full_staging_costs_checkpoints_and_no_worker(
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_stop_without_room_waits_for_a_bounded_time(tmp_path: Path, small_staging: Path) -> None:
-    """A worker that must checkpoint says so while it waits, and ends in order when no room comes in time."""
+def test_a_stop_without_room_ends_at_its_timeout(tmp_path: Path, small_staging: Path) -> None:
+    """A worker that must checkpoint reports that it waits, and ends normally when there is no room in time."""
     config = config_for(tmp_path, "train.steps=1", "elastic.settle_timeout_s=0.5")
     fill(small_staging)
     agent = FakeAgent()
