@@ -1,4 +1,4 @@
-"""Part `numerics`: what exact arithmetic costs against native, in turns in one run (`benchmarks/exact.py`)."""
+"""Part `numerics`: what exact arithmetic costs against native, alternating in one run (`benchmarks/exact.py`)."""
 
 import argparse
 import json

@@ -8,7 +8,7 @@
 #
 # Parts (each in its own process, with its own limit; a part that fails or is cut does not stop the others):
 #
-#     numerics   exact against native arithmetic, in turns; median of 7 pairs                    about 30 s
+#     numerics   exact against native arithmetic, alternating; median of 7 pairs                 about 30 s
 #     snapshot   how long a checkpoint of 4.3 GB stops training, and how fast it is restored     about 60 s
 #     digests    do runs that are killed end with equal weights; W = 1, 2, 3; eager, compiled    about 200 s
 #     recovery   a worker or a node is killed: seconds by phase                                  about 120 s

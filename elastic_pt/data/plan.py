@@ -52,12 +52,8 @@ class DataPlan:
         """The order of the sources; building it takes up to a third of a second for ragged weights."""
         return Mixture(self.manifest.weights)
 
-    def rows(self, step: int, slot: int, micro_batch: int) -> list[tuple[int, int]]:
-        """The `(source, row)` pairs of one slot of one step; steps and slots count from 0."""
-        return self.slot_rows(step, range(slot, slot + 1), micro_batch)
-
     def slot_rows(self, step: int, slots: range, micro_batch: int) -> list[tuple[int, int]]:
-        """The `(source, row)` pairs of some slots of one step, slot after slot.
+        """The `(source, row)` pairs of some slots of one step, slot after slot; steps and slots count from 0.
 
         Raises `ValueError` for what is outside of the plan: that is a bug of the caller.
         """

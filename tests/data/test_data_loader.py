@@ -43,7 +43,7 @@ def test_a_batch_is_what_the_plan_says(prepared: Prepared) -> None:
         assert batch.tokens_VBT.shape == (3, MICRO_BATCH, LENGTH + 1)
         assert batch.tokens_VBT.dtype == torch.int64
         for place, slot in enumerate(range(2, 5)):
-            rows = plan.rows(batch.step, slot, MICRO_BATCH)
+            rows = plan.slot_rows(batch.step, range(slot, slot + 1), MICRO_BATCH)
             assert torch.equal(batch.tokens_VBT[place], reader.windows(rows, LENGTH))
 
 

@@ -50,7 +50,9 @@ def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
     # One epoch and a bit of the first source, two epochs and a bit of the second.
     plan = DataPlan(manifest_of([2561, 1281], [0.5, 0.5]), 16, seed, BATCH)
     undisturbed = [
-        plan.rows(step, slot, MICRO_BATCH) for step in range(STEPS) for slot in range(SLOTS)
+        plan.slot_rows(step, range(slot, slot + 1), MICRO_BATCH)
+        for step in range(STEPS)
+        for slot in range(SLOTS)
     ]
     committed: list[Rows] = []
     for world_size, strided, steps, lost_steps in [*lives, (1, False, STEPS, 0)]:
@@ -86,7 +88,7 @@ def test_every_epoch_is_a_new_order_of_all_rows(rows: int, seed: int, manifest_o
 def test_a_far_step_is_read_like_a_near_one(manifest_of: Make) -> None:
     """A step is a function of its number: nothing before it has to be counted."""
     plan = DataPlan(manifest_of([10**12, 10**9], [0.9, 0.1]), 2048, 7, 1024)
-    near, far = plan.rows(0, 3, 4), plan.rows(10**9, 3, 4)
+    near, far = (plan.slot_rows(step, range(3, 4), 4) for step in (0, 10**9))
     assert near != far
     assert far == plan.slot_rows(10**9, range(8), 4)[12:16]
     assert all(0 <= row < plan.rows_per_source[source] for source, row in far)
