@@ -32,7 +32,7 @@ from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import Assignment
-from elastic_pt.workers.heartbeat import Phase
+from elastic_pt.workers.heartbeat import WorkerPhase
 
 _PAUSE_MIN_S: Final = 0.1
 _PAUSE_MAX_S: Final = 5.0
@@ -61,7 +61,7 @@ class Provenance:
     config_fingerprint: str
 
 
-def unwatched(phase: Phase, step: int) -> None:
+def unwatched(phase: WorkerPhase, step: int) -> None:
     """Called with each phase where no watchdog looks."""
 
 
@@ -75,7 +75,7 @@ class Checkpoints:
         assignment: Assignment,
         agent: Agent,
         scratch: Path,
-        enter: Callable[[Phase, int], None] = unwatched,
+        enter: Callable[[WorkerPhase, int], None] = unwatched,
     ) -> None:
         """`scratch` is the agent's staging directory; `enter(phase, steps done)` informs the watchdog."""
         self._config = config
@@ -128,7 +128,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Copy this worker's rows of the whole state into the staging directory. Call `wait` next."""
         self._saved_step = state.steps_done
-        self._enter(Phase.STAGE, state.steps_done)
+        self._enter(WorkerPhase.STAGE, state.steps_done)
         started_s = time.monotonic()
         path = self._staging.path(state.steps_done, state.rank)
         try:

@@ -16,7 +16,7 @@ from elastic_pt.train.health import Rung
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, StepResult, run_step
 from elastic_pt.workers.assignment import Outcome
-from elastic_pt.workers.heartbeat import Phase
+from elastic_pt.workers.heartbeat import WorkerPhase
 
 
 def train(
@@ -25,7 +25,7 @@ def train(
     batches: Iterator[StepBatch],
     agent: Agent,
     checkpoints: Checkpoints,
-    enter: Callable[[Phase, int], None] = unwatched,
+    enter: Callable[[WorkerPhase, int], None] = unwatched,
 ) -> Outcome:
     """Train until the last step or until the agent wants the world to change. Worker process; communicates.
 
@@ -34,12 +34,12 @@ def train(
     last_checkpoint = state.steps_done
     while state.steps_done < config.train.steps:
         started_s = time.monotonic()
-        enter(Phase.DATA, state.steps_done)
+        enter(WorkerPhase.DATA, state.steps_done)
         batch = next(batches)
         assert batch.step == state.steps_done
         data_wait_s = time.monotonic() - started_s
         pending = checkpoints.pending
-        enter(Phase.COMPUTE, state.steps_done)
+        enter(WorkerPhase.COMPUTE, state.steps_done)
         tokens_SBT = batch.tokens_VBT.to(state.device, non_blocking=True)
         result = run_step(
             state,

@@ -34,7 +34,7 @@ from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
 from elastic_pt.workers.forking import begin_worker
-from elastic_pt.workers.heartbeat import Phase, Progress
+from elastic_pt.workers.heartbeat import Heartbeat, WorkerPhase
 
 log = structlog.get_logger("elastic_pt.train.worker")
 
@@ -51,7 +51,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     configure_events(config.telemetry.log_level, f"rank {os.environ['RANK']}")
     local_rank = int(os.environ["LOCAL_RANK"])
     resume_step = 0 if assignment.resume is None else assignment.resume.step
-    progress = Progress(scratch, local_rank, assignment.generation, resume_step)
+    progress = Heartbeat(scratch, local_rank, assignment.generation, resume_step)
     agent = WorkerSide(scratch / SOCKET_NAME)
     agent.send("activity", activity="start")
     device = resolve_device(config.train, local_rank)
@@ -62,7 +62,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     state = TrainState(config, manifest.vocab_size, mesh, device)
     checkpoints = Checkpoints(config, manifest, assignment, agent, scratch, progress.enter)
     agent.send("activity", activity="restore")
-    progress.enter(Phase.RESTORE, resume_step)
+    progress.enter(WorkerPhase.RESTORE, resume_step)
     checkpoints.load(state)
     agent.send("activity", activity="train")
     plan = DataPlan(
@@ -90,7 +90,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     )
     with loader:
         outcome = train(config, state, iter(loader), agent, checkpoints, progress.enter)
-        progress.enter(Phase.END, state.steps_done)
+        progress.enter(WorkerPhase.END, state.steps_done)
     # Nobody closes connections while another worker may still be reading from them.
     dist.barrier()
     dist.destroy_process_group()

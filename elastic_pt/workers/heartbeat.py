@@ -1,6 +1,6 @@
 """A worker's heartbeat: two files in the node's scratch directory that the agent reads.
 
-    progress-<local rank>   in shared memory: ticks, step, phase, and when these last changed
+    heartbeat-<local rank>  in shared memory: ticks, step, phase, and when these last changed
     stacks-<local rank>     Python stacks of all its threads: when asked for, and when a fatal signal ends it
 
 A worker in trouble does not have to cooperate. Its numbers stop changing, and a signal handler in C, which does not
@@ -37,7 +37,7 @@ _STACKS_QUIET_S: Final = 0.05
 _PF_EXITING: Final = 0x4
 
 
-class Phase(IntEnum):
+class WorkerPhase(IntEnum):
     """What a worker is doing."""
 
     START = 0
@@ -52,7 +52,7 @@ class Phase(IntEnum):
     """Waiting for the others after its last step."""
 
 
-class Progress:
+class Heartbeat:
     """Writes the heartbeat. The main thread calls `enter`; another thread ticks. Worker process.
 
     A tick needs the interpreter's lock and nothing else. Ticks stop when the process is stopped, is in
@@ -69,11 +69,11 @@ class Progress:
         partial.write_bytes(_HEADER.pack(_VERSION, generation).ljust(_FILE_BYTES, b"\0"))
         with partial.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _FILE_BYTES)
-        self.enter(Phase.START, step)
+        self.enter(WorkerPhase.START, step)
         partial.rename(path)
-        threading.Thread(target=self._tick, name="progress", daemon=True).start()
+        threading.Thread(target=self._tick, name="heartbeat", daemon=True).start()
 
-    def enter(self, phase: Phase, step: int) -> None:
+    def enter(self, phase: WorkerPhase, step: int) -> None:
         """Write what comes next; `step` steps of the run are done."""
         # A reader may see one of the three values before the others. It counts that as one more change.
         _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
@@ -93,12 +93,12 @@ class Reading:
     ticks: int
     step: int
     """Steps of the run that are done."""
-    phase: Phase
+    phase: WorkerPhase
     changed_s: float
     """When step or phase last changed, on the machine's monotonic clock."""
 
 
-class ProgressReader:
+class HeartbeatReader:
     """Reads the heartbeat of one worker. Agent process; made before the worker starts.
 
     It removes the files of an earlier worker, and never reads a file of another generation.
@@ -125,7 +125,7 @@ class ProgressReader:
             self._map = found
         (ticks,) = _TICKS.unpack_from(self._map, _TICKS_AT)
         changed_ns, step, phase = _PROGRESS.unpack_from(self._map, _PROGRESS_AT)
-        return Reading(ticks, step, Phase(phase), changed_ns / 1e9)
+        return Reading(ticks, step, WorkerPhase(phase), changed_ns / 1e9)
 
     def stacks(self) -> str:
         """The end of the stacks that the worker has written so far: the main thread comes last."""
@@ -181,4 +181,4 @@ def _kernel_function(pid: int) -> str:
 
 
 def _path(scratch: Path, local_rank: int) -> Path:
-    return scratch / f"progress-{local_rank}"
+    return scratch / f"heartbeat-{local_rank}"

@@ -35,7 +35,7 @@ from elastic_pt.workers.failure import (
     read_error_file,
     root_cause,
 )
-from elastic_pt.workers.heartbeat import ProgressReader, process_state
+from elastic_pt.workers.heartbeat import HeartbeatReader, process_state
 from elastic_pt.workers.watchdog import Detector, Hang, WatchdogLimits
 
 _MONITOR_INTERVAL_S: Final = 0.02
@@ -51,7 +51,7 @@ class _Watched:
     rank: int
     process: Any
     """Of `multiprocessing`; its exit code comes from the fork server."""
-    reader: ProgressReader
+    reader: HeartbeatReader
     detector: Detector
     oom_kills: OomKills
     error_file: Path
@@ -122,7 +122,7 @@ class NodeProcesses(LocalElasticAgent):
         formed = self._rendezvous_handler.formed
         assert formed is not None
         readers = [
-            ProgressReader(self._scratch, worker.local_rank, formed.generation.number)
+            HeartbeatReader(self._scratch, worker.local_rank, formed.generation.number)
             for worker in worker_group.workers
         ]
         before = set(multiprocessing.active_children())

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from elastic_pt.workers.heartbeat import Phase, Reading
+from elastic_pt.workers.heartbeat import Reading, WorkerPhase
 
 _LOOK_GAP_MAX_S: Final = 1.0
 _GAP_FACTOR: Final = 3.0
@@ -28,7 +28,7 @@ _STEPS_BEFORE_DROPPING: Final = 16
 
 _STOPPED: Final = ("T", "t")
 _ENDING: Final = ("Z", "X", "")
-_UNHURRIED: Final = (Phase.START, Phase.RESTORE, Phase.END)
+_UNHURRIED: Final = (WorkerPhase.START, WorkerPhase.RESTORE, WorkerPhase.END)
 _WORDS: Final = {
     "T": "stopped",
     "t": "stopped by a debugger",
@@ -63,7 +63,7 @@ class Hang:
     seconds: float
     limit_s: float
     step: int
-    phase: Phase
+    phase: WorkerPhase
     state: str
     """The process's state letter."""
 
@@ -128,7 +128,7 @@ class Detector:
             last.phase,
         ):
             return
-        if last.phase is Phase.STAGE:
+        if last.phase is WorkerPhase.STAGE:
             self._stage_s = self._unchanged_s
         if reading.step > last.step and last.phase not in _UNHURRIED:
             self._cycles_s.append(self._cycle_s / (reading.step - last.step))
@@ -163,7 +163,7 @@ class Detector:
         return self._hang(False, self._unchanged_s, limit_s, state)
 
     def _progress_limit_s(self) -> float:
-        computes = self._last is not None and self._last.phase is Phase.COMPUTE
+        computes = self._last is not None and self._last.phase is WorkerPhase.COMPUTE
         if not computes or len(self._cycles_s) < _STEPS_BEFORE_JUDGING:
             return self._limits.startup_timeout_s
         # With many steps, ignore the longest: a single slow step must not raise the limit.
@@ -174,5 +174,5 @@ class Detector:
 
     def _hang(self, standstill: bool, seconds: float, limit_s: float, state: str) -> Hang:
         step = self._last.step if self._last else 0
-        phase = self._last.phase if self._last else Phase.START
+        phase = self._last.phase if self._last else WorkerPhase.START
         return Hang(standstill, seconds, limit_s, step, phase, state)

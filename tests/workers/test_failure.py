@@ -15,10 +15,10 @@ from elastic_pt.workers.failure import (
     read_error_file,
     root_cause,
 )
-from elastic_pt.workers.heartbeat import Phase
+from elastic_pt.workers.heartbeat import WorkerPhase
 from elastic_pt.workers.watchdog import Hang
 
-STOPPED = Hang(True, 2.13, 2.0, 12, Phase.COMPUTE, "T")
+STOPPED = Hang(True, 2.13, 2.0, 12, WorkerPhase.COMPUTE, "T")
 GLOO = "RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:21126"
 NATIVE_ABORT = "Fatal Python error: Aborted\n\nThread 0x00007f (most recent call first):\n  File"
 OWN_ABORT = NATIVE_ABORT.replace("Thread 0x", "Current thread 0x")

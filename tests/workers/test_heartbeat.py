@@ -15,9 +15,9 @@ import pytest
 from elastic_pt.workers.heartbeat import (
     STACKS_TIMEOUT_S,
     TICK_INTERVAL_S,
-    Phase,
-    ProgressReader,
+    HeartbeatReader,
     Reading,
+    WorkerPhase,
     process_state,
 )
 
@@ -27,13 +27,13 @@ FREEZER = Path("/sys/fs/cgroup/freezer")
 WORKER = """
 import ctypes, os, re, signal, sys, threading, time
 from pathlib import Path
-from elastic_pt.workers.heartbeat import Phase, Progress
+from elastic_pt.workers.heartbeat import WorkerPhase, Heartbeat
 
 def in_a_named_function():
     {act}
 
-progress = Progress(Path(sys.argv[1]), 0, 7, 400)
-progress.enter(Phase.COMPUTE, 412)
+progress = Heartbeat(Path(sys.argv[1]), 0, 7, 400)
+progress.enter(WorkerPhase.COMPUTE, 412)
 print("entered", flush=True)
 sys.stdin.readline()
 in_a_named_function()
@@ -74,14 +74,14 @@ def until(condition: Callable[[], bool]) -> None:
         waiting.wait(0.01)
 
 
-def read(reader: ProgressReader) -> Reading:
+def read(reader: HeartbeatReader) -> Reading:
     """The account, which must be there."""
     reading = reader.read()
     assert reading is not None
     return reading
 
 
-def stands_still(reader: ProgressReader) -> bool:
+def stands_still(reader: HeartbeatReader) -> bool:
     """Whether no tick comes in the time of five."""
     before = read(reader).ticks
     threading.Event().wait(5 * TICK_INTERVAL_S)
@@ -90,13 +90,13 @@ def stands_still(reader: ProgressReader) -> bool:
 
 def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
     """Step, phase and the time of their last change arrive, and ticks go on while the worker waits."""
-    reader = ProgressReader(tmp_path, 0, 7)
+    reader = HeartbeatReader(tmp_path, 0, 7)
     assert reader.read() is None
     before_s = time.monotonic()
     with worker(tmp_path) as process:
         go_on(process)
         reading = read(reader)
-        assert (reading.step, reading.phase) == (412, Phase.COMPUTE)
+        assert (reading.step, reading.phase) == (412, WorkerPhase.COMPUTE)
         assert before_s < reading.changed_s < time.monotonic()
         until(lambda: read(reader).ticks >= 3)
         assert read(reader).changed_s == reading.changed_s
@@ -104,17 +104,17 @@ def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
 
 def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
     """What an earlier worker left is removed, and a file of another generation is not read."""
-    early = ProgressReader(tmp_path, 0, 6)
+    early = HeartbeatReader(tmp_path, 0, 6)
     with worker(tmp_path):
         assert early.read() is None
-        assert ProgressReader(tmp_path, 1, 7).read() is None
-    assert ProgressReader(tmp_path, 0, 7).read() is None
+        assert HeartbeatReader(tmp_path, 1, 7).read() is None
+    assert HeartbeatReader(tmp_path, 0, 7).read() is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path) -> None:
     """SIGSTOP ends the ticks; the stacks, asked for, name the function that it was stopped in."""
-    reader = ProgressReader(tmp_path, 0, 7)
+    reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "threading.Event().wait()") as process:
         go_on(process)
         until(lambda: read(reader).ticks >= 1)
@@ -131,7 +131,7 @@ def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path
 
 def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) -> None:
     """A C function that keeps the interpreter's lock ends the ticks, and its stack is told all the same."""
-    reader = ProgressReader(tmp_path, 0, 7)
+    reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "re.match('(a?){40}a{40}', 'a' * 40)") as process:
         until(lambda: read(reader).ticks >= 1)
         go_on(process)
@@ -142,7 +142,7 @@ def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) ->
 
 def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
     """A fatal signal that Python can still handle leaves the stacks without being asked."""
-    reader = ProgressReader(tmp_path, 0, 7)
+    reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "ctypes.string_at(1)") as process:
         go_on(process)
         assert process.wait(PATIENCE_S) == -signal.SIGSEGV
@@ -156,7 +156,7 @@ def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
 )
 def test_a_worker_asleep_in_the_kernel_leaves_a_note_instead_of_stacks(tmp_path: Path) -> None:
     """Without an answer the text says so within its time limit, with the process's state and kernel function."""
-    reader = ProgressReader(tmp_path, 0, 7)
+    reader = HeartbeatReader(tmp_path, 0, 7)
     group = FREEZER / f"elastic_pt-test-{os.getpid()}"
     group.mkdir()
     try:
@@ -186,4 +186,4 @@ def test_states_of_processes_that_end(tmp_path: Path) -> None:
         until(lambda: process_state(process.pid) == "Z")
         process.wait()
         assert process_state(process.pid) == ""
-    assert ProgressReader(tmp_path, 0, 7).request_stacks(process.pid) == ""
+    assert HeartbeatReader(tmp_path, 0, 7).request_stacks(process.pid) == ""

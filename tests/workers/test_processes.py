@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 from elastic_pt.errors import NodeFailure
 from elastic_pt.workers.failure import FailureCause, WorkerFailure, read_error_file
 from elastic_pt.workers.forking import begin_worker, import_once, start_fork_server
-from elastic_pt.workers.heartbeat import Phase, Progress, process_state
+from elastic_pt.workers.heartbeat import Heartbeat, WorkerPhase, process_state
 from elastic_pt.workers.processes import NodeProcesses
 from elastic_pt.workers.watchdog import WatchdogLimits
 
@@ -46,9 +46,9 @@ def work(scratch: str, acts: str) -> str:
     """A worker's life: some steps, and then the act of its local rank."""
     begin_worker({})
     rank, attempt = (int(os.environ[key]) for key in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
-    progress = Progress(Path(scratch), rank, attempt + 1, 10)
+    progress = Heartbeat(Path(scratch), rank, attempt + 1, 10)
     for step in (10, 11, 12):
-        progress.enter(Phase.COMPUTE, step)
+        progress.enter(WorkerPhase.COMPUTE, step)
         # Long enough for the agent to see each.
         time.sleep(0.15)
     (Path(scratch) / f"pid-{rank}").write_text(str(os.getpid()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from elastic_pt.workers.heartbeat import TICK_INTERVAL_S, Phase, Reading
+from elastic_pt.workers.heartbeat import TICK_INTERVAL_S, Reading, WorkerPhase
 from elastic_pt.workers.watchdog import Detector, Hang, WatchdogLimits
 
 LOOK_S = 0.1
@@ -19,13 +19,13 @@ class Worker:
 
     def __init__(self, limits: WatchdogLimits = LIMITS) -> None:
         self.now_s = 1000.0
-        self.phase, self.step = Phase.START, 0
+        self.phase, self.step = WorkerPhase.START, 0
         self._ticks, self._changed_s = 1.0, self.now_s
         self.detector = Detector(limits, self.now_s)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: WorkerPhase) -> None:
         """Go on to a phase; finishing COMPUTE finishes a step."""
-        self.step += self.phase is Phase.COMPUTE
+        self.step += self.phase is WorkerPhase.COMPUTE
         self.phase, self._changed_s = phase, self.now_s
 
     def stay(
@@ -48,9 +48,9 @@ class Worker:
 
     def do_step(self, seconds: float, look_s: float = LOOK_S) -> Hang | None:
         """A whole step: waiting for data for a twentieth of the time, then computing."""
-        self.enter(Phase.DATA)
+        self.enter(WorkerPhase.DATA)
         hang = self.stay(seconds / 20, look_s=look_s)
-        self.enter(Phase.COMPUTE)
+        self.enter(WorkerPhase.COMPUTE)
         return hang or self.stay(seconds * 19 / 20, look_s=look_s)
 
 
@@ -60,8 +60,8 @@ def at_work(step_s: float = 0.5, steps: int = 20, limits: WatchdogLimits = LIMIT
     assert worker.stay(3.0) is None
     for _ in range(steps):
         assert worker.do_step(step_s) is None
-    worker.enter(Phase.DATA)
-    worker.enter(Phase.COMPUTE)
+    worker.enter(WorkerPhase.DATA)
+    worker.enter(WorkerPhase.COMPUTE)
     assert worker.look() is None
     return worker
 
@@ -101,7 +101,7 @@ def test_noise_is_no_hang(
 @pytest.mark.parametrize("offset_s", [0.0, 0.03, 0.07])
 def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
     """A stopped process counts as hung after `hang_timeout_s` and two looks, in whatever it was doing."""
-    for phase in Phase:
+    for phase in WorkerPhase:
         worker = at_work()
         worker.enter(phase)
         worker.stay(1.0 + offset_s)
@@ -150,13 +150,13 @@ def test_patience_follows_long_steps() -> None:
 def test_one_freak_step_does_not_raise_the_limit_but_two_do() -> None:
     """Patience follows what happens twice among the last steps, and forgets it again."""
     worker = at_work(step_s=1.0)
-    worker.enter(Phase.DATA)
+    worker.enter(WorkerPhase.DATA)
     limits_s = []
     for freaks in (1, 1, 0):
         for _ in range(freaks):
-            worker.enter(Phase.COMPUTE)
+            worker.enter(WorkerPhase.COMPUTE)
             worker.stay(9.0)
-            worker.enter(Phase.DATA)
+            worker.enter(WorkerPhase.DATA)
         for _ in range(64 if freaks == 0 else 3):
             worker.do_step(1.0)
         limits_s.append(worker.detector._progress_limit_s())
@@ -202,17 +202,17 @@ def test_a_worker_without_a_sign_of_life_is_found() -> None:
 def test_a_long_wait_for_data_is_no_hang() -> None:
     """Waiting for the bucket for minutes while ticking is not hanging."""
     worker = at_work()
-    worker.enter(Phase.DATA)
+    worker.enter(WorkerPhase.DATA)
     assert worker.stay(300.0) is None
 
 
 def test_patience_follows_slow_staging() -> None:
     """Who waits in a step for another worker's staging has the patience of its own staging, six times."""
     worker = at_work()
-    worker.enter(Phase.STAGE)
+    worker.enter(WorkerPhase.STAGE)
     assert worker.stay(12.0) is None
-    worker.enter(Phase.DATA)
-    worker.enter(Phase.COMPUTE)
+    worker.enter(WorkerPhase.DATA)
+    worker.enter(WorkerPhase.COMPUTE)
     assert worker.stay(70.0) is None
     assert worker.stay(5.0) is not None
 
@@ -266,17 +266,17 @@ def test_a_stopped_sibling_is_suspected_at_once() -> None:
     assert worker.detector.stopped("S") is None
 
 
-def random_lives(seed: int) -> Iterator[tuple[Phase, float]]:
+def random_lives(seed: int) -> Iterator[tuple[WorkerPhase, float]]:
     """Phases of a worker's life with durations that stay below every limit."""
     random_ = random.Random(seed)
-    yield Phase.START, random_.uniform(0, 500)
-    yield Phase.RESTORE, random_.uniform(0, 500)
+    yield WorkerPhase.START, random_.uniform(0, 500)
+    yield WorkerPhase.RESTORE, random_.uniform(0, 500)
     for _ in range(200):
-        yield Phase.DATA, random_.choice([0.01, 0.01, 0.1, 100.0])
-        yield Phase.COMPUTE, math.exp(random_.uniform(-5, 2.3))
+        yield WorkerPhase.DATA, random_.choice([0.01, 0.01, 0.1, 100.0])
+        yield WorkerPhase.COMPUTE, math.exp(random_.uniform(-5, 2.3))
         if random_.random() < 0.1:
-            yield Phase.STAGE, random_.uniform(0, 60)
-    yield Phase.END, random_.uniform(0, 500)
+            yield WorkerPhase.STAGE, random_.uniform(0, 60)
+    yield WorkerPhase.END, random_.uniform(0, 500)
 
 
 @pytest.mark.parametrize("seed", range(5))
