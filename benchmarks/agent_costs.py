@@ -87,7 +87,7 @@ async def message_s(directory: str, members: tuple[Member, ...]) -> float:
     try:
         ports = [await each.serve("127.0.0.1") for each in links]
         there_member = dataclasses.replace(members[1], port=ports[1])
-        there.say(member=there_member)
+        there.me.say(member=there_member)
         received = there.table.received
         count = 0
 

@@ -1,6 +1,6 @@
 """Part `snapshot`: how long a checkpoint stops training today, where the time goes, and how fast it comes back.
 
-stall     `train.loop.stage`: copy to host and write into the staging directory; the next step waits for it
+stall     `Checkpoints.save`: copy to host and write into the staging directory; the next step waits for it
 parts     device to host (pageable as today; pinned for comparison), host to staging, device to device
 upload    hash and copy to a store on the local disk; the agent does it beside training
 restore   `load_rows` from that store into the device, with a cold and a warm page cache
@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Final, cast
 
 import torch
 
@@ -28,18 +30,17 @@ from benchmarks.cuda.alone import (
 )
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import SIZES
+from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.restore import load_rows, read_index
+from elastic_pt.checkpoint.publish import publish_manifest, publish_node
+from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import Staging
-from elastic_pt.checkpoint.upload import (
-    StagedShard,
-    publish_manifest,
-    publish_node,
-    upload_shard,
-)
+from elastic_pt.checkpoint.upload import StagedShard, upload_shard
+from elastic_pt.data.manifest import Manifest
 from elastic_pt.store.open import open_store
-from elastic_pt.train.loop import Identity, stage
+from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.state import TrainState
+from elastic_pt.workers.assignment import Assignment
 
 _REPEATS: Final = 3
 _RUN_ID: Final = "benchmark"
@@ -47,7 +48,7 @@ _MEMORY: Final = "/dev/shm"
 
 
 class _SilentAgent:
-    """Takes the messages of `stage`."""
+    """Takes the messages of `Checkpoints.save`."""
 
     drain_requested = False
 
@@ -84,16 +85,15 @@ def run(options: argparse.Namespace, report: Report) -> None:
 def _stall(
     state: TrainState, staging: Path, state_bytes: int, step_s: float, report: Report
 ) -> Path:
-    identity = Identity("0" * 64, "0" * 64, state.config.fingerprint())
+    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="0" * 64)
     seconds = []
     for generation in range(1, _REPEATS + 1):
-        place = Staging(staging, generation)
-        path = place.path(state.steps_done, state.rank)
-        seconds += _seconds(
-            lambda place=place: stage(state.config, state, _SilentAgent(), place, identity),
-            state.device,
-            repeats=1,
+        assignment = Assignment(_RUN_ID, generation, "127.0.0.1", 1, resume=None)
+        checkpoints = Checkpoints(
+            state.config, cast(Manifest, data), assignment, _SilentAgent(), staging
         )
+        path = Staging(staging, generation).path(state.steps_done, state.rank)
+        seconds += _seconds(partial(checkpoints.save, state), state.device, repeats=1)
         if generation < _REPEATS:
             path.unlink()
     stall_s = statistics.median(seconds)
