@@ -32,10 +32,10 @@ from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import SIZES
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.publish import publish_manifest, publish_node
+from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import Staging
-from elastic_pt.checkpoint.upload import StagedShard, upload_shard
+from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.store.open import open_store
 from elastic_pt.train.checkpoints import Checkpoints
