@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from elastic_pt.config import ElasticSection
+from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus
 from elastic_pt.membership.links import Links
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodePhase, NodeStatus
 from elastic_pt.runlog.log import RunLog, record_key
 from elastic_pt.runlog.records import Generation, Member, Record
 from elastic_pt.store.open import open_store

@@ -21,9 +21,9 @@ from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.membership.links import url_of
 from elastic_pt.membership.peers import STATUS
-from elastic_pt.membership.status import NodeStatus
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Commit, Generation, Member, Quarantine
 from elastic_pt.store.open import open_store

@@ -34,12 +34,12 @@ from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.start import Prepared, prepare, read_data
 from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure
-from elastic_pt.membership.budgets import rest_s
-from elastic_pt.membership.lookups import avoid_getfqdn
+from elastic_pt.membership.address import avoid_getfqdn
+from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodeStatus
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.records import Cause, CauseKind, Stop
 from elastic_pt.store.open import open_store

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from elastic_pt.membership.status import StartTimes
+from elastic_pt.membership.decision.status import StartTimes
 from elastic_pt.runlog.records import Generation
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.goodput import Activity, GoodputLedger

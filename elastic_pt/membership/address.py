@@ -1,10 +1,25 @@
-"""Which of this machine's addresses peers should use, and the network interface that has it."""
+"""Which of this machine's addresses peers should use, and no DNS look-up on the way from a failure to the next step.
 
+Agents use addresses only. Two parts of torch look names up nevertheless, and each look-up would take seconds where the
+DNS server is silent:
+
+    torch elastic    `socket.getfqdn` for the host's name in its events       `avoid_getfqdn`, once a process
+    c10d's sockets   the name of each peer, for log messages (getnameinfo)    `without_dns`, around each connect
+
+Any process.
+"""
+
+import ctypes
 import ipaddress
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
 
 import ifaddr
+
+_RETRIES: Final = 1
+"""Index of `retry` in glibc's `struct __res_state`, which begins with two ints: `retrans` and `retry`."""
 
 
 def local_address() -> str:
@@ -32,3 +47,30 @@ def interface_of(address: str) -> str | None:
             if ipaddress.ip_address(text.partition("%")[0]) == wanted:
                 return adapter.name
     return None
+
+
+def avoid_getfqdn() -> None:
+    """Make `socket.getfqdn` of this process return its argument, or the host's unqualified name, without a look-up."""
+    socket.getfqdn = lambda name="": name or socket.gethostname()
+
+
+@contextmanager
+def without_dns() -> Iterator[None]:
+    """Let this thread's name look-ups fail at once where a DNS server would have to be asked; /etc/hosts still works.
+
+    glibc keeps the resolver's state per thread, so other threads are not affected. With another C library, which
+    has no such state, nothing changes.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.__res_init()
+        library.__res_state.restype = ctypes.POINTER(ctypes.c_int)
+        state = library.__res_state()
+    except (OSError, AttributeError):
+        yield
+        return
+    attempts, state[_RETRIES] = state[_RETRIES], 0
+    try:
+        yield
+    finally:
+        state[_RETRIES] = attempts

@@ -3,14 +3,14 @@
 import structlog
 
 from elastic_pt.errors import FencedError
-from elastic_pt.membership.admission import slots_per_member
-from elastic_pt.membership.budgets import quarantines_due
-from elastic_pt.membership.decide import Halt, Propose
-from elastic_pt.membership.memory import Memory
+from elastic_pt.membership.decision.admission import slots_per_member
+from elastic_pt.membership.decision.budgets import quarantines_due
+from elastic_pt.membership.decision.decide import Halt, Propose
+from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, frontier_step
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
 from elastic_pt.membership.resources import BoundStore, Resources
-from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, frontier_step
 from elastic_pt.runlog.identity import require_platform_since_start
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Stop

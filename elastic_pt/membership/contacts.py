@@ -11,9 +11,7 @@ In a small world every member asks every other one. In a large world all members
 
 from collections.abc import Callable, Mapping, Sequence
 
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.peers import PeerTable
-from elastic_pt.membership.status import (
+from elastic_pt.membership.decision.status import (
     LEADERS,
     MESH_NODES_MAX,
     Limits,
@@ -22,6 +20,8 @@ from elastic_pt.membership.status import (
     incarnations,
     is_lost,
 )
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.peers import PeerTable
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Member
 

@@ -16,9 +16,9 @@ import structlog
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, NodeFailure
+from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, StartTimes
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, StartTimes
 from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
 from elastic_pt.runlog.log import RunView

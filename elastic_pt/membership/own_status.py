@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-from elastic_pt.membership.status import NodeStatus
+from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.log import RunLog
 
 

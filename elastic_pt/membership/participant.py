@@ -13,20 +13,22 @@ from typing import Final
 import structlog
 
 from elastic_pt.errors import ConfigError
-from elastic_pt.membership.admission import newcomers, refusal
 from elastic_pt.membership.appender import Appender
-from elastic_pt.membership.assessment import Assessment, assess
-from elastic_pt.membership.budgets import halt, kept_out
 from elastic_pt.membership.contacts import Contacts
-from elastic_pt.membership.decide import Decision, Drain, Ended, Halt, Propose, Wait, decide
-from elastic_pt.membership.lobby import Lobby
-from elastic_pt.membership.memory import Memory
-from elastic_pt.membership.own_status import OwnStatus
-from elastic_pt.membership.peers import Message, PeerTable
-from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.pulse_watch import PulseWatch
-from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import (
+from elastic_pt.membership.decision.admission import newcomers, refusal
+from elastic_pt.membership.decision.assessment import Assessment, assess
+from elastic_pt.membership.decision.budgets import halt, kept_out
+from elastic_pt.membership.decision.decide import (
+    Decision,
+    Drain,
+    Ended,
+    Halt,
+    Propose,
+    Wait,
+    decide,
+)
+from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.status import (
     Limits,
     NodeStatus,
     difference,
@@ -34,7 +36,12 @@ from elastic_pt.membership.status import (
     incarnations,
     is_lost,
 )
-from elastic_pt.membership.view import View
+from elastic_pt.membership.decision.view import View
+from elastic_pt.membership.lobby import Lobby
+from elastic_pt.membership.own_status import OwnStatus
+from elastic_pt.membership.peers import Message, PeerTable
+from elastic_pt.membership.pulse import Pulse, PulseWatch
+from elastic_pt.membership.resources import Resources
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member
 

@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, TypeAdapter
 
-from elastic_pt.membership.status import NodeStatus, Peer, is_news
+from elastic_pt.membership.decision.status import NodeStatus, Peer, is_news
 
 _PEERS_MAX: Final = 4096
 _UNANSWERED_MAX: Final = 256

@@ -7,15 +7,24 @@ too early, and the log decides in any case.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from elastic_pt.errors import LogDamaged, NotFound
-from elastic_pt.runlog.log import record_key
-from elastic_pt.runlog.records import Record
+import structlog
+
+from elastic_pt.errors import LogDamaged, NotFound, StoreError
+from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.status import NodePhase
+from elastic_pt.membership.own_status import OwnStatus
+from elastic_pt.runlog.log import RunLog, RunView, record_key
+from elastic_pt.runlog.records import Generation, Record
 from elastic_pt.store.port import Store
 
 KEY: Final = "pulse.json"
+_PULSES_PER_TAKEOVER: Final = 4
+
+log = structlog.get_logger("elastic_pt.participant")
 
 
 @dataclass
@@ -45,3 +54,69 @@ class Pulse:
             return Record.from_bytes(self.store.read(key), key=key)
         except (NotFound, LogDamaged):
             return None
+
+
+class PulseWatch:
+    """Writes or reads the pulse, whichever is due. Agent process; `step` from one thread of its own."""
+
+    def __init__(
+        self,
+        me: OwnStatus,
+        run_log: RunLog,
+        pulse: Pulse,
+        memory: Memory,
+        takeover_s: float,
+        clock_s: Callable[[], float],
+    ) -> None:
+        self._me = me
+        self._log = run_log
+        self._pulse = pulse
+        self._memory = memory
+        self._pause_s = takeover_s / _PULSES_PER_TAKEOVER
+        self._clock_s = clock_s
+        self._written_s = self._read_s = self._looked_s = float("-inf")
+        self.log_has_grown = False
+        """Whether the log has a record that this node has not read."""
+
+    def step(self, *, cut_off: bool) -> None:
+        """Write or read the pulse if that is due; `cut_off` says that no member can tell this node how the run goes on.
+
+        Blocks on the bucket; never raises `StoreError`.
+        """
+        now_s, view = self._clock_s(), self._log.view
+        try:
+            if self._leads(view) and now_s - self._written_s >= self._pause_s:
+                self._written_s = now_s
+                self._pulse.beat(view.generation_number)
+                if now_s - self._looked_s >= 2 * self._pause_s:
+                    self._looked_s = now_s
+                    self._look_for_takeover(view)
+            elif cut_off and now_s - self._read_s >= self._pause_s:
+                self._read_s = now_s
+                self._memory.pulse_read(self._pulse.feel(), now_s, self._clock_s())
+        except StoreError as error:
+            self._memory.bucket_failed(self._clock_s())
+            log.debug("pulse_unreachable", cause=str(error))
+
+    def _leads(self, view: RunView) -> bool:
+        """Whether this node is the first member of a generation that trains."""
+        generation, me = view.generation, self._me.stated
+        return (
+            generation is not None
+            and view.stop is None
+            and generation.rank_of(me.member.incarnation) == 0
+            and me.phase is not NodePhase.WAITING
+            and me.broken < generation.number
+        )
+
+    def _look_for_takeover(self, view: RunView) -> None:
+        """Give the generation up if the next record in the log is another GENERATION.
+
+        `Participant.turn` may still be waiting for a request from when the bucket was away. The workers must end anyway.
+        """
+        next_record = self._pulse.record(view.length)
+        self.log_has_grown = next_record is not None
+        if next_record is not None and isinstance(next_record.body, Generation):
+            if self._log.view.length == view.length:
+                log.warning("taken_over", generation=next_record.body.number)
+            self._me.give_up(view.generation_number)

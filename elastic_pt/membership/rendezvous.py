@@ -28,9 +28,9 @@ from torch.distributed.elastic.rendezvous import (
 from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.membership.address import local_address
+from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.node import Formed, Node, new_member, new_node
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodeStatus
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Stop

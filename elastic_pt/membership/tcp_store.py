@@ -11,7 +11,7 @@ from typing import Final
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.errors import StoreError
-from elastic_pt.membership.lookups import without_dns
+from elastic_pt.membership.address import without_dns
 from elastic_pt.runlog.records import Generation
 
 TIMEOUT: Final = datetime.timedelta(seconds=20)

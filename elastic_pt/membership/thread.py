@@ -15,9 +15,9 @@ from typing import Final, Protocol
 import structlog
 
 from elastic_pt.errors import LogDamaged, StoreError
+from elastic_pt.membership.decision.status import is_news
 from elastic_pt.membership.links import Links, run_token
 from elastic_pt.membership.participant import Participant
-from elastic_pt.membership.status import is_news
 from elastic_pt.store.port import Store
 
 _LEAVE_TIMEOUT_S: Final = 10.0

@@ -32,11 +32,11 @@ from pydantic import ValidationError
 from elastic_pt.checkpoint import history
 from elastic_pt.config import Config
 from elastic_pt.errors import ConfigError, NotFound
-from elastic_pt.membership.decide import park
+from elastic_pt.membership.decision.decide import park
+from elastic_pt.membership.decision.status import NodePhase, NodeStatus
 from elastic_pt.membership.links import TOKEN_KEY, url_of
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.membership.peers import STATUS
-from elastic_pt.membership.status import NodePhase, NodeStatus
 from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (

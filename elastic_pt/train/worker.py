@@ -23,7 +23,7 @@ from elastic_pt.data.loader import SlotLoader
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
-from elastic_pt.membership.lookups import without_dns
+from elastic_pt.membership.address import without_dns
 from elastic_pt.model.parallel import choose_backend, resolve_device
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.events import configure_events

@@ -7,7 +7,7 @@ traceback, and counts more than the exit code.
 
 A failure comes from the surroundings or from the program. The surroundings may have changed at the next attempt:
 space, I/O, the store, memory, the device, the network, a signal from outside. The program is a function of state,
-data and code, and fails again. Only the program's failures may end a run (`membership.budgets`).
+data and code, and fails again. Only the program's failures may end a run (`membership.decision.budgets`).
 """
 
 import json

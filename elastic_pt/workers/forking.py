@@ -28,7 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from elastic_pt.errors import NodeFailure
-from elastic_pt.membership.lookups import avoid_getfqdn
+from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.workers.scratch import semaphore_prefix
 
 if TYPE_CHECKING:

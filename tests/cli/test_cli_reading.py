@@ -16,7 +16,7 @@ from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.membership.status import NodePhase, NodeStatus
+from elastic_pt.membership.decision.status import NodePhase, NodeStatus
 from elastic_pt.report.status import State, judge, open_run, read_history
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member, Stop

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import STEPS, Trained, elastic_pt
 
-from elastic_pt.membership.admission import slots_per_member
+from elastic_pt.membership.decision.admission import slots_per_member
 from elastic_pt.report.explanation import Change, End, FirstStep, as_json, explain
 from elastic_pt.report.status import describe
 from elastic_pt.runlog.log import RunLog

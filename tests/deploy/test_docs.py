@@ -19,8 +19,8 @@ from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
 from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
-from elastic_pt.membership.admission import spans
-from elastic_pt.membership.status import NodePhase
+from elastic_pt.membership.decision.admission import spans
+from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.report.status import CommitReport, MemberReport, RunStatus, State
 from elastic_pt.runlog.records import Kind, Record, Stop
 from elastic_pt.telemetry.catalogue import Metrics

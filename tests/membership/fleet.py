@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 
+from elastic_pt.membership.decision.status import Limits, NodePhase
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import BoundStore, Resources
-from elastic_pt.membership.status import Limits, NodePhase
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     Cause,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from elastic_pt.membership.decision.status import MESH_NODES_MAX
 from elastic_pt.membership.lobby import LOBBY, card_key
-from elastic_pt.membership.status import MESH_NODES_MAX
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import TICK_S, Fleet, names
 from tests.membership.world import LIMITS, changed

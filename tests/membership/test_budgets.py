@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.membership.budgets import (
+from elastic_pt.membership.decision.budgets import (
     SPACED_S,
     Moments,
     flaps,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_pt.membership.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
-from elastic_pt.membership.decide import Drain, Ended, Halt, Propose, Wait, park
-from elastic_pt.membership.status import MESH_NODES_MAX, NodePhase, Peer
+from elastic_pt.membership.decision.assessment import LINK_FRESH_SHARE, LINK_GRACE_SHARE
+from elastic_pt.membership.decision.decide import Drain, Ended, Halt, Propose, Wait, park
+from elastic_pt.membership.decision.status import MESH_NODES_MAX, NodePhase, Peer
 from elastic_pt.runlog.records import CauseKind, Generation, Stop
 from tests.membership.world import (
     LIMITS,

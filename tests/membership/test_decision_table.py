@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from elastic_pt.membership import decide as module
-from elastic_pt.membership.decide import Decision, Propose, Wait
-from elastic_pt.membership.status import NodePhase
+from elastic_pt.membership.decision import decide as module
+from elastic_pt.membership.decision.decide import Decision, Propose, Wait
+from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.runlog.records import CauseKind, Stop
 from tests.membership.world import (
     LIMITS,

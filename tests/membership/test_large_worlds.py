@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, newcomers
-from elastic_pt.membership.assessment import assess
-from elastic_pt.membership.status import MESH_NODES_MAX
+from elastic_pt.membership.decision.admission import SPARE_SILENCE_SHARE, newcomers
+from elastic_pt.membership.decision.assessment import assess
+from elastic_pt.membership.decision.status import MESH_NODES_MAX
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
 from tests.membership.fleet import TICK_S, Fleet, names

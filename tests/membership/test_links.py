@@ -18,11 +18,11 @@ import aiohttp
 import pytest
 
 from elastic_pt.config import ElasticSection
+from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.open import open_store

@@ -7,10 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, slots_per_member, spans
 from elastic_pt.membership.contacts import whom_to_ask
-from elastic_pt.membership.decide import Drain, Wait
-from elastic_pt.membership.status import MESH_NODES_MAX, Limits, NodePhase, NodeStatus, Peer
+from elastic_pt.membership.decision.admission import SPARE_SILENCE_SHARE, slots_per_member, spans
+from elastic_pt.membership.decision.decide import Drain, Wait
+from elastic_pt.membership.decision.status import (
+    MESH_NODES_MAX,
+    Limits,
+    NodePhase,
+    NodeStatus,
+    Peer,
+)
 from elastic_pt.runlog.records import CauseKind
 from tests.membership.world import (
     LIMITS,

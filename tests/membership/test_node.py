@@ -15,10 +15,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
+from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes
 from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodeStatus, StartTimes
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, Recovery, Stop

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from elastic_pt.errors import ConfigError, StoreError
-from elastic_pt.membership.admission import SPARE_SILENCE_SHARE, slots_per_member
-from elastic_pt.membership.decide import Drain, Wait
+from elastic_pt.membership.decision.admission import SPARE_SILENCE_SHARE, slots_per_member
+from elastic_pt.membership.decision.decide import Drain, Wait
 from elastic_pt.membership.lobby import LOBBY
 from elastic_pt.membership.peers import Message
 from elastic_pt.runlog.log import RunLog, RunView

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from elastic_pt.errors import StoreError
-from elastic_pt.membership.budgets import SPACED_S
-from elastic_pt.membership.decide import Ended, Wait
+from elastic_pt.membership.decision.budgets import SPACED_S
+from elastic_pt.membership.decision.decide import Ended, Wait
+from elastic_pt.membership.decision.status import NodePhase, StartTimes
 from elastic_pt.membership.pulse import KEY, Pulse
-from elastic_pt.membership.status import NodePhase, StartTimes
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import (
     Checkpoint,

@@ -7,7 +7,7 @@ import pytest
 from elastic_pt.agent.start import require_fencing
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import ConfigError
-from elastic_pt.membership.status import NodePhase
+from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import Reopen
 from tests.membership.bucket import WatchedStore

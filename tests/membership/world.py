@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.membership.admission import newcomers, slots_per_member
-from elastic_pt.membership.assessment import assess
-from elastic_pt.membership.decide import Decision, Propose, decide
-from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, Peer
-from elastic_pt.membership.view import View
+from elastic_pt.membership.decision.admission import newcomers, slots_per_member
+from elastic_pt.membership.decision.assessment import assess
+from elastic_pt.membership.decision.decide import Decision, Propose, decide
+from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, Peer
+from elastic_pt.membership.decision.view import View
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 NOW_S = 1000.0

@@ -233,7 +233,7 @@ def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) 
     (package / "__pycache__" / "agent.cpython-311.pyc").write_bytes(b"compiled")
     assert fingerprint(config(), DATA, PLATFORM) == mine
     seen = {mine["code"]}
-    membership = package / "membership" / "decide.py"
+    membership = package / "membership" / "decision" / "decide.py"
     for change in (
         lambda: membership.write_bytes(membership.read_bytes() + b"\n"),
         lambda: (package / "membership" / "news.py").write_text(""),

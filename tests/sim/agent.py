@@ -18,11 +18,11 @@ from typing import Any, Final
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
-from elastic_pt.membership.budgets import rest_s
+from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     COMPLETED,

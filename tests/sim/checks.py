@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from elastic_pt.membership.decision.status import Limits
 from elastic_pt.membership.peers import Message
-from elastic_pt.membership.status import Limits
 from elastic_pt.runlog.log import RunView, fold, record_key
 from elastic_pt.runlog.records import (
     COMPLETED,

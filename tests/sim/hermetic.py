@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from elastic_pt.membership import appender, budgets, lobby, node, participant, pulse_watch
+from elastic_pt.membership import appender, lobby, node, participant, pulse
+from elastic_pt.membership.decision import budgets
 from elastic_pt.runlog import log
 from elastic_pt.runlog.records import Record
 from elastic_pt.store import retry, s3
 from tests.sim.bucket import run_here
 
-_LOGGING = (lobby, participant, appender, pulse_watch, node, retry)
+_LOGGING = (lobby, participant, appender, pulse, node, retry)
 
 Trace = Callable[[str, dict[str, Any]], None]
 

@@ -12,14 +12,15 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from elastic_pt.errors import AlreadyExists, FencedError
-from elastic_pt.membership import decide, participant
-from elastic_pt.membership.admission import newcomers
-from elastic_pt.membership.budgets import Moments
+from elastic_pt.membership import participant
+from elastic_pt.membership.decision import decide
+from elastic_pt.membership.decision.admission import newcomers
+from elastic_pt.membership.decision.budgets import Moments
+from elastic_pt.membership.decision.status import Limits, NodeStatus, Peer
 from elastic_pt.membership.node import Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
-from elastic_pt.membership.status import Limits, NodeStatus, Peer
 from elastic_pt.runlog import log
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Body, Cause, CauseKind, Generation

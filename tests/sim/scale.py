@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.membership.status import Limits
+from elastic_pt.membership.decision.status import Limits
 from elastic_pt.runlog.records import Generation, Member
 from tests.sim.agent import AgentProcess, Costs, Habits
 from tests.sim.bucket import Pace

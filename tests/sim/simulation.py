@@ -13,7 +13,7 @@ from itertools import accumulate, combinations
 from typing import Any, Final
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.membership.status import Limits
+from elastic_pt.membership.decision.status import Limits
 from elastic_pt.runlog.records import Member, Quarantine, Record
 from tests.sim import faults
 from tests.sim.agent import AgentProcess, Habits, Surrounding

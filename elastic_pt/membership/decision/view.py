@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from elastic_pt.membership.assessment import Assessment
-from elastic_pt.membership.status import NodeStatus, Peer
+from elastic_pt.membership.decision.assessment import Assessment
+from elastic_pt.membership.decision.status import NodeStatus, Peer
 from elastic_pt.runlog.records import Generation, Stop
 
 

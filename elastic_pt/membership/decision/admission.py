@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from elastic_pt.membership.status import (
+from elastic_pt.membership.decision.status import (
     Limits,
     NodePhase,
     NodeStatus,

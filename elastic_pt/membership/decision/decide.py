@@ -22,10 +22,16 @@ from replacing each other's generations:
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from elastic_pt.membership.admission import admit, joiners
-from elastic_pt.membership.assessment import Assessment
-from elastic_pt.membership.status import Limits, NodePhase, NodeStatus, incarnations, is_lost
-from elastic_pt.membership.view import View
+from elastic_pt.membership.decision.admission import admit, joiners
+from elastic_pt.membership.decision.assessment import Assessment
+from elastic_pt.membership.decision.status import (
+    Limits,
+    NodePhase,
+    NodeStatus,
+    incarnations,
+    is_lost,
+)
+from elastic_pt.membership.decision.view import View
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from elastic_pt.membership.status import (
+from elastic_pt.membership.decision.status import (
     MESH_NODES_MAX,
     Limits,
     NodeStatus,

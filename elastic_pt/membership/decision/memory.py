@@ -11,7 +11,7 @@ All moments are on this node's own monotonic clock:
 import math
 from collections.abc import Iterable
 
-from elastic_pt.membership.budgets import Moments
+from elastic_pt.membership.decision.budgets import Moments
 from elastic_pt.runlog.log import RunView
 
 
