@@ -74,7 +74,7 @@ width = 96
 heads = 2
 kv_heads = 1
 [train]
-steps = 240
+steps = 300
 global_batch = 12
 micro_batch = 2
 learning_rate = 4e-3
@@ -233,7 +233,6 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
         show.watch("three nodes", lambda status: status.world_size == 3 and status.step > 0)
         show.now = "training"
         recovery = _lose_rank_zero(fleet, show, screen)
-        fleet.start("node-4")
         show.now = "node-4 starts"
         joined = show.watch(
             "node-4 joined",
@@ -269,7 +268,10 @@ def _train_undisturbed(config: Config, place: Path, screen: Screen) -> float:
 
 
 def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
-    """SIGKILL the node that leads, commits and holds the generation's store; measure how the others go on."""
+    """SIGKILL the node that leads, commits and holds the generation's store; measure how the others go on.
+
+    Starts the node that replaces it as soon as they train again.
+    """
     before = show.watch(
         f"step {KILL_STEP}, some steps after a checkpoint",
         lambda status: (
@@ -302,6 +304,7 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
     screen.say(
         f"   generation {after.generation}: {after.reason}; on from step {resumed}, {first_step_s:.1f} s later"
     )
+    fleet.start("node-4")
     show.now = f"steps {resumed + 1} to {before.step} again"
     show.watch(
         "the steps that were lost", lambda status: status.step > before.step, _RECOVERY_POLL_S

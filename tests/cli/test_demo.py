@@ -11,7 +11,7 @@ from rich.text import Text
 from elastic_pt.cli import demo
 from elastic_pt.cli.demo_screen import PHASES, Screen, next_commands
 
-SMALL = {"width = 96": "width = 16", "layers = 2": "layers = 1", "steps = 240": "steps = 90"}
+SMALL = {"width = 96": "width = 16", "layers = 2": "layers = 1", "steps = 300": "steps = 90"}
 
 
 @pytest.mark.chaos
