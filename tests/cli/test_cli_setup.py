@@ -129,7 +129,7 @@ def test_a_directory_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
 
 def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that does not answer is told on standard error, so that what scripts parse stays whole."""
-    monkeypatch.setattr("elastic_pt.report.status.STORE_DEADLINE_S", 0.2)
+    monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 0.2)
     result = elastic_pt("status", "ftp://127.0.0.1:1/y", "--json")
     warning, error = result.err.splitlines()
     assert (result.exit_code, result.out) == (3, "")
