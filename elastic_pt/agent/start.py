@@ -25,7 +25,7 @@ from elastic_pt.runlog.records import Member
 from elastic_pt.store.check import is_fenced
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
-from elastic_pt.workers.forking import ForkedCall
+from elastic_pt.workers.forking import ForkedCall, await_fork_server
 
 log = structlog.get_logger("elastic_pt.agent.start")
 
@@ -75,8 +75,9 @@ def prepare(
     require_staging_space(config, data.vocab_size)
     require_work(config, data, workers)
     require_cache(config, data)
-    # Last: a node must not join before it could start a worker, or all others would wait for it.
     computes = platform.wait(config.elastic.startup_timeout_s)
+    # A node must not join before it can start workers, or all others would wait for it.
+    await_fork_server(config.elastic.startup_timeout_s)
     agree_on_identity(store, config, data, computes, run_log.refresh().platform)
     cache = str(cache_directory(config.data.cache))
     return Prepared(

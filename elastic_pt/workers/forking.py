@@ -6,9 +6,10 @@
                                                                               │ fork
                                                                               └─► train.worker      (worker)
 
-torch is imported once per node, by the process that becomes the agent. It forks the server before it has a second
-thread and before it touches CUDA, because neither survives a fork. multiprocessing would start a new interpreter
-instead, which imports everything again. What only workers need, the server imports while the agent joins the run.
+torch is imported once per node, by the process that becomes the agent. It forks the server before it has a thread of
+Python's and before it touches CUDA, because neither survives a fork. multiprocessing would start a new interpreter
+instead, which imports everything again. What only workers need, the server imports while the agent checks whether it
+can take part; the agent joins when the server is ready (`await_fork_server`).
 
 Processes die with their parents: workers with the fork server, the fork server with the agent.
 """
@@ -27,7 +28,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from elastic_pt.errors import NodeFailure
+import structlog
+
+from elastic_pt.errors import ElasticPtError, NodeFailure
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.workers.scratch import semaphore_prefix
 
@@ -44,9 +47,16 @@ WARM_MODULES: Final = (
 SERVER_MODULES: Final = ("torch._inductor.config",)
 """What FSDP2's hooks and compiled training need beyond that: torch's compiler. Importing it takes a second."""
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 _SERVER: Final = "multiprocessing.forkserver"
 _DIE_WITH_PARENT: Final = f"from {__name__} import die_with_parent; die_with_parent(); "  # before the server's own first line
 _exec_server: Final = util.spawnv_passfds
+
+log = structlog.get_logger("elastic_pt.workers.forking")
+
+
+class _TooLate(BaseException):
+    """The limit of an import has passed. Not an `Exception`: a module that is imported may handle those."""
 
 
 def die_with_parent() -> None:
@@ -75,7 +85,7 @@ def import_once(modules: Sequence[str], *, threads: int, timeout_s: float) -> No
         with _at_most(timeout_s):
             for module in modules:
                 importlib.import_module(module)
-    except TimeoutError:
+    except _TooLate:
         raise NodeFailure(
             f"importing what workers need took longer than {timeout_s:g} s (elastic.startup_timeout_s)"
         ) from None
@@ -109,13 +119,46 @@ def start_fork_server(
     forkserver.ensure_running()
 
 
+def await_fork_server(timeout_s: float) -> None:
+    """Block until the server has forked a process. Agent process.
+
+    Raises `NodeFailure` after `timeout_s`, and kills the server: the next attempt starts another one.
+    """
+    ready = threading.Event()
+
+    def fork() -> None:
+        empty = get_context("forkserver").Process(target=_nothing, daemon=True)
+        empty.start()
+        ready.set()
+        empty.join()
+
+    # In a thread: a server that hangs would block this process without a limit.
+    threading.Thread(target=fork, name="fork server", daemon=True).start()
+    if not ready.wait(timeout_s):
+        with suppress(ProcessLookupError):
+            os.kill(_server_pid(), signal.SIGKILL)
+        raise NodeFailure(
+            f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
+        )
+
+
+def _server_pid() -> int:
+    return int(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+
+
+def _nothing() -> None:
+    """What the empty process of `await_fork_server` does."""
+
+
 def _start_server(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
     """In place of `util.spawnv_passfds`: fork the server while this process has one thread, else execute it."""
     command = os.fsdecode(arguments[-1])
     if _SERVER not in command:
         return int(_exec_server(path, arguments, descriptors))
     command = _DIE_WITH_PARENT + command
-    if len(os.listdir("/proc/self/task")) > 1:
+    tasks = len(os.listdir("/proc/self/task"))
+    if tasks > 1:
+        log.warning("fork_server_imports_again", threads=tasks)
         return int(_exec_server(path, [*arguments[:-1], command], descriptors))
     pid = os.fork()
     if pid == 0:
@@ -127,8 +170,10 @@ def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
     """In the forked process: keep nothing of the agent but its memory and these descriptors."""
     code = 1
     try:
+        # Some supervisors signal every process of a node. Only the agent answers: it ends the others by SIGKILL.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)
+        _name_process(b"elastic-pt-fork")
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor not in {0, 1, 2, *descriptors}:
                 with suppress(OSError):  # that of the listing itself
@@ -148,15 +193,20 @@ def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
         os._exit(code)
 
 
+def _name_process(name: bytes) -> None:
+    """Name this process for `ps -o comm` and `top`; its command line stays that of the agent."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name)
+
+
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block when it takes longer. Main thread."""
+    """Raise `_TooLate` in the block when it takes longer, and again every second. Main thread."""
 
     def late(_: int, __: FrameType | None) -> None:
-        raise TimeoutError
+        raise _TooLate
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
@@ -167,6 +217,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 def begin_worker(environment: dict[str, str]) -> None:
     """First thing in a forked worker. `environment` is what the agent learned after the fork server had started."""
     die_with_parent()
+    _name_process(b"elastic-pt-work")
     gc.freeze()
     gc.enable()
     avoid_getfqdn()
@@ -207,7 +258,10 @@ class ForkedCall:
         self._listening.start()
 
     def wait(self, timeout_s: float) -> Any:
-        """Block until it is done; returns the result. Raises `NodeFailure` if it fails or takes longer."""
+        """Block until it is done; returns the result.
+
+        Raises the function's own `ElasticPtError`, and `NodeFailure` if it fails otherwise or takes longer.
+        """
         self._listening.join(timeout_s)
         if self._listening.is_alive():
             raise NodeFailure(
@@ -215,6 +269,8 @@ class ForkedCall:
             )
         if not self._said:
             raise NodeFailure(f"{self._what} failed; {self._end()}")
+        if isinstance(self._said[0], ElasticPtError):
+            raise self._said[0]
         return self._said[0]
 
     def _listen(self) -> None:
@@ -236,4 +292,8 @@ def _call(function: Callable[..., Any], own: "Connection", agents: "Connection")
     die_with_parent()
     agents.close()
     with suppress(EOFError):
-        own.send(function(*own.recv()))
+        arguments = own.recv()
+        try:
+            own.send(function(*arguments))
+        except ElasticPtError as error:
+            own.send(error)
