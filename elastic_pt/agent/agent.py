@@ -1,7 +1,7 @@
 """A node's agent: joins the run, keeps workers going, carries their checkpoints to the bucket.
 
-Composition root of the long-lived process, one per node. It never touches CUDA and never imports the training
-stack: the command that starts it hands over the function that its workers call.
+Composition root of the long-lived process, one per node. It never touches CUDA. No module of this package imports the
+training stack: the command that starts the agent hands over the function that its workers call.
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             hears peers, decides, appends generations   (membership thread)

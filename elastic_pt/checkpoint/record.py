@@ -21,10 +21,12 @@ from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from elastic_pt.errors import CheckpointError
+from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.store.port import CREATE_LIMIT_BYTES
 
 DOCUMENT_BYTES_MAX = CREATE_LIMIT_BYTES
+SCHEMA = 3
+"""The newest schema of any document that this version reads and writes."""
 _ENVELOPE = ("schema", "kind", "sha256")
 
 
@@ -116,6 +118,12 @@ def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
             break
     else:
         found = f"schema {shown(schema)} of {shown(tree.get('kind'))}"
+        if type(schema) is int and schema > SCHEMA and _is_sealed(tree, data):
+            # Not a `CheckpointError`: a later version's checkpoint must not be quarantined.
+            raise ConfigError(
+                f"{one.what}: {found} is of a later version of elastic-pt; expected that version, "
+                f"or schema {SCHEMA} at most"
+            )
         wanted = " or ".join(map(str, sorted({*one.schemas, *other.schemas}, reverse=True)))
         raise CheckpointError(f"{one.what}: found {found}, expected schema {wanted}")
     content = {key: value for key, value in tree.items() if key not in _ENVELOPE}
@@ -130,6 +138,15 @@ def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
     return kind.from_json(
         _object({key: encoded[key] for key in upgraded if key not in changed} | _encoded(changed))
     )
+
+
+def _is_sealed(tree: dict[str, Any], data: bytes) -> bool:
+    """Whether these are the bytes of a document, of whatever kind and schema, without a changed bit."""
+    content = {key: value for key, value in tree.items() if key not in _ENVELOPE}
+    try:
+        return sealed(str(tree.get("kind")), int(tree["schema"]), content) == data
+    except ValueError:
+        return False
 
 
 def sealed(what: str, schema: int, content: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from elastic_pt.cli.options import ConfigOrRunUrl, Overrides, absolute_url, is_config_file
-from elastic_pt.config import Config, load_config
+from elastic_pt.config import Config, ElasticSection, load_config, parse_config
 from elastic_pt.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def run(
         from elastic_pt.membership.address import local_address
         from elastic_pt.train import probe, worker
 
+        # Both fork this process. With several threads to compute with, numpy has some of its own here, which its own
+        # handler ends at the first fork; the server must be a fork, so it comes second.
         platform = forking.ForkedCall(probe.WHAT, probe.platform_of_workers)
         forking.start_fork_server(scratch)
         stop = run_agent(
@@ -99,9 +101,19 @@ def _leave_at_once(*_: object) -> None:
 def _configuration(source: str, overrides: list[str]) -> Config:
     if is_config_file(source):
         return load_config(Path(source), overrides)
+    from elastic_pt.workers.forking import ForkedCall
+
+    # In a process of its own: a request to an object store starts a thread, and this process has yet to fork.
+    reading = ForkedCall("reading the run's configuration", _read_joined_config)
+    reading.begin(absolute_url(source, "RUN_URL"), overrides)
+    text: str = reading.wait(ElasticSection().startup_timeout_s)
+    return parse_config(text, source=source)
+
+
+def _read_joined_config(url: str, overrides: list[str]) -> str:
     from elastic_pt.store.open import open_store
 
-    return joined_config(open_store(absolute_url(source, "RUN_URL")), overrides)
+    return joined_config(open_store(url), overrides).to_toml()
 
 
 def joined_config(store: "Store", overrides: list[str]) -> Config:

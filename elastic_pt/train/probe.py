@@ -1,7 +1,7 @@
 """Identifies what decides the bits on this node: by names, and by a small computation (the probe).
 
 Names alone are not enough. MKL takes another code path on another vendor's processor, with another result in the
-last bit, and no name need show it. So in exact mode a child process of the fork server takes two small
+last bit, and no name need show it. So in exact mode a process forked from the agent takes two small
 training steps (forward, backward, norm, update) with the model, the optimizer, the data type, the threads and,
 where they are small, the shapes of the run. The SHA-256 of all that they computed is the probe, which nodes compare.
 
@@ -74,7 +74,7 @@ _DEFAULTS: Final = re.compile(
 
 
 def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
-    """What computes on this node, by name. Runs in a process of the fork server that ends after it.
+    """What computes on this node, by name. Runs in a process forked from the agent, which ends after it.
 
     Native numerics does not promise bits: then only the version of torch and the kind of processor are returned.
     """

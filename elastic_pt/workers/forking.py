@@ -48,9 +48,13 @@ SERVER_MODULES: Final = ("torch._inductor.config",)
 """What FSDP2's hooks and compiled training need beyond that: torch's compiler. Importing it takes a second."""
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+_JOIN_TIMEOUT_S: Final = 5.0
 _SERVER: Final = "multiprocessing.forkserver"
 _DIE_WITH_PARENT: Final = f"from {__name__} import die_with_parent; die_with_parent(); "  # before the server's own first line
 _exec_server: Final = util.spawnv_passfds
+
+_ready_servers: Final[set[int]] = set()
+"""Process ids of this process's fork servers that have forked something."""
 
 log = structlog.get_logger("elastic_pt.workers.forking")
 
@@ -120,10 +124,13 @@ def start_fork_server(
 
 
 def await_fork_server(timeout_s: float) -> None:
-    """Block until the server has forked a process. Agent process.
+    """Block until the server has forked a process; at once if this server has done so before. Agent process.
 
     Raises `NodeFailure` after `timeout_s`, and kills the server: the next attempt starts another one.
     """
+    forkserver.ensure_running()
+    if _server_pid() in _ready_servers:
+        return
     ready = threading.Event()
 
     def fork() -> None:
@@ -140,6 +147,7 @@ def await_fork_server(timeout_s: float) -> None:
         raise NodeFailure(
             f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
         )
+    _ready_servers.add(_server_pid())
 
 
 def _server_pid() -> int:
@@ -240,7 +248,6 @@ class ForkedCall:
     def __init__(self, what: str, function: Callable[..., Any]) -> None:
         """`what` names the call in errors."""
         self._what = what
-        self._said: list[Any] = []
         self._connection, other = get_context("fork").Pipe()
         self._process = get_context("fork").Process(
             target=_call, args=(function, other, self._connection), daemon=True
@@ -249,34 +256,29 @@ class ForkedCall:
         # At this process's exit, Python would send it SIGTERM and wait without a limit. The kernel kills it instead.
         process._children.discard(self._process)  # type: ignore[attr-defined]
         other.close()
-        self._listening = threading.Thread(target=self._listen, name="forked call", daemon=True)
 
     def begin(self, *arguments: Any) -> None:
         """Call the function."""
         with suppress(BrokenPipeError):
             self._connection.send(arguments)
-        self._listening.start()
 
     def wait(self, timeout_s: float) -> Any:
         """Block until it is done; returns the result.
 
         Raises the function's own `ElasticPtError`, and `NodeFailure` if it fails otherwise or takes longer.
         """
-        self._listening.join(timeout_s)
-        if self._listening.is_alive():
+        if not self._connection.poll(timeout_s):
             raise NodeFailure(
                 f"{self._what} did not end within {timeout_s:g} s (elastic.startup_timeout_s)"
             )
-        if not self._said:
-            raise NodeFailure(f"{self._what} failed; {self._end()}")
-        if isinstance(self._said[0], ElasticPtError):
-            raise self._said[0]
-        return self._said[0]
-
-    def _listen(self) -> None:
-        with suppress(EOFError, ConnectionError):
-            self._said.append(self._connection.recv())
-        self._process.join()
+        try:
+            result = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join(_JOIN_TIMEOUT_S)
+            raise NodeFailure(f"{self._what} failed; {self._end()}") from None
+        if isinstance(result, ElasticPtError):
+            raise result
+        return result
 
     def _end(self) -> str:
         """How it ended. A Python error ends the process with code 1, after its traceback has been printed."""

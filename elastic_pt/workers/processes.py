@@ -35,6 +35,7 @@ from elastic_pt.workers.failure import (
     read_error_file,
     root_cause,
 )
+from elastic_pt.workers.forking import await_fork_server
 from elastic_pt.workers.heartbeat import HeartbeatReader, process_state
 from elastic_pt.workers.watchdog import Detector, Hang, WatchdogLimits
 
@@ -125,6 +126,11 @@ class NodeProcesses(LocalElasticAgent):
             HeartbeatReader(self._scratch, worker.local_rank, formed.generation.number)
             for worker in worker_group.workers
         ]
+        try:
+            # At once, unless the server had to be started again and hangs.
+            await_fork_server(self._limits.startup_timeout_s)
+        except NodeFailure as error:
+            raise OSError(str(error)) from error
         before = set(multiprocessing.active_children())
         try:
             pids: dict[int, Any] = super()._start_workers(worker_group)

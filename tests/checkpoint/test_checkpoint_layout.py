@@ -32,7 +32,7 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
 )
 from elastic_pt.checkpoint.record import Document, StoredDocument, decode, sealed
-from elastic_pt.errors import CheckpointError
+from elastic_pt.errors import CheckpointError, ConfigError
 from tests.checkpoint.world import RUN_ID, training_state
 
 DIRECTORY = "ckpt/0000000040-g1-0a1b2c3d"
@@ -394,6 +394,17 @@ def test_documents_of_another_schema_are_refused(change: dict[str, Any]) -> None
     del content["sha256"]
     with pytest.raises(CheckpointError):
         FullManifest.from_bytes(sealed(kind, schema, content))
+
+
+def test_a_document_of_a_later_version_is_no_damage() -> None:
+    """A schema that this version does not know yet must not get a good checkpoint quarantined: it is a `ConfigError`."""
+    content = json.loads(root().to_bytes())
+    del content["schema"], content["sha256"]
+    kind = content.pop("kind")
+    with pytest.raises(
+        ConfigError, match=r"schema 4 .* is of a later version .*, or schema 3 at most"
+    ):
+        RootManifest.from_bytes(sealed(kind, 4, content))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema":1}'])

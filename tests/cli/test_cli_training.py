@@ -11,6 +11,7 @@ from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.cli.local import fleet_config
 from elastic_pt.config import load_config
+from elastic_pt.store.open import open_store
 
 WAIT_S = 60.0
 
@@ -144,3 +145,26 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_joining_by_the_url_of_an_object_store_starts_no_thread(moto_url: str) -> None:
+    """The agent forks its fork server, so the run's configuration is read from S3 by a process of its own."""
+    store = open_store(f"{moto_url}/run")
+    store.create("config.toml", b'[run]\nurl = "r"\n[data]\nurl = "d"\n')
+    script = (
+        "import os, sys; from elastic_pt.cli.training import _configuration;"
+        "config = _configuration(sys.argv[1], []); print(config.run.url, len(os.listdir('/proc/self/task')))"
+    )
+    joined = subprocess.run(
+        [sys.executable, "-c", script, store.url], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert joined.stdout == f"{store.url} 1\n", joined.stderr
+    missing = subprocess.run(
+        [sys.executable, "-m", "elastic_pt", "run", f"{moto_url}/none"],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert len(missing.stderr.splitlines()) == 1, missing.stderr
+    assert "no run there" in missing.stderr

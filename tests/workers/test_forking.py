@@ -15,8 +15,13 @@ DEADLINE_S = 60.0
 AGENT = """
 import json, os, signal, sys, threading, time
 from multiprocessing import forkserver, get_context
-from elastic_pt.workers.forking import ForkedCall, begin_worker, import_once, start_fork_server
+from elastic_pt.workers.forking import (
+    ForkedCall, await_fork_server, begin_worker, import_once, start_fork_server
+)
+from elastic_pt.telemetry.events import configure_events
 from elastic_pt.workers.scratch import scratch_directory
+
+configure_events("error", "agent")
 
 def work(sender):
     begin_worker({})
@@ -30,7 +35,7 @@ def start_worker():
 
 if __name__ == "__main__":
     with scratch_directory(os.getcwd()) as scratch:
-        import_once(["stack"], threads=1, timeout_s=TIMEOUT)
+        import_once(["stack"], threads=THREADS, timeout_s=TIMEOUT)
         import stack
         call = ForkedCall("the look at this node", getattr(stack, "look", None))
         if BUSY:
@@ -65,6 +70,10 @@ WORK = """
                           "first": first, "second": second, "held": held}), flush=True)
         time.sleep(3600)
 """
+HUNG = """
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGSTOP)
+        await_fork_server(0.5)
+"""
 STUCK = """
 import os, signal, time
 started = True
@@ -86,11 +95,18 @@ def write_agent(
     leave_s: float = 0.0,
     busy: bool = False,
     lose: bool = False,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """An agent with this training stack, as arguments of `subprocess`."""
     (directory / "stack.py").write_text(stack)
     text = AGENT.replace("SCRIPT", script.strip())
-    values = {"TIMEOUT": timeout_s, "LEAVE": leave_s, "BUSY": busy, "LOSE": lose}
+    values = {
+        "TIMEOUT": timeout_s,
+        "LEAVE": leave_s,
+        "BUSY": busy,
+        "LOSE": lose,
+        "THREADS": threads,
+    }
     for name, value in values.items():
         text = text.replace(name, str(value))
     (directory / "agent.py").write_text(text)
@@ -125,15 +141,15 @@ def wait_until_gone(pid: int) -> None:
 
 @pytest.mark.parametrize(
     ("how", "imports"),
-    [({}, 1), ({"busy": True}, 2), ({"lose": True}, 2)],
-    ids=["forked", "second thread", "killed"],
+    [({}, 1), ({"threads": 2}, 1), ({"busy": True}, 2), ({"lose": True}, 2)],
+    ids=["forked", "two threads to compute with", "second thread", "killed"],
 )
 def test_workers_are_forked_from_one_import(
     tmp_path: Path, how: dict[str, bool], imports: int
 ) -> None:
     """Agent and workers share one import. Only a server that cannot be a fork of the agent, because a thread runs
     there or the first server was killed, imports again. All processes end with the agent."""
-    stack = "with open('imported', 'a') as file: file.write('x')"
+    stack = "import numpy\nwith open('imported', 'a') as file: file.write('x')"
     agent = subprocess.Popen(**write_agent(tmp_path, stack, WORK, **how))
     try:
         assert agent.stdout is not None
@@ -177,6 +193,20 @@ def test_imports_that_take_too_long_end_the_agent(tmp_path: Path) -> None:
     agent = ended(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
     assert agent.returncode != 0
     assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
+
+
+def test_a_module_cannot_swallow_the_import_timeout(tmp_path: Path) -> None:
+    """A module that handles every exception while it hangs does not keep the agent."""
+    hang = "import time\ntry: time.sleep(3600)\nexcept Exception: pass\ntime.sleep(3600)"
+    agent = ended(tmp_path, hang, timeout_s=0.5)
+    assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
+
+
+def test_a_fork_server_that_hangs_ends_the_agent(tmp_path: Path) -> None:
+    """A node whose fork server is not ready in time does not join."""
+    agent = ended(tmp_path, "", script=HUNG)
+    assert agent.returncode != 0
+    assert "NodeFailure: the fork server was not ready within 0.5 s" in agent.stderr
 
 
 # ---- the forked call -----------------------------------------------------------------------------
