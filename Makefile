@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Tests often wait for processes, so one more than two cores.
+PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install services demo test check format lint types imports unit sim scale chaos clean
@@ -43,7 +45,7 @@ imports: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --numprocesses $(PROCESSES) --dist loadgroup --durations 15
 
 sim: install  ## Simulate SEEDS=500 schedules of faults, then find every planted bug
 	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),500) --first $(or $(FIRST),0)
