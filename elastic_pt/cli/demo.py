@@ -195,6 +195,10 @@ def _new_folder(directory: Path) -> Path:
             place.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"--directory {directory}: {error.strerror}; expected a directory that this user may write to"
+            ) from error
         else:
             return place
 
