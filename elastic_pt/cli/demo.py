@@ -21,7 +21,7 @@ from elastic_pt.config import Config, parse_config
 from elastic_pt.data.prepare import prepare
 from elastic_pt.data.scan import Progress
 from elastic_pt.data.sources import standard_library_source
-from elastic_pt.errors import RunFailed, UnexpectedError
+from elastic_pt.errors import ConfigError, RunFailed, UnexpectedError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.report.artifacts import (
     Evaluation,
