@@ -112,7 +112,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_full_staging_directory_is_no_mistake_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Too small for ever is the user's to mend (code 2); full for now is the node's trouble (code 6)."""
+    """A disk that is too small is a ConfigError (2); one that is full now is a NodeFailure (6)."""
     import shutil
     from collections import namedtuple
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from benchmarks.cuda.report import Report, machine, print_table, read_results, write_results
-from benchmarks.cuda.sizes import SIZES
+from benchmarks.cuda.sizes import CPU_SLOWER, SIZES
 from chaos_tests.processes import kill_all, mark_children
 from elastic_pt.workers.forking import die_with_parent
 
@@ -26,8 +26,6 @@ LIMITS_S: Final = {
     "speed": 300.0,
 }
 """The parts in their order, and the most seconds that each may take. Short ones come first."""
-_ON_CPU: Final = 4.0
-"""Times these limits: compiling for a few busy CPU cores takes long."""
 _LOG_BYTES_MAX: Final = 200_000
 _COPY_TIMEOUT_S: Final = 5.0
 
@@ -56,7 +54,7 @@ def main() -> None:
     # An orderly end on SIGTERM too, so that every process that was started is ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     deadline_s = time.monotonic() + options.seconds
-    scale = _ON_CPU if options.device == "cpu" else 1.0
+    scale = CPU_SLOWER if options.device == "cpu" else 1.0
     for part in [each for each in LIMITS_S if each in (options.parts or LIMITS_S)]:
         _run_part(part, options, min(scale * LIMITS_S[part], deadline_s - time.monotonic()))
         print_table(options.out)

@@ -14,8 +14,16 @@
 #     recovery   a worker or a node is killed: seconds by phase                                  about 120 s
 #     speed      step time, tokens/s, MFU, memory of 125M, 350M and 1B models; profile           about 200 s
 #
-# The times are estimates for an H100: the benchmark has run on CPUs only so far. Two commands of at most
-# 10 minutes each have room for everything: `run.sh numerics snapshot digests`, then `run.sh recovery speed`.
+# The times are estimates for an H100: the benchmark has run on CPUs only so far.
+#
+# On a machine lent for 15 minutes in total: a start takes a minute or more of them, no machine starts with under
+# 4 minutes left, and a machine goes back after 30 s without a command. So make two calls, the second at once
+# after the first, both with `.wheels` in `carry`:
+#
+#     benchmarks/cuda/run.sh --seconds 330 numerics snapshot digests
+#     benchmarks/cuda/run.sh --seconds 330 recovery speed
+#
+# Each call begins with an empty $OUT, so there are two sets of results: copy the first before the second call.
 #
 # Needs a checkout, Python 3.12 with torch >= 2.11, and 20 GB in the temporary directory; no network. What else
 # elastic-pt needs comes from a folder of wheels, which `wheels.sh` fills on a machine with a network. git ignores

@@ -5,6 +5,9 @@ from typing import Final
 
 from elastic_pt.config import Config, parse_config
 
+CPU_SLOWER: Final = 4.0
+"""Factor of all time limits on a CPU: compiling for a few busy cores takes long."""
+
 
 @dataclass(frozen=True)
 class Shape:

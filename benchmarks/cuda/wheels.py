@@ -1,9 +1,11 @@
 """Prints the requirements that `wheels.sh` downloads, one `name==version` a line.
 
-Walks the requirements of the installed elastic-pt as they are for Python 3.12; versions come from constraints.txt.
+The dependencies in pyproject.toml, and what the installed distributions require below them, for Python 3.12. The
+versions come from constraints.txt.
 """
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -13,7 +15,7 @@ from packaging.requirements import Requirement
 _LEFT_OUT: Final = {"torch", "pyarrow", "matplotlib", "tokenizers"}
 """torch is there already. The others are of no use here: Parquet files, plots, tokenizers."""
 _TARGET: Final = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
-_CONSTRAINTS: Final = Path(__file__).resolve().parents[2] / "constraints.txt"
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
 
 
 def normal(name: str) -> str:
@@ -24,21 +26,27 @@ def normal(name: str) -> str:
 def needed() -> set[str]:
     """Names of all distributions that elastic-pt requires."""
     found: set[str] = set()
-    waiting = ["elastic-pt"]
+    # Not the installed metadata of elastic-pt itself: it is as old as the last installation.
+    waiting = dependencies()
     while waiting:
-        for text in metadata.requires(waiting.pop()) or ():
-            requirement = Requirement(text)
-            name = normal(requirement.name)
-            wanted = requirement.marker is None or requirement.marker.evaluate(_TARGET)
-            if wanted and name not in found | _LEFT_OUT:
-                found.add(name)
-                waiting.append(name)
+        requirement = Requirement(waiting.pop())
+        name = normal(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate(_TARGET)
+        if wanted and name not in found | _LEFT_OUT:
+            found.add(name)
+            waiting += metadata.requires(name) or ()
     return found
+
+
+def dependencies() -> list[str]:
+    """The requirements that pyproject.toml lists."""
+    project = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return list(project["dependencies"])
 
 
 def main() -> None:
     """Print the list."""
-    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    lines = (_CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {normal(line.partition("==")[0]): line for line in lines if "==" in line}
     print("\n".join(sorted(pinned[name] for name in needed())))
 

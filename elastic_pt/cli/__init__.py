@@ -16,6 +16,7 @@ import inspect
 import io
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from elastic_pt.errors import ConfigError, ElasticPtError, UnexpectedError
 from elastic_pt.telemetry.events import configure_events
 
 _BROKEN_PIPE: Final = 141
+_INVALID_VALUE: Final = re.compile(r"Invalid value(?: for '([^']*)')?: ")
 
 log = structlog.get_logger("elastic_pt.cli")
 
@@ -154,7 +156,13 @@ def _usage_message(error: TyperException, arguments: list[str]) -> str:
     path = "elastic-pt" if context is None else context.command_path
     message = error.format_message().rstrip(".")
     # The library's message about a value does not always tell the value.
-    for name in getattr(getattr(error, "param", None), "opts", ()):
-        if name in arguments[:-1]:
-            message = f"{name} {arguments[arguments.index(name) + 1]}: {message}"
+    given = [
+        f"{name} {arguments[arguments.index(name) + 1]}"
+        for name in getattr(getattr(error, "param", None), "opts", ())
+        if name in arguments[:-1]
+    ]
+    if found := _INVALID_VALUE.match(message):
+        message = message[found.end() :]
+        given = given or [name for name in found.groups() if name]
+    message = ": ".join([*given, message])
     return f"{message}; expected what `{path} --help` tells"

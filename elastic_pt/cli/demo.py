@@ -21,7 +21,7 @@ from elastic_pt.config import Config, parse_config
 from elastic_pt.data.prepare import prepare
 from elastic_pt.data.scan import Progress
 from elastic_pt.data.sources import standard_library_source
-from elastic_pt.errors import RunFailed, UnexpectedError
+from elastic_pt.errors import ConfigError, RunFailed, UnexpectedError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.report.artifacts import (
     Evaluation,
@@ -195,6 +195,10 @@ def _new_folder(directory: Path) -> Path:
             place.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"--directory {directory}: {error.strerror}; expected a directory that this user may write to"
+            ) from error
         else:
             return place
 

@@ -82,7 +82,7 @@ def log(
 ) -> None:
     """Print the run's log, one line per record, and check its hash chain on the way.
 
-    A record that was altered, moved or removed ends it with an error and exit code 3.
+    A record that was altered, moved or removed ends it with an error and exit code 4.
     With --explain, it tells each change of the world instead: who was lost,
     failed, left or joined, how soon that was noticed and agreed on, and each
     phase up to the first step. docs/recovery.md says how to read it.

@@ -142,7 +142,7 @@ def generate(
         ),
     ] = 50,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="S", min=0, help="Same seed, same text.")
+        int, typer.Option("--seed", metavar="S", min=0, max=2**63 - 1, help="Same seed, same text.")
     ] = 0,
     step: Step = None,
     data_url: DataUrl = None,
@@ -166,14 +166,16 @@ def generate(
             raise typer.BadParameter(
                 f"--data {data_url}: an exported directory has its own tokenizer; a run URL needs data"
             )
-        model, found = open_exported(directory), None
+        model, found, passed_over = open_exported(directory), None, []
     else:
         trained = _trained(source, step, data_url)
         model, found = trained.text_model(), trained.chosen.manifest.step
+        passed_over = passed_over_json(trained.chosen)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     continuation = continue_text(model, prompt, sampling)
     if as_json:
-        print_json({"step": found, "prompt": prompt, "continuation": continuation})
+        found_json = {"step": found, "prompt": prompt, "continuation": continuation}
+        print_json(found_json | {"passed_over": passed_over})
     else:
         typer.echo(prompt + continuation)
 

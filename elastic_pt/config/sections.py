@@ -117,12 +117,12 @@ class ModelSection(Section):
     def _shapes_fit(self) -> "ModelSection":
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
-                f"model.width = {self.width} does not fit model.heads = {self.heads}: "
-                "width / heads must be an even whole number"
+                f"model.width = {self.width} with model.heads = {self.heads}: "
+                "expected width / heads to be an even whole number"
             )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"model.kv_heads = {self.kv_heads} must divide model.heads = {self.heads}"
+                f"model.kv_heads = {self.kv_heads}: expected a divisor of model.heads = {self.heads}"
             )
         return self
 
@@ -187,7 +187,7 @@ class TrainSection(Section):
     def _batch_divides(self) -> "TrainSection":
         if self.global_batch % self.micro_batch:
             raise ValueError(
-                f"train.global_batch = {self.global_batch} must be a multiple of "
+                f"train.global_batch = {self.global_batch}: expected a multiple of "
                 f"train.micro_batch = {self.micro_batch}"
             )
         return self
@@ -212,7 +212,7 @@ class ElasticSection(Section):
     heartbeat_timeout_s: Seconds = 1.5
     """Seconds without proof of life after which a peer counts as silent; a refused connection counts at once."""
     takeover_s: Seconds = 3.0
-    """Seconds that a node which is cut off from most members leaves the run to them, while log and pulse stand still."""
+    """A node that is cut off from most members waits this many seconds without a change in log or pulse, then takes over."""
     join_window_s: SecondsOrZero = 0.5
     """Seconds without a newcomer before a world is formed, so that nodes join together."""
     settle_timeout_s: Seconds = 600.0
@@ -220,7 +220,7 @@ class ElasticSection(Section):
     collective_timeout_s: Seconds = 300.0
     """Seconds after which a collective operation between workers fails."""
     hang_timeout_s: Seconds = 2.0
-    """Seconds that a worker may stand still altogether before it is killed; more where it is known to be slow."""
+    """Seconds that a worker may run no Python code before it is killed; longer for a worker with longer known pauses."""
     startup_timeout_s: Seconds = 600.0
     """Seconds that a worker may take for one part of its start, or for its first step."""
     leave_timeout_s: Seconds = 25.0
@@ -228,7 +228,7 @@ class ElasticSection(Section):
     retries_without_progress: Count = 3
     """Failures of this node's own workers without a new step after which the node leaves the run."""
     flaps_max: Count = 3
-    """Times that a node may bring the world down within `flap_window_s` before it is kept out for a while."""
+    """Times that a node may cause a new generation within `flap_window_s` before it is kept out for a while."""
     flap_window_s: Seconds = 600.0
     """Seconds after which a node's failures are forgotten."""
     quarantine_s: Seconds = 30.0
@@ -242,16 +242,16 @@ class ElasticSection(Section):
     def _bounds_are_ordered(self) -> "ElasticSection":
         if self.nodes_min > self.nodes_max:
             raise ValueError(
-                f"elastic.nodes_min = {self.nodes_min} must not exceed elastic.nodes_max = {self.nodes_max}"
+                f"elastic.nodes_min = {self.nodes_min}: expected at most elastic.nodes_max = {self.nodes_max}"
             )
         if self.heartbeat_timeout_s < 3 * self.heartbeat_interval_s:
             raise ValueError(
-                f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}: must be at least three times "
+                f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}: expected at least three times "
                 f"elastic.heartbeat_interval_s = {self.heartbeat_interval_s}"
             )
         if self.takeover_s < 2 * self.heartbeat_timeout_s:
             raise ValueError(
-                f"elastic.takeover_s = {self.takeover_s}: must be at least twice "
+                f"elastic.takeover_s = {self.takeover_s}: expected at least twice "
                 f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}, or a node that is cut off could "
                 "take over before the others have noticed"
             )

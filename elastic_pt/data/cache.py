@@ -83,7 +83,7 @@ class ShardCache:
             # Before the hash: for a file of the wrong size there is no need to read it.
             check_size(os.fstat(descriptor).st_size)
             self._require_own()
-            with self._turn(sha256):
+            with self._locked(sha256):
                 self._verify(descriptor, sha256, name)
         except BaseException:
             os.close(descriptor)
@@ -103,7 +103,7 @@ class ShardCache:
         self._require_own()
         self._require_room(size, name)
         path = self._directory / f"{sha256}.bin"
-        with self._turn(sha256):
+        with self._locked(sha256):
             damaged = False
             for _ in range(_ATTEMPTS_MAX):
                 if not path.exists():
@@ -125,7 +125,10 @@ class ShardCache:
                 except BaseException:
                     os.close(descriptor)
                     raise
-        raise StoreError(f"data cache {self._directory}: {name} was removed as often as it arrived")
+        raise StoreError(
+            f"data cache {self._directory}: {name} was removed {_ATTEMPTS_MAX} times after its download; "
+            "expected data.cache_bytes to hold what all processes use at once"
+        )
 
     def _require_own(self) -> None:
         """Make the directory, or refuse one that somebody else could write to."""
@@ -144,11 +147,11 @@ class ShardCache:
             )
 
     @contextmanager
-    def _turn(self, sha256: str) -> Iterator[None]:
-        """One process at a time looks after a shard; the kernel gives the turn back if it dies."""
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of a shard, or of "room". The kernel releases it if the process dies."""
         try:
             lock = os.open(
-                self._directory / f"{sha256}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+                self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
         except OSError as error:
             raise StoreError(f"data cache {self._directory}: {error.strerror}") from error
@@ -184,20 +187,20 @@ class ShardCache:
     def _fetch(self, path: Path, size: int, name: str, download: Callable[[Path], None]) -> None:
         arriving, room = path.with_suffix(_ARRIVING), path.with_suffix(_ROOM)
         try:
-            with self._turn("room"):
+            with self._locked("room"):
                 self._make_room(size)
                 with room.open("wb") as reservation:
                     # As large as the shard will be, and without a byte on the disk.
                     reservation.truncate(size)
             download(arriving)
-            # Together, or whoever counts in between sees neither the shard nor its reservation.
-            with self._turn("room"):
+            # Under one lock: otherwise another process could count neither the shard nor its reservation.
+            with self._locked("room"):
                 arriving.replace(path)
                 room.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                # The disk is smaller than the bound: the next attempt finds what nobody maps gone.
-                with self._turn("room"):
+                # The disk is smaller than the bound: the next attempt finds the unused shards already removed.
+                with self._locked("room"):
                     self._make_room(self._bytes_max)
             raise StoreError(
                 f"data cache {self._directory}: {error.strerror} while {name} was downloaded"

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from elastic_pt.errors import DataError
 
 ORDER_VERSION = 1
-"""Part of every key that shuffles: the same version gives the same order for ever."""
+"""Part of every key that shuffles: the same version gives the same order permanently."""
 
 PERIOD_MAX = 1_000_000
 """Largest period of a mixture; its inverse is the finest weight."""
@@ -72,7 +72,7 @@ class Mixture:
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Whole numbers in the proportion of `weights`, with a sum of at most `PERIOD_MAX`."""
     if not weights:
-        raise DataError("weights = []: a mixture needs at least one source")
+        raise DataError("weights = []: expected at least one source")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise DataError(f"weight = {weight}: expected a positive, finite number")

@@ -132,9 +132,9 @@ def _check_arguments(
 ) -> None:
     check_vocab_size(vocab_size)
     if not 0 <= held_out < 1:
-        raise DataError(f"held_out = {held_out}: expected a share of at least 0 and below 1")
+        raise DataError(f"--held-out {held_out}: expected a share of at least 0 and below 1")
     if not 0 <= allow_left_out <= 1:
-        raise DataError(f"allow_left_out = {allow_left_out}: expected a share from 0 to 1")
+        raise DataError(f"--allow-left-out {allow_left_out}: expected a share from 0 to 1")
     if shard_tokens < 1:
         raise DataError(f"shard_tokens = {shard_tokens}: expected a positive number")
     if out.size(MANIFEST_KEY) is not None:

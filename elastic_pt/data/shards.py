@@ -72,7 +72,7 @@ class _Mapped:
 
     tokens: NDArray[np.unsignedinteger]
     cached_bytes: int
-    """What it takes in the cache, where no other process can remove it meanwhile; 0 for one mapped in place."""
+    """Bytes of this shard in the cache; other processes cannot remove it while it is mapped. 0 if mapped in place."""
 
 
 class TokenReader:

@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     learned = tokenizer.get_vocab_size()
     if learned < vocab_size:
         raise DataError(
-            f"vocab_size = {vocab_size} is too large for this corpus, which yields {learned} tokens; "
+            f"--vocab-size {vocab_size}: too large for this corpus, which yields {learned} tokens; "
             f"expected {learned} or less"
         )
     return _ready(tokenizer)
@@ -68,7 +68,7 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise `DataError` unless `vocab_size` can be asked for at all."""
     if not VOCAB_SIZE_MIN <= vocab_size <= VOCAB_SIZE_MAX:
         raise DataError(
-            f"vocab_size = {vocab_size}: expected a number from {VOCAB_SIZE_MIN} "
+            f"--vocab-size {vocab_size}: expected a number from {VOCAB_SIZE_MIN} "
             f"(256 bytes and the end token) to {VOCAB_SIZE_MAX}"
         )
 

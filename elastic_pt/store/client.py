@@ -11,6 +11,7 @@ import asyncio
 import errno
 import ftplib
 import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
@@ -34,9 +35,8 @@ class Fault(Enum):
     EXISTS = auto()  # the condition of a create did not hold
     DENIED = auto()  # credentials are missing, expired or not allowed
     BEYOND = auto()  # the range starts behind the last byte
-    UNREACHABLE = (
-        auto()
-    )  # nobody listens there, or the name is not known: TRANSIENT for who may wait
+    # Connection refused or unknown host; callers that may wait retry it like TRANSIENT.
+    UNREACHABLE = auto()
     TRANSIENT = auto()  # worth another attempt
     READ_ONLY = auto()  # the protocol cannot do this at all
     FINAL = auto()  # not worth another attempt
@@ -95,6 +95,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault.DENIED
     if "Credential" in type(error).__name__:  # botocore, google-auth and azure-identity
         return Fault.DENIED
+    if isinstance(error, (ConnectionRefusedError, socket.gaierror)):
+        return Fault.UNREACHABLE
     if isinstance(error, (TimeoutError, asyncio.TimeoutError, EOFError)):
         return Fault.TRANSIENT
     if isinstance(error, OSError):
@@ -186,7 +188,9 @@ class Client:
             try:
                 filesystem, root = url_to_fs(self.url, **self._options)
             except (ImportError, ValueError) as error:
-                raise ConfigError(f"{self.url} cannot be opened: {error}") from error
+                raise ConfigError(
+                    f"{self.url} cannot be opened: {error}; expected a URL that fsspec can open"
+                ) from error
             except Exception as error:  # some protocols connect and log in here
                 raise self._ours(self._fault_of(error), "opening", error) from error
             self._configure(filesystem)
@@ -202,7 +206,9 @@ class Client:
             case Fault.BEYOND:
                 return BeyondEnd(text)
             case Fault.NO_BUCKET:
-                return ConfigError(f"{self.url} names a bucket that does not exist: {reason}")
+                return ConfigError(
+                    f"{self.url} names a bucket that does not exist: {reason}; expected an existing one"
+                )
             case Fault.SETTINGS if not self._answered:
                 return ConfigError(
                     f"{self.url} cannot be reached with these settings: {reason}; "
@@ -219,7 +225,9 @@ class Client:
             case Fault.SETTINGS | Fault.UNREACHABLE | Fault.TRANSIENT:
                 return TryAgain(f"{type(error).__name__}: {reason}")
             case Fault.READ_ONLY:
-                return ConfigError(f"{text}: this protocol can only be read")
+                return ConfigError(
+                    f"{text}: this protocol can only be read; expected one that can be written"
+                )
             case Fault.FINAL:
                 return StoreError(text)
             case Fault.BUG:

@@ -34,10 +34,10 @@ _MEMORY_LOCK = threading.RLock()
 class FsspecStore:
     """A `Store` below any URL that fsspec understands."""
 
-    def __init__(self, url: str, *, retry: Retry) -> None:
+    def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
         self._protocol = url.partition("://")[0]
         guard = _MEMORY_LOCK if self._protocol == "memory" else None
-        self._client = Client(url, retry=retry, guard=guard)
+        self._client = Client(url, retry=retry, guard=guard, patient=patient)
 
     @property
     def url(self) -> str:

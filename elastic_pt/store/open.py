@@ -26,7 +26,7 @@ def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> S
     """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol; a plain path is a file.
 
     Opening connects to nothing; the first request does, once per process, and each request is retried
-    for `timeout_s`. Unless `patient`, an S3 endpoint that refuses the connection or whose name is not
+    for `timeout_s`. Unless `patient`, a server that refuses the connection or whose name is not
     known is a `StoreError` at once, until it has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
     """
     protocol, separator, rest = url.partition("://")
@@ -39,7 +39,7 @@ def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> S
     if protocol in ("s3", "s3a"):
         return S3Store(f"s3://{rest}", retry=retry, patient=patient)
     _require_protocol(url, protocol)
-    return FsspecStore(f"{protocol}://{rest}", retry=retry)
+    return FsspecStore(f"{protocol}://{rest}", retry=retry, patient=patient)
 
 
 def _require_protocol(url: str, protocol: str) -> None:

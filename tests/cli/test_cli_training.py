@@ -33,8 +33,8 @@ def test_mistakes_of_prepare_are_one_line(texts: Path, prepared: Trained, tmp_pa
     mistakes = {
         "does not exist": [tmp_path / "missing", *out],
         "already holds prepared data": [texts, "--out", prepared.data],
-        "vocab_size = 100000": [texts, *out, "--vocab-size", 100000],
-        "held_out = 2.0": [texts, *out, "--held-out", 2],
+        "--vocab-size 100000": [texts, *out, "--vocab-size", 100000],
+        "--held-out 2.0": [texts, *out, "--held-out", 2],
         "missing.json": [texts, *out, "--tokenizer", tmp_path / "missing.json"],
         "weight": [f"a={texts}@-1", *out],
     }

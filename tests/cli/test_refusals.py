@@ -46,6 +46,35 @@ def test_an_export_refuses_a_link_before_the_work(tmp_path: Path) -> None:
         assert_one_line_mistake(result, f"--out {out}", "expected")
 
 
+def test_an_option_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    """The error names the option and its value as the user wrote them, once, and no internal name."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    prepare = ("prepare", tmp_path / "texts", "--out", tmp_path / "out")
+    for command, part in (
+        ((*prepare, "--vocab-size", 3), "--vocab-size 3: expected"),
+        ((*prepare, "--held-out", 2), "--held-out 2.0: expected"),
+        ((*prepare, "--allow-left-out", 2), "--allow-left-out 2.0: expected"),
+        (("generate", tmp_path, "--prompt", "a", "--seed", 2**63), f"error: --seed {2**63}: Input"),
+        (("generate", tmp_path, "--prompt", "a", "--seed=-1"), "error: --seed: Input"),
+    ):
+        assert_one_line_mistake(elastic_pt(*command), part, "expected")
+
+
+def test_a_demo_refuses_a_directory_that_cannot_be_made() -> None:
+    """A directory that the system does not let the demo make is the user's mistake, not a bug."""
+    assert_one_line_mistake(
+        elastic_pt("demo", "--directory", "/proc/x"), "--directory /proc/x", "expected a directory"
+    )
+
+
+def test_a_reading_command_does_not_retry_a_host_that_refuses() -> None:
+    """A host that refuses connections is told at once for every protocol, not after the time of all retries."""
+    result = elastic_pt("status", "ftp://127.0.0.1:1/run")
+    assert_one_line_mistake(result, "expected a server that answers there", exit_code=3)
+    assert "gave up" not in result.err
+
+
 def test_no_error_has_the_exit_code_of_python_itself() -> None:
     """1 is what Python ends with when it cannot start a program; no error of ours looks like that."""
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]

@@ -243,11 +243,11 @@ def test_a_source_of_duplicates_alone_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"vocab_size": 100_000}, r"vocab_size = 100000 is too large .* yields \d+ tokens"),
-        ({"vocab_size": 256}, "vocab_size = 256: expected a number from 257"),
-        ({"held_out": 1.0}, "held_out = 1.0: expected a share"),
-        ({"held_out": -0.1}, "held_out = -0.1: expected a share"),
-        ({"held_out": float("nan")}, "held_out = nan: expected a share"),
+        ({"vocab_size": 100_000}, r"--vocab-size 100000: too large .* yields \d+ tokens"),
+        ({"vocab_size": 256}, "--vocab-size 256: expected a number from 257"),
+        ({"held_out": 1.0}, "--held-out 1.0: expected a share"),
+        ({"held_out": -0.1}, "--held-out -0.1: expected a share"),
+        ({"held_out": float("nan")}, "--held-out nan: expected a share"),
         ({"shard_tokens": 0}, "shard_tokens = 0: expected a positive number"),
         ({"tokenizer_file": Path("/nowhere.json")}, "tokenizer /nowhere.json: No such file"),
     ],

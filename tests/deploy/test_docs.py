@@ -192,8 +192,8 @@ def test_a_supervisor_is_told_what_to_do_after_each_exit_code() -> None:
     assert supervisor_rows().keys() == {"0", "other"} | known | signalled
 
 
-def test_what_a_restart_cannot_mend_is_restarted_neither_by_the_table_nor_by_the_unit() -> None:
-    """A run that has failed, a mistake, and a run without a usable checkpoint must not be started for ever."""
+def test_table_and_unit_do_not_restart_after_2_4_7() -> None:
+    """A run that has failed, a mistake, and a run without a usable checkpoint must not be restarted without a limit."""
     final = [ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code]
     advice = supervisor_rows()
     assert [code for code in advice if advice[code].startswith("does not restart")] == [

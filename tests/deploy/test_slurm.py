@@ -111,7 +111,7 @@ def test_a_task_keeps_its_name_wherever_it_is_queued_again(start: Start) -> None
 
 
 @pytest.mark.parametrize("code", FINAL)
-def test_what_a_new_start_cannot_mend_is_not_started_again(start: Start, code: int) -> None:
+def test_an_error_that_a_restart_cannot_fix_is_not_restarted(start: Start, code: int) -> None:
     """After the end of the run, or an error that stays, the task ends with the agent's exit code."""
     script = start("run.toml", ends_with=f"{code} 0")
     out, _ = script.communicate(timeout=30)

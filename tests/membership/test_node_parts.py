@@ -151,7 +151,7 @@ def test_addresses_and_their_interfaces() -> None:
     assert interface_of("2001:db8::77") is None
 
 
-def test_a_worker_hears_on_after_a_line_that_is_no_message(tmp_path: Path) -> None:
+def test_worker_keeps_reading_after_an_invalid_line(tmp_path: Path) -> None:
     """What a worker cannot read ends neither it nor its hearing."""
     agent = AgentSide(tmp_path / "socket")
     agent.listen(lambda _: None)

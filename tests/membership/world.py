@@ -91,7 +91,7 @@ def view_of(
     generation_since_s: float = math.inf,
     **facts: object,
 ) -> View:
-    """What `me` sees; `peers` by node. Log and pulse have been quiet for ever unless `facts` says otherwise."""
+    """What `me` sees; `peers` by node. Log and pulse have been quiet without a limit unless `facts` says otherwise."""
     known = {member(node).incarnation: each for node, each in peers.items()}
     found = None
     if of is not None and of.rank_of(me.member.incarnation) is not None:

@@ -235,7 +235,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "smaller side does not wait",
-        "any side of a torn network goes on at once",
+        "any side of a partitioned network goes on at once",
         decide,
         "_is_larger_side",
         lambda *_: True,

@@ -251,7 +251,7 @@ class Simulation:
                 deadline_s = max(began_s, self._bars_until_s) + self._convergence_s
                 # Quarantines that follow each other without end are no excuse.
                 if since_s > min(deadline_s, began_s + 4 * self._convergence_s):
-                    rule = "no healthy node is excluded for ever"
+                    rule = "no healthy node is excluded permanently"
                     if self.plan.plan.poison_step:
                         rule = "the same failure again and again ends the run"
                     raise Violation(rule, self.describe())

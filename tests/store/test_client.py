@@ -67,7 +67,7 @@ def test_a_server_that_cannot_be_reached_is_a_store_error() -> None:
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
-        (socket.gaierror(-2, "Name or service not known"), Fault.TRANSIENT),
+        (socket.gaierror(-2, "Name or service not known"), Fault.UNREACHABLE),
         (ftplib.error_temp("421 too many connections"), Fault.TRANSIENT),
         (ftplib.error_perm("530 login incorrect"), Fault.FINAL),
     ],
