@@ -30,7 +30,12 @@ from torch.distributed.elastic.rendezvous import (
 
 from elastic_pt.errors import NodeFailure
 from elastic_pt.workers.failure import FailureCause, WorkerFailure, read_error_file
-from elastic_pt.workers.forking import begin_worker, import_once, start_fork_server
+from elastic_pt.workers.forking import (
+    await_fork_server,
+    begin_worker,
+    import_once,
+    start_fork_server,
+)
 from elastic_pt.workers.heartbeat import Heartbeat, WorkerPhase, process_state
 from elastic_pt.workers.processes import NodeProcesses
 from elastic_pt.workers.watchdog import WatchdogLimits
@@ -320,7 +325,8 @@ def test_running_out_of_memory_is_told(tmp_path: Path, group: Callable[[Path], P
     directory = group(MEMORY)
     (directory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
     node = Node(tmp_path, ["exhaust_memory"], ["complete"])
-    forkserver.ensure_running()
+    # What the server imports is no memory of the group.
+    await_fork_server(60.0)
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     (directory / "cgroup.procs").write_text(str(server))
     failure = node.run()
