@@ -1,6 +1,11 @@
-"""A thousand simulated agents go through losses and joins in seconds. `make scale` prints more of it."""
+"""Hundreds of simulated agents go through losses and joins in seconds. `make scale` does it with a thousand."""
 
-from tests.sim.scale import NODES, Fleet, cases
+import pytest
+
+from tests.sim.scale import Fleet, cases
+
+NODES = 600
+"""More than 512: only in such a world do messages become rarer."""
 
 START, LOSS, TENTH, JOIN = (
     "all nodes start",
@@ -11,15 +16,16 @@ START, LOSS, TENTH, JOIN = (
 REQUESTS_AT_REST_MAX = 3.0
 
 
-def test_a_thousand_agents_form_a_new_world_within_seconds() -> None:
-    """A loss of one, of a tenth, and 200 newcomers each cost a large fleet one new generation and less than 3 s."""
+@pytest.mark.timeout(900)
+def test_a_large_fleet_forms_a_new_world_within_seconds() -> None:
+    """A loss of one, of a tenth, and 120 newcomers each cost a large fleet one new generation and less than 3 s."""
     chosen = tuple(case for case in cases(NODES) if case.name in (START, LOSS, TENTH, JOIN))
     measured = {each.name: each for each in Fleet(NODES).measure(chosen)}
     assert {name: each.members for name, each in measured.items()} == {
-        START: 1000,
-        LOSS: 999,
-        TENTH: 899,
-        JOIN: 1099,
+        START: 600,
+        LOSS: 599,
+        TENTH: 539,
+        JOIN: 659,
     }
     assert {each.generations for each in measured.values()} == {1}
     late = [case.name for case in chosen if measured[case.name].known_s > case.limit_s]
