@@ -43,7 +43,7 @@ from elastic_pt.workers.watchdog import WatchdogLimits
 MEMORY = Path("/sys/fs/cgroup/memory")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 GROUP = "elastic_pt-test-processes"
-LIMIT_BYTES = 64 * 1024 * 1024
+LIMIT_BYTES = 256 * 1024 * 1024
 LIMITS = WatchdogLimits(hang_timeout_s=2.0, progress_timeout_s=10.0, startup_timeout_s=60.0)
 
 
