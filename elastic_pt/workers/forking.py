@@ -126,27 +126,36 @@ def start_fork_server(
 def await_fork_server(timeout_s: float) -> None:
     """Block until the server has forked a process; at once if this server has done so before. Agent process.
 
-    Raises `NodeFailure` after `timeout_s`, and kills the server: the next attempt starts another one.
+    Raises `NodeFailure` if the server ends or cannot fork, and after `timeout_s`; then it kills the server, and the
+    next attempt starts another one.
     """
     forkserver.ensure_running()
     if _server_pid() in _ready_servers:
         return
-    ready = threading.Event()
+    done = threading.Event()
+    errors: list[Exception] = []
 
     def fork() -> None:
         empty = get_context("forkserver").Process(target=_nothing, daemon=True)
-        empty.start()
-        ready.set()
+        try:
+            empty.start()
+        except (OSError, EOFError) as error:
+            errors.append(error)
+            return
+        finally:
+            done.set()
         empty.join()
 
     # In a thread: a server that hangs would block this process without a limit.
     threading.Thread(target=fork, name="fork server", daemon=True).start()
-    if not ready.wait(timeout_s):
+    if not done.wait(timeout_s):
         with suppress(ProcessLookupError):
             os.kill(_server_pid(), signal.SIGKILL)
         raise NodeFailure(
             f"the fork server was not ready within {timeout_s:g} s (elastic.startup_timeout_s)"
         )
+    if errors:
+        raise NodeFailure(f"the fork server cannot fork: {errors[0]!r}; its error is above")
     _ready_servers.add(_server_pid())
 
 

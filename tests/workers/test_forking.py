@@ -40,7 +40,8 @@ if __name__ == "__main__":
         call = ForkedCall("the look at this node", getattr(stack, "look", None))
         if BUSY:
             threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
-        start_fork_server(scratch, ["stack"])
+        if "broken" not in SERVER:
+            start_fork_server(scratch, ["stack"])
         SCRIPT
 """
 LOOK = """
@@ -69,6 +70,10 @@ WORK = """
         print(json.dumps({"agent": os.getpid(), "scratch": str(scratch), "server": server,
                           "first": first, "second": second, "held": held}), flush=True)
         time.sleep(3600)
+"""
+DIES = """
+        start_fork_server(scratch, ["stack", "broken"])
+        await_fork_server(3600.0)
 """
 HUNG = """
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGSTOP)
@@ -99,7 +104,7 @@ def write_agent(
 ) -> dict[str, Any]:
     """An agent with this training stack, as arguments of `subprocess`."""
     (directory / "stack.py").write_text(stack)
-    text = AGENT.replace("SCRIPT", script.strip())
+    text = AGENT.replace("SERVER", repr(script)).replace("SCRIPT", script.strip())
     values = {
         "TIMEOUT": timeout_s,
         "LEAVE": leave_s,
@@ -200,6 +205,15 @@ def test_a_module_cannot_swallow_the_import_timeout(tmp_path: Path) -> None:
     hang = "import time\ntry: time.sleep(3600)\nexcept Exception: pass\ntime.sleep(3600)"
     agent = ended(tmp_path, hang, timeout_s=0.5)
     assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
+
+
+def test_a_fork_server_that_dies_ends_the_agent_at_once(tmp_path: Path) -> None:
+    """A module that only the server imports, and that ends it, is reported without waiting for the timeout."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no compiler')")
+    agent = ended(tmp_path, "", script=DIES)
+    assert agent.returncode != 0
+    assert "no compiler" in agent.stderr
+    assert "NodeFailure: the fork server cannot fork" in agent.stderr
 
 
 def test_a_fork_server_that_hangs_ends_the_agent(tmp_path: Path) -> None:
