@@ -95,6 +95,14 @@ def member_of(
     )
 
 
+def stage(checkpointing: Checkpointing, folder: Path, rank: int) -> None:
+    """A worker of generation 3 stages its shard of step 7."""
+    path = Staging(folder / "staging", 3).path(7, rank)
+    write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
+    message = {"kind": "staged", "step": 7, "rank": rank, "generation": 3}
+    checkpointing.save(message | {"path": str(path), "seconds": 0.1})
+
+
 def test_a_node_without_room_is_the_cause_of_the_loss(tmp_path: Path) -> None:
     """A skipped checkpoint is lost through this node; a message of an earlier generation changes nothing."""
     checkpointing = member_of(tmp_path, node_rank=1)
@@ -115,18 +123,7 @@ def test_a_refusal_of_another_node_is_not_the_committing_nodes_failure(tmp_path:
     full = member_of(tmp_path, node_rank=1)
     full.save({"kind": "skipped", "step": 7, "rank": 2, "generation": 3, "why": "no space left"})
     for rank in (0, 1):
-        path = Staging(tmp_path / "staging", 3).path(7, rank)
-        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
-        committing.save(
-            {
-                "kind": "staged",
-                "step": 7,
-                "rank": rank,
-                "generation": 3,
-                "path": str(path),
-                "seconds": 0.1,
-            }
-        )
+        stage(committing, tmp_path, rank)
     assert released.wait(WAIT_S)
     lost = committing.lost()
     assert lost is not None
@@ -172,18 +169,7 @@ def test_a_missing_notice_is_the_failure_of_its_node(
     released = threading.Event()
     committing = member_of(tmp_path, 0, lambda _: released.set(), settle_s=1.0)
     for rank in staged:
-        path = Staging(tmp_path / "staging", 3).path(7, rank)
-        write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
-        committing.save(
-            {
-                "kind": "staged",
-                "step": 7,
-                "rank": rank,
-                "generation": 3,
-                "path": str(path),
-                "seconds": 0.1,
-            }
-        )
+        stage(committing, tmp_path, rank)
     assert released.wait(WAIT_S)
     lost = committing.lost()
     assert lost is not None
