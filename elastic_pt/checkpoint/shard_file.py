@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -48,9 +48,12 @@ _TENSORS = TypeAdapter(tuple[Tensor, ...])
 _HEADER_BYTES_MAX = 100_000_000
 _COPY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
+_STATE_BYTES_MAX = 512
+"""The JSON text of a training state, quoted once more."""
+_DATA_ALIGNMENT = 64
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EFBIG}
+NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EFBIG}
 
 
 class StagingFull(CheckpointError):
@@ -81,6 +84,47 @@ class LocalRows(NamedTuple):
     first_row: int
 
 
+class ShardLayout:
+    """Where each tensor lies in the shard file of one worker: the same for all steps of a generation.
+
+    `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
+    `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero rows:
+    the file then still says that there is such a tensor. Raises `CheckpointError` if a tensor does not fit its
+    description.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]]) -> None:
+        kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
+        # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
+        self.order = sorted(kept, key=lambda name: (-kept[name].rows.element_size(), name))
+        """Names of the tensors of which there are rows, as they lie in the file."""
+        entries, whole, self.data_bytes = _entries(kept, self.order)
+        metadata = {
+            "elastic_pt_schema": _HEADER_SCHEMA,
+            "rows": json.dumps(whole),
+            "tensors": canonical(_tensors(tensors)).decode(),
+            "state": "",
+        }
+        document = {"__metadata__": metadata} | entries
+        text = json.dumps(document, separators=(",", ":")).encode("ascii")
+        self._before, _, self._after = text.partition(b'"state":""')
+        # Spaces fill what a short state leaves, so that the data always begins at the same byte.
+        bytes_max = 8 + len(text) + _STATE_BYTES_MAX
+        self.header_bytes = -(-bytes_max // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
+        """The data begins at this byte of the file."""
+
+    def header(self, state: TrainingState) -> bytes:
+        """The file's first `header_bytes` bytes."""
+        encoded = b'"state":' + json.dumps(canonical(state).decode()).encode("ascii")
+        text = self._before + encoded + self._after
+        length = self.header_bytes - 8
+        if len(text) > length:
+            raise CheckpointError(
+                f"training state: {len(encoded)} bytes, expected at most {_STATE_BYTES_MAX}"
+            )
+        return length.to_bytes(8, "little") + text.ljust(length)
+
+
 def write_shard(
     path: Path,
     tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
@@ -88,30 +132,26 @@ def write_shard(
 ) -> None:
     """Write one worker's rows and the training state as a safetensors file (worker process).
 
-    `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
-    `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero
-    rows: the file then still says that there is such a tensor. The file appears under `path` at once and whole (temporary name,
+    `tensors` is what `ShardLayout` takes. The file appears under `path` at once and whole (temporary name,
     then rename). It is not synced: the staging directory is memory. Raises `StagingFull` if the staging
     directory has no room (nothing is left behind), another `CheckpointError` if a tensor does not fit its description.
     """
-    kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
-    # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
-    order = sorted(kept, key=lambda name: (-kept[name].rows.element_size(), name))
-    header = _header(kept, order, state, tensors)
+    layout = ShardLayout(tensors)
+    header = layout.header(state)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             offset = _write_at(descriptor, memoryview(header), 0)
-            for name in order:
-                offset = _write_at(descriptor, _bytes_of(kept[name].rows), offset)
+            for name in layout.order:
+                offset = _write_at(descriptor, _bytes_of(tensors[name][0]), offset)
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        kind = StagingFull if error.errno in _NO_ROOM else CheckpointError
+        kind = StagingFull if error.errno in NO_ROOM else CheckpointError
         raise kind(f"{path}: the shard cannot be staged: {error.strerror}") from error
 
 
@@ -123,7 +163,8 @@ def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tupl
     """
     try:
         with path.open("rb", buffering=0) as file:
-            header_bytes, header = _read_header(file)
+            header_bytes = _header_bytes(file.read(8), str(path))
+            header = _decoded(file.read(header_bytes), str(path))
             state, tensors, slices = _parse_header(header, 8 + header_bytes, str(path))
             file.seek(0)
             bounds = [bound for piece in slices for bound in block_bounds(piece)]
@@ -142,6 +183,22 @@ def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tupl
         described.append(TensorSlice(**values))
         done += blocks
     return ShardFile(key, size, sha256, tuple(described)), state, tensors
+
+
+def parse_shard_header(
+    data: memoryview, path: str
+) -> tuple[TrainingState, tuple[TensorSlice, ...]]:
+    """The state, and the tensors in file order, of a shard file in memory; their CRCs are still zero.
+
+    Raises `CheckpointError` if these are not the bytes that `ShardLayout.header` begins with, or too few.
+    """
+    end = 8 + _header_bytes(data, path)
+    state, _, slices = _parse_header(_decoded(bytes(data[8:end]), path), end, path)
+    if slices and slices[-1].end_offset > len(data):
+        raise CheckpointError(
+            f"{path}: {len(data)} bytes, but its header describes {slices[-1].end_offset}"
+        )
+    return state, tuple(slices)
 
 
 def block_bounds(piece: TensorSlice) -> list[tuple[int, int]]:
@@ -184,12 +241,10 @@ def _tensors(tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]]) -> 
     return described
 
 
-def _header(
-    kept: Mapping[str, LocalRows],
-    order: Sequence[str],
-    state: TrainingState,
-    tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
-) -> bytes:
+def _entries(
+    kept: Mapping[str, LocalRows], order: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The header's entry of each tensor, its first row and global shape, and the bytes of all together."""
     entries: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     offset = 0
@@ -206,15 +261,7 @@ def _header(
         entries[name] = {"dtype": dtype, "shape": list(rows.shape), "data_offsets": [offset, end]}
         whole[name] = [first_row, *shape]
         offset = end
-    metadata = {
-        "elastic_pt_schema": _HEADER_SCHEMA,
-        "state": canonical(state).decode(),
-        "rows": json.dumps(whole),
-        "tensors": canonical(_tensors(tensors)).decode(),
-    }
-    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return entries, whole, offset
 
 
 def _bytes_of(rows: torch.Tensor) -> memoryview:
@@ -230,17 +277,22 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
     return offset
 
 
-def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    length = int.from_bytes(file.read(8), "little")
+def _header_bytes(first: bytes | memoryview, path: str) -> int:
+    """Bytes of the header's text, from the first eight bytes of a file."""
+    length = int.from_bytes(first[:8], "little")
     if not 2 <= length <= _HEADER_BYTES_MAX:
-        raise CheckpointError(f"{file.name}: not a safetensors file")
+        raise CheckpointError(f"{path}: not a safetensors file")
+    return length
+
+
+def _decoded(text: bytes, path: str) -> dict[str, Any]:
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: its safetensors header is not JSON") from error
+        raise CheckpointError(f"{path}: its safetensors header is not JSON") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file.name}: its safetensors header is not a JSON object")
-    return length, header
+        raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
+    return header
 
 
 def _parse_header(

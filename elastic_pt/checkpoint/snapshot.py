@@ -1,0 +1,252 @@
+"""A worker's newest states, in memory that outlives the worker: two mapped files, written in turn and in place.
+
+    worker   SnapshotSlots.write ──► slot file ──► describe_snapshot   agent: CRC-32 of every block
+                                        │                 └──► Snapshot, the record that peers and readers get
+                                        └──► SlotRows.read            own workers and peers: verified by those CRCs
+
+A slot file is one page of control words, then a shard file as `shard_file` describes it. Its pages exist before
+training begins, so a write is one memory copy: a fresh file costs a page fault for every 4 KiB, three times the copy.
+Space is reserved, so a full memory file system is an error here and no SIGBUS later.
+
+The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content counts
+only while the two are equal. A reader looks at them before and after, and compares CRCs in between. Which slot may be
+overwritten is decided in `train.loop`: the older one, once the newer one is complete on all nodes and their mirrors.
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar, Final, NamedTuple
+
+import torch
+
+from elastic_pt.checkpoint.layout import (
+    Count,
+    FileBytes,
+    Rank,
+    Step,
+    TensorSlice,
+    TrainingState,
+)
+from elastic_pt.checkpoint.record import Document, record
+from elastic_pt.checkpoint.shard_file import (
+    NO_ROOM,
+    ShardLayout,
+    StagingFull,
+    block_bounds,
+    parse_shard_header,
+)
+from elastic_pt.errors import CheckpointError
+
+SLOTS: Final = 2
+PAYLOAD_OFFSET: Final = 4096
+"""The shard file begins at this byte of a slot file."""
+_MAGIC: Final = b"EPTSLOT1"
+_CONTROL: Final = struct.Struct("<8sQQQ")
+_WORD: Final = struct.Struct("<Q")
+_BEGUN_AT, _DONE_AT, _SIZE_AT = 8, 16, 24
+_MADV_POPULATE_WRITE: Final = 23
+_PAGE: Final = 4096
+
+
+@record
+class Snapshot(Document):
+    """What one worker's slot file holds: the state of a step, and where its rows are, with their CRCs."""
+
+    what: ClassVar[str] = "snapshot"
+    schemas: ClassVar[tuple[int, ...]] = (1,)
+
+    generation: Count
+    rank: Rank
+    step: Step
+    size: FileBytes
+    """Bytes of the shard file in the slot."""
+    state: TrainingState
+    slices: tuple[TensorSlice, ...]
+    """Their offsets count from the beginning of the shard file."""
+
+
+class Slot(NamedTuple):
+    """The name of one slot file."""
+
+    generation: int
+    rank: int
+    """Of the worker whose rows it holds."""
+    index: int
+
+    def path(self, directory: Path) -> Path:
+        """Its place in a node's scratch directory."""
+        return directory / f"slot-g{self.generation}-rank-{self.rank}-{self.index}"
+
+
+class SnapshotSlots:
+    """The two slot files of one worker in one generation. Worker process; `allocate` may run in a thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        generation: int,
+        rank: int,
+        tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+    ) -> None:
+        """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
+        self._layout = ShardLayout(tensors)
+        self._rows = [tensors[name][0] for name in self._layout.order]
+        self._paths = [Slot(generation, rank, index).path(directory) for index in range(SLOTS)]
+        self._maps: list[mmap.mmap] = []
+        self._targets: list[list[torch.Tensor]] = []
+        self._next = 0
+        self.size = self._layout.header_bytes + self._layout.data_bytes
+        """Bytes of the shard file in each slot."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `allocate` has ended well."""
+        return len(self._targets) == SLOTS
+
+    def allocate(self) -> None:
+        """Reserve, map and touch both files. Raises `StagingFull` if there is no room: then nothing is left."""
+        maps: list[mmap.mmap] = []
+        try:
+            for path in self._paths:
+                maps.append(make_slot(path, self.size))
+        except StagingFull:
+            for path in self._paths:
+                path.unlink(missing_ok=True)
+            raise
+        self._maps = maps
+        self._targets = [self._views(each) for each in maps]
+
+    def write(self, state: TrainingState) -> Path:
+        """Copy the live rows into the older slot, with the state of this step; returns the slot's path."""
+        number, self._next = self._next, (self._next + 1) % SLOTS
+        slot = self._maps[number]
+        _WORD.pack_into(slot, _BEGUN_AT, state.step)
+        header = self._layout.header(state)
+        slot[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
+        with torch.no_grad():
+            for target, rows in zip(self._targets[number], self._rows, strict=True):
+                target.copy_(rows)
+        _WORD.pack_into(slot, _DONE_AT, state.step)
+        return self._paths[number]
+
+    def _views(self, slot: mmap.mmap) -> list[torch.Tensor]:
+        """A tensor in the mapped file for each tensor of the layout."""
+        views = []
+        offset = PAYLOAD_OFFSET + self._layout.header_bytes
+        for rows in self._rows:
+            flat = torch.frombuffer(slot, dtype=rows.dtype, count=rows.numel(), offset=offset)
+            views.append(flat.view(rows.shape))
+            offset += rows.numel() * rows.element_size()
+        return views
+
+
+def make_slot(path: Path, size: int) -> mmap.mmap:
+    """Create a slot file for a shard file of `size` bytes, with all its pages in memory, and map it.
+
+    Worker process, and agents that mirror. Raises `StagingFull` if there is no room; then no file is left.
+    """
+    total = PAYLOAD_OFFSET + size
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, total)
+            slot = mmap.mmap(descriptor, total)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        kind = StagingFull if error.errno in NO_ROOM else CheckpointError
+        raise kind(f"{path}: no room for a snapshot of {size} bytes: {error.strerror}") from error
+    _touch(slot)
+    _CONTROL.pack_into(slot, 0, _MAGIC, 0, 0, size)
+    return slot
+
+
+def _touch(slot: mmap.mmap) -> None:
+    """Map every page now, so that no write has to wait for a page fault."""
+    try:
+        slot.madvise(_MADV_POPULATE_WRITE)
+    except OSError:  # Linux before 5.14
+        for offset in range(0, len(slot), _PAGE):
+            slot[offset] = 0
+
+
+def describe_snapshot(slot: Slot, directory: Path) -> Snapshot | None:
+    """Check a slot file and compute the CRCs of its blocks. Agent process.
+
+    None if it holds no whole state, or was written again meanwhile. Raises `CheckpointError` if it is no slot file.
+    """
+    path = slot.path(directory)
+    with open_slot(path) as content:
+        step = content.step()
+        if step is None:
+            return None
+        shard = memoryview(content.mapped)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + content.size]
+        try:
+            state, described = parse_shard_header(shard, str(path))
+            slices = tuple(_with_crcs(piece, shard) for piece in described)
+        except CheckpointError:
+            if content.step() != step:
+                return None
+            raise
+        finally:
+            shard.release()
+        if content.step() != step:
+            return None
+    if state.step != step:
+        raise CheckpointError(f"{path}: the state of step {state.step}, expected step {step}")
+    return Snapshot(slot.generation, slot.rank, step, content.size, state, slices)
+
+
+def _with_crcs(piece: TensorSlice, shard: memoryview) -> TensorSlice:
+    crcs = tuple(zlib.crc32(shard[start:end]) for start, end in block_bounds(piece))
+    return TensorSlice(**(piece.to_json() | {"block_crc32": crcs}))
+
+
+class SlotContent:
+    """An open slot file, read-only. Agent and worker process."""
+
+    def __init__(self, mapped: mmap.mmap, size: int) -> None:
+        self.mapped = mapped
+        self.size = size
+        """Bytes of the shard file in the slot."""
+
+    def __enter__(self) -> "SlotContent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.mapped.close()
+
+    def step(self) -> int | None:
+        """The step whose state the slot holds as a whole; None if it is being written, or never was."""
+        (begun,) = _WORD.unpack_from(self.mapped, _BEGUN_AT)
+        (done,) = _WORD.unpack_from(self.mapped, _DONE_AT)
+        return int(done) if begun == done > 0 else None
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `[start, end)` of the shard file; fewer at its end. The caller compares CRCs."""
+        end = min(end, self.size)
+        return self.mapped[PAYLOAD_OFFSET + start : PAYLOAD_OFFSET + end]
+
+
+def open_slot(path: Path) -> SlotContent:
+    """Map a slot file for reading. Raises `CheckpointError` if it is missing or no slot file."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the snapshot cannot be read: {error}") from error
+    magic, _, _, size = (
+        _CONTROL.unpack_from(mapped, 0) if len(mapped) >= PAYLOAD_OFFSET else 4 * (0,)
+    )
+    if magic != _MAGIC or len(mapped) != PAYLOAD_OFFSET + size:
+        found = len(mapped)
+        mapped.close()
+        raise CheckpointError(f"{path}: {found} bytes, expected a snapshot slot")
+    return SlotContent(mapped, size)
