@@ -206,7 +206,7 @@ def check_ledger(store: Store, log: RunLog, config: Config) -> None:
     for record in log.records():
         body = record.body
         if isinstance(body, Generation):
-            resume_step = 0 if body.resume is None else body.resume.step
+            resume_step = body.resume_step
             # A checkpoint that was committed and later found unusable: its steps were done again.
             lineage = [line for line in lineage if line["step"] <= resume_step]
             assert len(lineage) == resume_step

@@ -73,7 +73,7 @@ def test_too_many_open_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket.socket, "accept", refuse)
     agent = AgentSide(tmp_path / "socket")
     agent.listen(heard.put)
-    worker = WorkerSide(tmp_path / "socket")
+    worker = WorkerSide(tmp_path / "socket", 1)
     worker.send("hello")
     assert heard.get(timeout=DEADLINE_S)["kind"] == "hello"
     assert not refusals

@@ -31,12 +31,14 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
 from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
 from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
 from elastic_pt.membership.decision.status import Limits, NodeStatus
+from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.membership.resources import Resources
@@ -109,6 +111,14 @@ class Agent:
             member.address,
         )
         self._channel = AgentSide(scratch / SOCKET_NAME)
+        self._snapshots = Snapshots(
+            scratch,
+            member.incarnation,
+            run_token(store),
+            copies=config.checkpoint.mirror_copies,
+            timeout_s=config.elastic.heartbeat_timeout_s,
+            on_complete=self._channel.complete,
+        )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
             Limits(config.elastic, config.train.slots),
@@ -122,6 +132,7 @@ class Agent:
                 ),
                 on_drain=self._channel.drain,
                 platform=prepared.platform,
+                states=self._snapshots,
                 fenced_url=prepared.fenced_url,
             ),
             store,
@@ -137,7 +148,12 @@ class Agent:
         )
         self._progress = Progress()
         self._messages = WorkerMessages(
-            run_log, self._node, self._checkpointing, self._observation, self._progress
+            run_log,
+            self._node,
+            self._checkpointing,
+            self._snapshots,
+            self._observation,
+            self._progress,
         )
         self._processes = NodeProcesses(
             LogRendezvous(self._node, run_id=store.url.rpartition("/")[2]),
@@ -184,6 +200,7 @@ class Agent:
     def close(self) -> None:
         """Leave. Peers see it at once, before what may take time here."""
         self._node.leave()
+        self._snapshots.close()
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
         self._channel.close()
         self._metrics_server.shutdown()
@@ -223,6 +240,7 @@ class Agent:
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
         self._checkpointing.starts()
+        self._snapshots.starts(formed)
         write_assignment(
             self._scratch,
             Assignment(
@@ -231,6 +249,7 @@ class Agent:
                 store_address=generation.store_address,
                 store_port=generation.store_port,
                 resume=generation.resume,
+                memory=self._snapshots.places(generation),
             ),
         )
         log.info(
@@ -238,7 +257,8 @@ class Agent:
             generation=generation.number,
             node_rank=formed.node_rank,
             world_size=generation.world_size,
-            resume_step=0 if generation.resume is None else generation.resume.step,
+            resume_step=generation.resume_step,
+            restored_from="bucket" if generation.memory is None else "memory",
         )
 
     def _after_stop(self) -> None:

@@ -171,7 +171,7 @@ class Checkpointing:
             self._upload_failed(shard, error)
 
     def note_step(self, message: Message) -> None:
-        """Rank 0 has done a step; the history of the next commit holds it."""
+        """This node's first worker has done a step; the history of the next commit holds it, whichever node commits."""
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:

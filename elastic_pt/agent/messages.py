@@ -3,7 +3,8 @@
 step                       ─► metrics, this node's status, the history of steps
 staged  no_room  skipped   ─► Checkpointing.save
 activity                   ─► the goodput ledger
-unusable                   ─► QUARANTINE of the checkpoint
+snapshot  no_snapshots     ─► Snapshots
+unusable                   ─► QUARANTINE of the checkpoint; a state in memory is not taken again
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import structlog
 
 from elastic_pt.agent.checkpointing import Checkpointing, quarantine
 from elastic_pt.agent.observation import Observation
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.membership.node import Node
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.workers.channel import Message
@@ -41,12 +43,14 @@ class WorkerMessages:
         run_log: RunLog,
         node: Node,
         checkpointing: Checkpointing,
+        snapshots: Snapshots,
         observation: Observation,
         progress: Progress,
     ) -> None:
         self._log = run_log
         self._node = node
         self._checkpointing = checkpointing
+        self._snapshots = snapshots
         self._observation = observation
         self._progress = progress
 
@@ -59,9 +63,21 @@ class WorkerMessages:
                 self._checkpointing.save(message)
             case "activity":
                 self._observation.activity(message["activity"])
+            case "snapshot":
+                self._observation.metrics.snapshot_seconds.set(message["seconds"])
+                self._snapshots.written(message)
+            case "no_snapshots":
+                log.warning("no_snapshots", cause=message["why"])
             case "unusable":
-                number = self._progress.quarantined = self._node.formed.generation.number
-                quarantine(self._log, number, message["directory"], message["why"])
+                self._unusable(message)
+
+    def _unusable(self, message: Message) -> None:
+        number = self._progress.quarantined = self._node.formed.generation.number
+        if "directory" in message:
+            quarantine(self._log, number, message["directory"], message["why"])
+        else:
+            log.error("snapshot_unusable", step=message["step"], cause=message["why"])
+            self._snapshots.distrust(message["generation"], message["step"])
 
     def _step_done(self, message: Message) -> None:
         formed, step = self._node.formed, int(message["step"])
@@ -71,10 +87,9 @@ class WorkerMessages:
                 self._node.first_step(times)
                 log.info("first_step", step=step, **vars(times))
             self._node.progress(step, message["loss"])
+            self._checkpointing.note_step(message)
             if step > self._progress.step:
                 self._progress.step, self._progress.failures = step, 0
             if message["skipped"]:
                 self._progress.skipped = (step, message["skipped"])
                 log.warning("step_skipped", step=step, cause=message["skipped"])
-        if message["rank"] == 0:
-            self._checkpointing.note_step(message)

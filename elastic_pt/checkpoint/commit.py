@@ -79,8 +79,10 @@ class Committer:
         self._jobs = JobThread("commit", self._do)
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
-        """Remember a step for the history of the next commit."""
+        """Remember a step for the history of the next commit, which another node may have to write one day."""
+        committed = self._log.view.checkpoints[:1]
         with self._history_lock:
+            self._history.forget(max((each.step for each in committed), default=0))
             self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation) -> None:

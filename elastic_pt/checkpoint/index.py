@@ -40,6 +40,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Readable(Protocol):
+    """What rows can be read from: a `Store`, or the memory of nodes."""
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `[start, end)` of a file."""
+
+
 class Index(Protocol):
     """Where the rows of each tensor are; all that `restore` needs to know of a checkpoint."""
 
@@ -162,7 +169,7 @@ def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
     return data
 
 
-def read_bytes(store: Store, key: str, start: int, end: int) -> bytes:
+def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:
     """Bytes `[start, end)` of an object; one that is not there is a `CheckpointError`."""
     try:
         return store.read(key, start, end)

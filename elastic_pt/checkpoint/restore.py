@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic_pt.checkpoint.index import Index, in_order, read_bytes
+from elastic_pt.checkpoint.index import Index, Readable, in_order, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError
-from elastic_pt.store.port import Store
 
 READ_BYTES_MAX = 32 << 20
 _LOAD_THREADS = 8
@@ -97,7 +96,7 @@ def coalesce(
 
 
 def load_rows(
-    store: Store,
+    store: Readable,
     index: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
@@ -126,7 +125,7 @@ def load_rows(
 
 
 def read_tensors(
-    store: Store, index: Index, names: Sequence[str]
+    store: Readable, index: Index, names: Sequence[str]
 ) -> Iterator[tuple[str, memoryview]]:
     """Every byte of the named tensors, as `(name, verified bytes)`, in the order of the names and of their rows.
 
@@ -145,7 +144,7 @@ def read_tensors(
             yield block.tensor, data
 
 
-def read_blocks(store: Store, read: ReadRange) -> Iterator[tuple[Block, memoryview]]:
+def read_blocks(store: Readable, read: ReadRange) -> Iterator[tuple[Block, memoryview]]:
     """Fetch one request and yield its blocks, each compared with its CRC-32 first."""
     data = memoryview(read_bytes(store, read.key, read.start, read.end))
     for block in read.blocks:

@@ -76,11 +76,11 @@ class Slot(NamedTuple):
     generation: int
     rank: int
     """Of the worker whose rows it holds."""
-    index: int
+    number: int
 
     def path(self, directory: Path) -> Path:
         """Its place in a node's scratch directory."""
-        return directory / f"slot-g{self.generation}-rank-{self.rank}-{self.index}"
+        return directory / f"slot-g{self.generation}-rank-{self.rank}-{self.number}"
 
 
 class SnapshotSlots:
@@ -96,7 +96,8 @@ class SnapshotSlots:
         """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
         self._layout = ShardLayout(tensors)
         self._rows = [tensors[name][0] for name in self._layout.order]
-        self._paths = [Slot(generation, rank, index).path(directory) for index in range(SLOTS)]
+        self._names = [Slot(generation, rank, index) for index in range(SLOTS)]
+        self._paths = [each.path(directory) for each in self._names]
         self._maps: list[mmap.mmap] = []
         self._targets: list[list[torch.Tensor]] = []
         self._next = 0
@@ -121,18 +122,18 @@ class SnapshotSlots:
         self._maps = maps
         self._targets = [self._views(each) for each in maps]
 
-    def write(self, state: TrainingState) -> Path:
-        """Copy the live rows into the older slot, with the state of this step; returns the slot's path."""
+    def write(self, state: TrainingState) -> Slot:
+        """Copy the live rows into the older slot, with the state of this step; returns which slot that is."""
         number, self._next = self._next, (self._next + 1) % SLOTS
         slot = self._maps[number]
-        _WORD.pack_into(slot, _BEGUN_AT, state.step)
+        begin_slot(slot, state.step)
         header = self._layout.header(state)
         slot[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
         with torch.no_grad():
             for target, rows in zip(self._targets[number], self._rows, strict=True):
                 target.copy_(rows)
-        _WORD.pack_into(slot, _DONE_AT, state.step)
-        return self._paths[number]
+        end_slot(slot, state.step)
+        return self._names[number]
 
     def _views(self, slot: mmap.mmap) -> list[torch.Tensor]:
         """A tensor in the mapped file for each tensor of the layout."""
@@ -166,6 +167,16 @@ def make_slot(path: Path, size: int) -> mmap.mmap:
     _touch(slot)
     _CONTROL.pack_into(slot, 0, _MAGIC, 0, 0, size)
     return slot
+
+
+def begin_slot(slot: mmap.mmap, step: int) -> None:
+    """From here on the slot holds nothing, until `end_slot`."""
+    _WORD.pack_into(slot, _BEGUN_AT, step)
+
+
+def end_slot(slot: mmap.mmap, step: int) -> None:
+    """The slot holds the whole state of this step."""
+    _WORD.pack_into(slot, _DONE_AT, step)
 
 
 def _touch(slot: mmap.mmap) -> None:
@@ -207,6 +218,17 @@ def describe_snapshot(slot: Slot, directory: Path) -> Snapshot | None:
 def _with_crcs(piece: TensorSlice, shard: memoryview) -> TensorSlice:
     crcs = tuple(zlib.crc32(shard[start:end]) for start, end in block_bounds(piece))
     return TensorSlice(**(piece.to_json() | {"block_crc32": crcs}))
+
+
+def require_crcs(snapshot: Snapshot, shard: memoryview) -> None:
+    """Raise `CheckpointError` naming the first block of a shard file whose CRC-32 is not that of the record."""
+    for piece in snapshot.slices:
+        for index, (start, end) in enumerate(block_bounds(piece)):
+            if zlib.crc32(shard[start:end]) != piece.block_crc32[index]:
+                raise CheckpointError(
+                    f"snapshot of step {snapshot.step}, rank {snapshot.rank}: {piece.name} block {index}: "
+                    "its CRC-32 is not that of the record"
+                )
 
 
 class SlotContent:

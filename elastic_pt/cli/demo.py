@@ -292,7 +292,7 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
 
     def resumed_step() -> int:
         generation = show.run.log.view.generation
-        return 0 if generation is None or generation.resume is None else generation.resume.step
+        return 0 if generation is None else generation.resume_step
 
     # What the others still say of the old generation is at least `LOST_STEPS` beyond the checkpoint.
     after = show.watch(
@@ -349,7 +349,7 @@ def plot(run: Run, path: Path) -> None:
     generations = [
         GenerationSpan(
             body.number,
-            0 if body.resume is None else body.resume.step,
+            body.resume_step,
             body.world_size,
             tuple(member.node for member in body.members),
             body.reason,

@@ -32,6 +32,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A dimension of a tensor."""
 Processes = Annotated[int, Field(ge=0, le=1024)]
+Copies = Annotated[int, Field(ge=0, le=8)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -263,6 +264,10 @@ class CheckpointSection(Section):
 
     every_steps: Count = 50
     """Steps between checkpoints; a checkpoint waits while the one before is still being uploaded."""
+    snapshot_every_steps: CountOrZero = 0
+    """Steps between copies of the state into memory, which a lost node's peers go on from; 0 chooses by what they cost."""
+    mirror_copies: Copies = 1
+    """Other nodes that hold a copy of each node's state in memory; 0 turns copies off."""
     keep: Count = 3
     """Committed checkpoints that are kept."""
     staging: str = "/dev/shm"

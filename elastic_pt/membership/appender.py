@@ -7,6 +7,7 @@ from elastic_pt.membership.decision.admission import slots_per_member
 from elastic_pt.membership.decision.budgets import quarantines_due
 from elastic_pt.membership.decision.decide import Halt, Propose
 from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.resume import newest_in_memory
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, frontier_step
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
@@ -58,6 +59,12 @@ class Appender:
             # The log was read on while an unusable checkpoint was quarantined: another node has proposed already.
             self._read()
             return
+        memory = newest_in_memory(
+            before.generation,
+            proposal.members,
+            self._statuses(),
+            0 if resume is None else resume.step,
+        )
         store = self._resources.bind_store()
         noticed_s = self._memory.broken_since_s
         generation = Generation(
@@ -73,6 +80,7 @@ class Appender:
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
             platform=self._resources.platform,
             fenced_url=self._resources.fenced_url or before.fenced_url,
+            memory=memory,
         )
 
         def make(view: RunView) -> Generation:
@@ -98,7 +106,8 @@ class Appender:
             "generation",
             number=number,
             members=[each.node for each in proposal.members],
-            resume_step=0 if resume is None else resume.step,
+            resume_step=generation.resume_step,
+            restored_from="bucket" if memory is None else "memory",
             reason=proposal.reason,
         )
         self._append_quarantines(number)
@@ -139,13 +148,20 @@ class Appender:
         )
         self._append(recovery, number)
 
+    def _statuses(self) -> dict[str, NodeStatus]:
+        """The newest status of each node, this one included, by incarnation."""
+        known = {
+            incarnation: peer.status
+            for incarnation, peer in dict(self._table.peers).items()
+            if peer.status is not None
+        }
+        me = self._me.now
+        return known | {me.member.incarnation: me}
+
     def _start_times(self, generation: Generation, me: NodeStatus) -> list[StartTimes]:
-        statuses: list[NodeStatus | None] = []
-        for member in generation.members:
-            peer = self._table.peers.get(member.incarnation)
-            own = member.incarnation == me.member.incarnation
-            statuses.append(me if own else None if peer is None else peer.status)
-        return [each.start_times for each in statuses if each is not None and each.start_times]
+        statuses = self._statuses() | {me.member.incarnation: me}
+        told = [statuses.get(each.incarnation) for each in generation.members]
+        return [each.start_times for each in told if each is not None and each.start_times]
 
     def _agreed_after_s(self, generation: Generation) -> float:
         """Seconds from noticing the trouble until the record was read; for another node's record, until it was made."""

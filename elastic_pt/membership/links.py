@@ -2,8 +2,9 @@
 
     GET /v1/link     (WebSocket) `Message`s in both directions; see `membership.peers`
     GET /v1/status   this node's NodeStatus, for people and `elastic-pt status`
+    GET ...          what `Resources.states` answers: rows that this node holds in memory
 
-Both need the run's token (`Authorization: Bearer`), which is in the run directory: every node that can read the
+All need the run's token (`Authorization: Bearer`), which is in the run directory: every node that can read the
 bucket may take part. An open connection shows at once that the peer's process has ended: the kernel closes it, and
 the next attempt to connect is refused. A second refusal counts. If the peer's machine or network is gone, only its
 silence shows that.
@@ -15,6 +16,7 @@ import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import aiohttp
@@ -25,6 +27,7 @@ from pydantic import ValidationError
 from elastic_pt.errors import AlreadyExists, NotFound
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
+from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.port import Store
 
@@ -109,6 +112,8 @@ class Links:
         application.add_routes(
             [web.get("/v1/link", self._accept), web.get("/v1/status", self._status)]
         )
+        for path, answer in self._participant.states.routes.items():
+            application.router.add_get(path, partial(self._answer, answer), allow_head=False)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, address, 0).start()
@@ -153,6 +158,11 @@ class Links:
             return web.Response(status=401, text="this run's token is missing or wrong\n")
         body = STATUS.dump_json(self._participant.me.now)
         return web.Response(body=body, content_type="application/json")
+
+    async def _answer(self, answer: Answer, request: web.Request) -> web.StreamResponse:
+        if not self._authorized(request):
+            return web.Response(status=401, text="this run's token is missing or wrong\n")
+        return await answer(request)
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
         if not self._authorized(request):

@@ -2,19 +2,19 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
 
 from elastic_pt.membership.decision.status import NodeStatus
-from elastic_pt.runlog.log import RunLog
+from elastic_pt.membership.resources import Resources
 
 
 class OwnStatus:
     """This node's own `NodeStatus`. Agent process; safe to share between threads."""
 
-    def __init__(self, first: NodeStatus, log: RunLog, clock_s: Callable[[], float]) -> None:
+    def __init__(self, first: NodeStatus, resources: Resources) -> None:
         self._status = first
-        self._log = log
-        self._clock_s = clock_s
+        self._log = resources.log
+        self._clock_s = resources.clock_s
+        self._states = resources.states
         self._lock = threading.Lock()
         self._resting = ""
         self._rest_until_s = float("-inf")
@@ -23,7 +23,7 @@ class OwnStatus:
 
     @property
     def stated(self) -> NodeStatus:
-        """What was said last, without the values that follow from the log and the clock."""
+        """What was said last, without the values that follow from the log, the clock and the memory."""
         return self._status
 
     @property
@@ -36,6 +36,8 @@ class OwnStatus:
             generation=view.generation_number,
             leaving=self.leaving,
             resting=self._resting if self._clock_s() < self._rest_until_s else "",
+            held=self._states.held,
+            unusable=self._states.unusable,
         )
 
     def say(self, **changes: object) -> None:

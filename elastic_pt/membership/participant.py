@@ -41,7 +41,7 @@ from elastic_pt.membership.lobby import Lobby
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse, PulseWatch
-from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.resources import InMemoryStates, Resources
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member
 
@@ -59,7 +59,7 @@ class Participant:
         self._resources = resources
         self._clock_s = resources.clock_s
         self.log = resources.log
-        self.me = OwnStatus(first, resources.log, resources.clock_s)
+        self.me = OwnStatus(first, resources)
         self.table = PeerTable(resources.clock_s)
         self.contacts = Contacts(
             self.table, Lobby(resources.hints, resources.clock_s), limits, resources.clock_s
@@ -90,6 +90,11 @@ class Participant:
     def broken(self) -> int:
         """The newest generation that this node has given up."""
         return self.me.stated.broken
+
+    @property
+    def states(self) -> InMemoryStates:
+        """What this node holds in memory."""
+        return self._resources.states
 
     def begin(self, member: Member) -> None:
         """Take part from now on: `member` names the port at which this node listens."""

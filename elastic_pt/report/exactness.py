@@ -70,7 +70,7 @@ def platform_changes(
             why = body.why
         if not isinstance(body, Generation) or body.number > generation or not body.platform:
             continue
-        step = 0 if body.resume is None else body.resume.step
+        step = body.resume_step
         spans = [span for span in spans if span[0] < step]
         before = spans[-1][1] if spans else {}
         names = differing_names(before, body.platform)

@@ -181,7 +181,7 @@ def _change(
         planned=not anew and all(cause.kind in _PLANNED for cause in generation.causes),
         resumed_by_new_nodes=anew,
         frontier_step=generation.frontier_step,
-        resume_step=0 if generation.resume is None else generation.resume.step,
+        resume_step=generation.resume_step,
         agree_s=generation.agree_s,
         first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
         set_aside=tuple(set_aside),

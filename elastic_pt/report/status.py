@@ -236,7 +236,7 @@ def describe(record: Record) -> str:
     match body:
         case Generation():
             names = ", ".join(each.node for each in body.members)
-            resume = "the start" if body.resume is None else f"step {body.resume.step}"
+            resume = f"step {body.resume_step}" if body.resume_step else "the start"
             text = f"generation {body.number} from {resume}, world size {body.world_size}: {names} [{body.reason}]"
         case Commit():
             kept = ", ".join(str(each.step) for each in body.checkpoints)

@@ -129,6 +129,17 @@ class Cause:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """The state of a step that the members of a new generation hold together in memory."""
+
+    generation: int
+    """Whose workers wrote it."""
+    step: int
+    sources: tuple[int, ...]
+    """For each of those workers, by rank: the member of the new generation that holds its rows."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """Who trains. Ranks follow the order of `members`; the workers of one member have consecutive ranks."""
 
@@ -140,7 +151,7 @@ class Generation:
     store_port: int
     """The TCPStore made for this generation only. It listens before the record is written."""
     resume: Checkpoint | None
-    """The checkpoint from which training goes on; None is the start of the run."""
+    """The newest usable checkpoint; training goes on from it unless `memory` is told. None is the start of the run."""
     reason: str
     causes: tuple[Cause, ...] = ()
     """The reason, for programs."""
@@ -153,6 +164,15 @@ class Generation:
     fenced_url: str = ""
     """The run directory's URL under which an agent of this run has raced the store's create-once with success. Empty if
     none has, and in older records."""
+    memory: InMemory | None = None
+    """The state from which training goes on, if the members hold a newer one than `resume`."""
+
+    @property
+    def resume_step(self) -> int:
+        """Steps that are done in the state from which training goes on."""
+        if self.memory is not None:
+            return self.memory.step
+        return 0 if self.resume is None else self.resume.step
 
     @property
     def world_size(self) -> int:

@@ -48,6 +48,9 @@ class Metrics:
         self.worker_failures = self._counter(
             "worker_failures", "Workers of this node that ended badly.", "cause"
         )
+        self.snapshot_seconds = self._gauge(
+            "snapshot_seconds", "Time that the last snapshot held up this node's workers."
+        )
         self.checkpoint_stage_seconds = self._gauge(
             "checkpoint_stage_seconds", "Time that the last checkpoint held up this node's workers."
         )

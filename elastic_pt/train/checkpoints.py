@@ -1,6 +1,7 @@
 """How a worker loads and saves the state of training (worker process).
 
-    load   fill this worker's rows from the checkpoint that its generation resumes from, or from the seed
+    load   fill this worker's rows from the state that its generation resumes from: in the memory of its members,
+           in the bucket, or made from the seed
     save   copy this worker's rows into the staging directory (memory); the agent uploads and commits them
     wait   where `save` found no room: try again for a while, then give this checkpoint up
 
@@ -17,18 +18,23 @@ Between the two processes, over `workers.channel`:
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from torch import Tensor
+
 from elastic_pt.checkpoint.index import read_index
-from elastic_pt.checkpoint.layout import TrainingState
+from elastic_pt.checkpoint.layout import RowRange, TrainingState
+from elastic_pt.checkpoint.memory import MemoryState, Places
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import Staging, StagingFull, write_shard
 from elastic_pt.config import Config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import CheckpointError, ConfigError
+from elastic_pt.model.initialize import shard_rows
+from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import Assignment
@@ -95,35 +101,61 @@ class Checkpoints:
         Raises `CheckpointError` for a checkpoint that does not verify: the agent is told and quarantines it, and
         the next generation resumes from the one before. Raises `ConfigError` for one of another run.
         """
-        resume = self._assignment.resume
-        if resume is None:
+        memory, resume = self._assignment.memory, self._assignment.resume
+        if memory is not None:
+            self._load_from_memory(state, memory)
+        elif resume is not None:
+            self._load_from_bucket(state, resume)
+        else:
             state.initialize()
-            return
+
+    def _load_from_memory(self, state: TrainState, places: Places) -> None:
+        wanted, into = _rows_of(state)
+        wanted = {name: rows for name, rows in wanted.items() if rows[0] < rows[1]}
+        try:
+            with MemoryState(places, _holders(state, wanted, len(places.shards))) as memory:
+                self._require_same_run(memory.index.state, f"snapshot of step {places.step}")
+                load_rows(memory, memory.index, wanted, into)
+        except CheckpointError as error:
+            self._agent.send(
+                "unusable", generation=places.generation, step=places.step, why=str(error)
+            )
+            raise
+        _go_on_from(state, memory.index.state)
+
+    def _load_from_bucket(self, state: TrainState, resume: Checkpoint) -> None:
         store = open_store(self._config.run.url, timeout_s=self._config.store.deadline_s)
-        slices = dict(state.slices())
-        wanted = {
-            name: (each.first_row, each.first_row + each.rows.shape[0])
-            for name, each in slices.items()
-        }
+        wanted, into = _rows_of(state)
         try:
             index = read_index(store, resume, self._assignment.run_id, wanted)
-            found = Provenance(
-                index.state.data_fingerprint,
-                index.state.tokenizer_sha256,
-                index.state.config_fingerprint,
-            )
-            if found != self._provenance:
-                raise ConfigError(
-                    f"{resume.directory}: made with another configuration, data or tokenizer: "
-                    f"{found}, expected {self._provenance}"
-                )
-            load_rows(store, index, wanted, into={name: each.rows for name, each in slices.items()})
+            self._require_same_run(index.state, resume.directory)
+            load_rows(store, index, wanted, into)
         except CheckpointError as error:
             self._agent.send("unusable", directory=resume.directory, why=str(error))
             raise
-        state.steps_done = index.state.step
-        state.optimizer.step_count = index.state.optimizer_step
-        state.skipped_in_a_row = index.state.skipped_in_a_row
+        _go_on_from(state, index.state)
+
+    def _require_same_run(self, found: TrainingState, what: str) -> None:
+        """Raise `ConfigError` for a state that was made with another configuration, data or tokenizer."""
+        provenance = Provenance(
+            found.data_fingerprint, found.tokenizer_sha256, found.config_fingerprint
+        )
+        if provenance != self._provenance:
+            raise ConfigError(
+                f"{what}: made with another configuration, data or tokenizer: "
+                f"{provenance}, expected {self._provenance}"
+            )
+
+    def describe(self, state: TrainState) -> TrainingState:
+        """What a checkpoint or a snapshot says of a state besides its tensors."""
+        return TrainingState(
+            step=state.steps_done,
+            optimizer_step=state.optimizer.step_count,
+            skipped_in_a_row=state.skipped_in_a_row,
+            data_fingerprint=self._provenance.data_fingerprint,
+            tokenizer_sha256=self._provenance.tokenizer_sha256,
+            config_fingerprint=self._provenance.config_fingerprint,
+        )
 
     def save(self, state: TrainState) -> None:
         """Copy this worker's rows of the whole state into the staging directory. Call `wait` next."""
@@ -138,14 +170,7 @@ class Checkpoints:
                     name: (each.rows, each.global_shape, each.first_row)
                     for name, each in state.slices()
                 },
-                TrainingState(
-                    step=state.steps_done,
-                    optimizer_step=state.optimizer.step_count,
-                    skipped_in_a_row=state.skipped_in_a_row,
-                    data_fingerprint=self._provenance.data_fingerprint,
-                    tokenizer_sha256=self._provenance.tokenizer_sha256,
-                    config_fingerprint=self._provenance.config_fingerprint,
-                ),
+                self.describe(state),
             )
         except StagingFull as error:
             self._without_room, self._why = state, str(error)
@@ -180,3 +205,28 @@ class Checkpoints:
             generation=self._staging.generation,
             **content,
         )
+
+
+def _rows_of(state: TrainState) -> tuple[dict[str, RowRange], dict[str, Tensor]]:
+    """The rows of each tensor that this worker holds, and their live memory."""
+    slices = dict(state.slices())
+    wanted = {
+        name: (each.first_row, each.first_row + each.rows.shape[0]) for name, each in slices.items()
+    }
+    return wanted, {name: each.rows for name, each in slices.items()}
+
+
+def _holders(state: TrainState, wanted: Mapping[str, RowRange], world_size: int) -> list[int]:
+    """The ranks that hold these rows in a world of `world_size` workers."""
+    ranks: set[int] = set()
+    shapes = {name: each.global_shape for name, each in state.slices()}
+    for name, (first, end) in wanted.items():
+        share = shard_rows(shapes[name][0], 0, world_size).stop
+        ranks.update(range(first // share, -(-end // share)))
+    return sorted(ranks)
+
+
+def _go_on_from(state: TrainState, found: TrainingState) -> None:
+    state.steps_done = found.step
+    state.optimizer.step_count = found.optimizer_step
+    state.skipped_in_a_row = found.skipped_in_a_row

@@ -1,8 +1,8 @@
 """The training loop: every decision of a worker between its first and its last step.
 
-    batch ─► run_step ─► report ─► checkpoint due? ─► stop asked for? ─► next step
+    batch ─► run_step ─► report ─► snapshot due? ─► checkpoint due? ─► stop asked for? ─► next step
 
-A checkpoint is staged (copied into the agent's memory) here, between two steps; hashing and upload
+A snapshot is one copy into memory that outlives this process. A checkpoint is staged (copied into the agent's memory) here, between two steps; hashing and upload
 are the agent's. All workers take the same decisions, because they decide from what `run_step` agreed on.
 """
 
@@ -13,6 +13,7 @@ from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.train.checkpoints import Agent, Checkpoints, unwatched
 from elastic_pt.train.health import Rung
+from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, StepResult, run_step
 from elastic_pt.workers.assignment import Outcome
@@ -25,6 +26,7 @@ def train(
     batches: Iterator[StepBatch],
     agent: Agent,
     checkpoints: Checkpoints,
+    snapshots: MemorySnapshots,
     enter: Callable[[WorkerPhase, int], None] = unwatched,
 ) -> Outcome:
     """Train until the last step or until the agent wants the world to change. Worker process; communicates.
@@ -45,19 +47,24 @@ def train(
             state,
             tokens_SBT,
             Control(agent.drain_requested, pending),
+            snapshots.offer(),
         )
-        report(agent, config, state, result, time.monotonic() - started_s, data_wait_s)
+        seconds = time.monotonic() - started_s
+        report(agent, config, state, result, seconds, data_wait_s)
         if result.verdict.rung is Rung.STOP:
             return Outcome.DIVERGED
+        snapshots.measure(seconds)
+        if snapshots.due(state.steps_done, result.agreed):
+            snapshots.take(state, result.agreed)
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
-        stops = finished or result.control.drain
-        if stops or (due and not result.control.checkpoint_pending):
+        stops = finished or result.agreed.drain
+        if stops or (due and not result.agreed.checkpoint_pending):
             checkpoints.save(state)
             # A worker that stops has no later step to checkpoint, so it waits for room.
             checkpoints.wait(room_timeout_s(config) if stops else 0.0)
             last_checkpoint = state.steps_done
-        if result.control.drain and not finished:
+        if result.agreed.drain and not finished:
             return Outcome.DRAINED
     return Outcome.COMPLETED
 

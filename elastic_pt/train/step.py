@@ -5,8 +5,8 @@
     judge ─► clip ─► AdamW
 
 Each entry of the agreement's vector is non-zero on at most one worker, so the sum is exact in any order; of the
-control bits only zero or not zero counts. They make all workers stop or checkpoint after the same step at no extra
-cost.
+control bits only zero or not zero counts. They make all workers stop, checkpoint or take a snapshot after the same step
+at no extra cost.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from elastic_pt.train.schedule import learning_rate
 from elastic_pt.train.state import TrainState
 
 _CLIP_EPSILON: Final = 1e-6
-_CONTROLS: Final = 2
+_CONTROLS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,32 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What one worker says of its snapshots."""
+
+    complete_step: int | None = None
+    """The newest step of this generation that its node and its mirrors hold whole, 0 for none; None if it takes none."""
+    snapshot_every: int = 1
+    """The cadence that it would choose. That of the first worker counts."""
+
+
+NO_SNAPSHOTS: Final = Offer()
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all workers know of each other after a step; the same on each of them."""
+
+    drain: bool
+    """Whether any worker asked for it."""
+    checkpoint_pending: bool
+    """Whether any worker still has one."""
+    complete_step: int | None
+    """The newest step that all nodes and their mirrors hold whole, 0 for none; None if a worker takes no snapshots."""
+    snapshot_every: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What all workers know after a step; the same on each of them."""
 
@@ -48,11 +74,12 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
     verdict: Verdict
-    control: Control
-    """True where any worker asked for it."""
+    agreed: Agreed
 
 
-def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepResult:
+def run_step(
+    state: TrainState, tokens_SBT: Tensor, control: Control, offer: Offer = NO_SNAPSHOTS
+) -> StepResult:
     """Train step `state.steps_done` and advance the state. Communicates; every worker calls it.
 
     `tokens_SBT [slots of this worker, micro_batch, sequence_length + 1]`.
@@ -69,7 +96,7 @@ def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepRes
             # FSDP2 gathers and reduces in every backward pass, so a worker without a slot runs a tiny one.
             _backward(state, tokens_SBT.new_zeros(1, 2), 0.0)
     gradients = [_gradient(parameter) for parameter in state.model.parameters()]
-    losses_2V, norm, agreed = _agree_on_step(state, losses_2V, gradients, control)
+    losses_2V, norm, agreed = _agree_on_step(state, losses_2V, gradients, control, offer)
     tokens = train.global_batch * state.config.data.sequence_length
     loss, z_loss = (value / tokens for value in fold(losses_2V).tolist())
     verdict = judge(
@@ -102,18 +129,17 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _agree_on_step(
-    state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control
-) -> tuple[Tensor, float, Control]:
-    """One all-reduce: losses of all slots [2, V], gradient norm, and what any worker asks for."""
+    state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control, offer: Offer
+) -> tuple[Tensor, float, Agreed]:
+    """One all-reduce: losses of all slots [2, V], gradient norm, and what the workers ask for and offer."""
     exact = state.config.train.numerics == "exact"
     squares = state.row_squares.total_rows if exact else 1
+    bits = _CONTROLS + state.world_size
     vector = torch.zeros(
-        _CONTROLS + losses_2V.numel() + squares, dtype=torch.float64, device=state.device
+        bits + losses_2V.numel() + squares, dtype=torch.float64, device=state.device
     )
-    vector[:_CONTROLS] = torch.tensor(
-        [control.drain, control.checkpoint_pending], dtype=torch.float64
-    )
-    vector[_CONTROLS:-squares] = losses_2V.flatten()
+    vector[:bits] = torch.tensor(_bits_of(state, control, offer), dtype=torch.float64)
+    vector[bits:-squares] = losses_2V.flatten()
     if exact:
         state.row_squares.write(vector[-squares:], gradients)
     else:
@@ -121,5 +147,22 @@ def _agree_on_step(
         vector[-1] = norm.double().square()
     dist.all_reduce(vector)
     norm_value = RowSquares.norm(vector[-squares:])
-    drain, pending = (bool(value) for value in vector[:_CONTROLS].tolist())
-    return vector[_CONTROLS:-squares].view(2, -1), norm_value, Control(drain, pending)
+    return vector[bits:-squares].view(2, -1), norm_value, _agreed(vector[:bits].tolist())
+
+
+def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
+    """This worker's part of the vector's head: two control bits, the cadence, and an entry for each worker.
+
+    An entry is 1 more than the complete step, so that 0 says that this worker takes no snapshots.
+    """
+    entries = [0.0] * state.world_size
+    if offer.complete_step is not None:
+        entries[state.rank] = 1.0 + offer.complete_step
+    every = float(offer.snapshot_every) if state.rank == 0 else 0.0
+    return [float(control.drain), float(control.checkpoint_pending), every, *entries]
+
+
+def _agreed(head: list[float]) -> Agreed:
+    drain, pending, every, *entries = head
+    oldest = int(min(entries))
+    return Agreed(bool(drain), bool(pending), oldest - 1 if oldest else None, int(every))

@@ -30,6 +30,7 @@ from elastic_pt.telemetry.events import configure_events
 from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.exact import make_deterministic
 from elastic_pt.train.loop import train
+from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, read_assignment
 from elastic_pt.workers.channel import WorkerSide
@@ -50,9 +51,9 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     assignment = read_assignment(scratch)
     configure_events(config.telemetry.log_level, f"rank {os.environ['RANK']}")
     local_rank = int(os.environ["LOCAL_RANK"])
-    resume_step = 0 if assignment.resume is None else assignment.resume.step
+    resume_step = assignment.resume_step
     progress = Heartbeat(scratch, local_rank, assignment.generation, resume_step)
-    agent = WorkerSide(scratch / SOCKET_NAME)
+    agent = WorkerSide(scratch / SOCKET_NAME, assignment.generation)
     agent.send("activity", activity="start")
     device = resolve_device(config.train, local_rank)
     make_deterministic(config.train, device)
@@ -65,6 +66,14 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     progress.enter(WorkerPhase.RESTORE, resume_step)
     checkpoints.load(state)
     agent.send("activity", activity="train")
+    snapshots = MemorySnapshots(
+        config.checkpoint.snapshot_every_steps,
+        assignment.generation,
+        scratch,
+        agent,
+        state,
+        checkpoints.describe,
+    )
     plan = DataPlan(
         manifest,
         sequence_length=config.data.sequence_length,
@@ -89,7 +98,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
         prefetch_steps=config.data.prefetch_steps,
     )
     with loader:
-        outcome = train(config, state, iter(loader), agent, checkpoints, progress.enter)
+        outcome = train(config, state, iter(loader), agent, checkpoints, snapshots, progress.enter)
         progress.enter(WorkerPhase.END, state.steps_done)
     # Nobody closes connections while another worker may still be reading from them.
     dist.barrier()

@@ -10,6 +10,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
+from elastic_pt.checkpoint.memory import Places
 from elastic_pt.runlog.records import Checkpoint
 
 SOCKET_NAME: Final = "agent.sock"
@@ -35,6 +36,15 @@ class Assignment:
     store_address: str
     store_port: int
     resume: Checkpoint | None
+    memory: Places | None = None
+    """Where the state lies from which training goes on; None if it is `resume`, in the bucket."""
+
+    @property
+    def resume_step(self) -> int:
+        """Steps that are done in the state from which training goes on."""
+        if self.memory is not None:
+            return self.memory.step
+        return 0 if self.resume is None else self.resume.step
 
 
 _ADAPTER: Final = TypeAdapter(Assignment)

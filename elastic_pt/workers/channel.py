@@ -3,9 +3,12 @@
     worker ─► agent   step        a step is done: numbers for metrics, status and the history
                       activity    what the worker does now (restore, train, ...), for the goodput ledger
                       staged      a shard file lies in the staging directory
-                      unusable    a committed checkpoint failed verification while it was read
+                      snapshot    a slot holds the state of a step
+                      no_snapshots  there is no memory for them
+                      unusable    a committed checkpoint, or a state in memory, failed verification while it was read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
                       released    the agent is done with the checkpoint of a step, so the next one may come
+                      complete    the node and its mirrors hold the state of a step whole
 
 A worker whose agent is gone reads the end of the stream and exits at once.
 """
@@ -66,6 +69,10 @@ class AgentSide:
     def release(self, step: int) -> None:
         """Tell all workers that the agent is done with the checkpoint of `step`."""
         self._broadcast({"kind": "released", "step": step})
+
+    def complete(self, generation: int, step: int) -> None:
+        """Tell all workers that their node and its mirrors hold the state of `step` whole."""
+        self._broadcast({"kind": "complete", "generation": generation, "step": step})
 
     def _broadcast(self, message: Message) -> None:
         """Send to all workers that are connected."""
@@ -137,7 +144,8 @@ def _take(line: bytes, handle: Callable[[Message], None]) -> None:
 class WorkerSide:
     """A worker's end. A thread reads the agent's messages. Without its agent the process exits."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, generation: int) -> None:
+        self._generation = generation
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_CONNECT_TIMEOUT_S)
         with _short(path) as name:
@@ -146,6 +154,7 @@ class WorkerSide:
         self._closing = False
         self._drain = False
         self._released: set[int] = set()
+        self._complete = 0
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
     @property
@@ -156,6 +165,11 @@ class WorkerSide:
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
         return step in self._released
+
+    @property
+    def complete_step(self) -> int:
+        """The newest step of this generation that the node and its mirrors hold whole; 0 if there is none."""
+        return self._complete
 
     def send(self, kind: str, **content: Any) -> None:
         """Send a message to the agent."""
@@ -185,3 +199,5 @@ class WorkerSide:
                 self._drain = True
             elif message["kind"] == "released":
                 self._released.add(message["step"])
+            elif message["kind"] == "complete" and message["generation"] == self._generation:
+                self._complete = message["step"]

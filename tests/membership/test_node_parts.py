@@ -25,7 +25,7 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket")
     agent.listen(heard.put)
-    worker = WorkerSide(tmp_path / "socket")
+    worker = WorkerSide(tmp_path / "socket", 1)
     for number in range(100):
         worker.send("step", step=number, padding="x" * 5000)
     assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
@@ -50,7 +50,7 @@ def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path
     agent.listen(heard.put)
     stopped = socket.socket(socket.AF_UNIX)
     stopped.connect(str(tmp_path / "socket"))
-    worker = WorkerSide(tmp_path / "socket")
+    worker = WorkerSide(tmp_path / "socket", 1)
     worker.send("hello")
     assert heard.get(timeout=DEADLINE_S)["kind"] == "hello"
     told = 0
@@ -80,7 +80,7 @@ def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
     """Losing the agent ends the worker process at once, with its own exit code."""
     code = (
         "import sys, threading; from pathlib import Path; from elastic_pt.workers.channel import WorkerSide;"
-        "w = WorkerSide(Path(sys.argv[1])); w.send('hello'); threading.Event().wait(30)"
+        "w = WorkerSide(Path(sys.argv[1]), 1); w.send('hello'); threading.Event().wait(30)"
     )
     ready = threading.Event()
     agent = AgentSide(tmp_path / "socket")
@@ -155,7 +155,7 @@ def test_worker_keeps_reading_after_an_invalid_line(tmp_path: Path) -> None:
     """What a worker cannot read ends neither it nor its hearing."""
     agent = AgentSide(tmp_path / "socket")
     agent.listen(lambda _: None)
-    worker = WorkerSide(tmp_path / "socket")
+    worker = WorkerSide(tmp_path / "socket", 1)
     while not agent._connections:
         threading.Event().wait(0.001)
     (connection,) = agent._connections

@@ -98,7 +98,7 @@ class Training:
     def world(self, generation: Generation) -> World:
         """The world of a generation."""
         if generation.number not in self.worlds:
-            step = 0 if generation.resume is None else generation.resume.step
+            step = generation.resume_step
             self.worlds[generation.number] = World(generation, step=step)
         return self.worlds[generation.number]
 

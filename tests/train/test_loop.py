@@ -26,6 +26,7 @@ from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.loop import train
+from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
 from elastic_pt.workers.assignment import Assignment, Outcome
 from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
@@ -50,6 +51,11 @@ class FakeAgent:
         """Whether the step has come."""
         return self._drain_at is not None and self.step >= self._drain_at
 
+    @property
+    def complete_step(self) -> int:
+        """Every snapshot is complete at once."""
+        return self.step
+
     def released(self, step: int) -> bool:
         """Whether enough steps have passed since."""
         return self.step >= step + self._upload_steps
@@ -70,6 +76,21 @@ def checkpoints_in(
     data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
     assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
     return Checkpoints(config, cast(Manifest, data), assignment, agent, staging)
+
+
+def train_in(
+    staging: Path,
+    config: Config,
+    state: TrainState,
+    batches: Iterator[StepBatch],
+    agent: FakeAgent,
+) -> Outcome:
+    """Train as the only worker of generation 1, with this staging directory."""
+    staging.mkdir(exist_ok=True)
+    checkpoints = checkpoints_in(staging, config, agent)
+    every = config.checkpoint.snapshot_every_steps
+    snapshots = MemorySnapshots(every, 1, staging, agent, state, checkpoints.describe)
+    return train(config, state, batches, agent, checkpoints, snapshots)
 
 
 @pytest.fixture
@@ -108,10 +129,7 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
     config = config_for(tmp_path, "train.steps=7", "checkpoint.every_steps=3")
     state, batches = start(config)
     agent = FakeAgent()
-    assert (
-        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
-        is Outcome.COMPLETED
-    )
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
     assert agent.staged() == [3, 6, 7]
     _, saved, _ = describe_shard(tmp_path / "0000000006-g1-rank-0.safetensors", "shard")
     assert (saved.step, saved.optimizer_step) == (6, 6)
@@ -123,7 +141,7 @@ def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) ->
     config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
     state, batches = start(config)
     agent = FakeAgent(upload_steps=4)
-    train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+    train_in(tmp_path, config, state, batches, agent)
     assert agent.staged() == [2, 7, 9]
 
 
@@ -133,10 +151,7 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
     config = config_for(tmp_path, "train.steps=9")
     state, batches = start(config)
     agent = FakeAgent(drain_at=3, upload_steps=99)
-    assert (
-        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
-        is Outcome.DRAINED
-    )
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.DRAINED
     assert agent.staged() == [state.steps_done] == [4]
 
 
@@ -147,10 +162,7 @@ def test_a_non_finite_step_is_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
     state, batches = start(config)
     seen = poison(monkeypatch, state, steps={1})
     agent = FakeAgent()
-    assert (
-        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
-        is Outcome.COMPLETED
-    )
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
     before, poisoned, after = seen[1], seen[2], weights(state)
     assert torch.equal(before, poisoned)
     assert not torch.equal(poisoned, after)
@@ -169,10 +181,7 @@ def test_a_run_whose_loss_stays_non_finite_ends(
     state, batches = start(config)
     poison(monkeypatch, state, steps=set(range(4, 20)))
     agent = FakeAgent()
-    assert (
-        train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
-        is Outcome.DIVERGED
-    )
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.DIVERGED
     assert state.steps_done == 7
     assert torch.isfinite(weights(state)).all()
 
@@ -206,18 +215,14 @@ def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
     state, batches = start(config)
     poison(monkeypatch, state, steps=poisoned)
     agent = FakeAgent()
-    outcome = train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+    outcome = train_in(tmp_path, config, state, batches, agent)
     assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
     for step in agent.staged():
         again, rest = start(config)
         take_up(config, again, tmp_path / f"{step:010d}-g1-rank-0.safetensors", step)
         assert (
-            train(
-                config,
-                again,
-                islice(rest, step, None),
-                FakeAgent(),
-                checkpoints_in(tmp_path, config, FakeAgent()),
+            train_in(
+                tmp_path / f"from-{step}", config, again, islice(rest, step, None), FakeAgent()
             )
             is outcome
         )
@@ -273,11 +278,10 @@ def test_a_full_staging_directory_skips_checkpoints_and_fails_no_worker(
 
     agent = Roomy()
     state, batches = start(config)
-    assert (
-        train(config, state, batches, agent, checkpoints_in(small_staging, config, agent))
-        is Outcome.COMPLETED
-    )
-    kinds = [(kind, content["step"]) for kind, content in agent.messages if kind != "step"]
+    assert train_in(small_staging, config, state, batches, agent) is Outcome.COMPLETED
+    told = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
+    kinds = [each for each in told if each != ("no_snapshots", None)]
+    assert len(told) == len(kinds) + 1, "that there is no memory for snapshots is told once"
     assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
     assert [path.name for path in small_staging.iterdir()] == ["0000000005-g1-rank-0.safetensors"]
 
@@ -289,10 +293,7 @@ def test_a_stop_without_room_ends_at_its_timeout(tmp_path: Path, small_staging: 
     fill(small_staging)
     agent = FakeAgent()
     state, batches = start(config)
-    assert (
-        train(config, state, batches, agent, checkpoints_in(small_staging, config, agent))
-        is Outcome.COMPLETED
-    )
-    kinds = [kind for kind, _ in agent.messages if kind != "step"]
+    assert train_in(small_staging, config, state, batches, agent) is Outcome.COMPLETED
+    kinds = [kind for kind, _ in agent.messages if kind not in ("step", "no_snapshots")]
     assert set(kinds[:-1]) == {"no_room"}
     assert kinds[-1] == "skipped"

@@ -37,6 +37,18 @@ class StartTimes:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Rows of one step that a node holds in memory: those of some workers of a generation."""
+
+    generation: int
+    step: int
+    first_rank: int
+    end_rank: int
+    world_size: int
+    """Workers of that generation: the state is whole once all their rows are held somewhere."""
+
+
+@dataclass(frozen=True)
 class NodeStatus:
     """What a node says of itself in every heartbeat."""
 
@@ -64,6 +76,10 @@ class NodeStatus:
     loss: float | None = None
     start_times: StartTimes | None = None
     metrics_url: str = ""
+    held: tuple[Held, ...] = ()
+    """What it can give to a new generation, its own workers' rows first."""
+    unusable: tuple[tuple[int, int], ...] = ()
+    """Generation and step of states in memory that its workers could not read: none may be resumed from."""
 
     @classmethod
     def first(
@@ -136,8 +152,8 @@ def incarnations(members: Iterable[Member]) -> frozenset[str]:
 
 
 def is_news(said: NodeStatus, before: NodeStatus) -> bool:
-    """Whether a status differs in more than step and loss. Those change too often to wake every peer."""
-    return replace(said, step=before.step, loss=before.loss) != before
+    """Whether a status differs in more than step, loss and what is held. Those change too often to wake every peer."""
+    return replace(said, step=before.step, loss=before.loss, held=before.held) != before
 
 
 def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:

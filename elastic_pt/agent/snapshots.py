@@ -1,0 +1,366 @@
+"""What a node holds in memory: its workers' newest states, and copies of its neighbours' (agent process).
+
+    worker writes a slot ─► written ─► CRCs ─► held ─► neighbours pull a copy and say so ─► complete ─► the worker may
+                                                                                                write over its other slot
+    neighbour's slot ─► Mirror (a thread for each neighbour) ─► slot file of this node ─► held
+    a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
+
+Copies are made in a ring over the members of a generation, in rank order: a node copies what the next
+`checkpoint.mirror_copies` nodes hold. So losing any set of nodes that takes no node together with all its mirrors
+leaves every row somewhere. The state from which a generation went on is kept until one of its own is complete on all
+nodes.
+
+Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from elastic_pt.agent.mirror import Mirror
+from elastic_pt.checkpoint.job_thread import JobThread
+from elastic_pt.checkpoint.memory import Place, Places
+from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Slot, Snapshot, describe_snapshot
+from elastic_pt.errors import ElasticPtError
+from elastic_pt.membership.decision.status import Held
+from elastic_pt.membership.node import Formed
+from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.records import Generation
+from elastic_pt.workers.channel import Message
+
+_POLL_S: Final = 5.0
+"""A question for the next step is answered after this time at the latest."""
+
+log = structlog.get_logger("elastic_pt.agent.snapshots")
+
+State = tuple[int, int]
+"""A generation and a step of its workers."""
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A slot file that holds a whole state, with its record as peers get it."""
+
+    path: Path
+    record: Snapshot
+    encoded: bytes
+
+
+class Snapshots:
+    """One node's snapshots and mirrors, over all its generations."""
+
+    def __init__(
+        self,
+        scratch: Path,
+        incarnation: str,
+        token: str,
+        *,
+        copies: int,
+        timeout_s: float,
+        on_complete: Callable[[int, int], None],
+    ) -> None:
+        """`on_complete(generation, step)`: this node's workers may write over what is older than that step."""
+        self._scratch = scratch
+        self._incarnation = incarnation
+        self._token = token
+        self._copies = copies
+        self._timeout_s = timeout_s
+        self._on_complete = on_complete
+        self._lock = threading.RLock()
+        self._kept: dict[State, dict[int, _Copy]] = {}
+        """By state and rank."""
+        self._sizes: dict[int, int] = {}
+        """Workers of the generations of which something is kept."""
+        self._generation = 0
+        self._every = 0
+        """The cadence that was logged last."""
+        self._own = range(0)
+        self._acknowledged: dict[str, int] = {}
+        """The newest step that each mirror of this node has, by its incarnation."""
+        self._complete = 0
+        self._unusable: set[State] = set()
+        self._mirrors: list[Mirror] = []
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._jobs: JobThread[Slot] = JobThread("snapshot", self._describe)
+
+    # ---- what the membership asks --------------------------------------------------------------
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        """Which rows of which states are here."""
+        with self._lock:
+            return tuple(
+                Held(generation, step, ranks.start, ranks.stop, self._sizes[generation])
+                for (generation, step), copies in sorted(self._kept.items())
+                for ranks in _runs(sorted(copies))
+            )
+
+    @property
+    def unusable(self) -> tuple[State, ...]:
+        """States that this node's workers could not read."""
+        return tuple(sorted(self._unusable))
+
+    @property
+    def routes(self) -> Mapping[str, Answer]:
+        """What peers may ask, by path; see `checkpoint.peer`."""
+        return {
+            "/v1/snapshots/next": self._answer_next,
+            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}": self._answer_rows,
+            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}/record": self._answer_record,
+        }
+
+    # ---- one generation ------------------------------------------------------------------------
+
+    def starts(self, formed: Formed) -> None:
+        """Workers of a new generation are about to start: keep what it goes on from, begin to mirror."""
+        generation = formed.generation
+        self.stop_mirrors()
+        ring = mirrored_by(len(generation.members), self._copies)
+        with self._lock:
+            memory = generation.memory
+            goes_on = None if memory is None else (memory.generation, memory.step)
+            self._drop(lambda state: state != goes_on)
+            self._generation = generation.number
+            self._sizes[generation.number] = generation.world_size
+            self._own = generation.worker_ranks()[formed.node_rank]
+            self._acknowledged = {
+                generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
+            }
+            self._complete = 0
+        self._mirrors = [
+            Mirror(
+                self._scratch,
+                generation.number,
+                generation.members[index],
+                generation.worker_ranks()[index],
+                self._incarnation,
+                self._token,
+                timeout_s=self._timeout_s,
+                on_copy=self._copied,
+                on_write=self._forget,
+            )
+            for index, mirrors in enumerate(ring)
+            if formed.node_rank in mirrors
+        ]
+
+    def places(self, generation: Generation) -> Places | None:
+        """Where the workers of a new generation read the state that it goes on from; None if in the bucket."""
+        memory = generation.memory
+        if memory is None:
+            return None
+        with self._lock:
+            here = self._kept.get((memory.generation, memory.step), {})
+            shards = []
+            for rank, source in enumerate(memory.sources):
+                copy, member = here.get(rank), generation.members[source]
+                if copy is not None:
+                    place = Place(rank, str(copy.path), copy.encoded.decode())
+                else:
+                    place = Place(rank, host=member.address, port=member.port)
+                shards.append(place)
+        return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
+
+    def written(self, message: Message) -> None:
+        """A worker of this node has written a slot."""
+        slot = Slot(message["generation"], message["rank"], message["slot"])
+        if slot.generation != self._generation:
+            return
+        if message["complete_step"]:
+            # All nodes and their mirrors hold a state of this generation: what it went on from is not needed any more.
+            with self._lock:
+                self._drop(lambda state: state[0] != slot.generation)
+        if message["every_steps"] != self._every:
+            self._every = message["every_steps"]
+            log.info(
+                "snapshot_cadence",
+                every_steps=self._every,
+                step_seconds=message["step_seconds"],
+                copy_seconds=message["seconds"],
+            )
+        with suppress(ElasticPtError):
+            self._jobs.submit(slot)
+
+    def distrust(self, generation: int, step: int) -> None:
+        """This node's workers could not read a state that the log says is in memory."""
+        self._unusable.add((generation, step))
+
+    def stop_mirrors(self) -> None:
+        """Pull nothing more. Returns at once."""
+        for mirror in self._mirrors:
+            mirror.stop()
+        self._mirrors = []
+
+    def close(self) -> None:
+        """Stop all threads; the files go with the scratch directory."""
+        self.stop_mirrors()
+        self._jobs.discard()
+        self._jobs.close(0.0)
+
+    # ---- on the threads of the jobs and the mirrors ----------------------------------------------
+
+    def _describe(self, slot: Slot) -> None:
+        try:
+            found = describe_snapshot(slot, self._scratch)
+        # Every error: keep the thread alive. A snapshot that cannot be described is one that does not exist.
+        except Exception as error:
+            log.warning("snapshot_unreadable", rank=slot.rank, cause=str(error))
+            return
+        if found is not None:
+            self._copied(slot.path(self._scratch), found)
+
+    def _copied(self, path: Path, record: Snapshot) -> None:
+        """A slot file of this node holds a whole state."""
+        with self._lock:
+            if record.generation != self._generation:
+                return
+            self._forget(path)
+            copies = self._kept.setdefault((record.generation, record.step), {})
+            copies[record.rank] = _Copy(path, record, record.to_bytes())
+            self._wake()
+            self._look()
+
+    def _forget(self, path: Path) -> None:
+        """A slot file is about to be written again."""
+        with self._lock:
+            for state, copies in list(self._kept.items()):
+                for rank in [rank for rank, copy in copies.items() if copy.path == path]:
+                    del copies[rank]
+                if not copies:
+                    del self._kept[state]
+
+    def _newest_own(self) -> int:
+        """The newest step of which all rows of this node's workers are described; 0 if there is none."""
+        own = set(self._own)
+        return max(
+            (
+                step
+                for (generation, step), copies in self._kept.items()
+                if generation == self._generation and own <= copies.keys()
+            ),
+            default=0,
+        )
+
+    def _look(self) -> None:
+        """Tell the workers when a newer step is whole here and on all mirrors."""
+        step = min([self._newest_own(), *self._acknowledged.values()])
+        if step > self._complete:
+            self._complete = step
+            self._on_complete(self._generation, step)
+
+    def _drop(self, unwanted: Callable[[State], bool]) -> None:
+        """Remove states and their files."""
+        for state in [state for state in self._kept if unwanted(state)]:
+            for copy in self._kept.pop(state).values():
+                copy.path.unlink(missing_ok=True)
+        kept = {generation for generation, _ in self._kept} | {self._generation}
+        for generation in self._sizes.keys() - kept:
+            for path in self._scratch.glob(f"slot-g{generation}-*"):
+                path.unlink(missing_ok=True)
+            del self._sizes[generation]
+
+    def _wake(self) -> None:
+        for loop, event in self._waiting:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(event.set)
+
+    # ---- answers to peers, on the membership's event loop ----------------------------------------
+
+    async def _answer_next(self, request: web.Request) -> web.StreamResponse:
+        """The newest step after `after`; a question says what the asking mirror has."""
+        try:
+            generation, after = (int(request.query[name]) for name in ("generation", "after"))
+            mirror = request.query["mirror"]
+        except (KeyError, ValueError):
+            return web.Response(status=400, text="expected generation, after and mirror\n")
+        with self._lock:
+            if generation != self._generation:
+                return web.Response(status=404)
+            if mirror in self._acknowledged and after > self._acknowledged[mirror]:
+                self._acknowledged[mirror] = after
+                self._look()
+        waiter = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._waiting.add(waiter)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    while generation == self._generation and self._newest_own() <= after:
+                        await waiter[1].wait()
+                        waiter[1].clear()
+        finally:
+            with self._lock:
+                self._waiting.discard(waiter)
+        with self._lock:
+            step = self._newest_own()
+            if generation != self._generation or step <= after:
+                return web.Response(status=204)
+            return web.json_response({"step": step})
+
+    async def _answer_rows(self, request: web.Request) -> web.StreamResponse:
+        copy = self._asked(request)
+        if copy is None:
+            return web.Response(status=404)
+        wanted = request.http_range
+        if wanted.start is None or wanted.stop is None or wanted.start < 0:
+            return web.Response(status=416, text="expected Range: bytes=FIRST-LAST\n")
+        return await _send_file(request, copy, wanted.start, min(wanted.stop, copy.record.size))
+
+    async def _answer_record(self, request: web.Request) -> web.StreamResponse:
+        copy = self._asked(request)
+        if copy is None:
+            return web.Response(status=404)
+        return web.Response(body=copy.encoded, content_type="application/json")
+
+    def _asked(self, request: web.Request) -> _Copy | None:
+        generation, step, rank = (
+            int(request.match_info[name]) for name in ("generation", "step", "rank")
+        )
+        with self._lock:
+            return self._kept.get((generation, step), {}).get(rank)
+
+
+async def _send_file(request: web.Request, copy: _Copy, start: int, end: int) -> web.StreamResponse:
+    """Bytes `[start, end)` of a slot's shard file, by the kernel, without a copy in this process."""
+    response = web.StreamResponse(status=206)
+    response.content_length = max(0, end - start)
+    await response.prepare(request)
+    transport = request.transport
+    if transport is None or end <= start:
+        return response
+    try:
+        file = copy.path.open("rb")
+    except OSError:
+        transport.close()
+        return response
+    with file:
+        await asyncio.get_running_loop().sendfile(
+            transport, file, PAYLOAD_OFFSET + start, end - start
+        )
+    await response.write_eof()
+    return response
+
+
+def mirrored_by(nodes: int, copies: int) -> list[list[int]]:
+    """For each node, by rank, the nodes that copy its snapshots: the ones before it in a ring."""
+    count = min(copies, nodes - 1)
+    return [
+        [(index - distance) % nodes for distance in range(1, count + 1)] for index in range(nodes)
+    ]
+
+
+def _runs(ranks: Sequence[int]) -> list[range]:
+    """Ascending ranks as ranges without gaps."""
+    runs: list[range] = []
+    for rank in ranks:
+        if runs and runs[-1].stop == rank:
+            runs[-1] = range(runs[-1].start, rank + 1)
+        else:
+            runs.append(range(rank, rank + 1))
+    return runs

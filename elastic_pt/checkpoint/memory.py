@@ -1,0 +1,125 @@
+"""Reading the state of one step from the memory of several nodes (worker process).
+
+    places (from the GENERATION) ─► the records of the slots that hold wanted rows ─► MemoryState ─► restore.load_rows
+              own slot files: mapped, no network          peers: byte ranges over HTTP
+
+A worker needs rows, whoever wrote them, so the world that restores may have any size. Records and rows are verified as
+those of a committed checkpoint are: each block against its CRC-32, before a byte of it reaches a tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_pt.checkpoint.index import REQUEST_THREADS, PartialIndex, in_order
+from elastic_pt.checkpoint.layout import TensorEntry, TensorSlice
+from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
+from elastic_pt.checkpoint.snapshot import SlotContent, Snapshot, open_slot
+from elastic_pt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of one old rank lie: a slot file of this node, or a peer's memory."""
+
+    rank: int
+    path: str = ""
+    """The slot file; empty where a peer holds it."""
+    record: str = ""
+    """The slot's `Snapshot` as text; empty where a peer holds it."""
+    host: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the state of a step lies, in the memory of the nodes of a generation."""
+
+    generation: int
+    """Whose workers wrote it."""
+    step: int
+    shards: tuple[Place, ...]
+    """One for each of those workers, by rank."""
+    token: str
+    timeout_s: float
+
+
+class MemoryState:
+    """The state of one step in several memories; `index` and `read` are what `load_rows` needs."""
+
+    def __init__(self, places: Places, ranks: Sequence[int]) -> None:
+        """Open the slots of these old ranks and read their records.
+
+        Raises `CheckpointError` if one holds another state than it should, or none; `StoreError` if a peer does not
+        answer.
+        """
+        self._places = places
+        self._slots: dict[int, SlotContent] = {}
+        self._peers: dict[PeerAddress, Peer] = {}
+        for rank in ranks:
+            place = places.shards[rank]
+            if place.path:
+                self._slots[rank] = open_slot(Path(place.path))
+            else:
+                address = PeerAddress(place.host, place.port)
+                if address not in self._peers:
+                    self._peers[address] = Peer(address, places.token, places.timeout_s)
+        self.index = _index_of(list(in_order(ranks, self._record, REQUEST_THREADS)))
+        """The training state, and where the rows are."""
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `[start, end)` of the shard file of the old rank `key`."""
+        assert end is not None
+        rank = int(key)
+        slot = self._slots.get(rank)
+        if slot is not None:
+            return slot.read(start, end)
+        return self._peer(rank).read(self._path(rank), start, end)
+
+    def __enter__(self) -> "MemoryState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unmap the slots."""
+        for slot in self._slots.values():
+            slot.mapped.close()
+
+    def _record(self, rank: int) -> Snapshot:
+        place = self._places.shards[rank]
+        found = (
+            Snapshot.from_bytes(place.record.encode())
+            if place.path
+            else self._peer(rank).record(self._path(rank))
+        )
+        wanted = (self._places.generation, self._places.step, rank)
+        if (found.generation, found.step, found.rank) != wanted:
+            raise CheckpointError(
+                f"snapshot of generation {found.generation}, step {found.step}, rank {found.rank}: expected "
+                "generation {}, step {}, rank {}".format(*wanted)
+            )
+        return found
+
+    def _path(self, rank: int) -> str:
+        return snapshot_path(self._places.generation, self._places.step, rank)
+
+    def _peer(self, rank: int) -> Peer:
+        place = self._places.shards[rank]
+        return self._peers[PeerAddress(place.host, place.port)]
+
+
+def _index_of(snapshots: Sequence[Snapshot]) -> PartialIndex:
+    """Where the rows are in these slots; their states must be the same."""
+    first = snapshots[0]
+    pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
+    for each in snapshots:
+        if each.state != first.state:
+            raise CheckpointError(
+                f"snapshots of ranks {first.rank} and {each.rank} differ in their training state"
+            )
+        for piece in each.slices:
+            pieces.setdefault(piece.name, []).append((str(each.rank), piece))
+    tensors: Mapping[str, TensorEntry] = {
+        name: TensorEntry(name, found[0][1].dtype, found[0][1].global_shape, tuple(found))
+        for name, found in pieces.items()
+    }
+    return PartialIndex(first.state, tensors)
