@@ -145,4 +145,4 @@ class Mirror:
         """Log an error, once until another one comes."""
         if str(error) != self._told and not self._stop.is_set():
             self._told = str(error)
-            log.warning("mirror_failed", peer=self._member.node, cause=self._told)
+            log.info("mirror_failed", peer=self._member.node, cause=self._told)

@@ -134,6 +134,7 @@ class Snapshots:
                 generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
             }
             self._complete = 0
+            self._wake()
         self._mirrors = [
             Mirror(
                 self._scratch,

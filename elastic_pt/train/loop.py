@@ -47,7 +47,7 @@ def train(
             state,
             tokens_SBT,
             Control(agent.drain_requested, pending),
-            snapshots.offer(),
+            snapshots.offer,
         )
         seconds = time.monotonic() - started_s
         report(agent, config, state, result, seconds, data_wait_s)

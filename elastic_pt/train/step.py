@@ -9,6 +9,7 @@ control bits only zero or not zero counts. They make all workers stop, checkpoin
 at no extra cost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,9 +48,6 @@ class Offer:
     """The cadence that it would choose. That of the first worker counts."""
 
 
-NO_SNAPSHOTS: Final = Offer()
-
-
 @dataclass(frozen=True)
 class Agreed:
     """What all workers know of each other after a step; the same on each of them."""
@@ -77,12 +75,21 @@ class StepResult:
     agreed: Agreed
 
 
+def no_snapshots() -> Offer:
+    """What a worker offers that takes none."""
+    return Offer()
+
+
 def run_step(
-    state: TrainState, tokens_SBT: Tensor, control: Control, offer: Offer = NO_SNAPSHOTS
+    state: TrainState,
+    tokens_SBT: Tensor,
+    control: Control,
+    offer: Callable[[], Offer] = no_snapshots,
 ) -> StepResult:
     """Train step `state.steps_done` and advance the state. Communicates; every worker calls it.
 
-    `tokens_SBT [slots of this worker, micro_batch, sequence_length + 1]`.
+    `tokens_SBT [slots of this worker, micro_batch, sequence_length + 1]`. `offer` is called as late as possible: a
+    snapshot of the step before may have become complete during this one.
     """
     train = state.config.train
     step = state.steps_done
@@ -96,7 +103,7 @@ def run_step(
             # FSDP2 gathers and reduces in every backward pass, so a worker without a slot runs a tiny one.
             _backward(state, tokens_SBT.new_zeros(1, 2), 0.0)
     gradients = [_gradient(parameter) for parameter in state.model.parameters()]
-    losses_2V, norm, agreed = _agree_on_step(state, losses_2V, gradients, control, offer)
+    losses_2V, norm, agreed = _agree_on_step(state, losses_2V, gradients, control, offer())
     tokens = train.global_batch * state.config.data.sequence_length
     loss, z_loss = (value / tokens for value in fold(losses_2V).tolist())
     verdict = judge(
