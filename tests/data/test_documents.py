@@ -295,7 +295,7 @@ def test_keys_that_cannot_be_opened_are_named(moto_url: str) -> None:
         "/c/e?versionId=1.txt": "unreadable_key",
     }
     assert read(f"{moto_url}/c") == ["c/a.txt/b.txt", "c/f.txt"]
-    with pytest.raises(DataError, match="an object, and a folder of others"):
+    with pytest.raises(DataError, match="both an object and a folder"):
         read(f"{moto_url}/c/a.txt")
     assert read(f"{moto_url}/c/a.txt/") == ["c/a.txt/b.txt"]
 
