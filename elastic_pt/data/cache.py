@@ -119,7 +119,7 @@ class ShardCache:
                 except DataError:
                     os.close(descriptor)
                     path.unlink(missing_ok=True)
-                    # Download once more: the file may have been damaged in the cache. Twice damaged, the store's is.
+                    # Download once more: the cached file may be damaged. After that, the store's own file is.
                     if damaged:
                         raise
                     damaged = True

@@ -1,4 +1,4 @@
-"""Encode texts as token ids, in pieces, so that a long document needs no more memory and time per byte.
+"""Encode texts as token ids, in pieces: a long document needs no more memory or time per byte than a short one.
 
 A text of more than 256 Ki characters is cut before a single space between two letters or digits. A byte-level
 tokenizer, such as the one that `prepare` learns, ends a token there anyway, so the ids are those of the whole
@@ -90,7 +90,7 @@ class Encoder:
         if (ids == self.end_id).any():
             raise DataError(
                 f"{self.origin}: the text {text[:_EXCERPT_CHARACTERS]!a}... gives the token that ends a document; "
-                "expected a tokenizer that gives its end token for no text"
+                "expected an end token that no text gives"
             )
         return np.append(ids, np.uint32(self.end_id))
 

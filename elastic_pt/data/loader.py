@@ -155,7 +155,7 @@ def held_out_batches(
     A batch is at most [batch, sequence_length]. The stream of each source is read in consecutive windows.
     An end token before the stream is the context of its first token. The last batch of a source has the
     remaining windows. Its last window is padded with end tokens as inputs and `ignored` as targets. Bits
-    per byte are the sum of the losses, divided by `manifest.held_out_bytes` times ln 2. Yields nothing if
+    per byte are the sum of the losses, divided by (`manifest.held_out_bytes` * ln 2). Yields nothing if
     nothing is held out.
     """
     for number, source in enumerate(manifest.sources):

@@ -60,7 +60,7 @@ class Source:
         return self.train if split == "train" else self.held_out
 
     def tokens(self, split: Split) -> int:
-        """Length of the token stream of one split."""
+        """Number of token ids of one split."""
         return sum(shard.tokens for shard in self.shards(split))
 
 
@@ -98,7 +98,7 @@ class Manifest:
         return sum(source.held_out_bytes for source in self.sources)
 
     def tokens(self, split: Split) -> int:
-        """Token ids of all sources."""
+        """Number of token ids of one split, over all sources."""
         return sum(source.tokens(split) for source in self.sources)
 
     def to_json(self) -> bytes:

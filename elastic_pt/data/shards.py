@@ -1,9 +1,9 @@
 """Token shards: written once by `prepare`, verified and memory-mapped by every worker.
 
 A shard is an array of little-endian token ids and nothing else. The train stream of a source is the
-concatenation of its train shards; row r of it is the window of sequence_length + 1 ids that starts at
-r * sequence_length, so neighbouring rows share one id: the last target of one is the first input of
-the next. A window may cross from one shard into the next.
+concatenation of its train shards. Row r of it is the window of sequence_length + 1 ids that starts at
+r * sequence_length. So neighbouring rows share one id: the last target of one is the first input of the
+next. A window may cross from one shard into the next.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A shard in this process's memory map."""
+    """A shard that this process has memory-mapped."""
 
     tokens: NDArray[np.unsignedinteger]
     cached_bytes: int
@@ -100,7 +100,8 @@ class TokenReader:
     def windows(self, rows: Sequence[tuple[int, int]], sequence_length: int) -> torch.Tensor:
         """Token ids of `(source, row)` train windows: int64 [rows, sequence_length + 1].
 
-        Raises `DataError` naming the file when a shard is missing, truncated or corrupt.
+        Raises `DataError` for a shard with a wrong size or hash, and `StoreError` for one that cannot be read now.
+        Both name the file.
         """
         tokens = np.empty((len(rows), sequence_length + 1), dtype=np.int64)
         for window, (source, row) in zip(tokens, rows, strict=True):

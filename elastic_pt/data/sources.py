@@ -135,7 +135,7 @@ def standard_library_source(limit_characters: int | None = None) -> SourceSpec:
 
 
 def list_files(spec: SourceSpec) -> SourceFiles:
-    """The files of a source. Opens none of them. Raises `DataError` if a path is missing or has no such file."""
+    """The files of a source. Opens none of them. Raises `DataError` if a path is missing or has no readable file."""
     files: list[SourceFile] = []
     left_out: list[Skip] = []
     incidental: set[str] = set()
@@ -262,7 +262,7 @@ def _below(file_system: Any, root: str) -> list[_Listed]:
         if not inside or (inside.endswith("/") and info.get("size") == 0):
             continue
         is_file = info["type"] == "file"
-        if info["type"] == "other":  # a link: the listing lacks the type of its target
+        if info["type"] == "other":  # may be a link: the listing lacks its target's type
             is_file = file_system.isfile(listed)
         trouble = "" if is_file else "not_a_file"
         if inside in folders or inside.endswith("/") or _is_taken_apart(file_system, listed):

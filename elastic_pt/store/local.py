@@ -1,8 +1,8 @@
 """A store in a directory: `link` creates once, `rename` replaces, both with a complete and fsynced file.
 
 Unfinished files are in one hidden folder below the root, so a killed writer leaves nothing under any key.
-The first write of each `LocalStore` removes unfinished files that are older than an hour. Deleting a key
-also removes the directories that become empty, because object stores have none.
+The first write or create of each `LocalStore` removes unfinished files that are older than an hour.
+Deleting a key also removes the directories that become empty, because object stores have none.
 """
 
 import contextlib

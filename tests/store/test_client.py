@@ -31,7 +31,7 @@ def test_one_filesystem_serves_all_requests_of_a_process(client: Client) -> None
 
 
 def test_child_builds_its_own_filesystem_and_keeps_the_parents(client: Client) -> None:
-    """If a child closed an inherited filesystem, the parent's event loop would get no events and its requests would hang."""
+    """If a child closed an inherited filesystem, the parent's event loop would get no events and hang."""
     inherited = weakref.ref(filesystem_of(client))
     child = os.fork()
     if child == 0:
@@ -89,7 +89,7 @@ def test_ftp_errors_map_to_faults(error: Exception, fault: Fault) -> None:
 def test_wrong_settings_fail_at_once_until_a_request_has_succeeded(
     fault: Fault, patient: bool, error: type[Exception] | None
 ) -> None:
-    """Wrong settings fail at once, and so does an unreachable server unless `patient`; after a success, both are retried."""
+    """Wrong settings and, unless `patient`, an unreachable server fail at once; after a success they are retried."""
     client = Client(
         f"memory://{uuid.uuid4().hex}",
         retry=Retry(20.0),
