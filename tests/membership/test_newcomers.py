@@ -171,7 +171,7 @@ def test_a_newcomer_asks_while_a_member_lives() -> None:
     """A node outside the generation never proposes while any member answers, and says why it is not taken in."""
     world, new = generation("a", "b"), waiting("c")
     peers = {"a": refusing(status("a")), "b": peer(status("b"))}
-    assert decision(new, peers, of=world) == Wait("asked b to be taken in")
+    assert decision(new, peers, of=world) == Wait("asked b to be admitted")
     parked = waiting("c", unreachable=lives("a"))
     assert decision(parked, {"b": peer(status("b"))}, of=world) == Wait("parked: no link to a")
     assert decision(new, peers, of=world, barred={"c": "3 failures"}) == Wait(
@@ -191,7 +191,7 @@ def test_new_nodes_take_over_when_all_members_are_gone(
     members = {name: gone(status(name)) for name in "ab"}
     c, d = waiting("c"), waiting("d")
     early, late = {"quiet_since_s": NOW_S - quiet_s + 0.01}, {"quiet_since_s": NOW_S - quiet_s}
-    watching = Wait("no member answers: watching whether the run goes on without this node")
+    watching = Wait("no member answers: watching whether the run continues without this node")
     assert decision(c, members | {"d": peer(d)}, of=world, **early) == watching
     unseen = late | {"quiet_until_s": NOW_S - 0.01}
     assert decision(c, members | {"d": peer(d)}, of=world, **unseen) == watching

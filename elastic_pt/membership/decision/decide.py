@@ -287,7 +287,7 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         missing = [member.node for member in members if member.incarnation in view.me.unreachable]
         if missing:
             return Wait(f"parked: no link to {', '.join(missing)}")
-        return Wait(f"asked {reachable[0].node} to be taken in")
+        return Wait(f"asked {reachable[0].node} to be admitted")
     if members:
         refused = all(
             peer is not None and peer.refused
@@ -296,7 +296,7 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         # A refused connection most likely means that the process is gone. A silent member may still train.
         needed_s = limits.elastic.takeover_s / (2 if refused else 1)
         if min(now_s, view.quiet_until_s) - view.quiet_since_s < needed_s:
-            return Wait("no member answers: watching whether the run goes on without this node")
+            return Wait("no member answers: watching whether the run continues without this node")
     if view.me.leaving:
         return Wait("leaving")
     return _decide_first_world(view, limits, now_s)
