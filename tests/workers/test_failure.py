@@ -170,7 +170,7 @@ def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Eviden
         (
             Evidence(0, None, hang=STOPPED, step=12),
             "hang",
-            "worker 0 stood still for 2.1 s at step 12 (stopped)",
+            "worker 0 sent no heartbeat for 2.1 s at step 12 (stopped)",
             "",
         ),
         (

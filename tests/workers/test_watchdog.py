@@ -110,7 +110,7 @@ def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
         assert hang is not None
         assert hang.standstill
         assert 1.9 <= worker.now_s - stopped_s <= 2.2
-        assert re.fullmatch(r"stood still for 2\.[01] s at step 2[01] \(stopped\)", str(hang))
+        assert re.fullmatch(r"sent no heartbeat for 2\.[01] s at step 2[01] \(stopped\)", str(hang))
 
 
 @pytest.mark.parametrize(("state", "word"), [("R", "running"), ("D", "uninterruptible sleep")])
@@ -120,7 +120,7 @@ def test_a_worker_that_keeps_the_interpreter_is_found_in_time(state: str, word: 
     stopped_s = worker.now_s
     hang = worker.stay(5.0, state, ticks=False)
     assert hang is not None
-    assert re.fullmatch(rf"stood still for 2\.[01] s at step 20 \({word}\)", str(hang))
+    assert re.fullmatch(rf"sent no heartbeat for 2\.[01] s at step 20 \({word}\)", str(hang))
     assert worker.now_s - stopped_s <= 2.2
 
 
@@ -218,7 +218,7 @@ def test_patience_follows_slow_staging() -> None:
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
-    """When the agent (or the whole machine) stood still for a minute, the worker is not blamed for it."""
+    """When the agent (or the whole machine) sent no heartbeat for a minute, the worker is not blamed for it."""
     worker = at_work()
     for _ in range(50):
         worker.now_s += 60.0
@@ -262,7 +262,7 @@ def test_a_stopped_sibling_is_suspected_at_once() -> None:
     worker.stay(0.5, "T", ticks=False)
     hang = worker.detector.stopped("T")
     assert hang is not None
-    assert re.fullmatch(r"stood still for 0\.[56] s at step 20 \(stopped\)", str(hang))
+    assert re.fullmatch(r"sent no heartbeat for 0\.[56] s at step 20 \(stopped\)", str(hang))
     assert worker.detector.stopped("S") is None
 
 
