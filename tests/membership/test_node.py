@@ -273,7 +273,7 @@ def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., 
     stranger = make_node("b", fingerprint=FINGERPRINT | {"torch": "2.14"})
     with pytest.raises(
         ConfigError,
-        match=r"^a does not take this node in: torch = '2\.14', where the run has '2\.13'$",
+        match=r"^a refuses this node: torch = '2\.14', where the run has '2\.13'$",
     ):
         stranger.await_generation()
     assert asked == []

@@ -246,7 +246,7 @@ def test_a_node_that_differs_is_refused_by_the_members(fleet: Fleet) -> None:
     fleet.pass_time(3 * TICK_S)
     assert isinstance(fleet.nodes["c"].refusal, ConfigError)
     assert str(fleet.nodes["c"].refusal).endswith(
-        "does not take this node in: torch = '2.14', where the run has '2.13'"
+        "refuses this node: torch = '2.14', where the run has '2.13'"
     )
     assert all(fleet.nodes[name].refusal is None for name in "abd")
 
@@ -258,7 +258,7 @@ def test_of_nodes_that_differ_the_first_stays(fleet: Fleet) -> None:
     fleet.pass_time(LIMITS.elastic.join_window_s)
     assert fleet.log.generation is None
     assert fleet.nodes["a"].refusal is None
-    assert "a does not take this node in: code = '2', where the run has '1'" in str(
+    assert "a refuses this node: code = '2', where the run has '1'" in str(
         fleet.nodes["b"].refusal
     )
 
