@@ -13,7 +13,7 @@ CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstagin
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_node_that_is_asked_to_leave_while_it_imports_has_left(
+def test_a_node_asked_to_leave_during_imports_ends_at_once(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """F18: A node that does not take part yet has nothing to finish: it ends at once, with exit code 0."""

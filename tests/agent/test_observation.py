@@ -9,7 +9,7 @@ from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.goodput import Activity
 
 
-def test_workers_that_speak_at_once_never_turn_the_clock_back() -> None:
+def test_concurrent_messages_count_each_second_once() -> None:
     """Time is taken inside the lock: however threads overtake each other, every second is accounted for once."""
     switch_s = sys.getswitchinterval()
     failures: list[BaseException] = []

@@ -48,7 +48,7 @@ def test_unfit_newcomers_do_not_extend_the_join_window(
     assert set(fleet.drains) == {"b joins"}
 
 
-def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
+def test_each_fit_newcomer_extends_the_join_window(fleet: Fleet) -> None:
     """Each node that can be taken in extends the join window, so that all join in one change."""
     form_with_code_1(fleet)
     come_one_by_one(fleet, code="1")

@@ -70,7 +70,7 @@ def bar(node: str, seconds: float = 10.0) -> Quarantine:
         (CauseKind.BARRED, False),
     ],
 )
-def test_which_causes_count_against_a_node(kind: CauseKind, counts: bool) -> None:
+def test_causes_that_count_against_a_node(kind: CauseKind, counts: bool) -> None:
     """Being lost, failing and being parked count once per generation. Leaving and joining do not count."""
     view = run(began(Cause(kind, "b"), Cause(kind, "b")), began(lost("c")), began(Cause(kind, "b")))
     assert flaps(view, read_at(NOW_S, NOW_S, NOW_S), "b", BUDGETS, NOW_S) == 2 * counts
@@ -190,7 +190,7 @@ def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
     ],
     ids=["one node only", "twice", "another step", "another exception", "a signal"],
 )
-def test_failures_that_may_pass_are_tried_again(generations: list[Generation], last: Cause) -> None:
+def test_failures_below_the_budget_do_not_end_the_run(generations: list[Generation], last: Cause) -> None:
     """One node's failures, another step or exception, or a cause that is no exception does not end the run."""
     assert ends([at_7(), *generations], last) == ""
 
@@ -201,7 +201,7 @@ def test_other_causes_between_equal_failures_do_not_count() -> None:
     assert "the same failure 3 times" in ends(generations, bug("b"))
 
 
-def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
+def test_a_single_node_ends_the_run_after_spaced_attempts() -> None:
     """If no other node lives, the same exception ends the run once its attempts span ten seconds."""
     generations = [at_7(), at_7(bug()), at_7(bug())]
     assert ends(generations, bug(), others=0, every_s=SPACED_S / 2) != ""

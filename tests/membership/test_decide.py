@@ -37,7 +37,7 @@ TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 # ---- members -----------------------------------------------------------------------------------------
 
 
-def test_a_healthy_world_goes_on() -> None:
+def test_members_wait_while_all_answer() -> None:
     """While all members answer, no node proposes anything."""
     world = generation("a", "b")
     assert decision(status("a"), {"b": peer(status("b"))}, of=world) == Wait("training")
@@ -53,7 +53,7 @@ def test_a_healthy_world_goes_on() -> None:
     ],
     ids=["silent", "refused", "never heard"],
 )
-def test_a_lost_member_is_left_behind(gone: Peer, detail: str, detect_s: float) -> None:
+def test_a_lost_member_is_not_in_the_next_generation(gone: Peer, detail: str, detect_s: float) -> None:
     """A member that is silent beyond the timeout, or refuses connections, is not in the next generation."""
     c = peer(status("c", unreachable=lives("b")))
     proposal = decision(status("a"), {"b": gone, "c": c}, of=generation("a", "b", "c"))
@@ -135,7 +135,7 @@ def test_a_failure_in_an_older_generation_breaks_nothing() -> None:
     assert decision(status("a"), {"b": peer(b)}, of=world) == Wait("training")
 
 
-def test_a_planned_stop_waits_for_everyone() -> None:
+def test_a_planned_stop_waits_for_all_members() -> None:
     """While one member still settles its checkpoint, the others wait. Then the first member proposes at once."""
     world, done = generation("a", "b"), waiting("a", spent=1)
     assert decision(done, {"b": peer(status("b", NodePhase.SETTLING))}, of=world) == Wait(
@@ -259,7 +259,7 @@ def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
     assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
 
 
-def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
+def test_a_newcomer_in_quarantine_joins_if_it_is_needed() -> None:
     """After a loss a node that is kept out is taken in if the run would be paused without it; otherwise it stays out."""
     needed = changed(LIMITS, nodes_min=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
@@ -269,7 +269,7 @@ def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
     assert nodes(decision(status("a"), more, of=generation("a", "b"), **facts)) == ["a", "d"]
 
 
-def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
+def test_a_quarantine_of_the_first_member_delays_no_proposal() -> None:
     """A node that is kept out has answered, so it is no other side for which the rest must wait."""
     world = generation("a", "b")
     peers = {"a": peer(waiting("a", spent=1, failure=failed("a")))}
@@ -277,7 +277,7 @@ def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
     assert nodes(decision(status("b"), peers, of=world, **facts)) == ["b"]
 
 
-def test_run_without_a_chance_is_halted() -> None:
+def test_run_is_halted_when_its_budget_is_used_up() -> None:
     """If the budgets say so, the run ends when a failure broke the world, and only then."""
     world = generation("a", "b")
     b = waiting("b", spent=1, failure=failed("b"))
@@ -309,7 +309,7 @@ def test_the_end_of_the_run_ends_everything() -> None:
 # ---- asked again -------------------------------------------------------------------------------------
 
 
-def test_only_nodes_that_answered_since_the_trouble_are_proposed() -> None:
+def test_only_nodes_that_answered_since_the_failure_are_proposed() -> None:
     """A world is formed only of nodes that answered after the trouble was noticed. A node that died with the first one is not among them."""
     world = generation("a", "b", "c")
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
@@ -343,7 +343,7 @@ def side(mine: str, others: str) -> tuple[Generation, dict[str, Peer]]:
     return world, seen | {node: silent(status(node)) for node in others}
 
 
-def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
+def test_the_smaller_side_waits_for_the_larger_side() -> None:
     """A node that sees fewer than half of the members waits for takeover_s after the last change of log or pulse, and ends its workers."""
     world, peers = side("ab", "cde")
     me = status("a", unreachable=lives(*"cde"))
@@ -360,14 +360,14 @@ def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
     assert unseen.reason.startswith("cut off with 2 of 5 members"), "quiet is what was looked at"
 
 
-def test_the_larger_side_goes_at_once() -> None:
+def test_the_larger_side_proposes_at_once() -> None:
     """A node that sees more than half of the members does not wait."""
     world, peers = side("cde", "ab")
     me = status("c", unreachable=lives(*"ab"))
     assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["c", "d", "e"]
 
 
-def test_of_two_halves_the_first_members_goes_first() -> None:
+def test_of_two_halves_the_one_with_the_first_member_proposes() -> None:
     """An even split is decided by rank: the half with the first member goes at once, the other one waits."""
     world, peers = side("ad", "bc")
     me = status("a", unreachable=lives(*"bc"))
@@ -514,7 +514,7 @@ def test_split_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cu
 # ---- heard by others ---------------------------------------------------------------------------------
 
 
-def test_member_that_others_hear_is_cut_off_and_not_lost() -> None:
+def test_silent_member_that_others_reach_is_parked_not_lost() -> None:
     """Silence towards one member only is a broken link, after a grace period in which others may find more."""
     world, me = generation("a", "b", "c"), status("a", unreachable=lives("b"))
     grace_s = TIMEOUT_S * (1 + LINK_GRACE_SHARE)
@@ -537,7 +537,7 @@ def test_link_is_broken_only_if_both_ends_are_alive() -> None:
     assert not is_broken(status("a"), stranger, of=world)
 
 
-def test_member_that_no_member_hears_is_lost() -> None:
+def test_silent_member_that_no_member_reaches_is_lost() -> None:
     """Once every member that answers calls it unreachable, silence needs no grace period; nor does it without other members."""
     b = silent(status("b"))
     c = peer(status("c", unreachable=lives("b")))
@@ -549,14 +549,14 @@ def test_member_that_no_member_hears_is_lost() -> None:
 
 
 @pytest.mark.parametrize("witness", [waiting("c", generation=0), None], ids=["behind", "mute"])
-def test_only_a_member_that_knows_the_generation_is_a_witness(witness: object) -> None:
+def test_only_a_member_that_has_read_the_generation_is_evidence(witness: object) -> None:
     """A member that does not know the generation yet, or never spoke, asks no other: it proves nothing about others."""
     c = Peer(None, NOW_S, None, False) if witness is None else peer(waiting("c", generation=0))
     peers = {"b": silent(status("b")), "c": c}
     assert is_broken(status("a"), peers, of=generation("a", "b", "c"))
 
 
-def test_no_witnesses_in_a_large_world() -> None:
+def test_members_of_a_large_fleet_are_no_evidence_for_others() -> None:
     """If members ask only the leaders, their status does not mean that they hear the others."""
     names = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
     peers = {name: peer(status(name)) for name in names[1:]} | {"n05": silent(status("n05"))}

@@ -120,13 +120,13 @@ def in_words(found: Decision) -> str:
     return type(found).__name__
 
 
-def test_the_decision_table_has_the_rows_that_are_built_here() -> None:
+def test_the_decision_table_has_all_rows_of_this_test() -> None:
     """No row of docs/membership.md goes unchecked, and no case is missing there."""
     assert [int(row[0]) for row in ROW.findall(PAGE.read_text())] == list(CASES)
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_a_row_of_the_decision_table_is_what_decide_does(number: int) -> None:
+def test_decide_returns_the_decision_of_each_row(number: int) -> None:
     """The facts of a row lead to the decision and the reason that docs/membership.md states."""
     rows = {int(row[0]): row for row in ROW.findall(PAGE.read_text())}
     found = CASES[number]()

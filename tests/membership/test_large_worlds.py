@@ -26,7 +26,7 @@ def large_world(fleet: Fleet, *started: str) -> None:
         node.turn()
 
 
-def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
+def test_leaders_of_a_large_fleet_watch_all_members(fleet: Fleet) -> None:
     """In a large world a leader notices a member that has never spoken. Other members watch the leaders only."""
     large_world(fleet, "n00", "n01", "n02")
     everyone = {member(name).incarnation for name in LARGE}
@@ -42,7 +42,7 @@ def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("gone", [["n00"], ["n00", "n01"], ["n07", "n20"]])
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_large_world_loses_leaders_and_others_alike(
+def test_a_large_fleet_replaces_any_lost_member_once(
     fleet: Fleet, gone: list[str], silent: bool
 ) -> None:
     """Whichever member is gone, refusing or silent, the others form one world without it, once."""
@@ -84,7 +84,7 @@ def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None
     assert fleet.log.generations[-1].causes[0].detail == "its address refuses connections"
 
 
-def test_a_world_may_grow_large(fleet: Fleet) -> None:
+def test_a_fleet_may_grow_large(fleet: Fleet) -> None:
     """The node with which members stop asking each other joins like any other: members that are no longer asked are not silent."""
     fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     fleet.form(*LARGE[:-1])
@@ -104,7 +104,7 @@ def speaks_to(fleet: Fleet, speaker: str, listener: str) -> None:
     other.received(fleet.nodes[speaker].message_to(other.member.incarnation, asks=False))
 
 
-def test_unanswered_question_before_a_world_grew_large_is_no_loss(fleet: Fleet) -> None:
+def test_unanswered_question_before_a_fleet_grew_large_is_no_loss(fleet: Fleet) -> None:
     """A node that had not answered yet when this node stopped asking it is not lost."""
     fleet.limits = changed(LIMITS, nodes_min=len(LARGE), nodes_max=64, slots=None)
     fleet.cut = {frozenset(("n15", "n25"))}
@@ -143,7 +143,7 @@ def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
     assert names(fleet.log.generation) == [name for name in LARGE if name not in fleet.off]
 
 
-def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
+def test_members_of_former_generations_are_forgotten(fleet: Fleet) -> None:
     """Nodes that join and leave for months use no memory of the nodes that stay."""
     large_world(fleet, *LARGE)
     fleet.run()
@@ -159,7 +159,7 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
     assert [node for node in fleet.alive() if "n201" in node.table.peers] == []
 
 
-def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
+def test_newcomers_that_a_leader_asks_rarely_are_not_lost() -> None:
     """A newcomer that a leader asks less often than a small world's timeout still joins."""
     large = [f"n{number:04}" for number in range(2400)]
     world, interval_s = generation(*large), LIMITS.interval_s(len(large))
@@ -171,7 +171,7 @@ def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> No
     assert newcomers(me, world, gone, LIMITS, NOW_S) == ()
 
 
-def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
+def test_a_newcomer_keeps_asking_unreachable_leaders(
     fleet: Fleet,
 ) -> None:
     """A node that starts in a split network keeps asking the leaders."""

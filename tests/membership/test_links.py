@@ -189,7 +189,7 @@ def said_by(name: str, **changes: object) -> str:
     ],
     ids=["text", "object", "nested", "count", "refusal", "status", "binary", "too large"],
 )
-def test_garbage_closes_the_link_and_nothing_else(tmp_path: Path, frame: str | bytes) -> None:
+def test_garbage_closes_only_its_link(tmp_path: Path, frame: str | bytes) -> None:
     """After garbage the link is closed, nothing was stored, and other links go on."""
 
     async def scenario() -> None:
@@ -261,7 +261,7 @@ def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
+def test_one_connection_proves_both_directions(tmp_path: Path, address: str) -> None:
     """One connection is proof of life in both directions, over IPv4 and IPv6. Only the end that connected knows that the address works."""
 
     async def scenario() -> None:
@@ -325,7 +325,7 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -> None:
+def test_peers_are_asked_once_per_interval(tmp_path: Path) -> None:
     """One question and one answer per interval, and no more: an answer is not answered."""
 
     async def scenario() -> None:

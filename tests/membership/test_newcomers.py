@@ -70,7 +70,7 @@ def test_leaving_leader_no_longer_leads() -> None:
     assert decision(a, {}, of=generation("a")) == Drain("a leaves")
 
 
-def test_when_all_leave_newcomers_go_on() -> None:
+def test_newcomers_continue_when_all_members_leave() -> None:
     """If all members leave, the nodes that wait take the run over."""
     world, b = generation("a", "b"), peer(waiting("b", spent=1, leaving=True))
     me, c = waiting("a", spent=1, leaving=True), peer(waiting("c"))
@@ -99,7 +99,7 @@ def test_member_that_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) ->
     assert (CauseKind.LOST, "b") in causes(decision(status("a"), {"b": torn}, of=world))
 
 
-def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
+def test_a_newcomer_that_leaves_does_not_join() -> None:
     """A node that was asked to leave before it was a member causes no drain."""
     peers = {"b": peer(waiting("b", leaving=True))}
     assert decision(status("a"), peers, of=generation("a")) == Wait("training")
@@ -109,7 +109,7 @@ def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
 # ---- newcomers ---------------------------------------------------------------------------------------
 
 
-def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
+def test_newcomers_join_together_at_a_step_boundary() -> None:
     """A newcomer makes the leader ask for a drain, once no further one has come for the join window."""
     world, window_s = generation("a", "b"), LIMITS.elastic.join_window_s
     peers = {"b": peer(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
@@ -149,7 +149,7 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
         "does not know the generation",
     ],
 )
-def test_unfit_newcomer_is_not_taken_in(newcomer: Peer, facts: dict[str, object]) -> None:
+def test_unfit_newcomer_does_not_join(newcomer: Peer, facts: dict[str, object]) -> None:
     """A newcomer reaches all members that stay and is reached, has the same fingerprint, waits, answers and is not kept out."""
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": newcomer}
@@ -167,7 +167,7 @@ def test_newcomer_need_not_reach_a_lost_member() -> None:
     assert nodes(proposal) == ["a", "c"]
 
 
-def test_a_newcomer_asks_while_a_member_lives() -> None:
+def test_a_newcomer_does_not_propose_while_a_member_answers() -> None:
     """A node outside the generation never proposes while any member answers, and says why it is not taken in."""
     world, new = generation("a", "b"), waiting("c")
     peers = {"a": refusing(status("a")), "b": peer(status("b"))}
@@ -225,7 +225,7 @@ def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:
     assert (nodes(proposal), proposal.reason) == (["a", "b"], "started")
 
 
-def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
+def test_members_of_the_first_generation_all_reach_each_other() -> None:
     """Of two candidates without a link one waits, whichever of them reports it. Too few candidates all wait."""
     c = waiting("c")
     for b in (waiting("b", unreachable=lives("c")), waiting("b")):
@@ -237,7 +237,7 @@ def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
     assert waits == Wait("waiting for nodes: 2 of at least 3")
 
 
-def test_first_world_has_a_barred_node_only_if_needed() -> None:
+def test_first_generation_has_a_barred_node_only_if_needed() -> None:
     """A quarantine outlives the world that called for it, unless there would be too few nodes."""
     a, peers = waiting("a"), {"b": peer(waiting("b")), "c": peer(waiting("c"))}
     barred = {"b": "3 failures"}
@@ -249,14 +249,14 @@ def test_first_world_has_a_barred_node_only_if_needed() -> None:
 # ---- limits, shares, targets ------------------------------------------------------------------------
 
 
-def test_in_a_small_world_everyone_asks_everyone() -> None:
+def test_in_a_small_fleet_each_node_asks_all_others() -> None:
     """Up to MESH_NODES_MAX nodes each asks all others, whether they answer or not."""
     members = [member(f"n{number:02}") for number in range(MESH_NODES_MAX)]
     peers = {members[1].incarnation: refusing(status("n01"))}
     assert whom_to_ask(members, "n031", peers, NOW_S, TIMEOUT_S) == [*members[:3], *members[4:]]
 
 
-def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
+def test_in_a_large_fleet_all_ask_the_first_two_that_answer() -> None:
     """Nodes that refuse or are silent are skipped; nodes of which nothing is known are tried."""
     members = [member(f"n{number:02}") for number in range(MESH_NODES_MAX + 1)]
     peers = {
@@ -276,7 +276,7 @@ def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
     assert asked(20) == [f"n{number:02}" for number in range(6, 12)]
 
 
-def test_heartbeats_and_silence_scale_with_the_world() -> None:
+def test_interval_and_timeout_grow_with_the_number_of_nodes() -> None:
     """In a large world the interval grows, and the timeout is a multiple of it."""
     limits = Limits(ElasticSection(nodes_max=4096), slots=None)
     assert limits.interval_s(512) == pytest.approx(0.2)

@@ -192,7 +192,7 @@ def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
     assert names(formed(a, b)[0]) == ["a", "b"]
 
 
-def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[..., Node]) -> None:
+def test_a_node_that_asks_to_leave_is_drained_and_leaves(make_node: Callable[..., Node]) -> None:
     """The others hear that a node wants to leave and drain. It leaves once it has stopped, and is recorded as left, not lost."""
     asked: list[str] = []
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
@@ -213,7 +213,7 @@ def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[...
     assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
 
 
-def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[..., Node]) -> None:
+def test_a_node_without_a_generation_leaves_at_once(make_node: Callable[..., Node]) -> None:
     """`await_generation` ends with `Left` as soon as a node that is no member asks to go."""
     node = make_node("a", nodes_min=2)
     ended: list[type[BaseException]] = []
@@ -280,7 +280,7 @@ def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., 
     assert not a.must_reform(number)
 
 
-def test_a_failed_node_takes_part_in_the_next_world(make_node: Callable[..., Node]) -> None:
+def test_a_failed_node_is_in_the_next_generation(make_node: Callable[..., Node]) -> None:
     """A worker's failure is told with its cause, step and signature, and costs one generation."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     number = formed(a, b)[0].generation.number
@@ -306,7 +306,7 @@ def test_recovery_is_recorded_once(make_node: Callable[..., Node]) -> None:
     assert b.view.recovery.total_s == pytest.approx(1.1)
 
 
-def test_a_world_whose_store_cannot_be_reached_is_given_up(
+def test_a_generation_with_an_unreachable_store_is_replaced(
     make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A member that cannot connect to the generation's store says so, which is no failure; the next one has another store."""
@@ -355,7 +355,7 @@ def test_stalled_store_does_not_block_the_next_generation(
     assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
 
 
-def test_stop_spreads_between_members(make_node: Callable[..., Node]) -> None:
+def test_stop_ends_all_members_at_once(make_node: Callable[..., Node]) -> None:
     """A STOP that one node appends ends the others, without polling of the bucket."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     world = formed(a, b)[0]
@@ -367,7 +367,7 @@ def test_stop_spreads_between_members(make_node: Callable[..., Node]) -> None:
     assert b.await_generation() == Stop("completed", 7)
 
 
-def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
+def test_settling_ends_when_the_checkpoint_is_committed_or_given_up(
     make_node: Callable[..., Node],
 ) -> None:
     """A commit of another generation does not end the wait. One of this generation does, and so does giving up."""
@@ -429,7 +429,7 @@ def test_pulse_is_written_only_while_workers_run(
     assert bucket.requests[f"write {KEY}"] <= beats + 1
 
 
-def test_without_the_bucket_training_goes_on(
+def test_training_continues_while_the_bucket_does_not_answer(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
     """A bucket that is away breaks no generation. A change waits until it is back."""

@@ -20,7 +20,7 @@ from elastic_pt.workers.scratch import scratch_directory
 DEADLINE_S = 30.0
 
 
-def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
+def test_messages_arrive_complete_and_in_order(tmp_path: Path) -> None:
     """Messages arrive complete and in order, and a closed worker's last words are handled before it counts as gone."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket")
@@ -43,7 +43,7 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
     agent.close()
 
 
-def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
+def test_a_worker_that_reads_nothing_is_disconnected(tmp_path: Path) -> None:
     """Messages from the agent never wait for a stopped worker. The other workers get all of them."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket")
@@ -109,7 +109,7 @@ def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
     assert not mine.exists()
 
 
-def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
+def test_sweep_keeps_a_directory_that_is_being_created(tmp_path: Path) -> None:
     """However many agents start and sweep at once, each keeps its own directory until it is done with it."""
     lost: list[BaseException] = []
     begin = threading.Barrier(8)
@@ -133,7 +133,7 @@ def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_staging_directory_is_named(tmp_path: Path) -> None:
     """A wrong checkpoint.staging gives one line that names it."""
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*expected a writable"),
@@ -169,7 +169,7 @@ def test_worker_keeps_reading_after_an_invalid_line(tmp_path: Path) -> None:
     agent.close()
 
 
-def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> None:
+def test_a_message_that_cannot_be_handled_keeps_the_connection(tmp_path: Path) -> None:
     """Whatever a handler raises, and whatever a line holds, the next message is heard."""
     heard: Queue[Message] = Queue()
 

@@ -22,7 +22,7 @@ from tests.membership.world import LIMITS, changed, failed, member, status, wait
 # ---- forming -----------------------------------------------------------------------------------------
 
 
-def test_nodes_meet_in_the_lobby_and_leave_it(fleet: Fleet, bucket: WatchedStore) -> None:
+def test_nodes_find_each_other_in_the_lobby(fleet: Fleet, bucket: WatchedStore) -> None:
     """Nodes that start together form one generation, which all know, and no card is left."""
     generation = fleet.form("c", "a", "b")
     assert (generation.number, names(generation)) == (1, ["a", "b", "c"])
@@ -71,7 +71,7 @@ def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
     assert generation.agree_s == pytest.approx(TICK_S), "one more round of questions"
 
 
-def test_a_generation_that_is_given_up_stays_given_up(fleet: Fleet) -> None:
+def test_a_broken_generation_stays_broken(fleet: Fleet) -> None:
     """Once a node has found a generation broken, that is final, even if the lost member answers again."""
     fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
@@ -88,7 +88,7 @@ def test_a_generation_that_is_given_up_stays_given_up(fleet: Fleet) -> None:
     assert {cause.kind for cause in generation.causes} == {CauseKind.GAVE_UP}
 
 
-def test_peers_are_asked_once_per_trouble(fleet: Fleet) -> None:
+def test_peers_are_asked_once_per_failure(fleet: Fleet) -> None:
     """When trouble is noticed all peers are asked at once, and not again until there is another trouble."""
     fleet.form("a", "b", "c")
     b = fleet.nodes["b"]
@@ -143,7 +143,7 @@ def test_checkpoint_committed_during_a_proposal_is_used(fleet: Fleet) -> None:
     assert (generation.number, generation.resume) == (2, newest)
 
 
-def test_proposer_that_loses_the_race_obeys_the_winner(fleet: Fleet) -> None:
+def test_proposer_that_loses_the_race_follows_the_winner(fleet: Fleet) -> None:
     """A node that proposes a number that is taken reads the winner's record and obeys it."""
     fleet.form("a", "b")
     rival = dataclasses.replace(fleet.log.generations[-1], number=2, reason="rival")
@@ -193,7 +193,7 @@ def test_the_card_of_a_node_that_died_waiting_is_removed(
 # ---- joining, leaving -------------------------------------------------------------------------------
 
 
-def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
+def test_a_newcomer_joins_after_the_leader_asks_for_a_drain(fleet: Fleet) -> None:
     """Members ask a newcomer back. The leader asks for a drain in each turn until it is done."""
     fleet.form("a", "b")
     fleet.start("c")
@@ -251,19 +251,17 @@ def test_a_node_that_differs_is_refused_by_the_members(fleet: Fleet) -> None:
     assert all(fleet.nodes[name].refusal is None for name in "abd")
 
 
-def test_of_nodes_that_differ_the_first_stays(fleet: Fleet) -> None:
+def test_before_the_first_generation_the_first_node_refuses(fleet: Fleet) -> None:
     """Before there is a world, the node that comes first by name refuses the other one."""
     fleet.start("b", fingerprint={"code": "2"})
     fleet.start("a", fingerprint={"code": "1"})
     fleet.pass_time(LIMITS.elastic.join_window_s)
     assert fleet.log.generation is None
     assert fleet.nodes["a"].refusal is None
-    assert "a refuses this node: code = '2', where the run has '1'" in str(
-        fleet.nodes["b"].refusal
-    )
+    assert "a refuses this node: code = '2', where the run has '1'" in str(fleet.nodes["b"].refusal)
 
 
-def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
+def test_only_members_refuse_after_the_first_generation(fleet: Fleet) -> None:
     """Two nodes that wait outside do not refuse each other: only members may."""
     fleet.form("m")
     fleet.start("a", fingerprint={"code": "1"})

@@ -57,7 +57,7 @@ def test_only_the_first_member_writes_the_pulse_while_it_trains(
     assert beats(4.0) >= 3
 
 
-def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
+def test_a_broken_generation_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
     """A first member that has given its generation up does not write that it trains."""
     fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
@@ -69,7 +69,7 @@ def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStor
     assert bucket.requests[f"write {KEY}"] == before
 
 
-def test_first_member_looks_at_the_log_at_every_second_pulse(
+def test_first_member_reads_the_log_at_every_second_pulse(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """Looking for a takeover costs the fleet half a request per pulse, and nothing else."""
@@ -84,7 +84,7 @@ def test_first_member_looks_at_the_log_at_every_second_pulse(
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["at once", "not at first"])
-def test_a_lone_member_that_was_replaced_learns_of_it(
+def test_a_lone_member_detects_that_it_was_replaced(
     fleet: Fleet, bucket: WatchedStore, answers: bool
 ) -> None:
     """A member that no other node could reach, and that was replaced, does not train beside the new world."""
@@ -123,7 +123,7 @@ def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
     assert a.broken == 1
 
 
-def test_late_look_at_the_log_changes_nothing(
+def test_late_read_of_the_log_changes_nothing(
     fleet: Fleet, bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generation that was given up stays so, even if a slow answer about the one before it arrives afterwards."""
@@ -172,7 +172,7 @@ def test_cut_off_node_waits_while_log_or_pulse_changes(fleet: Fleet, sign: str) 
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_time_without_a_look_at_the_pulse_is_not_quiet(fleet: Fleet) -> None:
+def test_time_without_a_read_of_the_pulse_is_not_quiet(fleet: Fleet) -> None:
     """Time in which a node did not get to feel the pulse, because something held it up, is no time of quiet."""
     fleet.form("a")
     fleet.start("b")
@@ -215,7 +215,7 @@ def test_time_without_the_bucket_is_not_quiet(fleet: Fleet, bucket: WatchedStore
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_without_the_bucket_members_still_notice_and_then_wait(
+def test_without_the_bucket_members_detect_a_loss_and_wait(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """A loss while the bucket is away is noticed and told. The next generation follows when the bucket is back."""
@@ -341,7 +341,7 @@ def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet)
     assert fleet.log.stop.reason.startswith("the same failure 4 times at step 7, on a")
 
 
-def test_silent_members_count_as_nodes_to_try(fleet: Fleet) -> None:
+def test_silent_members_count_as_possible_nodes(fleet: Fleet) -> None:
     """A node that may live behind a split network could still be tried: the failures of one node do not end the run."""
     fleet.form("a", "b")
     same = {"step": 7, "signature": "ValueError@loop.py:9"}
@@ -374,7 +374,7 @@ def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) ->
     assert fleet.log.stop.reason.startswith("2 failures in a row without a step beyond 9")
 
 
-def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) -> None:
+def test_failures_of_the_surroundings_on_all_nodes_do_not_end_the_run(fleet: Fleet) -> None:
     """Failures through the surroundings are tried again, on any number of nodes and any number of times."""
     fleet.form("a", "b")
     for number in range(1, 6):
@@ -386,7 +386,7 @@ def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) ->
     assert fleet.log.stop is None
 
 
-def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> None:
+def test_the_others_continue_without_a_resting_node_until_it_is_back(fleet: Fleet) -> None:
     """The next world is formed without a node that rests; after its rest it is taken in again."""
     fleet.form("a", "b")
     fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)
@@ -401,7 +401,7 @@ def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> No
     assert fleet.drains[-1] == "a joins"
 
 
-def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
+def test_a_single_resting_node_pauses_the_run_and_resumes(fleet: Fleet) -> None:
     """A single node that rests pauses the run, states the reason, and goes on by itself."""
     fleet.form("a")
     fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)

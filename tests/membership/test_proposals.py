@@ -53,7 +53,7 @@ def wait_for_takeover(fleet: Fleet) -> None:
 # ---- the store is checked once per run ---------------------------------------------------------------
 
 
-def test_only_the_first_agent_of_a_run_races_the_store(fleet: Fleet, bucket: WatchedStore) -> None:
+def test_only_the_first_agent_of_a_run_checks_the_store(fleet: Fleet, bucket: WatchedStore) -> None:
     """Once a GENERATION says that the store is fenced, an agent that starts makes no request to check it."""
     start_agent(fleet, "a")
     assert races(bucket) > 10
@@ -69,7 +69,7 @@ def test_only_the_first_agent_of_a_run_races_the_store(fleet: Fleet, bucket: Wat
     assert fleet.log.fenced_url == bucket.url
 
 
-def test_the_record_of_the_check_outlives_agents_that_did_not_check(
+def test_a_proposer_that_did_not_check_keeps_the_recorded_url(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """A proposer that has not checked the store itself passes on what the log says."""
@@ -104,7 +104,7 @@ def test_a_copied_run_is_checked_at_its_new_place(bucket: WatchedStore) -> None:
     assert races(bucket) > 10
 
 
-def test_one_node_alone_needs_no_check_and_records_none(bucket: WatchedStore) -> None:
+def test_a_single_node_does_not_check_the_store(bucket: WatchedStore) -> None:
     """With elastic.nodes_max = 1 a store without create-once is allowed, so nothing is said about it."""
     assert require_fencing(bucket, config("elastic.nodes_max=1"), "") == ""
     assert races(bucket) == 0
@@ -113,7 +113,7 @@ def test_one_node_alone_needs_no_check_and_records_none(bucket: WatchedStore) ->
 # ---- the platform that the run is bound to -----------------------------------------------------------
 
 
-def test_an_agent_that_was_stopped_during_reopen_binds_no_run_to_the_old_platform(
+def test_an_agent_stopped_during_reopen_appends_no_generation(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """I9: an agent that ran before `reopen --platform` appends no GENERATION after it, though no new node is there."""
@@ -145,7 +145,7 @@ def test_a_reopen_between_reading_and_appending_is_noticed(
     assert fleet.log.generation_number == 1
 
 
-def test_an_agent_of_the_old_platform_does_not_succeed_nodes_of_the_new_one(
+def test_an_old_agent_does_not_replace_nodes_of_the_new_platform(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
     """I9: after the run went over to another platform and its nodes are gone, an old agent that wakes up ends."""
@@ -177,7 +177,7 @@ def test_an_agent_that_is_started_after_reopen_may_be_of_any_platform(
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_without_promised_bits_no_platform_is_compared(fleet: Fleet, bucket: WatchedStore) -> None:
+def test_with_native_numerics_no_platform_is_compared(fleet: Fleet, bucket: WatchedStore) -> None:
     """With native numerics an agent that ran before a reopen goes on."""
     fleet.form("a")
     reopen_for_another_platform(bucket)

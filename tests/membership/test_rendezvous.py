@@ -71,7 +71,7 @@ def generations(directory: Path) -> list[Generation]:
     return [each.body for each in log.records() if isinstance(each.body, Generation)]
 
 
-def test_agents_get_ranks_and_a_store_of_their_own(
+def test_agents_get_ranks_and_a_new_store(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
     """All agents of a generation share a fresh store, each with its rank; the log says who they are."""

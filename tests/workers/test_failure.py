@@ -97,7 +97,7 @@ def chained(
         ),
     ],
 )
-def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Evidence) -> None:
+def test_failures_of_the_surroundings_are_recognised(evidence: Evidence) -> None:
     """Space, I/O, store, memory, device, network and signals from outside may be over at the next attempt."""
     failure = classify(evidence)
     assert failure is not None
@@ -127,7 +127,7 @@ def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Eviden
         Evidence(0, 3),
     ],
 )
-def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Evidence) -> None:
+def test_failures_of_the_program_are_recognised(evidence: Evidence) -> None:
     """An exception that is about none of the surroundings, a crash and an exit code come again; so do errors that
     only came up while another one was handled."""
     failure = classify(evidence)
@@ -206,7 +206,7 @@ def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Eviden
         ),
     ],
 )
-def test_failures_tell_their_cause(
+def test_failures_report_their_cause(
     evidence: Evidence, cause: str, text: str, signature: str
 ) -> None:
     """Each kind of end has one cause, one line that names it, and a signature only if it may repeat itself."""
@@ -216,12 +216,12 @@ def test_failures_tell_their_cause(
     assert failure.collateral is (cause == "collective")
 
 
-def test_a_worker_that_was_killed_for_others_has_no_failure() -> None:
+def test_a_worker_that_the_agent_killed_has_no_failure() -> None:
     """Who ran until the agent killed it did not fail, even if the kernel killed others for memory."""
     assert classify(Evidence(0, None, oom_killed=True, stacks="Thread 0x1", step=3)) is None
 
 
-def test_the_root_cause_is_told_and_not_what_followed_from_it() -> None:
+def test_the_root_cause_is_reported_not_its_consequences() -> None:
     """Of several failures the one counts that the others followed from; of two exceptions, the first."""
     collateral = Evidence(0, 1, error(GLOO, recorded_s=1.0))
     second = Evidence(1, 1, error("ValueError: second", recorded_s=3.0))
@@ -239,7 +239,7 @@ def test_the_root_cause_is_told_and_not_what_followed_from_it() -> None:
     assert order == [5, 3, 2, 1, 4, 0]
 
 
-def test_texts_are_bounded_from_their_end() -> None:
+def test_long_texts_keep_their_end() -> None:
     """Long texts keep their end, where the error and the main thread stand; the message stays one short line."""
     failure = classify(
         Evidence(
@@ -258,7 +258,7 @@ def test_texts_are_bounded_from_their_end() -> None:
         assert len(text) < 17_000
 
 
-def test_what_torch_elastic_records_is_read(
+def test_the_error_file_of_torch_elastic_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error file of a worker gives the exception and its whole traceback, chained ones included."""
@@ -281,7 +281,7 @@ def test_what_torch_elastic_records_is_read(
 
 
 @pytest.mark.parametrize("text", ["", '{"message": {"mess', '{"message": "plain"}', "[]", "{}"])
-def test_a_torn_or_foreign_error_file_is_no_error(tmp_path: Path, text: str) -> None:
+def test_a_torn_or_foreign_error_file_is_ignored(tmp_path: Path, text: str) -> None:
     """A worker that was killed while it recorded its exception recorded nothing."""
     path = tmp_path / "error.json"
     path.write_text(text)
@@ -309,7 +309,7 @@ def test_the_same_failure_has_one_signature_on_every_node() -> None:
     assert here.startswith("ValueError: /dev/shm/elastic_pt-#/workers-#/#: row # at #")
 
 
-def test_text_that_is_no_unicode_can_still_be_told() -> None:
+def test_lone_surrogates_in_a_message_are_escaped() -> None:
     """A lone surrogate in an exception's text, as a file name may bring it, is written out instead of passed on."""
     failure = classify(Evidence(0, 1, error("ValueError: bad name '\udcff'")))
     assert failure is not None

@@ -88,7 +88,7 @@ def stands_still(reader: HeartbeatReader) -> bool:
     return read(reader).ticks == before
 
 
-def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
+def test_the_agent_reads_step_and_phase_of_its_worker(tmp_path: Path) -> None:
     """Step, phase and the time of their last change arrive, and ticks go on while the worker waits."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     assert reader.read() is None
@@ -102,7 +102,7 @@ def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
         assert read(reader).changed_s == reading.changed_s
 
 
-def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
+def test_a_heartbeat_of_another_generation_is_not_read(tmp_path: Path) -> None:
     """What an earlier worker left is removed, and a file of another generation is not read."""
     early = HeartbeatReader(tmp_path, 0, 6)
     with worker(tmp_path):
@@ -112,7 +112,7 @@ def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path) -> None:
+def test_a_stopped_worker_does_not_tick_and_writes_its_stacks(tmp_path: Path) -> None:
     """SIGSTOP ends the ticks; the stacks, asked for, name the function that it was stopped in."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "threading.Event().wait()") as process:
@@ -129,7 +129,7 @@ def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path
         assert "in _tick" in reader.stacks()
 
 
-def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) -> None:
+def test_a_worker_that_holds_the_interpreter_lock_does_not_tick(tmp_path: Path) -> None:
     """A C function that keeps the interpreter's lock ends the ticks, and its stack is told all the same."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "re.match('(a?){40}a{40}', 'a' * 40)") as process:
@@ -140,7 +140,7 @@ def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) ->
         until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
 
 
-def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
+def test_a_crash_writes_the_stacks(tmp_path: Path) -> None:
     """A fatal signal that Python can still handle leaves the stacks without being asked."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "ctypes.string_at(1)") as process:
@@ -154,7 +154,7 @@ def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
     not os.access(FREEZER / "cgroup.procs", os.W_OK),
     reason="a freezer of cgroup v1 makes a process that nothing wakes",
 )
-def test_a_worker_asleep_in_the_kernel_leaves_a_note_instead_of_stacks(tmp_path: Path) -> None:
+def test_a_worker_in_uninterruptible_sleep_gives_a_note_instead_of_stacks(tmp_path: Path) -> None:
     """Without an answer the text says so within its time limit, with the process's state and kernel function."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     group = FREEZER / f"elastic_pt-test-{os.getpid()}"

@@ -253,7 +253,7 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         ("keep_interpreter", "hang", r"sent no heartbeat for \d\.\d s at step 12 \(running\)", 6.0),
     ],
 )
-def test_each_end_is_told_and_a_new_worker_takes_over(
+def test_each_end_is_reported_and_the_next_attempt_completes(
     tmp_path: Path, act: str, cause: str, text: str, within_s: float
 ) -> None:
     """However a worker ends, its cause is reported in time, and the next attempt completes with a fresh one."""
@@ -283,14 +283,14 @@ def test_a_stopped_sibling_does_not_delay_the_end(tmp_path: Path) -> None:
     assert node.seconds[0] < 2.0
 
 
-def test_of_several_failures_the_root_cause_is_told(tmp_path: Path) -> None:
+def test_of_several_failures_the_root_cause_is_reported(tmp_path: Path) -> None:
     """A worker that raised and has not ended yet is reported, not the one that lost it and ended at once."""
     failure = Node(tmp_path, ["lose_peer", "raise_and_linger"], ["complete", "complete"]).run()
     assert (failure.cause, failure.rank) == (FailureCause.EXCEPTION, 1)
     assert "in act_raise" in failure.traceback
 
 
-def test_who_lost_a_stopped_sibling_is_not_blamed(tmp_path: Path) -> None:
+def test_a_worker_that_lost_a_stopped_sibling_is_not_the_root_cause(tmp_path: Path) -> None:
     """A worker that loses a stopped one on its node before the watchdog's time is up is not the root cause."""
     (tmp_path / "pid-0").touch()
     node = Node(tmp_path, ["stop", "lose_stopped_peer"], ["complete", "complete"])
@@ -320,7 +320,7 @@ def group() -> Iterator[Callable[[Path], Path]]:
         directory.rmdir()
 
 
-def test_running_out_of_memory_is_told(tmp_path: Path, group: Callable[[Path], Path]) -> None:
+def test_an_oom_kill_is_reported(tmp_path: Path, group: Callable[[Path], Path]) -> None:
     """F41: a worker that the kernel kills for its memory is reported as out of memory, not as killed."""
     directory = group(MEMORY)
     (directory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
@@ -358,7 +358,7 @@ def test_a_worker_that_cannot_be_killed_fails_the_node(
         (directory / "freezer.state").write_text("THAWED")
 
 
-def test_no_worker_outlives_a_start_that_failed(
+def test_all_workers_end_when_one_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When one of a node's workers cannot be started, those that were started before it are gone as well."""

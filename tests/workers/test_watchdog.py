@@ -84,7 +84,7 @@ def rarely_slow(random_: random.Random) -> float:
 @pytest.mark.parametrize("noise", [uniform, log_uniform, rarely_slow])
 @pytest.mark.parametrize("step_s", [0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_noise_is_no_hang(
+def test_varying_step_times_are_not_a_hang(
     step_s: float, noise: Callable[[random.Random], float], seed: int
 ) -> None:
     """Over 10,000 steps whose time varies threefold there is no verdict, from steps of 10 ms to steps of 10 s."""
@@ -114,7 +114,7 @@ def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
 
 
 @pytest.mark.parametrize(("state", "word"), [("R", "running"), ("D", "uninterruptible sleep")])
-def test_a_worker_that_keeps_the_interpreter_is_found_in_time(state: str, word: str) -> None:
+def test_a_worker_without_ticks_is_found_in_time(state: str, word: str) -> None:
     """A process that runs or sleeps in the kernel without a tick counts as hung just as fast."""
     worker = at_work()
     stopped_s = worker.now_s
@@ -124,7 +124,7 @@ def test_a_worker_that_keeps_the_interpreter_is_found_in_time(state: str, word: 
     assert worker.now_s - stopped_s <= 2.2
 
 
-def test_the_culprit_is_blamed_before_those_who_wait_for_it() -> None:
+def test_a_stopped_worker_is_found_before_workers_that_wait_for_it() -> None:
     """A worker that waits in a collective for a stopped one is blamed at least four times later."""
     culprit, victim = at_work(), at_work()
     since_s = culprit.now_s
@@ -138,7 +138,7 @@ def test_the_culprit_is_blamed_before_those_who_wait_for_it() -> None:
     assert victim.now_s - since_s > 4 * (culprit.now_s - since_s)
 
 
-def test_patience_follows_long_steps() -> None:
+def test_progress_limit_grows_with_the_step_time() -> None:
     """Where steps take 20 s, a step counts as hung after six of them, not after `progress_timeout_s`."""
     worker = at_work(step_s=20.0)
     assert worker.stay(115.0) is None
@@ -147,7 +147,7 @@ def test_patience_follows_long_steps() -> None:
     assert hang.limit_s == pytest.approx(120.0, rel=0.02)
 
 
-def test_one_freak_step_does_not_raise_the_limit_but_two_do() -> None:
+def test_one_long_step_does_not_raise_the_limit_but_two_do() -> None:
     """Patience follows what happens twice among the last steps, and forgets it again."""
     worker = at_work(step_s=1.0)
     worker.enter(WorkerPhase.DATA)
@@ -163,7 +163,7 @@ def test_one_freak_step_does_not_raise_the_limit_but_two_do() -> None:
     assert limits_s == [10.0, pytest.approx(54.0, rel=0.02), 10.0]
 
 
-def test_the_start_has_a_limit_of_its_own() -> None:
+def test_the_start_has_a_separate_limit() -> None:
     """Before the first step nothing but being stopped counts until `startup_timeout_s`, ticks or not."""
     for ticks, state in ((True, "S"), (False, "R"), (False, "D")):
         worker = Worker()
@@ -176,13 +176,13 @@ def test_the_start_has_a_limit_of_its_own() -> None:
         )
 
 
-def test_a_few_steps_tell_nothing_yet() -> None:
+def test_few_steps_do_not_set_the_limit() -> None:
     """Long steps after the first few short ones, as while a compiler or a cache warms up, are no hang."""
     worker = at_work(step_s=0.2, steps=5)
     assert worker.stay(300.0) is None
 
 
-def test_what_the_start_kept_still_is_forgotten() -> None:
+def test_gaps_before_the_first_step_do_not_raise_the_limit() -> None:
     """A pause of the interpreter before the first step, for imports or devices, does not raise the limit after it."""
     worker = Worker()
     worker.stay(1.0)
@@ -192,21 +192,21 @@ def test_what_the_start_kept_still_is_forgotten() -> None:
     assert worker.stay(2.2, "R", ticks=False) is not None
 
 
-def test_a_worker_without_a_sign_of_life_is_found() -> None:
+def test_a_worker_without_a_heartbeat_is_found() -> None:
     """A worker that never begins its account counts as hung after `startup_timeout_s`."""
     detector = Detector(LIMITS, 0.0)
     verdicts = [detector.observe(look / 10, None, "S") for look in range(6100)]
     assert next(index for index, verdict in enumerate(verdicts) if verdict) in (6000, 6001, 6002)
 
 
-def test_a_long_wait_for_data_is_no_hang() -> None:
+def test_a_long_wait_for_data_is_not_a_hang() -> None:
     """Waiting for the bucket for minutes while ticking is not hanging."""
     worker = at_work()
     worker.enter(WorkerPhase.DATA)
     assert worker.stay(300.0) is None
 
 
-def test_patience_follows_slow_staging() -> None:
+def test_progress_limit_grows_with_the_staging_time() -> None:
     """Who waits in a step for another worker's staging has the patience of its own staging, six times."""
     worker = at_work()
     worker.enter(WorkerPhase.STAGE)
@@ -217,8 +217,8 @@ def test_patience_follows_slow_staging() -> None:
     assert worker.stay(5.0) is not None
 
 
-def test_time_in_which_nobody_looked_does_not_count() -> None:
-    """When the agent (or the whole machine) sent no heartbeat for a minute, the worker is not blamed for it."""
+def test_time_without_observation_does_not_count() -> None:
+    """If the agent (or the whole machine) was stopped for a minute, that minute does not count for the worker."""
     worker = at_work()
     for _ in range(50):
         worker.now_s += 60.0
@@ -226,7 +226,7 @@ def test_time_in_which_nobody_looked_does_not_count() -> None:
         assert worker.do_step(0.5) is None
 
 
-def test_a_machine_that_is_often_slow_gets_more_patience_for_a_while() -> None:
+def test_frequent_gaps_raise_the_hang_limit_for_a_while() -> None:
     """Pauses below the limit raise it to the threefold, except for a stopped process, and are forgotten."""
     worker = at_work()
     worker.stay(1.4, "R", ticks=False)
@@ -249,14 +249,14 @@ def test_a_machine_that_is_often_slow_gets_more_patience_for_a_while() -> None:
 
 
 @pytest.mark.parametrize("state", ["Z", "X", ""])
-def test_an_ending_process_is_left_to_its_exit_code(state: str) -> None:
+def test_an_exiting_process_is_not_hung_until_the_progress_timeout(state: str) -> None:
     """A process that is exiting is not taken for hung until `progress_timeout_s`."""
     worker = at_work()
     assert worker.stay(9.5, state, ticks=False) is None
     assert worker.stay(1.0, state, ticks=False) is not None
 
 
-def test_a_stopped_sibling_is_suspected_at_once() -> None:
+def test_a_stopped_sibling_is_reported_at_once() -> None:
     """When others have lost their connection, a worker that is stopped right now is the likely culprit."""
     worker = at_work()
     worker.stay(0.5, "T", ticks=False)
@@ -280,7 +280,7 @@ def random_lives(seed: int) -> Iterator[tuple[WorkerPhase, float]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_long_eventful_life_is_no_hang(seed: int) -> None:
+def test_many_slow_phases_below_their_limits_are_not_a_hang(seed: int) -> None:
     """Slow starts, data waits and stagings, each below its limit, never add up to a verdict."""
     worker = Worker()
     for phase, seconds in random_lives(seed):

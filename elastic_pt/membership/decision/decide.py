@@ -1,4 +1,4 @@
-"""What one node should do now: a pure decision from what it sees, with its reason.
+"""What one node should do now: a pure decision from the facts that it has, with its reason.
 
     View, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended
 
@@ -9,14 +9,14 @@ several nodes may propose at once; the log accepts one proposal. A node takes pa
     RUNNING   workers of `generation` are up
     SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
 
-A generation is broken once a member is gone, cannot be reached by another one, or has spent it unasked. It
-is over, in good order, once all its members have spent it. Three rules keep two halves of a split network
-from replacing each other's generations:
+A generation is broken when a member is gone, cannot be reached by another one, or has spent it without a drain. It
+is over, in good order, when all its members have spent it. Three rules prevent that two halves of a split network
+replace each other's generations:
 
-    ask again     a world is formed only of nodes that have answered since the trouble was noticed
+    ask again     a generation starts only with nodes that have answered since the failure was detected
     larger side   a side with fewer than half of the members (or half of them, without the first one) waits
                   while the log or the pulse changes, and for `takeover_s` after that
-    park          of two members that cannot reach each other one waits, whatever else it can reach
+    park          of two members that cannot reach each other, one waits, even if it can reach all others
 """
 
 from collections.abc import Collection, Sequence
@@ -53,7 +53,7 @@ class Halt:
 
 @dataclass(frozen=True)
 class Drain:
-    """Have all workers checkpoint and stop after the same step, so that the world can change."""
+    """Ask all workers to checkpoint and stop after the same step, so that the members can change."""
 
     reason: str
 
@@ -64,7 +64,7 @@ class Wait:
 
     reason: str
     broken: bool = False
-    """Whether the generation of this node has no future: its workers must end."""
+    """Whether the generation of this node is broken: its workers must end."""
     asking: bool = False
     """Whether the next answer of a peer may end the wait."""
 
@@ -184,7 +184,7 @@ def _losses(
     generation: Generation,
     now_s: float,
 ) -> list[Cause]:
-    """A cause for each member that does not go on and did not decide that itself."""
+    """A cause for each member that does not continue, unless it left by itself."""
     noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
 
     def sign_of_life_s(member: Member) -> float:
@@ -218,7 +218,7 @@ def _losses(
 
 
 def _rest_of(view: View, member: Member) -> str:
-    """Why a member rests, in words."""
+    """Why a member rests, as text."""
     said = _status_of(view, member)
     return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
 
@@ -303,7 +303,7 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
 
 
 def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
-    """No member is left, or there was none: the nodes that wait form a world."""
+    """No member is left, or there was none: the waiting nodes form a generation."""
     elastic = limits.elastic
     everyone = sorted(
         [view.me.member, *_can_join(view, (), ())],
