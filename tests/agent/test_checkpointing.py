@@ -1,4 +1,4 @@
-"""The agent's checkpoints: where a new generation resumes, and which node a lost checkpoint is blamed on."""
+"""The agent's checkpoints: where a new generation resumes, and which node is the cause of a lost checkpoint."""
 
 import threading
 from collections.abc import Callable
