@@ -30,7 +30,7 @@ class Progress:
     skipped: tuple[int, str] = (0, "")
     """The newest step that was skipped, and why."""
     quarantined: int = 0
-    """The newest generation whose checkpoint this node found unusable."""
+    """The newest generation that resumed from a checkpoint which this node found unusable."""
 
 
 class WorkerMessages:

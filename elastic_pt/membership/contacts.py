@@ -135,7 +135,7 @@ class Contacts:
             and not self._is_forgotten(incarnation, silence_s)
         ]
 
-    # ---- whose silence counts --------------------------------------------------------------------
+    # ---- silence clocks --------------------------------------------------------------------------
 
     def _set_clocks(
         self, view: RunView, me: Member, chosen: set[str], leads: bool, silence_s: float

@@ -106,14 +106,14 @@ class LogRendezvous(RendezvousHandler):
 
 
 class TorchrunRendezvous(LogRendezvous):
-    """The same for stock torchrun, whose agent blocks on the store right after the rendezvous.
+    """The same for stock torchrun. Its agent blocks on the store right after the rendezvous.
 
     Such an agent cannot be interrupted when a member dies in this wait, and would fail with it. So all members first
     count themselves in the store, and that wait ends as soon as the generation is broken.
     """
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Give up the last generation and wait for the next one whose members have all counted themselves."""
+        """Give up the last generation and wait until all members of the next one have counted themselves."""
         while True:
             info = super().next_rendezvous()
             if self._all_enter(info):

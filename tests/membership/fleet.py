@@ -33,7 +33,7 @@ class Fleet:
     limits: Limits = LIMITS
     nodes: dict[str, Participant] = dataclasses.field(default_factory=dict)
     dead: set[str] = dataclasses.field(default_factory=set)
-    """Nodes whose addresses refuse connections."""
+    """Nodes with addresses that refuse connections."""
     off: set[str] = dataclasses.field(default_factory=set)
     """Nodes on lost machines: their addresses neither refuse nor answer."""
     cut: set[frozenset[str]] = dataclasses.field(default_factory=set)

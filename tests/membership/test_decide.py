@@ -317,7 +317,7 @@ def test_only_nodes_that_answered_since_the_failure_are_proposed() -> None:
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     peers = {"b": b, "c": peer(status("c"), silent_s=before)}
     assert decision(status("a"), peers, of=world) == Wait(
-        "asking whether c can go on; lost b", broken=True, asking=True
+        "asking whether c can continue; lost b", broken=True, asking=True
     )
     peers = {"b": b, "c": peer(status("c"), silent_s=NOW_S - NOTICED_S)}
     assert nodes(decision(status("a"), peers, of=world)) == ["a", "c"]
@@ -329,7 +329,7 @@ def test_a_spare_is_asked_again_too() -> None:
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     asked = decision(status("a"), {"b": b, "c": peer(waiting("c"), silent_s=before)}, of=world)
     assert isinstance(asked, Wait)
-    assert asked.reason.startswith("asking whether c can go on")
+    assert asked.reason.startswith("asking whether c can continue")
     proposal = decision(status("a"), {"b": b, "c": peer(waiting("c"))}, of=world)
     assert nodes(proposal) == ["a", "c"]
     assert causes(proposal) == [(CauseKind.LOST, "b"), (CauseKind.JOINED, "c")]

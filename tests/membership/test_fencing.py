@@ -261,7 +261,7 @@ class Moment(StrEnum):
 
 
 class StandingStill:
-    """A store whose process stops itself at one moment of the next create."""
+    """A store that stops its own process at one moment of the next create."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -209,7 +209,7 @@ def test_takeover_is_faster_only_if_every_member_refuses() -> None:
     assert waits.reason.startswith("no member answers")
 
 
-# ---- the first world ---------------------------------------------------------------------------------
+# ---- the first generation ----------------------------------------------------------------------------
 
 
 def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:

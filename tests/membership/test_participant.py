@@ -108,7 +108,7 @@ def test_awaited_answer_starts_a_turn(fleet: Fleet) -> None:
     a.table.refused("b1")
     a.turn()
     assert isinstance(a.decision, Wait)
-    assert a.decision.reason.startswith("asking whether c can go on")
+    assert a.decision.reason.startswith("asking whether c can continue")
     assert a.received(c.message_to("a1", asks=False))
 
 

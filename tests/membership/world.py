@@ -66,7 +66,7 @@ def silent(says: NodeStatus) -> Peer:
 
 
 def refusing(says: NodeStatus) -> Peer:
-    """A peer whose address refuses connections."""
+    """A peer with an address that refuses connections."""
     return peer(says, refused=True)
 
 

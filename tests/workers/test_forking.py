@@ -37,7 +37,7 @@ if __name__ == "__main__":
     with scratch_directory(os.getcwd()) as scratch:
         import_once(["stack"], threads=THREADS, timeout_s=TIMEOUT)
         import stack
-        call = ForkedCall("the look at this node", getattr(stack, "look", None))
+        call = ForkedCall("the check of this node", getattr(stack, "look", None))
         if BUSY:
             threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
         if "broken" not in SERVER:
@@ -217,7 +217,7 @@ def test_a_fork_server_that_dies_ends_the_agent_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fork_server_that_hangs_ends_the_agent(tmp_path: Path) -> None:
-    """A node whose fork server is not ready in time does not join."""
+    """A node does not join if its fork server is not ready in time."""
     agent = ended(tmp_path, "", script=HUNG)
     assert agent.returncode != 0
     assert "NodeFailure: the fork server was not ready within 0.5 s" in agent.stderr
@@ -242,11 +242,11 @@ def test_a_forked_call_returns_its_result(tmp_path: Path) -> None:
     ids=["error", "exit", "killed"],
 )
 def test_a_forked_call_that_fails_ends_the_agent(tmp_path: Path, how: str, told: str) -> None:
-    """A node whose forked call fails does not join; the error says how the process ended."""
+    """A node does not join if its forked call fails. The error says how the process ended."""
     agent = ended(tmp_path, f"def look(x):\n    {how}")
     assert agent.returncode != 0
     assert agent.stdout == ""
-    assert f"NodeFailure: the look at this node failed; {told}" in agent.stderr
+    assert f"NodeFailure: the check of this node failed; {told}" in agent.stderr
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["late", "asked to leave"])
@@ -265,7 +265,7 @@ def test_a_forked_call_that_never_ends_does_not_keep_the_agent(
         agent = ended(tmp_path, stack, timeout_s=0.5)
         assert agent.returncode != 0
         assert (
-            "NodeFailure: the look at this node did not end within 0.5 s (elastic.startup_timeout_s)"
+            "NodeFailure: the check of this node did not end within 0.5 s (elastic.startup_timeout_s)"
             in agent.stderr
         )
     assert agent.stdout == ""

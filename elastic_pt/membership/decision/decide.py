@@ -5,7 +5,7 @@
 docs/membership.md has the table of all decisions. Every agent decides from its own view. Views differ, so
 several nodes may propose at once; the log accepts one proposal. A node takes part by the phase in its heartbeats:
 
-    WAITING   no workers; ready to be a member (`spent` is the newest generation whose workers have ended)
+    WAITING   no workers; ready to be a member (`spent`: the newest generation that it has spent)
     RUNNING   workers of `generation` are up
     SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
 
@@ -172,7 +172,9 @@ def _decide_next_world(
     unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:
         return Wait(
-            f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True, asking=True
+            f"asking whether {', '.join(unconfirmed)} can continue; {reason}",
+            broken=True,
+            asking=True,
         )
     return Propose(wanted, reason, causes)
 

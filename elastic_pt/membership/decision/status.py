@@ -47,7 +47,7 @@ class NodeStatus:
     log_length: int
     """Number of log records that it has read. A peer that has read fewer reads the rest."""
     spent: int
-    """The newest generation whose workers it has started and ended; 0 if none."""
+    """The newest generation of which it has started and ended its workers; 0 if none."""
     failure: Cause | None
     """Why those workers ended; None after a planned stop."""
     fingerprint: Mapping[str, str]
