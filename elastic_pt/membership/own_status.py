@@ -1,4 +1,4 @@
-"""What this node says of itself, shared by the threads of its agent."""
+"""This node's own status, shared by the threads of its agent."""
 
 import dataclasses
 import threading
@@ -9,7 +9,7 @@ from elastic_pt.runlog.log import RunLog
 
 
 class OwnStatus:
-    """This node's own `NodeStatus`. Agent process; safe to share between threads."""
+    """This node's own `NodeStatus`. Agent process; thread-safe."""
 
     def __init__(self, first: NodeStatus, log: RunLog, clock_s: Callable[[], float]) -> None:
         self._status = first
@@ -23,7 +23,7 @@ class OwnStatus:
 
     @property
     def stated(self) -> NodeStatus:
-        """What was said last, without the values that follow from the log and the clock."""
+        """The status last set, without the values that follow from the log and the clock."""
         return self._status
 
     @property

@@ -29,17 +29,17 @@ _CONTROLS: Final = 2
 
 @dataclass(frozen=True)
 class Control:
-    """What one worker asks all workers to do after this step."""
+    """One worker's requests to all workers for after this step."""
 
     drain: bool
-    """Checkpoint and stop: the world is about to change."""
+    """Checkpoint and stop, because the members will change."""
     checkpoint_pending: bool
     """The previous checkpoint is still being uploaded, so a periodic one would have to wait."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all workers know after a step; the same on each of them."""
+    """The result of a step; the same on all workers."""
 
     step: int
     loss: float
@@ -49,7 +49,7 @@ class StepResult:
     learning_rate: float
     verdict: Verdict
     control: Control
-    """True where any worker asked for it."""
+    """True for each request of any worker."""
 
 
 def run_step(state: TrainState, tokens_SBT: Tensor, control: Control) -> StepResult:
@@ -104,7 +104,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _agree_on_step(
     state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control
 ) -> tuple[Tensor, float, Control]:
-    """One all-reduce: losses of all slots [2, V], gradient norm, and what any worker asks for."""
+    """One all-reduce: losses of all slots [2, V], gradient norm, and the requests of all workers."""
     exact = state.config.train.numerics == "exact"
     squares = state.row_squares.total_rows if exact else 1
     vector = torch.zeros(
