@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests often wait for processes, so one more than two cores.
+# One more than two cores, because tests often wait for other processes.
 PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install services demo test check format lint types imports unit sim scale chaos clean
 
-help:  ## This list
+help:  ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED)  ## Create .venv with elastic-pt in it, at the pinned versions
 
-demo: install  ## Train on this machine, kill a node on the way, compare with an undisturbed run
+demo: install  ## Train on this machine, kill a node in between, compare with an undisturbed run
 	$(BIN)/elastic-pt demo
 
 services: install  ## Install the S3 servers that tests run against (Ceph RGW as root, moto)
@@ -57,5 +57,5 @@ scale: install  ## Simulate a fleet of NODES=1000 through starts, losses and joi
 chaos: install
 	$(BIN)/pytest chaos_tests
 
-clean:  ## Remove what make made
+clean:  ## Remove everything that make created
 	rm -rf $(VENV) demo services build *.egg-info

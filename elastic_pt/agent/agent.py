@@ -1,12 +1,12 @@
-"""A node's agent: joins the run, keeps workers going, carries their checkpoints to the bucket.
+"""A node's agent: joins the run, starts and restarts workers, uploads their checkpoints.
 
 Composition root of the long-lived process, one per node. It never touches CUDA. No module of this package imports the
-training stack: the command that starts the agent hands over the function that its workers call.
+training stack: the command that starts the agent passes the function that its workers call.
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
-                    Node             hears peers, decides, appends generations   (membership thread)
+                    Node             listens to peers, decides, appends          (membership thread)
                     Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
-                    WorkerMessages   what workers say ─► metrics, status         (channel threads)
+                    WorkerMessages   messages of workers ─► metrics, status      (channel threads)
 
 SIGTERM and SIGINT ask the node to leave in good order. A second signal, or `elastic.leave_timeout_s`, ends it.
 """
@@ -71,10 +71,10 @@ log = structlog.get_logger("elastic_pt.agent.agent")
 def run_agent(
     config: Config, name: str, address: str, scratch: Path, worker: Worker, platform: ForkedCall
 ) -> Stop | None:
-    """Take part in the run until it ends (returns how) or this node leaves (None). Agent process.
+    """Take part in the run until it ends (returns its STOP) or this node leaves (None). Agent process.
 
     Failures are counted by the node's `name`, so a restart should keep it. The fork server has been started with the
-    same scratch directory. `worker` is what its processes call, and `platform` is ready to call
+    same scratch directory. Its processes call `worker`. `platform` is ready to call
     `train.probe.platform_of_workers`. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
@@ -95,13 +95,13 @@ class Agent:
     """One node's agent, for all generations that it takes part in."""
 
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
-        """Each part is built from those before it. Nothing runs before `run`, but for the metrics server."""
+        """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
         member = prepared.member
         self._config = config
         self._scratch = scratch
         self._log = run_log
-        # torch makes files for its workers' errors. Here a later agent sweeps those of a killed one.
+        # torch creates files for its workers' errors. In scratch, a later agent sweeps the files of a killed one.
         tempfile.tempdir = str(scratch)
         self._observation = Observation(Metrics())
         self._metrics_server, metrics_url = serve_metrics(
@@ -174,7 +174,7 @@ class Agent:
 
     def run(self) -> Stop | None:
         """Train one generation after the other until the log says STOP, or this node has left (None)."""
-        # torch elastic would end the workers at once. A node that leaves has a checkpoint to finish first.
+        # torch elastic would end the workers at once. A node that leaves must finish a checkpoint first.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, self._asked_to_leave)
@@ -191,14 +191,14 @@ class Agent:
             log.info("agent_left")
             return None
         finally:
-            # From here on a further signal ends the process at once, and so does the alarm.
+            # From now on another signal ends the process at once, and so does the alarm.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(_EXIT_TIMEOUT_S)
         return self._node.view.stop
 
     def close(self) -> None:
-        """Leave. Peers see it at once, before what may take time here."""
+        """Leave. Peers see it at once, before the slow parts of the end."""
         self._node.leave()
         self._snapshots.close()
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
@@ -206,7 +206,7 @@ class Agent:
         self._metrics_server.shutdown()
 
     def _asked_to_leave(self, number: int, _: FrameType | None) -> None:
-        """Signal handler: the first signal asks, a second one or the alarm ends the agent."""
+        """Signal handler: the first signal asks to leave, a second one or the alarm ends the agent."""
         if self._node.leaving:
             raise SignalException(f"signal {number}", signal.Signals(number))
         self._node.request_leave()
@@ -235,7 +235,7 @@ class Agent:
         return True
 
     def _before_start(self) -> None:
-        """Write down for the workers what they need to know of the new generation."""
+        """Write the assignment of the new generation for the workers."""
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
@@ -262,7 +262,7 @@ class Agent:
         )
 
     def _after_stop(self) -> None:
-        """The workers are gone: handle their last messages before another generation begins."""
+        """The workers are gone: handle their last messages before another generation starts."""
         self._channel.drain_messages(_LAST_MESSAGES_TIMEOUT_S)
         self._checkpointing.stopped()
 
@@ -300,7 +300,7 @@ class Agent:
         self._end_generation(number, failure, counts=not self._node.must_reform(number))
 
     def _worker_failed(self, failure: WorkerFailure) -> None:
-        """A worker failed: tell the other nodes why, and count it if this node is the cause."""
+        """A worker failed: tell the other nodes the cause, and count it if this node is the cause."""
         number = self._node.formed.generation.number
         self._observation.metrics.worker_failures.labels(failure.cause).inc()
         log.warning(
@@ -330,9 +330,9 @@ class Agent:
     def _end_generation(self, number: int, failure: Cause | None, *, counts: bool) -> None:
         """Tell the other nodes that this node's workers of a generation are gone.
 
-        A failure that `counts` was caused by this node, without a new step since the last one. After each of them the
-        node rests longer, so that its cause can pass. Raises `NodeFailure` after too many, but only if the others
-        can go on without this node; alone it waits.
+        A failure that `counts` was caused by this node, without a new step since the last one. The node rests longer
+        after each of them, so that the cause can end. Raises `NodeFailure` after too many, but only if the others
+        can continue without this node; alone it waits.
         """
         progress = self._progress
         if counts and failure is not None:

@@ -1,9 +1,9 @@
-"""A node's share in checkpoints (agent process): the verbs of `train.checkpoints`, on the agent's side.
+"""A node's share in checkpoints (agent process): the agent's side of the operations of `train.checkpoints`.
 
-    load    `choose_resume`: the newest checkpoint whose files are all there, for a new generation
+    load    `choose_resume`: the newest checkpoint with all its files, for a new generation
     save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
     wait    after the workers' last step: until their last checkpoint is committed
-    close   finish what is due, within a bounded time
+    close   finish the commits that are due, within a bounded time
 
     staged ─► Uploader ─► bucket        (every node)
               Committer ─► COMMIT       (the node of rank 0)
@@ -40,11 +40,11 @@ log = structlog.get_logger("elastic_pt.agent.checkpointing")
 def choose_resume(
     store: Store, run_log: RunLog, view: RunView, incarnation: str
 ) -> Checkpoint | None:
-    """The newest checkpoint whose files are all there; ones that are not are quarantined with the reason.
+    """The newest checkpoint with all its files; incomplete ones are quarantined with the reason.
 
-    A member of the newest generation (by `incarnation`) does not check one that this generation has committed:
-    every file was checked at its commit, moments ago. None at the start of a run. Raises
-    `CheckpointError` if none of those that were committed is left.
+    A member of the newest generation (by `incarnation`) does not check a checkpoint that this generation has
+    committed: every file was checked at its commit, moments ago. None at the start of a run. Raises
+    `CheckpointError` if checkpoints were committed and none is usable.
     """
     generation = view.generation
     inside = generation is not None and generation.rank_of(incarnation) is not None
@@ -65,7 +65,7 @@ def choose_resume(
 
 
 def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> None:
-    """Say in the log that a committed checkpoint must not be used any more."""
+    """Append a QUARANTINE: a committed checkpoint must not be used any more."""
     log.error("checkpoint_quarantined", directory=directory, why=why)
     try:
         run_log.append(lambda _: Quarantine(directory, why), generation=generation)
@@ -87,7 +87,7 @@ class Lost:
 
 
 class Checkpointing:
-    """`save`, `wait` and `close` of the module, for one node and all its generations."""
+    """The operations `save`, `wait` and `close`, for one node and all its generations."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Checkpointing:
         self._sweep()
 
     def save(self, message: Message) -> None:
-        """A worker says `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
+        """A worker's message `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
         kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
@@ -182,8 +182,8 @@ class Checkpointing:
     def wait(self, formed: Formed, *, completed: bool) -> bool:
         """The workers stopped as planned: wait until their last checkpoint is committed.
 
-        After the last step (`completed`) wait for the end of the run too. False if the generation or its
-        checkpoint has no future, or after `elastic.settle_timeout_s`.
+        After the last step (`completed`) wait for the end of the run too. False if the generation is broken, if its
+        checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
         """
         number, timeout_s = formed.generation.number, self._settle_timeout_s
 
@@ -213,12 +213,12 @@ class Checkpointing:
         )
 
     def close(self, timeout_s: float) -> None:
-        """Finish the commits that are due, within a bounded time; drop what is not uploaded."""
+        """Finish the commits that are due, within a bounded time; drop shards that are not uploaded."""
         self._committer.close(timeout_s)
         self._uploader.close(0.0)
 
     def _sweep(self) -> None:
-        """No worker lives: remove what dead ones left in the staging directory, whole or half written."""
+        """No worker is alive: remove the files of dead workers from the staging directory, complete or not."""
         pending = self._uploader.pending()
         try:
             for path in self._staging.iterdir():
@@ -226,7 +226,7 @@ class Checkpointing:
                     path.unlink(missing_ok=True)
                     log.info("staging_swept", path=str(path))
         except OSError as error:
-            # Sweeping only makes room. If the directory is broken, the next worker that stages reports it.
+            # Sweeping only frees space. If the directory is broken, the next worker that stages reports it.
             log.warning("staging_not_swept", cause=str(error))
 
     # ---- on the upload and commit threads ----------------------------------------------------
@@ -236,7 +236,7 @@ class Checkpointing:
         if name.generation != formed.generation.number:
             return
         self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit itself: no checkpoint may overtake another.
+        # The committing node's workers wait for the commit: no checkpoint may overtake another.
         if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
             self._release(name.step)
 
@@ -268,7 +268,7 @@ class Checkpointing:
     def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
-        # Keep what this node knows of its own share.
+        # Keep the reason that this node has for its own share.
         if own or known is None or (known.generation, known.step) != place:
             self._lost = Lost(*place, why, own)
         self._node.notice_log()

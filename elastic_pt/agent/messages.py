@@ -1,4 +1,4 @@
-"""What this node's workers say, and who in the agent hears it. Agent process, on the channel's threads.
+"""Dispatches the messages of this node's workers within the agent. Agent process, on the channel's threads.
 
 step                       ─► metrics, this node's status, the history of steps
 staged  no_room  skipped   ─► Checkpointing.save
@@ -23,20 +23,20 @@ log = structlog.get_logger("elastic_pt.agent.messages")
 
 @dataclass
 class Progress:
-    """How far this node's workers have come, over all its generations. Written here, and read by the main thread."""
+    """The progress of this node's workers, over all its generations. Written here, read by the main thread."""
 
     step: int = 0
     """The newest step that they have done."""
     failures: int = 0
-    """How often this node made a generation fail since it first did that step. The main thread counts them."""
+    """How often this node broke a generation since it first did that step. The main thread counts them."""
     skipped: tuple[int, str] = (0, "")
     """The newest step that was skipped, and why."""
     quarantined: int = 0
-    """The newest generation whose checkpoint this node found unusable."""
+    """The newest generation that resumed from a checkpoint which this node found unusable."""
 
 
 class WorkerMessages:
-    """Hands each message to the part of the agent that it is for."""
+    """Passes each message to the part of the agent that handles it."""
 
     def __init__(
         self,

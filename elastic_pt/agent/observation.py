@@ -1,4 +1,4 @@
-"""What a node sees of its own workers: metrics, the goodput ledger, and how long each start took. Agent process."""
+"""What a node measures of its own workers: metrics, goodput, and how long each start took. Agent process."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ _ACTIVITIES: Final = {"start": Activity.START, "restore": Activity.RESTORE, "tra
 
 
 class Observation:
-    """Turns what workers say into numbers. Called from the channel's threads and the main thread."""
+    """Turns the messages of workers into numbers. Called from the channel's threads and the main thread."""
 
     def __init__(self, metrics: Metrics, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.metrics = metrics
@@ -27,8 +27,8 @@ class Observation:
         self._awaits_first_step = False
 
     def enter(self, activity: Activity) -> None:
-        """From now on this node's time goes into another bucket."""
-        # Time is taken inside the lock: a thread that waited for it would bring a moment that has passed.
+        """Count this node's time for another activity from now on."""
+        # Read the clock inside the lock: a thread that waited for the lock would have an old time.
         with self._lock:
             now_s = self._clock_s()
             self._ledger.enter(activity, now_s)
@@ -47,13 +47,13 @@ class Observation:
         self.enter(Activity.START)
 
     def activity(self, name: str) -> None:
-        """A worker begins to `start`, `restore` or `train`; of several the last one counts."""
+        """A worker has started to `start`, `restore` or `train`; of several workers the last one counts."""
         with self._lock:
             self._entered_s[name] = self._clock_s()
         self.enter(_ACTIVITIES[name])
 
     def step_done(self, message: Message) -> StartTimes | None:
-        """A worker of this node has done a step; returns how the start went if it was the first one."""
+        """A worker of this node has done a step; returns the times of the start after the first step."""
         self.metrics.step_done(message)
         with self._lock:
             now_s = self._clock_s()

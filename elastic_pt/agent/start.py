@@ -1,6 +1,6 @@
-"""The checks before a node takes part, so that a mistake shows at the start and not at step 1000. Agent process.
+"""The checks before a node takes part, so that a mistake fails the start and not step 1000. Agent process.
 
-read_data ─► prepare ─► Prepared     the agent is built from it; else an `ElasticPtError` that names the mistake
+read_data ─► prepare ─► Prepared     the agent is built from it; on a mistake an `ElasticPtError` names it
 """
 
 import os
@@ -35,30 +35,30 @@ class Prepared:
     """A node that may take part."""
 
     config: Config
-    """With `data.cache` spelled out."""
+    """With the effective `data.cache`."""
     store: Store
     """The run directory."""
     log: RunLog
     member: Member
     fingerprint: Mapping[str, str]
-    """What nodes of one world compare when one joins."""
+    """The values that members compare when a node joins."""
     platform: Mapping[str, str]
-    """What computes on this node, as far as it decides the bits. Empty with native numerics."""
+    """The platform of this node (docs/glossary.md). Empty with native numerics."""
     fenced_url: str
-    """See `require_fencing`."""
+    """The URL that `require_fencing` returned."""
     environment: Mapping[str, str]
     """Environment variables for the workers."""
 
 
 def read_data(config: Config, store: Store) -> Manifest:
-    """The prepared data's manifest. `StoreError` if it is missing now, and the run in `store` has read it before."""
+    """The prepared data's manifest. `StoreError` if it is missing but the run in `store` has read it before."""
     try:
         return read_manifest(open_store(config.data.url, timeout_s=config.store.deadline_s))
     except DataError as error:
         if isinstance(error.__cause__, NotFound) and store.size(IDENTITY_KEY) is not None:
             raise StoreError(
-                f"data.url = {config.data.url!r}: away ({error.__cause__}); the run has read it before, "
-                "so start this node again when it is back"
+                f"data.url = {config.data.url!r}: missing ({error.__cause__}), but the run has read it before; "
+                "expected the same data: start this node again when it is there"
             ) from error
         raise
 
@@ -66,7 +66,7 @@ def read_data(config: Config, store: Store) -> Manifest:
 def prepare(
     config: Config, store: Store, data: Manifest, name: str, address: str, platform: ForkedCall
 ) -> Prepared:
-    """Check everything that could keep this node from training, and agree with the run on its identity."""
+    """Check everything that could prevent this node from training, and compare the run's identity."""
     environment = environment_of_workers(address)
     workers = config.elastic.workers_per_node or max(1, torch.cuda.device_count())
     require_device(config)
@@ -95,8 +95,8 @@ def prepare(
 def require_fencing(store: Store, config: Config, checked_url: str) -> str:
     """Refuse a run of several nodes on a store that lets two writers create the same record.
 
-    Once per run is enough: the check is skipped if the log says (`RunView.fenced_url`) that it has succeeded at this URL.
-    Returns the URL for the next GENERATION; empty where nothing was checked.
+    Once per run is enough: the check is skipped if, by the log (`RunView.fenced_url`), it has succeeded at this URL.
+    Returns the URL for the next GENERATION; empty if nothing was checked.
     """
     if checked_url == store.url:
         return checked_url
@@ -141,7 +141,7 @@ def require_cache(config: Config, data: Manifest) -> None:
 
 
 def require_device(config: Config) -> None:
-    """Refuse CUDA where there is none, before the run is begun."""
+    """Refuse `train.device = 'cuda'` without a CUDA device, before the run starts."""
     if config.train.device == "cuda" and torch.cuda.device_count() == 0:
         raise ConfigError(
             "train.device = 'cuda': torch finds no CUDA device on this machine; "

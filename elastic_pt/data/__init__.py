@@ -1,6 +1,6 @@
 """From a corpus to the rows of a step: prepare, shards, order, loader.
 
-The defaults of `prepare` are here, because the command line shows them without importing what prepares.
+The defaults of `prepare` are here, so that the command line can show them without importing `data.prepare`.
 """
 
 VOCABULARY = 8192

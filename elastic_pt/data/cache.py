@@ -1,18 +1,19 @@
-"""Token shards on this machine: downloaded once, verified once, and bounded, for all who read them here.
+"""Token shards on this machine: all processes share them, so each is downloaded and verified once.
 
     <cache>/<sha256>.bin        a downloaded shard; shared lock while a process maps it
-    <cache>/<sha256>.verified   which file of this machine was found to have that hash: device, inode, size, times
+    <cache>/<sha256>.verified   the identity of the file that had that hash: device, inode, size, times
     <cache>/<sha256>.lock       held while one process downloads or verifies; the others wait for its result
-    <cache>/<sha256>.arriving   a download under way, and <sha256>.room, as large as it will be, which reserves its bytes
+    <cache>/<sha256>.arriving   a download in progress
+    <cache>/<sha256>.room       a sparse file of the download's final size; it reserves those bytes
     <cache>/room.lock           held while one process makes room and reserves it
 
-Shards of a `file://` store are mapped where they lie and leave only a marker here. A marker counts for one
-identity of a file, so a file that changes is read again, and a new worker hashes nothing that another one has
-hashed. Downloads beyond `bytes_max` first remove what was used least recently and nobody maps. A process may
-always hold the one shard that it needs, so several processes can exceed a bound that is smaller than that.
+Shards of a `file://` store are mapped in place and have only a marker (`.verified`) here. A marker is valid
+for one identity of a file. A changed file is therefore hashed again, and a new worker does not hash a file that
+another one has hashed. A download beyond `bytes_max` first removes the least recently used shards that no process
+maps. A process may always hold the one shard that it needs, so several processes together can exceed a small bound.
 
-The directory must be this user's own: whoever could write to it could choose what a run learns from.
-Worker process, and the command line's.
+The directory must be this user's own: another user with write access could choose the training data.
+Runs in workers and in the command line's process.
 """
 
 import errno
@@ -37,25 +38,25 @@ _ATTEMPTS_MAX: Final = 10
 
 
 def cache_directory(configured: str) -> Path:
-    """Where shards are kept: `data.cache`, or one directory per user below the temporary directory.
+    """The directory of the shards: `data.cache`, or one per user below the temporary directory.
 
-    Called where temporary files go where the user wants them.
+    Agents resolve it before they replace the temporary directory by their scratch directory.
     """
     if configured:
         return Path(configured).expanduser().absolute()
-    # Not the prefix of scratch directories, which agents sweep; both may lie below the same directory.
+    # Not the prefix of scratch directories: agents remove those, and both may be below the same directory.
     return Path(tempfile.gettempdir(), f"elastic-pt-tokens-{os.getuid()}")
 
 
 class ShardCache:
-    """See the module. Safe to share between threads that take turns, and between processes."""
+    """The token shards in one directory. Processes may share it; threads may, if only one uses it at a time."""
 
     def __init__(self, directory: Path, bytes_max: int, *, readers: int = 1) -> None:
-        """`readers` is how many processes of this node read through it: what one maps, no other can remove."""
+        """`readers`: processes of this node that read through the cache. None can remove what another one maps."""
         self._directory = directory
         self._bytes_max = bytes_max
         self.mapped_bytes_max: Final = bytes_max // (2 * readers)
-        """What one reader should map at most, beside the shard that it needs."""
+        """Bytes that one reader should map at most, besides the shard that it needs."""
 
     def require(self, largest_bytes: int, name: str) -> None:
         """Refuse a directory that is not this user's own, or a bound below the largest shard. Raises `ConfigError`."""
@@ -71,16 +72,16 @@ class ShardCache:
     def open_local(
         self, path: Path, sha256: str, name: str, check_size: Callable[[int], None]
     ) -> int:
-        """A descriptor of a file of this machine whose content has that hash; the caller closes it.
+        """A descriptor of a local file whose content has that hash. The caller closes it.
 
-        Raises `StoreError` if it cannot be read now, and `DataError` if its content is another one.
+        Raises `StoreError` if the file cannot be read now, and `DataError` if its size or hash is wrong.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(f"{name}: {error.strerror}") from error
         try:
-            # Before the hash: for a file of the wrong size there is no need to read it.
+            # Before the hash: a file of the wrong size need not be read.
             check_size(os.fstat(descriptor).st_size)
             self._require_own()
             with self._locked(sha256):
@@ -93,12 +94,12 @@ class ShardCache:
     def open_downloaded(
         self, sha256: str, size: int, name: str, download: Callable[[Path], None]
     ) -> int:
-        """A descriptor of the shard in the cache, with a shared lock on it; the caller closes it.
+        """A descriptor of the shard in the cache, with a shared lock on it. The caller closes it.
 
-        The lock lasts as long as the descriptor or a copy of it, and a memory map keeps a copy.
+        The lock lasts as long as the descriptor or a copy of it. A memory map keeps a copy.
 
-        `download(path)` writes the shard if it is not there. Raises `ConfigError` if it cannot fit, `StoreError` if
-        there is no room now, and `DataError` if what arrived is something else.
+        `download(path)` writes the shard if the cache lacks it. Raises `ConfigError` if the shard cannot fit,
+        `StoreError` if there is no room now, and `DataError` if the downloaded bytes have another hash.
         """
         self._require_own()
         self._require_room(size, name)
@@ -110,7 +111,7 @@ class ShardCache:
                     self._fetch(path, size, name, download)
                 descriptor = _open_shared(path)
                 if descriptor is None:
-                    # Another process has made room with it in this very moment.
+                    # Another process has just removed it to make room.
                     continue
                 try:
                     self._verify(descriptor, sha256, name)
@@ -118,7 +119,7 @@ class ShardCache:
                 except DataError:
                     os.close(descriptor)
                     path.unlink(missing_ok=True)
-                    # What an earlier life left may be damaged; what has just arrived is the store's own.
+                    # Download once more: the cached file may be damaged. After that, the store's own file is.
                     if damaged:
                         raise
                     damaged = True
@@ -127,11 +128,11 @@ class ShardCache:
                     raise
         raise StoreError(
             f"data cache {self._directory}: {name} was removed {_ATTEMPTS_MAX} times after its download; "
-            "expected data.cache_bytes to hold what all processes use at once"
+            "expected data.cache_bytes large enough for the shards that all processes use at once"
         )
 
     def _require_own(self) -> None:
-        """Make the directory, or refuse one that somebody else could write to."""
+        """Create the directory, or refuse one that another user can write to."""
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = os.lstat(self._directory)
@@ -162,7 +163,7 @@ class ShardCache:
             os.close(lock)
 
     def _verify(self, descriptor: int, sha256: str, name: str) -> None:
-        """Hash the file unless this very file was hashed before."""
+        """Verify the hash of the file, unless a marker shows that this same file was verified before."""
         marker = self._directory / f"{sha256}.verified"
         identity = _identity(os.fstat(descriptor))
         with suppress(OSError, ValueError):
@@ -178,7 +179,7 @@ class ShardCache:
         if digest != sha256:
             raise DataError(f"{name}: corrupt, its SHA-256 is not that of the manifest; {REMEDY}")
         if _identity(os.fstat(descriptor)) == identity:
-            # Without room for a marker the next worker hashes again.
+            # If the marker cannot be written, the next worker hashes again.
             with suppress(OSError):
                 partial = marker.with_suffix(_MARKING)
                 partial.write_text(json.dumps(identity))
@@ -190,7 +191,7 @@ class ShardCache:
             with self._locked("room"):
                 self._make_room(size)
                 with room.open("wb") as reservation:
-                    # As large as the shard will be, and without a byte on the disk.
+                    # Sparse: the size of the shard, without its disk space.
                     reservation.truncate(size)
             download(arriving)
             # Under one lock: otherwise another process could count neither the shard nor its reservation.
@@ -199,7 +200,7 @@ class ShardCache:
                 room.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                # The disk is smaller than the bound: the next attempt finds the unused shards already removed.
+                # The disk is smaller than the bound. Remove all unused shards, so that the next attempt has room.
                 with self._locked("room"):
                     self._make_room(self._bytes_max)
             raise StoreError(
@@ -210,7 +211,7 @@ class ShardCache:
             room.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove what was used least recently and nobody maps, until `size` more bytes fit the bound."""
+        """Remove the least recently used shards that no process maps, until `size` more bytes fit the bound."""
         for path in [*self._directory.glob(f"*{_ROOM}"), *self._directory.glob(f"*{_ARRIVING}")]:
             self._sweep(path)
         taken, shards = 0, []
@@ -230,7 +231,7 @@ class ShardCache:
                 left -= bytes_
 
     def _sweep(self, path: Path) -> None:
-        """Remove what a download has left whose process is gone: nobody holds its lock."""
+        """Remove a file of an unfinished download if no process holds its lock, so the downloader is gone."""
         with suppress(OSError):
             lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -241,7 +242,7 @@ class ShardCache:
 
 
 def _open_shared(path: Path) -> int | None:
-    """A descriptor with a shared lock on the file that lies at `path`; None if it was removed meanwhile."""
+    """A descriptor with a shared lock on the file at `path`; None if another process has removed the file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -260,7 +261,7 @@ def _open_shared(path: Path) -> int | None:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a shard that no process maps."""
+    """Remove a shard unless a process maps it. True if it was removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -279,5 +280,5 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _identity(found: os.stat_result) -> list[int]:
-    """What tells one state of one file from any other one."""
+    """Values that identify one file in one state; a change of the file changes them."""
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -1,16 +1,16 @@
-"""From files to documents, one at a time, in one fixed order.
+"""Read documents from files, one at a time, in one fixed order.
 
 | suffix                        | documents                                                         |
 | ----------------------------- | ----------------------------------------------------------------- |
-| .txt .md .py                  | the file; a large one in pieces of at most 64 KiB, cut where a paragraph or line ends |
+| .txt .md .py                  | the file; a large one in pieces of at most 64 KiB, cut after a paragraph or line |
 | .jsonl (.jsonl.gz, .jsonl.zst)| each line: the string in the field `text`                         |
 | .parquet                      | each row: the string in the column `text`                         |
 
-What cannot be a document (invalid UTF-8, a broken line, an empty text) comes out as a `Skip` with its reason.
-What makes a whole file unusable is a `DataError`.
+A text that cannot be a document (invalid UTF-8, a broken line, an empty text) gives a `Skip` with its reason.
+A file that cannot be used as a whole raises `DataError`.
 
-Time is linear in the bytes, uncompressed, whatever they hold. Memory is that of one document, which has at most
-16 MiB; a longer one is skipped, and held only if it is the row of a table.
+Time is linear in the uncompressed bytes, for any content. One document is in memory at a time, of at most 16 MiB.
+A longer one is skipped; it is held in memory only if it is a row of a table.
 """
 
 import codecs
@@ -41,13 +41,13 @@ else:
     from backports import zstd
 
 PIECE_BYTES = 64 * 1024
-"""Longest document taken from a plain-text file, so that one large file can be split and held out from."""
+"""Longest document from a plain-text file. A large file gives several documents, of which some can be held out."""
 DOCUMENT_BYTES_MAX = 16 * 2**20
-"""Longest line of a JSON-lines file and longest text of a Parquet row. Parsing JSON takes many times as much memory at
-worst, and nothing can interrupt it."""
+"""Longest line of a JSON-lines file and longest text of a Parquet row. At worst, parsing JSON takes many times that
+memory, and it cannot be interrupted."""
 PARQUET_BATCH_ROWS = 256
 PARQUET_BATCH_BYTES = 64 * 2**20
-"""What the rows of one batch may take if each were as large as all of its row group's texts together."""
+"""Limit of a batch, counting each row as if it were as large as all texts of its row group together."""
 READ_BYTES = 2**20
 
 
@@ -56,7 +56,7 @@ class Document:
     """A text that can be tokenized: not empty, and valid Unicode."""
 
     url: str
-    """The file it comes from."""
+    """The file that holds it."""
     text: str
 
 
@@ -91,12 +91,12 @@ def _read_file(file: SourceFile) -> Iterator[Document | Skip]:
 
 
 def _buffered(stream: Any) -> IO[bytes]:
-    """A stream that reads as much as it is asked for, which those of fsspec need not, and lines without copying blocks."""
+    """A stream that returns the requested size (an fsspec one may return less) and reads lines without copying."""
     return io.BufferedReader(stream, READ_BYTES)
 
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
-    """Cut a text after the last blank line, else line end, else character within each 64 KiB."""
+    """Cut a text within each 64 KiB: after the last blank line, else the last line end, else the last character."""
     rest = stream.read(PIECE_BYTES).removeprefix(codecs.BOM_UTF8)
     if not rest:
         yield b""
@@ -133,7 +133,7 @@ def _decompressed(stream: IO[bytes], suffix: str) -> Any:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
-    """Lines with their ends; None for one of more than `DOCUMENT_BYTES_MAX`, which is never held whole."""
+    """Lines with their line ends; None for a line longer than `DOCUMENT_BYTES_MAX`, which is never held as a whole."""
     while line := stream.readline(DOCUMENT_BYTES_MAX + 1):
         if len(line) <= DOCUMENT_BYTES_MAX:
             yield line
@@ -144,7 +144,7 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
 
 
 def _json_documents(lines: Iterator[bytes | None], file: SourceFile) -> Iterator[Document | Skip]:
-    """One document per line; blank lines count for nothing."""
+    """One document per line; blank lines are ignored."""
     texts, fields = 0, set[str]()
     for line in lines:
         if line is None:
@@ -200,7 +200,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _batch_rows(group: pyarrow.parquet.RowGroupMetaData) -> int:
-    """Rows of one batch: any one of them may be as large as the group, and all of them if it is in a dictionary."""
+    """Rows per batch. One row may be as large as the whole row group; with a dictionary, all rows may be."""
     columns = (group.column(number) for number in range(group.num_columns))
     in_text: int = sum(
         each.total_uncompressed_size for each in columns if each.path_in_schema == "text"
@@ -223,6 +223,6 @@ def _text_document(value: object, file: SourceFile) -> Document | Skip:
         return Skip(file.url, "empty")
     try:
         size = len(value.encode("utf-8"))
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         return Skip(file.url, "invalid_utf8")
     return Document(file.url, value) if size <= DOCUMENT_BYTES_MAX else Skip(file.url, "too_long")

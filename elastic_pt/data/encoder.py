@@ -1,9 +1,9 @@
-"""From texts to token ids, in pieces, so that one long document needs neither more memory nor more time per byte.
+"""Encode texts as token ids, in pieces: a long document needs no more memory or time per byte than a short one.
 
-A text of more than 256 Ki characters is cut before a single space between two letters or digits, where a
-byte-level tokenizer such as the one that `prepare` learns ends a token anyway: its ids are those of the
-whole text. Only where the last thousand spaces of a piece allow no such cut may a token be cut in two. With a
-given tokenizer a text whose pieces do not give it back is encoded whole.
+A text of more than 256 Ki characters is cut before a single space between two letters or digits. A byte-level
+tokenizer, such as the one that `prepare` learns, ends a token there anyway, so the ids are those of the whole
+text. If none of the last thousand spaces of a piece allows such a cut, a token may be cut in two. With a given
+tokenizer, a text is encoded whole if the ids of its pieces do not decode to it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ from elastic_pt.errors import DataError
 
 PIECE_CHARACTERS = 256 * 1024
 BATCH_CHARACTERS = 1_000_000
-"""What the tokenizers library is given at once: it takes a hundred bytes and more for each token."""
+"""Characters per call of the tokenizers library, which takes 100 bytes or more for each token."""
 _CUT_ATTEMPTS = 1000
 _EXCERPT_CHARACTERS = 30
 
 
 def pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most `PIECE_CHARACTERS` that give it when joined."""
+    """Split the text into pieces of at most `PIECE_CHARACTERS`; joined, they are the text."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         end = _cut(text, start)
@@ -47,19 +47,19 @@ def _cut(text: str, start: int) -> int:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes the ids of documents. Runs in the process of `prepare`."""
+    """Encodes documents as token ids. Runs in the process of `prepare`."""
 
     tokenizer: Tokenizer
     end_id: int
     is_given: bool
-    """A tokenizer that was not learned here: whether a text comes back from its ids is not known before."""
+    """True for a tokenizer that was not learned here: ids may not decode to the text they were made from."""
     origin: str = "tokenizer"
-    """What errors call it."""
+    """The tokenizer's name in errors."""
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32] | None]:
-        """The ids of each text and the end token; None for a text that does not come back from its ids.
+        """The ids of each text plus the end token; None for a text to which its ids do not decode.
 
-        Raises `DataError` if a text gives the end token, which would end a document within.
+        Raises `DataError` if a text gives the end token, which would split the document in two.
         """
         encoded: list[NDArray[np.uint32] | None] = []
         ids: list[NDArray[np.uint32]] = []
@@ -71,7 +71,7 @@ class Encoder:
         return encoded
 
     def explain_loss(self, text: str) -> str:
-        """How a text that does not come back is changed, in a few characters around the first difference."""
+        """How encoding and decoding change a text: a few characters around the first difference."""
         back = self._decode(self._whole(text))
         same = next(
             (n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b),
@@ -83,19 +83,19 @@ class Encoder:
     def _checked(self, text: str, pieces: list[NDArray[np.uint32]]) -> NDArray[np.uint32] | None:
         ids = np.concatenate(pieces)
         if self.is_given and self._decode(ids) != text:
-            # Some tokenizers mark the start of a text, so also that of a piece.
+            # Some tokenizers mark the start of each text, and so of each piece.
             ids = self._whole(text) if len(pieces) > 1 else ids
             if len(pieces) == 1 or self._decode(ids) != text:
                 return None
         if (ids == self.end_id).any():
             raise DataError(
                 f"{self.origin}: the text {text[:_EXCERPT_CHARACTERS]!a}... gives the token that ends a document; "
-                "expected a tokenizer whose end token stands for no text"
+                "expected an end token that no text gives"
             )
         return np.append(ids, np.uint32(self.end_id))
 
     def _piece_ids(self, texts: Sequence[str]) -> Iterator[tuple[bool, NDArray[np.uint32]]]:
-        """For each piece of each text whether it is the last of its text, and its ids."""
+        """For each piece of each text: whether it is the last piece of the text, and its ids."""
         batch: list[tuple[str, bool]] = []
         characters = 0
         for text in texts:

@@ -1,10 +1,10 @@
-"""What `prepare` leaves out: counted, listed by path, and refused where it is too much of a source.
+"""Count and list what `prepare` leaves out, and refuse a source that loses too many files.
 
     left-out.jsonl     {"source": …, "file": …, "reason": …, "documents": n}, one line per file and reason;
                        without `documents` where the whole file was left out by its name
 
-A file is lost if it was left out whole, or if more of its documents were left out than kept. Documents that
-are empty or repeat another lose nothing, and neither does a hidden or empty file of another kind.
+A file counts as lost if all of it was left out, or if more of its documents were left out than kept. Empty and
+duplicate documents do not count, and a hidden or empty file that was left out does not count either.
 """
 
 import json
@@ -24,7 +24,7 @@ _LOSES_NOTHING = frozenset({"empty", DUPLICATE})
 
 @dataclass
 class SourceLosses:
-    """What one source has lost so far. Grows with its files, not with its documents."""
+    """What one source has lost so far. Its size grows with the files, not with the documents."""
 
     source: SourceFiles
     documents: Counter[Skip] = field(default_factory=Counter)
@@ -32,15 +32,15 @@ class SourceLosses:
     _kept: Counter[str] = field(default_factory=Counter)
 
     def skip(self, item: Skip) -> None:
-        """A document was left out."""
+        """Count a document that was left out."""
         self.documents[item] += 1
 
     def keep(self, url: str) -> None:
-        """A document of this file can be used."""
+        """Count a usable document of this file."""
         self._kept[url] += 1
 
     def drop(self, item: Skip) -> None:
-        """A document that was kept is left out after all."""
+        """Count a document as left out that was counted as kept before."""
         self._kept[item.url] -= 1
         self.skip(item)
 
@@ -54,7 +54,7 @@ class SourceLosses:
                 if lost_documents[item.url] > self._kept[item.url]:
                     lost[item.url] = item.reason
         lost = {url: why for url, why in lost.items() if url not in self.source.incidental}
-        # A file may be named by several paths.
+        # Several paths may name the same file.
         files = len({file.url for file in self.source.files} | set(lost))
         number = len(lost)
         if number <= share_max * files:
@@ -90,5 +90,5 @@ def count_by_reason(losses: list[SourceLosses]) -> dict[str, int]:
 
 
 def _above(share: float) -> float:
-    """The share, rounded up to two digits, so that it can be given as it is printed."""
+    """The share rounded up to two digits, so that the printed value works as the argument."""
     return min(1.0, int(share * 100 + 1) / 100)

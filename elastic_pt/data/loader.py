@@ -1,9 +1,9 @@
 """Batches for one worker, read ahead by one thread of `torchdata`; its whole state is one integer.
 
 `SlotLoader` gives a worker its own slots of each step. A worker that starts at step s builds one with
-`first_step = s` and has its place: nothing is replayed, whoever computed step s - 1.
+`first_step = s`. Nothing is replayed, even if other workers computed step s - 1.
 
-`held_out_batches` gives every held-out token as a target exactly once, for evaluation.
+`held_out_batches` is for evaluation: it gives every held-out token as a target exactly once.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ class HeldOutBatch:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on its way to the caller; torchdata would rewrap it in a text of many lines."""
+    """An error for the caller to raise. torchdata would wrap it in an error with a text of many lines."""
 
     error: Exception
 
@@ -92,13 +92,13 @@ class _StepNode(BaseNode[StepBatch | _Failure]):  # type: ignore[misc]  # torchd
 
 
 class SlotLoader(Iterator[StepBatch]):
-    """Iterates over this worker's slots of the steps from `first_step` until `last_step` steps are done.
+    """Iterates over this worker's slots of the steps [`first_step`, `last_step`).
 
-    The last batch is thus that of step `last_step` - 1. `slots` is any range, strided or contiguous.
+    `slots` is any range, strided or contiguous.
 
-    `prefetch_steps` (at least 1) batches are read ahead in one thread, which `close` or leaving the
-    `with` block ends. An error while reading, `DataError` included, is raised by the `next` of its step.
-    Runs in workers; not to be shared between threads.
+    One thread reads `prefetch_steps` (at least 1) batches ahead. `close` and the end of the `with` block
+    end it. An error while reading, such as `DataError`, is raised by the `next` of its step.
+    Runs in workers; do not share it between threads.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class SlotLoader(Iterator[StepBatch]):
 
     @property
     def next_step(self) -> int:
-        """The step that `next` will give: the whole state."""
+        """The step of the next batch: the whole state."""
         return self._next_step
 
     def __next__(self) -> StepBatch:
@@ -130,9 +130,9 @@ class SlotLoader(Iterator[StepBatch]):
         return item
 
     def close(self) -> None:
-        """End the reading thread; at most the batch that is being read is waited for."""
+        """End the reading thread. Waits at most for the batch that it is reading."""
         self._node.stop()
-        for _ in self._batches:  # each one taken lets the thread come closer to its end
+        for _ in self._batches:  # empty the queue: the thread would wait on a full one
             pass
 
     def __enter__(self) -> "SlotLoader":
@@ -150,12 +150,13 @@ class SlotLoader(Iterator[StepBatch]):
 def held_out_batches(
     manifest: Manifest, reader: TokenReader, sequence_length: int, batch: int, *, ignored: int
 ) -> Iterator[HeldOutBatch]:
-    """Every held-out token, end tokens included, as a target exactly once: at most [batch, sequence_length].
+    """Batches in which every held-out token, end tokens included, is a target exactly once.
 
-    The stream of a source is read in windows one after the other; the end token stands in front of it,
-    so that its first token has a context. The last batch of a source has the windows that are left, and
-    the last window is filled up with end tokens as inputs and `ignored` as targets. The sum of the losses
-    over `manifest.held_out_bytes` (times ln 2) is bits per byte. Nothing comes if nothing is held out.
+    A batch is at most [batch, sequence_length]. The stream of each source is read in consecutive windows.
+    An end token before the stream is the context of its first token. The last batch of a source has the
+    remaining windows. Its last window is padded with end tokens as inputs and `ignored` as targets. Bits
+    per byte are the sum of the losses, divided by (`manifest.held_out_bytes` * ln 2). Yields nothing if
+    nothing is held out.
     """
     for number, source in enumerate(manifest.sources):
         total, per_batch = source.tokens("held_out"), batch * sequence_length
@@ -167,7 +168,7 @@ def held_out_batches(
             targets_BT = torch.full(shape, ignored, dtype=torch.int64)
             tokens = reader.stream(number, "held_out", max(0, start - 1), end)
             targets_BT.view(-1)[: end - start] = tokens[-(end - start) :]
-            # Input i is the token before target i; only the first of all is the end token in front.
+            # Input i is the token before target i. The first input of a stream is the added end token.
             first = 1 if start == 0 else 0
             inputs_BT.view(-1)[first : end - start] = tokens[: end - start - first]
             yield HeldOutBatch(number, inputs_BT, targets_BT)

@@ -1,12 +1,12 @@
-"""What `prepare` wrote: the one record that makes a directory of token shards a data set.
+"""The manifest: the record that makes a directory of token shards a data set.
 
-    manifest.json              written last and only once; without it there is no data set
+    manifest.json              written last and only once; a directory without it is no data set
     tokenizer-<hash>.json      the tokenizer of `tokenizers`, as one file
     shards/<source>/train-00000-<hash>.bin       token ids, little-endian, nothing else
     shards/<source>/held-out-00000-<hash>.bin
 
-Names of files carry the start of their SHA-256, so a second `prepare` to the same place can never
-change what a manifest already points to.
+File names contain the start of the SHA-256, so a second `prepare` to the same place cannot change the
+files of an existing manifest.
 """
 
 import dataclasses
@@ -60,13 +60,13 @@ class Source:
         return self.train if split == "train" else self.held_out
 
     def tokens(self, split: Split) -> int:
-        """Length of the token stream of one split."""
+        """Number of token ids of one split."""
         return sum(shard.tokens for shard in self.shards(split))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that decides the tokens, in one frozen record; `fingerprint` stands for all of it."""
+    """All values that decide the tokens. `fingerprint` covers all of them."""
 
     vocab_size: int
     """Token ids are below this number."""
@@ -98,7 +98,7 @@ class Manifest:
         return sum(source.held_out_bytes for source in self.sources)
 
     def tokens(self, split: Split) -> int:
-        """Token ids of all sources."""
+        """Number of token ids of one split, over all sources."""
         return sum(source.tokens(split) for source in self.sources)
 
     def to_json(self) -> bytes:
@@ -109,7 +109,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, *, origin: str = MANIFEST_KEY) -> "Manifest":
-        """Read what `to_json` wrote; `origin` names it in the `DataError` that anything else raises."""
+        """Parse the output of `to_json`. Raises `DataError` for anything else; `origin` is its name there."""
         try:
             tree = json.loads(data)
         except ValueError as error:

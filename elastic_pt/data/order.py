@@ -1,4 +1,4 @@
-"""Which row of which source is row n of the plan: two closed forms, no state, O(1) seek.
+"""Map row n of the plan to a row of a source: two closed forms, no state, O(1) seek.
 
 **Mixture.** The weights become whole numbers W_i with a small period B = sum of W_i. Inside a period
 every source must stay within one row of its share after *every* prefix: count_i(n) may differ from
@@ -10,7 +10,7 @@ processor. The period is computed once as two tables; row n is then `divmod(n, B
 
 **Permutation.** The rows of a source are visited in an order that is new in every epoch: a keyed
 Feistel network permutes 0 .. 2^b - 1 (b: bits of the largest row), and an output beyond the last row
-is fed through again until it is a row ("cycle walking", Black and Rogaway 2002), which keeps it a
+is permuted again until it is a row ("cycle walking", Black and Rogaway 2002), which keeps it a
 bijection. Keys come from SHA-256 of (order version, seed, source, epoch).
 
 The tests freeze some outputs: a change of any of them needs a new `ORDER_VERSION`.
@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from elastic_pt.errors import DataError
 
 ORDER_VERSION = 1
-"""Part of every key that shuffles: the same version gives the same order permanently."""
+"""Part of every shuffle key: one version always gives the same order."""
 
 PERIOD_MAX = 1_000_000
-"""Largest period of a mixture; its inverse is the finest weight."""
+"""Largest period of a mixture; its inverse is the smallest weight."""
 
 FEISTEL_ROUNDS = 8
 FEISTEL_BITS_MIN = 4
@@ -46,7 +46,7 @@ class Mixture:
 
     `weights` are relative and positive. They are taken as fractions with the smallest common
     denominator up to `PERIOD_MAX`; weights that have none are rounded to millionths of their sum,
-    and no source is rounded to nothing. `shares` are the exact fractions that result.
+    and no source is rounded to 0. `shares` are the exact fractions that result.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -108,8 +108,8 @@ def _one_period(rows_per_period: tuple[int, ...]) -> tuple[NDArray[np.uint32], I
     sources, period = len(rows_per_period), sum(rows_per_period)
     if sources == 1:
         return np.zeros(period, dtype=np.uint32), np.arange(period, dtype=np.int64)
-    # One word per row of the period: deadline first, source second, so that comparing words is
-    # comparing deadlines, with ties going to the earlier source.
+    # One word per row of the period: the deadline in front, then the source. Comparing words compares
+    # deadlines, and the source with the lower number wins a tie.
     opens, words = [], []
     for source, rows in enumerate(rows_per_period):
         rank = np.arange(rows, dtype=np.int64)
@@ -170,7 +170,7 @@ def _round_keys(seed: int, source: int, epoch: int) -> tuple[np.uint64, ...]:
 
 
 def _feistel(values: Words, bits: int, keys: tuple[np.uint64, ...]) -> Words:
-    """A keyed bijection of [0, 2^bits): the halves take turns in being masked with a hash of the other."""
+    """A keyed bijection of [0, 2^bits): each round XORs one half with a hash of the other."""
     low_bits = np.uint64(bits // 2)
     high_bits = np.uint64(bits - bits // 2)
     low, high = values & ((np.uint64(1) << low_bits) - np.uint64(1)), values >> low_bits
@@ -183,7 +183,7 @@ def _feistel(values: Words, bits: int, keys: tuple[np.uint64, ...]) -> Words:
 
 
 def _mix(values: Words, key: np.uint64) -> Words:
-    """SplitMix64's finaliser (Steele et al., 2014) of `values` under a key; its top bits are the best."""
+    """SplitMix64's finaliser (Steele et al., 2014) of `values` under a key; its top bits are mixed best."""
     mixed = (values * np.uint64(0x9E3779B97F4A7C15)) ^ key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

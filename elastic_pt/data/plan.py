@@ -1,9 +1,9 @@
 """The data plan: which rows a step reads, as a pure function of (plan, step, slot).
 
 Step s reads plan rows [s * global_batch, (s + 1) * global_batch); slot k of that step is
-`micro_batch` consecutive ones of them. Plan row n goes through the mixture to (source, index), and the
-index through the permutation of its epoch to a row of that source. No world size occurs anywhere, and
-nothing has to be replayed: the millionth step costs what the first does.
+`micro_batch` consecutive rows of them. The mixture maps plan row n to (source, index). The permutation of
+the epoch maps the index to a row of that source. The world size is no input, and nothing is replayed: the
+millionth step costs as much as the first.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from elastic_pt.errors import DataError
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a run reads, in which order. Raises `DataError` if a source has not even one whole row."""
+    """What a run reads, and in which order. Raises `DataError` if a source has no whole row."""
 
     manifest: Manifest
     sequence_length: int
@@ -41,7 +41,7 @@ class DataPlan:
 
     @cached_property
     def rows_per_source(self) -> tuple[int, ...]:
-        """Whole rows of each source; what is left at the end of its stream is not read."""
+        """Whole rows of each source. The rest of its stream is not read."""
         return tuple(
             max(0, source.tokens("train") - 1) // self.sequence_length
             for source in self.manifest.sources
@@ -49,13 +49,13 @@ class DataPlan:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The order of the sources; building it takes up to a third of a second for ragged weights."""
+        """The order of the sources. It takes up to a third of a second to build, for weights with a long period."""
         return Mixture(self.manifest.weights)
 
     def slot_rows(self, step: int, slots: range, micro_batch: int) -> list[tuple[int, int]]:
         """The `(source, row)` pairs of some slots of one step, slot after slot; steps and slots count from 0.
 
-        Raises `ValueError` for what is outside of the plan: that is a bug of the caller.
+        Raises `ValueError` for a step or slot outside of the plan, which is a bug of the caller.
         """
         slot_count = self.global_batch // micro_batch
         if step < 0 or any(not 0 <= slot < slot_count for slot in (*slots[:1], *slots[-1:])):

@@ -1,12 +1,12 @@
-"""From text to token shards, in three passes over the sources, one batch of documents in memory.
+"""Turn text into token shards: three passes over the sources, with one batch of documents in memory.
 
-    scan    hash every document (SHA-256 of its text): the first of equal ones counts, and the hash
-            alone decides whether it trains or is held out; what is left out is listed
+    scan    hash every document (SHA-256 of its text): only the first of equal documents is kept, and the
+            hash alone decides whether it trains or is held out; what is left out is listed
     learn   train the tokenizer on the documents that train (not with a given tokenizer)
-    encode  tokenize, write shards, and last of all the manifest
+    encode  tokenize, write the shards and, last, the manifest
 
-The scan leaves one byte per document, its fate, which the later passes follow; the encoding pass
-hashes the texts again and refuses a corpus that changed meanwhile (`data.scan`). The result depends on the texts, their order and the arguments, on nothing else.
+The scan keeps one byte per document, its fate, for the later passes. They hash the texts again and refuse a
+corpus that has changed (`data.scan`). The result depends only on the texts, their order and the arguments.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ from elastic_pt.store.port import NoAtomicCreate, Store
 BATCH_DOCUMENTS = 1024
 TRIED_DOCUMENTS = 64
 TRIED_CHARACTERS = 1_000_000
-"""What of each source a given tokenizer has to give back before the corpus is read: the starts of its first documents."""
+"""Limits of the text per source on which a given tokenizer is tested before the corpus is read."""
 
 
 def prepare(
@@ -77,8 +77,8 @@ def prepare(
     `held_out` is the share of documents kept for evaluation, in [0, 1). `tokenizer_file` is a
     `tokenizer.json` to use instead of learning `vocab_size` tokens. `allow_left_out` is the share of a
     source's files that may be left out, in [0, 1]. What is left out is counted in `Manifest.skipped` and
-    listed in `left-out.jsonl`. Raises `DataError` for anything the user can mend, before a document is
-    read where that can be known. Runs in the command's process.
+    listed in `left-out.jsonl`. Raises `DataError` for any mistake that the user can correct, if
+    possible before a document is read. Runs in the command's process.
     """
     report = progress or (lambda _: None)
     _check_arguments(out, vocab_size, held_out, allow_left_out, shard_tokens)
@@ -158,7 +158,7 @@ def _require_apart(specs: tuple[SourceSpec, ...], out: Store) -> None:
 
 
 def _real(url: str) -> str:
-    """The URL, links followed."""
+    """The URL with symbolic links resolved."""
     path = url.removeprefix("file://")
     return url if path == url else f"file://{os.path.realpath(path)}"
 
@@ -171,7 +171,7 @@ def _require_writable(out: Store) -> None:
 
 
 def _try_tokenizer(encoder: Encoder, losses: list[SourceLosses], share_max: float) -> None:
-    """Refuse a given tokenizer that loses text, by the starts of the first documents of each source."""
+    """Refuse a given tokenizer that changes text, tested on the starts of the first documents of each source."""
     for each in losses:
         tried, characters = 0, 0
         lost: list[str] = []
@@ -186,7 +186,7 @@ def _try_tokenizer(encoder: Encoder, losses: list[SourceLosses], share_max: floa
             raise DataError(
                 f"{encoder.origin}: changes {len(lost)} of the first {tried} documents of source "
                 f"{each.source.spec.name}: {encoder.explain_loss(lost[0])}; "
-                "expected a tokenizer that gives every text back"
+                "expected a tokenizer that decodes every text to itself"
             )
 
 
@@ -196,7 +196,7 @@ def _write_manifest(out: Store, manifest: Manifest) -> None:
     except AlreadyExists as error:
         raise _occupied(out) from error
     except NoAtomicCreate:
-        # All that it names is there and never changes, so the worst of two at once is that the later one stays.
+        # No harm if two `prepare` race: the files of both are complete and never change, and the later manifest stays.
         if out.size(MANIFEST_KEY) is not None:
             raise _occupied(out) from None
         out.write(MANIFEST_KEY, manifest.to_json())
@@ -207,7 +207,7 @@ def _occupied(out: Store) -> DataError:
 
 
 def _train_texts(sources: list[SourceFiles], scan: Scan, report: Report) -> Iterator[str]:
-    """What the tokenizer learns from: every document that trains, none that is held out."""
+    """The texts that the tokenizer learns from: all train documents and no held-out one."""
     done = 0
     for number, source in enumerate(sources):
         for document, fate in with_fate(source, scan, number):
@@ -221,7 +221,7 @@ def _train_texts(sources: list[SourceFiles], scan: Scan, report: Report) -> Iter
 
 @dataclass(frozen=True)
 class _Target:
-    """Where tokens go, and how they are made."""
+    """Where and how tokens are written."""
 
     store: Store
     encoder: Encoder
@@ -237,7 +237,7 @@ class _Target:
 def _encode(
     losses: list[SourceLosses], scan: Scan, target: _Target, report: Report
 ) -> tuple[Source, ...]:
-    """Write the shards of all sources; the sources as the manifest has them."""
+    """Write the shards of all sources. Returns the sources as the manifest lists them."""
     encoded: list[Source] = []
     done = 0
     for number, lost in enumerate(losses):
@@ -275,7 +275,7 @@ class _SourceEncoder:
         self._batch_characters = 0
 
     def add(self, document: Document, fate: Fate) -> None:
-        """Take the next document of the source."""
+        """Add the next document of the source."""
         if fate == Fate.DUPLICATE:
             return
         self._batch.append((document, fate))
@@ -284,7 +284,7 @@ class _SourceEncoder:
             self._flush()
 
     def close(self) -> Source:
-        """Write the last shards; the source as the manifest has it, its weight still open."""
+        """Write the last shards. Returns the source as the manifest lists it, except for its weight."""
         self._flush()
         return Source(
             name=self._losses.source.spec.name,
@@ -310,10 +310,10 @@ class _SourceEncoder:
 
 
 def _shares(wanted: list[float | None], tokens: list[int]) -> list[float]:
-    """Weights that sum to 1: as wanted, and by tokens where nothing was.
+    """Weights that sum to 1: the wanted ones, and shares by tokens for sources without one.
 
-    When all sources have a weight the weights are relative. When only some have, these are shares of the
-    whole, and the others divide the rest by their tokens. `DataError` if there is no rest.
+    If all sources have a weight, the weights are relative. If only some have one, these are shares of the
+    whole, and the others divide the rest by their tokens. Raises `DataError` if there is no rest.
     """
     given = sum(weight for weight in wanted if weight is not None)
     open_tokens = sum(count for weight, count in zip(wanted, tokens, strict=True) if weight is None)
@@ -326,7 +326,7 @@ def _shares(wanted: list[float | None], tokens: list[int]) -> list[float]:
         weight if weight is not None else (1 - given) * count / open_tokens
         for weight, count in zip(wanted, tokens, strict=True)
     ]
-    # A source that is tiny beside the others still has to be one that a mixture can hold.
+    # A very small source still needs a weight that a mixture can represent.
     total = sum(raw)
     whole = whole_weights(
         [

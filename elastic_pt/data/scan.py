@@ -1,9 +1,9 @@
 """The first pass of `prepare`: the fate of every document, and what is left out.
 
 The scan keeps one byte per document, its fate, and one digest of all texts per source. `with_fate` reads a source
-again beside them and refuses a corpus that has changed in between. The hash of a document alone decides its split, so
-documents that are added later move no other document to the other side. (One exception: where chance leaves a very
-small corpus without a split, one document is moved over.)
+again and refuses a corpus that has changed since. The hash of a document alone decides its split, so adding documents
+moves no other document to the other split. One exception: if chance leaves a very small corpus without a split, one
+document is moved there.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Scan:
-    """What the first pass knows: one `Fate` per document and one digest of the texts, per source."""
+    """The result of the first pass. Per source: one `Fate` per document, and one digest of all texts."""
 
     fates: tuple[bytearray, ...]
     digests: tuple[bytes, ...]
@@ -55,7 +55,7 @@ class Scan:
 
 
 def scan_sources(losses: list[SourceLosses], held_out: float, report: Report) -> Scan:
-    """Decide the fate of every document, and note in `losses` what is left out."""
+    """Decide the fate of every document, and count in `losses` what is left out."""
     threshold = int(held_out * 2**64)
     seen: set[bytes] = set()
     smallest: list[tuple[bytes, int]] = []  # per source: hash and place of a train document
@@ -93,7 +93,7 @@ def scan_sources(losses: list[SourceLosses], held_out: float, report: Report) ->
 
 
 def _mend_small_splits(fates: list[bytearray], smallest: list[tuple[bytes, int]]) -> None:
-    """Chance leaves a very small corpus without one of its splits: move one document over."""
+    """If chance has left a very small corpus without a split, move one document there."""
     for of_source in fates:
         if Fate.TRAIN not in of_source and Fate.HELD_OUT in of_source:
             of_source[of_source.index(Fate.HELD_OUT)] = Fate.TRAIN
@@ -117,7 +117,7 @@ def _check_something_left(losses: list[SourceLosses], fates: list[bytearray]) ->
 def nothing_left(
     source: SourceLosses, losses: list[SourceLosses], held_out_documents: int
 ) -> DataError:
-    """The error for a source that has no document to train on, with all that was left out."""
+    """The error for a source without a document to train on, with the counts of what was left out."""
     counts = count_by_reason(losses)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     spec = source.source.spec
@@ -133,9 +133,9 @@ def _digest(document: Document) -> bytes:
 
 
 def with_fate(source: SourceFiles, scan: Scan, number: int) -> Iterator[tuple[Document, Fate]]:
-    """Read a source again beside what the scan decided; `DataError` if its texts are not the same."""
+    """Read a source again, each document with its fate. Raises `DataError` if the texts have changed."""
     changed = DataError(
-        f"source {source.spec.name}: changed while it was prepared; expected files at rest"
+        f"source {source.spec.name}: changed while it was prepared; expected files that do not change"
     )
     fates, rolling, place = scan.fates[number], hashlib.sha256(), 0
     for item in read_documents(source):

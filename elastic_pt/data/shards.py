@@ -1,9 +1,9 @@
 """Token shards: written once by `prepare`, verified and memory-mapped by every worker.
 
 A shard is an array of little-endian token ids and nothing else. The train stream of a source is the
-concatenation of its train shards; row r of it is the window of sequence_length + 1 ids that starts at
-r * sequence_length, so neighbouring rows share one id: the last target of one is the first input of
-the next. A window may cross from one shard into the next.
+concatenation of its train shards. Row r of it is the window of sequence_length + 1 ids that starts at
+r * sequence_length. So neighbouring rows share one id: the last target of one is the first input of the
+next. A window may cross from one shard into the next.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ TRANSFER_BYTES = 32 * 1024 * 1024
 """Bytes downloaded at once."""
 
 HASH_CHARACTERS = 12
-"""How much of the SHA-256 a file name carries."""
+"""Characters of the SHA-256 in a file name."""
 
 FILE_SCHEME = "file://"
 
 
 class ShardWriter:
-    """Collects the token ids of one split of one source and writes a shard whenever one is full."""
+    """Collects the token ids of one split of one source, and writes each shard when it is full."""
 
     def __init__(self, store: Store, prefix: str, token_type: TokenType, shard_tokens: int) -> None:
         self._store, self._prefix, self._shard_tokens = store, prefix, shard_tokens
@@ -68,7 +68,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A shard in this process's memory map."""
+    """A shard that this process has memory-mapped."""
 
     tokens: NDArray[np.unsignedinteger]
     cached_bytes: int
@@ -78,9 +78,9 @@ class _Mapped:
 class TokenReader:
     """Reads windows of token ids; each shard is verified (size, then SHA-256) before its first use on this machine.
 
-    Shards of a `file://` store are mapped where they are. Others are downloaded once into `cache`, so that all
-    workers of a machine share them; a reader lets go of those it used least recently, so that the cache can
-    keep its bound. Runs in workers; safe to share between threads.
+    Shards of a `file://` store are mapped where they are. Others are downloaded once into `cache`, where all
+    workers of a machine share them. A reader unmaps the least recently used ones, so that the cache can keep
+    its bound. Runs in workers; safe to share between threads.
     """
 
     def __init__(self, manifest: Manifest, store: Store, *, cache: ShardCache) -> None:
@@ -100,7 +100,8 @@ class TokenReader:
     def windows(self, rows: Sequence[tuple[int, int]], sequence_length: int) -> torch.Tensor:
         """Token ids of `(source, row)` train windows: int64 [rows, sequence_length + 1].
 
-        Raises `DataError` naming the file when a shard is missing, truncated or corrupt.
+        Raises `DataError` for a shard with a wrong size or hash, and `StoreError` for one that cannot be read now.
+        Both name the file.
         """
         tokens = np.empty((len(rows), sequence_length + 1), dtype=np.int64)
         for window, (source, row) in zip(tokens, rows, strict=True):
@@ -148,7 +149,7 @@ class TokenReader:
         return _Mapped(self._tokens(descriptor), size)
 
     def _tokens(self, descriptor: int) -> NDArray[np.unsignedinteger]:
-        """Map a file and close the descriptor: the map keeps a copy of it, and with that the cache's lock."""
+        """Map a file and close the descriptor. The map keeps a copy of it, and so also the cache's lock."""
         try:
             mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:
@@ -156,7 +157,7 @@ class TokenReader:
         return np.frombuffer(mapped, dtype=self._type)
 
     def _let_go(self, size: int) -> None:
-        """Unmap what was used least recently, so that the cache can make room for `size` bytes."""
+        """Unmap the least recently used shards, so that the cache can make room for `size` bytes."""
         held = sum(each.cached_bytes for each in self._mapped.values())
         for key in [key for key, each in self._mapped.items() if each.cached_bytes]:
             if held + size <= self._cache.mapped_bytes_max:

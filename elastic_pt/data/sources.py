@@ -1,12 +1,12 @@
-"""From what a user names to files, in one fixed order.
+"""Find the files of the user's sources, in one fixed order.
 
 A source is a name and some paths. A path is a file, a folder (read recursively) or an fsspec URL of
-either. Files of a folder come in the order of their names, whatever the listing says.
+either. Files of a folder are in the order of their names, independent of the order of the listing.
 
     PATH, NAME=PATH@WEIGHT ─► SourceSpec ─► list_files ─► SourceFiles ─► documents.read_documents
 
-Only names and sizes are looked at here. A file of a folder that cannot be read at all (another suffix, a
-pipe) is named with its reason. Memory is that of the names.
+This module reads only names and sizes. A file of a folder that cannot be read at all (another suffix, a
+pipe) is listed with the reason. Memory grows only with the names.
 """
 
 import math
@@ -41,9 +41,9 @@ class SourceSpec:
     weight: float | None = None
     """Wanted share of the mixture; None: the share of its tokens."""
     suffixes: tuple[str, ...] = SUFFIXES
-    """Files of a folder that are read."""
+    """Suffixes of the files of a folder that are read."""
     exclude_folders: tuple[str, ...] = ()
-    """Folders that are passed over, by name, at any depth."""
+    """Names of folders that are skipped, at any depth."""
     limit_characters: int | None = None
     """Stop before the document that would go beyond this many characters."""
 
@@ -61,9 +61,9 @@ class SourceFile:
     """One file of a source, on its file system."""
 
     path: str
-    """As the file system lists it: an S3 key is no path, so `//` and `.` in it stay."""
+    """As the file system lists it: an S3 key is not a path, so `//` and `.` in it are kept."""
     url: str
-    """What errors call it."""
+    """The file's name in errors."""
     suffix: str
     file_system: Any = field(repr=False, compare=False)
 
@@ -77,14 +77,14 @@ class SourceFiles:
     left_out: tuple[Skip, ...]
     """Files that cannot hold a document of the source."""
     incidental: frozenset[str]
-    """URLs in `left_out` that are hidden (a name with a leading dot) or empty, so that no text is lost."""
+    """URLs in `left_out` that are hidden (a name with a leading dot) or empty. Leaving them out loses no text."""
 
 
 def parse_source(text: str) -> SourceSpec:
     """Read one command-line source: `PATH`, `NAME=PATH` or `NAME=PATH@WEIGHT`.
 
-    A name is letters, digits, `_` and `-`, so the `=` in a URL or in `./lang=en` starts no name. Only a
-    named source has a weight, and only a number after the last `@` is one; so `s3://a@b/c=1` is a path.
+    A name has only letters, digits, `_` and `-`, so the `=` in a URL or in `./lang=en` does not end a name. Only a
+    named source can have a weight: a number after the last `@`. So `s3://a@b/c=1` is a path.
     Unnamed paths all belong to the source `corpus`.
     """
     named = _NAMED.fullmatch(text)
@@ -135,7 +135,7 @@ def standard_library_source(limit_characters: int | None = None) -> SourceSpec:
 
 
 def list_files(spec: SourceSpec) -> SourceFiles:
-    """The files of a source by their names alone. `DataError` if a path is missing or holds none."""
+    """The files of a source. Opens none of them. Raises `DataError` if a path is missing or has no readable file."""
     files: list[SourceFile] = []
     left_out: list[Skip] = []
     incidental: set[str] = set()
@@ -149,7 +149,7 @@ def list_files(spec: SourceSpec) -> SourceFiles:
             reason = listed.trouble or _unreadable(listed, suffix)
             if suffix is not None and not reason:
                 files.append(SourceFile(listed.path, listed.url, suffix, listed.file_system))
-            elif spec.suffixes == SUFFIXES:  # else the source asks for some files of the folder
+            elif spec.suffixes == SUFFIXES:  # otherwise the user wants only some files
                 left_out.append(Skip(listed.url, reason))
                 if listed.is_empty or any(part.startswith(".") for part in listed.parts):
                     incidental.add(listed.url)
@@ -162,10 +162,10 @@ def list_files(spec: SourceSpec) -> SourceFiles:
 
 
 def _unreadable(listed: "_Listed", suffix: str | None) -> str:
-    """Why a file cannot be read, by its name and size."""
+    """Why a file cannot be read, judged by its name and size; empty if it can."""
     if suffix is None:
         return "unknown_suffix"
-    if listed.name.startswith("._"):  # what macOS writes beside a file on a foreign file system
+    if listed.name.startswith("._"):  # macOS writes these on foreign file systems
         return "resource_fork"
     is_plain = suffix in TEXT_SUFFIXES or suffix == ".jsonl"
     return "empty_file" if listed.is_empty and not is_plain else ""
@@ -173,11 +173,11 @@ def _unreadable(listed: "_Listed", suffix: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a file system says of one name."""
+    """One file in a listing."""
 
     path: str
     parts: tuple[str, ...]
-    """Names below the folder that was asked for, the file's own last."""
+    """The parts of the path below the listed folder; the last one is the file's name."""
     trouble: str
     """Why it cannot be opened; empty if it can."""
     is_empty: bool
@@ -194,11 +194,11 @@ class _Listed:
 
 
 def location(path: str) -> str:
-    """The URL of a source's file or folder, without a trailing slash. `DataError` if nobody serves it."""
+    """The URL of a source's file or folder, without a trailing slash. `DataError` if no file system serves it."""
     try:
         file_system, root = fsspec.core.url_to_fs(path)
         url: str = file_system.unstrip_protocol(root.rstrip("/"))
-    except Exception as error:  # a file system of fsspec raises whatever its SDK does
+    except Exception as error:  # fsspec passes on the exceptions of each SDK
         raise _no_source(path, error) from error
     return url
 
@@ -211,7 +211,7 @@ def _found_files(path: str) -> list[_Listed]:
         exists = is_folder or file_system.exists(root)
         if is_folder and not path.endswith("/") and _is_object(file_system, root):
             raise DataError(
-                f"source {path}: an object, and a folder of others; expected {path}/ for these, "
+                f"source {path}: both an object and a folder; expected {path}/ for the folder, "
                 "or another name for the object"
             )
         if is_folder:
@@ -238,7 +238,7 @@ def _no_source(path: str, error: Exception) -> DataError:
 
 
 def _is_object(file_system: Any, root: str) -> bool:
-    """Whether an S3 key is an object with bytes, whatever has it for a prefix."""
+    """True if an S3 key is an object that is not empty, even if other keys have it as prefix."""
     if not hasattr(file_system, "call_s3") or "/" not in root:
         return False
     bucket, _, key = root.partition("/")
@@ -252,17 +252,17 @@ def _below(file_system: Any, root: str) -> list[_Listed]:
     """The files below a folder in the order of their names."""
     found = _find(file_system, root)
     insides = {listed: listed.removeprefix(root.rstrip("/")).removeprefix("/") for listed in found}
-    # On S3 a key may be an object and, for others, a folder: then it cannot be opened.
+    # On S3 a key may be both an object and the folder of other keys. Such an object cannot be opened.
     folders = {inside[:end] for inside in insides.values() for end in _slashes(inside)}
     below: list[_Listed] = []
     for listed, info in found.items():
         inside = insides[listed]
         is_empty = info.get("size") == 0 and info["type"] == "file"
-        # The key of a folder, an empty object that S3 consoles and other tools write.
+        # An empty object for a folder, as S3 consoles and other tools write it.
         if not inside or (inside.endswith("/") and info.get("size") == 0):
             continue
         is_file = info["type"] == "file"
-        if info["type"] == "other":  # the listing does not say what a link leads to
+        if info["type"] == "other":  # may be a link: the listing lacks its target's type
             is_file = file_system.isfile(listed)
         trouble = "" if is_file else "not_a_file"
         if inside in folders or inside.endswith("/") or _is_taken_apart(file_system, listed):
@@ -277,7 +277,7 @@ def _slashes(inside: str) -> Iterator[int]:
 
 
 def _is_taken_apart(file_system: Any, listed: str) -> bool:
-    """Whether s3fs takes a part of the key for the version of an object."""
+    """True if s3fs would parse a part of the key as the version of an object."""
     if not hasattr(file_system, "call_s3"):
         return False
     bucket, key, _ = file_system.split_path(listed)
@@ -285,11 +285,11 @@ def _is_taken_apart(file_system: Any, listed: str) -> bool:
 
 
 def _find(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
-    """What is below a folder. Raises what the file system raises for a folder that it cannot list."""
-    if file_system.async_impl:  # one flat listing, which has no part that could fail alone
+    """All files below a folder. For a folder that cannot be listed, raises the file system's error."""
+    if file_system.async_impl:  # one flat listing: it fails as a whole or not at all
         listing: dict[str, dict[str, Any]] = file_system.find(root, detail=True)
         return listing
-    # The library's own walk passes over a folder that it cannot list.
+    # Not fsspec's own walk: it silently skips a folder that it cannot list.
     found: dict[str, dict[str, Any]] = {}
     folders = [root]
     while folders:
@@ -307,5 +307,5 @@ def _suffix(name: str, suffixes: tuple[str, ...]) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a foreign error, or its type where it has no text."""
+    """The first line of a foreign error, or its type if it has no text."""
     return (str(error) or type(error).__name__).splitlines()[0][:160]

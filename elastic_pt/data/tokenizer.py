@@ -1,10 +1,11 @@
 """A byte-level byte-pair tokenizer: trained here, or given as a `tokenizer.json`.
 
-Byte level means that every text has tokens and decodes to itself. One special token ends each
-document; its spelling inside a document is ordinary text, so no document can forge an end.
+At byte level, every text has tokens and decodes to itself. One special token ends each document. The same
+characters inside a document are ordinary text, so a text cannot produce the end token.
 
-What a given tokenizer may do instead is refused here where its file alone shows it (an end token that
-text can spell, dropout). Whether it gives back the texts of a corpus is known from those (data.encoder).
+A given tokenizer may break these rules. This module refuses it if its file alone shows that (an end token
+that a text can produce, dropout). Only the corpus shows whether its texts decode to themselves
+(`data.encoder`).
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from elastic_pt.store.port import Store
 
 END_TOKEN = "<|endoftext|>"
 KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-"""What a given tokenizer may call the end of a document, in order of preference."""
+"""End tokens that a given tokenizer may have, in order of preference."""
 
 _EXPECTED = "expected a tokenizer.json of the tokenizers library"
 
@@ -34,13 +35,13 @@ VOCAB_SIZE_MIN = 257
 """256 bytes and the end token."""
 VOCAB_SIZE_MAX = 2**24
 WORD_BYTES_MAX = 1024
-"""Learning cuts longer words: its time grows with the length of a word times that of the corpus."""
+"""Learning cuts longer words, because its time grows with word length times corpus length."""
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Learn exactly `vocab_size` tokens from `texts`, which are read once.
 
-    Raises `DataError` when the texts do not hold that many.
+    Raises `DataError` if the texts yield fewer.
     """
     check_vocab_size(vocab_size)
     words = ByteLevel(add_prefix_space=False)
@@ -65,7 +66,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise `DataError` unless `vocab_size` can be asked for at all."""
+    """Raise `DataError` unless `vocab_size` is within the limits."""
     if not VOCAB_SIZE_MIN <= vocab_size <= VOCAB_SIZE_MAX:
         raise DataError(
             f"--vocab-size {vocab_size}: expected a number from {VOCAB_SIZE_MIN} "
@@ -74,7 +75,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`; `DataError` if it is missing, not one, or cannot mark the end of a document."""
+    """Read a `tokenizer.json`. Raises `DataError` if it is missing, invalid, or breaks the rules of this module."""
     origin = f"tokenizer {path}"
     try:
         if path.exists() and not path.is_file():
@@ -89,7 +90,7 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
         raise DataError(f"{origin}: {size:,} tokens; expected at most {VOCAB_SIZE_MAX:,}")
     with library_errors(origin):
         _require_end_of_its_own(tokenizer, origin)
-    # Dropout chooses the tokens of a text by chance.
+    # With dropout, the tokens of a text are random.
     dropout = json.loads(text)["model"].get("dropout")
     if dropout:
         raise DataError(f"{origin}: model.dropout = {dropout}; expected none")
@@ -98,12 +99,12 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
 
 @contextmanager
 def library_errors(origin: str) -> Iterator[None]:
-    """What the tokenizers library raises, a panic of its compiled code included, as a `DataError` about `origin`."""
+    """Raise errors of the tokenizers library, panics of its compiled code included, as a `DataError`."""
     try:
         yield
     except (DataError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # a panic is no Exception
+    except BaseException as error:  # a panic is not an Exception
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise DataError(
             f"{origin}: cannot encode or decode a text: {reason}; expected a tokenizer for any text"
@@ -111,13 +112,13 @@ def library_errors(origin: str) -> Iterator[None]:
 
 
 def _require_end_of_its_own(tokenizer: Tokenizer, origin: str) -> None:
-    """Refuse a tokenizer whose end token a text can spell."""
+    """Refuse a tokenizer that gives its end token for a text."""
     token, token_id = end_token(tokenizer, origin=origin)
     for text in (token, f"a{token}b", f"a {token} b", f"\n{token}\n", token * 2):
         if token_id in tokenizer.encode(text, add_special_tokens=False).ids:
             raise DataError(
                 f"{origin}: a document that holds the text {token!r} gives the token that ends a document; "
-                "expected an end token that is special and no part of the model's vocabulary"
+                "expected an end token that is special and not in the model's vocabulary"
             )
 
 
@@ -140,7 +141,7 @@ def tokenizer_bytes(tokenizer: Tokenizer) -> bytes:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is what an embedding needs, gaps included."""
+    """The largest id plus one: the number of rows that an embedding needs, gaps included."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return max(ids.values()) + 1
 
@@ -168,7 +169,7 @@ def _parse(text: str, *, origin: str) -> Tokenizer:
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
-    """Whole documents in, ordinary text only; neither setting is part of the saved file."""
+    """Encode whole documents, and special tokens as ordinary text. The latter is not saved in the file."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -1,7 +1,7 @@
-"""Which of this machine's addresses peers should use, and no DNS look-up on the way from a failure to the next step.
+"""This machine's address for its peers, and how to avoid DNS look-ups between a failure and the next step.
 
-Agents use addresses only. Two parts of torch look names up nevertheless, and each look-up would take seconds where the
-DNS server is silent:
+Agents use addresses only. But two parts of torch look names up, and each look-up takes seconds if the DNS server is
+silent:
 
     torch elastic    `socket.getfqdn` for the host's name in its events       `avoid_getfqdn`, once a process
     c10d's sockets   the name of each peer, for log messages (getnameinfo)    `without_dns`, around each connect
@@ -56,10 +56,10 @@ def avoid_getfqdn() -> None:
 
 @contextmanager
 def without_dns() -> Iterator[None]:
-    """Let this thread's name look-ups fail at once where a DNS server would have to be asked; /etc/hosts still works.
+    """Make this thread's name look-ups fail at once instead of asking a DNS server; /etc/hosts still works.
 
-    glibc keeps the resolver's state per thread, so other threads are not affected. With another C library, which
-    has no such state, nothing changes.
+    glibc keeps the resolver's state per thread, so other threads are not affected. Another C library has no such
+    state, so nothing changes with it.
     """
     try:
         library = ctypes.CDLL(None)

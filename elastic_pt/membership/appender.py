@@ -1,4 +1,4 @@
-"""Appends what a node has decided to the run's log: GENERATION (with QUARANTINE), STOP, and RECOVERY."""
+"""Appends a node's decisions to the run's log: GENERATION (with QUARANTINE), STOP, and RECOVERY."""
 
 import structlog
 
@@ -38,25 +38,25 @@ class Appender:
         self._log = resources.log
         self._clock_s = resources.clock_s
         self._waived_generation = resources.log.view.waived_generation
-        """As it was when this node's platform was compared with the run's, just before."""
+        """The state when this node's platform was compared with the run's, just before."""
         self.stores: dict[int, BoundStore] = {}
         """The store that this node bound for the generation that it proposed last, by the generation's number."""
         self._noticed_s: dict[int, float] = {}
-        """When the trouble before that generation was noticed, by the generation's number."""
+        """When the failure before that generation was detected, by the generation's number."""
 
     def require_platform(self, view: RunView) -> None:
-        """Raise `ConfigError` if the run has gone over to another platform since this agent was started."""
+        """Raise `ConfigError` if the run has changed to another platform since this agent was started."""
         require_platform_since_start(
             self._resources.hints.url, view, self._resources.platform, self._waived_generation
         )
 
     def propose(self, proposal: Propose) -> None:
-        """Bind the next generation's store, then append its GENERATION. Another node's may be accepted instead."""
+        """Bind the next generation's store, then append its GENERATION. The log may accept another node's instead."""
         before = self._log.view
         number = before.generation_number + 1
         resume = self._resources.choose_resume(before)
         if self._log.view.generation_number >= number:
-            # The log was read on while an unusable checkpoint was quarantined: another node has proposed already.
+            # Quarantining an unusable checkpoint has read the log to its end: another node has proposed already.
             self._read()
             return
         memory = newest_in_memory(
@@ -85,7 +85,7 @@ class Appender:
 
         def make(view: RunView) -> Generation:
             self.require_platform(view)
-            # The old generation may commit until the new one is in the log. The new one must not resume before that.
+            # The old generation may commit until the new one is in the log. The new one must resume from that commit.
             if view.commit != before.commit:
                 raise FencedError(
                     f"a newer checkpoint was committed than the one that generation {number} would start from"
@@ -120,7 +120,7 @@ class Appender:
         self._append(Stop(decision.reason, max(steps, default=0)), view.generation_number)
 
     def report_recovery(self) -> None:
-        """As the first member: append RECOVERY once all members have told how long the generation took to start."""
+        """As the first member: append RECOVERY when all members have reported the times of the generation's start."""
         view = self._log.view
         generation, number, me = view.generation, view.generation_number, self._me.stated
         told = view.recovery is not None and view.recovery.number >= number
@@ -164,7 +164,7 @@ class Appender:
         return [each.start_times for each in told if each is not None and each.start_times]
 
     def _agreed_after_s(self, generation: Generation) -> float:
-        """Seconds from noticing the trouble until the record was read; for another node's record, until it was made."""
+        """Seconds from detection until the record was read; for another node's record, until that node made it."""
         noticed_s = self._noticed_s.get(generation.number)
         if noticed_s is None:
             return generation.agree_s
@@ -172,7 +172,7 @@ class Appender:
         return (self._clock_s() if read_s is None else read_s) - noticed_s
 
     def _append_quarantines(self, number: int) -> None:
-        """Keep out the nodes that the new generation's causes name once too often."""
+        """Append a QUARANTINE for each node that has exceeded its budget with the new generation's causes."""
         due = quarantines_due(
             self._log.view, self._memory.moments, self._limits.elastic, self._clock_s()
         )

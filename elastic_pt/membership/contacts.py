@@ -1,12 +1,12 @@
-"""Which nodes this one keeps asking, and whose silence counts.
+"""Which nodes this one keeps asking, and of which nodes silence counts.
 
     members ───────────┐                       ┌─► targets: `Links` keeps a connection to each
     lobby, if no member├─► aim, at every turn ─┼─► silence clocks of the PeerTable, started and stopped
       answers          │                       └─► unreachable: nodes that should answer and do not
-    nodes that want in ┘
+    nodes that ask     ┘
 
-In a small world every member asks every other one. In a large world all members ask the first two that answer
-(the leaders). The leaders learn of every member from the messages that all members send them.
+In a small fleet every member asks every other one. In a large fleet all members ask the first two that answer
+(the leaders). The leaders know every member from the messages that all members send them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from elastic_pt.runlog.records import Member
 
 
 class Contacts:
-    """One node's choice. Agent process; `aim` from one thread, may block on the bucket while no member answers."""
+    """The nodes that one node asks. Agent process; call `aim` from one thread; it may block on the bucket."""
 
     def __init__(
         self, table: PeerTable, lobby: Lobby, limits: Limits, clock_s: Callable[[], float]
@@ -39,9 +39,9 @@ class Contacts:
         self.targets: tuple[Member, ...] = ()
         """The nodes to keep asking."""
         self.no_member_answers = False
-        """Whether this node is no member and no member answers it."""
+        """True if this node is not a member and no member answers it."""
         self._generation = 0
-        """The generation from whose members this node chose last."""
+        """The generation with the members among which this node chose last."""
         self._suspects: dict[str, float] = {}
         """Peers that closed a connection, and when."""
 
@@ -69,7 +69,7 @@ class Contacts:
                 is_lost(self._table.peers.get(each.incarnation), now_s, silence_s)
                 for each in members
             )
-            # Members that were not reachable before may answer again, which only asking shows.
+            # Members that were not reachable before may answer again. Only asking shows it.
             targets += members[:LEADERS]
             if self.no_member_answers and view.stop is None:
                 targets += self._waiting(me)
@@ -111,7 +111,7 @@ class Contacts:
         return whom_to_ask(order, me.incarnation, peers, now_s, silence_s)
 
     def _suspected(self, members: tuple[Member, ...]) -> list[Member]:
-        """Members of a large world that closed their connection to this leader and have not been heard since.
+        """Members of a large fleet that closed their connection to this leader and have sent nothing since.
 
         Only leaders probe them. If every member probed, each probe's end would trigger another probe.
         """
@@ -135,7 +135,7 @@ class Contacts:
             and not self._is_forgotten(incarnation, silence_s)
         ]
 
-    # ---- whose silence counts --------------------------------------------------------------------
+    # ---- silence clocks --------------------------------------------------------------------------
 
     def _set_clocks(
         self, view: RunView, me: Member, chosen: set[str], leads: bool, silence_s: float
@@ -146,7 +146,7 @@ class Contacts:
         new_world = view.generation_number != self._generation
         self._generation = view.generation_number
         for incarnation in chosen:
-            # A leader has expected answers of its members all along.
+            # A leader has expected answers of its members before, too.
             waited = incarnation in before or (leads and incarnation in inside and not new_world)
             table.watch(incarnation, anew=not waited)
         for incarnation in (before | inside) - chosen - {me.incarnation}:
@@ -156,14 +156,14 @@ class Contacts:
             elif peer is None or peer.watched_since_s is None:
                 continue
             elif new_world or not is_lost(peer, now_s, silence_s):
-                # This node no longer asks it, so its silence means nothing from now on.
+                # This node no longer asks it, so its silence proves nothing from now on.
                 table.rest(incarnation)
         for incarnation in table.peers.keys() - chosen - inside:
             if self._is_forgotten(incarnation, silence_s):
                 table.unwatch(incarnation)
 
     def _is_forgotten(self, incarnation: str, silence_s: float) -> bool:
-        """Whether a node outside the world has been silent for so long that it is dropped."""
+        """Whether a node that is no member has been silent for so long that it is dropped."""
         peer = self._table.peers.get(incarnation)
         if peer is None or peer.refused:
             return True
@@ -179,7 +179,7 @@ def _members(view: RunView) -> frozenset[str]:
 def whom_to_ask(
     order: Sequence[Member], me: str, peers: Mapping[str, Peer], now_s: float, timeout_s: float
 ) -> list[Member]:
-    """The nodes in `order` that this one keeps asking: all in a small world, the first two that answer in a large one."""
+    """The nodes in `order` that this one asks: all of a small fleet, the first two that answer of a large fleet."""
     others = (member for member in order if member.incarnation != me)
     if len(order) <= MESH_NODES_MAX:
         return list(others)
@@ -189,7 +189,7 @@ def whom_to_ask(
             gone += 1
             continue
         chosen.append(member)
-        # If the first ones are gone, ask as many as are gone: a whole rack may be gone with them.
+        # If the first ones are gone, ask as many as are gone: a whole rack may be gone.
         if len(chosen) >= max(LEADERS, gone):
             break
     return chosen

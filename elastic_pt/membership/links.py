@@ -58,7 +58,7 @@ def url_of(member: Member, path: str) -> str:
 
 
 class _AnotherIncarnation(Exception):
-    """Another incarnation answers at a peer's address."""
+    """Another incarnation answers at the peer's address."""
 
 
 class _Link:
@@ -79,7 +79,7 @@ class _Link:
     async def pump(
         self, make: Callable[[str, bool], Message], interval_s: Callable[[], float] | None
     ) -> None:
-        """Send after each `say`, and ask after each interval if there is one. Ends when the connection does."""
+        """Send after each `say`, and ask after each interval if there is one. Ends with the connection."""
         while True:
             try:
                 async with asyncio.timeout(None if interval_s is None else interval_s()):

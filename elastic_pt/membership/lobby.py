@@ -1,11 +1,11 @@
-"""The lobby: where nodes find each other while no member can be asked.
+"""The lobby: nodes find each other in it while no member can be asked.
 
-A waiting node creates its card, an empty object below `lobby/` whose key has all that others need, so that one
-listing shows a thousand nodes:
+A waiting node creates its card, an empty object below `lobby/`. The key has all that others need, so one listing
+shows a thousand nodes:
 
     lobby/<node>!<incarnation>!<address>!<port>!<pid>!<workers>
 
-Cards are hints. A dead node's card costs one refused connection, and nothing is decided from a listing.
+Cards are hints. A dead node's card costs one refused connection, and no decision uses a listing.
 """
 
 import urllib.parse
@@ -37,7 +37,7 @@ def card_key(member: Member) -> str:
 
 
 def members_in(keys: Iterable[str]) -> list[Member]:
-    """The members whose cards these keys are; other keys are skipped."""
+    """The members of these cards, by their keys; other keys are skipped."""
     found = []
     for key in keys:
         with suppress(ValueError):
@@ -59,7 +59,7 @@ class Lobby:
         self._looked_s = float("-inf")
 
     def waiting(self, me: Member) -> list[Member]:
-        """Announce this node and list the others; asks the store at most twice a second."""
+        """Create this node's card and list the others; at most two requests to the store a second."""
         if self._clock_s() - self._looked_s >= _INTERVAL_S:
             self._looked_s = self._clock_s()
             try:

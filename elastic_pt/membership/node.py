@@ -66,7 +66,7 @@ class Node:
     # ---- start and end -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Answer peers and begin to look for them."""
+        """Answer peers and start to look for them."""
         self._driver.start()
         self._raise_crash()
 
@@ -84,16 +84,16 @@ class Node:
         """Whether this node has asked to leave."""
         return self._participant.me.leaving
 
-    # ---- what it knows -----------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------
 
     @property
     def member(self) -> Member:
-        """How this node introduces itself."""
+        """This node as a member, for its messages."""
         return self._participant.member
 
     @property
     def formed(self) -> Formed:
-        """The same, once there is one."""
+        """The generation that `await_generation` has returned last. There must be one."""
         assert self.latest is not None
         return self.latest
 
@@ -112,21 +112,21 @@ class Node:
         return self._participant.read_at_s(generation)
 
     def others_can_go_on(self) -> bool:
-        """Whether enough other nodes are alive and fit, so that the run goes on when this one leaves."""
+        """Whether enough other nodes are alive and fit to continue the run without this one."""
         return self._participant.others_can_go_on()
 
-    # ---- what it tells the others ------------------------------------------------------------------
+    # ---- reports to the others ---------------------------------------------------------------------
 
     def running(self) -> None:
         """The workers of the newest generation have been started."""
         self._say(phase=NodePhase.RUNNING)
 
     def settling(self) -> None:
-        """The workers have stopped as planned; their checkpoint is on its way."""
+        """The workers have stopped as planned; their checkpoint is being uploaded and committed."""
         self._say(phase=NodePhase.SETTLING)
 
     def spend(self, generation: int, failure: Cause | None) -> None:
-        """The workers of `generation` are gone; `failure` is None when that was planned."""
+        """The workers of `generation` are gone; `failure` is None after a planned stop."""
         if generation > self._participant.me.stated.spent:
             self._say(phase=NodePhase.WAITING, spent=generation, failure=failure)
         else:
@@ -141,18 +141,18 @@ class Node:
         signature: str = "",
         surroundings: bool = False,
     ) -> Cause:
-        """A failure of this node's own workers, in the form in which the others are told of it."""
-        # A path in an error may contain bytes that are no text. Messages and records are UTF-8.
+        """A failure of this node's own workers, in the form for messages and records."""
+        # A path in an error may contain bytes that are not UTF-8. Messages and records are UTF-8.
         detail = detail.encode("utf-8", "backslashreplace").decode()
         return Cause(kind, self.member.node, detail, step, signature, surroundings=surroundings)
 
     def rest(self, why: str, seconds: float) -> None:
-        """Take no part in the run for so many seconds; the others go on without this node."""
+        """Take no part in the run for so many seconds; the others continue without this node."""
         self._participant.me.rest(why, seconds)
         self._driver.wake()
 
     def progress(self, step: int, loss: float | None) -> None:
-        """Where the workers are, for heartbeats and `status`."""
+        """The workers' progress, for heartbeats and `status`."""
         self._participant.me.say(step=step, loss=loss)
 
     def first_step(self, times: StartTimes) -> None:
@@ -170,7 +170,7 @@ class Node:
     # ---- waiting -----------------------------------------------------------------------------------
 
     def must_reform(self, generation: int) -> bool:
-        """Whether workers of `generation` have no future: this node found it broken, or the log has gone on."""
+        """Whether workers of `generation` must end: this node found it broken, or the log has a newer one."""
         self._raise_crash()
         view = self.view
         return (
@@ -182,7 +182,7 @@ class Node:
     def await_generation(self) -> Formed | Stop:
         """Block until the log has a generation with this node that it has not spent, or the end of the run.
 
-        Raises `Left` when this node has asked to leave and may go, and `ConfigError` when the run refuses it.
+        Raises `Left` when this node has asked to leave and may leave, and `ConfigError` when the run refuses it.
         """
         while True:
             with self._changed:
@@ -207,7 +207,7 @@ class Node:
     def await_settled(
         self, generation: int, step: int, timeout_s: float, given_up: Callable[[], bool]
     ) -> bool:
-        """Block until the checkpoint of `step` is committed; False if `generation` has no future or it is given up."""
+        """Block until the checkpoint of `step` is committed; False if `generation` is broken or it is given up."""
 
         def committed() -> bool:
             return any(
@@ -219,12 +219,12 @@ class Node:
         return committed()
 
     def await_end(self, generation: int, timeout_s: float, given_up: Callable[[], bool]) -> bool:
-        """Block until the log holds STOP; False if `generation` has no future or its last checkpoint is given up."""
+        """Block until the log has a STOP; False if `generation` is broken or its last checkpoint is given up."""
         self._await(lambda: self.must_reform(generation) or given_up(), timeout_s)
         return self.view.stop is not None
 
     def await_reform(self, generation: int, timeout_s: float) -> bool:
-        """Block until `generation` has no future (True), at most `timeout_s`."""
+        """Block until workers of `generation` must end (True), at most `timeout_s`."""
         return self._await(lambda: self.must_reform(generation), timeout_s)
 
     def _await(self, condition: Callable[[], bool], timeout_s: float) -> bool:

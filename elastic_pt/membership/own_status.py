@@ -1,4 +1,4 @@
-"""What this node says of itself, shared by the threads of its agent."""
+"""This node's own status, shared by the threads of its agent."""
 
 import dataclasses
 import threading
@@ -8,7 +8,7 @@ from elastic_pt.membership.resources import Resources
 
 
 class OwnStatus:
-    """This node's own `NodeStatus`. Agent process; safe to share between threads."""
+    """This node's own `NodeStatus`. Agent process; thread-safe."""
 
     def __init__(self, first: NodeStatus, resources: Resources) -> None:
         self._status = first
@@ -23,7 +23,7 @@ class OwnStatus:
 
     @property
     def stated(self) -> NodeStatus:
-        """What was said last, without the values that follow from the log, the clock and the memory."""
+        """The status last set, without the values that follow from the log, the clock and the memory."""
         return self._status
 
     @property

@@ -1,11 +1,11 @@
-"""One node's part in the membership: what it hears, sees, decides and does. No thread and no socket in here.
+"""One node's part in the membership: its messages, view, decisions and actions. No thread and no socket.
 
     received ──► PeerTable ─┐
     turn:  read the log ────┼──► View ──► decide ──► Appender: GENERATION, STOP, RECOVERY | on_drain | nothing
            PulseWatch ──────┘
 
-The membership thread of `Node` drives this in production, over real connections. The simulator drives the same
-code over simulated ones. `turn` and `step_pulse` may block on the bucket. Everything else returns at once.
+In production, the membership thread of `Node` drives this over real connections. The simulator drives the same
+code over simulated connections. `turn` and `step_pulse` may block on the bucket. Everything else returns at once.
 """
 
 from typing import Final
@@ -46,7 +46,7 @@ from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Member
 
 _READ_INTERVAL_S: Final = 1.0
-"""Seconds between two reads of the log while no member can tell this node how the run goes on."""
+"""Seconds between two reads of the log while no member answers this node."""
 
 log = structlog.get_logger("elastic_pt.participant")
 
@@ -76,19 +76,19 @@ class Participant:
         )
         self.decision: Decision = Wait("starting")
         self.refusal: ConfigError | None = None
-        """Why no world will take this node in."""
+        """Why the members refuse this node; empty if they do not."""
         self._asked_since_s: float | None = None
-        """`memory.broken_since_s` of the trouble for which the peers were asked last."""
+        """`memory.broken_since_s` at the failure for which the peers were asked last."""
         self._log_read_s = float("-inf")
 
     @property
     def member(self) -> Member:
-        """How this node introduces itself."""
+        """This node as a member, for its messages."""
         return self.me.stated.member
 
     @property
     def broken(self) -> int:
-        """The newest generation that this node has given up."""
+        """The newest generation that this node has found broken."""
         return self.me.stated.broken
 
     @property
@@ -97,7 +97,7 @@ class Participant:
         return self._resources.states
 
     def begin(self, member: Member) -> None:
-        """Take part from now on: `member` names the port at which this node listens."""
+        """Take part from now on. `member` has the port at which this node listens."""
         self.me.say(member=member)
         self.memory.begin(self._clock_s())
 
@@ -113,20 +113,20 @@ class Participant:
         return self.table.message_to(incarnation, me, asks=asks, refusal=refused)
 
     def received(self, message: Message) -> bool:
-        """Store what a peer said. True if that is a reason for a turn."""
+        """Store a peer's message. True if it is a reason for a turn."""
         if message.status.member.incarnation == self.member.incarnation:
-            # This node has connected to itself: an earlier incarnation had the same address and port.
+            # This node is connected to itself: an earlier incarnation had the same address and port.
             return False
         if message.refusal:
             self.refusal = ConfigError(
-                f"{message.status.member.node} does not take this node in: {message.refusal}"
+                f"{message.status.member.node} refuses this node: {message.refusal}"
             )
         news = self.table.received(message)
         asking = isinstance(self.decision, Wait) and self.decision.asking
         return news or asking or bool(message.refusal)
 
     def wants_answers(self) -> bool:
-        """Whether all peers should be asked now, because a new trouble was found. True once per trouble."""
+        """Whether all peers should be asked now, because a new failure was detected. True once per failure."""
         asked_s, self._asked_since_s = self._asked_since_s, self.memory.broken_since_s
         return self._asked_since_s is not None and self._asked_since_s != asked_s
 
@@ -139,7 +139,7 @@ class Participant:
         return self._limits.silence_s(self._world())
 
     def others_can_go_on(self) -> bool:
-        """Whether enough other nodes are alive and fit, so that the run goes on when this one leaves."""
+        """Whether enough other nodes are alive and fit to continue the run without this one."""
         now_s, timeout_s = self._clock_s(), self.silence_s()
         fit = [
             peer.status
@@ -164,7 +164,7 @@ class Participant:
     def turn(self) -> None:
         """Read, decide, act. May block on the bucket.
 
-        Raises `StoreError` when the bucket does not answer, and `ConfigError` when the run has gone over to another
+        Raises `StoreError` when the bucket does not answer, and `ConfigError` when the run has changed to another
         platform since this agent was started.
         """
         self._choose_contacts()
@@ -173,7 +173,7 @@ class Participant:
         decision = self._decide()
         if isinstance(decision, Propose | Halt):
             # Another node may have acted already, or this node itself in a turn that never got the bucket's
-            # answer. What the log says outranks what the peers say.
+            # answer. The log has priority over the messages of peers.
             self._refresh()
             decision = self._decide()
         if decision != self.decision:
@@ -187,7 +187,7 @@ class Participant:
             self.me.say(unreachable=unreachable)
 
     def _read_log(self) -> None:
-        """Read on where a peer or the pulse's thread knows of more records, and regularly while cut off."""
+        """Read new records if a peer or the pulse's thread has found some, and regularly while cut off."""
         peers = list(self.table.peers.values())
         known = max((peer.status.log_length for peer in peers if peer.status), default=0)
         now_s = self._clock_s()
@@ -212,15 +212,15 @@ class Participant:
             case Halt():
                 self.appender.halt(decision)
             case Drain():
-                # Repeated in each turn: workers that connect later must be told, too.
+                # Repeated in each turn: workers that connect later need the request, too.
                 self._resources.on_drain(decision.reason)
             case Wait() | Ended():
                 self.appender.report_recovery()
 
-    # ---- what it sees ------------------------------------------------------------------------------
+    # ---- the view ----------------------------------------------------------------------------------
 
     def _look(self, now_s: float) -> View:
-        """The facts of this turn, and what must be remembered of them."""
+        """The facts of this turn. Stores the facts that later turns need."""
         run, me, peers, memory = self.log.view, self.me.now, dict(self.table.peers), self.memory
         memory.log_read(run, now_s)
         generation, found, must_halt = run.generation, None, ""
@@ -256,7 +256,7 @@ class Participant:
         )
 
     def _note_broken(self, generation: Generation, found: Assessment, now_s: float) -> None:
-        """Remember when the generation was found broken. Once stated, that is not taken back."""
+        """Store when the generation was found broken or over. Kept once this node has stated it as broken."""
         memory, given_up = self.memory, self.broken >= generation.number
         if not given_up:
             memory.broken_since_s = None
@@ -270,11 +270,11 @@ class Participant:
     def _must_halt(
         self, run: RunView, generation: Generation, found: Assessment, now_s: float
     ) -> str:
-        """Why the run must end, by its failures; empty while it need not."""
+        """Why the run must end, by its failures; empty if it need not."""
         failed = {cause.node for cause in found.failures}
         others = len(generation.members) - len(found.dead) - len(failed)
         if others < self._limits.elastic.nodes_min:
-            # Without the nodes that failed, the run cannot be tried.
+            # Without the nodes that failed, the run cannot continue.
             others = 0
         noticed_s = self.memory.broken_since_s
         return halt(
@@ -298,7 +298,7 @@ class Participant:
         self.contacts.leave_lobby()
 
     def _cut_off(self) -> bool:
-        """Whether no member can tell this node how the run goes on, so that it must watch the bucket."""
+        """Whether no member answers this node, so that it must watch the bucket."""
         broken = isinstance(self.decision, Wait) and self.decision.broken
         return self.contacts.no_member_answers or broken
 

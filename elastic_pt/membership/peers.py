@@ -1,4 +1,4 @@
-"""The messages of agents, and what one of them may conclude from them. No socket and no clock in here.
+"""The messages of agents, and what an agent may conclude from them. No socket and no clock.
 
 Agents exchange `Message`s. Each carries the sender's status, a growing number, and the number of the newest
 message that the sender has received from the receiver (`seen`). If a peer reports a number of this node as
@@ -30,15 +30,15 @@ class Message:
     seen: Annotated[int, Field(ge=0)]
     """The newest number that the sender has received from this receiver; 0 if none."""
     asks: bool
-    """Whether the receiver is to answer at once."""
+    """Whether the receiver should answer at once."""
     status: NodeStatus
     refusal: Annotated[str, Field(max_length=1000)] = ""
-    """Why the sender's world will never take the receiver in; empty if it may."""
+    """Why the sender's generation refuses the receiver permanently; empty if the receiver may join."""
 
 
 MESSAGE: Final = TypeAdapter(Message)
 STATUS: Final = TypeAdapter(NodeStatus)
-"""How a status is written on its own, for people and `elastic-pt status`."""
+"""A status as JSON without a message, for people and `elastic-pt status`."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class _Exchange:
 
 
 class PeerTable:
-    """What this node knows of its peers, by incarnation. Agent process; safe to share between threads."""
+    """This node's facts about its peers, by incarnation. Agent process; thread-safe."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
@@ -102,7 +102,7 @@ class PeerTable:
                     return False
                 known = Peer(None, None, heard_s=None, refused=False)
             exchange = self._exchanges.setdefault(incarnation, _Exchange())
-            # Messages over two connections of one pair may overtake each other: the highest number counts.
+            # Messages over two connections of one pair may arrive out of order: the highest number counts.
             newest = message.count > exchange.seen
             exchange.seen = max(exchange.seen, message.count)
             heard_s = known.heard_s

@@ -2,7 +2,7 @@
 
 It is for nodes that can reach the bucket but no member. The first member overwrites `pulse.json` with a growing
 count, about once a second: one request a second for the whole fleet. A node that cannot reach the members watches
-whether the object changes, on its own clock. The pulse is a hint, like the lobby: it keeps nodes from taking over
+whether the object changes, with its own clock. The pulse is a hint, like the lobby: it keeps nodes from taking over
 too early, and the log decides in any case.
 """
 
@@ -36,12 +36,12 @@ class Pulse:
     _count: int = 0
 
     def beat(self, generation: int) -> None:
-        """Write that this generation trains."""
+        """Write a new pulse: this generation trains."""
         self._count += 1
         self.store.write(KEY, json.dumps([generation, self.incarnation, self._count]).encode())
 
     def feel(self) -> bytes:
-        """The pulse's bytes, which change while a generation trains; empty if none ever has."""
+        """The pulse's bytes, which change while a generation trains; empty before the first pulse."""
         try:
             return self.store.read(KEY)
         except NotFound:
@@ -79,7 +79,7 @@ class PulseWatch:
         """Whether the log has a record that this node has not read."""
 
     def step(self, *, cut_off: bool) -> None:
-        """Write or read the pulse if that is due; `cut_off` says that no member can tell this node how the run goes on.
+        """Write or read the pulse if that is due; `cut_off` means that no member answers this node.
 
         Blocks on the bucket; never raises `StoreError`.
         """
@@ -110,9 +110,10 @@ class PulseWatch:
         )
 
     def _look_for_takeover(self, view: RunView) -> None:
-        """Give the generation up if the next record in the log is another GENERATION.
+        """Mark the generation as broken if the next record in the log is another GENERATION.
 
-        `Participant.turn` may still be waiting for a request from when the bucket was away. The workers must end anyway.
+        `Participant.turn` may still wait for a request that was sent when the bucket did not answer. The workers must
+        end before that.
         """
         next_record = self._pulse.record(view.length)
         self.log_has_grown = next_record is not None

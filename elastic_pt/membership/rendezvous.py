@@ -1,10 +1,10 @@
-"""The membership behind torch elastic's rendezvous interface: the log decides, and each generation has a fresh store.
+"""The membership behind torch elastic's rendezvous interface: the log decides, and each generation has a new store.
 
 `LogRendezvous` serves our own agent and, through the `torchrun.handlers` entry point, stock torchrun:
 
     torchrun --rdzv-backend elastic_pt --rdzv-endpoint s3://bucket/run --nnodes 1:8 train.py
 
-With stock torchrun the log holds generations only. What is trained, and how it is saved, is up to the script.
+With stock torchrun the log has generations only. The script decides what to train and how to save it.
 """
 
 import secrets
@@ -54,12 +54,12 @@ class LogRendezvous(RendezvousHandler):
         return self._node.latest
 
     def get_backend(self) -> str:
-        """The name under which torchrun finds this handler."""
+        """The name by which torchrun finds this handler."""
         return "elastic_pt"
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether workers may use the generation's store. Yes: it is fresh, so they cannot read stale keys."""
+        """Whether workers may use the generation's store. Yes: it is new, so they cannot read stale keys."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -83,14 +83,14 @@ class LogRendezvous(RendezvousHandler):
         )
 
     def is_closed(self) -> bool:
-        """Whether the log says the run has ended."""
+        """Whether the log has a STOP."""
         return self._node.view.stop is not None
 
     def set_closed(self) -> None:
         """Do nothing: one node never closes a run. Only the log's STOP record ends it."""
 
     def num_nodes_waiting(self) -> int:
-        """Nonzero when the running workers have no future and a new generation is due."""
+        """Nonzero when the running workers must end and a new generation is due."""
         return int(
             self.formed is not None and self._node.must_reform(self.formed.generation.number)
         )
@@ -106,14 +106,14 @@ class LogRendezvous(RendezvousHandler):
 
 
 class TorchrunRendezvous(LogRendezvous):
-    """The same for stock torchrun, whose agent blocks on the store right after the rendezvous.
+    """The same for stock torchrun. Its agent blocks on the store right after the rendezvous.
 
-    Such an agent cannot be told that a member has died meanwhile, and would die with it. So all members first
-    count themselves in the store, and that wait ends as soon as the generation has no future.
+    Such an agent cannot be interrupted when a member dies in this wait, and would fail with it. So all members first
+    count themselves in the store, and that wait ends as soon as the generation is broken.
     """
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Give up the last generation and wait for the next one whose members have all counted themselves."""
+        """Give up the last generation and wait until all members of the next one have counted themselves."""
         while True:
             info = super().next_rendezvous()
             if self._all_enter(info):
@@ -127,14 +127,14 @@ class TorchrunRendezvous(LogRendezvous):
                 if self._node.await_reform(self.formed.generation.number, _ENTERED_POLL_S):
                     return False
         except (DistNetworkError, DistStoreError):
-            # The store's host is gone. Wait until the membership has noticed that, too.
+            # The store's host is gone. Wait until the membership has detected that, too.
             self._node.await_reform(self.formed.generation.number, _STORE_GONE_S)
             return False
         return True
 
 
 def torchrun_backend() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """Entry point for stock torchrun (`torchrun.handlers`): what makes a handler."""
+    """Entry point for stock torchrun (`torchrun.handlers`): returns the function that creates a handler."""
     return create_handler
 
 
@@ -148,7 +148,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     name = parameters.get("node") or f"{address}-{secrets.token_hex(3)}"
 
     def make_room(reason: str) -> None:
-        # Stock workers cannot be drained. To make room for others they are ended where they are.
+        # Stock workers cannot be drained. They are ended at any step so that new nodes can join.
         node.spend(node.view.generation_number, node.failure(reason, kind=CauseKind.GAVE_UP))
 
     node = new_node(
@@ -183,5 +183,5 @@ def _elastic_section(parameters: RendezvousParameters) -> ElasticSection:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "--rdzv-conf"
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
-    # torchrun reports no steps, so failures would add up without end. It has --max-restarts for that.
+    # torchrun reports no steps, so failures would add up without a limit. It has --max-restarts for that.
     return section.model_copy(update={"failures_max": sys.maxsize})

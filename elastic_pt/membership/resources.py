@@ -1,4 +1,4 @@
-"""What a participant works with: the log, the bucket, a clock, and what it asks of the rest of its agent."""
+"""The dependencies of a participant: the log, the bucket, a clock, and functions of the rest of its agent."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class BoundStore(Protocol):
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port at which it listens."""
 
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,7 +60,7 @@ class NothingInMemory:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a participant works with."""
+    """The dependencies of a participant."""
 
     log: RunLog
     hints: Store
@@ -68,13 +68,13 @@ class Resources:
     clock_s: Callable[[], float]
     """This machine's monotonic clock."""
     bind_store: Callable[[], BoundStore]
-    """Makes a fresh store for one generation, at this node's address."""
+    """Creates a new store for one generation, at this node's address."""
     choose_resume: Callable[[RunView], Checkpoint | None]
-    """The checkpoint from which a new generation goes on."""
+    """Returns the checkpoint from which a new generation resumes."""
     on_drain: Callable[[str], None]
-    """Tells this node's workers that all workers should stop after the same step."""
+    """Asks this node's workers to stop all workers after the same step."""
     platform: Mapping[str, str] = field(default_factory=dict)
-    """What computes on this node, as far as it decides the bits. Empty where no bits are promised."""
+    """The platform of this node (docs/glossary.md). Empty with native numerics and with stock torchrun."""
     states: InMemoryStates = field(default_factory=NothingInMemory)
     fenced_url: str = ""
-    """The run directory's URL if this agent knows that its store is fenced; a GENERATION records it."""
+    """The run directory's URL if this agent has checked that its store is fenced; a GENERATION records it."""

@@ -1,6 +1,6 @@
 """The TCPStore of one generation: its proposer binds it before the GENERATION is appended, the others connect.
 
-Runs in the agent process, without name look-ups.
+Runs in the agent process, without DNS look-ups.
 """
 
 import datetime
@@ -18,7 +18,7 @@ TIMEOUT: Final = datetime.timedelta(seconds=20)
 
 
 def bind_store(address: str) -> TCPStore:
-    """A fresh store that listens on a free port of `address`. Raises `StoreError` if it cannot."""
+    """A new store that listens on a free port of `address`. Raises `StoreError` if it cannot."""
     try:
         with without_dns():
             return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
@@ -29,9 +29,9 @@ def bind_store(address: str) -> TCPStore:
 def connect_store(
     generation: Generation, changed: threading.Condition, given_up: Callable[[], bool]
 ) -> TCPStore:
-    """Connect to a generation's store; wait on `changed` until that worked or `given_up()`.
+    """Connect to a generation's store; wait on `changed` until it is connected or `given_up()`.
 
-    Raises `DistNetworkError` or `DistStoreError` if it did not work.
+    Raises `DistNetworkError` or `DistStoreError` if it cannot connect.
     """
     outcome: list[TCPStore | RuntimeError] = []
 
@@ -45,8 +45,8 @@ def connect_store(
         with changed:
             changed.notify_all()
 
-    # In a thread: the client never times out on a host that accepts and then stalls, and meanwhile the other
-    # members may have gone on without that host.
+    # In a thread: the client never times out on a host that accepts and then stalls. The other members may have
+    # continued without that host.
     threading.Thread(target=connect, name="store", daemon=True).start()
     with changed:
         changed.wait_for(lambda: bool(outcome) or given_up(), TIMEOUT.total_seconds())

@@ -3,7 +3,7 @@
     Links ──► Participant.received ──► news ──► Participant.turn (in a worker thread) ──► Links.aim, Links.say
                                                 Participant.step_pulse (in another one)
 
-`Node`, on the main thread, wakes this thread with `wake` and waits on `changed` for what it has found.
+`Node`, on the main thread, wakes this thread with `wake` and waits on `changed` for its results.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ log = structlog.get_logger("elastic_pt.node")
 
 
 class Driver(Protocol):
-    """What drives a participant: the membership thread, or the simulator."""
+    """Drives a participant: the membership thread, or the simulator."""
 
     changed: threading.Condition
-    """Notified after each turn, and whenever the main thread should look again."""
+    """Notified after each turn, and whenever the main thread should check again."""
     crash: BaseException | None
     """Why the driver has ended, if it failed."""
 
@@ -45,7 +45,7 @@ class Driver(Protocol):
 
 
 class MembershipThread:
-    """The driver of a real agent. Agent process; the methods are called from other threads."""
+    """The driver of a real agent. Agent process; other threads call the methods."""
 
     def __init__(self, participant: Participant, store: Store, interval_s: float) -> None:
         self._participant = participant
@@ -114,7 +114,7 @@ class MembershipThread:
             while not self._leave.is_set() and not pulse.done():
                 news.clear()
                 turn = asyncio.create_task(self._turn(links))
-                # A turn may block on the bucket for long. A node that leaves must stop answering meanwhile.
+                # A turn may block on the bucket for long. A node that leaves must stop answering before that ends.
                 while not turn.done() and not self._leave.is_set():
                     await asyncio.wait({turn}, timeout=_LEAVE_CHECK_S)
                 if not turn.done():

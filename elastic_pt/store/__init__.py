@@ -1,1 +1,1 @@
-"""Bytes under keys below one URL: the only thing of a run that has to survive."""
+"""Bytes under keys below one URL. Only they have to survive for a run to continue."""

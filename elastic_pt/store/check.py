@@ -1,10 +1,10 @@
-"""Does this store keep a run safe? Prove it on the user's own store, rather than believe a table.
+"""Tests on the user's own store whether create-once holds, because providers differ.
 
-The log of a run stands on one property: of several writers that create the same key at the same time,
-exactly one wins, and everybody reads the winner. So that is raced: threads, spread over several clients
-of their own, wait at a barrier and create the same key. A round counts the winners by what each create
-returned and by whose bytes are there afterwards. Two winners in any round, or none, and the store is
-`unfenced`; a race that was never lost is evidence, not proof, so more rounds are more evidence.
+The log of a run needs one property: if several writers create the same key at the same time, exactly one
+succeeds, and all readers get its bytes. The check races for this. Threads, spread over several clients,
+wait at a barrier and then create the same key. Each round counts the winners by the results of `create`
+and by the bytes that are stored afterwards. A round with no winner or with several makes the store
+`unfenced`. Passing all rounds is evidence, not proof; more rounds are stronger evidence.
 """
 
 import threading
@@ -25,7 +25,7 @@ BARRIER_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What a check found: `fenced` means that a multi-node run may use the store."""
+    """The result of a check. A run of several nodes may use the store if it is `fenced`."""
 
     verdict: Literal["fenced", "unfenced"]
     reason: str
@@ -33,7 +33,7 @@ class StoreReport:
 
     @property
     def fenced(self) -> bool:
-        """True if create-once held in every race."""
+        """True if a run of several nodes may use the store."""
         return self.verdict == "fenced"
 
 
@@ -54,13 +54,16 @@ def check_store(
     rounds: int = 20,
     open_client: Callable[[str], Store] = open_store,
 ) -> StoreReport:
-    """Try every operation below a fresh key of the store, race its create, and remove what was made.
+    """Test every operation below a fresh key, race `create`, and delete the test objects.
 
-    `racers` threads over `CLIENTS` separate clients create one key, `rounds` times. `AccessDenied`,
-    `ConfigError` about the URL and an unreachable store are raised: they say nothing about fencing.
+    `racers` threads over `CLIENTS` separate clients create one key, `rounds` times. Raises
+    `AccessDenied`, `ConfigError` for a wrong URL and `StoreError` for an unreachable store: after
+    these, it is not known whether the store is fenced.
     """
     if racers < 2 or rounds < 1:
-        raise ValueError(f"a race takes two racers and one round, not {racers} and {rounds}")
+        raise ValueError(
+            f"racers = {racers}, rounds = {rounds}: expected at least 2 racers and 1 round"
+        )
     folder = f"storage-check-{uuid.uuid4().hex}/"
     lines: list[str] = []
     try:
@@ -72,13 +75,13 @@ def check_store(
         verdict, reason = _judge(store.url, results)
     except (_Failed, NoAtomicCreate) as failure:
         verdict, reason = "unfenced", str(failure)
-    # Not in a finally: where the store is away, cleaning would only wait for a second deadline.
+    # Not in a finally: with an unreachable store, the cleanup would only wait for a second timeout.
     _clean(store, folder, rounds)
     return StoreReport(verdict, reason, (*lines, f"{verdict}: {reason}"))
 
 
 def is_fenced(store: Store, *, open_client: Callable[[str], Store] = open_store) -> StoreReport:
-    """The cheap check of an agent before a run of several nodes: three races of four, the same report."""
+    """The cheap check of an agent before a run of several nodes: three races of four writers."""
     return check_store(store, racers=4, rounds=3, open_client=open_client)
 
 
@@ -97,10 +100,10 @@ def _check_bytes(store: Store, folder: str, lines: list[str]) -> None:
     try:
         store.read(key)
     except NotFound:
-        lines.append("write, read, ranges, size, delete: right")
+        lines.append("write, read, ranges, size, delete: correct")
     else:
         raise _Failed("a deleted object can still be read")
-    lines.append(f"listing: {'up to date' if listed else 'late, which nothing depends on'}")
+    lines.append(f"listing: {'up to date' if listed else 'stale (allowed: nothing depends on it)'}")
 
 
 def _check_create(store: Store, folder: str, lines: list[str]) -> None:
@@ -115,7 +118,7 @@ def _check_create(store: Store, folder: str, lines: list[str]) -> None:
         _expect("object after a refused create", store.read(key), b"first")
     else:
         raise _Failed("create replaced an object: the store ignores the condition of a create")
-    lines.append("create-once, one after the other: held")
+    lines.append("create-once, one writer after another: held")
 
 
 def _race(clients: list[Store], key: str, racers: int) -> _Round:
@@ -124,7 +127,7 @@ def _race(clients: list[Store], key: str, racers: int) -> _Round:
     def run(number: int) -> bytes | None:
         mine = f"{number} {uuid.uuid4().hex}".encode()
         client = clients[number % len(clients)]
-        client.size(key)  # connect before the start, so that the race is between the creates
+        client.size(key)  # connect first, so that only the creates race
         start.wait(BARRIER_TIMEOUT_S)
         try:
             client.create(key, mine)
@@ -153,22 +156,22 @@ def _judge(url: str, results: list[_Round]) -> tuple[Literal["fenced", "unfenced
             f"{len(bad)} of {len(results)} races to create one key had {bad[0].winners} winners",
         )
     if not all(result.agreed for result in results):
-        return "unfenced", "after a race the clients did not all read what the winner wrote"
+        return "unfenced", "after a race, not all clients read the bytes of the winner"
     if url.startswith("memory://"):
-        return "unfenced", "memory:// lives inside one process, which no other node can see"
+        return "unfenced", "memory:// exists only inside one process; other nodes cannot read it"
     where = "; every node must mount this directory" if url.startswith("file://") else ""
     return "fenced", f"each of {len(results)} races to create one key had exactly one winner{where}"
 
 
 def _expect(what: str, found: object, wanted: object) -> None:
     if found != wanted:
-        raise _Failed(f"{what} gave something else than was written")
+        raise _Failed(f"{what}: the result does not match what was written")
 
 
 def _clean(store: Store, folder: str, rounds: int) -> None:
-    # By name, because a listing may be stale.
+    # By name: a listing may be stale.
     for name in ("bytes", "first", *(f"race-{n}" for n in range(rounds))):
         try:
             store.delete(f"{folder}{name}")
         except (StoreError, ConfigError):
-            return  # the error that matters is already on its way
+            return  # a failed cleanup does not change the verdict

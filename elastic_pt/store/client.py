@@ -1,10 +1,10 @@
-"""One request to a remote filesystem: built lazily, retried, and its errors made ours.
+"""Requests to a remote filesystem: retried, with the library's errors mapped to ours.
 
-The fsspec filesystem is built by the first request of each process, never on import or in `__init__`:
-a fork server may hold a `Store` and its children start with clean connections. It is not taken from
-fsspec's instance cache and keeps no listings. Foreign exceptions become a `Fault`, and a `Fault` one of
-our errors, here and nowhere else. A refused request rebuilds the filesystem once, because credentials
-that came from the environment or from a metadata service may have been renewed since.
+The first request of each process builds the fsspec filesystem; import and `__init__` do not. So a fork
+server may hold a `Store`, and its children start with clean connections. fsspec's caches of instances
+and listings are off. Foreign exceptions become a `Fault` (here and in `s3.py`). Only this module turns
+a `Fault` into one of our errors. A refused request rebuilds the filesystem once, because credentials
+from the environment or from a metadata service may have been renewed.
 """
 
 import asyncio
@@ -27,24 +27,24 @@ Result = TypeVar("Result")
 
 
 class Fault(Enum):
-    """What a failed request means, whatever the library called it."""
+    """What a failed request means, independent of the library."""
 
     MISSING = auto()  # no object under that key
     NO_BUCKET = auto()  # the URL itself is wrong
-    SETTINGS = auto()  # the client's own settings are wrong: no request was made
+    SETTINGS = auto()  # the client's own settings are wrong: no request was sent
     EXISTS = auto()  # the condition of a create did not hold
     DENIED = auto()  # credentials are missing, expired or not allowed
-    BEYOND = auto()  # the range starts behind the last byte
-    # Connection refused or unknown host; callers that may wait retry it like TRANSIENT.
+    BEYOND = auto()  # the range starts after the last byte
+    # Connection refused or unknown host. A patient client retries it like TRANSIENT.
     UNREACHABLE = auto()
-    TRANSIENT = auto()  # worth another attempt
-    READ_ONLY = auto()  # the protocol cannot do this at all
-    FINAL = auto()  # not worth another attempt
-    BUG = auto()  # not an error of the store at all
+    TRANSIENT = auto()  # another attempt may succeed
+    READ_ONLY = auto()  # the protocol does not support the operation
+    FINAL = auto()  # another attempt cannot succeed
+    BUG = auto()  # not an error of the store
 
 
 class BeyondEnd(StoreError):
-    """The range starts behind the last byte of the object. Never leaves this package."""
+    """The range starts after the last byte of the object. Never leaves this package."""
 
 
 _FINAL_ERRNOS = frozenset(
@@ -80,7 +80,7 @@ def fault_of_status(status: int) -> Fault:
 
 
 def fault_of(error: Exception) -> Fault:
-    """What an exception of any fsspec filesystem means, by Python's own types and an HTTP status."""
+    """What an exception of any fsspec filesystem means, by its HTTP status or its Python type."""
     for name in ("code", "status_code", "status"):
         status = getattr(error, name, None)
         if isinstance(status, int) and 400 <= status < 600:
@@ -108,13 +108,13 @@ def fault_of(error: Exception) -> Fault:
     return Fault.TRANSIENT if library in ("aiohttp", "azure", "google", "requests") else Fault.BUG
 
 
-# Filesystems of a parent process. Collecting one would close its sockets through the event loop's epoll
-# instance, which a fork shares: the parent's requests would then wait for events that never come.
+# Filesystems of a parent process, kept alive here. Garbage collection would close their sockets through
+# the event loop's epoll instance. Parent and child share that instance: the parent's requests would hang.
 _INHERITED: list[Any] = []
 
 
 class Client:
-    """Requests to one URL through fsspec. Safe to share between threads; survives a fork by starting anew."""
+    """Sends requests to one URL through fsspec. Safe to share between threads, and to use after a fork."""
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class Client:
         guard: AbstractContextManager[Any] | None = None,
         patient: bool = True,
     ) -> None:
-        """Unless `patient`, a server that cannot be reached is told at once until the first answer has come.
+        """Unless `patient`, an unreachable server raises at once, until the first request has succeeded.
 
-        Settings that cannot work are told at once, too, until then: later they did work, and a file that they name
-        is being replaced.
+        Until then, wrong settings raise at once as well. Later they are retried: the settings have worked, so
+        a file that they name is probably being replaced.
         """
         self.url = url
         self._retry = retry
@@ -143,7 +143,7 @@ class Client:
         self._fault_of = fault_of
         self._guard = guard or nullcontext()
         self._patient, self._answered = patient, False
-        # No lock: two threads may both build one, which costs nothing; a lock could be held across a fork.
+        # No lock: a fork could inherit a held one. If two threads both build a filesystem, no harm is done.
         self._built: tuple[int, Any, str] | None = None
 
     def request(
@@ -153,10 +153,10 @@ class Client:
         *,
         bounded: bool = True,
     ) -> Result:
-        """The result of `send(filesystem, root path, timeout keywords)`, retried until the deadline.
+        """Return `send(filesystem, root path, timeout keywords)`, retried until the deadline.
 
-        `bounded` requests are cancelled at the deadline; others rely on the timeouts of the socket,
-        because nobody knows how long their bytes may take.
+        `bounded` requests are cancelled at the deadline. Others rely on the timeouts of the socket,
+        because the time that their bytes need is not known.
         """
         renewed = False
 

@@ -1,8 +1,8 @@
 """Any other fsspec filesystem: memory, Google Cloud Storage, Azure, and the rest for reading and writing.
 
-Create-once is offered only where the protocol's own exclusive write is known to be atomic. fsspec's
-default for `mode="create"` looks first and writes then, so two writers can both win; a store that only
-has this refuses to create, and a run's log cannot live there. Its prepared data can.
+`create` works only if the protocol's own exclusive write is known to be atomic. fsspec's default for
+`mode="create"` first checks and then writes, so two writers can both win. A store with only this default
+refuses to create: it can hold prepared data, but not a run's log.
 
     memory   one lock around every request; one process only
     gs       ifGenerationMatch=0 (gcsfs maps mode="create" to it)
@@ -41,7 +41,7 @@ class FsspecStore:
 
     @property
     def url(self) -> str:
-        """The URL everything lives below, without a trailing slash."""
+        """The URL of the store, without a trailing slash."""
         return self._client.url
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -65,8 +65,8 @@ class FsspecStore:
         body = checked_record(data)
         if self._protocol not in ATOMIC_CREATE:
             raise NoAtomicCreate(
-                f"{self.url}: {self._protocol}:// has no atomic create that is known here, so a run's log "
-                "cannot live there; expected file://, s3://, gs:// or abfs://"
+                f"{self.url}: {self._protocol}:// has no atomic create that elastic-pt knows, and a run's log "
+                "needs one; expected file://, s3://, gs:// or abfs://"
             )
 
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:

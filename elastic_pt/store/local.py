@@ -1,8 +1,8 @@
-"""A directory: create-once by `link`, replacement by `rename`, both of a finished and synced file.
+"""A store in a directory: `link` creates once, `rename` replaces, both with a complete and fsynced file.
 
-Files in the making live in one hidden folder below the root, so that a killed writer leaves nothing under
-any key; what is older than an hour there is removed by the next writer. Deleting a key removes the
-directories that it leaves empty, because object stores have none.
+Unfinished files are in one hidden folder below the root, so a killed writer leaves nothing under any key.
+The first write or create of each `LocalStore` removes unfinished files that are older than an hour.
+Deleting a key also removes the directories that become empty, because object stores have none.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from elastic_pt.store.port import (
 UNFINISHED = ".elastic-pt-unfinished"
 ABANDONED_AFTER_S = 3600.0
 
-# What `link` answers on FAT and on most buckets mounted through FUSE.
+# Errors of `link` on FAT and on most buckets that are mounted through FUSE.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
-# A sibling may remove an empty directory between our making it and our using it.
+# Another writer may remove an empty directory after our `mkdir` and before our `link` or `rename`.
 _PUBLISH_ATTEMPTS = 100
 
 
@@ -48,7 +48,7 @@ class LocalStore:
 
     @property
     def url(self) -> str:
-        """The URL everything lives below, without a trailing slash."""
+        """The URL of the store, without a trailing slash."""
         return self._url
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -59,7 +59,7 @@ class LocalStore:
             return file.read() if end is None else file.read(end - start)
 
     def create(self, key: str, data: bytes) -> None:
-        """See `Store.create`: `link` fails if the name is taken, and what it names is already on disk."""
+        """See `Store.create`. `link` fails if the name exists; the linked file is already on disk."""
         checked_record(data)
         try:
             self._publish(f"creating {key}", key, data, self._link)
@@ -107,7 +107,7 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         checked_key(key)
         if key.split("/")[0] == UNFINISHED:
-            raise ValueError(f"not a key: {key!r} is where files in the making live")
+            raise ValueError(f"not a key: {key!r} is in the folder of unfinished files")
         return self._root / key
 
     def _publish(
@@ -122,7 +122,7 @@ class LocalStore:
                     ]
                     path.parent.mkdir(parents=True, exist_ok=True)
                     publish(finished, path)
-                    # A new directory is on disk once the one that names it is.
+                    # A new directory is durable only after an fsync of its parent.
                     for directory in dict.fromkeys((path.parent, *(each.parent for each in new))):
                         _sync_directory(directory)
                     return
@@ -137,13 +137,13 @@ class LocalStore:
             if error.errno not in _NO_LINKS:
                 raise
             raise NoAtomicCreate(
-                f"{self._url} is on a file system without hard links, so a run's log cannot live there; "
+                f"{self._url} is on a file system without hard links, which a run's log needs; "
                 "expected a local disk, NFS or the bucket's own URL"
             ) from error
 
     @contextlib.contextmanager
     def _finished(self, source: bytes | Path) -> Iterator[Path]:
-        """A synced file with the content of `source`, removed afterwards unless it was renamed."""
+        """Yield a synced file with the content of `source`; remove it afterwards unless it was renamed."""
         making = self._root / UNFINISHED
         making.mkdir(parents=True, exist_ok=True)
         if not self._swept:
@@ -186,7 +186,7 @@ def _remove_abandoned(making: Path, now_s: float) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # already empty again, and removed
+    with contextlib.suppress(FileNotFoundError):  # another writer has removed it again
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""From a URL to a `Store`; the only place that knows which protocol is served by what."""
+"""Open the `Store` of a URL. Only this module knows which class serves which protocol."""
 
 import importlib.util
 
@@ -23,11 +23,11 @@ _EXTRAS = {
 
 
 def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> Store:
-    """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol; a plain path is a file.
+    """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol. A plain path is a file.
 
-    Opening connects to nothing; the first request does, once per process, and each request is retried
-    for `timeout_s`. Unless `patient`, a server that refuses the connection or whose name is not
-    known is a `StoreError` at once, until it has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
+    Does not connect: the first request of each process does. Each request is retried for `timeout_s`.
+    Unless `patient`, a refused connection or an unknown host raises `StoreError` at once, until the server
+    has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
     """
     protocol, separator, rest = url.partition("://")
     rest = rest.rstrip("/")
@@ -55,5 +55,5 @@ def _require_protocol(url: str, protocol: str) -> None:
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{url}: {protocol}:// needs a module that is missing: {reason}"
+            f"{url}: {protocol}:// needs a module that is missing: {reason}; expected it to be installed"
         ) from error

@@ -1,9 +1,9 @@
-"""The port between the project and object storage: six methods, nothing else.
+"""The port between the project and object storage: six methods.
 
-`open_store(url)` (in `store/open.py`) returns one of these for any fsspec URL. Keys are relative to
-that URL, use `/`, never start with `/` and never contain `..`; anything else is a `ValueError`, since
-keys come from this project and never from a user. Only `create` decides anything, so only `create`
-needs the store to be atomic; everything else is bytes that are verified after reading.
+`open_store(url)` (in `store/open.py`) returns a `Store` for any fsspec URL. Keys are relative to that
+URL, use `/`, never start with `/` and never contain `..`. Any other key raises `ValueError`, because keys
+come from this project and never from a user. Only `create` decides between writers, so only `create` must
+be atomic. All other bytes are verified after reading.
 """
 
 from pathlib import Path
@@ -15,57 +15,57 @@ CREATE_LIMIT_BYTES = 64 * 2**20
 
 
 class NoAtomicCreate(ConfigError):
-    """The store's protocol or file system has no create that only one of several writers can win."""
+    """The protocol or file system has no atomic create: several writers of one key could all succeed."""
 
 
 class Store(Protocol):
-    """Bytes under keys below one URL. Safe to share between threads; open another one after a fork."""
+    """Bytes under keys below one URL. Safe to share between threads, and to use after a fork."""
 
     @property
     def url(self) -> str:
-        """The URL everything lives below, without a trailing slash."""
+        """The URL of the store, without a trailing slash."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `[start, end)` of the object, or all of it.
 
         Raises `NotFound`, `AccessDenied`, or `StoreError` once the deadline has passed.
-        A range that goes beyond the object gives the bytes that exist.
+        For a range beyond the end of the object, returns the bytes that exist.
         """
 
     def create(self, key: str, data: bytes) -> None:
-        """Create the object if no object has this key, atomically against every other writer.
+        """Create the object if no object has this key, atomically against all other writers.
 
-        Raises `AlreadyExists` when another object is there. Finding exactly `data` there counts as
-        success, because a response may be lost on the way: callers who race put a nonce in `data`.
-        After any other `StoreError` the object may or may not be there. Raises
-        `NoAtomicCreate` where none is known. `data` is a record, at most `CREATE_LIMIT_BYTES` (else `ValueError`).
+        Raises `AlreadyExists` if the key holds other bytes. Succeeds if the key holds exactly `data`,
+        because an earlier response may have been lost: callers that race put a nonce in `data`. After any
+        other `StoreError` the object may or may not exist. Raises `NoAtomicCreate` if the store has no
+        atomic create. `data` is a record of at most `CREATE_LIMIT_BYTES` (else `ValueError`).
         """
 
     def write(self, key: str, source: bytes | Path) -> None:
-        """Put the object as a whole, from memory or from a local file; readers see old or new, never half.
+        """Write the whole object from memory or from a local file. Readers get the old or the new one, whole.
 
-        Raises `FileNotFoundError` if the local file is not there, and the errors of `read`.
+        Raises `FileNotFoundError` for a missing local file, and the errors of `read`.
         """
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, or None if there is none."""
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys that start with `prefix`, sorted. A hint only: a listing may be stale, nothing may depend on it."""
+        """Keys that start with `prefix`, sorted. Only a hint: a listing may be stale, so nothing may depend on it."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; removing what is not there is fine."""
+        """Delete the object. Succeeds if there is none."""
 
 
 def checked_key(key: str) -> str:
-    """The key itself, if it names one object below the store's URL; else `ValueError`."""
+    """Return the key if it can name an object below the store's URL; else raise `ValueError`."""
     if not key or key != key.strip("/") or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"not a key: {key!r}; expected a relative path such as log/1.json")
     return key
 
 
 def checked_prefix(prefix: str) -> str:
-    """The prefix itself, if keys can start with it ("" means all); else `ValueError`."""
+    """Return the prefix if keys can start with it ("" means all); else raise `ValueError`."""
     if prefix.startswith("/") or ".." in prefix.split("/") or "//" in prefix:
         raise ValueError(
             f"not a prefix of keys: {prefix!r}; expected a prefix such as log/, or nothing for all"
@@ -74,27 +74,27 @@ def checked_prefix(prefix: str) -> str:
 
 
 def checked_range(start: int, end: int | None) -> None:
-    """`ValueError` unless `[start, end)` is a range of bytes."""
+    """Raise `ValueError` unless `[start, end)` is a range of bytes."""
     if start < 0 or (end is not None and end < start):
-        raise ValueError(f"not a range of bytes: [{start}, {end})")
+        raise ValueError(f"not a range of bytes: [{start}, {end}); expected 0 <= start <= end")
 
 
 def checked_record(data: bytes) -> bytes:
-    """The data itself, if it is small enough to be created in one request; else `ValueError`."""
+    """Return the data if one request can create it; else raise `ValueError`."""
     if len(data) > CREATE_LIMIT_BYTES:
         raise ValueError(
-            f"{len(data)} bytes are too many to create; at most {CREATE_LIMIT_BYTES}, or use write"
+            f"{len(data)} bytes are too many to create; expected at most {CREATE_LIMIT_BYTES}, or a call of write"
         )
     return data
 
 
 def checked_source(source: bytes | Path) -> int:
-    """Bytes of what is to be written; `FileNotFoundError` if that is a local file which is not there."""
+    """Size of `source` in bytes. Raises `FileNotFoundError` for a missing local file."""
     return source.stat().st_size if isinstance(source, Path) else len(source)
 
 
 def holds(store: Store, key: str, data: bytes) -> bool:
-    """True if the object under `key` is exactly `data`: a create whose response was lost, not a race lost."""
+    """True if the object under `key` is exactly `data`: our create succeeded and its response was lost."""
     try:
         return store.read(key) == data
     except NotFound:

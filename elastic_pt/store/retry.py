@@ -1,12 +1,12 @@
-"""The one place where a request to the bucket is tried again. `tenacity` runs the loop.
+"""Retries of requests to the bucket. No other module retries them. `tenacity` runs the loop.
 
-Between attempts it waits for a random share of a window that doubles (full jitter): a fleet that was refused
-together does not come back together. A time limits it, not a number of attempts: a store that is away for
-a minute costs a minute. The last attempt starts when the time is up. While it waits, a warning says every few
-seconds what it waits for, and why.
+The wait between attempts is a random share of a window that doubles (full jitter), so that the nodes of a
+fleet do not all retry at the same time. A timeout limits the retries, not a number of attempts: an outage of
+a minute costs a minute. The last attempt starts when the timeout ends. While it retries, it logs a warning
+every few seconds, with the request and the cause.
 
-The waits are computed here, because those of `tenacity` read the clock and the random numbers of the process.
-A simulation and a test bring their own, and the last wait must end when the time is up.
+The waits are computed here, because those of `tenacity` use the clock and the random numbers of the process.
+Simulations and tests pass their own. Also, the last wait must end exactly at the timeout.
 """
 
 import math
@@ -34,17 +34,17 @@ class TryAgain(Exception):
 
 @dataclass
 class _LastWarning:
-    """When a warning was written last. No lock: a fork could inherit it held, and a line too many does no harm."""
+    """Time of the last warning. No lock: a fork could inherit a held one, and an extra warning does no harm."""
 
     at_s: float = -math.inf
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Tries requests again for `timeout_s`: full jitter over windows of `first_s`, doubled up to `longest_s`.
+    """Retries requests for `timeout_s`: full jitter over windows from `first_s`, doubled up to `longest_s`.
 
-    The clock, the sleep and the draw are arguments, so that tests need no time. All calls together warn
-    (event `store_retry`) at most every five seconds.
+    The clock, the sleep and the draw are arguments, so that tests need not wait. All calls together log at
+    most one warning (event `store_retry`) every five seconds.
     """
 
     timeout_s: float
@@ -64,8 +64,8 @@ class Retry:
     def call(self, what: str, attempt: Callable[[float], Result]) -> Result:
         """The result of the first attempt that does not raise `TryAgain`.
 
-        Each attempt is told the seconds that are left (at least `first_s`). Raises `StoreError` naming `what`, the
-        limit and the last trouble when time is up.
+        `attempt` gets the seconds that are left (at least `first_s`). After the timeout, raises `StoreError` with
+        `what`, the limit and the last error.
         """
         started_s = self.clock_s()
 

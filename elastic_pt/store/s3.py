@@ -1,9 +1,10 @@
-"""S3 and what speaks its protocol, through s3fs.
+"""S3 and compatible stores, through s3fs.
 
-Create-once is one PutObject with `If-None-Match: *`; never a multipart upload, whose condition some
-stores ignore. Large objects are uploaded in parts, each part a request with its own deadline, and appear
-under their key when the last request completes them: a writer that dies leaves no torn object, only
-parts, for which the bucket should have an `AbortIncompleteMultipartUpload` rule.
+Create-once is one PutObject with `If-None-Match: *`. It is never a multipart upload, because some stores
+ignore the condition there. Large objects are uploaded in parts; each part is a request with its own
+deadline. The object appears under its key when the last request completes the upload. A writer that dies
+leaves only parts, never a partial object. The bucket should have an `AbortIncompleteMultipartUpload` rule
+that removes such parts.
 
 Endpoint, region, credentials and checksums come from the standard AWS environment and files
 (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_PROFILE`, `AWS_REQUEST_CHECKSUM_CALCULATION`, ...). s3fs and
@@ -68,7 +69,7 @@ _NO_LOGIN = (
     boto.NoAuthTokenError,
     boto.LoginError,
 )
-# Errors about what the user has configured, raised before any request is made.
+# Errors in the user's settings, raised before any request is sent.
 _SETTINGS = (
     boto.ConfigNotFound,
     boto.ConfigParseError,
@@ -121,7 +122,7 @@ def s3_fault_of(error: Exception) -> Fault:
     if type(error).__name__ == "ResponseParserError":  # a proxy's HTML page instead of XML
         return Fault.TRANSIENT
     fault = fault_of(error)
-    # Only a server can tell what it holds. This is about a file of the client: CA certificates, a token.
+    # No server sent this error. It is about a local file, such as CA certificates or a token.
     return Fault.SETTINGS if fault in _OF_A_SERVER else fault
 
 
@@ -130,9 +131,9 @@ def _is_invalid_endpoint(error: Exception) -> bool:
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse AWS settings that no request could be made with. Raises `ConfigError` that names the variable.
+    """Refuse AWS settings with which every request would fail. The `ConfigError` names the variable.
 
-    The libraries would retry for minutes, or fail with an error that names nothing.
+    The libraries would retry for minutes, or fail without naming it.
     """
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         url = environment.get(name, "")
@@ -154,8 +155,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
         # The value itself is a secret and is not shown.
         if not value.isprintable() or value != value.strip():
             raise ConfigError(
-                f"{name}: holds a line end, a space at an end or another control character; "
-                "expected the bare key"
+                f"{name}: contains a line end, a leading or trailing space, or another control character; "
+                "expected the key alone"
             )
 
 
@@ -176,8 +177,8 @@ def _response(error: BaseException | None) -> dict[str, Any] | None:
 
 
 async def _body(filesystem: Any, wanted: dict[str, str]) -> bytes:
-    # Not s3fs's cat_file: it asks for the size first, may mix two versions of a large object, and takes
-    # a "?versionId=" in a key for an instruction.
+    # Not s3fs's cat_file: it requests the size first, may mix two versions of a large object, and parses
+    # a "?versionId=" in a key.
     response = await filesystem._call_s3("get_object", **wanted)
     try:
         return bytes(await response["Body"].read())
@@ -192,7 +193,7 @@ def _without_library_retries(filesystem: Any) -> None:
 class S3Store:
     """A `Store` below `s3://bucket/prefix`. Needs Get, Put, List and DeleteObject there.
 
-    Without the permission to list, S3 answers 403 for an object that does not exist, so `AccessDenied`.
+    Without the permission to list, S3 answers 403 for a missing object, and `AccessDenied` is raised.
     """
 
     def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
@@ -200,7 +201,7 @@ class S3Store:
         if not bucket:
             raise ConfigError(f"{url} names no bucket; expected s3://bucket/run")
         check_environment(os.environ)
-        # They log the traceback of each error that they also raise, and whoever set up no logging would see it.
+        # They log the traceback of each error that they raise. Without any handler, Python would print it.
         for name in ("botocore", "aiobotocore"):
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._bucket = bucket
@@ -211,7 +212,7 @@ class S3Store:
             retry=retry,
             options={
                 "config_kwargs": {
-                    # Not max_attempts, which counts the retries only.
+                    # Not max_attempts: it counts only the retries.
                     "retries": {"mode": "standard", "total_max_attempts": 1},
                     "connect_timeout": min(5.0, read_timeout_s),
                     "read_timeout": read_timeout_s,
@@ -226,7 +227,7 @@ class S3Store:
 
     @property
     def url(self) -> str:
-        """The URL everything lives below, without a trailing slash."""
+        """The URL of the store, without a trailing slash."""
         return self._client.url
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -247,7 +248,7 @@ class S3Store:
             return b""
 
     def create(self, key: str, data: bytes) -> None:
-        """See `Store.create`: one conditional PUT, and a look at the object if the condition failed."""
+        """See `Store.create`: one conditional PUT, and a read of the object if the condition failed."""
         body = checked_record(data)
         try:
             self._call(f"creating {key}", "put_object", key, Body=body, IfNoneMatch="*")
@@ -327,7 +328,8 @@ class S3Store:
         try:
             self._call(f"writing {key}", "complete_multipart_upload", key, **complete)
         except NotFound:
-            # The upload is gone: an earlier attempt completed it and its response was lost.
+            # The upload is gone. If the object has our nonce, an earlier attempt completed the upload and its
+            # response was lost.
             head = self._call(f"writing {key}", "head_object", key)
             if head.get("Metadata", {}).get(_UPLOAD_NONCE) != nonce:
                 raise
@@ -335,7 +337,9 @@ class S3Store:
     def _abort(self, key: str, upload: str) -> None:
         # The first error is the one to report; the bucket's lifecycle rule removes the parts.
         with contextlib.suppress(Exception):
-            self._call(f"abandoning {key}", "abort_multipart_upload", key, UploadId=upload)
+            self._call(
+                f"aborting the upload of {key}", "abort_multipart_upload", key, UploadId=upload
+            )
 
 
 def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:

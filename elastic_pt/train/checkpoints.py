@@ -3,14 +3,14 @@
     load   fill this worker's rows from the state that its generation resumes from: in the memory of its members,
            in the bucket, or made from the seed
     save   copy this worker's rows into the staging directory (memory); the agent uploads and commits them
-    wait   where `save` found no room: try again for a while, then give this checkpoint up
+    wait   if `save` found no room: try again for a while, then give this checkpoint up
 
-There is no `close`: what was staged belongs to the agent, which may outlive this process. The agent's side
-of the same verbs is `agent.checkpointing`; the files are those of the package `checkpoint`.
+There is no `close`: staged shards belong to the agent, which may outlive this process. `agent.checkpointing` is the
+agent's side of the same operations. The package `checkpoint` defines the files.
 
 Between the two processes, over `workers.channel`:
 
-    worker ─► agent   staged     a shard lies in the staging directory
+    worker ─► agent   staged     a shard is in the staging directory
                       no_room    there is no room for it; this worker tries again
                       skipped    there was no room: no node waits for this checkpoint any more
                       unusable   the checkpoint to resume from does not verify: the agent quarantines it
@@ -45,22 +45,22 @@ _PAUSE_MAX_S: Final = 5.0
 
 
 class Agent(Protocol):
-    """What a worker needs of the node's agent (`workers.channel.WorkerSide`)."""
+    """The part of the agent's channel that a worker needs here (`workers.channel.WorkerSide`)."""
 
     @property
     def drain_requested(self) -> bool:
-        """Whether to stop at a step boundary."""
+        """Whether the agent wants all workers to stop at a step boundary."""
 
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
 
     def send(self, kind: str, **content: object) -> None:
-        """Tell the agent something."""
+        """Send a message to the agent."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a checkpoint comes from: what it was trained on and with."""
+    """The origin of a checkpoint: its run, configuration, data and tokenizer."""
 
     data_fingerprint: str
     tokenizer_sha256: str
@@ -68,11 +68,11 @@ class Provenance:
 
 
 def unwatched(phase: WorkerPhase, step: int) -> None:
-    """Called with each phase where no watchdog looks."""
+    """Used where there is no watchdog."""
 
 
 class Checkpoints:
-    """The four verbs of the module. One per worker; not thread-safe."""
+    """The operations of the module. One per worker; not thread-safe."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class Checkpoints:
         self._why = ""
 
     def load(self, state: TrainState) -> None:
-        """Fill this worker's rows; communicates nothing.
+        """Fill this worker's rows; does not communicate with other workers.
 
-        Raises `CheckpointError` for a checkpoint that does not verify: the agent is told and quarantines it, and
-        the next generation resumes from the one before. Raises `ConfigError` for one of another run.
+        Raises `CheckpointError` for a checkpoint that does not verify: the agent gets a message and quarantines it,
+        and the next generation resumes from the previous one. Raises `ConfigError` for one of another run.
         """
         memory, resume = self._assignment.memory, self._assignment.resume
         if memory is not None:

@@ -1,4 +1,4 @@
-"""Sums over the slots of a step whose bits do not depend on how many workers there are.
+"""Sums over the slots of a step. Their bits do not depend on the number of workers.
 
 A step has V slots; slot s contributes one gradient g(s), a pure function of (weights, data plan, step, s).
 Floating-point addition is not associative, so the sum is defined as one binary tree over the slots:
@@ -18,12 +18,12 @@ would leave up to W·log2(V/W) pending).
 FSDP2 skips its reduce-scatter in a world of one; there `ExactAllReduceHook` feeds the same tree.
 
 On CUDA all of this runs on FSDP2's communication streams. The all-to-all copies and never adds, so NCCL and gloo
-give the same bits. The CUDA path is written after torch's documentation and source; `benchmarks/cuda/run.sh`
-checks it where there is a GPU.
+give the same bits. The CUDA path follows torch's documentation and source; `benchmarks/cuda/run.sh` checks it on a
+machine with a GPU.
 
 The gradient norm is a sum too. Squares are summed in float64 within each row by folding the row onto itself, then
 over all rows in the model's order by the same fold. A row is never split over workers, and every operation is a
-single IEEE addition or multiplication, so vector width, threads and shard borders cannot show.
+single IEEE addition or multiplication, so vector width, threads and shard borders have no effect.
 """
 
 import math
@@ -64,7 +64,7 @@ class DyadicSum:
         self._pending: dict[tuple[int, int], Tensor] = {}
 
     def add(self, slot: int, contribution: Tensor) -> None:
-        """Add one slot's tensor. Takes it over: its memory becomes part of the sum."""
+        """Add one slot's tensor. Its memory becomes part of the sum, so the caller must not use it again."""
         assert 0 <= slot < self._slots
         level, index, value = 0, slot, contribution
         while (nodes := -(-self._slots >> level)) > 1:
@@ -96,7 +96,7 @@ class DyadicSum:
 class Rounds:
     """The rounds of a step: each worker computes at most one slot per round. Shared by all reductions of a model.
 
-    `train.step` sets `index` before each backward pass, so that a reduction knows whose slots it receives.
+    `train.step` sets `index` before each backward pass, so that a reduction knows which slots it receives.
     """
 
     def __init__(self, slots: int, world_size: int) -> None:
@@ -116,7 +116,7 @@ class Rounds:
 
 
 class ExactReduceScatter:
-    """What FSDP2 calls instead of its reduce-scatter, for one group of parameters. Worker process."""
+    """FSDP2 calls this instead of its reduce-scatter, for one group of parameters. Worker process."""
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
@@ -184,7 +184,7 @@ def install_exact_reduction(model: torch.nn.Module, rounds: Rounds) -> None:
 
 
 def sum_without_scaling(module: FSDPModule) -> None:
-    """Have FSDP2 sum gradients as they are; losses are divided by V already."""
+    """Make FSDP2 sum gradients without a division; losses are divided by V already."""
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
 

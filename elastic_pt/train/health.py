@@ -1,4 +1,4 @@
-"""What to do with a step whose loss or gradient is not finite: a pure function of values that all ranks have.
+"""The reaction to a step with a non-finite loss or gradient: a pure function of values that all ranks have.
 
     finite loss and gradient         ─► UPDATE
     not finite, up to the limit      ─► SKIP    no update, the data of the step is skipped, on every rank

@@ -1,9 +1,10 @@
 """The training loop: every decision of a worker between its first and its last step.
 
-    batch ─► run_step ─► report ─► snapshot due? ─► checkpoint due? ─► stop asked for? ─► next step
+    batch ─► run_step ─► report ─► snapshot due? ─► checkpoint due? ─► stop requested? ─► next step
 
-A snapshot is one copy into memory that outlives this process. A checkpoint is staged (copied into the agent's memory) here, between two steps; hashing and upload
-are the agent's. All workers take the same decisions, because they decide from what `run_step` agreed on.
+A snapshot is one copy into memory that survives this process. A checkpoint is staged (copied into the agent's memory)
+here, between two steps. The agent hashes and uploads it. All workers make the same decisions, because they decide from
+the values that `run_step` agreed on.
 """
 
 import time
@@ -29,9 +30,9 @@ def train(
     snapshots: MemorySnapshots,
     enter: Callable[[WorkerPhase, int], None] = unwatched,
 ) -> Outcome:
-    """Train until the last step or until the agent wants the world to change. Worker process; communicates.
+    """Train until the last step or until the agent asks all workers to stop. Worker process; communicates.
 
-    `enter(phase, steps done)` informs the watchdog of what comes next.
+    `enter(phase, steps done)` informs the watchdog of the next phase.
     """
     last_checkpoint = state.steps_done
     while state.steps_done < config.train.steps:
@@ -72,7 +73,7 @@ def train(
 def room_timeout_s(config: Config) -> float:
     """How long the last checkpoint may wait for room.
 
-    The other workers wait in a barrier meanwhile: it must not time out, or they would fail too.
+    The other workers wait in a barrier in this time. It must not time out, or they would fail too.
     """
     return min(config.elastic.settle_timeout_s, config.elastic.collective_timeout_s) / 2
 
@@ -85,7 +86,7 @@ def report(
     seconds: float,
     data_wait_s: float,
 ) -> None:
-    """Tell the agent about a finished step. Steps are counted from 1 here: `step` are done."""
+    """Report a finished step to the agent. Steps are counted from 1 here: `step` steps are done."""
     rows = config.train.global_batch
     agent.send(
         "step",

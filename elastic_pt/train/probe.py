@@ -1,11 +1,11 @@
-"""Identifies what decides the bits on this node: by names, and by a small computation (the probe).
+"""The platform of this node: everything that decides its bits, as names and a small computation (the probe).
 
 Names alone are not enough. MKL takes another code path on another vendor's processor, with another result in the
-last bit, and no name need show it. So in exact mode a process forked from the agent takes two small
+last bit, and possibly with the same names. So in exact mode a process forked from the agent takes two small
 training steps (forward, backward, norm, update) with the model, the optimizer, the data type, the threads and,
-where they are small, the shapes of the run. The SHA-256 of all that they computed is the probe, which nodes compare.
+where they are small, the shapes of the run. The SHA-256 of all results is the probe, which nodes compare.
 
-The step is small, and other shapes may take other kernels. So the names that choose kernels are compared as well, and
+The step is small, and other shapes may use other kernels. So the names that choose kernels are compared as well, and
 the other names explain why a probe differs (`identity.EXPLAINING`). Compiled code is not part of the step,
 because compiling takes a minute: with `train.compile` the compiler and the processor's model are compared instead.
 
@@ -61,7 +61,7 @@ _COMPILE_VARIABLES: Final = re.compile(
     r"(TORCHINDUCTOR|TRITON)_(?!COMPILE_THREADS$|HOME$|WORKER_|REDIS_"
     r"|\w*(VERBOSE|LOG|DEBUG|DUMP|TIMEOUT|CACHE(?!_BLOCKING)))\w+"
 )
-"""There are about a hundred, and compiled code is not probed: all but those that are known to choose no kernel."""
+"""There are about a hundred, and the probe does not compile: all except those that are known to choose no kernel."""
 _DEFAULTS: Final = re.compile(
     r"(OMP_DYNAMIC|KMP_DETERMINISTIC_REDUCTION)=(false|no|off|0)"
     r"|(ONEDNN|DNNL)_(MAX_CPU_ISA=(default|all)|CPU_ISA_HINTS=no_hints|DEFAULT_FPMATH_MODE=strict)"
@@ -70,13 +70,13 @@ _DEFAULTS: Final = re.compile(
     r"|GLIBC_TUNABLES=((?!glibc\.cpu\.).)*",
     re.IGNORECASE,
 )
-"""Settings that mean the same as no setting."""
+"""Settings with the same effect as no setting."""
 
 
 def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
-    """What computes on this node, by name. Runs in a process forked from the agent, which ends after it.
+    """The platform of this node, by name. Runs in a process forked from the agent, which ends after it.
 
-    Native numerics does not promise bits: then only the version of torch and the kind of processor are returned.
+    Native numerics does not guarantee bits: then only the version of torch and the kind of processor are returned.
     """
     config = parse_config(config_text, source="the agent")
     train, device = config.train, resolve_device(config.train)
@@ -110,7 +110,7 @@ def _kind(device: torch.device) -> dict[str, str]:
 
 
 def probe(config: Config, vocabulary: int, device: torch.device) -> str:
-    """SHA-256 of what two small training steps compute here. Needs `make_deterministic` before."""
+    """SHA-256 of the results of two small training steps. Call `make_deterministic` before."""
     train = config.train.model_copy(update={"compile": False})
     section, vocabulary = small(config.model), min(vocabulary, _VOCABULARY_MAX)
     model = build_on_meta(section, vocabulary)
@@ -180,7 +180,7 @@ def small(model: ModelSection) -> ModelSection:
 
 
 def variables(environment: Mapping[str, str], *, cuda: bool, compiled: bool) -> str:
-    """The environment's variables that choose kernels, in one line. One value for all, so that a missing one differs too."""
+    """The environment variables that choose kernels, in one line: one value, so that a missing variable differs too."""
     families = [_CUDA_VARIABLES if cuda else _CPU_VARIABLES]
     families += [_COMPILE_VARIABLES] if compiled else []
     return ", ".join(
@@ -192,7 +192,7 @@ def variables(environment: Mapping[str, str], *, cuda: bool, compiled: bool) -> 
 
 
 def processor_in(path: Path) -> tuple[str, str]:
-    """Vendor and model of the processor, as Linux tells them; on Arm both are numbers."""
+    """Vendor and model of the processor, as Linux reports them; on Arm both are numbers."""
     found: dict[str, str] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         name, _, value = line.partition(":")

@@ -10,8 +10,8 @@ def learning_rate(step: int, train: TrainSection) -> float:
 
     Warm-up rises linearly and reaches the peak at step `warmup_steps - 1` at the latest. `wsd` then stays there
     and falls linearly over the last `decay_share` of the run; `cosine` falls from the end of warm-up on. Both
-    reach `min_learning_rate_ratio` of the peak at the last step, and stay there. Where a run is so short that
-    warm-up and decay meet, the smaller of the two counts.
+    reach `min_learning_rate_ratio` of the peak at the last step, and stay there. If a run is so short that
+    warm-up and decay overlap, the smaller of the two counts.
     """
     if step < 0:
         raise ValueError(f"step = {step}: steps are counted from 0")

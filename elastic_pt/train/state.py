@@ -1,6 +1,6 @@
-"""What training knows between two steps, and how it maps to the tensors of a checkpoint.
+"""The state of training between two steps, and how it maps to the tensors of a checkpoint.
 
-The resumable part knows no rank and no world size: the full weights, the two AdamW moments, how many steps are
+The resumable part contains no rank and no world size: the full weights, the two AdamW moments, how many steps are
 done, how many of them updated the weights, and how many were skipped in a row up to now. The learning rate, the
 data position and every random number follow from the step and the seed. A worker holds the rows `shard_rows` of
 each tensor.
@@ -27,7 +27,7 @@ class Slice:
     """A worker's rows of one tensor of the state."""
 
     rows: Tensor
-    """The live memory."""
+    """The memory in use, not a copy."""
     global_shape: tuple[int, ...]
     first_row: int
 
@@ -58,11 +58,11 @@ class TrainState:
         )
 
     def initialize(self) -> None:
-        """Give the weights their values of step 0; communicates nothing."""
+        """Set the weights to their values of step 0; does not communicate."""
         initialize.fill_(self.model, layers=self.config.model.layers, seed=self.config.run.seed)
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        """Every tensor of a checkpoint by name, with this worker's rows of it (live memory)."""
+        """Every tensor of a checkpoint by name, with this worker's rows of it (the memory in use)."""
         for name, parameter in self.model.named_parameters():
             exp_avg, exp_avg_sq = self.optimizer.state(name)
             first, end = self._span(parameter)

@@ -30,10 +30,10 @@ _CONTROLS: Final = 3
 
 @dataclass(frozen=True)
 class Control:
-    """What one worker asks all workers to do after this step."""
+    """One worker's requests to all workers for after this step."""
 
     drain: bool
-    """Checkpoint and stop: the world is about to change."""
+    """Checkpoint and stop, because the members will change."""
     checkpoint_pending: bool
     """The previous checkpoint is still being uploaded, so a periodic one would have to wait."""
 
@@ -63,7 +63,7 @@ class Agreed:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all workers know after a step; the same on each of them."""
+    """The result of a step; the same on all workers."""
 
     step: int
     loss: float
@@ -138,7 +138,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _agree_on_step(
     state: TrainState, losses_2V: Tensor, gradients: list[Tensor], control: Control, offer: Offer
 ) -> tuple[Tensor, float, Agreed]:
-    """One all-reduce: losses of all slots [2, V], gradient norm, and what the workers ask for and offer."""
+    """One all-reduce: losses of all slots [2, V], gradient norm, and the requests and offers of all workers."""
     exact = state.config.train.numerics == "exact"
     squares = state.row_squares.total_rows if exact else 1
     bits = _CONTROLS + state.world_size

@@ -1,7 +1,7 @@
-"""A worker's life: join the world, build the state, get it back from a checkpoint, train, end.
+"""A worker from start to end: join the world, build the state, restore it from a checkpoint, train, end.
 
 Composition root of the worker process, which is disposable: it is forked for one generation and killed with
-SIGKILL when that generation has no future. The fork server calls `main` in a process that it has just forked.
+SIGKILL when that generation is broken. The fork server calls `main` in a process that it has just forked.
 
     main ─► join_world ─► TrainState ─► Checkpoints.load ─► SlotLoader ─► train.loop.train
 """
@@ -100,7 +100,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     with loader:
         outcome = train(config, state, iter(loader), agent, checkpoints, snapshots, progress.enter)
         progress.enter(WorkerPhase.END, state.steps_done)
-    # Nobody closes connections while another worker may still be reading from them.
+    # No worker closes connections while another worker may still read from them.
     dist.barrier()
     dist.destroy_process_group()
     agent.close()
@@ -108,7 +108,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
 
 
 def join_world(config: Config, assignment: Assignment, device: torch.device) -> DeviceMesh:
-    """Connect to the other workers of this generation, over the store made for it alone."""
+    """Connect to the other workers of this generation, over the generation's own store."""
     timeout = datetime.timedelta(seconds=config.elastic.collective_timeout_s)
     world_size = int(os.environ["WORLD_SIZE"])
     with without_dns():

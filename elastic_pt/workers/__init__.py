@@ -1,1 +1,1 @@
-"""The disposable processes: how an agent forks, watches and kills them, and how both sides talk."""
+"""The disposable processes: how an agent forks, watches and kills them, and the messages between both."""

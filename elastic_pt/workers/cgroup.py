@@ -1,10 +1,10 @@
-"""Whether the kernel killed a worker for its memory: its cgroup counts OOM kills. Agent process."""
+"""Whether the kernel killed a worker because memory ran out: its cgroup counts OOM kills. Agent process."""
 
 from pathlib import Path, PurePosixPath
 
 
 class OomKills:
-    """OOM kills in the cgroup of a process from now on; made while that process lives.
+    """OOM kills in the cgroup of a process from now on. Create it while that process is alive.
 
     Reads `memory.events` (cgroup v2) or `memory.oom_control` (v1) of the process's own group. Without either, as on a
     machine without containers, it reads the machine's `/proc/vmstat`. Each has a line `oom_kill`.

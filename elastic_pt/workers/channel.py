@@ -1,8 +1,8 @@
-"""What an agent and its workers tell each other: JSON lines over one Unix socket on the node.
+"""The messages between an agent and its workers: JSON lines over one Unix socket on the node.
 
     worker ─► agent   step        a step is done: numbers for metrics, status and the history
                       activity    what the worker does now (restore, train, ...), for the goodput ledger
-                      staged      a shard file lies in the staging directory
+                      staged      a shard file is in the staging directory
                       snapshot    a slot holds the state of a step
                       no_snapshots  there is no memory for them
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
@@ -10,7 +10,7 @@
                       released    the agent is done with the checkpoint of a step, so the next one may come
                       complete    the node and its mirrors hold the state of a step whole
 
-A worker whose agent is gone reads the end of the stream and exits at once.
+If the agent ends, its workers read the end of the stream and exit at once.
 """
 
 import json
@@ -59,7 +59,7 @@ class AgentSide:
         self._lock = threading.Lock()
 
     def listen(self, handle: Callable[[Message], None]) -> None:
-        """Take connections, and call `handle` with each message."""
+        """Accept connections, and call `handle` with each message."""
         threading.Thread(target=self._accept, args=(handle,), name="channel", daemon=True).start()
 
     def drain(self, reason: str) -> None:
@@ -87,7 +87,7 @@ class AgentSide:
             except OSError:
                 continue
             if not whole:
-                # It has read nothing for hundreds of messages. Drop it: half a line would corrupt the stream.
+                # The worker has not read hundreds of messages. Drop it: half a line would corrupt the stream.
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
@@ -133,7 +133,7 @@ class AgentSide:
 
 
 def _take(line: bytes, handle: Callable[[Message], None]) -> None:
-    """Handle one message. An error must not end this thread: the worker would take its agent for dead."""
+    """Handle one message. An error must not end this thread, or the worker would exit as if its agent had died."""
     try:
         handle(json.loads(line))
     except Exception:
@@ -159,7 +159,7 @@ class WorkerSide:
 
     @property
     def drain_requested(self) -> bool:
-        """Whether the agent wants the world to stop at a step boundary."""
+        """Whether the agent wants all workers to stop at a step boundary."""
         return self._drain
 
     def released(self, step: int) -> bool:
@@ -192,7 +192,7 @@ class WorkerSide:
                 os._exit(ORPHANED_EXIT_CODE)
 
     def _take(self, line: bytes) -> None:
-        """Take in one message. Skip a line that cannot be decoded."""
+        """Handle one message. Skip a line that cannot be decoded."""
         with suppress(ValueError, KeyError, TypeError):
             message = json.loads(line)
             if message["kind"] == "drain":

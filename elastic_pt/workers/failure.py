@@ -1,13 +1,13 @@
-"""Why a worker ended: from the evidence that it leaves to one cause. Agent process.
+"""Why a worker ended: finds one cause in the evidence. Agent process.
 
     exit code, error file, hang, OOM counter ─► Evidence ─► root_cause ─► WorkerFailure
 
-torch elastic's `record` writes the error file around the worker's function. It holds the exception and its
-traceback, and counts more than the exit code.
+torch elastic's `record` wraps the worker's function and writes the error file. It holds the exception and its
+traceback, and has priority over the exit code.
 
-A failure comes from the surroundings or from the program. The surroundings may have changed at the next attempt:
+A failure comes from the surroundings or from the program. The surroundings may change before the next attempt:
 space, I/O, the store, memory, the device, the network, a signal from outside. The program is a function of state,
-data and code, and fails again. Only the program's failures may end a run (`membership.decision.budgets`).
+data and code, so it fails again. Only failures of the program may end a run (`membership.decision.budgets`).
 """
 
 import json
@@ -27,15 +27,15 @@ _MESSAGE_CHARACTERS_MAX: Final = 500
 _TRACEBACK_CHARACTERS_MAX: Final = 16 * 1024
 _CUT: Final = "… (cut)\n"
 
-# torch's own types, and the plain RuntimeError that gloo raises, if its text names a connection. An OSError or an
-# error of this project with the same words is about the bucket or a file.
+# torch's own types, and gloo's plain RuntimeError if its text is about a connection. An OSError or an error of this
+# project with the same words is about the bucket or a file.
 _COLLECTIVE_TYPES: Final = re.compile(r"(torch\.distributed\.)?Dist\w*Error$")
 _MAYBE_COLLECTIVE_TYPE: Final = "RuntimeError"
 _COLLECTIVE_WORDS: Final = re.compile(
     r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Broken pipe|Socket ?(Timeout|closed)",
     re.IGNORECASE,
 )
-# Exceptions of the surroundings, by name, wherever they stand in a chain of direct causes ("raise ... from").
+# Exceptions of the surroundings, by name, at any place in a chain of direct causes ("raise ... from").
 _SURROUNDINGS_TYPES: Final = re.compile(
     r"(\w+\.)*(OSError|IOError|EnvironmentError|FileNotFoundError|FileExistsError|PermissionError"
     r"|NotADirectoryError|IsADirectoryError|BlockingIOError|InterruptedError|ChildProcessError"
@@ -49,7 +49,7 @@ _SURROUNDINGS_WORDS: Final = re.compile(
     r"|CUDA (driver )?error|CUDNN_STATUS|CUBLAS_STATUS|CUDA-capable device|ECC error|NVML",
     re.IGNORECASE,
 )
-# Wrong indices come back at every attempt: a token beyond the vocabulary, an index beyond a tensor.
+# Wrong indices fail at every attempt: a token beyond the vocabulary, an index beyond a tensor.
 _PROGRAM_WORDS: Final = re.compile(
     r"device-side assert|illegal (memory access|address)", re.IGNORECASE
 )
@@ -60,8 +60,8 @@ _DIRECT_CAUSE: Final = "\nThe above exception was the direct cause of the follow
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n"
 _EXCEPTION_LINE: Final = re.compile(r"^([A-Za-z_][\w.]*)(?:: (.*))?$", re.MULTILINE)
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# What differs between nodes and between attempts: UUIDs, names from Python's tempfile (eight characters after a known
-# prefix or `tmp`), addresses, hashes, and numbers.
+# Text that differs between nodes and between attempts: UUIDs, names from Python's tempfile (eight characters after a
+# known prefix or `tmp`), addresses, hashes, and numbers.
 _VARYING: Final = re.compile(
     r"\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
     r"|(?<=elastic_pt-)[a-z0-9_]{8}\b|(?<=\bworkers-)[a-z0-9_]{8}\b|(?<=\bpymp-)[a-z0-9_]{8}\b"
@@ -71,10 +71,10 @@ _VARYING: Final = re.compile(
 
 
 class FailureCause(StrEnum):
-    """What ended a worker, from root to symptom: of several failures the first in this order counts."""
+    """The cause of a worker's end, from root to symptom: of several failures the first in this order counts."""
 
     OOM = "oom"
-    """The kernel killed it for its memory."""
+    """The kernel killed it because memory ran out."""
     SIGNAL = "signal"
     EXCEPTION = "exception"
     EXIT = "exit"
@@ -94,7 +94,7 @@ class WorkerFailure:
     exit_code: int | None
     """Negative for a signal; None if the agent killed it."""
     message: str = ""
-    """One line: the exception, or what the watchdog found."""
+    """One line: the exception, or the watchdog's cause."""
     traceback: str = ""
     """The exception's traceback; only its end if it is long."""
     stacks: str = ""
@@ -112,7 +112,7 @@ class WorkerFailure:
 
     @property
     def collateral(self) -> bool:
-        """Whether it only followed from the loss of another worker."""
+        """Whether it is only a consequence of the loss of another worker."""
         return self.cause is FailureCause.COLLECTIVE
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ class RecordedError:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of one worker after its generation has ended on this node."""
+    """All evidence about one worker after its generation has ended on this node."""
 
     rank: int
     exit_code: int | None = None

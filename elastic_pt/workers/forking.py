@@ -6,10 +6,10 @@
                                                                               │ fork
                                                                               └─► train.worker      (worker)
 
-torch is imported once per node, by the process that becomes the agent. It forks the server before it has a thread of
-Python's and before it touches CUDA, because neither survives a fork. multiprocessing would start a new interpreter
-instead, which imports everything again. What only workers need, the server imports while the agent checks whether it
-can take part; the agent joins when the server is ready (`await_fork_server`).
+torch is imported once per node, by the process that becomes the agent. It forks the server before Python has a second
+thread and before it touches CUDA, because neither survives a fork. multiprocessing would start a new interpreter
+instead, which imports everything again. The server imports the modules that only workers need while the agent checks
+whether it can take part. The agent joins when the server is ready (`await_fork_server`).
 
 Processes die with their parents: workers with the fork server, the fork server with the agent.
 """
@@ -43,9 +43,9 @@ WARM_MODULES: Final = (
     "elastic_pt.train.worker",
     "elastic_pt.cli",
 )
-"""What the agent needs, and most of what its workers need: the training stack, and the main module of both."""
+"""Modules of the agent, and most modules of its workers: the training stack, and the main module of both."""
 SERVER_MODULES: Final = ("torch._inductor.config",)
-"""What FSDP2's hooks and compiled training need beyond that: torch's compiler. Importing it takes a second."""
+"""FSDP2's hooks and compiled training also need torch's compiler. Importing it takes a second."""
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _JOIN_TIMEOUT_S: Final = 5.0
@@ -60,11 +60,11 @@ log = structlog.get_logger("elastic_pt.workers.forking")
 
 
 class _TooLate(BaseException):
-    """The limit of an import has passed. Not an `Exception`: a module that is imported may handle those."""
+    """An import took longer than its limit. Not an `Exception`, because the imported module may catch those."""
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when its parent ends. First thing in a process that we start."""
+    """Ask the kernel to SIGKILL this process when its parent ends. Call it first in each process that we start."""
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -73,17 +73,17 @@ def die_with_parent() -> None:
 
 
 def import_once(modules: Sequence[str], *, threads: int, timeout_s: float) -> None:
-    """Import what agent and workers need, for workers that compute with `threads` CPU threads each.
+    """Import the modules of agent and workers, for workers with `threads` CPU threads each.
 
     Agent process, main thread, before torch is imported. Raises `NodeFailure` if an import fails or takes longer.
     """
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    # A fork server that must be started again then finds modules as this process does, in no other directory.
+    # A fork server that is started again must find modules in the same directories as this process.
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     # torch requires it for deterministic matrix products on CUDA.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # Imports make many objects and little garbage: looking for it would take a fifth of the time.
+    # Imports create many objects and little garbage: collections would take a fifth of the time.
     gc.disable()
     try:
         with _at_most(timeout_s):
@@ -98,7 +98,7 @@ def import_once(modules: Sequence[str], *, threads: int, timeout_s: float) -> No
             f"cannot import what workers need: {type(error).__name__}: {error}"
         ) from error
     finally:
-        # Collections leave these objects alone from now on, so forked processes go on sharing their memory.
+        # Collections ignore these objects from now on, so forked processes continue to share their memory.
         gc.freeze()
         gc.enable()
 
@@ -108,12 +108,12 @@ def start_fork_server(
 ) -> None:
     """Fork the server from this process as it is now. Agent process, main thread, once, after `import_once`.
 
-    It imports those of `modules` that are not there yet, then it waits for requests. Should it die, multiprocessing
-    starts a new interpreter that imports all of them: that is slower and works too. Its socket lies in `scratch`,
-    and semaphores are named after that, so that a sweep finds them.
+    It imports the `modules` that are not imported yet, then it waits for requests. If it dies, multiprocessing
+    starts a new interpreter that imports all of them: that is slower but works too. Its socket is in `scratch`,
+    and semaphores have the same name, so that a sweep finds them.
     """
-    # Private to multiprocessing, which would use TMPDIR, where nobody sweeps a killed agent's socket. The path
-    # of a socket may have 107 bytes, and scratch may have more; that of an open descriptor never does.
+    # Private to multiprocessing, which would use TMPDIR, where a killed agent's socket is never swept. The path
+    # of a socket may have 107 bytes. The path of scratch may be longer; the path of an open descriptor is short.
     opened = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _multiprocessing_settings()["tempdir"] = f"/proc/self/fd/{opened}"
     _multiprocessing_settings()["semprefix"] = semaphore_prefix(scratch)
@@ -164,7 +164,7 @@ def _server_pid() -> int:
 
 
 def _nothing() -> None:
-    """What the empty process of `await_fork_server` does."""
+    """The function of the process that `await_fork_server` forks; it does nothing."""
 
 
 def _start_server(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
@@ -184,10 +184,10 @@ def _start_server(path: bytes, arguments: Sequence[Any], descriptors: Sequence[i
 
 
 def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
-    """In the forked process: keep nothing of the agent but its memory and these descriptors."""
+    """In the forked process: keep only the agent's memory and these descriptors."""
     code = 1
     try:
-        # Some supervisors signal every process of a node. Only the agent answers: it ends the others by SIGKILL.
+        # Some supervisors signal every process of a node. Only the agent handles it: it ends the others by SIGKILL.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         _name_process(b"elastic-pt-fork")
@@ -195,7 +195,7 @@ def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
             if descriptor not in {0, 1, 2, *descriptors}:
                 with suppress(OSError):  # that of the listing itself
                     os.close(descriptor)
-        # Imports and forks make no garbage. Each worker turns the collector on again.
+        # Imports and forks create no garbage. Each worker enables the collector again.
         gc.disable()
         # Its lock is held by the very call that forked.
         forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
@@ -232,14 +232,14 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def begin_worker(environment: dict[str, str]) -> None:
-    """First thing in a forked worker. `environment` is what the agent learned after the fork server had started."""
+    """First call in a forked worker. `environment` has the variables set after the fork server had started."""
     die_with_parent()
     _name_process(b"elastic-pt-work")
     gc.freeze()
     gc.enable()
     avoid_getfqdn()
     os.environ.update(environment)
-    # multiprocessing has inherited a descriptor of the agent, which means nothing here.
+    # multiprocessing has inherited a descriptor number of the agent, which is not valid here.
     _multiprocessing_settings().pop("tempdir", None)
 
 
@@ -251,7 +251,7 @@ def _multiprocessing_settings() -> dict[str, Any]:
 class ForkedCall:
     """One call of a function in a process that is forked from this one now. Agent process, main thread.
 
-    Made as early as the fork server, and for the same reasons; the arguments come later.
+    Create it as early as the fork server, for the same reasons. The arguments come later.
     """
 
     def __init__(self, what: str, function: Callable[..., Any]) -> None:
@@ -272,7 +272,7 @@ class ForkedCall:
             self._connection.send(arguments)
 
     def wait(self, timeout_s: float) -> Any:
-        """Block until it is done; returns the result.
+        """Block until the call is done; returns the result.
 
         Raises the function's own `ElasticPtError`, and `NodeFailure` if it fails otherwise or takes longer.
         """

@@ -1,10 +1,10 @@
 """A worker's heartbeat: two files in the node's scratch directory that the agent reads.
 
     heartbeat-<local rank>  in shared memory: ticks, step, phase, and when these last changed
-    stacks-<local rank>     Python stacks of all its threads: when asked for, and when a fatal signal ends it
+    stacks-<local rank>     Python stacks of all its threads: on request, and when a fatal signal ends it
 
-A worker in trouble does not have to cooperate. Its numbers stop changing, and a signal handler in C, which does not
-need the interpreter's lock, writes the stacks.
+A hung worker need not cooperate. Its numbers stop changing. A signal handler in C, which does not need the
+interpreter's lock, writes the stacks.
 """
 
 import faulthandler
@@ -22,8 +22,7 @@ from typing import Final
 TICK_INTERVAL_S: Final = 0.1
 STACKS_TIMEOUT_S: Final = 0.3
 
-# Native alignment: only then does `struct` store a number with one instruction, so that a reader never sees half
-# of a number.
+# Native alignment: `struct` then stores a number with one instruction, so a reader never sees half of a number.
 _HEADER: Final = struct.Struct("@qq")
 _TICKS: Final = struct.Struct("@q")
 _PROGRESS: Final = struct.Struct("@qqq")
@@ -41,12 +40,12 @@ class WorkerPhase(IntEnum):
     """What a worker is doing."""
 
     START = 0
-    """From its first line to a process group and an empty state."""
+    """From its first line until the process group and an empty state exist."""
     RESTORE = 1
     DATA = 2
     """Waiting for the step's batch."""
     COMPUTE = 3
-    """Inside `run_step`, the other workers' part of it included."""
+    """Inside `run_step`, including waits for the other workers in it."""
     STAGE = 4
     END = 5
     """Waiting for the others after its last step."""
@@ -55,8 +54,8 @@ class WorkerPhase(IntEnum):
 class Heartbeat:
     """Writes the heartbeat. The main thread calls `enter`; another thread ticks. Worker process.
 
-    A tick needs the interpreter's lock and nothing else. Ticks stop when the process is stopped, is in
-    uninterruptible sleep, or never releases that lock. They go on while it waits in a collective.
+    A tick needs only the interpreter's lock. Ticks stop when the process is stopped, is in uninterruptible sleep,
+    or never releases that lock. They continue while it waits in a collective.
     """
 
     def __init__(self, scratch: Path, local_rank: int, generation: int, step: int) -> None:
@@ -65,7 +64,7 @@ class Heartbeat:
         faulthandler.enable(file=stacks, all_threads=True)
         path = _path(scratch, local_rank)
         partial = path.with_suffix(".partial")
-        # Written, not truncated to size: a full file system then fails here, and not as SIGBUS at some step.
+        # Written, not truncated to size: a full file system then fails here, not as SIGBUS at a later step.
         partial.write_bytes(_HEADER.pack(_VERSION, generation).ljust(_FILE_BYTES, b"\0"))
         with partial.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _FILE_BYTES)
@@ -74,7 +73,7 @@ class Heartbeat:
         threading.Thread(target=self._tick, name="heartbeat", daemon=True).start()
 
     def enter(self, phase: WorkerPhase, step: int) -> None:
-        """Write what comes next; `step` steps of the run are done."""
+        """Write the next phase; `step` steps of the run are done."""
         # A reader may see one of the three values before the others. It counts that as one more change.
         _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
 
@@ -99,7 +98,7 @@ class Reading:
 
 
 class HeartbeatReader:
-    """Reads the heartbeat of one worker. Agent process; made before the worker starts.
+    """Reads the heartbeat of one worker. Agent process; create it before the worker starts.
 
     It removes the files of an earlier worker, and never reads a file of another generation.
     """
@@ -138,8 +137,8 @@ class HeartbeatReader:
     def request_stacks(self, pid: int) -> str:
         """Make the worker write its stacks, and wait for them at most `STACKS_TIMEOUT_S`.
 
-        This wakes a stopped worker, so the caller must kill it at once afterwards. Without stacks the text says so,
-        and names the kernel function that the process is in, if that can be read.
+        This wakes a stopped worker, so the caller must kill it at once afterwards. If there are no stacks, the text
+        gives the process's state, and the kernel function that it is in, if that can be read.
         """
         deadline_s = time.monotonic() + STACKS_TIMEOUT_S
         state = process_state(pid)

@@ -1,7 +1,7 @@
 """The worker processes of one node, on `torch.distributed.elastic`'s `LocalElasticAgent`.
 
-Workers are forked from the warm fork server (`workers.forking`). Any trouble ends all of them with SIGKILL: they
-are disposable, and the bucket holds what counts. They die with the fork server, which dies with the agent.
+Workers are forked from the warm fork server (`workers.forking`). Any failure ends all of them with SIGKILL: they
+are disposable, and the bucket has the state. They die with the fork server, which dies with the agent.
 
     every 20 ms   has one ended? ──────────┐
     every 0.1 s   does one hang? ─ stacks ─┴► SIGKILL to all ─► evidence ─► root cause ─► on_failure
@@ -47,7 +47,7 @@ _RESTARTS_MAX: Final = 1_000_000_000
 
 @dataclass(frozen=True)
 class _Watched:
-    """A running worker, and what is needed to judge it."""
+    """A running worker, and the sources of evidence about it."""
 
     rank: int
     process: Any
@@ -61,7 +61,7 @@ class _Watched:
 class NodeProcesses(LocalElasticAgent):
     """Starts, watches and kills this node's workers, one generation after the other. Agent process, main thread.
 
-    `run` raises `NodeFailure` when not even SIGKILL ends a worker: this node can train no more.
+    `run` raises `NodeFailure` when SIGKILL does not end a worker: this node cannot train any more.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class NodeProcesses(LocalElasticAgent):
         self._limits = limits or WatchdogLimits()
         self._watched: list[_Watched] = []
         self._stuck: list[str] = []
-        """Workers that not even SIGKILL has ended."""
+        """Workers that SIGKILL has not ended, one text each."""
         self._next_look_s = 0.0
         spec = WorkerSpec(
             role="trainer",
@@ -127,7 +127,7 @@ class NodeProcesses(LocalElasticAgent):
             for worker in worker_group.workers
         ]
         try:
-            # At once, unless the server had to be started again and hangs.
+            # Returns at once, unless the server had to be started again and hangs.
             await_fork_server(self._limits.startup_timeout_s)
         except NodeFailure as error:
             raise OSError(str(error)) from error
@@ -158,7 +158,7 @@ class NodeProcesses(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        # A worker that returns its outcome exits within `wait`, so an exit that is seen here is a failure.
+        # A worker that returns its outcome exits within `wait`, so an exit found here is a failure.
         exit_codes = {
             each.rank: each.process.exitcode
             for each in self._watched
@@ -169,13 +169,13 @@ class NodeProcesses(LocalElasticAgent):
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state is not WorkerState.FAILED:
                 return result
-            # A worker ended between these lines, and torch has ended the others: their exit codes mean nothing.
+            # A worker ended between these lines, and torch has ended the others: their exit codes prove nothing.
             exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         self._on_failure(self._end_generation(worker_group, exit_codes, hangs))
         return RunResult(state=WorkerState.FAILED)
 
     def _hung_workers(self) -> dict[int, Hang]:
-        """Look at all workers, at most every `_LOOK_INTERVAL_S`."""
+        """The hung workers by rank; checks all workers, at most every `_LOOK_INTERVAL_S`."""
         now_s = time.monotonic()
         if now_s < self._next_look_s:
             return {}
@@ -200,7 +200,7 @@ class NodeProcesses(LocalElasticAgent):
     def _end_generation(
         self, worker_group: WorkerGroup, exit_codes: dict[int, int], hangs: dict[int, Hang]
     ) -> WorkerFailure:
-        """Kill all workers and find the root cause; `exit_codes` are those of workers that ended by themselves."""
+        """Kill all workers and find the root cause; `exit_codes` has the workers that ended by themselves."""
         stacks = {
             each.rank: each.reader.request_stacks(each.process.pid)
             for each in self._watched
@@ -255,13 +255,13 @@ class NodeProcesses(LocalElasticAgent):
                     f"worker {each.rank} (process {pid}, state {process_state(pid) or 'gone'}) "
                     f"has not ended {_KILL_TIMEOUT_S:.0f} s after SIGKILL"
                 )
-                # Or this process would wait for it at its own exit, without a limit.
+                # Otherwise this process would wait for it at its own exit, without a limit.
                 multiprocessing.process._children.discard(each.process)  # type: ignore[attr-defined]
         if self._stuck:
-            # Or torch would try again, and wait again.
+            # Otherwise torch would try again, and wait again.
             self._watched, self._pcontext = [], None
         # Without a timeout: torch 2.11 takes none, and all workers have ended here.
         super()._shutdown(signal.SIGKILL)
 
     def _exit_barrier(self) -> None:
-        """No barrier: the log's STOP record tells that all are done."""
+        """No barrier: the log's STOP record shows that all are done."""

@@ -1,8 +1,8 @@
 """A node's scratch directory: in memory, private to one agent, removed when the agent ends.
 
 A killed agent cannot remove its directory. So each agent holds a lock on it, and the next agent on the machine
-removes every directory without a lock holder, with the semaphores of the same name. A directory that is removed
-between its creation and its lock is made again.
+removes every directory without a lock holder, with the semaphores of the same name. If a directory is removed
+between its creation and its lock, the agent creates another one.
 """
 
 import errno
@@ -26,7 +26,7 @@ _SEMAPHORES: Final = Path("/dev/shm")
 
 @contextmanager
 def scratch_directory(base: str) -> Iterator[Path]:
-    """A fresh directory below `base`, removed at the end.
+    """A new directory below `base`, removed at the end.
 
     Raises `ConfigError` if `base` cannot hold one, and `NodeFailure` if it cannot now (no space, I/O).
     """
@@ -48,7 +48,7 @@ def scratch_directory(base: str) -> Iterator[Path]:
 
 
 def make_locked(base: Path, prefix: str) -> tuple[Path, int]:
-    """A directory, and the lock on it as an open descriptor; no sweep removes it until that is closed. Raises `OSError`."""
+    """A directory, and its lock as an open descriptor: no sweep removes it until that is closed. Raises `OSError`."""
     for _ in range(_ATTEMPTS_MAX):
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
         try:
@@ -63,7 +63,7 @@ def make_locked(base: Path, prefix: str) -> tuple[Path, int]:
 
 
 def sweep(base: Path, prefix: str) -> None:
-    """Remove this user's directories below `base` that nobody has locked: their owners are gone."""
+    """Remove this user's directories below `base` without a lock: their owners are gone."""
     for path in base.glob(f"{prefix}*"):
         with suppress(OSError):
             lock = _locked(path)
@@ -82,7 +82,7 @@ def semaphore_prefix(scratch: Path) -> str:
 
 
 def _locked(path: Path) -> int | None:
-    """The lock on a directory of this user; None if somebody else holds it, or the directory is gone."""
+    """The lock on a directory of this user; None if another process holds it, or the directory is gone."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

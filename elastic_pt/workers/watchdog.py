@@ -2,14 +2,14 @@
 
     standstill    no tick for `hang_timeout_s`, or on a slow machine for 3 times the longest gap of the last minutes:
                   the process is stopped, sleeps in the kernel, or never releases the interpreter's lock
-    no progress   it ticks, but step and phase have not changed for `progress_timeout_s`, or where steps are long for
+    no progress   it ticks, but step and phase have not changed for `progress_timeout_s`, or, if steps are long, for
                   6 times a long step
 
-A worker that waits in a collective for a hung worker still ticks, so only the second rule could blame it. That
+A worker that waits in a collective for a hung worker still ticks, so only the second rule could apply to it. That
 rule takes longer, so the agent of the hung worker has already acted on the first rule. `startup_timeout_s` applies
 before the first steps are done, and in phases that move bytes or wait for the bucket: these have no typical duration.
 
-Time in which the agent itself did not look (it was stopped, or the whole machine was) does not count.
+Time in which the agent did not observe (it was stopped, or the whole machine was) does not count.
 """
 
 from collections import deque
@@ -70,7 +70,7 @@ class Hang:
     def __str__(self) -> str:
         if self.standstill:
             where = _WORDS.get(self.state, f"state {self.state}")
-            return f"stood still for {self.seconds:.1f} s at step {self.step} ({where})"
+            return f"sent no heartbeat for {self.seconds:.1f} s at step {self.step} ({where})"
         return (
             f"made no progress for {self.seconds:.1f} s at step {self.step} "
             f"({self.phase.name.lower()}, limit {self.limit_s:.1f} s)"
@@ -78,7 +78,7 @@ class Hang:
 
 
 class Detector:
-    """Watches one worker from its start. Each `observe` is one look; more frequent looks notice sooner."""
+    """Watches one worker from its start. More frequent calls of `observe` detect a hang sooner."""
 
     def __init__(self, limits: WatchdogLimits, now_s: float) -> None:
         self._limits = limits
@@ -92,7 +92,7 @@ class Detector:
         self._gap_s, self._earlier_gap_s, self._gap_window_until_s = 0.0, 0.0, now_s + _GAP_WINDOW_S
 
     def observe(self, now_s: float, reading: Reading | None, state: str) -> Hang | None:
-        """Take in one look: the worker's heartbeat and the state letter of its process."""
+        """The hang, if there is one, after the worker's heartbeat and its process's state letter at `now_s`."""
         passed_s = min(now_s - self._looked_s, _LOOK_GAP_MAX_S)
         self._looked_s = now_s
         self._unchanged_s += passed_s
@@ -103,7 +103,7 @@ class Detector:
         return self._standstill(state) or self._no_progress(state)
 
     def stopped(self, state: str) -> Hang | None:
-        """Whether it is stopped now: then it is the likely cause when another worker lost its connection."""
+        """A hang if it is stopped now: it is the likely cause when another worker lost its connection."""
         return self._hang(True, self._still_s, 0.0, state) if state in _STOPPED else None
 
     def _take_tick(self, now_s: float, reading: Reading, passed_s: float) -> None:
@@ -141,7 +141,7 @@ class Detector:
             return None
         limit_s = self._limits.hang_timeout_s
         if state in _ENDING:
-            # It is exiting. Freeing a lot of memory takes a while.
+            # It is exiting. Freeing much memory takes time.
             limit_s = self._limits.progress_timeout_s
         elif state not in _STOPPED:
             # Imports, compilation and device set-up may hold the interpreter's lock for a long time.

@@ -1,4 +1,4 @@
-"""What a node does between its start and its part in the run."""
+"""A node between its start and its part in the run."""
 
 import signal
 import subprocess
@@ -13,10 +13,10 @@ CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstagin
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_node_that_is_asked_to_leave_while_it_imports_has_left(
+def test_a_node_asked_to_leave_during_imports_ends_at_once(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """F18: A node that does not take part yet has nothing to finish: it ends at once, with exit code 0."""
+    """F18: a node that does not take part yet has nothing to finish, so it ends at once, with exit code 0."""
     (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path))
     agent = subprocess.Popen(
         [sys.executable, "-m", "elastic_pt", "run", str(tmp_path / "run.toml")],

@@ -1,4 +1,4 @@
-"""The agent's checkpoints: where a new generation resumes, and which node a lost checkpoint is blamed on."""
+"""The agent's checkpoints: where a new generation resumes, and which node is the cause of a lost checkpoint."""
 
 import threading
 from collections.abc import Callable
@@ -31,7 +31,7 @@ COMMITTED = Checkpoint(7, 1, "ckpt/0000000007-g1-abcd", 1, "0" * 64, 1.0)
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> WatchedStore:
-    """A run whose only checkpoint, committed by generation 1 of node a, has lost its files since."""
+    """A run with one checkpoint, committed by generation 1 of node a, that has lost its files."""
     bucket = WatchedStore(open_store(f"file://{tmp_path}"))
     log = RunLog(bucket, writer="a")
     log.append(lambda _: generation("a"), generation=0)
@@ -49,7 +49,7 @@ def test_a_member_resumes_from_its_own_commit_without_a_check(bucket: WatchedSto
 
 
 def test_new_nodes_check_every_file_first(bucket: WatchedStore) -> None:
-    """A node that resumes a run, perhaps days later, checks each checkpoint and quarantines unusable ones in the log."""
+    """A node that resumes a run, perhaps days later, checks each checkpoint and quarantines unusable ones."""
     log = RunLog(bucket, writer="z")
     with pytest.raises(CheckpointError, match="none of the committed checkpoints is usable"):
         choose_resume(bucket, log, log.refresh(), member("z").incarnation)

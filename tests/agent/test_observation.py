@@ -1,4 +1,4 @@
-"""What workers say becomes numbers, from several threads at once."""
+"""Messages of workers become numbers, from several threads at once."""
 
 import sys
 import threading
@@ -9,14 +9,14 @@ from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.goodput import Activity
 
 
-def test_workers_that_speak_at_once_never_turn_the_clock_back() -> None:
-    """Time is taken inside the lock: however threads overtake each other, every second is accounted for once."""
+def test_concurrent_messages_count_each_second_once() -> None:
+    """The clock is read inside the lock, so every second counts once, in any order of threads."""
     switch_s = sys.getswitchinterval()
     failures: list[BaseException] = []
 
     def slow_clock() -> float:
         now_s = time.monotonic()
-        # The longest moment for another thread to come in between.
+        # Gives another thread time to run in between.
         time.sleep(0)
         return now_s
 

@@ -105,7 +105,9 @@ def test_a_lost_node_is_told_phase_by_phase() -> None:
 
 
 FAILED = Cause(CauseKind.FAILED, "b", "worker 1 killed by SIGKILL at step 412", 412)
-HUNG = Cause(CauseKind.FAILED, "b", "worker 1 stood still for 2.1 s at step 412 (stopped)", 412)
+HUNG = Cause(
+    CauseKind.FAILED, "b", "worker 1 sent no heartbeat for 2.1 s at step 412 (stopped)", 412
+)
 UNUSABLE = Cause(CauseKind.UNUSABLE, "b", "worker 1 raised CheckpointError: cut short")
 PARKED = Cause(CauseKind.PARKED, "c", "no link to b", detect_s=9.0)
 GAVE_UP = Cause(CauseKind.GAVE_UP, "b", "for a while it could not reach the others")
@@ -116,7 +118,7 @@ BARRED = Cause(CauseKind.BARRED, "b", "3 failures (kept out for 30 s)")
     ("cause", "words"),
     [
         (FAILED, "node b failed: worker 1 killed by SIGKILL at step 412"),
-        (HUNG, "node b failed: worker 1 stood still for 2.1 s at step 412 (stopped)"),
+        (HUNG, "node b failed: worker 1 sent no heartbeat for 2.1 s at step 412 (stopped)"),
         (
             UNUSABLE,
             "node b could not use the checkpoint: worker 1 raised CheckpointError: cut short",

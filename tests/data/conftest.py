@@ -15,7 +15,7 @@ from elastic_pt.store.open import open_store
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Two sources in shards of 1000 tokens; nobody may change it."""
+    """Two sources in shards of 1000 tokens; tests must not change it."""
     texts = tmp_path_factory.mktemp("texts")
     for number in range(60):
         (texts / ("a" if number % 3 else "b")).mkdir(exist_ok=True)
@@ -37,7 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 @pytest.fixture(scope="session")
 def manifest_of() -> Callable[..., Manifest]:
-    """Makes a manifest of sources with so many train tokens each; there are no files behind it."""
+    """Makes a manifest of sources with the given numbers of train tokens. It has no files."""
 
     def make(tokens: list[int], weights: list[float] | None = None) -> Manifest:
         shares = weights or [1 / len(tokens)] * len(tokens)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share by name."""
+"""Helpers that the tests of this folder import."""
 
 import random
 from dataclasses import dataclass
@@ -25,5 +25,5 @@ class Prepared:
 
 
 def cache_at(directory: Path | None = None, bytes_max: int = 2**30) -> ShardCache:
-    """A cache of token shards; by default the one that this user's processes share."""
+    """A cache of token shards; by default the shared one of this user's processes."""
     return ShardCache(directory or cache_directory(""), bytes_max)

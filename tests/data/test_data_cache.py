@@ -1,4 +1,4 @@
-"""The cache of token shards: bounded, shared, verified once, and nobody else's."""
+"""The cache of token shards: bounded, shared by processes, verified once, and private to the user."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ SHARD = b"\x01\x02" * 500
 
 
 def sha256(data: bytes) -> str:
-    """What names a shard."""
+    """The hash that names a shard."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -52,14 +52,14 @@ def remote(prepared: Prepared, name: str) -> WatchedStore:
 
 
 def bytes_in(directory: Path) -> int:
-    """What the shards in a cache take."""
+    """Bytes of all shards in a cache."""
     return sum(path.stat().st_size for path in directory.glob("*.bin"))
 
 
-def test_reading_goes_on_with_a_bound_smaller_than_the_corpus(
+def test_reader_works_with_a_cache_smaller_than_the_corpus(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    """Every row comes out right, and the cache never holds more than its bound."""
+    """Every row is correct, and the cache never holds more than its bound."""
     shards = prepared.manifest.sources[0].train
     largest = 2 * max(shard.tokens for shard in shards)
     bound = 2 * largest
@@ -77,14 +77,14 @@ def test_reading_goes_on_with_a_bound_smaller_than_the_corpus(
         assert bytes_in(tmp_path) <= bound
 
 
-def test_a_bound_below_one_shard_is_refused_by_name(tmp_path: Path) -> None:
-    """The message says how much is needed."""
+def test_bound_below_one_shard_is_refused(tmp_path: Path) -> None:
+    """The error names the setting and the bytes that are needed."""
     with pytest.raises(ConfigError, match=r"data\.cache_bytes = 999: .*expected at least 1000"):
         cache_at(tmp_path, 999).open_downloaded(sha256(SHARD), 1000, "a shard", put(SHARD))
 
 
-def test_what_was_used_least_recently_goes_first_and_what_is_mapped_stays(tmp_path: Path) -> None:
-    """Room is made by removing what nobody maps, the longest unused first."""
+def test_least_recently_used_unmapped_shard_is_removed_first(tmp_path: Path) -> None:
+    """Room is made by removing shards that no process maps, the least recently used first."""
     cache = cache_at(tmp_path, 3000)
     shards = [bytes([number, 0]) * 500 for number in range(4)]
     held = []
@@ -99,10 +99,10 @@ def test_what_was_used_least_recently_goes_first_and_what_is_mapped_stays(tmp_pa
     os.close(held[0])
 
 
-def test_a_shard_is_hashed_once_a_machine(
+def test_shard_is_hashed_once_per_machine(
     copied: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new reader hashes nothing that another one has hashed, in place or downloaded, until the file changes."""
+    """A new reader does not hash a shard again, mapped in place or downloaded, until the file changes."""
     hashed: list[str] = []
     digest = hashlib.file_digest
 
@@ -127,7 +127,7 @@ def test_a_shard_is_hashed_once_a_machine(
 
 
 @pytest.mark.parametrize("trouble", ["mode", "link", "file"])
-def test_a_directory_that_others_could_write_to_is_refused(tmp_path: Path, trouble: str) -> None:
+def test_directory_that_others_can_write_is_refused(tmp_path: Path, trouble: str) -> None:
     """A predictable name in /tmp is safe only if the directory is this user's own."""
     directory = tmp_path / "cache"
     if trouble == "mode":
@@ -143,8 +143,8 @@ def test_a_directory_that_others_could_write_to_is_refused(tmp_path: Path, troub
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a directory to another user takes root")
-def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
-    """Whoever took the name first cannot choose what a run learns from."""
+def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    """Another user who created the directory first cannot choose the training data."""
     directory = tmp_path / "cache"
     directory.mkdir(mode=0o700)
     os.chown(directory, 12345, 12345)
@@ -152,15 +152,15 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
         cache_at(directory).open_downloaded(sha256(SHARD), 1000, "a shard", put(SHARD))
 
 
-def test_what_arrives_wrong_is_not_kept(tmp_path: Path) -> None:
-    """A download that is not the shard is an error, and leaves nothing that could be taken for it."""
+def test_download_with_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
+    """A download with another hash raises, and its file is removed."""
     with pytest.raises(DataError, match="corrupt"):
         cache_at(tmp_path).open_downloaded(sha256(SHARD), 1000, "a shard", put(b"\0" * 1000))
     assert list(tmp_path.glob("*.bin")) == []
 
 
-def test_trouble_on_the_way_is_no_damage(tmp_path: Path) -> None:
-    """No space and I/O errors are told as trouble that may pass, and leave nothing behind."""
+def test_failed_download_is_a_store_error(tmp_path: Path) -> None:
+    """No space and I/O errors may pass, so they raise `StoreError`; they leave no file."""
 
     def fail(path: Path) -> None:
         path.write_bytes(b"half")
@@ -186,8 +186,8 @@ ShardCache(Path(sys.argv[1]), 10_000).open_downloaded(sys.argv[2], 1000, "a shar
 """
 
 
-def test_a_killed_download_is_taken_up_by_the_next(tmp_path: Path) -> None:
-    """A process that is killed while it downloads leaves no lock, no shard, and nothing that lasts."""
+def test_next_process_repeats_a_killed_download(tmp_path: Path) -> None:
+    """A process that is killed while it downloads leaves no lock and no shard; its other files are replaced."""
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), sha256(SHARD)], timeout=WAIT_S
     )
@@ -229,8 +229,8 @@ for _ in range(150):
 """
 
 
-def test_processes_that_make_room_at_once_keep_the_bound(tmp_path: Path) -> None:
-    """Four processes that hold a shard and fetch another one at the same time keep a bound of eight."""
+def test_processes_that_make_room_together_keep_the_bound(tmp_path: Path) -> None:
+    """Four processes that each hold a shard and download another one keep a bound of eight shards."""
     crowd = [
         subprocess.Popen([sys.executable, "-c", CROWD, str(tmp_path), str(seed)])
         for seed in range(4)
@@ -239,8 +239,8 @@ def test_processes_that_make_room_at_once_keep_the_bound(tmp_path: Path) -> None
     assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".verified", ".lock"}
 
 
-def test_a_download_that_was_killed_takes_no_room(tmp_path: Path) -> None:
-    """What a killed process had begun is swept when another shard needs the room."""
+def test_files_of_a_killed_download_are_removed_for_room(tmp_path: Path) -> None:
+    """The files of a killed download are removed when another shard needs the room."""
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), sha256(SHARD)], timeout=WAIT_S
     )
@@ -251,7 +251,7 @@ def test_a_download_that_was_killed_takes_no_room(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".verified", ".lock"}
 
 
-def test_two_processes_download_a_shard_once(tmp_path: Path) -> None:
+def test_second_process_waits_for_the_first_ones_download(tmp_path: Path) -> None:
     """While one process downloads, another one that needs the same shard waits for it."""
     first = subprocess.Popen(
         [sys.executable, "-c", WAITING, str(tmp_path), sha256(SHARD)],
@@ -268,16 +268,16 @@ def test_two_processes_download_a_shard_once(tmp_path: Path) -> None:
     assert first.wait(WAIT_S) == 0
 
 
-def test_the_default_is_below_the_temporary_directory(
+def test_default_cache_is_below_the_temporary_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One directory per user where the machine keeps temporary files; a given one is taken as it is."""
+    """The default is one directory per user for temporary files; a configured directory is used unchanged."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_directory("") == tmp_path / f"elastic-pt-tokens-{os.getuid()}"
     kept = cache_directory("") / "shard.bin"
     kept.parent.mkdir()
     kept.write_bytes(b"tokens")
     with scratch_directory(str(tmp_path)):
-        assert kept.exists(), "the sweep of scratch directories took the cache"
+        assert kept.exists(), "the cleanup of scratch directories removed the cache"
     assert cache_directory("/scratch/tokens") == Path("/scratch/tokens")
     assert isinstance(ShardCache(cache_directory(""), 1), ShardCache)

@@ -1,4 +1,4 @@
-"""The loader: the plan's batches in order, one integer of state, no thread left behind."""
+"""The loader: the plan's batches in order, one integer of state, and no thread after `close`."""
 
 import shutil
 import threading
@@ -32,8 +32,8 @@ def loader(prepared: Prepared, slots: range, first_step: int = 0, last_step: int
     )
 
 
-def test_a_batch_is_what_the_plan_says(prepared: Prepared) -> None:
-    """Slot and row of the tensor are slot and row of the plan; the steps come in order and end."""
+def test_batches_match_the_plan(prepared: Prepared) -> None:
+    """The tensor has the slots and rows of the plan; the steps are in order and end."""
     reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at())
     plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
     with loader(prepared, range(2, 5), first_step=3) as batches:
@@ -67,8 +67,8 @@ def test_every_world_reads_the_same_tokens(
     assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
 
 
-def test_the_state_is_one_integer(prepared: Prepared) -> None:
-    """A new loader at `next_step` goes on exactly where the old one was."""
+def test_loader_resumes_from_one_integer(prepared: Prepared) -> None:
+    """A new loader that starts at `next_step` reads the batches that the old one would have read."""
     with loader(prepared, range(4)) as batches:
         for _ in range(4):
             next(batches)
@@ -79,8 +79,8 @@ def test_the_state_is_one_integer(prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 6])
-def test_closing_ends_the_thread(prepared: Prepared, taken: int) -> None:
-    """After `close` no thread is left, whether nothing, something or everything was read."""
+def test_close_ends_the_thread(prepared: Prepared, taken: int) -> None:
+    """After `close` no thread is left, whether no, some or all batches were read."""
     before = set(threading.enumerate())
     batches = loader(prepared, range(SLOTS))
     for _ in range(taken):
@@ -97,13 +97,15 @@ def test_closing_ends_the_thread(prepared: Prepared, taken: int) -> None:
 
 
 def test_a_worker_without_slots_reads_empty_batches(prepared: Prepared) -> None:
-    """A spare worker keeps step with the others."""
+    """A worker without slots gets one empty batch per step."""
     with loader(prepared, range(0), last_step=2) as batches:
         assert [tuple(batch.tokens_VBT.shape) for batch in batches] == [(0, 2, 34), (0, 2, 34)]
 
 
-def test_a_damaged_shard_is_raised_as_it_is(prepared: Prepared, tmp_path: Path) -> None:
-    """The user's line crosses the reading thread unchanged, and the loader closes after it."""
+def test_data_error_of_the_reading_thread_is_raised_unchanged(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    """The one-line error of the reading thread reaches the caller unchanged, and the loader closes."""
     shutil.copytree(prepared.root, tmp_path / "data")
     for path in (tmp_path / "data" / "shards").rglob("train-00000*.bin"):
         path.write_bytes(path.read_bytes()[:-2])
@@ -128,7 +130,7 @@ def test_every_held_out_token_is_a_target_once(prepared: Prepared, length: int, 
         assert part.inputs_BT.shape[0] <= batch
         assert part.inputs_BT.shape[1] == length
         real = part.targets_BT != IGNORED
-        assert real.any(1).all(), "a window of padding only is work for nothing"
+        assert real.any(1).all(), "a window has only padding"
         targets[part.source] += part.targets_BT[real].tolist()
         inputs[part.source] += part.inputs_BT[real].tolist()
         assert (part.inputs_BT[~real] == manifest.end_token_id).all()

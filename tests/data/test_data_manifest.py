@@ -1,4 +1,4 @@
-"""The manifest: one spelling, one fingerprint, and nothing foreign is taken for one."""
+"""The manifest: one canonical form, one fingerprint, and anything else is refused."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from elastic_pt.errors import DataError
 from elastic_pt.store.open import open_store
 
 
-def test_a_manifest_survives_its_json(prepared: Prepared) -> None:
-    """What is read back is equal, has the same fingerprint, and gives the same bytes."""
+def test_manifest_survives_its_json(prepared: Prepared) -> None:
+    """A parsed manifest is equal, has the same fingerprint, and gives the same bytes."""
     again = Manifest.from_json(prepared.manifest.to_json())
     assert again == prepared.manifest
     assert again.fingerprint == prepared.manifest.fingerprint
@@ -52,10 +52,10 @@ def change(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("vocab_size", value=None), "vocab_size: Input should be"),
     ],
 )
-def test_a_foreign_manifest_is_refused(
+def test_changed_or_foreign_manifest_is_refused(
     prepared: Prepared, damage: Callable[[dict[str, Any]], None], told: str
 ) -> None:
-    """A manifest of another version, or one that somebody edited into nonsense, is named and refused."""
+    """A manifest of another version, or one with wrong edits, is refused with its name."""
     tree = json.loads(prepared.manifest.to_json())
     damage(tree)
     with pytest.raises(DataError, match=told) as caught:
@@ -64,14 +64,14 @@ def test_a_foreign_manifest_is_refused(
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"5", b"\xff", b"{", b"null"])
-def test_what_is_no_json_object_is_refused(data: bytes) -> None:
-    """Garbage under the manifest's name is a `DataError`."""
+def test_manifest_that_is_not_a_json_object_is_refused(data: bytes) -> None:
+    """Anything else under the manifest's key raises `DataError`."""
     with pytest.raises(DataError, match="prepare the data again"):
         Manifest.from_json(data)
 
 
-def test_a_directory_without_a_manifest_is_told(tmp_path: Path) -> None:
-    """A wrong data URL is answered with what is expected."""
+def test_directory_without_a_manifest_is_an_error(tmp_path: Path) -> None:
+    """For a wrong data URL, the error says what is expected."""
     with pytest.raises(
         DataError, match="expected a directory that `elastic-pt prepare` has finished"
     ):

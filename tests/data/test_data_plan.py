@@ -1,4 +1,4 @@
-"""The plan: every world reads the same batches, and every row once, whatever gets killed."""
+"""The plan: every world reads the same batches, and every row once per epoch, despite kills."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Make = Callable[..., Manifest]
 
 
 def read_step(plan: DataPlan, step: int, world_size: int, *, strided: bool) -> Rows:
-    """The global batch of a step as the workers of one world read it, put back in the order of slots."""
+    """The global batch of a step, read by the workers of one world and sorted by slot."""
     by_slot: dict[int, Rows] = {}
     for rank in range(world_size):
         if strided:
@@ -34,8 +34,8 @@ def read_step(plan: DataPlan, step: int, world_size: int, *, strided: bool) -> R
     return [row for slot in range(SLOTS) for row in by_slot[slot]]
 
 
-# One life of a world: its size, whether slots are strided, the steps it does before it is killed, and how
-# many of the newest of them no checkpoint holds.
+# One world: its size, whether slots are strided, the steps that it does before it is killed, and how many
+# of its last steps are in no checkpoint.
 lives = st.lists(
     st.tuples(st.integers(1, 16), st.booleans(), st.integers(0, 6), st.integers(0, 6)), max_size=8
 )
@@ -43,11 +43,11 @@ lives = st.lists(
 
 @given(lives=lives, seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
+def test_batches_do_not_depend_on_world_sizes_and_kills(
     lives: list[tuple[int, bool, int, int]], seed: int, manifest_of: Make
 ) -> None:
-    """What the committed steps read does not depend on who was killed, when, and how many were left."""
-    # One epoch and a bit of the first source, two epochs and a bit of the second.
+    """The rows of the committed steps do not depend on the world sizes and on when workers were killed."""
+    # A little more than one epoch of the first source and two epochs of the second.
     plan = DataPlan(manifest_of([2561, 1281], [0.5, 0.5]), 16, seed, BATCH)
     undisturbed = [
         plan.slot_rows(step, range(slot, slot + 1), MICRO_BATCH)
@@ -74,8 +74,8 @@ def test_any_worlds_and_kills_read_each_row_once_and_the_same_batches(
 
 @given(rows=st.integers(1, 300), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
-def test_every_epoch_is_a_new_order_of_all_rows(rows: int, seed: int, manifest_of: Make) -> None:
-    """Each stretch of as many plan rows as the source has rows holds every row once."""
+def test_every_epoch_has_a_new_order_of_all_rows(rows: int, seed: int, manifest_of: Make) -> None:
+    """Each epoch, as many plan rows as the source has rows, holds every row once."""
     plan = DataPlan(manifest_of([rows * 8 + 1]), 8, seed, 4)
     assert plan.rows_per_source == (rows,)
     epochs = plan.locate(np.arange(3 * rows, dtype=np.int64))[1].reshape(3, rows)
@@ -85,8 +85,8 @@ def test_every_epoch_is_a_new_order_of_all_rows(rows: int, seed: int, manifest_o
         assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
 
 
-def test_a_far_step_is_read_like_a_near_one(manifest_of: Make) -> None:
-    """A step is a function of its number: nothing before it has to be counted."""
+def test_far_step_needs_no_earlier_step(manifest_of: Make) -> None:
+    """A step depends only on its number: no earlier step is computed."""
     plan = DataPlan(manifest_of([10**12, 10**9], [0.9, 0.1]), 2048, 7, 1024)
     near, far = (plan.slot_rows(step, range(3, 4), 4) for step in (0, 10**9))
     assert near != far
@@ -94,7 +94,7 @@ def test_a_far_step_is_read_like_a_near_one(manifest_of: Make) -> None:
     assert all(0 <= row < plan.rows_per_source[source] for source, row in far)
 
 
-def test_a_source_without_a_whole_row_is_refused(manifest_of: Make) -> None:
+def test_source_without_a_whole_row_is_refused(manifest_of: Make) -> None:
     """A row needs one token more than it predicts; the error names source, tokens and field."""
     assert DataPlan(manifest_of([100, 17]), 16, 0, 4).rows_per_source == (6, 1)
     with pytest.raises(
@@ -104,16 +104,18 @@ def test_a_source_without_a_whole_row_is_refused(manifest_of: Make) -> None:
 
 
 @pytest.mark.parametrize(("sequence_length", "global_batch"), [(0, 1), (1, 0), (-3, 1)])
-def test_a_plan_of_nothing_is_refused(
+def test_plan_without_length_or_batch_is_refused(
     sequence_length: int, global_batch: int, manifest_of: Make
 ) -> None:
-    """Lengths and batches are positive."""
+    """The sequence length and the global batch must be positive."""
     with pytest.raises(DataError, match="expected a positive number"):
         DataPlan(manifest_of([100]), sequence_length, 0, global_batch)
 
 
 @pytest.mark.parametrize(("step", "slots"), [(-1, range(1)), (0, range(8, 9)), (0, range(-1, 2))])
-def test_what_is_outside_of_the_plan_is_a_bug(step: int, slots: range, manifest_of: Make) -> None:
-    """A slot that a step does not have is never read from the next step."""
+def test_step_or_slot_outside_of_the_plan_raises(
+    step: int, slots: range, manifest_of: Make
+) -> None:
+    """A slot beyond the step raises; it does not read the rows of the next step."""
     with pytest.raises(ValueError, match="a step has slots 0 to 7"):
         DataPlan(manifest_of([1000]), 16, 0, 16).slot_rows(step, slots, 2)

@@ -1,4 +1,4 @@
-"""Reading a corpus: every format, one order, every kind of bad input."""
+"""Reading a corpus: every format, a fixed order, and every kind of bad input."""
 
 import gzip
 import io
@@ -36,7 +36,7 @@ LINES = b'{"text": "one"}\n\n{"text": "two", "id": 2}\n'
 
 
 def read(path: Path | str) -> list[str]:
-    """Texts of all documents, and `!reason` for what was skipped."""
+    """The texts of all documents, and `!reason` for each skip."""
     return [
         item.text if isinstance(item, Document) else f"!{item.reason}"
         for item in read_documents(list_files(SourceSpec("s", (str(path),))))
@@ -62,19 +62,19 @@ def read(path: Path | str) -> list[str]:
 def test_a_source_is_a_path_with_an_optional_name_and_weight(
     text: str, name: str, path: str, weight: float | None
 ) -> None:
-    """`=` and `@` that belong to a path or URL are never taken for a name or a weight."""
+    """A `=` or `@` that belongs to a path or URL does not give a name or a weight."""
     assert parse_source(text) == SourceSpec(name, (path,), weight)
 
 
 @pytest.mark.parametrize("text", ["", "w=", "w=@0.5", "w=a@0", "w=a@-1", "w=a@nan", "w=a@inf"])
-def test_a_source_without_a_path_or_with_an_impossible_weight_is_refused(text: str) -> None:
-    """A mistake in a source is a `DataError` that quotes it."""
+def test_source_without_a_path_or_with_an_invalid_weight_is_refused(text: str) -> None:
+    """A mistake in a source raises a `DataError` that quotes it."""
     with pytest.raises(DataError, match="expected"):
         parse_source(text)
 
 
 def test_sources_of_one_name_are_joined_in_order() -> None:
-    """The same name may come again; its paths are read one after the other."""
+    """A name may be repeated; its paths are read one after the other."""
     joined = merge_sources([parse_source(text) for text in ("w=a@0.5", "b.txt", "w=c")])
     assert joined == (SourceSpec("w", ("a", "c"), 0.5), SourceSpec("corpus", ("b.txt",)))
 
@@ -89,14 +89,14 @@ def test_sources_of_one_name_are_joined_in_order() -> None:
     ],
 )
 def test_sources_that_contradict_each_other_are_refused(specs: list[SourceSpec]) -> None:
-    """One name means one thing, and a name is safe as the name of a folder."""
+    """One name has one weight and one filter, and is valid as the name of a folder."""
     with pytest.raises(DataError, match="expected"):
         merge_sources(specs)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.md", "x.py", "X.TXT"])
 def test_a_text_file_is_a_document(tmp_path: Path, name: str) -> None:
-    """Plain text comes out as it is, without a byte-order mark."""
+    """A plain text is read unchanged, except for its byte-order mark."""
     (tmp_path / name).write_bytes(b"\xef\xbb\xbfa\r\n\xc3\xa9")
     assert read(tmp_path / name) == ["a\r\né"]
 
@@ -104,8 +104,8 @@ def test_a_text_file_is_a_document(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "text", ["p" * 999 + "\n\n", "line\n", "é", "a" * (PIECE_BYTES - 1) + "é", "\U0001f600"]
 )
-def test_a_large_text_is_cut_without_losing_a_byte(tmp_path: Path, text: str) -> None:
-    """Pieces are at most 64 KiB, valid text, and give the file when joined."""
+def test_large_text_is_cut_without_losing_a_byte(tmp_path: Path, text: str) -> None:
+    """Pieces are valid text of at most 64 KiB, and join to the whole file."""
     whole = text * (300_000 // len(text.encode()))
     (tmp_path / "x.txt").write_text(whole, newline="")
     pieces = read(tmp_path / "x.txt")
@@ -163,10 +163,10 @@ def test_each_parquet_row_is_a_document(tmp_path: Path, kind: str) -> None:
         ("x.jsonl", b'{"id": 5}', "!no_text"),
     ],
 )
-def test_what_cannot_be_a_document_is_skipped_with_its_reason(
+def test_bad_document_is_skipped_with_its_reason(
     tmp_path: Path, name: str, data: bytes, expected: str
 ) -> None:
-    """A bad document is neither a crash nor a silent loss, and the ones beside it are read."""
+    """A bad document gives a skip with its reason, and the documents around it are read."""
     good = LINES if name == "x.jsonl" else b"fine"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(data + (b"\n" + good if name == "x.jsonl" else b""))
@@ -188,10 +188,8 @@ def test_what_cannot_be_a_document_is_skipped_with_its_reason(
         ("x.parquet", b"PAR1", "cannot be read to its end"),
     ],
 )
-def test_a_file_that_is_unusable_as_a_whole_is_an_error(
-    tmp_path: Path, name: str, data: bytes, told: str
-) -> None:
-    """A truncated or foreign file is never taken for a shorter corpus; the error names the file."""
+def test_unusable_file_is_an_error(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+    """A truncated or foreign file never counts as a shorter corpus; the error names the file."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=told) as caught:
         read(tmp_path / name)
@@ -208,20 +206,20 @@ def test_a_parquet_file_without_a_text_column_is_an_error(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "nowhere.txt", "s4://bucket/x.txt"])
 def test_a_missing_path_is_an_error(path: str) -> None:
-    """A path that does not exist, or a URL nobody serves, is told in one line."""
+    """A path that does not exist, or a URL of an unknown protocol, raises `DataError`."""
     with pytest.raises(DataError, match="expected"):
         read(path)
 
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
-    """A folder that holds nothing readable is a mistake, not an empty corpus."""
+    """A folder without a readable file is a mistake, not an empty corpus."""
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(DataError, match="no file with a suffix"):
         read(tmp_path)
 
 
-def test_other_files_of_a_folder_are_counted(tmp_path: Path) -> None:
-    """Files of a folder that cannot be read are named with the reason; a link to a file is that file."""
+def test_unreadable_files_of_a_folder_are_listed(tmp_path: Path) -> None:
+    """Files that cannot be read are listed with the reason; a link to a file is read as that file."""
     (tmp_path / "x.png").write_bytes(b"x")
     (tmp_path / ".hidden").write_bytes(b"x")
     (tmp_path / "y.txt").write_bytes(b"y")
@@ -241,17 +239,17 @@ def test_other_files_of_a_folder_are_counted(tmp_path: Path) -> None:
     assert read(tmp_path) == ["y", "y"]
 
 
-def test_a_pipe_is_no_source(tmp_path: Path) -> None:
-    """What can be read only once is refused instead of being waited for."""
+def test_pipe_is_refused_as_a_source(tmp_path: Path) -> None:
+    """A pipe can be read only once, so it is refused; `prepare` does not wait for it."""
     os.mkfifo(tmp_path / "x.txt")
     with pytest.raises(DataError, match="a pipe or device"):
         read(tmp_path / "x.txt")
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(
+def test_folder_that_cannot_be_listed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder without permission is told; it is no empty one."""
+    """A folder without read permission is an error, not an empty folder."""
     (tmp_path / "below").mkdir()
     (tmp_path / "y.txt").write_bytes(b"y")
     real = os.scandir
@@ -266,8 +264,8 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
         read(tmp_path)
 
 
-def test_keys_of_a_bucket_are_no_paths(moto_url: str) -> None:
-    """Keys of folders are no files, and `//` or `.` in a key is part of it; the order is that of the names."""
+def test_bucket_keys_are_not_normalized_as_paths(moto_url: str) -> None:
+    """Keys of folders are not files. `//` or `.` in a key is part of it. The order is that of the names."""
     bucket = fsspec.filesystem("s3")
     root = moto_url.removeprefix("s3://")
     keys = ["c/b.txt", "c//b.txt", "c/./b.txt", "c/a/x.jsonl", "c/a-b.txt", "other/c.txt"]
@@ -281,8 +279,8 @@ def test_keys_of_a_bucket_are_no_paths(moto_url: str) -> None:
     assert list_files(SourceSpec("s", (f"{moto_url}/c",))).left_out == ()
 
 
-def test_keys_that_cannot_be_opened_are_named(moto_url: str) -> None:
-    """A key that is also a folder, that ends like one, or that s3fs takes apart is left out by name, not in silence."""
+def test_keys_that_cannot_be_opened_are_listed(moto_url: str) -> None:
+    """A key that is also a folder, ends like one, or would be split by s3fs is listed as left out."""
     bucket = fsspec.filesystem("s3")
     root = moto_url.removeprefix("s3://")
     keys = ["c/a.txt", "c/a.txt/b.txt", "c/d.txt/", "c/e?versionId=1.txt", "c/f.txt"]
@@ -295,13 +293,13 @@ def test_keys_that_cannot_be_opened_are_named(moto_url: str) -> None:
         "/c/e?versionId=1.txt": "unreadable_key",
     }
     assert read(f"{moto_url}/c") == ["c/a.txt/b.txt", "c/f.txt"]
-    with pytest.raises(DataError, match="an object, and a folder of others"):
+    with pytest.raises(DataError, match="both an object and a folder"):
         read(f"{moto_url}/c/a.txt")
     assert read(f"{moto_url}/c/a.txt/") == ["c/a.txt/b.txt"]
 
 
-def test_files_without_text_beside_a_corpus_are_no_loss(tmp_path: Path) -> None:
-    """Empty archives and tables, and what macOS writes beside files, are left out by name instead of being refused."""
+def test_files_without_text_do_not_count_as_lost(tmp_path: Path) -> None:
+    """Empty archives and tables, and the resource forks of macOS, are listed as left out, and are no error."""
     (tmp_path / "a.txt").write_bytes(b"a")
     (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07")
     for name in ("x.parquet", "x.jsonl.zst", "x.jsonl.gz"):
@@ -313,7 +311,7 @@ def test_files_without_text_beside_a_corpus_are_no_loss(tmp_path: Path) -> None:
 
 
 class _ShortReads(io.RawIOBase):
-    """A file of which each read gives less than was asked for, as those of a web server do."""
+    """A file of which each read may return less than the requested size, as with a web server."""
 
     def __init__(self, data: bytes) -> None:
         self._inner = io.BytesIO(data)
@@ -334,7 +332,7 @@ class _ShortReads(io.RawIOBase):
 def test_a_short_read_is_not_the_end_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    """Every byte is read from a file system that gives less at once than it is asked for."""
+    """Every byte is read, even if each read returns less than the requested size."""
     plain = b"".join(b'{"text": "%d"}\n' % number for number in range(20_000))
     compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(suffix[-4:].lstrip("l"), bytes)
     path = tmp_path / f"x{suffix}"
@@ -346,10 +344,10 @@ def test_a_short_read_is_not_the_end_of_a_file(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_line_beyond_the_limit_is_skipped(
+def test_line_beyond_the_limit_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    """A line of the largest size is a document; one byte more is left out, and the next line is read."""
+    """A line of the largest size is a document. A longer one is skipped, and the next line is read."""
     monkeypatch.setattr(documents, "DOCUMENT_BYTES_MAX", 20)
     monkeypatch.setattr(documents, "READ_BYTES", 7)
     longest = b'{"text": "12345678"}'
@@ -361,7 +359,7 @@ def test_a_line_beyond_the_limit_is_skipped(
 
 
 def test_a_long_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of a table has the same limit, and rows are read in batches by their size."""
+    """A text in a table has the same limit, and the size of rows decides how many are read at once."""
     monkeypatch.setattr(documents, "DOCUMENT_BYTES_MAX", 20)
     monkeypatch.setattr(documents, "PARQUET_BATCH_BYTES", 100)
     texts = ["ab", "é" * 11, "é" * 10] * 50
@@ -370,8 +368,8 @@ def test_a_long_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kind", ["plain", "dictionary", "skewed", "list"])
-def test_a_table_bomb_takes_no_memory(tmp_path: Path, kind: str) -> None:
-    """Many large equal rows in a small file are read one after the other, within 400 MiB."""
+def test_table_bomb_is_read_within_limited_memory(tmp_path: Path, kind: str) -> None:
+    """Many large equal rows in a small file are read one by one, within 400 MiB."""
     large = "a" * (8 * 2**20)
     small = [f"{number}" for number in range(2000)]
     texts = pyarrow.array([large]).dictionary_encode()
@@ -403,8 +401,8 @@ def test_a_table_bomb_takes_no_memory(tmp_path: Path, kind: str) -> None:
     assert peak_mib < 400
 
 
-def test_a_compressed_bomb_takes_no_memory(tmp_path: Path) -> None:
-    """A line of 3 GiB in a small file is passed over within 500 MiB."""
+def test_compressed_bomb_is_skipped_within_limited_memory(tmp_path: Path) -> None:
+    """A line of 3 GiB in a small file is skipped within 500 MiB."""
     compressor, block = zstd.ZstdCompressor(), b"a" * 2**24
     with (tmp_path / "x.jsonl.zst").open("wb") as file:
         for _ in range(192):
@@ -427,7 +425,7 @@ def test_a_compressed_bomb_takes_no_memory(tmp_path: Path) -> None:
 
 
 class _ReversedFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """A local file system that lists folders backwards."""
+    """A local file system that lists folders in reverse order."""
 
     protocol = "reversed"
 
@@ -440,7 +438,7 @@ class _ReversedFileSystem(LocalFileSystem):  # type: ignore[misc]
 
 
 def test_the_order_of_files_does_not_depend_on_the_listing(tmp_path: Path) -> None:
-    """A folder is read by name, folder by folder, on a file system that lists in another order too."""
+    """A folder is read in the order of names, folder by folder, also if the file system lists in another order."""
     fsspec.register_implementation("reversed", _ReversedFileSystem, clobber=True)
     for name in ("b.txt", "a/z.txt", "a-b.txt", "a/b/c.txt", "a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -451,15 +449,15 @@ def test_the_order_of_files_does_not_depend_on_the_listing(tmp_path: Path) -> No
 
 
 def test_a_url_is_read_like_a_path() -> None:
-    """Anything fsspec opens can hold a corpus."""
+    """Any URL that fsspec can open can hold a corpus."""
     with fsspec.open("memory://test-documents/x.jsonl", "wb") as file:
         file.write(json.dumps({"text": "from memory"}).encode())
     assert read("memory://test-documents") == ["from memory"]
     assert read("memory://test-documents/x.jsonl") == ["from memory"]
 
 
-def test_the_standard_library_is_a_corpus() -> None:
-    """Every machine has it; the limit takes the same documents each time and never goes beyond."""
+def test_standard_library_is_a_corpus() -> None:
+    """Every machine has it. The limit gives the same documents each time and is never exceeded."""
     spec = standard_library_source(limit_characters=300_000)
     items = list(read_documents(list_files(spec)))
     texts = [item.text for item in items if isinstance(item, Document)]

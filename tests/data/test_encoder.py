@@ -1,4 +1,4 @@
-"""Texts to ids: pieces change nothing, and a tokenizer that loses or forges is found out."""
+"""Texts to ids: pieces change nothing, and a tokenizer that changes text or gives end tokens is refused."""
 
 import itertools
 import json
@@ -39,8 +39,8 @@ def encoder_of(prepared: Prepared) -> Encoder:
 
 @given(st.text(LETTERS, min_size=100, max_size=400), st.integers(2, 40))
 @settings(max_examples=200, deadline=None)
-def test_pieces_give_the_text_and_its_ids(prepared: Prepared, text: str, size: int) -> None:
-    """Pieces are bounded and joined are the text; wherever a cut had a place, the ids are those of the whole."""
+def test_pieces_join_to_the_text_and_its_ids(prepared: Prepared, text: str, size: int) -> None:
+    """Pieces are bounded and join to the text; if all cuts are at clean places, the ids are those of the whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "PIECE_CHARACTERS", size)
         patch.setattr(encoder, "BATCH_CHARACTERS", 3 * size)
@@ -57,8 +57,8 @@ def test_pieces_give_the_text_and_its_ids(prepared: Prepared, text: str, size: i
     assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
 
 
-def test_a_long_text_of_words_has_the_ids_of_the_whole(prepared: Prepared) -> None:
-    """At the real sizes: a text of several batches, between short ones, in one call."""
+def test_long_text_has_the_ids_of_the_whole_text(prepared: Prepared) -> None:
+    """With the real limits, one call encodes a text of several batches between short ones."""
     texts = ["a", words(5, 250_000), "b b", words(6, 60_000), ""]
     encoded = encoder_of(prepared).encode(texts)
     tokenizer = load_tokenizer(prepared.store, prepared.manifest)
@@ -68,8 +68,8 @@ def test_a_long_text_of_words_has_the_ids_of_the_whole(prepared: Prepared) -> No
         assert ids.tolist() == [*whole, prepared.manifest.end_token_id]
 
 
-def test_learning_cuts_long_words_and_no_others() -> None:
-    """Words up to the limit give the tokenizer that the library alone gives; the file knows no limit."""
+def test_training_does_not_cut_words_within_the_limit() -> None:
+    """Words up to the limit give the same tokenizer as the library alone; the file contains no limit."""
     rng = random.Random(3)
     texts = ["".join(rng.choices("abcd", k=WORD_BYTES_MAX - 1)) + " " + words(n) for n in range(40)]
     plain = Tokenizer(BPE())
@@ -111,17 +111,17 @@ def _added_word() -> Tokenizer:
 
 
 @pytest.mark.parametrize("make", [_word_level, lambda: _word_level("</s>"), _unigram, _added_word])
-def test_an_end_that_text_can_spell_is_refused(
+def test_tokenizer_is_refused_if_text_gives_its_end_token(
     tmp_path: Path, make: Callable[[], Tokenizer]
 ) -> None:
-    """A document that holds the end token's text would be cut in two."""
+    """A document with the end token's text would be split in two."""
     path = _saved(make(), tmp_path / "t.json")
     with pytest.raises(DataError, match=r"t\.json: a document that holds the text .*expected"):
         load_tokenizer_file(path)
 
 
-def test_an_end_found_in_a_text_later_is_refused(prepared: Prepared) -> None:
-    """What no trial showed is found when the text is encoded."""
+def test_encode_refuses_a_text_that_gives_the_end_token(prepared: Prepared) -> None:
+    """The trial texts may not show it, so every encoded text is checked."""
     tokenizer = load_tokenizer(prepared.store, prepared.manifest)
     end_id = tokenizer.encode("a", add_special_tokens=False).ids[0]
     with pytest.raises(DataError, match="gives the token that ends a document"):
@@ -135,10 +135,10 @@ def test_an_end_found_in_a_text_later_is_refused(prepared: Prepared) -> None:
         {"type": "Unigram", "vocab": [["a", 0.0], ["</s>", 0.0]], "unk_id": None},
     ],
 )
-def test_a_tokenizer_that_fails_on_a_text_is_refused(
+def test_tokenizer_that_fails_on_a_text_is_refused(
     tmp_path: Path, model: dict[str, object]
 ) -> None:
-    """What the library raises for a text without tokens is told of the file, in one line."""
+    """The library's error for a text without tokens becomes one line that names the file."""
     special = {"id": 1, "content": "</s>", "special": True, "normalized": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     content = {"version": "1.0", "added_tokens": [special | flags], "model": model}
@@ -147,8 +147,8 @@ def test_a_tokenizer_that_fails_on_a_text_is_refused(
         load_tokenizer_file(tmp_path / "t.json")
 
 
-def test_a_panic_of_the_library_is_an_error_of_the_tokenizer(prepared: Prepared) -> None:
-    """A panic in compiled code, which is no Exception in Python, is told like any other failure."""
+def test_panic_of_the_library_is_a_data_error(prepared: Prepared) -> None:
+    """A panic in compiled code is not an `Exception` in Python, but gives the same error as other failures."""
 
     class Panics:
         def encode_batch_fast(self, *_: object, **__: object) -> None:
@@ -158,8 +158,8 @@ def test_a_panic_of_the_library_is_an_error_of_the_tokenizer(prepared: Prepared)
         Encoder(Panics(), 0, is_given=True, origin="t.json").encode(["a"])  # type: ignore[arg-type]
 
 
-def test_a_vocabulary_beyond_any_embedding_is_refused(tmp_path: Path) -> None:
-    """One token with a huge id makes a huge vocabulary."""
+def test_too_large_vocabulary_is_refused(tmp_path: Path) -> None:
+    """One token with a huge id makes the vocabulary, and so the embedding, too large."""
     content = json.loads(train_tokenizer(iter([words(1)]), 260).to_str())
     content["model"]["vocab"]["zz"] = 30_000_000
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -167,10 +167,10 @@ def test_a_vocabulary_beyond_any_embedding_is_refused(tmp_path: Path) -> None:
         load_tokenizer_file(tmp_path / "t.json")
 
 
-def test_a_tokenizer_that_marks_starts_encodes_long_texts_whole(
+def test_tokenizer_that_marks_text_starts_encodes_long_texts_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces of a text would each get a mark: its ids are then those of the whole, and it comes back."""
+    """Each piece would get a mark, so the text is encoded whole, and its ids decode to it."""
     monkeypatch.setattr(encoder, "PIECE_CHARACTERS", 50)
     tokenizer = train_tokenizer(iter([words(n) for n in range(9)]), 300)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -182,8 +182,8 @@ def test_a_tokenizer_that_marks_starts_encodes_long_texts_whole(
     assert len(list(pieces(text))) > 5
 
 
-def test_dropout_is_refused(tmp_path: Path) -> None:
-    """A tokenizer that chooses tokens by chance would give other shards each time."""
+def test_tokenizer_with_dropout_is_refused(tmp_path: Path) -> None:
+    """With random tokens, each `prepare` would give other shards."""
     content = json.loads(train_tokenizer(iter([words(1)]), 260).to_str())
     content["model"]["dropout"] = 0.1
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -198,7 +198,7 @@ def _lower_case() -> Tokenizer:
 
 
 def _without_some_letters() -> Tokenizer:
-    """Byte level by name, but with the letters of ASCII alone: others vanish without a word."""
+    """A byte-level tokenizer with ASCII tokens only: other letters are silently lost."""
     tokenizer = train_tokenizer(iter([words(1)]), 260)
     content = json.loads(tokenizer.to_str())
     content["model"]["vocab"] = {
@@ -211,10 +211,10 @@ def _without_some_letters() -> Tokenizer:
 
 
 @pytest.mark.parametrize("make", [_lower_case, _without_some_letters])
-def test_a_tokenizer_that_loses_text_is_refused_before_the_corpus_is_read(
+def test_tokenizer_that_changes_text_is_refused_before_the_corpus_is_read(
     tmp_path: Path, make: Callable[[], Tokenizer]
 ) -> None:
-    """The error shows what becomes of a text of this corpus."""
+    """The error shows how the tokenizer changes a text of this corpus."""
     lines = "".join(json.dumps({"text": f"Ä text Number {n}"}) + "\n" for n in range(100))
     (tmp_path / "x.jsonl").write_text(lines)
     spec = SourceSpec("s", (str(tmp_path / "x.jsonl"),))
@@ -230,8 +230,8 @@ def test_a_tokenizer_that_loses_text_is_refused_before_the_corpus_is_read(
     assert stages == []
 
 
-def test_a_document_that_a_given_tokenizer_changes_is_left_out(tmp_path: Path) -> None:
-    """A few such documents are listed; the others keep their order, split and count."""
+def test_document_that_a_given_tokenizer_changes_is_left_out(tmp_path: Path) -> None:
+    """A few such documents are listed as left out; all others are kept."""
     texts = [words(n, 20).replace("é", "e") for n in range(99)]
     texts[80] = "Upper case"
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))

@@ -1,4 +1,4 @@
-"""What prepare leaves out: listed by path, and refused beyond a share of a source's files."""
+"""What prepare leaves out is listed by path, and refused beyond a share of a source's files."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ def folder_of(path: Path, names: list[str]) -> SourceSpec:
     return SourceSpec("s", (str(path),))
 
 
-def test_a_source_that_loses_files_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """Two unknown files of twelve are more than a tenth; the error names them and what would allow them."""
+def test_source_that_loses_files_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Two unknown files of twelve are more than a tenth; the error names them and the option that allows them."""
     spec = folder_of(tmp_path / "in", [f"{n}.txt" for n in range(10)] + ["x.csv", "y.html"])
-    (tmp_path / "in" / "0.txt").write_bytes(b"\xff")  # reading it would be told as well
+    (tmp_path / "in" / "0.txt").write_bytes(b"\xff")  # a read would count it as lost, too
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(
         DataError,
@@ -41,8 +41,8 @@ def test_a_source_that_loses_files_is_refused_before_it_is_read(tmp_path: Path) 
     }
 
 
-def test_a_path_that_is_given_twice_hides_no_loss(tmp_path: Path) -> None:
-    """Files are counted once, however many paths of a source lead to them."""
+def test_repeated_path_does_not_change_the_loss(tmp_path: Path) -> None:
+    """A file is counted once, even if several paths of a source lead to it."""
     spec = folder_of(tmp_path / "in", ["a.txt", "b.csv", "c.csv", ".hidden"])
     for times in (1, 20):
         losses = SourceLosses(list_files(SourceSpec("s", spec.paths * times)))
@@ -51,8 +51,8 @@ def test_a_path_that_is_given_twice_hides_no_loss(tmp_path: Path) -> None:
         losses.check(0.67)
 
 
-def test_hidden_and_empty_files_are_no_loss(tmp_path: Path) -> None:
-    """What a tool leaves beside a corpus is listed, and lets it be prepared."""
+def test_hidden_and_empty_files_do_not_count_as_lost(tmp_path: Path) -> None:
+    """Hidden and empty files of other tools are listed, and the corpus is prepared."""
     spec = folder_of(tmp_path / "in", ["a.txt", ".gitattributes", ".DS_Store"])
     (tmp_path / "in" / "_SUCCESS").touch()
     store = open_store(str(tmp_path / "out"))
@@ -60,8 +60,8 @@ def test_hidden_and_empty_files_are_no_loss(tmp_path: Path) -> None:
     assert store.read(LEFT_OUT_KEY).count(b"\n") == 3
 
 
-def test_all_that_is_left_out_is_listed_by_path(tmp_path: Path) -> None:
-    """Each file has a line per reason, with the number of its documents; the counts are those of the manifest."""
+def test_left_out_documents_and_files_are_listed_by_path(tmp_path: Path) -> None:
+    """Each file has one line per reason, with its number of documents; the counts match the manifest."""
     spec = folder_of(tmp_path / "in", ["a.txt", "b.txt", "d.png"])
     (tmp_path / "in" / "b.txt").write_text(words(0))
     good = "".join(json.dumps({"text": words(n)}) + "\n" for n in range(10, 15))
@@ -96,10 +96,10 @@ def test_all_that_is_left_out_is_listed_by_path(tmp_path: Path) -> None:
         (3, 3, "duplicate", False),
     ],
 )
-def test_a_file_is_lost_with_more_than_half_of_its_documents(
+def test_file_counts_as_lost_with_more_than_half_of_its_documents(
     tmp_path: Path, kept: int, skipped: int, reason: str, is_lost: bool
 ) -> None:
-    """Empty and repeated documents lose nothing."""
+    """Empty and duplicate documents do not count as lost."""
     losses = SourceLosses(list_files(folder_of(tmp_path / "in", ["a.txt"])))
     url = losses.source.files[0].url
     for _ in range(kept):

@@ -1,4 +1,4 @@
-"""Prepare: the same shards from the same texts, nothing twice, nothing lost in silence."""
+"""Prepare: the same texts give the same shards, without duplicates and without silent losses."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def write_lines(path: Path, texts: list[str]) -> SourceSpec:
 
 
 def documents_of(manifest: Manifest, store: Store, split: str, source: int = 0) -> list[str]:
-    """The texts that the shards of a split hold, by way of the tokenizer."""
+    """The texts of a split, decoded from its shards."""
     assert split in ("train", "held_out")
     total = manifest.sources[source].tokens(split)
     ids = TokenReader(manifest, store, cache=cache_at()).stream(source, split, 0, total).tolist()
@@ -42,7 +42,7 @@ def documents_of(manifest: Manifest, store: Store, split: str, source: int = 0) 
 
 
 def test_shards_hold_the_documents_in_order(tmp_path: Path) -> None:
-    """Every document comes back byte for byte, in one split, with the end token after it."""
+    """Every document is in one split, byte for byte, followed by the end token."""
     texts = [words(i, 60) for i in range(40)] + ["\x00 <|endoftext|> \r\n\U0001f600 ﬁ"]
     store = open_store(str(tmp_path / "out"))
     spec = write_lines(tmp_path / "x.jsonl", texts)
@@ -72,8 +72,8 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_the_bytes_are_those_of_the_first_version(tmp_path: Path) -> None:
-    """Texts of both kinds, several pieces, sources and shards: every byte is what version 0.1 wrote."""
+def test_bytes_equal_those_of_the_first_version(tmp_path: Path) -> None:
+    """With both text formats, several pieces, sources and shards, the bytes are those that version 0.1 wrote."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     for number in range(30):
         text = "\n\n".join(words(seed, 300) for seed in range(number * 50, number * 50 + 50))
@@ -90,8 +90,8 @@ def test_the_bytes_are_those_of_the_first_version(tmp_path: Path) -> None:
     )
 
 
-def test_equal_documents_count_once_across_files_and_sources(tmp_path: Path) -> None:
-    """The first of equal documents is kept, wherever the others are, and they are counted."""
+def test_equal_documents_are_kept_once_across_files_and_sources(tmp_path: Path) -> None:
+    """The first of equal documents is kept; the others, in any file or source, are counted as duplicates."""
     first = write_lines(tmp_path / "a.jsonl", [words(1), words(2), words(1)])
     second = write_lines(tmp_path / "b.jsonl", [words(2), words(3), words(3) + " "])
     store = open_store(str(tmp_path / "out"))
@@ -105,10 +105,10 @@ def test_equal_documents_count_once_across_files_and_sources(tmp_path: Path) -> 
 
 @given(st.sets(st.integers(0, 10**6), min_size=40, max_size=60), st.randoms(use_true_random=False))
 @settings(max_examples=8, deadline=None)
-def test_added_documents_move_no_other_to_the_other_split(
+def test_added_documents_do_not_change_the_split_of_others(
     tmp_path_factory: pytest.TempPathFactory, seeds: set[int], rng: object
 ) -> None:
-    """A document trains or is held out by its own hash, whatever else there is and in what order."""
+    """The hash of a document alone decides its split; other documents and their order do not matter."""
     folder = tmp_path_factory.mktemp("split")
     texts = [words(seed, 30) for seed in sorted(seeds)]
     splits = []
@@ -124,7 +124,7 @@ def test_added_documents_move_no_other_to_the_other_split(
 
 
 def test_the_held_out_share_is_met_on_average(tmp_path: Path) -> None:
-    """Of 2000 documents about a tenth is held out when a tenth is asked for."""
+    """With a held-out share of a tenth, about a tenth of 2000 documents is held out."""
     spec = write_lines(tmp_path / "x.jsonl", [words(i, 5) + str(i) for i in range(2000)])
     manifest = prepare([spec], open_store(str(tmp_path / "out")), vocab_size=300, held_out=0.1)
     assert manifest.sources[0].held_out_documents == pytest.approx(200, abs=50)
@@ -134,7 +134,7 @@ def test_the_held_out_share_is_met_on_average(tmp_path: Path) -> None:
 def test_a_very_small_corpus_still_has_both_splits(
     tmp_path: Path, count: int, held_out: float
 ) -> None:
-    """With two documents or more there is something to train on and something to measure on."""
+    """With two documents or more, each split has at least one."""
     spec = write_lines(tmp_path / "x.jsonl", [words(i) for i in range(count)])
     source = prepare(
         [spec], open_store(str(tmp_path / "out")), vocab_size=260, held_out=held_out
@@ -143,8 +143,8 @@ def test_a_very_small_corpus_still_has_both_splits(
     assert source.held_out_documents >= 1
 
 
-def test_one_document_trains(tmp_path: Path) -> None:
-    """A single document is never held out, whatever its hash; with a share of 0 nothing ever is."""
+def test_single_document_is_not_held_out(tmp_path: Path) -> None:
+    """A single document is never held out, for any hash and share."""
     spec = write_lines(tmp_path / "x.jsonl", [words(0)])
     for number, held_out in enumerate((0.999999, 0.01, 0.0)):
         store = open_store(str(tmp_path / str(number)))
@@ -174,7 +174,7 @@ def test_weights_default_to_the_share_of_tokens(tmp_path: Path) -> None:
 def test_given_weights_are_kept(
     tmp_path: Path, given_weights: list[float | None], expected: list[float]
 ) -> None:
-    """All weights given: relative. Some given: shares, and the others divide the rest."""
+    """If all sources have weights, they are relative. If only some do, they are shares, and the others divide the rest."""
     specs = []
     for number, weight in enumerate(given_weights):
         paths = write_lines(tmp_path / f"{number}.jsonl", [words(number)]).paths
@@ -184,8 +184,8 @@ def test_given_weights_are_kept(
     assert manifest.weights == pytest.approx(expected, abs=1e-12)
 
 
-def test_weights_that_leave_nothing_are_refused(tmp_path: Path) -> None:
-    """A source without a weight must have a share to take."""
+def test_weights_without_a_rest_for_other_sources_are_refused(tmp_path: Path) -> None:
+    """A source without a weight needs a rest to take its share from."""
     a = write_lines(tmp_path / "a.jsonl", [words(1)])
     b = write_lines(tmp_path / "b.jsonl", [words(2)])
     specs = [SourceSpec("a", a.paths, 1.0), SourceSpec("b", b.paths)]
@@ -194,7 +194,7 @@ def test_weights_that_leave_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_skips_are_counted_in_the_manifest(tmp_path: Path) -> None:
-    """Each document that is left out is in the manifest under its reason."""
+    """The manifest counts each document that is left out, by its reason."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(words(1))
     (tmp_path / "in" / "b.txt").write_text(words(1))
@@ -226,14 +226,14 @@ def test_skips_are_counted_in_the_manifest(tmp_path: Path) -> None:
     ],
 )
 def test_an_empty_corpus_is_refused(tmp_path: Path, lines: list[str], told: str) -> None:
-    """Nothing to train on is an error that says where the text went."""
+    """Without a document to train on, the error says why documents were left out."""
     spec = write_lines(tmp_path / "x.jsonl", lines)
     with pytest.raises(DataError, match=told):
         prepare([spec], open_store(str(tmp_path / "out")), vocab_size=260)
 
 
-def test_a_source_of_duplicates_alone_is_refused(tmp_path: Path) -> None:
-    """A source that gives nothing of its own cannot have a share of the mixture."""
+def test_source_of_duplicates_only_is_refused(tmp_path: Path) -> None:
+    """A source without a document of its own cannot have a share of the mixture."""
     a = write_lines(tmp_path / "a.jsonl", [words(1)])
     specs = [SourceSpec("a", a.paths), SourceSpec("b", a.paths)]
     with pytest.raises(DataError, match=r"source b .*no document left .*1 duplicate"):
@@ -272,7 +272,7 @@ def test_prepared_data_is_never_overwritten(tmp_path: Path, prepared: Prepared) 
 
 
 class _RacedStore:
-    """A store in which another prepare finishes just before ours."""
+    """A store on which another `prepare` finishes just before ours."""
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
@@ -284,8 +284,8 @@ class _RacedStore:
         raise AlreadyExists(key)
 
 
-def test_losing_the_race_for_the_manifest_is_told(tmp_path: Path) -> None:
-    """Of two that prepare to one place at once, one succeeds and the other says so."""
+def test_loser_of_the_race_for_the_manifest_gets_an_error(tmp_path: Path) -> None:
+    """If two `prepare` write to one place at once, one succeeds and the other raises."""
     spec = write_lines(tmp_path / "x.jsonl", [words(1)])
     with pytest.raises(DataError, match="already holds prepared data"):
         prepare([spec], _RacedStore(open_store(str(tmp_path / "out"))), vocab_size=260)
@@ -294,7 +294,7 @@ def test_losing_the_race_for_the_manifest_is_told(tmp_path: Path) -> None:
 def test_a_file_system_without_hard_links_holds_prepared_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a run's log needs a create that one of several writers wins; a second prepare is still refused."""
+    """Prepared data does not need an atomic create; a second prepare is still refused."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -315,14 +315,14 @@ def test_a_file_system_without_hard_links_holds_prepared_data(
 def test_weights_and_output_are_checked_before_the_corpus_is_read(
     tmp_path: Path, weights: tuple[float | None, ...], told: str
 ) -> None:
-    """A corpus of days is not read for a mistake that was known at the start."""
+    """A mistake that is known at the start must not cost days of reading."""
     missing = [SourceSpec(f"s{n}", ("/nowhere",), weight) for n, weight in enumerate(weights)]
     with pytest.raises(DataError, match=told):
         prepare(missing, open_store(str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("place", ["/proc/prepared", "/dev/null"])
-def test_a_place_that_cannot_be_written_is_told_before_the_corpus_is_read(
+def test_unwritable_output_is_an_error_before_the_corpus_is_read(
     tmp_path: Path, place: str
 ) -> None:
     """The first object is written before the first document is read."""
@@ -331,8 +331,8 @@ def test_a_place_that_cannot_be_written_is_told_before_the_corpus_is_read(
         prepare([SourceSpec("s", (str(tmp_path / "x.jsonl"),))], open_store(f"file://{place}"))
 
 
-def test_an_output_within_a_source_is_refused(tmp_path: Path) -> None:
-    """The next `prepare` of the same folder would read what this one wrote; a link to it changes nothing."""
+def test_output_within_a_source_is_refused(tmp_path: Path) -> None:
+    """The next `prepare` of the same folder would read what this one wrote, also through a link."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(words(1))
     (tmp_path / "link").symlink_to("in")
@@ -344,8 +344,8 @@ def test_an_output_within_a_source_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.txt"]
 
 
-def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
-    """What is encoded is what was scanned, or there is no manifest."""
+def test_corpus_that_changes_during_prepare_is_refused(tmp_path: Path) -> None:
+    """If the encoded texts are not the scanned ones, no manifest is written."""
     path = tmp_path / "x.jsonl"
     for number, change in enumerate(
         ([words(1), words(3)], [words(1)], [words(1), words(2), words(3)])
@@ -362,8 +362,8 @@ def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
         assert store.size("manifest.json") is None
 
 
-def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path, prepared: Prepared) -> None:
-    """The tokenizer of earlier data can be given again; ids and vocabulary are then the same."""
+def test_given_tokenizer_is_used_unchanged(tmp_path: Path, prepared: Prepared) -> None:
+    """With the tokenizer of earlier data, the tokenizer file and the vocabulary are the same."""
     tokenizer_file = prepared.root / prepared.manifest.tokenizer_key
     spec = write_lines(tmp_path / "x.jsonl", ["abc <|endoftext|> dé"])
     store = open_store(str(tmp_path / "out"))
@@ -373,8 +373,8 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path, prepared: Prepared) 
     assert documents_of(manifest, store, "train") == ["abc <|endoftext|> dé"]
 
 
-def test_progress_is_told_for_every_stage(tmp_path: Path) -> None:
-    """A caller can show how far each stage is; every stage ends with all documents done."""
+def test_progress_is_reported_for_every_stage(tmp_path: Path) -> None:
+    """The progress of each stage increases, and ends with all documents done."""
     seen: list[Progress] = []
     spec = write_lines(tmp_path / "x.jsonl", [words(i, 10) for i in range(600)])
     prepare([spec], open_store(str(tmp_path / "out")), vocab_size=300, progress=seen.append)

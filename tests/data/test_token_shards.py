@@ -1,4 +1,4 @@
-"""Shards: windows across files, and no damaged file is ever read."""
+"""Shards: windows cross files, and a damaged file is never read."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def in_memory(prepared: Prepared, name: str) -> Store:
 
 
 @pytest.mark.parametrize("sequence_length", [1, 7, 100, 999, 1000, 2500])
-def test_a_window_is_a_stretch_of_the_stream(prepared: Prepared, sequence_length: int) -> None:
+def test_window_is_a_range_of_the_stream(prepared: Prepared, sequence_length: int) -> None:
     """Row r holds tokens r * T to r * T + T inclusive, also across the ends of shards."""
     reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at())
     for source in (0, 1):
@@ -45,8 +45,8 @@ def test_a_window_is_a_stretch_of_the_stream(prepared: Prepared, sequence_length
             np.testing.assert_array_equal(window, stream[start : start + sequence_length + 1])
 
 
-def test_a_window_beyond_the_stream_is_a_bug(prepared: Prepared) -> None:
-    """A row that does not exist gives no tokens at all."""
+def test_window_beyond_the_stream_raises(prepared: Prepared) -> None:
+    """A row that does not exist raises `IndexError`."""
     reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at())
     rows = prepared.manifest.sources[0].tokens("train") // 100
     for row in (-1, rows):
@@ -54,8 +54,8 @@ def test_a_window_beyond_the_stream_is_a_bug(prepared: Prepared) -> None:
             reader.windows([(0, row)], 100)
 
 
-def test_a_remote_store_is_read_through_a_cache(prepared: Prepared, tmp_path: Path) -> None:
-    """Data in a bucket gives the same tokens; a second reader needs the bucket no more."""
+def test_remote_store_is_read_through_the_cache(prepared: Prepared, tmp_path: Path) -> None:
+    """Data in a bucket gives the same tokens; a second reader does not need the bucket."""
     store = in_memory(prepared, "cache")
     expected = TokenReader(prepared.manifest, prepared.store, cache=cache_at()).windows(
         [(0, 0), (1, 3)], 600
@@ -72,8 +72,8 @@ def test_a_remote_store_is_read_through_a_cache(prepared: Prepared, tmp_path: Pa
     assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".verified", ".lock"}
 
 
-def test_a_damaged_cache_is_mended_from_the_store(prepared: Prepared, tmp_path: Path) -> None:
-    """A bit that flipped in the cache costs a download, not the run."""
+def test_damaged_cache_file_is_downloaded_again(prepared: Prepared, tmp_path: Path) -> None:
+    """A damaged file in the cache costs one download, and no error."""
     store = in_memory(prepared, "mended")
     TokenReader(prepared.manifest, store, cache=cache_at(tmp_path)).windows([(0, 0)], 600)
     for path in tmp_path.glob("*.bin"):
@@ -89,7 +89,7 @@ DAMAGES = ["flipped", "truncated", "longer", "missing"]
 
 
 def damage(path: Path, kind: str) -> None:
-    """Do to a file what disks and people do."""
+    """Damage a file as disks and people do."""
     data = bytearray(path.read_bytes())
     if kind == "missing":
         path.unlink()
@@ -104,21 +104,21 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_damaged_shard_is_named_and_never_read(
+def test_damaged_shard_is_an_error_with_its_name(
     copied: Prepared, tmp_path: Path, kind: str, remote: bool
 ) -> None:
-    """One flipped bit, a missing end or a missing file stops the reader before it gives a token."""
+    """One flipped bit, a wrong length or a missing file raises before any token of the shard is read."""
     shard = copied.manifest.sources[0].train[1]
     damage(copied.root / shard.key, kind)
     store = in_memory(copied, kind) if remote else copied.store
     reader = TokenReader(copied.manifest, store, cache=cache_at(tmp_path / "cache"))
     reader.windows([(0, 0)], 500)
-    # What is missing may come back; what is wrong stays wrong.
+    # A missing shard may come back; a damaged one stays damaged.
     with pytest.raises(StoreError if kind == "missing" else DataError, match=shard.key):
         reader.windows([(0, 0), (0, 1)], 700)
 
 
-def test_a_cache_that_cannot_be_written_is_told(prepared: Prepared, tmp_path: Path) -> None:
+def test_unwritable_cache_is_an_error(prepared: Prepared, tmp_path: Path) -> None:
     """The error names the cache directory and what is expected of it."""
     (tmp_path / "file").write_bytes(b"")
     reader = TokenReader(
@@ -128,8 +128,8 @@ def test_a_cache_that_cannot_be_written_is_told(prepared: Prepared, tmp_path: Pa
         reader.windows([(0, 0)], 10)
 
 
-def test_large_vocabularies_have_wide_tokens(tmp_path: Path) -> None:
-    """Ids beyond 16 bits survive the way through uint32 shards."""
+def test_large_vocabulary_uses_uint32_tokens(tmp_path: Path) -> None:
+    """Ids beyond 16 bits come back unchanged from uint32 shards."""
     store = open_store(str(tmp_path))
     writer = ShardWriter(store, "shards/s/train", "uint32", 3)
     for ids in ([70_000, 1], [], [2**31, 3, 4, 5, 6]):

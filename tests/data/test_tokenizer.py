@@ -1,4 +1,4 @@
-"""The tokenizer: every text survives it, and a wrong file is told."""
+"""The tokenizer: every text decodes to itself, and a wrong file is an error."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from elastic_pt.errors import DataError
 from elastic_pt.store.open import open_store
 
 
-def test_training_is_deterministic_and_gives_the_size_asked_for() -> None:
-    """The same texts give the same file, and the vocabulary is exact."""
+def test_training_is_deterministic_and_gives_the_requested_size() -> None:
+    """The same texts give the same file, with exactly the requested vocabulary."""
     texts = [words(i) for i in range(50)]
     first, second = (train_tokenizer(iter(texts), 500) for _ in range(2))
     assert tokenizer_bytes(first) == tokenizer_bytes(second)
@@ -32,21 +32,21 @@ def test_training_is_deterministic_and_gives_the_size_asked_for() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_every_text_decodes_to_itself(prepared: Prepared, text: str) -> None:
-    """Byte level means that no character is unknown, also of scripts never seen in training."""
+    """At byte level no character is unknown, even in scripts that were not in the training texts."""
     tokenizer = load_tokenizer(prepared.store, prepared.manifest)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_a_document_cannot_forge_its_end(prepared: Prepared) -> None:
-    """The spelling of the end token inside a text is ordinary text, in the tokenizer as loaded."""
+def test_text_of_the_end_token_is_ordinary_text(prepared: Prepared) -> None:
+    """The characters of the end token inside a text do not give its id, with the loaded tokenizer."""
     tokenizer = load_tokenizer(prepared.store, prepared.manifest)
     ids = tokenizer.encode(f"a{END_TOKEN}b", add_special_tokens=False).ids
     assert prepared.manifest.end_token_id not in ids
 
 
-def test_a_swapped_tokenizer_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    """Ids mean nothing under another tokenizer, so its hash is verified."""
+def test_tokenizer_with_another_hash_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    """Ids have no meaning with another tokenizer, so its hash is verified."""
     store = open_store(str(tmp_path))
     with pytest.raises(DataError, match="missing"):
         load_tokenizer(store, prepared.manifest)
@@ -64,7 +64,7 @@ def test_a_swapped_tokenizer_is_refused(prepared: Prepared, tmp_path: Path) -> N
         (tokenizer_bytes(Tokenizer(BPE())), "no end-of-document token"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, data: bytes, told: str) -> None:
+def test_invalid_tokenizer_file_is_refused(tmp_path: Path, data: bytes, told: str) -> None:
     """The error names the file and what is expected, in one line."""
     (tmp_path / "tokenizer.json").write_bytes(data)
     with pytest.raises(DataError, match=told) as caught:
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, data: bytes, tol
     assert "\n" not in str(caught.value)
 
 
-def test_truncation_and_padding_of_a_given_tokenizer_are_turned_off(tmp_path: Path) -> None:
+def test_given_tokenizer_is_used_without_truncation_and_padding(tmp_path: Path) -> None:
     """A file made for sentences of 8 tokens still encodes whole documents."""
     tokenizer = train_tokenizer(iter([words(1)]), 260)
     tokenizer.enable_truncation(8)

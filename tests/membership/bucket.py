@@ -1,4 +1,4 @@
-"""A bucket that counts what is asked of it and that a test can take away."""
+"""A bucket that counts its requests, and that a test can make fail."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from elastic_pt.store.port import Store
 
 @dataclass
 class WatchedStore:
-    """A store that counts requests by what they ask and of which kind of key, and answers none while `down`."""
+    """A store that counts requests by operation and kind of key, and answers none while `down`."""
 
     store: Store
     down: bool = False
     deaf_to: str = ""
-    """What it does when asked, and loses the answer of."""
+    """Operations that succeed, but without an answer."""
     requests: Counter[str] = field(default_factory=Counter)
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """The store's URL."""
         return self.store.url
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -51,7 +51,7 @@ class WatchedStore:
     def _ask(self, verb: str, key: str, *arguments: Any) -> Any:
         self.requests[f"{verb} {key.partition('/')[0]}"] += 1
         if self.down:
-            raise StoreError("the bucket is away")
+            raise StoreError("the bucket does not answer")
         answer = getattr(self.store, verb)(key, *arguments)
         if verb == self.deaf_to:
             raise StoreError("the bucket's answer was lost")

@@ -20,7 +20,7 @@ TICK_S = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """Where a generation's store would listen."""
+    """The port at which a generation's store would listen."""
 
     port: int
 
@@ -33,9 +33,9 @@ class Fleet:
     limits: Limits = LIMITS
     nodes: dict[str, Participant] = dataclasses.field(default_factory=dict)
     dead: set[str] = dataclasses.field(default_factory=set)
-    """Nodes whose addresses refuse connections."""
+    """Nodes with addresses that refuse connections."""
     off: set[str] = dataclasses.field(default_factory=set)
-    """Nodes that are gone with their machines: their addresses neither refuse nor answer."""
+    """Nodes on lost machines: their addresses neither refuse nor answer."""
     cut: set[frozenset[str]] = dataclasses.field(default_factory=set)
     drains: list[str] = dataclasses.field(default_factory=list)
     now_s: float = 0.0
@@ -43,12 +43,12 @@ class Fleet:
     """Stores that were bound for generations."""
     choose_resume: Callable[[RunView], Checkpoint | None] = lambda _: None
     platform: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What computes on the nodes that are started next."""
+    """The platform of the nodes that are started next."""
     fenced_url: str = ""
-    """What the nodes that are started next know of the store."""
+    """The `fenced_url` of the nodes that are started next."""
 
     def start(self, *names: str, **changes: object) -> None:
-        """Start nodes; `changes` is what they say of themselves."""
+        """Start nodes; `changes` are fields of their status."""
         for name in names:
             log = RunLog(self.bucket, writer=name)
             log.refresh()
@@ -68,7 +68,7 @@ class Fleet:
             )
 
     def clock_s(self) -> float:
-        """The one clock of all."""
+        """The clock of all nodes."""
         return self.now_s
 
     def _bind_store(self) -> BoundStore:
@@ -76,7 +76,7 @@ class Fleet:
         return Port(5000 + self.bound)
 
     def pass_time(self, seconds: float) -> None:
-        """Let all nodes ask, answer and take turns."""
+        """Make all nodes ask, answer and take turns."""
         for _ in range(round(seconds / TICK_S)):
             self.now_s += TICK_S / 2
             self.talk()
@@ -104,15 +104,15 @@ class Fleet:
 
     @property
     def log(self) -> RunView:
-        """What the log says."""
+        """The view of the log."""
         return RunLog(self.bucket, writer="test").refresh()
 
     def records(self) -> list[object]:
-        """All that was appended."""
+        """All records."""
         return [record.body for record in RunLog(self.bucket, writer="test").records()]
 
     def run(self) -> Generation:
-        """Start the workers of the newest generation, where that is still to be done."""
+        """Start the workers of the newest generation on each member that has not started them."""
         generation = self.log.generation
         assert generation is not None
         for each in generation.members:
@@ -127,7 +127,7 @@ class Fleet:
             self.nodes[name].me.say(phase=NodePhase.WAITING, spent=number, failure=failure)
 
     def form(self, *names: str) -> Generation:
-        """A first world of these nodes, with workers."""
+        """A first generation of these nodes, with workers."""
         self.start(*names)
         self.pass_time(4.0)
         return self.run()

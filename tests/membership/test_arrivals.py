@@ -1,4 +1,4 @@
-"""Nodes that arrive: which of them the others wait for, and what happens to the cards of dead nodes."""
+"""Nodes that arrive: for which of them the others wait, and what happens to the cards of dead nodes."""
 
 import pytest
 
@@ -16,7 +16,7 @@ CROWD = [f"c{number:02}" for number in range(MESH_NODES_MAX)]
 
 
 def form_with_code_1(fleet: Fleet) -> None:
-    """A world of member a, with room for many."""
+    """A generation of member a, with room for many."""
     fleet.limits = ROOMY
     fleet.start("a", fingerprint={"code": "1"})
     fleet.pass_time(2 * LIMITS.elastic.join_window_s)
@@ -24,7 +24,7 @@ def form_with_code_1(fleet: Fleet) -> None:
 
 
 def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
-    """For longer than the join window, a newcomer speaks to member a every tick."""
+    """For longer than the join window, a newcomer sends a message to member a every tick."""
     a = fleet.nodes["a"]
     for number in range(round(2 * LIMITS.elastic.join_window_s / TICK_S)):
         name = f"z{number:02}"
@@ -41,15 +41,15 @@ def come_one_by_one(fleet: Fleet, *, code: str, reachable: bool = True) -> None:
 def test_unfit_newcomers_do_not_extend_the_join_window(
     fleet: Fleet, code: str, reachable: bool
 ) -> None:
-    """Nodes with other code, or with an address that does not work, may keep arriving: the others join in time."""
+    """While nodes with other code, or with an address that does not work, keep arriving, the others join in time."""
     form_with_code_1(fleet)
     fleet.start("b", fingerprint={"code": "1"})
     come_one_by_one(fleet, code=code, reachable=reachable)
     assert set(fleet.drains) == {"b joins"}
 
 
-def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
-    """Each node that can be taken in extends the join window, so that all join in one change."""
+def test_each_fit_newcomer_extends_the_join_window(fleet: Fleet) -> None:
+    """Each node that may join extends the join window, so that all join in one change."""
     form_with_code_1(fleet)
     come_one_by_one(fleet, code="1")
     assert fleet.drains == []
@@ -64,7 +64,7 @@ def test_while_others_come_the_join_window_stays_open(fleet: Fleet) -> None:
 def test_the_card_of_a_node_that_fell_silent_while_it_waited_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A waiting node whose machine is gone does not stay in the lobby, although its address does not refuse."""
+    """If a waiting node's machine is gone, its card is removed, although its address does not refuse."""
     fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)

@@ -1,4 +1,4 @@
-"""Budgets for what comes back: nodes that flap are kept out for a while, failures without hope end the run."""
+"""Budgets for repeated failures: flapping nodes are kept out for a while, and failures of the program end the run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ BUG = "ValueError@loop.py:9"
 
 
 def began(*causes: Cause, frontier_step: int = 0) -> Generation:
-    """A generation that began for these causes; `run` numbers it."""
+    """A generation that started for these causes; `run` numbers it."""
     return dataclasses.replace(generation("a", "b"), causes=causes, frontier_step=frontier_step)
 
 
 def lost(node: str) -> Cause:
-    """A node was gone."""
+    """A node was lost."""
     return Cause(CauseKind.LOST, node)
 
 
@@ -70,7 +70,7 @@ def bar(node: str, seconds: float = 10.0) -> Quarantine:
         (CauseKind.BARRED, False),
     ],
 )
-def test_which_causes_count_against_a_node(kind: CauseKind, counts: bool) -> None:
+def test_causes_that_count_against_a_node(kind: CauseKind, counts: bool) -> None:
     """Being lost, failing and being parked count once per generation. Leaving and joining do not count."""
     view = run(began(Cause(kind, "b"), Cause(kind, "b")), began(lost("c")), began(Cause(kind, "b")))
     assert flaps(view, read_at(NOW_S, NOW_S, NOW_S), "b", BUDGETS, NOW_S) == 2 * counts
@@ -91,7 +91,7 @@ def test_count_starts_again_after_a_quarantine() -> None:
 
 
 def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None:
-    """The third loss within the window keeps a node out for quarantine_s, later ones for twice as long each, at most an hour."""
+    """The third loss within the window keeps a node out for quarantine_s. Each later one doubles it, up to an hour."""
     generations = [began(lost("b"), lost("c")), began(lost("b")), began(lost("b"))]
     (due,) = quarantines_due(
         run(*generations), read_at(NOW_S - 20, NOW_S - 10, NOW_S), BUDGETS, NOW_S
@@ -106,7 +106,7 @@ def test_a_flapping_node_is_due_for_quarantine_twice_as_long_each_time() -> None
 
 
 def test_quarantines_older_than_two_hours_are_forgotten() -> None:
-    """A node that was not kept out for two hours begins with the shortest quarantine again."""
+    """After two hours without a quarantine, a node starts with the shortest quarantine again."""
     generations = [began(lost("b"))] * 3
     moments = read_at(NOW_S, NOW_S, NOW_S, bars_s=[NOW_S - 7200.0, NOW_S - 7199.0])
     view = run(*generations, bars=[bar("b"), bar("b")])
@@ -136,7 +136,7 @@ def test_a_quarantine_lasts_from_when_it_was_read() -> None:
 
 
 def test_newest_failure_counts_before_it_is_in_the_log() -> None:
-    """The world after the third failure is formed without its node. A second failure is accepted."""
+    """The generation after the third failure is without its node. A second failure is accepted."""
     view = run(began(lost("b")), began(failed("b")), began(lost("c")))
     moments = read_at(NOW_S, NOW_S, NOW_S)
     found = kept_out(view, moments, [failed("b"), failed("c")], BUDGETS, NOW_S)
@@ -157,7 +157,7 @@ def ends(
     every_s: float = 1.0,
     reopened: int = 0,
 ) -> str:
-    """Why the run must end, `every_s` seconds after the newest of generations that lie as far apart."""
+    """Why the run must end, `every_s` after the newest generation; generations are `every_s` apart."""
     view = dataclasses.replace(run(*generations), reopened_generation=reopened)
     moments = read_at(*(every_s * number for number in range(len(generations))))
     return halt(view, moments, failures, others, frontier_step, budgets, every_s * len(generations))
@@ -169,12 +169,12 @@ def bug(node: str = "a", step: int = 7, signature: str = BUG) -> Cause:
 
 
 def at_7(*causes: Cause) -> Generation:
-    """A generation that begins when seven steps were done."""
+    """A generation that started when seven steps were done."""
     return began(*causes, frontier_step=7)
 
 
 def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
-    """The same exception at the same step for the third time ends the run once it has happened on two nodes."""
+    """The same exception at the same step for the third time ends the run if it has happened on two nodes."""
     reason = ends([at_7(), at_7(bug("a")), at_7(bug("a"))], bug("b"))
     assert reason == "the same failure 3 times at step 7, on a, b: worker 0: ValueError: bad"
 
@@ -190,8 +190,10 @@ def test_the_same_exception_on_two_nodes_ends_the_run() -> None:
     ],
     ids=["one node only", "twice", "another step", "another exception", "a signal"],
 )
-def test_failures_that_may_pass_are_tried_again(generations: list[Generation], last: Cause) -> None:
-    """One node's failures, another step or exception, or a cause that is no exception does not end the run."""
+def test_failures_below_the_budget_do_not_end_the_run(
+    generations: list[Generation], last: Cause
+) -> None:
+    """Failures of one node, at another step, with another exception or without one do not end the run."""
     assert ends([at_7(), *generations], last) == ""
 
 
@@ -201,8 +203,8 @@ def test_other_causes_between_equal_failures_do_not_count() -> None:
     assert "the same failure 3 times" in ends(generations, bug("b"))
 
 
-def test_one_node_alone_is_enough_after_spaced_attempts() -> None:
-    """If no other node lives, the same exception ends the run once its attempts span ten seconds."""
+def test_a_single_node_ends_the_run_after_spaced_attempts() -> None:
+    """If no other node is alive, the same exception ends the run when its attempts span ten seconds."""
     generations = [at_7(), at_7(bug()), at_7(bug())]
     assert ends(generations, bug(), others=0, every_s=SPACED_S / 2) != ""
     assert ends(generations, bug(), others=0, every_s=SPACED_S / 2 - 0.1) == ""
@@ -260,7 +262,7 @@ def test_many_failures_without_a_new_step_end_the_run() -> None:
 
 
 def test_a_new_step_resets_the_count() -> None:
-    """Progress since the newest world began, or between two failures, resets the count. Repeating steps does not."""
+    """Progress in the newest generation, or between two failures, resets the count. Repeated steps do not."""
     generations = [began(frontier_step=0)] + [at_7(failed(node)) for node in "abab"]
     assert ends(generations, failed("c"), frontier_step=8) == ""
     assert ends(generations, failed("c"), frontier_step=6) != ""

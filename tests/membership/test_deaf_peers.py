@@ -1,4 +1,4 @@
-"""Addresses that take calls and do not answer, hang up, or refuse: none holds an agent up, and each is tried at a measured pace."""
+"""Addresses that do not answer, close the connection, or refuse: none delays an agent; retries are slow."""
 
 import asyncio
 import time
@@ -18,14 +18,14 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 @asynccontextmanager
 async def stranger(handle: Handler) -> AsyncIterator[Member]:
-    """Something that listens where a node should, and is none."""
+    """A listener at a node's address that is not a node."""
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         yield Member("z", "z1", "127.0.0.1", server.sockets[0].getsockname()[1], 1, 1)
 
 
 def test_deaf_address_times_out_and_is_tried_again(tmp_path: Path) -> None:
-    """A peer that accepts a connection and says nothing is dropped after the timeout, not taken for gone, and delays no other peer."""
+    """A peer that accepts but sends nothing is dropped after the timeout. It is not gone, and delays no other peer."""
     calls = ended = 0
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,12 +46,10 @@ def test_deaf_address_times_out_and_is_tried_again(tmp_path: Path) -> None:
             agent("hurried", tmp_path, limits=hurried) as a,
         ):
             patient.asks(z, b.member)
-            await until(
-                lambda: patient.has_heard(b.member), "b's answer, long before z's time is up"
-            )
-            await until(lambda: calls == 1, "a call of z")
+            await until(lambda: patient.has_heard(b.member), "b's answer, long before z's timeout")
+            await until(lambda: calls == 1, "a connection to z")
             patient.asks(b.member)
-            await until(lambda: ended == 1, "the end of that call")
+            await until(lambda: ended == 1, "the end of that connection")
             a.asks(z)
             await until(lambda: calls >= 4, "more calls")
             assert (a.knows(z).status, a.knows(z).refused) == (None, False)
@@ -60,7 +58,7 @@ def test_deaf_address_times_out_and_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_dead_address_is_tried_once_per_interval(tmp_path: Path) -> None:
-    """An address without an agent costs one attempt per interval, however long that lasts."""
+    """An address without an agent costs one attempt per interval, for any time."""
     calls = refusals = 0
 
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -80,10 +78,10 @@ def test_dead_address_is_tried_once_per_interval(tmp_path: Path) -> None:
             a.links._on_news = count_refusal
             began_s = time.monotonic()
             a.asks(z, gone)
-            await until(lambda: min(calls, refusals) >= 6, "six calls of each")
+            await until(lambda: min(calls, refusals) >= 6, "six connections to each")
             intervals = (time.monotonic() - began_s) / INTERVAL_S
             assert refusals <= intervals + 1
-            assert calls <= 2 * (intervals + 1), "aiohttp tries twice if it is hung up on"
+            assert calls <= 2 * (intervals + 1), "aiohttp tries twice after a closed connection"
             assert a.knows(gone).refused
             assert not a.knows(z).refused
 
@@ -91,7 +89,7 @@ def test_dead_address_is_tried_once_per_interval(tmp_path: Path) -> None:
 
 
 def test_messages_to_a_stuck_peer_do_not_pile_up() -> None:
-    """While a connection is stuck no caller waits, and one up-to-date message follows when it works again."""
+    """While a connection is stuck no caller waits, and one message with the newest status follows afterwards."""
     sent: list[Message] = []
 
     async def scenario() -> None:
@@ -111,7 +109,7 @@ def test_messages_to_a_stuck_peer_do_not_pile_up() -> None:
         for number in range(1000):
             link.say(asks=number == 0)
         flows.set()
-        await until(lambda: len(sent) == 2, "one message for all that")
+        await until(lambda: len(sent) == 2, "one message for all calls")
         for _ in range(10):
             await asyncio.sleep(0)
         pump.cancel()

@@ -37,7 +37,7 @@ TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 # ---- members -----------------------------------------------------------------------------------------
 
 
-def test_a_healthy_world_goes_on() -> None:
+def test_members_wait_while_all_answer() -> None:
     """While all members answer, no node proposes anything."""
     world = generation("a", "b")
     assert decision(status("a"), {"b": peer(status("b"))}, of=world) == Wait("training")
@@ -53,8 +53,10 @@ def test_a_healthy_world_goes_on() -> None:
     ],
     ids=["silent", "refused", "never heard"],
 )
-def test_a_lost_member_is_left_behind(gone: Peer, detail: str, detect_s: float) -> None:
-    """A member that is silent beyond the timeout, or refuses connections, is not in the next generation."""
+def test_a_lost_member_is_not_in_the_next_generation(
+    gone: Peer, detail: str, detect_s: float
+) -> None:
+    """A member that is silent for longer than the timeout, or refuses connections, is not in the next generation."""
     c = peer(status("c", unreachable=lives("b")))
     proposal = decision(status("a"), {"b": gone, "c": c}, of=generation("a", "b", "c"))
     assert nodes(proposal) == ["a", "c"]
@@ -66,13 +68,13 @@ def test_a_lost_member_is_left_behind(gone: Peer, detail: str, detect_s: float) 
 
 
 def test_silence_is_counted_from_the_first_question() -> None:
-    """Messages from before this node began to ask do not make a peer lost."""
+    """Old messages from before this node started to ask do not make a peer lost."""
     again = Peer(status("b"), NOW_S - TIMEOUT_S + 0.1, NOW_S - 100, refused=False)
     assert not is_broken(status("a"), {"b": again}, of=generation("a", "b"))
 
 
 def test_the_first_live_member_leads() -> None:
-    """Losing rank 0 is no special case: the next member proposes; the others wait and end their workers."""
+    """The loss of rank 0 is not a special case: the next member proposes, the others wait and end their workers."""
     world = generation("a", "b", "c")
     gone, b, c = refusing(status("a")), status("b"), status("c")
     assert nodes(decision(b, {"a": gone, "c": peer(c)}, of=world)) == ["b", "c"]
@@ -81,7 +83,7 @@ def test_the_first_live_member_leads() -> None:
 
 
 def test_follower_proposes_after_leader_timeout() -> None:
-    """If nothing changes for long although another node leads, the next node in order proposes, then the one after it."""
+    """If nothing changes for long while another node leads, the next node in order proposes, then the one after it."""
     world = generation("a", "b", "c")
     peers = {node: peer(status(node, broken=1)) for node in "abc"}
     for me, takeovers in (("b", 2), ("c", 4)):
@@ -97,7 +99,7 @@ def test_follower_proposes_after_leader_timeout() -> None:
 
 
 def test_two_sides_of_a_split_network_propose_in_turn() -> None:
-    """The second node of the smaller side proposes after its first node and after the second node of the larger side."""
+    """The smaller side's second node proposes after its first node and after the larger side's second node."""
     world, peers = side("ab", "cde")
     peers = peers | {"a": peer(status("a", unreachable=lives(*"cde")))}
     del peers["b"]
@@ -109,7 +111,7 @@ def test_two_sides_of_a_split_network_propose_in_turn() -> None:
 
 
 def test_parked_member_never_proposes() -> None:
-    """A parked member waits for the others, however long that takes: it must not form their next world."""
+    """A parked member waits for the others without a limit. It must not propose their next generation."""
     world = generation("a", "b", "c")
     peers = {"a": peer(status("a")), "b": peer(status("b", unreachable=lives("c")))}
     facts = {"quiet_since_s": 1.0, "broken_since_s": 1.0}
@@ -118,7 +120,7 @@ def test_parked_member_never_proposes() -> None:
 
 
 def test_a_failed_worker_breaks_the_generation_with_its_cause() -> None:
-    """A member that spent the generation with a failure makes all form the next one, and is a member of it."""
+    """If a member spent the generation with a failure, all form the next one, with this member."""
     cause = failed("b", "worker 1: ValueError: bad", step=7, signature="ValueError@loop.py:9")
     b = waiting("b", spent=1, failure=cause)
     proposal = decision(status("a"), {"b": peer(b)}, of=generation("a", "b"))
@@ -135,7 +137,7 @@ def test_a_failure_in_an_older_generation_breaks_nothing() -> None:
     assert decision(status("a"), {"b": peer(b)}, of=world) == Wait("training")
 
 
-def test_a_planned_stop_waits_for_everyone() -> None:
+def test_a_planned_stop_waits_for_all_members() -> None:
     """While one member still settles its checkpoint, the others wait. Then the first member proposes at once."""
     world, done = generation("a", "b"), waiting("a", spent=1)
     assert decision(done, {"b": peer(status("b", NodePhase.SETTLING))}, of=world) == Wait(
@@ -150,7 +152,7 @@ def test_a_planned_stop_waits_for_everyone() -> None:
 
 
 def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
-    """Right after a generation is formed, members still say WAITING; that breaks nothing."""
+    """Just after a generation starts, members still report WAITING. That does not break it."""
     world = generation("a", "b")
     assert decision(status("a"), {"b": peer(waiting("b", generation=0))}, of=world) == Wait(
         "training"
@@ -158,7 +160,7 @@ def test_a_member_that_has_not_seen_its_generation_yet_is_not_failed() -> None:
 
 
 def test_silent_member_is_reported_as_silent_even_if_it_has_not_read_the_log() -> None:
-    """The operator should look for a dead machine, and not for a bucket that one node cannot reach."""
+    """The cause should lead the operator to a dead machine, not to a bucket that one node cannot reach."""
     world, read_s = generation("a", "b"), NOW_S - LIMITS.elastic.takeover_s + 0.5
     peers = {"b": silent(waiting("b", generation=0))}
     proposal = decision(status("a"), peers, of=world, generation_since_s=read_s)
@@ -189,7 +191,7 @@ def test_member_that_does_not_read_the_log_is_lost() -> None:
 
 
 def test_generation_given_up_by_one_member_is_broken_for_all() -> None:
-    """A member that found the world broken has ended its workers. A member that noticed nothing ends its own and forms the next world with it."""
+    """If one member found the generation broken, a member that detected nothing ends its workers too."""
     world = generation("a", "b", "c")
     peers = {"b": peer(status("b", broken=1)), "c": peer(status("c"))}
     assert is_broken(status("a"), peers, of=world)
@@ -213,7 +215,7 @@ def test_checkpoint_given_up_after_a_loss_is_no_cause() -> None:
 
 
 def test_no_more_nodes_than_limits_and_slots_allow() -> None:
-    """A newcomer beyond nodes_max, or for which no slot is left, stays a spare and disturbs no member."""
+    """A newcomer above nodes_max, or without a free slot, stays a spare and causes no drain."""
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": peer(waiting("c"))}
     for limits in (
@@ -225,7 +227,7 @@ def test_no_more_nodes_than_limits_and_slots_allow() -> None:
 
 
 def test_spares_replace_lost_members() -> None:
-    """After a loss, as many waiting nodes are taken in as the limits allow."""
+    """After a loss, as many waiting nodes join as the limits allow."""
     limits = changed(LIMITS, nodes_max=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     proposal = decision(status("a"), peers, of=generation("a", "b"), limits=limits)
@@ -233,14 +235,14 @@ def test_spares_replace_lost_members() -> None:
 
 
 def test_newcomer_with_too_many_workers_is_skipped() -> None:
-    """Slots are given in order of names. A node that does not fit is skipped."""
+    """Nodes get slots in order of their names. A node that does not fit is skipped."""
     large = waiting("c", member=member("c", workers=8))
     peers = {"c": peer(large), "d": peer(waiting("d"))}
     assert decision(status("a"), peers, of=generation("a")) == Drain("d joins")
 
 
 def test_below_the_minimum_the_run_pauses() -> None:
-    """With fewer nodes than nodes_min nothing is proposed, workers stop, and the reason says so."""
+    """With fewer nodes than nodes_min there is no proposal, workers end, and the reason names the limit."""
     limits = changed(LIMITS, nodes_min=2)
     waits = decision(
         status("a"), {"b": refusing(status("b"))}, of=generation("a", "b"), limits=limits
@@ -259,8 +261,8 @@ def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:
     assert nodes(decision(status("a"), peers, of=world, limits=needed, barred=barred)) == ["a", "b"]
 
 
-def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
-    """After a loss a node that is kept out is taken in if the run would be paused without it; otherwise it stays out."""
+def test_a_newcomer_in_quarantine_joins_if_it_is_needed() -> None:
+    """After a loss a node that is kept out joins if the run would be paused without it; otherwise it stays out."""
     needed = changed(LIMITS, nodes_min=2)
     peers = {"b": refusing(status("b")), "c": peer(waiting("c"))}
     facts = {"limits": needed, "barred": {"c": "3 failures"}}
@@ -269,16 +271,16 @@ def test_a_newcomer_in_quarantine_is_taken_in_where_it_is_needed() -> None:
     assert nodes(decision(status("a"), more, of=generation("a", "b"), **facts)) == ["a", "d"]
 
 
-def test_a_quarantine_of_the_first_member_delays_nobody() -> None:
-    """A node that is kept out has answered, so it is no other side for which the rest must wait."""
+def test_a_quarantine_of_the_first_member_delays_no_proposal() -> None:
+    """A node that is kept out has answered, so the others need not wait as for another side."""
     world = generation("a", "b")
     peers = {"a": peer(waiting("a", spent=1, failure=failed("a")))}
     facts = {"barred": {"a": "3 failures"}, "quiet_since_s": NOTICED_S}
     assert nodes(decision(status("b"), peers, of=world, **facts)) == ["b"]
 
 
-def test_run_without_a_chance_is_halted() -> None:
-    """If the budgets say so, the run ends when a failure broke the world, and only then."""
+def test_run_is_halted_when_its_budget_is_used_up() -> None:
+    """If a budget is used up, the run ends only when a failure broke the generation."""
     world = generation("a", "b")
     b = waiting("b", spent=1, failure=failed("b"))
     assert decision(status("a"), {"b": peer(b)}, of=world, halt="again and again") == Halt(
@@ -289,7 +291,7 @@ def test_run_without_a_chance_is_halted() -> None:
 
 
 def test_smaller_side_never_halts_the_run() -> None:
-    """A node that is cut off from most members, or from too many to go on, does not end the run."""
+    """A node that is cut off from most members, or sees fewer than nodes_min, does not end the run."""
     world, peers = side("ab", "cde")
     me = waiting("a", spent=1, failure=failed("a"), unreachable=lives(*"cde"))
     facts = {"halt": "again and again", "quiet_since_s": NOW_S}
@@ -300,7 +302,7 @@ def test_smaller_side_never_halts_the_run() -> None:
 
 
 def test_the_end_of_the_run_ends_everything() -> None:
-    """Once the log says STOP, every node's decision is to end, whatever else it sees."""
+    """If the log has a STOP, every node decides to end, with any other facts."""
     assert decision(status("a"), {}, of=generation("a", "b"), stop=Stop("completed", 9)) == Ended(
         "completed"
     )
@@ -309,25 +311,25 @@ def test_the_end_of_the_run_ends_everything() -> None:
 # ---- asked again -------------------------------------------------------------------------------------
 
 
-def test_only_nodes_that_answered_since_the_trouble_are_proposed() -> None:
-    """A world is formed only of nodes that answered after the trouble was noticed. A node that died with the first one is not among them."""
+def test_only_nodes_that_answered_since_the_failure_are_proposed() -> None:
+    """Only nodes that answered after the detection are proposed. A node that died at the same time is not."""
     world = generation("a", "b", "c")
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     peers = {"b": b, "c": peer(status("c"), silent_s=before)}
     assert decision(status("a"), peers, of=world) == Wait(
-        "asking whether c can go on; lost b", broken=True, asking=True
+        "asking whether c can continue; lost b", broken=True, asking=True
     )
     peers = {"b": b, "c": peer(status("c"), silent_s=NOW_S - NOTICED_S)}
     assert nodes(decision(status("a"), peers, of=world)) == ["a", "c"]
 
 
 def test_a_spare_is_asked_again_too() -> None:
-    """A waiting node is part of the generation that a loss calls for, once it has answered."""
+    """A waiting node is in the generation after a loss when it has answered."""
     world = generation("a", "b")
     b, before = refusing(status("b")), NOW_S - NOTICED_S + 0.1
     asked = decision(status("a"), {"b": b, "c": peer(waiting("c"), silent_s=before)}, of=world)
     assert isinstance(asked, Wait)
-    assert asked.reason.startswith("asking whether c can go on")
+    assert asked.reason.startswith("asking whether c can continue")
     proposal = decision(status("a"), {"b": b, "c": peer(waiting("c"))}, of=world)
     assert nodes(proposal) == ["a", "c"]
     assert causes(proposal) == [(CauseKind.LOST, "b"), (CauseKind.JOINED, "c")]
@@ -337,14 +339,14 @@ def test_a_spare_is_asked_again_too() -> None:
 
 
 def side(mine: str, others: str) -> tuple[Generation, dict[str, Peer]]:
-    """A world torn in two, as the first member of `mine` sees it when the members' order is alphabetic."""
+    """A partitioned generation, as the first member of `mine` sees it; members are in alphabetic order."""
     world = generation(*sorted(mine + others))
     seen = {node: peer(status(node, unreachable=lives(*others))) for node in mine[1:]}
     return world, seen | {node: silent(status(node)) for node in others}
 
 
-def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
-    """A node that sees fewer than half of the members waits for takeover_s after the last change of log or pulse, and ends its workers."""
+def test_the_smaller_side_waits_for_the_larger_side() -> None:
+    """A node that sees fewer than half of the members ends its workers and waits takeover_s after the last change."""
     world, peers = side("ab", "cde")
     me = status("a", unreachable=lives(*"cde"))
     almost_s = NOW_S - LIMITS.elastic.takeover_s + 0.01
@@ -357,18 +359,20 @@ def test_the_smaller_side_lets_the_larger_one_go_first() -> None:
     facts = {"quiet_since_s": over_s, "broken_since_s": over_s}
     assert nodes(decision(me, peers, of=world, **facts)) == ["a", "b"]
     unseen = decision(me, peers, of=world, **facts, quiet_until_s=NOW_S - 0.01)
-    assert unseen.reason.startswith("cut off with 2 of 5 members"), "quiet is what was looked at"
+    assert unseen.reason.startswith("cut off with 2 of 5 members"), (
+        "only observed time counts as quiet"
+    )
 
 
-def test_the_larger_side_goes_at_once() -> None:
+def test_the_larger_side_proposes_at_once() -> None:
     """A node that sees more than half of the members does not wait."""
     world, peers = side("cde", "ab")
     me = status("c", unreachable=lives(*"ab"))
     assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["c", "d", "e"]
 
 
-def test_of_two_halves_the_first_members_goes_first() -> None:
-    """An even split is decided by rank: the half with the first member goes at once, the other one waits."""
+def test_of_two_halves_the_one_with_the_first_member_proposes() -> None:
+    """Rank decides an even split: the half with the first member proposes at once, the other half waits."""
     world, peers = side("ad", "bc")
     me = status("a", unreachable=lives(*"bc"))
     assert nodes(decision(me, peers, of=world, quiet_since_s=NOW_S)) == ["a", "d"]
@@ -379,7 +383,7 @@ def test_of_two_halves_the_first_members_goes_first() -> None:
 
 
 def test_member_that_is_gone_for_certain_has_no_vote() -> None:
-    """Members whose address refuses, and members that leave, are not counted: the rest need not wait for them."""
+    """Members with a refusing address, and members that leave, do not count: the others need not wait for them."""
     world = generation(*"abcde")
     me, e = status("d"), {"e": peer(status("e", unreachable=lives(*"abc")))}
     gone = {node: refusing(status(node)) for node in "abc"}
@@ -394,7 +398,7 @@ def test_member_that_is_gone_for_certain_has_no_vote() -> None:
 
 
 def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -> list[str]:
-    """Members of one side that would propose, when both sides are silent to each other and `dead` is gone."""
+    """Members of one side that would propose if both sides are silent to each other and `dead` is gone."""
     everyone = {each.node for each in world.members}
     away = lives(*(everyone - here))
     found = []
@@ -423,7 +427,7 @@ def proposers(world: Generation, here: set[str], dead: set[str], now_s: float) -
 def test_two_sides_of_a_split_network_never_propose_at_once(
     order: list[str], roles: list[str], size: int
 ) -> None:
-    """However members are split, exactly one node of one side proposes before takeover_s is over."""
+    """For any split, exactly one node of one side proposes within takeover_s."""
     world = generation(*order[:size])
     role = dict(zip(order[:size], roles, strict=False))
     left, right, dead = (
@@ -433,7 +437,7 @@ def test_two_sides_of_a_split_network_never_propose_at_once(
         return
     found = [*proposers(world, left, dead, NOW_S), *proposers(world, right, dead, NOW_S)]
     assert len(found) == 1
-    # The side that may not go first is not shut out: once nothing has moved for long, it goes too.
+    # The other side proposes too when nothing has changed for long.
     later_s = NOTICED_S + LIMITS.elastic.takeover_s
     assert len(proposers(world, left, dead, later_s)) == 1
     assert len(proposers(world, right, dead, later_s)) == 1
@@ -443,7 +447,7 @@ def test_two_sides_of_a_split_network_never_propose_at_once(
 
 
 def test_of_two_members_without_a_link_the_later_one_waits() -> None:
-    """A link that one end reports broken costs the end that ranks last, with the other one named; all agree on it."""
+    """If one end reports a broken link, all park the end that ranks last. The cause names the other end."""
     world = generation("a", "b", "c")
     b, c = status("b", unreachable=lives("c")), status("c")
     for me, peers in (
@@ -470,7 +474,7 @@ def test_cause_of_a_parked_member_names_its_missing_links() -> None:
 
 
 def test_link_to_a_lost_member_parks_no_other() -> None:
-    """A member that cannot reach a lost member is not parked for that."""
+    """A member is not parked because it cannot reach a lost member."""
     world = generation("a", "b", "c")
     peers = {"b": refusing(status("b")), "c": peer(status("c", unreachable=lives("b")))}
     proposal = decision(status("a"), peers, of=world)
@@ -488,7 +492,7 @@ LINKS = st.lists(
 def test_parking_leaves_no_broken_link(
     links: list[tuple[str, str]], shuffled: random.Random, order: list[str]
 ) -> None:
-    """The members that go on can all reach each other, no other member is parked, and every node finds the same ones."""
+    """Members that are not parked reach each other, no more are parked than needed, and every node finds the same."""
     members = [member(node) for node in order]
     broken = [(f"{one}1", f"{other}1") for one, other in links]
     parked = set(park(broken, members))
@@ -504,7 +508,7 @@ def test_parking_leaves_no_broken_link(
     cut=st.integers(1, len(NODES) - 1),
 )
 def test_split_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cut: int) -> None:
-    """If no link leads from one group to the other, the smaller group waits; of equal groups the one with the last rank."""
+    """Without links between two groups, the smaller one is parked; of equal groups the one with the last rank."""
     one, other = shuffled[:cut], shuffled[cut:]
     links = [(min(a, b), max(a, b)) for a in lives(*one) for b in lives(*other)]
     smaller = min(one, other, key=lambda group: (len(group), ranked[-1] not in group))
@@ -514,8 +518,8 @@ def test_split_parks_the_smaller_side(ranked: list[str], shuffled: list[str], cu
 # ---- heard by others ---------------------------------------------------------------------------------
 
 
-def test_member_that_others_hear_is_cut_off_and_not_lost() -> None:
-    """Silence towards one member only is a broken link, after a grace period in which others may find more."""
+def test_silent_member_that_others_reach_is_parked_not_lost() -> None:
+    """A member that is silent to one member only has a broken link, after a grace period for other members' reports."""
     world, me = generation("a", "b", "c"), status("a", unreachable=lives("b"))
     grace_s = TIMEOUT_S * (1 + LINK_GRACE_SHARE)
     peers = {"b": peer(status("b"), silent_s=grace_s - 0.01), "c": peer(status("c"))}
@@ -527,7 +531,7 @@ def test_member_that_others_hear_is_cut_off_and_not_lost() -> None:
 
 
 def test_link_is_broken_only_if_both_ends_are_alive() -> None:
-    """If c cannot reach b, that is a broken link to a node that hears b. A node that has not heard b for a while waits whether b is gone."""
+    """If c cannot reach b, a node with proof of life of b sees a broken link. Without it, b may be gone."""
     world, c = generation("a", "b", "c"), peer(status("c", unreachable=lives("b")))
     fresh_s = TIMEOUT_S * LINK_FRESH_SHARE
     for silent_s, broken in ((fresh_s - 0.01, True), (fresh_s + 0.01, False)):
@@ -537,8 +541,8 @@ def test_link_is_broken_only_if_both_ends_are_alive() -> None:
     assert not is_broken(status("a"), stranger, of=world)
 
 
-def test_member_that_no_member_hears_is_lost() -> None:
-    """Once every member that answers calls it unreachable, silence needs no grace period; nor does it without other members."""
+def test_silent_member_that_no_member_reaches_is_lost() -> None:
+    """If every answering member reports it as unreachable, or if there is none, silence needs no grace period."""
     b = silent(status("b"))
     c = peer(status("c", unreachable=lives("b")))
     proposal = decision(status("a"), {"b": b, "c": c}, of=generation("a", "b", "c"))
@@ -549,15 +553,15 @@ def test_member_that_no_member_hears_is_lost() -> None:
 
 
 @pytest.mark.parametrize("witness", [waiting("c", generation=0), None], ids=["behind", "mute"])
-def test_only_a_member_that_knows_the_generation_is_a_witness(witness: object) -> None:
-    """A member that does not know the generation yet, or never spoke, asks no other: it proves nothing about others."""
+def test_only_a_member_that_has_read_the_generation_is_evidence(witness: object) -> None:
+    """A member that does not know the generation yet, or sent no message, proves nothing about the others."""
     c = Peer(None, NOW_S, None, False) if witness is None else peer(waiting("c", generation=0))
     peers = {"b": silent(status("b")), "c": c}
     assert is_broken(status("a"), peers, of=generation("a", "b", "c"))
 
 
-def test_no_witnesses_in_a_large_world() -> None:
-    """If members ask only the leaders, their status does not mean that they hear the others."""
+def test_members_of_a_large_fleet_are_no_evidence_for_others() -> None:
+    """If members ask only the leaders, their status does not prove that they reach the others."""
     names = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
     peers = {name: peer(status(name)) for name in names[1:]} | {"n05": silent(status("n05"))}
     limits = changed(LIMITS, nodes_max=64, slots=None)

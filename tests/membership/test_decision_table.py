@@ -52,13 +52,13 @@ MOVED = {"quiet_since_s": NOW_S}
 def of_member(
     peers: dict[str, Any], *, node: str = "a", phase: NodePhase = NodePhase.RUNNING, **facts: Any
 ) -> Decision:
-    """What a member of the generation a, b, c decides."""
+    """The decision of a member of the generation a, b, c."""
     said = {key: facts.pop(key) for key in ("spent", "unreachable") if key in facts}
     return decision(status(node, phase, **said), peers, of=WORLD, **facts)
 
 
 def of_newcomer(peers: dict[str, Any], *, of: Any = WORLD, **facts: Any) -> Decision:
-    """What node d, which waits outside the generation, decides."""
+    """The decision of node d, which waits outside the generation."""
     said = {key: facts.pop(key) for key in ("unreachable", "resting", "leaving") if key in facts}
     return decision(waiting("d", **said), peers, of=of, **facts)
 
@@ -110,7 +110,7 @@ CASES: dict[int, Callable[[], Decision]] = {
 
 
 def in_words(found: Decision) -> str:
-    """A decision as the table writes it."""
+    """A decision in the form of the table."""
     if isinstance(found, Propose):
         return f"Propose {', '.join(each.node for each in found.members)}"
     if isinstance(found, Wait) and found.asking:
@@ -120,13 +120,13 @@ def in_words(found: Decision) -> str:
     return type(found).__name__
 
 
-def test_the_decision_table_has_the_rows_that_are_built_here() -> None:
-    """No row of docs/membership.md goes unchecked, and no case is missing there."""
+def test_the_decision_table_has_all_rows_of_this_test() -> None:
+    """This test has a case for each row of docs/membership.md, and no other."""
     assert [int(row[0]) for row in ROW.findall(PAGE.read_text())] == list(CASES)
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_a_row_of_the_decision_table_is_what_decide_does(number: int) -> None:
+def test_decide_returns_the_decision_of_each_row(number: int) -> None:
     """The facts of a row lead to the decision and the reason that docs/membership.md states."""
     rows = {int(row[0]): row for row in ROW.findall(PAGE.read_text())}
     found = CASES[number]()
@@ -153,7 +153,7 @@ def lines_of_decide(lines: set[int]) -> Iterator[None]:
 
 
 def test_each_decision_in_the_code_has_a_row() -> None:
-    """Every place where `decide` returns a decision is reached by a row: a new branch needs a new row."""
+    """Some row reaches each place where `decide` returns a decision: a new branch needs a new row."""
     kinds = {"Propose", "Halt", "Drain", "Wait", "Ended"}
     places = {
         node.lineno
@@ -172,6 +172,6 @@ def test_each_decision_in_the_code_has_a_row() -> None:
 
 
 def test_each_kind_of_cause_is_explained_on_the_page() -> None:
-    """The page says what each cause of a generation means."""
+    """The page explains each kind of cause."""
     page = PAGE.read_text()
     assert [kind for kind in CauseKind if f"| `{kind}` |" not in page] == []

@@ -1,13 +1,13 @@
-"""The fence under fire: takeover races, and zombies that wake up after one, on real stores.
+"""The fence under load: takeover races, and zombies that wake up after one, on real stores.
 
-A takeover race of generation g starts all writers from one barrier, each in a process of its own, with a
-store and a log of its own. The node that made generation g commits on its behalf, again and again; all
+A takeover race of generation g starts all writers from one barrier, each in a separate process, with a separate
+store and log. The node that made generation g commits on its behalf repeatedly; all
 others propose generation g + 1, each for itself. The winner is the one that commits in the next race.
 
-    barrier ─► owner of g:  COMMIT, COMMIT, ... FencedError        ─► each tells what it believes
+    barrier ─► owner of g:  COMMIT, COMMIT, ... FencedError        ─► each reports its view
                the others:  GENERATION g + 1, or FencedError
 
-A zombie is a process that stops itself (SIGSTOP) on its way to a record, and goes on after a takeover.
+A zombie is a process that stops itself (SIGSTOP) before or after a create, and continues after a takeover.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
 RUNS = 10
-"""Runs that are raced for side by side: a race spends most of its time on waiting for the store."""
+"""Runs with races in parallel, because a race mostly waits for the store."""
 RACES_PER_RUN = {"file": 100, "s3": 30}
 """By the store's scheme: a race on S3 takes ten times as long."""
 WRITERS = 4
@@ -56,12 +56,12 @@ COMMITS_MAX = 3
 ZOMBIE_ROUNDS = 3
 PATIENCE_S = 60.0
 
-# Not fork: the stores of this process have threads. Not forkserver: it may have started with other AWS variables.
+# Not fork: the stores of this process have threads. Not forkserver: it may have other AWS variables.
 CONTEXT = multiprocessing.get_context("spawn")
 
 
 def seed_of_this_run() -> int:
-    """A seed of its own for each run, printed; `ELASTIC_PT_SEED` repeats one."""
+    """A seed for each run, printed; `ELASTIC_PT_SEED` repeats one."""
     seed = int(os.environ.get("ELASTIC_PT_SEED") or secrets.randbits(32))
     print(f"ELASTIC_PT_SEED={seed}")
     return seed
@@ -74,7 +74,7 @@ def generation(number: int, node: str) -> Generation:
 
 
 def commit(view: RunView, number: int) -> Commit:
-    """A checkpoint that generation `number` made, whatever generation the log is at by now."""
+    """A checkpoint of generation `number`, for any newest generation."""
     step = view.length
     newest = Checkpoint(step, number, f"ckpt/{step:010d}-g{number}-abcd", 1, "0" * 64, None)
     return Commit((newest, *view.checkpoints[:1]), "history/x")
@@ -88,27 +88,27 @@ def owner_of(view: RunView) -> str:
 
 @dataclass(frozen=True)
 class Told:
-    """How one append ended, in the words of its writer."""
+    """The end of one append, as its writer reports it."""
 
     writer: str
     race: int
-    """The generation that the writer takes for the newest one."""
+    """The newest generation in the writer's view."""
     wanted: str
     """The kind of record."""
     fenced: bool
     length: int
-    """Records in the view that the writer is left with."""
+    """Number of records in the writer's view."""
     view: str
-    """That whole view, as its hash."""
+    """Hash of the writer's whole view."""
 
 
 def hash_of(view: RunView) -> str:
-    """SHA-256 over everything that a view says."""
+    """SHA-256 over the content of a view."""
     return hashlib.sha256(repr(view).encode()).hexdigest()
 
 
 def attempt(log: RunLog, writer: str, race: int, make: Callable[[RunView], Body]) -> Told:
-    """One append on behalf of generation `race`, and what the writer believes afterwards."""
+    """One append on behalf of generation `race`, and the writer's view afterwards."""
     wanted = type(make(log.view)).__name__
     try:
         view, fenced = log.append(make, generation=race), False
@@ -123,7 +123,7 @@ def races_for(url: str) -> range:
 
 
 def race_for_run(url: str, writer: str, seed: int, barrier: Barrier) -> list[Told]:
-    """One writer's part in all races for one run, and what it believed after each append."""
+    """One writer's part in all races for one run, and its view after each append."""
     choice = random.Random(f"{seed} {url} {writer}")
     told: list[Told] = []
     try:
@@ -132,7 +132,7 @@ def race_for_run(url: str, writer: str, seed: int, barrier: Barrier) -> list[Tol
         for race in races_for(url):
             owns = owner_of(log.view) == writer
             barrier.wait(PATIENCE_S)
-            # A seeded request late or not, so that takeovers meet commits at different points.
+            # A seeded delay, so that takeovers and commits meet at different points.
             if choice.random() < 0.5:
                 log.refresh()
             if not owns:
@@ -155,7 +155,7 @@ def race_for_run(url: str, writer: str, seed: int, barrier: Barrier) -> list[Tol
 def write_in_races(
     urls: list[str], writer: str, seed: int, barriers: list[Barrier], told_path: Path
 ) -> None:
-    """Process of one writer: takes part in the races for every run, a thread for each, and writes down its beliefs."""
+    """Process of one writer: takes part in the races for every run, one thread each, and writes its views."""
     with ThreadPoolExecutor(len(urls)) as pool:
         told = pool.map(race_for_run, urls, repeat(writer), repeat(seed), barriers)
     told_path.write_text(json.dumps([[asdict(each) for each in run] for run in told]))
@@ -204,7 +204,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def running(processes: list[BaseProcess]) -> Iterator[None]:
-    """Started processes that are gone afterwards, whatever state they are in."""
+    """Started processes that are killed afterwards, in any state."""
     for process in processes:
         process.start()
     try:
@@ -216,7 +216,7 @@ def running(processes: list[BaseProcess]) -> Iterator[None]:
 
 
 def test_every_takeover_race_leaves_one_lineage(url: str, tmp_path: Path) -> None:
-    """Of all that take over a generation one succeeds, and no writer of the old one adds anything behind it."""
+    """One of the nodes that take over a generation succeeds, and no writer of the old one appends after it."""
     seed, names = seed_of_this_run(), [f"writer-{number}" for number in range(WRITERS)]
     urls = [f"{url}-{number}" for number in range(RUNS)]
     for each in urls:
@@ -247,21 +247,21 @@ def test_every_takeover_race_leaves_one_lineage(url: str, tmp_path: Path) -> Non
         lost = Counter(word.race for word in told if word.fenced)
         assert lost == dict.fromkeys(races, WRITERS - 1)
         commits += sum(isinstance(record.body, Commit) for record in records)
-    # Were the owner always too late, or never, nothing would have been raced for.
+    # If the owner is always too late, or never, there was no race.
     total = RUNS * len(races)
     assert 0.1 * total < commits < 0.9 * total * (1 + COMMITS_MAX) / 2
 
 
 class Moment(StrEnum):
-    """Where a zombie stands still."""
+    """Where a zombie stops itself."""
 
     BEFORE = "before its append"
-    INSIDE = "between its look at the log and its create"
-    AFTER = "after its create, before it knows"
+    INSIDE = "between its read of the log and its create"
+    AFTER = "after its create, before the answer"
 
 
 class StandingStill:
-    """A store whose process stops itself at one moment of the next create."""
+    """A store that stops its own process at one moment of the next create."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -292,7 +292,7 @@ BODIES: dict[str, Callable[[RunView, int], Body]] = {
 
 
 def write_as_zombie(url: str, parent: Connection) -> None:
-    """Process of a zombie: appends what it is asked for, and stands still on the way."""
+    """Process of a zombie: appends the requested record, and stops itself at the given moment."""
     store = StandingStill(open_store(url, timeout_s=30.0))
     log = RunLog(store, writer="zombie")
     while order := json.loads(parent.recv_bytes()):
@@ -304,7 +304,7 @@ def write_as_zombie(url: str, parent: Connection) -> None:
 
 
 def test_a_zombie_appends_nothing(url: str) -> None:
-    """A process that was stopped on its way to a record and was replaced meanwhile is fenced when it wakes up."""
+    """A process that was stopped during an append and was replaced is fenced when it wakes up."""
     orders = [
         *((Moment.BEFORE, wanted) for wanted in BODIES),
         *((Moment.INSIDE, wanted) for wanted in BODIES),
@@ -330,7 +330,7 @@ def test_a_zombie_appends_nothing(url: str) -> None:
             assert here.poll(PATIENCE_S)
             told.append(Told(**json.loads(here.recv_bytes())))
             assert (told[-1].wanted, told[-1].fenced) == (wanted, moment is not Moment.AFTER)
-            # The zombie is the owner of the next generation again, so that it has one to lose.
+            # The zombie owns the next generation again, so that it can lose it.
             back = generation(race + 2, "zombie")
             told.append(attempt(log, "successor", race + 1, lambda _: back))
     records = list(RunLog(open_store(url), writer="judge").records())

@@ -1,4 +1,4 @@
-"""Worlds of more than MESH_NODES_MAX nodes, in which two leaders watch all members."""
+"""Generations of more than MESH_NODES_MAX nodes, in which two leaders watch all members."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ LARGE = [f"n{number:02}" for number in range(MESH_NODES_MAX + 1)]
 
 
 def large_world(fleet: Fleet, *started: str) -> None:
-    """A generation of more nodes than ask each other, of which some are started."""
+    """A generation of more than MESH_NODES_MAX nodes, of which some are started."""
     fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     world = Generation(1, tuple(map(member, LARGE)), (), "127.0.0.1", 1, None, "started")
     RunLog(fleet.bucket, writer="x").append(lambda _: world, generation=0)
@@ -26,8 +26,8 @@ def large_world(fleet: Fleet, *started: str) -> None:
         node.turn()
 
 
-def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
-    """In a large world a leader notices a member that has never spoken. Other members watch the leaders only."""
+def test_leaders_of_a_large_fleet_watch_all_members(fleet: Fleet) -> None:
+    """A leader detects a member that has never sent a message. Other members watch the leaders only."""
     large_world(fleet, "n00", "n01", "n02")
     everyone = {member(name).incarnation for name in LARGE}
     assert set(fleet.nodes["n00"].table.peers) == everyone - {"n001"}
@@ -42,10 +42,10 @@ def test_leaders_of_a_large_world_watch_all_members(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("gone", [["n00"], ["n00", "n01"], ["n07", "n20"]])
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_large_world_loses_leaders_and_others_alike(
+def test_a_large_fleet_replaces_any_lost_member_once(
     fleet: Fleet, gone: list[str], silent: bool
 ) -> None:
-    """Whichever member is gone, refusing or silent, the others form one world without it, once."""
+    """If any member is gone, refusing or silent, the others form one generation without it, once."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -54,7 +54,7 @@ def test_a_large_world_loses_leaders_and_others_alike(
     else:
         fleet.dead = set(gone)
     alive = [name for name in LARGE if name not in gone]
-    # Two leaders in a row may each take a timeout to be noticed, by members that ask no other node.
+    # The loss of two leaders in a row may take two timeouts, because members ask no other node.
     for _ in range(round(2 * LIMITS.elastic.heartbeat_timeout_s / TICK_S) + 5):
         fleet.pass_time(TICK_S)
         if fleet.log.generation_number > 1:
@@ -66,7 +66,7 @@ def test_a_large_world_loses_leaders_and_others_alike(
 
 
 def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None:
-    """A leader connects to it, so that it knows before the silence timeout whether the member is gone."""
+    """A leader connects to the member, to detect before the silence timeout whether it is gone."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -76,7 +76,7 @@ def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None
     n00.turn()
     assert [each.node for each in n00.contacts.targets] == [*asked, "n20"]
     fleet.pass_time(2 * TICK_S)
-    assert [each.node for each in n00.contacts.targets] == asked, "it has shown that it lives"
+    assert [each.node for each in n00.contacts.targets] == asked, "it has shown that it is alive"
     fleet.dead = {"n20"}
     n00.contacts.hung_up("n201")
     fleet.pass_time(4 * TICK_S)
@@ -84,8 +84,8 @@ def test_leader_probes_a_member_that_closed_its_connection(fleet: Fleet) -> None
     assert fleet.log.generations[-1].causes[0].detail == "its address refuses connections"
 
 
-def test_a_world_may_grow_large(fleet: Fleet) -> None:
-    """The node with which members stop asking each other joins like any other: members that are no longer asked are not silent."""
+def test_a_fleet_may_grow_large(fleet: Fleet) -> None:
+    """When members stop asking each other because a node joins, members that are no longer asked are not silent."""
     fleet.limits = changed(LIMITS, nodes_max=64, slots=None)
     fleet.form(*LARGE[:-1])
     fleet.start(LARGE[-1])
@@ -99,12 +99,12 @@ def test_a_world_may_grow_large(fleet: Fleet) -> None:
 
 
 def speaks_to(fleet: Fleet, speaker: str, listener: str) -> None:
-    """One message, over a connection that the speaker made when it still asked the listener."""
+    """One message over a connection that the sender opened when it still asked the receiver."""
     other = fleet.nodes[listener]
     other.received(fleet.nodes[speaker].message_to(other.member.incarnation, asks=False))
 
 
-def test_unanswered_question_before_a_world_grew_large_is_no_loss(fleet: Fleet) -> None:
+def test_unanswered_question_before_a_fleet_grew_large_is_no_loss(fleet: Fleet) -> None:
     """A node that had not answered yet when this node stopped asking it is not lost."""
     fleet.limits = changed(LIMITS, nodes_min=len(LARGE), nodes_max=64, slots=None)
     fleet.cut = {frozenset(("n15", "n25"))}
@@ -121,7 +121,7 @@ def test_unanswered_question_before_a_world_grew_large_is_no_loss(fleet: Fleet) 
 
 
 def test_only_leaders_probe(fleet: Fleet) -> None:
-    """Two members that close their connections to each other do not probe each other without end."""
+    """Two members that close their connections to each other do not probe each other repeatedly."""
     large_world(fleet, *LARGE)
     fleet.run()
     speaks_to(fleet, "n21", "n20")
@@ -143,8 +143,8 @@ def test_losses_in_a_row_are_each_noticed_in_time(fleet: Fleet) -> None:
     assert names(fleet.log.generation) == [name for name in LARGE if name not in fleet.off]
 
 
-def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
-    """Nodes that join and leave for months use no memory of the nodes that stay."""
+def test_members_of_former_generations_are_forgotten(fleet: Fleet) -> None:
+    """Nodes that join and leave over months use no memory of the nodes that stay."""
     large_world(fleet, *LARGE)
     fleet.run()
     fleet.pass_time(1.0)
@@ -159,8 +159,8 @@ def test_members_of_former_worlds_are_forgotten(fleet: Fleet) -> None:
     assert [node for node in fleet.alive() if "n201" in node.table.peers] == []
 
 
-def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> None:
-    """A newcomer that a leader asks less often than a small world's timeout still joins."""
+def test_newcomers_that_a_leader_asks_rarely_are_not_lost() -> None:
+    """A newcomer joins although a leader asks it less often than the configured timeout."""
     large = [f"n{number:04}" for number in range(2400)]
     world, interval_s = generation(*large), LIMITS.interval_s(len(large))
     assert interval_s > LIMITS.elastic.heartbeat_timeout_s * SPARE_SILENCE_SHARE
@@ -171,7 +171,7 @@ def test_newcomers_that_a_large_world_asks_rarely_are_not_taken_for_gone() -> No
     assert newcomers(me, world, gone, LIMITS, NOW_S) == ()
 
 
-def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
+def test_a_newcomer_keeps_asking_unreachable_leaders(
     fleet: Fleet,
 ) -> None:
     """A node that starts in a split network keeps asking the leaders."""
@@ -186,7 +186,7 @@ def test_a_newcomer_that_could_not_reach_the_leaders_at_first_joins_once_it_can(
 
 
 def test_old_status_of_an_unwatched_member_breaks_no_link() -> None:
-    """If a member could not reach another one long ago, that does not break today's world."""
+    """An old report that a member could not reach another one does not break the current generation."""
     world = generation(*LARGE)
     complaint = status("n20", unreachable=(member("n21").incarnation,))
     for watched_since_s, broken in ((None, False), (NOW_S - 100, True)):

@@ -1,4 +1,4 @@
-"""Connections between agents, over real sockets on loopback and, where a peer dies, to a real process."""
+"""Connections between agents, over real sockets on loopback; a peer that dies is a real process."""
 
 import asyncio
 import dataclasses
@@ -30,7 +30,7 @@ from tests.membership.world import changed, waiting
 
 DEADLINE_S = 20.0
 AT_ONCE_S = 0.5
-"""Well below the interval of `RARELY`: what happens within it was not waited for."""
+"""Far below the interval of `RARELY`: an event within this time did not wait for the interval."""
 TOKEN = "secret"
 RARELY = Limits(
     ElasticSection(
@@ -51,7 +51,7 @@ class Agent:
 
     @property
     def member(self) -> Member:
-        """Where it answers."""
+        """The port at which it answers."""
         return self.participant.member
 
     def asks(self, *others: Member) -> None:
@@ -61,11 +61,11 @@ class Agent:
         self.links.aim(others)
 
     def knows(self, other: Member) -> Peer:
-        """What it knows of another node."""
+        """Its facts about another node."""
         return self.participant.table.peers[other.incarnation]
 
     def has_heard(self, other: Member) -> bool:
-        """Whether there is proof that the other one lives."""
+        """Whether there is proof of life of the other node."""
         peer = self.participant.table.peers.get(other.incarnation)
         return peer is not None and peer.heard_s is not None
 
@@ -84,7 +84,7 @@ async def agent(
             log=RunLog(store, writer=name),
             hints=store,
             clock_s=time.monotonic,
-            bind_store=lambda: pytest.fail("no world is formed here"),
+            bind_store=lambda: pytest.fail("no generation starts here"),
             choose_resume=lambda _: None,
             on_drain=lambda _: None,
         ),
@@ -100,7 +100,7 @@ async def agent(
 
 
 async def until(condition: Callable[[], bool], what: str, *, within_s: float = DEADLINE_S) -> float:
-    """Poll until a condition holds; returns how long that took."""
+    """Poll until a condition holds; returns the seconds it took."""
     began_s = time.monotonic()
     while not condition():
         assert time.monotonic() < began_s + within_s, f"not within {within_s} s: {what}"
@@ -109,7 +109,7 @@ async def until(condition: Callable[[], bool], what: str, *, within_s: float = D
 
 
 async def connected(one: Agent, *others: Agent) -> None:
-    """Have one agent ask others, and wait until each has heard the other."""
+    """Make one agent ask others, and wait until each pair has proof of life."""
     one.asks(*(other.member for other in others))
     for other in others:
         await until(lambda other=other: one.has_heard(other.member), "an answer")  # type: ignore[misc]
@@ -123,12 +123,12 @@ async def connected(one: Agent, *others: Agent) -> None:
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """Run a scenario on an event loop of its own."""
+    """Run a scenario on a new event loop."""
     asyncio.run(asyncio.wait_for(scenario, 4 * DEADLINE_S))
 
 
 def bearer(token: str) -> dict[str, str]:
-    """The header that a token goes into."""
+    """The header with a token."""
     return {"Authorization": f"Bearer {token}"}
 
 
@@ -189,8 +189,8 @@ def said_by(name: str, **changes: object) -> str:
     ],
     ids=["text", "object", "nested", "count", "refusal", "status", "binary", "too large"],
 )
-def test_garbage_closes_the_link_and_nothing_else(tmp_path: Path, frame: str | bytes) -> None:
-    """After garbage the link is closed, nothing was stored, and other links go on."""
+def test_garbage_closes_only_its_link(tmp_path: Path, frame: str | bytes) -> None:
+    """After garbage the link is closed, nothing is stored, and other links continue."""
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
@@ -218,7 +218,7 @@ def test_garbage_closes_the_link_and_nothing_else(tmp_path: Path, frame: str | b
 
 
 def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
-    """It counts neither as heard nor as reached, and it is not taken for gone."""
+    """It counts neither as heard nor as reached, and not as gone."""
 
     async def scenario() -> None:
         asked = asyncio.Event()
@@ -261,8 +261,8 @@ def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
-    """One connection is proof of life in both directions, over IPv4 and IPv6. Only the end that connected knows that the address works."""
+def test_one_connection_proves_both_directions(tmp_path: Path, address: str) -> None:
+    """One connection gives both ends proof of life, over IPv4 and IPv6. Only the end that connected has `reached`."""
 
     async def scenario() -> None:
         async with (
@@ -280,7 +280,7 @@ def test_two_agents_hear_each_other(tmp_path: Path, address: str) -> None:
 
 
 def test_status_change_is_sent_at_once_to_both_ends(tmp_path: Path) -> None:
-    """A changed status reaches all connected peers long before the next interval, and is news there."""
+    """A changed status arrives at all connected peers long before the next interval, and causes a turn there."""
 
     async def scenario() -> None:
         async with (
@@ -312,7 +312,7 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
             for asker, other in ((a, b), (b, a)):
                 asked_s = time.monotonic()
                 asker.links.say(asks=True)
-                # What is said in the same breath does not take the question back.
+                # A `say` right after it does not cancel the question.
                 asker.links.say(asks=False)
                 await until(
                     lambda asker=asker, other=other, asked_s=asked_s: (  # type: ignore[misc]
@@ -325,8 +325,8 @@ def test_a_question_is_answered_at_once(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_when_nothing_changes_peers_are_asked_once_an_interval(tmp_path: Path) -> None:
-    """One question and one answer per interval, and no more: an answer is not answered."""
+def test_peers_are_asked_once_per_interval(tmp_path: Path) -> None:
+    """There is one question and one answer per interval: an answer is not answered."""
 
     async def scenario() -> None:
         interval_s = 0.1
@@ -372,7 +372,7 @@ def test_connection_to_a_former_target_is_closed(tmp_path: Path) -> None:
 
 
 def test_closing_is_fast_while_messages_arrive(tmp_path: Path) -> None:
-    """An agent that closes its links is gone at once, even if a message arrives at that moment."""
+    """An agent closes its links at once, even if a message arrives at that moment."""
 
     async def scenario() -> None:
         limits = changed(RARELY, heartbeat_interval_s=0.001)
@@ -392,7 +392,7 @@ def test_closing_is_fast_while_messages_arrive(tmp_path: Path) -> None:
 
 
 def test_closed_port_counts_as_refused(tmp_path: Path) -> None:
-    """A node whose address refuses connections is known to be gone at once, which is news."""
+    """A node whose address refuses connections counts as gone at once, and causes a turn."""
 
     async def scenario() -> None:
         async with agent("b", tmp_path) as b:
@@ -406,7 +406,7 @@ def test_closed_port_counts_as_refused(tmp_path: Path) -> None:
 
 
 def test_another_incarnation_at_the_same_port_counts_as_refused(tmp_path: Path) -> None:
-    """If another incarnation answers, the one that was asked for is dead."""
+    """If another incarnation answers at the address, the previous one is dead."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -420,7 +420,7 @@ def test_another_incarnation_at_the_same_port_counts_as_refused(tmp_path: Path) 
 
 
 def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path) -> None:
-    """A node that closes its connections is noticed at once. If the same incarnation answers again, it is no longer refused."""
+    """A closed server is detected at once. If the same incarnation answers again, it is no longer refused."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path, limits=OFTEN) as a, agent("b", tmp_path) as b:
@@ -453,7 +453,7 @@ def serve_for_ever(directory: str) -> None:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Any:
-    """Node b in a process of its own, and where it answers."""
+    """Node b in a separate process, and its port."""
     code = "import sys; from tests.membership.test_links import serve_for_ever; serve_for_ever(sys.argv[1])"
     started = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -469,7 +469,7 @@ def process(tmp_path: Path) -> Any:
 def test_a_killed_process_is_noticed_at_once(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """SIGKILL to a peer's process shows as a refused address within half a second, although it is asked much less often."""
+    """SIGKILL of a peer's process gives a refused address within half a second, long before the next interval."""
     peer, b = process
 
     async def scenario() -> None:
@@ -487,7 +487,7 @@ def test_a_killed_process_is_noticed_at_once(
 
 
 def test_end_of_an_incoming_connection_is_news(tmp_path: Path) -> None:
-    """The end that only answered takes a turn, too, when the other end closes. That alone does not make the peer gone."""
+    """The end that only answered takes a turn when the other end closes. The peer does not count as gone."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, agent("b", tmp_path) as b:
@@ -503,7 +503,7 @@ def test_end_of_an_incoming_connection_is_news(tmp_path: Path) -> None:
 def test_a_stopped_process_is_silent_and_not_gone(
     tmp_path: Path, process: tuple[subprocess.Popen[bytes], Member]
 ) -> None:
-    """A peer that is stopped does not refuse. Its proof of life gets old, and is renewed when it continues."""
+    """A stopped peer does not refuse. Its proof of life gets old, and is renewed when it continues."""
     peer, b = process
 
     async def scenario() -> None:
@@ -553,7 +553,7 @@ def test_stuck_connection_is_replaced(
 
 
 def test_agents_that_start_together_share_one_token(tmp_path: Path) -> None:
-    """However many agents start at once, all use the same secret, and it is long."""
+    """Agents that start at the same time all use the same secret, and it is long."""
     found: list[str] = []
     start = threading.Barrier(8)
 
@@ -573,7 +573,7 @@ def test_agents_that_start_together_share_one_token(tmp_path: Path) -> None:
 
 
 def test_status_page_has_every_field() -> None:
-    """What `STATUS` writes is all of a NodeStatus, so that another version can be told apart."""
+    """`STATUS` writes every field of a NodeStatus."""
     said = STATUS.dump_python(waiting("a"), mode="json")
     assert set(said) == {each.name for each in dataclasses.fields(NodeStatus)}
     assert STATUS.validate_python(said) == waiting("a")

@@ -1,4 +1,4 @@
-"""`decide` about nodes that join and leave, and which nodes ask which: from facts alone, with a reason."""
+"""`decide` for nodes that join and leave, and the targets of each node: from facts alone, with a reason."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 def test_leaving_member_is_drained_first() -> None:
-    """A member that leaves makes the leader ask for a drain. Once all have stopped, the others go on without it."""
+    """If a member leaves, the leader asks for a drain. When all have stopped, the others continue without it."""
     world = generation("a", "b", "c")
     going = {"b": peer(status("b", leaving=True)), "c": peer(status("c"))}
     assert decision(status("a"), going, of=world) == Drain("b leaves")
@@ -58,7 +58,7 @@ def test_leaving_member_is_drained_first() -> None:
 
 
 def test_leaving_leader_no_longer_leads() -> None:
-    """The first member that stays asks for the drain and forms the next world. A single node that leaves drains itself."""
+    """The first member that stays asks for the drain and proposes. A single node that leaves drains itself."""
     world = generation("a", "b")
     a, b = status("a", leaving=True), status("b")
     assert decision(b, {"a": peer(a)}, of=world) == Drain("a leaves")
@@ -70,8 +70,8 @@ def test_leaving_leader_no_longer_leads() -> None:
     assert decision(a, {}, of=generation("a")) == Drain("a leaves")
 
 
-def test_when_all_leave_newcomers_go_on() -> None:
-    """If all members leave, the nodes that wait take the run over."""
+def test_newcomers_continue_when_all_members_leave() -> None:
+    """If all members leave, the waiting nodes take the run over."""
     world, b = generation("a", "b"), peer(waiting("b", spent=1, leaving=True))
     me, c = waiting("a", spent=1, leaving=True), peer(waiting("c"))
     waits = decision(me, {"b": b, "c": c}, of=world, quiet_since_s=NOW_S)
@@ -79,7 +79,7 @@ def test_when_all_leave_newcomers_go_on() -> None:
 
 
 def test_failure_of_a_leaving_member_is_a_cause() -> None:
-    """A member that leaves and then fails is left out, and its failure is a cause."""
+    """If a member leaves and then fails, it is not in the next generation, and its failure is a cause."""
     b = peer(waiting("b", spent=1, leaving=True, failure=failed("b")))
     proposal = decision(status("a"), {"b": b}, of=generation("a", "b"))
     assert causes(proposal) == [(CauseKind.FAILED, "b"), (CauseKind.LEFT, "b")]
@@ -87,7 +87,7 @@ def test_failure_of_a_leaving_member_is_a_cause() -> None:
 
 @pytest.mark.parametrize("gone", [refusing, silent])
 def test_member_that_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) -> None:
-    """A member that closes its connections after a planned stop breaks nothing. With workers up it is lost."""
+    """A member that closes its connections after a planned stop is not lost. With running workers it is lost."""
     world = generation("a", "b")
     left = gone(waiting("b", spent=1, leaving=True))
     assert not is_broken(status("a"), {"b": left}, of=world)
@@ -99,7 +99,7 @@ def test_member_that_has_left_is_not_lost(gone: Callable[[NodeStatus], Peer]) ->
     assert (CauseKind.LOST, "b") in causes(decision(status("a"), {"b": torn}, of=world))
 
 
-def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
+def test_a_newcomer_that_leaves_does_not_join() -> None:
     """A node that was asked to leave before it was a member causes no drain."""
     peers = {"b": peer(waiting("b", leaving=True))}
     assert decision(status("a"), peers, of=generation("a")) == Wait("training")
@@ -109,8 +109,8 @@ def test_a_newcomer_that_leaves_is_not_taken_in() -> None:
 # ---- newcomers ---------------------------------------------------------------------------------------
 
 
-def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
-    """A newcomer makes the leader ask for a drain, once no further one has come for the join window."""
+def test_newcomers_join_together_at_a_step_boundary() -> None:
+    """The leader asks for a drain when no more newcomers have appeared for the join window."""
     world, window_s = generation("a", "b"), LIMITS.elastic.join_window_s
     peers = {"b": peer(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     early = NOW_S - window_s + 0.01
@@ -119,7 +119,7 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
     assert drain == Drain("c joins; d joins")
     full = changed(LIMITS, nodes_max=3)
     at_once = decision(status("a"), peers, of=world, limits=full, newcomers_changed_s=NOW_S)
-    assert at_once == Drain("c joins"), "no other node would be taken in"
+    assert at_once == Drain("c joins"), "no other node could join"
     assert decision(status("b"), peers | {"a": peer(status("a"))}, of=world) == Wait("training")
     assert decision(status("a", NodePhase.SETTLING), peers, of=world) == Wait("training")
 
@@ -149,8 +149,8 @@ def test_newcomers_are_taken_in_together_and_at_a_step_boundary() -> None:
         "does not know the generation",
     ],
 )
-def test_unfit_newcomer_is_not_taken_in(newcomer: Peer, facts: dict[str, object]) -> None:
-    """A newcomer reaches all members that stay and is reached, has the same fingerprint, waits, answers and is not kept out."""
+def test_unfit_newcomer_does_not_join(newcomer: Peer, facts: dict[str, object]) -> None:
+    """A newcomer must reach all members that stay, have the same fingerprint, wait, answer, and not be kept out."""
     world = generation("a", "b")
     peers = {"b": peer(status("b")), "c": newcomer}
     assert decision(status("a"), peers, of=world, **facts) == Wait("training")
@@ -167,11 +167,11 @@ def test_newcomer_need_not_reach_a_lost_member() -> None:
     assert nodes(proposal) == ["a", "c"]
 
 
-def test_a_newcomer_asks_while_a_member_lives() -> None:
-    """A node outside the generation never proposes while any member answers, and says why it is not taken in."""
+def test_a_newcomer_does_not_propose_while_a_member_answers() -> None:
+    """A node outside the generation does not propose while a member answers, and its reason says why it waits."""
     world, new = generation("a", "b"), waiting("c")
     peers = {"a": refusing(status("a")), "b": peer(status("b"))}
-    assert decision(new, peers, of=world) == Wait("asked b to be taken in")
+    assert decision(new, peers, of=world) == Wait("asked b to be admitted")
     parked = waiting("c", unreachable=lives("a"))
     assert decision(parked, {"b": peer(status("b"))}, of=world) == Wait("parked: no link to a")
     assert decision(new, peers, of=world, barred={"c": "3 failures"}) == Wait(
@@ -186,12 +186,12 @@ def test_a_newcomer_asks_while_a_member_lives() -> None:
 def test_new_nodes_take_over_when_all_members_are_gone(
     gone: Callable[[NodeStatus], Peer], quiet_s: float
 ) -> None:
-    """Newcomers that reach no member form a world once log and pulse no longer change; the first by name leads."""
+    """Newcomers that reach no member form a generation when log and pulse do not change; the first by name leads."""
     world = generation("a", "b")
     members = {name: gone(status(name)) for name in "ab"}
     c, d = waiting("c"), waiting("d")
     early, late = {"quiet_since_s": NOW_S - quiet_s + 0.01}, {"quiet_since_s": NOW_S - quiet_s}
-    watching = Wait("no member answers: watching whether the run goes on without this node")
+    watching = Wait("no member answers: watching whether the run continues without this node")
     assert decision(c, members | {"d": peer(d)}, of=world, **early) == watching
     unseen = late | {"quiet_until_s": NOW_S - 0.01}
     assert decision(c, members | {"d": peer(d)}, of=world, **unseen) == watching
@@ -209,11 +209,11 @@ def test_takeover_is_faster_only_if_every_member_refuses() -> None:
     assert waits.reason.startswith("no member answers")
 
 
-# ---- the first world ---------------------------------------------------------------------------------
+# ---- the first generation ----------------------------------------------------------------------------
 
 
 def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:
-    """The first generation waits until no newcomer has appeared for a while, or until no more would be taken."""
+    """The first generation waits until no newcomer has appeared for a while, or until there is no more room."""
     a, b = waiting("a"), peer(waiting("b"))
     young = {"newcomers_changed_s": NOW_S - 0.1}
     assert decision(a, {"b": b}, of=None, **young) == Wait("waiting for more nodes to arrive")
@@ -225,8 +225,8 @@ def test_a_cold_start_waits_for_the_join_window_unless_full() -> None:
     assert (nodes(proposal), proposal.reason) == (["a", "b"], "started")
 
 
-def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
-    """Of two candidates without a link one waits, whichever of them reports it. Too few candidates all wait."""
+def test_members_of_the_first_generation_all_reach_each_other() -> None:
+    """Of two candidates without a link one waits, if either of them reports it. If too few are left, all wait."""
     c = waiting("c")
     for b in (waiting("b", unreachable=lives("c")), waiting("b")):
         third = c if b.unreachable else waiting("c", unreachable=lives("b"))
@@ -237,8 +237,8 @@ def test_the_first_world_is_one_in_which_all_reach_each_other() -> None:
     assert waits == Wait("waiting for nodes: 2 of at least 3")
 
 
-def test_first_world_has_a_barred_node_only_if_needed() -> None:
-    """A quarantine outlives the world that called for it, unless there would be too few nodes."""
+def test_first_generation_has_a_barred_node_only_if_needed() -> None:
+    """A quarantine also holds after its generation, unless there would be too few nodes."""
     a, peers = waiting("a"), {"b": peer(waiting("b")), "c": peer(waiting("c"))}
     barred = {"b": "3 failures"}
     assert nodes(decision(a, peers, of=None, barred=barred)) == ["a", "c"]
@@ -249,15 +249,15 @@ def test_first_world_has_a_barred_node_only_if_needed() -> None:
 # ---- limits, shares, targets ------------------------------------------------------------------------
 
 
-def test_in_a_small_world_everyone_asks_everyone() -> None:
-    """Up to MESH_NODES_MAX nodes each asks all others, whether they answer or not."""
+def test_in_a_small_fleet_each_node_asks_all_others() -> None:
+    """Up to MESH_NODES_MAX nodes, each node asks all others, even if they do not answer."""
     members = [member(f"n{number:02}") for number in range(MESH_NODES_MAX)]
     peers = {members[1].incarnation: refusing(status("n01"))}
     assert whom_to_ask(members, "n031", peers, NOW_S, TIMEOUT_S) == [*members[:3], *members[4:]]
 
 
-def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
-    """Nodes that refuse or are silent are skipped; nodes of which nothing is known are tried."""
+def test_in_a_large_fleet_all_ask_the_first_two_that_answer() -> None:
+    """Nodes that refuse or are silent are skipped. Unknown nodes are tried."""
     members = [member(f"n{number:02}") for number in range(MESH_NODES_MAX + 1)]
     peers = {
         members[0].incarnation: refusing(status("n00")),
@@ -270,14 +270,14 @@ def test_in_a_large_world_everyone_asks_the_first_two_that_answer() -> None:
 
     assert asked(20) == ["n01", "n03"]
     assert asked(1) == ["n03", "n04"]
-    # A whole rack may be gone with the first ones: the more are, the more of the next ones are asked at a time.
+    # A whole rack may be gone: the more nodes are gone, the more of the next ones are asked at a time.
     for number in range(6):
         peers[members[number].incarnation] = refusing(status(f"n{number:02}"))
     assert asked(20) == [f"n{number:02}" for number in range(6, 12)]
 
 
-def test_heartbeats_and_silence_scale_with_the_world() -> None:
-    """In a large world the interval grows, and the timeout is a multiple of it."""
+def test_interval_and_timeout_grow_with_the_number_of_nodes() -> None:
+    """With many nodes the interval grows, and the timeout is a multiple of it."""
     limits = Limits(ElasticSection(nodes_max=4096), slots=None)
     assert limits.interval_s(512) == pytest.approx(0.2)
     assert limits.interval_s(2048) == pytest.approx(0.8)
@@ -295,7 +295,7 @@ def test_spans_are_even_and_complete(total: int, parts: int) -> None:
 
 @given(workers=st.lists(st.integers(1, 4), min_size=1, max_size=6), slots=st.integers(24, 64))
 def test_slots_per_member_are_those_its_workers_compute(workers: list[int], slots: int) -> None:
-    """A member's slots are those of its ranks, when worker r of W computes slots r, r + W, ..."""
+    """A member's slots are those of its ranks: worker r of W computes slots r, r + W, ..."""
     members = [member(f"n{index}", count) for index, count in enumerate(workers)]
     world, first = sum(workers), 0
     for count, said in zip(workers, slots_per_member(members, slots), strict=True):

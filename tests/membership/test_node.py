@@ -41,7 +41,7 @@ FINGERPRINT = {"code": "1", "torch": "2.13"}
 
 @pytest.fixture
 def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
-    """Starts nodes of one run and makes them leave in the end."""
+    """Starts nodes of one run and makes them leave at the end."""
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -74,7 +74,7 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
 
 
 def formed(*nodes: Node) -> list[Formed]:
-    """Wait for the next generation of each node, all at once, as their agents would."""
+    """Wait for the next generation of each node, in parallel, as their agents do."""
     results: dict[int, Formed | Stop] = {}
 
     def wait(index: int, node: Node) -> None:
@@ -93,7 +93,7 @@ def formed(*nodes: Node) -> list[Formed]:
 
 
 def content_with_one(*nodes: Node) -> None:
-    """Let nodes that waited for all others to arrive go on without some of them."""
+    """Let nodes that waited for all others continue without some of them."""
     for node in nodes:
         node._participant._limits = LIMITS
 
@@ -113,12 +113,12 @@ def names(generation: Formed) -> list[str]:
 
 @contextlib.contextmanager
 def deaf_address(*, accepts: bool) -> Iterator[int]:
-    """A port of this machine that does not refuse connections and never answers; the kernel accepts them or not."""
+    """A port of this machine that never answers and does not refuse connections; the kernel may accept them."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(100 if accepts else 0)
-        # The first fills the queue; the kernel ignores all further ones.
+        # The first fills the queue; the kernel ignores all later ones.
         for _ in range(0 if accepts else 4):
             caller = stack.enter_context(socket.socket())
             caller.setblocking(False)
@@ -128,7 +128,7 @@ def deaf_address(*, accepts: bool) -> Iterator[int]:
 
 @contextlib.contextmanager
 def hanging_turns(node: Node) -> Iterator[None]:
-    """The node's turns hang, as on a bucket that does not answer; one of them does so already."""
+    """The node's turns hang, as on a bucket that does not answer. One turn already hangs."""
     hangs, answered = threading.Event(), threading.Event()
 
     def turn() -> None:
@@ -148,7 +148,7 @@ def hanging_turns(node: Node) -> Iterator[None]:
 def test_nodes_that_start_together_form_one_generation(
     make_node: Callable[..., Node], address: str
 ) -> None:
-    """Nodes find each other through the lobby and agree on one generation, one rank each, one fresh store."""
+    """Nodes find each other through the lobby and agree on one generation, one rank each, one new store."""
     nodes = [make_node(name, nodes_min=3, address=address) for name in ("c", "a", "b")]
     worlds = formed(*nodes)
     assert {tuple(names(world)) for world in worlds} == {("a", "b", "c")}
@@ -159,7 +159,7 @@ def test_nodes_that_start_together_form_one_generation(
 
 
 def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[..., Node]) -> None:
-    """When the leading node goes, the others form the next generation, on another store, with the reason."""
+    """When the leader is gone, the others form the next generation, on another store, with the reason."""
     a, b, c = (make_node(name, nodes_min=3) for name in "abc")
     first = formed(a, b, c)[1]
     content_with_one(b, c)
@@ -178,12 +178,12 @@ def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[.
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
-    """A node that comes later makes the leader ask for a drain, and is a member once all have spent."""
+    """For a node that comes later the leader asks for a drain. It is a member when all have spent the generation."""
     asked: list[str] = []
     a = make_node("a", on_drain=asked.append)
     first = formed(a)[0]
     b = make_node("b")
-    # More than once: workers that were still starting must hear of it too.
+    # More than once: workers that were still starting must get the request too.
     eventually(lambda: len(asked) > 3, "the leader keeps asking for a drain")
     assert set(asked) == {"b joins"}
     assert not a.must_reform(first.generation.number)
@@ -192,8 +192,8 @@ def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
     assert names(formed(a, b)[0]) == ["a", "b"]
 
 
-def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[..., Node]) -> None:
-    """The others hear that a node wants to leave and drain. It leaves once it has stopped, and is recorded as left, not lost."""
+def test_a_node_that_asks_to_leave_is_drained_and_leaves(make_node: Callable[..., Node]) -> None:
+    """If a node asks to leave, the others drain. It leaves when it has stopped, and is recorded as left, not lost."""
     asked: list[str] = []
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
     number = formed(a, b)[0].generation.number
@@ -213,8 +213,8 @@ def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[...
     assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
 
 
-def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[..., Node]) -> None:
-    """`await_generation` ends with `Left` as soon as a node that is no member asks to go."""
+def test_a_node_without_a_generation_leaves_at_once(make_node: Callable[..., Node]) -> None:
+    """`await_generation` raises `Left` as soon as a node that is not a member asks to leave."""
     node = make_node("a", nodes_min=2)
     ended: list[type[BaseException]] = []
 
@@ -233,7 +233,7 @@ def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[...
 
 
 def test_member_leaves_while_its_turn_hangs_on_the_bucket(make_node: Callable[..., Node]) -> None:
-    """The others hear at once that it wants to leave, and see at once that it has gone."""
+    """The others learn at once that it wants to leave, and detect at once that it is gone."""
     asked: list[str] = []
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
     number = formed(a, b)[0].generation.number
@@ -251,7 +251,7 @@ def test_member_leaves_while_its_turn_hangs_on_the_bucket(make_node: Callable[..
 def test_waiting_node_leaves_while_its_turn_hangs_on_the_bucket(
     make_node: Callable[..., Node],
 ) -> None:
-    """A node that is no member leaves at once when it is asked to."""
+    """A node that is not a member leaves at once on request."""
     a, left = make_node("a", nodes_min=2), threading.Event()
 
     def wait() -> None:
@@ -266,28 +266,28 @@ def test_waiting_node_leaves_while_its_turn_hangs_on_the_bucket(
 
 
 def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., Node]) -> None:
-    """Another fingerprint ends `await_generation` with the field, its value here and the run's; the run goes on."""
+    """With another fingerprint, `await_generation` raises the field and both values. The run continues."""
     asked: list[str] = []
     a = make_node("a", on_drain=asked.append)
     number = formed(a)[0].generation.number
     stranger = make_node("b", fingerprint=FINGERPRINT | {"torch": "2.14"})
     with pytest.raises(
         ConfigError,
-        match=r"^a does not take this node in: torch = '2\.14', where the run has '2\.13'$",
+        match=r"^a refuses this node: torch = '2\.14', where the run has '2\.13'$",
     ):
         stranger.await_generation()
     assert asked == []
     assert not a.must_reform(number)
 
 
-def test_a_failed_node_takes_part_in_the_next_world(make_node: Callable[..., Node]) -> None:
-    """A worker's failure is told with its cause, step and signature, and costs one generation."""
+def test_a_failed_node_is_in_the_next_generation(make_node: Callable[..., Node]) -> None:
+    """A worker's failure is reported with its cause, step and signature, and ends one generation."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     number = formed(a, b)[0].generation.number
     cause = b.failure("worker 0: ValueError: bad", step=7, signature="ValueError@loop.py:9")
     assert (cause.kind, cause.node) == (CauseKind.FAILED, "b")
     b.spend(number, cause)
-    eventually(lambda: a.must_reform(number), "a hears of it")
+    eventually(lambda: a.must_reform(number), "a has the failure")
     a.spend(number, None)
     second = formed(a, b)[0].generation
     assert second.causes == (cause,)
@@ -306,10 +306,10 @@ def test_recovery_is_recorded_once(make_node: Callable[..., Node]) -> None:
     assert b.view.recovery.total_s == pytest.approx(1.1)
 
 
-def test_a_world_whose_store_cannot_be_reached_is_given_up(
+def test_a_generation_with_an_unreachable_store_is_replaced(
     make_node: Callable[..., Node], bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A member that cannot connect to the generation's store says so, which is no failure; the next one has another store."""
+    """A member that cannot connect to the generation's store gives it up without a failure. The next one is new."""
     monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", datetime.timedelta(seconds=0.5))
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     first = formed(a, b)[0].generation
@@ -331,7 +331,7 @@ def test_a_world_whose_store_cannot_be_reached_is_given_up(
 def test_stalled_store_does_not_block_the_next_generation(
     make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, accepts: bool
 ) -> None:
-    """A node that connects to the store of a stalled or vanished host follows as soon as the others have gone on."""
+    """A node that connects to the store of a stalled or lost host follows the others as soon as they have continued."""
     patience = datetime.timedelta(seconds=2 * DEADLINE_S)
     monkeypatch.setattr("elastic_pt.membership.tcp_store.TIMEOUT", patience)
     a = make_node("a")
@@ -355,8 +355,8 @@ def test_stalled_store_does_not_block_the_next_generation(
     assert [each.generation.number for each in found if isinstance(each, Formed)] == [3]
 
 
-def test_stop_spreads_between_members(make_node: Callable[..., Node]) -> None:
-    """A STOP that one node appends ends the others, without polling of the bucket."""
+def test_stop_ends_all_members_at_once(make_node: Callable[..., Node]) -> None:
+    """If one node appends STOP, the others end without polling the bucket."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     world = formed(a, b)[0]
     log = a._participant.log
@@ -367,10 +367,10 @@ def test_stop_spreads_between_members(make_node: Callable[..., Node]) -> None:
     assert b.await_generation() == Stop("completed", 7)
 
 
-def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
+def test_settling_ends_when_the_checkpoint_is_committed_or_given_up(
     make_node: Callable[..., Node],
 ) -> None:
-    """A commit of another generation does not end the wait. One of this generation does, and so does giving up."""
+    """A commit of this generation or giving up ends the wait. A commit of another generation does not."""
     a = make_node("a")
     number = formed(a)[0].generation.number
 
@@ -387,7 +387,7 @@ def test_settling_ends_when_the_checkpoint_counts_or_is_given_up(
 def test_waiting_node_finds_stop_in_the_log(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """A waiting node whose members left right after STOP reads the log and ends, too."""
+    """If the members left just after STOP, a waiting node reads the log and ends too."""
     a = make_node("a")
     world = formed(a)[0]
     spare = make_node("spare")
@@ -402,13 +402,13 @@ def test_waiting_node_finds_stop_in_the_log(
 def test_training_fleet_makes_few_requests(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """While nothing changes, only the first member's pulse and look at the log reach the bucket: at most three requests a second for all."""
+    """While nothing changes, only the first member reaches the bucket, with at most three requests a second."""
     nodes = [make_node(name, nodes_min=4) for name in "abcd"]
     formed(*nodes)
-    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first beat")
+    eventually(lambda: bucket.requests[f"write {KEY}"] > 0, "the first pulse")
     bucket.requests.clear()
     began_s = time.monotonic()
-    eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more beats")
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 3, "three more pulses")
     lasted_s = time.monotonic() - began_s
     assert set(bucket.requests) == {f"write {KEY}", "read log"}
     assert bucket.requests.total() <= 3 * lasted_s
@@ -425,20 +425,20 @@ def test_pulse_is_written_only_while_workers_run(
     a.spend(number, a.failure("worker 0 killed by SIGKILL"))
     beats = bucket.requests[f"write {KEY}"]
     looks = bucket.requests.total()
-    eventually(lambda: bucket.requests.total() >= looks + 3, "attempts to go on")
+    eventually(lambda: bucket.requests.total() >= looks + 3, "attempts to continue")
     assert bucket.requests[f"write {KEY}"] <= beats + 1
 
 
-def test_without_the_bucket_training_goes_on(
+def test_training_continues_while_the_bucket_does_not_answer(
     make_node: Callable[..., Node], bucket: WatchedStore
 ) -> None:
-    """A bucket that is away breaks no generation. A change waits until it is back."""
+    """A bucket that does not answer breaks no generation. A change waits until it answers."""
     a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2)
     number = formed(a, b)[0].generation.number
     content_with_one(b)
     bucket.down = True
     bucket.requests.clear()
-    eventually(lambda: bucket.requests[f"write {KEY}"] >= 2, "two beats that fail")
+    eventually(lambda: bucket.requests[f"write {KEY}"] >= 2, "two pulses that fail")
     assert not a.must_reform(number)
     assert not b.must_reform(number)
     a.leave()

@@ -20,8 +20,8 @@ from elastic_pt.workers.scratch import scratch_directory
 DEADLINE_S = 30.0
 
 
-def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
-    """Messages arrive complete and in order, and a closed worker's last words are handled before it counts as gone."""
+def test_messages_arrive_complete_and_in_order(tmp_path: Path) -> None:
+    """Messages arrive complete and in order. All messages of a worker are handled before it counts as gone."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket")
     agent.listen(heard.put)
@@ -43,8 +43,8 @@ def test_agent_and_worker_hear_each_other_in_order(tmp_path: Path) -> None:
     agent.close()
 
 
-def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path) -> None:
-    """Messages from the agent never wait for a stopped worker. The other workers get all of them."""
+def test_a_worker_that_reads_nothing_is_disconnected(tmp_path: Path) -> None:
+    """The agent's messages never wait for a stopped worker. The other workers get all of them."""
     heard: Queue[Message] = Queue()
     agent = AgentSide(tmp_path / "socket")
     agent.listen(heard.put)
@@ -77,7 +77,7 @@ def test_a_worker_that_reads_nothing_is_cut_off_and_delays_nobody(tmp_path: Path
 
 
 def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
-    """Losing the agent ends the worker process at once, with its own exit code."""
+    """If the agent is gone, the worker process ends at once, with a special exit code."""
     code = (
         "import sys, threading; from pathlib import Path; from elastic_pt.workers.channel import WorkerSide;"
         "w = WorkerSide(Path(sys.argv[1]), 1); w.send('hello'); threading.Event().wait(30)"
@@ -94,7 +94,7 @@ def test_a_worker_without_an_agent_exits(tmp_path: Path) -> None:
 
 
 def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
-    """A new agent removes directories whose lock is free, and leaves those of living agents alone."""
+    """A new agent removes directories with a free lock, and keeps those of live agents."""
     dead, alive = tmp_path / "elastic_pt-dead", tmp_path / "elastic_pt-alive"
     for directory in (dead, alive):
         directory.mkdir()
@@ -109,8 +109,8 @@ def test_a_dead_agents_scratch_directory_is_swept(tmp_path: Path) -> None:
     assert not mine.exists()
 
 
-def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
-    """However many agents start and sweep at once, each keeps its own directory until it is done with it."""
+def test_sweep_keeps_a_directory_that_is_being_created(tmp_path: Path) -> None:
+    """If many agents start and sweep at once, each keeps its own directory until its end."""
     lost: list[BaseException] = []
     begin = threading.Barrier(8)
 
@@ -133,7 +133,7 @@ def test_no_sweep_takes_a_directory_that_is_being_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_staging_directory_is_named(tmp_path: Path) -> None:
     """A wrong checkpoint.staging gives one line that names it."""
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.staging = .*nowhere.*expected a writable"),
@@ -143,7 +143,7 @@ def test_a_staging_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_addresses_and_their_interfaces() -> None:
-    """This machine's address for peers is on one of its interfaces; an address it does not have is on none."""
+    """This machine's address for peers is on one of its interfaces; a foreign address is on none."""
     assert interface_of(local_address()) is not None
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("::1") == "lo"
@@ -152,7 +152,7 @@ def test_addresses_and_their_interfaces() -> None:
 
 
 def test_worker_keeps_reading_after_an_invalid_line(tmp_path: Path) -> None:
-    """What a worker cannot read ends neither it nor its hearing."""
+    """A line that a worker cannot decode does not end the worker, and it reads the next line."""
     agent = AgentSide(tmp_path / "socket")
     agent.listen(lambda _: None)
     worker = WorkerSide(tmp_path / "socket", 1)
@@ -169,8 +169,8 @@ def test_worker_keeps_reading_after_an_invalid_line(tmp_path: Path) -> None:
     agent.close()
 
 
-def test_a_message_that_cannot_be_handled_orphans_no_worker(tmp_path: Path) -> None:
-    """Whatever a handler raises, and whatever a line holds, the next message is heard."""
+def test_a_message_that_cannot_be_handled_keeps_the_connection(tmp_path: Path) -> None:
+    """After an error in a handler or a line that cannot be decoded, the next message is handled."""
     heard: Queue[Message] = Queue()
 
     def handle(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""One node's part in forming worlds, with a real log and lobby in a directory."""
+"""One node's part in forming generations, with a real log and lobby in a directory."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ from tests.membership.world import LIMITS, changed, failed, member, status, wait
 # ---- forming -----------------------------------------------------------------------------------------
 
 
-def test_nodes_meet_in_the_lobby_and_leave_it(fleet: Fleet, bucket: WatchedStore) -> None:
-    """Nodes that start together form one generation, which all know, and no card is left."""
+def test_nodes_find_each_other_in_the_lobby(fleet: Fleet, bucket: WatchedStore) -> None:
+    """Nodes that start together form one generation. All read it, and no card is left."""
     generation = fleet.form("c", "a", "b")
     assert (generation.number, names(generation)) == (1, ["a", "b", "c"])
     assert {node.me.now.generation for node in fleet.alive()} == {1}
@@ -33,7 +33,7 @@ def test_nodes_meet_in_the_lobby_and_leave_it(fleet: Fleet, bucket: WatchedStore
 
 
 def test_the_proposer_holds_the_store_of_its_generation(fleet: Fleet) -> None:
-    """The store that a GENERATION names was bound before, by the proposer alone."""
+    """Only the proposer binds a store, before the GENERATION names it."""
     generation = fleet.form("a", "b")
     assert {number: store.port for number, store in fleet.nodes["a"].appender.stores.items()} == {
         1: generation.store_port
@@ -56,7 +56,7 @@ def test_join_window_starts_when_a_node_takes_part(fleet: Fleet) -> None:
 
 
 def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
-    """The next generation says which node was lost, how far the run had come and how long agreeing took."""
+    """The next generation records the lost node, the frontier and the time to agree."""
     fleet.form("a", "b", "c")
     fleet.nodes["c"].me.say(step=41)
     fleet.nodes["a"].me.say(step=40)
@@ -71,8 +71,8 @@ def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
     assert generation.agree_s == pytest.approx(TICK_S), "one more round of questions"
 
 
-def test_a_generation_that_is_given_up_stays_given_up(fleet: Fleet) -> None:
-    """Once a node has found a generation broken, that is final, even if the lost member answers again."""
+def test_a_broken_generation_stays_broken(fleet: Fleet) -> None:
+    """If a node has found a generation broken, it stays broken, even if the lost member answers again."""
     fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
     fleet.cut = {frozenset("ab")}
@@ -88,8 +88,8 @@ def test_a_generation_that_is_given_up_stays_given_up(fleet: Fleet) -> None:
     assert {cause.kind for cause in generation.causes} == {CauseKind.GAVE_UP}
 
 
-def test_peers_are_asked_once_per_trouble(fleet: Fleet) -> None:
-    """When trouble is noticed all peers are asked at once, and not again until there is another trouble."""
+def test_peers_are_asked_once_per_failure(fleet: Fleet) -> None:
+    """When a failure is detected all peers are asked at once, and not again until the next failure."""
     fleet.form("a", "b", "c")
     b = fleet.nodes["b"]
     assert not b.wants_answers()
@@ -100,7 +100,7 @@ def test_peers_are_asked_once_per_trouble(fleet: Fleet) -> None:
 
 
 def test_awaited_answer_starts_a_turn(fleet: Fleet) -> None:
-    """A message without news starts a turn exactly while this node waits for answers."""
+    """A message without news starts a turn only while this node waits for answers."""
     fleet.form("a", "b", "c")
     a, c = fleet.nodes["a"], fleet.nodes["c"]
     assert not a.received(c.message_to("a1", asks=False))
@@ -108,12 +108,12 @@ def test_awaited_answer_starts_a_turn(fleet: Fleet) -> None:
     a.table.refused("b1")
     a.turn()
     assert isinstance(a.decision, Wait)
-    assert a.decision.reason.startswith("asking whether c can go on")
+    assert a.decision.reason.startswith("asking whether c can continue")
     assert a.received(c.message_to("a1", asks=False))
 
 
 def test_messages_from_itself_are_ignored(fleet: Fleet) -> None:
-    """If another node had this node's port before, this node may connect to itself. That makes no peer."""
+    """If another node had this node's port before, this node may connect to itself. It does not become its own peer."""
     fleet.start("a")
     a = fleet.nodes["a"]
     assert not a.received(a.message_to("a1", asks=True))
@@ -121,7 +121,7 @@ def test_messages_from_itself_are_ignored(fleet: Fleet) -> None:
 
 
 def test_checkpoint_committed_during_a_proposal_is_used(fleet: Fleet) -> None:
-    """A generation that would resume from an older checkpoint than the newest commit is not appended, and is proposed again."""
+    """A proposal with an older checkpoint than the newest commit is not appended. The node proposes again."""
     newest = Checkpoint(30, 1, "ckpt/30", 1, "0" * 64, None)
     fleet.form("a", "b")
     writer = RunLog(fleet.bucket, writer="b")
@@ -143,8 +143,8 @@ def test_checkpoint_committed_during_a_proposal_is_used(fleet: Fleet) -> None:
     assert (generation.number, generation.resume) == (2, newest)
 
 
-def test_proposer_that_loses_the_race_obeys_the_winner(fleet: Fleet) -> None:
-    """A node that proposes a number that is taken reads the winner's record and obeys it."""
+def test_proposer_that_loses_the_race_follows_the_winner(fleet: Fleet) -> None:
+    """If the proposed number is taken, the node reads the winner's record and follows it."""
     fleet.form("a", "b")
     rival = dataclasses.replace(fleet.log.generations[-1], number=2, reason="rival")
 
@@ -161,7 +161,7 @@ def test_proposer_that_loses_the_race_obeys_the_winner(fleet: Fleet) -> None:
 
 
 def test_proposal_whose_answer_was_lost_counts(fleet: Fleet, bucket: WatchedStore) -> None:
-    """A record that was created although the answer was lost is this node's own: it keeps the store that it bound."""
+    """If the answer to a create was lost but the record is this node's own, the node keeps its bound store."""
     fleet.form("a", "b")
     fleet.dead.add("b")
     bucket.deaf_to = "create"
@@ -179,7 +179,7 @@ def test_proposal_whose_answer_was_lost_counts(fleet: Fleet, bucket: WatchedStor
 def test_the_card_of_a_node_that_died_waiting_is_removed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """The node that finds that a waiting node's address refuses deletes its card."""
+    """If a waiting node's address refuses, the node that detects it deletes its card."""
     fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.start("a", "b")
     fleet.pass_time(1.0)
@@ -193,8 +193,8 @@ def test_the_card_of_a_node_that_died_waiting_is_removed(
 # ---- joining, leaving -------------------------------------------------------------------------------
 
 
-def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
-    """Members ask a newcomer back. The leader asks for a drain in each turn until it is done."""
+def test_a_newcomer_joins_after_the_leader_asks_for_a_drain(fleet: Fleet) -> None:
+    """Members ask a newcomer too. The leader asks for a drain in each turn until it is done."""
     fleet.form("a", "b")
     fleet.start("c")
     fleet.pass_time(LIMITS.elastic.join_window_s + 6 * TICK_S)
@@ -208,7 +208,7 @@ def test_a_newcomer_is_drained_for_and_taken_in(fleet: Fleet) -> None:
 
 
 def test_newcomer_with_missed_answers_does_not_restart_the_join_window(fleet: Fleet) -> None:
-    """The join window is for further nodes: one that was there before and misses some answers does not restart it."""
+    """Only new nodes restart the join window. A node that was there before and misses some answers does not."""
     fleet.form("a")
     fleet.start("b")
     fleet.pass_time(4 * TICK_S)
@@ -223,7 +223,7 @@ def test_newcomer_with_missed_answers_does_not_restart_the_join_window(fleet: Fl
 
 
 def test_leaving_node_is_drained_and_left_out(fleet: Fleet) -> None:
-    """A node that wants to leave causes a drain, and the next generation says that it left."""
+    """A node that wants to leave causes a drain, and the next generation records that it left."""
     fleet.form("a", "b")
     fleet.nodes["b"].me.leaving = True
     fleet.pass_time(1.0)
@@ -237,7 +237,7 @@ def test_leaving_node_is_drained_and_left_out(fleet: Fleet) -> None:
 
 
 def test_a_node_that_differs_is_refused_by_the_members(fleet: Fleet) -> None:
-    """A newcomer with another fingerprint is told which field differs, with both values. Nodes that agree are not refused."""
+    """A newcomer with another fingerprint gets the field that differs and both values. An equal one is not refused."""
     fleet.start("a", "b", fingerprint={"code": "1", "torch": "2.13"})
     fleet.pass_time(4.0)
     fleet.run()
@@ -246,24 +246,22 @@ def test_a_node_that_differs_is_refused_by_the_members(fleet: Fleet) -> None:
     fleet.pass_time(3 * TICK_S)
     assert isinstance(fleet.nodes["c"].refusal, ConfigError)
     assert str(fleet.nodes["c"].refusal).endswith(
-        "does not take this node in: torch = '2.14', where the run has '2.13'"
+        "refuses this node: torch = '2.14', where the run has '2.13'"
     )
     assert all(fleet.nodes[name].refusal is None for name in "abd")
 
 
-def test_of_nodes_that_differ_the_first_stays(fleet: Fleet) -> None:
-    """Before there is a world, the node that comes first by name refuses the other one."""
+def test_before_the_first_generation_the_first_node_refuses(fleet: Fleet) -> None:
+    """Before the first generation, the first node by name refuses the other one."""
     fleet.start("b", fingerprint={"code": "2"})
     fleet.start("a", fingerprint={"code": "1"})
     fleet.pass_time(LIMITS.elastic.join_window_s)
     assert fleet.log.generation is None
     assert fleet.nodes["a"].refusal is None
-    assert "a does not take this node in: code = '2', where the run has '1'" in str(
-        fleet.nodes["b"].refusal
-    )
+    assert "a refuses this node: code = '2', where the run has '1'" in str(fleet.nodes["b"].refusal)
 
 
-def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
+def test_only_members_refuse_after_the_first_generation(fleet: Fleet) -> None:
     """Two nodes that wait outside do not refuse each other: only members may."""
     fleet.form("m")
     fleet.start("a", fingerprint={"code": "1"})
@@ -274,7 +272,7 @@ def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
     fleet.nodes["m"].received(b.message_to("m1", asks=True))
     m = fleet.nodes["m"]
     assert m.message_to("b1", asks=False).refusal != ""
-    # A node that still has workers is no newcomer, and neither is a member of the log's newest generation.
+    # A node that still has workers is not a newcomer. A member of the log's newest generation is not one either.
     m.received(Message(99, 0, True, status("b", fingerprint={"code": "2"})))
     assert m.message_to("b1", asks=False).refusal == ""
     m.received(Message(99, 0, True, waiting("m2", fingerprint={"code": "2"})))
@@ -288,7 +286,7 @@ def test_only_members_refuse_once_there_is_a_world(fleet: Fleet) -> None:
 
 
 def test_spares_that_are_gone_are_forgotten(fleet: Fleet) -> None:
-    """A spare that is gone is no longer asked. Members are kept, whatever becomes of them."""
+    """A spare that is gone is no longer asked. Members are kept, even if they are gone."""
     fleet.limits = changed(LIMITS, nodes_max=2)
     fleet.form("a", "b")
     fleet.start("c")
@@ -301,7 +299,7 @@ def test_spares_that_are_gone_are_forgotten(fleet: Fleet) -> None:
 
 
 def test_unreachable_peers_are_reported(fleet: Fleet) -> None:
-    """A node reports which of its targets are silent, and no longer does when they answer."""
+    """A node reports its silent targets, and stops reporting them when they answer."""
     fleet.limits = changed(LIMITS, nodes_min=3)
     fleet.form("a", "b", "c")
     fleet.cut = {frozenset("ab")}
@@ -314,7 +312,7 @@ def test_unreachable_peers_are_reported(fleet: Fleet) -> None:
 
 
 def test_new_target_is_not_unreachable_at_once(fleet: Fleet) -> None:
-    """A node that was heard long ago and begins to wait now gets the full timeout."""
+    """A node with an old proof of life that starts to wait now gets the full timeout."""
     fleet.form("a")
     a = fleet.nodes["a"]
     a.received(Message(1, 0, True, status("z")))

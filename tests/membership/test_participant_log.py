@@ -1,4 +1,4 @@
-"""What one node asks of the bucket, what it says there, and how it bears a bucket that is away."""
+"""One node's requests to the bucket, its records, and its reaction to a bucket that does not answer."""
 
 import dataclasses
 
@@ -57,8 +57,8 @@ def test_only_the_first_member_writes_the_pulse_while_it_trains(
     assert beats(4.0) >= 3
 
 
-def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
-    """A first member that has given its generation up does not write that it trains."""
+def test_a_broken_generation_has_no_pulse(fleet: Fleet, bucket: WatchedStore) -> None:
+    """A first member that has found its generation broken writes no pulse."""
     fleet.limits = changed(LIMITS, nodes_min=2)
     fleet.form("a", "b")
     fleet.dead.add("b")
@@ -69,10 +69,10 @@ def test_a_world_that_is_given_up_has_no_pulse(fleet: Fleet, bucket: WatchedStor
     assert bucket.requests[f"write {KEY}"] == before
 
 
-def test_first_member_looks_at_the_log_at_every_second_pulse(
+def test_first_member_reads_the_log_at_every_second_pulse(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """Looking for a takeover costs the fleet half a request per pulse, and nothing else."""
+    """The check for a takeover costs the fleet only half a request per pulse."""
     fleet.form("a", "b")
     bucket.requests.clear()
     for _ in range(round(5 * LIMITS.elastic.takeover_s / TICK_S)):
@@ -84,10 +84,10 @@ def test_first_member_looks_at_the_log_at_every_second_pulse(
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["at once", "not at first"])
-def test_a_lone_member_that_was_replaced_learns_of_it(
+def test_a_lone_member_detects_that_it_was_replaced(
     fleet: Fleet, bucket: WatchedStore, answers: bool
 ) -> None:
-    """A member that no other node could reach, and that was replaced, does not train beside the new world."""
+    """A member that no other node could reach, and that was replaced, does not train beside the new generation."""
     fleet.form("a")
     a = fleet.nodes["a"]
     theirs = dataclasses.replace(fleet.log.generations[-1], number=2, members=(member("z"),))
@@ -112,7 +112,7 @@ def test_a_lone_member_that_was_replaced_learns_of_it(
 def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A request from when the bucket was away may hang for long. The workers end anyway."""
+    """The workers end even if a request to a bucket that did not answer still hangs."""
     first = fleet.form("a")
     theirs = dataclasses.replace(first, number=2, members=(member("z"),))
     RunLog(bucket, writer="z").append(lambda _: theirs, generation=1)
@@ -123,10 +123,10 @@ def test_a_lone_member_whose_turn_hangs_ends_its_workers_when_it_was_replaced(
     assert a.broken == 1
 
 
-def test_late_look_at_the_log_changes_nothing(
+def test_late_read_of_the_log_changes_nothing(
     fleet: Fleet, bucket: WatchedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A generation that was given up stays so, even if a slow answer about the one before it arrives afterwards."""
+    """A broken generation stays broken, even if a slow answer about the previous one arrives afterwards."""
     first = fleet.form("a")
     a = fleet.nodes["a"]
     theirs = dataclasses.replace(first, number=2)
@@ -145,7 +145,7 @@ def test_late_look_at_the_log_changes_nothing(
 
 @pytest.mark.parametrize("sign", ["pulse", "log"])
 def test_cut_off_node_waits_while_log_or_pulse_changes(fleet: Fleet, sign: str) -> None:
-    """A newcomer that reaches no member takes over only once neither pulse nor log has changed for takeover_s."""
+    """A newcomer that reaches no member takes over only after takeover_s without a change of pulse and log."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
@@ -172,8 +172,8 @@ def test_cut_off_node_waits_while_log_or_pulse_changes(fleet: Fleet, sign: str) 
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_time_without_a_look_at_the_pulse_is_not_quiet(fleet: Fleet) -> None:
-    """Time in which a node did not get to feel the pulse, because something held it up, is no time of quiet."""
+def test_time_without_a_read_of_the_pulse_is_not_quiet(fleet: Fleet) -> None:
+    """Time in which a node was delayed and did not read the pulse does not count as quiet."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
@@ -190,7 +190,7 @@ def test_time_without_a_look_at_the_pulse_is_not_quiet(fleet: Fleet) -> None:
 
 
 def test_time_without_the_bucket_is_not_quiet(fleet: Fleet, bucket: WatchedStore) -> None:
-    """A node that sees neither members nor bucket knows nothing, and does not take over as soon as the bucket is back."""
+    """A node without members and without bucket does not take over as soon as the bucket answers again."""
     fleet.form("a")
     fleet.start("b")
     fleet.cut = {frozenset("ab")}
@@ -215,10 +215,10 @@ def test_time_without_the_bucket_is_not_quiet(fleet: Fleet, bucket: WatchedStore
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_without_the_bucket_members_still_notice_and_then_wait(
+def test_without_the_bucket_members_detect_a_loss_and_wait(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A loss while the bucket is away is noticed and told. The next generation follows when the bucket is back."""
+    """A loss is detected and reported while the bucket does not answer. The next generation waits for the bucket."""
     fleet.form("a", "b")
     bucket.down = True
     before = bucket.requests.total()
@@ -234,7 +234,7 @@ def test_without_the_bucket_members_still_notice_and_then_wait(
 
 
 def test_a_member_that_cannot_read_the_log_is_left_behind(fleet: Fleet) -> None:
-    """A member that answers, but does not read the generation's record, delays the others for takeover_s at most."""
+    """A member that answers, but does not read the generation's record, delays the others for at most takeover_s."""
     fleet.start("a", "b")
     members = (fleet.nodes["a"].member, fleet.nodes["b"].member)
     world = Generation(1, members, (4, 4), "127.0.0.1", 1, None, "started")
@@ -250,7 +250,7 @@ def test_a_member_that_cannot_read_the_log_is_left_behind(fleet: Fleet) -> None:
 
 
 def test_turns_of_training_members_make_no_request(fleet: Fleet, bucket: WatchedStore) -> None:
-    """While nothing changes, turns make no request. A record makes each other member read it once."""
+    """While nothing changes, turns make no request. Each other member reads a new record once."""
     fleet.limits = changed(LIMITS, nodes_max=4)
     fleet.form(*"abcd")
     fleet.start("spare")
@@ -268,7 +268,7 @@ def test_turns_of_training_members_make_no_request(fleet: Fleet, bucket: Watched
 
 
 def test_node_that_fails_too_often_is_left_out_and_recorded(fleet: Fleet) -> None:
-    """The last failure of the budget keeps its node out of the next world, and a QUARANTINE follows."""
+    """The last failure of the budget keeps its node out of the next generation, and a QUARANTINE follows."""
     fleet.form("a", "b")
     for number in (1, 2):
         fleet.spend(number, "a")
@@ -308,7 +308,7 @@ def test_node_that_is_lost_too_often_is_recorded(fleet: Fleet) -> None:
 
 
 def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
-    """When the budget of one exception is used up, STOP says so, with the step of the last checkpoint, and all nodes end."""
+    """If the budget of one exception is used up, all nodes end with a STOP that has the step of the last checkpoint."""
     fleet.form("a", "b")
     same = {"step": 7, "signature": "ValueError@loop.py:9"}
     fleet.spend(1, "a")
@@ -326,7 +326,7 @@ def test_the_same_failure_everywhere_ends_the_run(fleet: Fleet) -> None:
 
 
 def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet) -> None:
-    """If there is no other node, failures of one end the run once they span ten seconds."""
+    """If there is no other node, failures of one node end the run when they span ten seconds."""
     fleet.form("a")
     same = failed("a", step=7, signature="ValueError@loop.py:9")
     for number in (1, 2, 3):
@@ -341,8 +341,8 @@ def test_alone_the_same_failure_ends_the_run_after_spaced_attempts(fleet: Fleet)
     assert fleet.log.stop.reason.startswith("the same failure 4 times at step 7, on a")
 
 
-def test_silent_members_count_as_nodes_to_try(fleet: Fleet) -> None:
-    """A node that may live behind a split network could still be tried: the failures of one node do not end the run."""
+def test_silent_members_count_as_possible_nodes(fleet: Fleet) -> None:
+    """Failures of one node do not end the run while a silent node may be alive behind a partition."""
     fleet.form("a", "b")
     same = {"step": 7, "signature": "ValueError@loop.py:9"}
     fleet.spend(1, "a", failure=failed("a", **same))
@@ -356,7 +356,7 @@ def test_silent_members_count_as_nodes_to_try(fleet: Fleet) -> None:
 
 
 def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) -> None:
-    """Steps since the last failure count, although no record names them yet."""
+    """Steps since the last failure count before a record names them."""
     fleet.limits = changed(LIMITS, failures_max=2, flaps_max=9)
     fleet.form("a")
     a = fleet.nodes["a"]
@@ -374,8 +374,8 @@ def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) ->
     assert fleet.log.stop.reason.startswith("2 failures in a row without a step beyond 9")
 
 
-def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) -> None:
-    """Failures through the surroundings are tried again, on any number of nodes and any number of times."""
+def test_failures_of_the_surroundings_on_all_nodes_do_not_end_the_run(fleet: Fleet) -> None:
+    """Failures of the surroundings are retried, on any number of nodes and any number of times."""
     fleet.form("a", "b")
     for number in range(1, 6):
         trouble = {"step": 7, "surroundings": True, "signature": "OSError"}
@@ -386,8 +386,8 @@ def test_surroundings_that_fail_on_every_node_never_end_the_run(fleet: Fleet) ->
     assert fleet.log.stop is None
 
 
-def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> None:
-    """The next world is formed without a node that rests; after its rest it is taken in again."""
+def test_the_others_continue_without_a_resting_node_until_it_is_back(fleet: Fleet) -> None:
+    """The next generation is without a node that rests. After its rest it joins again."""
     fleet.form("a", "b")
     fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)
     fleet.spend(1, "a", failure=failed("a", surroundings=True))
@@ -401,8 +401,8 @@ def test_a_resting_node_lets_the_others_go_on_and_comes_back(fleet: Fleet) -> No
     assert fleet.drains[-1] == "a joins"
 
 
-def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
-    """A single node that rests pauses the run, states the reason, and goes on by itself."""
+def test_a_single_resting_node_pauses_the_run_and_resumes(fleet: Fleet) -> None:
+    """A single node that rests pauses the run with the reason, and resumes by itself."""
     fleet.form("a")
     fleet.nodes["a"].me.rest("no space in /dev/shm", 5.0)
     fleet.spend(1, "a", failure=failed("a", surroundings=True))
@@ -416,7 +416,7 @@ def test_a_resting_node_alone_waits_and_goes_on(fleet: Fleet) -> None:
 
 
 def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
-    """A node may leave for its failures only while enough others live that neither leave nor rest."""
+    """A node may leave for its failures only if enough others are alive and neither leave nor rest."""
     fleet.form("a", "b")
     a, b = fleet.nodes["a"], fleet.nodes["b"]
     assert a.others_can_go_on()
@@ -431,7 +431,7 @@ def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
 
 
 def test_recovery_is_recorded_once_all_have_started(fleet: Fleet) -> None:
-    """The first member appends how long the slowest member took for each phase: once, and for this generation only."""
+    """The first member appends the slowest member's time of each phase, once, and for this generation only."""
     fleet.form("a", "b", "c")
 
     def times(number: int, start_s: float, step_s: float) -> StartTimes:
@@ -463,14 +463,14 @@ def test_recovery_is_recorded_once_all_have_started(fleet: Fleet) -> None:
 
 
 def test_log_is_read_before_acting(fleet: Fleet) -> None:
-    """Before a node acts on a broken world it reads the log: the run may have ended, or gone on."""
+    """A node reads the log before it acts on a broken generation: the run may have ended, or have a newer one."""
     fleet.form("a", "b")
     RunLog(fleet.bucket, writer="b").append(lambda _: Stop("completed", 9), generation=1)
     fleet.dead.add("b")
     fleet.pass_time(2 * TICK_S)
     assert fleet.nodes["a"].decision == Ended("completed")
     assert len(fleet.records()) == 2
-    assert fleet.bound == 1, "for the first world"
+    assert fleet.bound == 1, "for the first generation"
 
 
 def test_read_at_s_is_on_this_nodes_clock(fleet: Fleet) -> None:

@@ -1,4 +1,4 @@
-"""What an agent may conclude from messages: that a peer was alive, both ways, when the proof was sent."""
+"""What messages prove: a peer was alive, and both directions worked, when the message was sent."""
 
 import threading
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ class Clock:
 
 @dataclass
 class Side:
-    """One of two agents that talk."""
+    """One of two agents that exchange messages."""
 
     node: str
     clock: Clock = field(default_factory=Clock)
@@ -43,12 +43,12 @@ class Side:
 
     @property
     def heard_s(self) -> float | None:
-        """When the other side was last alive for certain."""
+        """The newest proof of life of the other side."""
         return self.table.peers[self.other].heard_s
 
 
 def test_proof_of_life_dates_from_sending() -> None:
-    """An answer proves that the peer lived when the newest message that it received was sent, not when the answer came."""
+    """An answer proves that the peer was alive when its newest received message was sent, not when the answer came."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     messages = []
@@ -65,7 +65,7 @@ def test_proof_of_life_dates_from_sending() -> None:
 
 
 def test_late_message_does_not_reduce_the_proof() -> None:
-    """Of messages that overtake each other, the newest one that was received is the proof."""
+    """If messages arrive out of order, the newest one that was received is the proof."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     messages = []
@@ -102,13 +102,13 @@ EVENTS = st.lists(
 @settings(max_examples=500, deadline=None)
 @given(EVENTS)
 def test_only_acknowledged_messages_are_proof(events: list[tuple[str, str, int]]) -> None:
-    """Messages lost, late, overtaken or duplicated, peers forgotten and found again: no proof is later than a message that was received."""
+    """For lost, late or duplicated messages and forgotten peers, no proof is later than a received message."""
     clock = Clock()
     sides = {node: Side(node, clock) for node in "ab"}
     received: dict[str, float] = {"a": -1.0, "b": -1.0}
-    """When the newest message was sent that each side knows to have received."""
+    """By side: when the newest message that it has received was sent."""
     under_way: dict[str, list[tuple[Message, float]]] = {"a": [], "b": []}
-    """To each side: what was sent, and what its sender had received by then."""
+    """By receiver: the messages sent, and what the sender had received at that time."""
     proved: dict[str, float | None] = {"a": None, "b": None}
     newest: dict[str, int] = {"a": -1, "b": -1}
     forgot_s = {"a": -1.0, "b": -1.0}
@@ -142,13 +142,13 @@ def test_only_a_changed_status_is_news() -> None:
     assert a.table.received(second)
     assert not a.table.received(first)
     assert not a.table.received(b.says(step=2))
-    assert not a.table.received(b.says(step=3)), "how far it has come is no reason for a turn"
+    assert not a.table.received(b.says(step=3)), "progress is not a reason for a turn"
     leaves = b.says(step=3)
     assert a.table.received(replace(leaves, status=replace(leaves.status, leaving=True)))
 
 
 def test_refusal_ends_when_the_peer_is_heard() -> None:
-    """A refusal counts until the peer is heard. Neither refusing nor reaching makes a peer known."""
+    """A refusal counts until the peer answers. Refusing or reaching does not make a peer known."""
     a, b = Side("a"), Side("b")
     a.table.refused(B)
     assert a.table.peers[B].refused
@@ -163,7 +163,7 @@ def test_refusal_ends_when_the_peer_is_heard() -> None:
 
 
 def test_the_silence_clock_starts_again_only_anew() -> None:
-    """Watching a peer again leaves its clock running, unless it was not asked in between."""
+    """Watching a peer again does not restart its clock, unless it was not asked in between."""
     side = Side("a")
     side.clock.now_s = 5.0
     side.table.watch(B)
@@ -173,7 +173,7 @@ def test_the_silence_clock_starts_again_only_anew() -> None:
 
 
 def test_number_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit no new peer is stored. Known peers are still heard."""
+    """Above the limit no new peer is stored. Messages of known peers still count."""
     monkeypatch.setattr(peers, "_PEERS_MAX", 3)
     table = PeerTable(Clock())
     for count in (1, 2):
@@ -186,7 +186,7 @@ def test_number_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unanswered_messages_are_bounded() -> None:
-    """Of messages without an answer only the newest are kept, and an answer to the last one still counts."""
+    """Only the newest messages without an answer are kept, and an answer to the last one still counts."""
     clock = Clock()
     a, b = Side("a", clock), Side("b", clock)
     for clock.now_s in range(5000):
@@ -202,7 +202,7 @@ def test_unanswered_messages_are_bounded() -> None:
     [("count", 0), ("seen", -1), ("refusal", "x" * 1001), ("status", None), ("asks", "perhaps")],
 )
 def test_a_message_has_bounds(field_name: str, value: object) -> None:
-    """A malformed message is refused as a whole before anything reads it."""
+    """A malformed message is refused as a whole before use."""
     said = MESSAGE.dump_python(Side("a").says(), mode="json")
     assert MESSAGE.validate_python(said).count == 1
     with pytest.raises(ValidationError, match=field_name):
@@ -210,12 +210,12 @@ def test_a_message_has_bounds(field_name: str, value: object) -> None:
 
 
 def test_table_is_safe_between_threads() -> None:
-    """What one thread hears while another one watches is not lost."""
+    """A message that one thread stores while another one watches is not lost."""
     a, b = Side("a"), Side("b")
     hearing = threading.Thread(target=lambda: a.table.received(b.says(step=1)))
 
     def clock_s() -> float:
-        # `watch` asks for the time between reading what is known and writing it back.
+        # `watch` reads the clock between reading the peer and writing it back.
         if threading.current_thread() is not hearing:
             hearing.start()
             hearing.join(0.2)

@@ -1,4 +1,4 @@
-"""What a GENERATION records beside its members, and which agent may append one: the store's check, the platform."""
+"""The store's check and the platform in a GENERATION, and which agents may append one."""
 
 import json
 
@@ -24,7 +24,7 @@ def config(*overrides: str) -> Config:
 
 
 def start_agent(fleet: Fleet, name: str) -> None:
-    """Check the store as an agent does, then start a node that knows the result."""
+    """Check the store as an agent does, then start a node with the result."""
     checked_url = fleet.log.fenced_url
     fleet.fenced_url = require_fencing(fleet.bucket, config(), checked_url)
     fleet.start(name)
@@ -36,14 +36,14 @@ def races(bucket: WatchedStore) -> int:
 
 
 def reopen_for_another_platform(bucket: WatchedStore) -> None:
-    """What `elastic-pt reopen --platform` appends."""
+    """The record that `elastic-pt reopen --platform` appends."""
     log = RunLog(bucket, writer="operator")
     number = log.refresh().generation_number
     log.append(lambda _: Reopen("only new ones are left", True, 0), generation=number)
 
 
 def wait_for_takeover(fleet: Fleet) -> None:
-    """Let nodes find that neither log nor pulse changes, and go on."""
+    """Let nodes detect that neither log nor pulse changes, and continue."""
     for _ in range(round((2 * LIMITS.elastic.takeover_s + 4.0) / TICK_S)):
         fleet.pass_time(TICK_S)
         for node in fleet.alive():
@@ -53,8 +53,8 @@ def wait_for_takeover(fleet: Fleet) -> None:
 # ---- the store is checked once per run ---------------------------------------------------------------
 
 
-def test_only_the_first_agent_of_a_run_races_the_store(fleet: Fleet, bucket: WatchedStore) -> None:
-    """Once a GENERATION says that the store is fenced, an agent that starts makes no request to check it."""
+def test_only_the_first_agent_of_a_run_checks_the_store(fleet: Fleet, bucket: WatchedStore) -> None:
+    """If a GENERATION records that the store is fenced, an agent that starts makes no request to check it."""
     start_agent(fleet, "a")
     assert races(bucket) > 10
     fleet.pass_time(4.0)
@@ -69,10 +69,10 @@ def test_only_the_first_agent_of_a_run_races_the_store(fleet: Fleet, bucket: Wat
     assert fleet.log.fenced_url == bucket.url
 
 
-def test_the_record_of_the_check_outlives_agents_that_did_not_check(
+def test_a_proposer_that_did_not_check_keeps_the_recorded_url(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A proposer that has not checked the store itself passes on what the log says."""
+    """A proposer that has not checked the store itself copies the URL from the log."""
     start_agent(fleet, "a")
     fleet.pass_time(4.0)
     fleet.run()
@@ -87,7 +87,7 @@ def test_the_record_of_the_check_outlives_agents_that_did_not_check(
 def test_a_run_of_an_earlier_version_is_checked_once_more(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """A GENERATION without the field is read, and its store is raced again."""
+    """A GENERATION without the field is read, and its store is checked again."""
     fleet.form("a")
     key = record_key(0)
     document = json.loads(bucket.read(key))
@@ -99,13 +99,13 @@ def test_a_run_of_an_earlier_version_is_checked_once_more(
 
 
 def test_a_copied_run_is_checked_at_its_new_place(bucket: WatchedStore) -> None:
-    """A run directory that was copied to another store says nothing about that store."""
+    """The record of a copied run directory does not hold for the new store."""
     assert require_fencing(bucket, config(), "s3://elsewhere/run") == bucket.url
     assert races(bucket) > 10
 
 
-def test_one_node_alone_needs_no_check_and_records_none(bucket: WatchedStore) -> None:
-    """With elastic.nodes_max = 1 a store without create-once is allowed, so nothing is said about it."""
+def test_a_single_node_does_not_check_the_store(bucket: WatchedStore) -> None:
+    """With elastic.nodes_max = 1 a store without create-once is allowed, so there is no check and no record."""
     assert require_fencing(bucket, config("elastic.nodes_max=1"), "") == ""
     assert races(bucket) == 0
 
@@ -113,10 +113,10 @@ def test_one_node_alone_needs_no_check_and_records_none(bucket: WatchedStore) ->
 # ---- the platform that the run is bound to -----------------------------------------------------------
 
 
-def test_an_agent_that_was_stopped_during_reopen_binds_no_run_to_the_old_platform(
+def test_an_agent_stopped_during_reopen_appends_no_generation(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """I9: an agent that ran before `reopen --platform` appends no GENERATION after it, though no new node is there."""
+    """I9: an agent that ran before `reopen --platform` appends no GENERATION after it, even without new nodes."""
     fleet.platform = OLD
     fleet.form("a")
     fleet.off = {"a"}
@@ -131,7 +131,7 @@ def test_an_agent_that_was_stopped_during_reopen_binds_no_run_to_the_old_platfor
 def test_a_reopen_between_reading_and_appending_is_noticed(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """The platform is compared with the very log that the GENERATION would follow."""
+    """The platform is compared with the log that the GENERATION would follow."""
     fleet.platform = OLD
     fleet.form("a")
 
@@ -145,10 +145,10 @@ def test_a_reopen_between_reading_and_appending_is_noticed(
     assert fleet.log.generation_number == 1
 
 
-def test_an_agent_of_the_old_platform_does_not_succeed_nodes_of_the_new_one(
+def test_an_old_agent_does_not_replace_nodes_of_the_new_platform(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """I9: after the run went over to another platform and its nodes are gone, an old agent that wakes up ends."""
+    """I9: if the run has changed its platform and its nodes are gone, an old agent that wakes up ends."""
     fleet.platform = OLD
     fleet.form("a")
     fleet.off = {"a"}
@@ -167,7 +167,7 @@ def test_an_agent_of_the_old_platform_does_not_succeed_nodes_of_the_new_one(
 def test_an_agent_that_is_started_after_reopen_may_be_of_any_platform(
     fleet: Fleet, bucket: WatchedStore
 ) -> None:
-    """What `reopen --platform` accepts is any node that is started afterwards, whatever computes on it."""
+    """`reopen --platform` accepts any node that is started afterwards, with any platform."""
     fleet.platform = OLD
     fleet.form("a")
     fleet.off = {"a"}
@@ -177,8 +177,8 @@ def test_an_agent_that_is_started_after_reopen_may_be_of_any_platform(
     assert names(fleet.log.generation) == ["b"]
 
 
-def test_without_promised_bits_no_platform_is_compared(fleet: Fleet, bucket: WatchedStore) -> None:
-    """With native numerics an agent that ran before a reopen goes on."""
+def test_with_native_numerics_no_platform_is_compared(fleet: Fleet, bucket: WatchedStore) -> None:
+    """With native numerics an agent that ran before a reopen continues."""
     fleet.form("a")
     reopen_for_another_platform(bucket)
     fleet.spend(1, "a", failure=failed("a"))

@@ -1,4 +1,4 @@
-"""What stock torchrun gets from us: a generation of the log, and a new one when the world changes."""
+"""The rendezvous for stock torchrun: a generation of the log, and a new one when the members change."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ from tests.membership.test_node import DEADLINE_S, eventually
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., TorchrunRendezvous]]:
-    """Starts handlers of one run, as an agent of torchrun would, and shuts them down in the end."""
+    """Starts handlers of one run, as an agent of torchrun does, and shuts them down at the end."""
     with ExitStack() as stack:
 
         def make(node: str, *, nodes_min: int = 1, run_id: str = "job") -> TorchrunRendezvous:
@@ -48,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., TorchrunRendezvous]]:
 
 
 def entered(*handlers: TorchrunRendezvous) -> list[RendezvousInfo]:
-    """The next rendezvous of each handler, all at once, as their agents would."""
+    """The next rendezvous of each handler, in parallel, as their agents do."""
     found: dict[int, RendezvousInfo] = {}
 
     def enter(index: int, handler: TorchrunRendezvous) -> None:
@@ -71,10 +71,10 @@ def generations(directory: Path) -> list[Generation]:
     return [each.body for each in log.records() if isinstance(each.body, Generation)]
 
 
-def test_agents_get_ranks_and_a_store_of_their_own(
+def test_agents_get_ranks_and_a_new_store(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """All agents of a generation share a fresh store, each with its rank; the log says who they are."""
+    """All agents of a generation share a new store, each with its rank. The log names them."""
     worlds = entered(start("a", nodes_min=2), start("b", nodes_min=2))
     assert [(each.rank, each.world_size) for each in worlds] == [(0, 2), (1, 2)]
     worlds[0].store.set("greeting", "hello")
@@ -88,7 +88,7 @@ def test_agents_get_ranks_and_a_store_of_their_own(
 def test_newcomer_starts_another_rendezvous(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """Agents see that a node waits, and meet again with it. That counts as no node's failure."""
+    """Agents see that a node waits, and have a new rendezvous with it. This is not a failure of a node."""
     a = start("a")
     entered(a)
     assert a.num_nodes_waiting() == 0
@@ -102,7 +102,7 @@ def test_newcomer_starts_another_rendezvous(
 
 
 def test_lost_node_starts_another_rendezvous(start: Callable[..., TorchrunRendezvous]) -> None:
-    """When an agent is gone, the others see that a new rendezvous is due, and form a world without it."""
+    """When an agent is gone, the others see that a new rendezvous is due, and continue without it."""
     a, b = start("a", nodes_min=2), start("b", nodes_min=2)
     entered(a, b)
     c = start("c")
@@ -116,7 +116,7 @@ def test_lost_node_starts_another_rendezvous(start: Callable[..., TorchrunRendez
 def test_failures_of_stock_workers_do_not_end_the_run(
     start: Callable[..., TorchrunRendezvous], tmp_path: Path
 ) -> None:
-    """torchrun decides how often workers may fail (--max-restarts): the log does not know their progress."""
+    """torchrun limits the failures of workers (--max-restarts), because the log does not have their progress."""
     a = start("a")
     for _ in range(23):
         entered(a)
@@ -146,7 +146,7 @@ def test_the_end_of_the_run_closes_the_rendezvous(
 def test_agents_of_another_job_or_torch_are_refused(
     start: Callable[..., TorchrunRendezvous], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--rdzv-id and torch's version must agree. An agent that differs is told which one, with both values."""
+    """--rdzv-id and torch's version must be equal. The error names the one that differs, with both values."""
     entered(start("a"))
     with pytest.raises(ConfigError, match="torchrun --rdzv-id = 'other', where the run has 'job'"):
         start("b", run_id="other").next_rendezvous()

@@ -1,4 +1,4 @@
-"""Facts about made-up nodes, from which the tests of this folder let membership decide."""
+"""Facts about invented nodes, for the decisions in the tests of this folder."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 NOW_S = 1000.0
 NOTICED_S = NOW_S - 0.5
-"""When trouble was noticed, unless a test says otherwise: peers of `peer` have answered since."""
+"""When the failure was detected, unless a test sets it: peers made by `peer` have answered since."""
 LIMITS = Limits(
     ElasticSection(
         nodes_min=1,
@@ -36,12 +36,12 @@ def changed(limits: Limits, **changes: object) -> Limits:
 
 
 def member(node: str, workers: int = 1) -> Member:
-    """A node as it introduces itself."""
+    """A node as a member."""
     return Member(node, f"{node}1", "127.0.0.1", 1, 1, workers)
 
 
 def status(node: str, phase: NodePhase = NodePhase.RUNNING, **changes: object) -> NodeStatus:
-    """What a healthy member of generation 1 says."""
+    """The status of a healthy member of generation 1."""
     healthy = NodeStatus(
         member(node), phase, generation=1, log_length=1, spent=0, failure=None, fingerprint={}
     )
@@ -49,14 +49,14 @@ def status(node: str, phase: NodePhase = NodePhase.RUNNING, **changes: object) -
 
 
 def waiting(node: str, **changes: object) -> NodeStatus:
-    """What a newcomer says."""
+    """The status of a newcomer."""
     return status(node, NodePhase.WAITING, **changes)
 
 
 def peer(
     says: NodeStatus, *, silent_s: float = 0.1, refused: bool = False, reached: bool = True
 ) -> Peer:
-    """A peer that is known to have been alive a while ago."""
+    """A peer with a recent proof of life."""
     return Peer(says, NOW_S - 100, NOW_S - silent_s, refused, reached)
 
 
@@ -66,7 +66,7 @@ def silent(says: NodeStatus) -> Peer:
 
 
 def refusing(says: NodeStatus) -> Peer:
-    """A peer whose address refuses connections."""
+    """A peer with an address that refuses connections."""
     return peer(says, refused=True)
 
 
@@ -91,7 +91,7 @@ def view_of(
     generation_since_s: float = math.inf,
     **facts: object,
 ) -> View:
-    """What `me` sees; `peers` by node. Log and pulse have been quiet without a limit unless `facts` says otherwise."""
+    """The view of `me`; `peers` by node. Log and pulse have always been quiet, unless `facts` differs."""
     known = {member(node).incarnation: each for node, each in peers.items()}
     found = None
     if of is not None and of.rank_of(me.member.incarnation) is not None:

@@ -1,4 +1,4 @@
-"""storage-check: says `fenced` where create-once holds, and finds the stores where it does not."""
+"""storage-check: gives `fenced` if create-once holds, and `unfenced` if it does not."""
 
 import threading
 import uuid
@@ -15,7 +15,7 @@ from tests.services.fixtures import point_aws_at
 
 
 class Weakened:
-    """A real store whose create is spoilt in one declared way; its clients share `meeting`."""
+    """A real store with one declared fault in `create`; its clients share `meeting`."""
 
     def __init__(self, inner: Store, create: Callable[["Weakened", str, bytes], None]) -> None:
         self.inner, self._create = inner, create
@@ -32,7 +32,7 @@ class Weakened:
 
 
 def look_then_write(store: Weakened, key: str, data: bytes) -> None:
-    """fsspec's default for an exclusive write: all four racers look before any of them writes."""
+    """fsspec's default for an exclusive write: all four racers check before any of them writes."""
     size = store.size(key)
     if "race" in key:
         store.meeting.wait(10)
@@ -42,12 +42,12 @@ def look_then_write(store: Weakened, key: str, data: bytes) -> None:
 
 
 def ignore_the_condition(store: Weakened, key: str, data: bytes) -> None:
-    """A store that does not know If-None-Match and overwrites."""
+    """A store that ignores If-None-Match and overwrites."""
     store.write(key, data)
 
 
 def refuse_everybody(store: Weakened, key: str, data: bytes) -> None:
-    """A store on which the race has no winner at all."""
+    """A store on which a race has no winner."""
     if "race" in key:
         store.inner.create(key, b"nobody")
         raise AlreadyExists(key)
@@ -58,8 +58,8 @@ def check(store: Store) -> StoreReport:
     return check_store(store, racers=4, rounds=2, open_client=lambda url: store)
 
 
-def test_a_directory_is_fenced_and_left_as_it_was(tmp_path: Path) -> None:
-    """The proof names the races and their winners, and leaves no object behind."""
+def test_directory_is_fenced_and_left_unchanged(tmp_path: Path) -> None:
+    """The report names the races and their winners, and the check leaves no object."""
     store = open_store(f"{tmp_path}/run")
     store.write("existing", b"1")
     report = check_store(store, racers=8, rounds=5)
@@ -73,7 +73,7 @@ def test_a_directory_is_fenced_and_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.moto
 def test_moto_is_fenced(moto_url: str) -> None:
-    """The light S3 server of the tests honours If-None-Match."""
+    """The light S3 server of the tests supports If-None-Match."""
     store = open_store(f"{moto_url}/run")
     assert check_store(store, rounds=3).verdict == "fenced"
     assert store.keys("") == []
@@ -81,15 +81,15 @@ def test_moto_is_fenced(moto_url: str) -> None:
 
 @pytest.mark.ceph
 def test_ceph_is_fenced(ceph_url: str) -> None:
-    """The real gateway of the tests lets one of many writers win."""
+    """On the real gateway of the tests, exactly one of many writers wins."""
     store = open_store(f"{ceph_url}/run")
     assert check_store(store, racers=16, rounds=10).verdict == "fenced"
     assert is_fenced(store).fenced
     assert store.keys("") == []
 
 
-def test_memory_is_no_place_for_several_nodes() -> None:
-    """Memory passes every race and still cannot be seen by another node."""
+def test_memory_store_is_unfenced() -> None:
+    """Memory passes every race, but no other node can read it."""
     report = is_fenced(open_store(f"memory://{uuid.uuid4().hex}"))
     assert not report.fenced
     assert "inside one process" in report.reason
@@ -103,10 +103,10 @@ def test_memory_is_no_place_for_several_nodes() -> None:
         (refuse_everybody, "2 of 2 races to create one key had 0 winners"),
     ],
 )
-def test_a_store_that_breaks_create_once_is_found(
+def test_check_detects_a_store_that_breaks_create_once(
     tmp_path: Path, spoilt: Callable[[Weakened, str, bytes], None], reason: str
 ) -> None:
-    """Each way in which stores fail to fence gives `unfenced`, the reason, and a clean store."""
+    """Each fault of `create` gives `unfenced` and the reason, and the check leaves no object."""
     store = Weakened(open_store(str(tmp_path)), spoilt)
     report = check(store)
     assert report.verdict == "unfenced"
@@ -115,15 +115,15 @@ def test_a_store_that_breaks_create_once_is_found(
     assert store.keys("") == []
 
 
-def test_a_protocol_without_a_create_is_unfenced() -> None:
-    """A store whose protocol has no atomic create gets its verdict without a request."""
+def test_protocol_without_atomic_create_is_unfenced() -> None:
+    """A protocol without an atomic create gets its verdict without a request."""
     report = is_fenced(open_store("http://127.0.0.1:9/run", timeout_s=0.1))
     assert report.verdict == "unfenced"
     assert "http:// has no atomic create" in report.reason
 
 
-def test_a_store_that_is_away_gets_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused connection is an error of its own, told at the deadline: it says nothing about fencing."""
+def test_unreachable_store_raises_instead_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused connection raises at the deadline: it does not show whether the store is fenced."""
     point_aws_at("http://127.0.0.1:9", "key", "secret", monkeypatch)
     with pytest.raises(StoreError, match=r"gave up after \d+ attempts .*Could not connect"):
         is_fenced(open_store("s3://bucket/run", timeout_s=3.0))

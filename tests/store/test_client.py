@@ -1,4 +1,4 @@
-"""The lazily built filesystem: one per process, and never one process's inside another."""
+"""The lazily built filesystem: each process has its own."""
 
 import ftplib
 import os
@@ -15,7 +15,7 @@ from elastic_pt.store.retry import Retry
 
 @pytest.fixture
 def client() -> Client:
-    """A client of some place in memory."""
+    """A client of an empty place in memory."""
     return Client(f"memory://{uuid.uuid4().hex}", retry=Retry(5.0))
 
 
@@ -24,14 +24,14 @@ def filesystem_of(client: Client) -> object:
 
 
 def test_one_filesystem_serves_all_requests_of_a_process(client: Client) -> None:
-    """Connections are kept between requests, and shared with no other client."""
+    """Connections are kept between requests, and not shared with other clients."""
     first = filesystem_of(client)
     assert filesystem_of(client) is first
     assert filesystem_of(Client(client.url, retry=Retry(5.0))) is not first
 
 
-def test_a_child_builds_its_own_and_keeps_the_parents_alive(client: Client) -> None:
-    """Closing an inherited filesystem in a child would deafen the parent's event loop: its requests hang."""
+def test_child_builds_its_own_filesystem_and_keeps_the_parents(client: Client) -> None:
+    """If a child closed an inherited filesystem, the parent's event loop would get no events and hang."""
     inherited = weakref.ref(filesystem_of(client))
     child = os.fork()
     if child == 0:
@@ -44,8 +44,8 @@ def test_a_child_builds_its_own_and_keeps_the_parents_alive(client: Client) -> N
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_a_refusal_builds_a_new_filesystem_once(client: Client) -> None:
-    """Renewed credentials are found by a new session; a second refusal is final."""
+def test_refused_request_rebuilds_the_filesystem_once(client: Client) -> None:
+    """A new session reads renewed credentials; a second refusal is final."""
     seen: list[int] = []
 
     def refuse(filesystem: object, root: str, timeout: dict[str, float]) -> None:
@@ -57,8 +57,8 @@ def test_a_refusal_builds_a_new_filesystem_once(client: Client) -> None:
     assert len(seen) == 2
 
 
-def test_a_server_that_cannot_be_reached_is_a_store_error() -> None:
-    """A protocol that connects while its filesystem is built is retried and told like any other request."""
+def test_unreachable_server_raises_store_error() -> None:
+    """A protocol may connect while its filesystem is built: this is retried, and fails, like any other request."""
     client = Client("ftp://127.0.0.1:1/y", retry=Retry(0.05, first_s=0.01))
     with pytest.raises(StoreError, match=r"asking of ftp://127\.0\.0\.1:1/y: gave up .*refused"):
         filesystem_of(client)
@@ -72,8 +72,8 @@ def test_a_server_that_cannot_be_reached_is_a_store_error() -> None:
         (ftplib.error_perm("530 login incorrect"), Fault.FINAL),
     ],
 )
-def test_what_an_ftp_server_answers_is_no_bug(error: Exception, fault: Fault) -> None:
-    """Names that do not resolve and temporary replies are tried again, other replies end the request."""
+def test_ftp_errors_map_to_faults(error: Exception, fault: Fault) -> None:
+    """Unknown hosts and temporary replies are retried; other replies end the request."""
     assert fault_of(error) is fault
 
 
@@ -86,10 +86,10 @@ def test_what_an_ftp_server_answers_is_no_bug(error: Exception, fault: Fault) ->
         (Fault.TRANSIENT, False, None),
     ],
 )
-def test_what_cannot_work_is_told_at_once_until_it_has_worked(
+def test_wrong_settings_fail_at_once_until_a_request_has_succeeded(
     fault: Fault, patient: bool, error: type[Exception] | None
 ) -> None:
-    """Wrong settings, and for a command a server nobody reaches, are no reason to wait; later both pass."""
+    """Wrong settings and, unless `patient`, an unreachable server fail at once; after a success they are retried."""
     client = Client(
         f"memory://{uuid.uuid4().hex}",
         retry=Retry(20.0),

@@ -1,4 +1,4 @@
-"""One contract, every store: memory, a directory, moto, and a real Ceph gateway."""
+"""The contract that every store keeps: memory, a directory, moto, and a real Ceph gateway."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ def store(url: str) -> Store:
 
 
 def test_written_bytes_are_read_back_whole_and_in_ranges(store: Store) -> None:
-    """A range is [start, end), as in Python; beyond the object it gives the bytes that exist."""
+    """A range is [start, end), as in Python; beyond the end it gives the bytes that exist."""
     data = bytes(range(256))
     store.write("a/b/c.bin", data)
     assert store.read("a/b/c.bin") == data
@@ -54,8 +54,8 @@ def test_written_bytes_are_read_back_whole_and_in_ranges(store: Store) -> None:
     assert store.size("a/b/c.bin") == 256
 
 
-def test_an_empty_object_is_an_object(store: Store) -> None:
-    """Nothing written under a key still is something under that key."""
+def test_empty_object_exists(store: Store) -> None:
+    """An object of 0 bytes can be read, has size 0, and takes its key."""
     store.write("empty", b"")
     store.create("created-empty", b"")
     for key in ("empty", "created-empty"):
@@ -65,8 +65,8 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
         store.create("empty", b"x")
 
 
-def test_what_is_not_there_is_not_found(store: Store) -> None:
-    """A missing object raises on read, has no size, is not listed, and may be deleted."""
+def test_missing_object_is_not_found(store: Store) -> None:
+    """A missing object raises on read, has no size and is not listed; deleting it succeeds."""
     with pytest.raises(NotFound, match="nowhere/x"):
         store.read("nowhere/x")
     with pytest.raises(NotFound):
@@ -76,16 +76,16 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
     store.delete("nowhere/x")
 
 
-def test_a_prefix_of_keys_is_no_object(store: Store) -> None:
-    """Directories do not exist: only what was written has a size or can be read."""
+def test_prefix_of_keys_is_not_an_object(store: Store) -> None:
+    """There are no directories: only a written key has a size and can be read."""
     store.write("folder/file", b"1")
     assert store.size("folder") is None
     with pytest.raises(NotFound):
         store.read("folder")
 
 
-def test_create_gives_a_key_once(store: Store) -> None:
-    """The second writer is told, and the first one's object stays."""
+def test_second_create_of_a_key_fails(store: Store) -> None:
+    """The second writer gets `AlreadyExists`, and the first one's object stays."""
     store.create("log/0", b"first")
     with pytest.raises(AlreadyExists, match="log/0"):
         store.create("log/0", b"second")
@@ -93,14 +93,14 @@ def test_create_gives_a_key_once(store: Store) -> None:
 
 
 def test_create_of_the_same_bytes_again_succeeds(store: Store) -> None:
-    """A writer that lost the answer to its create finds its own object and goes on."""
+    """A writer that lost the response to its create can repeat it."""
     store.create("log/0", b"mine")
     store.create("log/0", b"mine")
     assert store.keys("") == ["log/0"]
 
 
 def test_a_deleted_key_can_be_created_again(store: Store) -> None:
-    """Delete leaves nothing that a later create would trip over."""
+    """Delete leaves nothing that makes a later create fail."""
     store.create("deep/er/key", b"1")
     store.delete("deep/er/key")
     store.delete("deep/er/key")
@@ -109,7 +109,7 @@ def test_a_deleted_key_can_be_created_again(store: Store) -> None:
     assert store.read("deep/er/key") == b"2"
 
 
-def test_write_replaces(store: Store) -> None:
+def test_write_replaces_an_object(store: Store) -> None:
     """The last write wins, also over a longer object."""
     store.write("x", b"a long first version")
     store.write("x", b"short")
@@ -117,8 +117,8 @@ def test_write_replaces(store: Store) -> None:
     assert store.size("x") == 5
 
 
-def test_a_local_file_is_written_as_it_is(store: Store, tmp_path: Path) -> None:
-    """A Path is the file's content; one that is not there is the caller's error, not the store's."""
+def test_write_stores_the_content_of_a_local_file(store: Store, tmp_path: Path) -> None:
+    """A Path stands for the content of its file; a missing file is the caller's error, not the store's."""
     source = tmp_path / "source"
     source.write_bytes(b"content" * 1000)
     store.write("from/path", source)
@@ -127,8 +127,8 @@ def test_a_local_file_is_written_as_it_is(store: Store, tmp_path: Path) -> None:
         store.write("from/path", tmp_path / "missing")
 
 
-def test_a_large_object_survives_being_cut_into_parts(store: Store, tmp_path: Path) -> None:
-    """Objects above the size of a single request come back bit for bit, from memory and from a file."""
+def test_large_object_is_read_back_unchanged(store: Store, tmp_path: Path) -> None:
+    """Objects that need several requests come back bit for bit, from memory and from a file."""
     data = os.urandom(2**20) * 37 + b"tail"
     source = tmp_path / "large"
     source.write_bytes(data)
@@ -144,7 +144,7 @@ def test_a_large_object_survives_being_cut_into_parts(store: Store, tmp_path: Pa
 
 
 def test_keys_are_listed_by_prefix_and_sorted(store: Store) -> None:
-    """A prefix is a string, not a folder; keys come relative to the store and in order."""
+    """A prefix is a string, not a folder; keys are relative to the store and sorted."""
     for key in ("log/10", "log/2", "log/1", "logs/1", "ckpt/1/a", "z"):
         store.write(key, b"1")
     assert store.keys("log/") == ["log/1", "log/10", "log/2"]
@@ -154,8 +154,8 @@ def test_keys_are_listed_by_prefix_and_sorted(store: Store) -> None:
     assert store.keys("") == ["ckpt/1/a", "log/1", "log/10", "log/2", "logs/1", "z"]
 
 
-def test_keys_see_only_their_own_url(store: Store, url: str) -> None:
-    """A neighbour whose URL starts alike stays out of the listing."""
+def test_keys_list_only_their_own_url(store: Store, url: str) -> None:
+    """A store with a URL that starts with the same characters is not in the listing."""
     neighbour = open_store(url + "-2", timeout_s=30.0)
     neighbour.write("theirs", b"1")
     store.write("mine", b"1")
@@ -165,8 +165,8 @@ def test_keys_see_only_their_own_url(store: Store, url: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/", "/a", "a/", "a//b", "../a", "a/../b", "a/..", "./a"])
-def test_a_key_that_could_leave_the_store_is_refused(store: Store, key: str) -> None:
-    """Keys stay below the URL; a wrong one is a bug of the caller and reaches no server."""
+def test_key_outside_the_store_is_refused(store: Store, key: str) -> None:
+    """Keys stay below the URL; an invalid one is a bug of the caller and is not sent."""
     for use in (
         store.read,
         store.size,
@@ -179,22 +179,22 @@ def test_a_key_that_could_leave_the_store_is_refused(store: Store, key: str) -> 
 
 
 @pytest.mark.parametrize("prefix", ["/", "../", "a/../", "a//"])
-def test_a_prefix_that_no_key_has_is_refused(store: Store, prefix: str) -> None:
+def test_invalid_prefix_is_refused(store: Store, prefix: str) -> None:
     """A prefix that cannot match is a bug of the caller, not an empty listing."""
     with pytest.raises(ValueError, match="prefix"):
         store.keys(prefix)
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, None), (3, 2), (-2, -1)])
-def test_a_range_that_is_none_is_refused(store: Store, start: int, end: int | None) -> None:
-    """Ranges count from the start of the object; there is no counting from its end."""
+def test_invalid_range_is_refused(store: Store, start: int, end: int | None) -> None:
+    """Ranges count from the start of the object, never from its end."""
     store.write("x", b"12345")
     with pytest.raises(ValueError, match="range"):
         store.read("x", start, end)
 
 
-def test_create_is_for_records(store: Store) -> None:
-    """What cannot be created in a single request is refused before it is sent."""
+def test_create_refuses_more_bytes_than_its_limit(store: Store) -> None:
+    """Data that one request cannot create is refused before it is sent."""
     with pytest.raises(ValueError, match="too many to create"):
         store.create("x", bytes(CREATE_LIMIT_BYTES + 1))
 
@@ -210,7 +210,7 @@ def test_names_with_unusual_characters_work(store: Store) -> None:
 
 @pytest.fixture
 def eager_threads() -> Iterator[None]:
-    """Threads take turns after every few instructions, so that a race inside this process is a race."""
+    """Threads switch after a few instructions, so that threads of this process really race."""
     usual_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -218,8 +218,8 @@ def eager_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("eager_threads")
-def test_of_racing_creators_exactly_one_wins(store: Store, url: str) -> None:
-    """The fence of the whole project: one key, many writers over several clients, one winner."""
+def test_exactly_one_of_several_racing_creators_wins(store: Store, url: str) -> None:
+    """The log depends on this: of many writers of one key, over several clients, exactly one succeeds."""
     clients = [store, open_store(url), open_store(url)]
     for round_number in range(200 if url.startswith("memory") else 10):
         key = f"race/{round_number}"
@@ -240,8 +240,8 @@ def test_of_racing_creators_exactly_one_wins(store: Store, url: str) -> None:
         assert {client.read(key) for client in clients} == set(winners)
 
 
-def test_readers_see_old_or_new(store: Store) -> None:
-    """While an object is replaced over and over, every read is one whole version of it."""
+def test_readers_get_the_old_or_the_new_object(store: Store) -> None:
+    """While an object is replaced repeatedly, every read returns one whole version."""
     versions = [bytes([n]) * 100_000 for n in range(2)]
     store.write("x", versions[0])
     stop = threading.Event()
@@ -263,7 +263,7 @@ def test_readers_see_old_or_new(store: Store) -> None:
 
 
 def test_a_store_opened_before_a_fork_works_after_it(store: Store) -> None:
-    """A child starts with connections of its own, so a store may be opened, even used, before the fork."""
+    """A child opens its own connections, so a store may be opened and used before the fork."""
     store.write("before", b"parent")
     for number in range(4):
         child = os.fork()

@@ -1,4 +1,4 @@
-"""What a foreign exception means: every spelling that libraries and stores are known to use."""
+"""What a foreign exception means: every known form of it in libraries and stores."""
 
 import errno
 
@@ -50,8 +50,8 @@ def s3fs_error(code: str, status: int, **details: str) -> Exception:
         (boto.ParamValidationError(report="Invalid bucket name"), Fault.NO_BUCKET),
     ],
 )
-def test_s3_errors_are_read_by_code_then_status(error: Exception, fault: Fault) -> None:
-    """Both spellings of a failed condition, conflicts, throttling and refusals are told apart."""
+def test_s3_errors_map_by_code_then_status(error: Exception, fault: Fault) -> None:
+    """Failed conditions (in both forms), conflicts, throttling and refusals are distinguished."""
     assert s3_fault_of(error) is fault
 
 
@@ -70,12 +70,12 @@ def test_s3_errors_are_read_by_code_then_status(error: Exception, fault: Fault) 
         (KeyError("x"), Fault.BUG),
     ],
 )
-def test_other_errors_are_read_by_type(error: Exception, fault: Fault) -> None:
-    """What Python's own types say is believed; what is no error of a store stays a bug."""
+def test_other_errors_map_by_type(error: Exception, fault: Fault) -> None:
+    """Python's own types decide; an exception that is not a store's error is a bug."""
     assert fault_of(error) is fault
 
 
-def test_errors_with_a_status_are_read_by_it() -> None:
+def test_errors_with_a_status_map_by_status() -> None:
     """gcsfs and adlfs carry the HTTP status on the exception."""
 
     class HttpError(Exception):

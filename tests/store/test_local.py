@@ -1,4 +1,4 @@
-"""The directory store where it differs from a bucket: crashes, leftovers, permissions, a full disk."""
+"""How the directory store differs from a bucket: crashes, unfinished files, hard links, a full disk."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_a_killed_writer_leaves_nothing_under_the_key(tmp_path: Path) -> None:
-    """kill -9 between the last byte and the publication: the old object stays, nothing new is listed."""
+    """After kill -9 between the last byte and the rename, the old object stays and nothing new is listed."""
     store = LocalStore(f"file://{tmp_path}/run")
     store.write("x", b"old")
     code = (
@@ -40,8 +40,8 @@ def test_a_killed_writer_leaves_nothing_under_the_key(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / UNFINISHED).iterdir())) == 2
 
 
-def test_leftovers_of_killed_writers_are_removed_when_they_are_old(tmp_path: Path) -> None:
-    """The next writer clears what nobody has touched for an hour, and only that."""
+def test_old_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    """The next writer removes unfinished files older than an hour, and only those."""
     making = tmp_path / UNFINISHED
     making.mkdir()
     (making / "old").write_bytes(b"1")
@@ -53,7 +53,7 @@ def test_leftovers_of_killed_writers_are_removed_when_they_are_old(tmp_path: Pat
 
 
 def test_delete_leaves_no_empty_directories(store: LocalStore, tmp_path: Path) -> None:
-    """A checkpoint that is removed is gone, as in a bucket; directories in use stay."""
+    """Deleting the last key of a directory removes the directory; directories in use stay."""
     store.write("ckpt/1/a", b"1")
     store.write("ckpt/2/a", b"1")
     store.delete("ckpt/1/a")
@@ -63,10 +63,10 @@ def test_delete_leaves_no_empty_directories(store: LocalStore, tmp_path: Path) -
     assert (tmp_path / "run").exists()
 
 
-def test_a_directory_that_vanishes_under_a_writer_is_made_again(
+def test_writer_recreates_a_directory_that_was_removed(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sibling's delete may take the directory away between making it and using it."""
+    """Another writer's delete may remove the directory after it is made and before it is used."""
     real, taken = os.link, []
 
     def link(source: Path, target: Path) -> None:
@@ -81,10 +81,10 @@ def test_a_directory_that_vanishes_under_a_writer_is_made_again(
     assert store.read("a/b") == b"1"
 
 
-def test_a_full_disk_is_told_and_leaves_the_old_object(
+def test_full_disk_is_an_error_and_leaves_the_old_object(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No space left: one clear error at once, no torn object, no leftover."""
+    """Without space, a write raises at once, and leaves no partial object and no unfinished file."""
     store.write("x", b"old")
 
     def fail(descriptor: int) -> None:
@@ -98,10 +98,10 @@ def test_a_full_disk_is_told_and_leaves_the_old_object(
     assert not list((Path(store.url.removeprefix("file://")) / UNFINISHED).iterdir())
 
 
-def test_a_directory_without_hard_links_says_so(
+def test_create_without_hard_links_is_an_error(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some mounted buckets cannot link; then there is no create-once, and nothing pretends otherwise."""
+    """Some mounted buckets have no hard links. Then create-once is not possible, and create raises."""
 
     def fail(source: Path, target: Path) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
@@ -111,10 +111,10 @@ def test_a_directory_without_hard_links_says_so(
         store.create("x", b"1")
 
 
-def test_what_is_published_is_on_the_disk(
+def test_content_and_name_are_synced_in_order(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Content is synced before the name exists, the name after: a power cut leaves all or nothing."""
+    """Content is synced before it gets its name, the directory after it: a power cut leaves all or nothing."""
     done: list[str] = []
     real_sync, real_link = os.fsync, os.link
 
@@ -132,14 +132,14 @@ def test_what_is_published_is_on_the_disk(
     assert done == ["sync", "link", "sync"]
 
 
-def test_where_files_are_made_is_no_key(store: LocalStore) -> None:
-    """The hidden folder cannot be addressed, so nobody depends on it."""
+def test_folder_of_unfinished_files_is_not_a_key(store: LocalStore) -> None:
+    """No key can address the hidden folder, so nothing depends on it."""
     with pytest.raises(ValueError, match="not a key"):
         store.read(f"{UNFINISHED}/x")
 
 
-def test_a_lost_race_leaves_no_leftover(store: LocalStore, tmp_path: Path) -> None:
-    """The loser of a create removes its file."""
+def test_lost_race_leaves_no_file(store: LocalStore, tmp_path: Path) -> None:
+    """The loser of a create removes its unfinished file."""
     store.create("x", b"1")
     with pytest.raises(AlreadyExists):
         store.create("x", b"2")

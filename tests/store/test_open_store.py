@@ -1,4 +1,4 @@
-"""URLs: what opens, and the one line a user gets for what does not."""
+"""URLs: which ones open, and the one-line error for the others."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from elastic_pt.store.open import open_store
 
 
 def test_a_plain_path_is_a_file_url(tmp_path: Path) -> None:
-    """A directory may be named without a protocol; the store's URL says what it is."""
+    """A directory may be given without a protocol; the store's URL has one."""
     store = open_store(f"{tmp_path}/run/")
     assert store.url == f"file://{tmp_path}/run"
     store.create("x", b"1")
@@ -29,8 +29,8 @@ def test_a_plain_path_is_a_file_url(tmp_path: Path) -> None:
         ("file://relative/run", "is not an absolute path"),
     ],
 )
-def test_a_url_that_cannot_work_is_refused_when_it_is_opened(url: str, told: str) -> None:
-    """The message names the value and what is expected, on one line, before anything starts."""
+def test_invalid_url_is_refused_at_open(url: str, told: str) -> None:
+    """The error names the value and what is expected, on one line, before anything starts."""
     with pytest.raises(ConfigError) as caught:
         open_store(url)
     assert told in str(caught.value)
@@ -41,21 +41,21 @@ def test_a_url_that_cannot_work_is_refused_when_it_is_opened(url: str, told: str
     ("url", "extra"), [("gs://bucket/run", "gcs"), ("abfs://container/run", "azure")]
 )
 def test_a_missing_extra_is_named(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A protocol whose module is not installed names the extra that brings it."""
+    """For a protocol without its module, the error names the extra that installs it."""
     monkeypatch.setattr(opening.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"pip install 'elastic-pt\[{extra}\]'"):
         open_store(url)
 
 
-def test_any_other_missing_module_is_one_line_too() -> None:
-    """fsspec knows more protocols than are installed; theirs is a user's mistake as well."""
+def test_other_missing_module_is_a_one_line_error() -> None:
+    """fsspec lists protocols that are not installed; using one is a user's mistake as well."""
     with pytest.raises(ConfigError, match="module that is missing") as caught:
         open_store("dropbox://x/run")
     assert "\n" not in str(caught.value)
 
 
-def test_a_protocol_without_an_atomic_create_refuses_to_create() -> None:
-    """A look followed by a write is no fence: such a store holds bytes, never a run's log."""
+def test_protocol_without_atomic_create_refuses_to_create() -> None:
+    """A check followed by a write is not atomic: such a store can hold bytes, but no run's log."""
     store = open_store("http://127.0.0.1:9/run", timeout_s=0.1)
     with pytest.raises(ConfigError, match="http:// has no atomic create"):
         store.create("log/0", b"1")
@@ -63,8 +63,8 @@ def test_a_protocol_without_an_atomic_create_refuses_to_create() -> None:
         store.delete("log/0")
 
 
-def test_opening_connects_to_nothing() -> None:
-    """A fork server may hold stores: no filesystem, loop or thread exists before the first request."""
+def test_open_does_not_connect() -> None:
+    """A fork server may hold stores, so no filesystem, loop or thread exists before the first request."""
     code = (
         "import sys, threading\n"
         "from elastic_pt.store.open import open_store\n"

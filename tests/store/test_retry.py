@@ -1,4 +1,4 @@
-"""Retries: the waits are pure, the clock comes in."""
+"""Retries: the waits are a pure function, and the clock is an argument."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from elastic_pt.store.retry import Retry, TryAgain
 
 
 class Clock:
-    """Time that passes only when somebody sleeps or an attempt takes some."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -30,8 +30,8 @@ def retry_with(clock: Clock, timeout_s: float = 10.0, share: float = 0.5) -> Ret
     return Retry(timeout_s, clock_s=clock, sleep=clock.sleep, draw=lambda: share)
 
 
-def test_windows_double_up_to_the_longest() -> None:
-    """The wait is the drawn share of a window that doubles and then stays."""
+def test_retry_window_doubles_up_to_the_longest() -> None:
+    """The wait is the drawn share of a window, which doubles up to its maximum."""
     retry = Retry(1000.0, first_s=0.1, longest_s=1.0, draw=lambda: 0.5)
     waits = [retry.delay_s(n, 0.0) for n in range(1, 7)]
     assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.5, 0.5])
@@ -42,14 +42,14 @@ def test_windows_double_up_to_the_longest() -> None:
     elapsed_s=st.floats(0, 200),
     share=st.floats(0, 1, exclude_max=True),
 )
-def test_no_wait_leads_beyond_the_timeout(failures: int, elapsed_s: float, share: float) -> None:
-    """Whatever happened, the next attempt starts before the time is up, or at once."""
+def test_no_wait_exceeds_the_timeout(failures: int, elapsed_s: float, share: float) -> None:
+    """After any failure, the next attempt starts before the timeout, or at once."""
     delay_s = Retry(120.0, draw=lambda: share).delay_s(failures, elapsed_s)
     assert 0.0 <= delay_s <= min(10.0, max(0.0, 120.0 - elapsed_s))
 
 
-def test_the_last_attempt_starts_when_the_time_is_up() -> None:
-    """A store that is back at the last moment is still used; after that moment nothing is sent."""
+def test_last_attempt_starts_at_the_timeout() -> None:
+    """A store that recovers just before the timeout is still used; after the timeout nothing is sent."""
     clock, starts_s = Clock(), []
 
     def attempt(left_s: float) -> None:
@@ -62,8 +62,8 @@ def test_the_last_attempt_starts_when_the_time_is_up() -> None:
     assert starts_s[-2] < 3.0
 
 
-def test_an_attempt_that_works_in_the_end_gives_its_result() -> None:
-    """Trouble that passes before the timeout is not seen by the caller."""
+def test_successful_attempt_gives_its_result() -> None:
+    """The caller does not see failures that end before the timeout."""
     clock, left = Clock(), iter([True, True, False])
 
     def attempt(left_s: float) -> str:
@@ -75,8 +75,8 @@ def test_an_attempt_that_works_in_the_end_gives_its_result() -> None:
     assert clock.slept_s == pytest.approx([0.05, 0.1])
 
 
-def test_giving_up_names_request_attempts_limit_and_cause() -> None:
-    """Giving up names the request, the attempts, the limit with its config key, and the last trouble."""
+def test_final_error_names_request_attempts_limit_and_cause() -> None:
+    """The error names the request, the attempts, the limit with its config key, and the last failure."""
     clock = Clock()
 
     def attempt(left_s: float) -> None:
@@ -90,8 +90,8 @@ def test_giving_up_names_request_attempts_limit_and_cause() -> None:
     assert clock.now_s == pytest.approx(10.0)
 
 
-def test_other_errors_are_not_tried_again() -> None:
-    """Only an attempt that asks for it is repeated; a bug shows at once."""
+def test_other_errors_are_not_retried() -> None:
+    """Only `TryAgain` causes a retry; a bug is raised at once."""
     clock, calls = Clock(), []
 
     def attempt(left_s: float) -> None:
@@ -103,8 +103,8 @@ def test_other_errors_are_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_waiting_is_told_every_few_seconds() -> None:
-    """The first trouble is told at once, with request, cause and limit, and then at most every five seconds."""
+def test_retries_log_a_warning_every_few_seconds() -> None:
+    """The first failure is logged at once, with request, cause and limit; later ones at most every five seconds."""
     clock = Clock()
     retry = retry_with(clock, timeout_s=30.0, share=0.1)
 
@@ -126,8 +126,8 @@ def test_waiting_is_told_every_few_seconds() -> None:
     assert all(5.0 <= b - a <= 7.0 for a, b in itertools.pairwise(times_s))
 
 
-def test_many_troubled_requests_share_their_warnings() -> None:
-    """A store that refuses one request after another fills no log."""
+def test_many_failing_requests_share_their_warnings() -> None:
+    """A store that refuses one request after another does not fill the log."""
     clock = Clock()
     retry = retry_with(clock, timeout_s=1.0)
 

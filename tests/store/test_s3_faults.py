@@ -1,6 +1,6 @@
-"""S3 when it misbehaves: lost answers, conflicts, throttling, hangs, expired credentials.
+"""Faults of S3: lost responses, conflicts, throttling, hangs, expired credentials.
 
-A proxy declares each fault at (method, which request) and passes everything else on to a real server.
+A proxy injects each fault at (method, which request) and forwards all other requests to a real server.
 """
 
 import os
@@ -25,15 +25,15 @@ from tests.services.proxy import Fault, FaultProxy
 def proxied(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Store, FaultProxy]]:
-    """A store whose requests go through the proxy, with the standard AWS variable for an endpoint."""
+    """A store that sends its requests through the proxy, by the standard AWS variable for the endpoint."""
     bucket = request.getfixturevalue(f"{request.param}_url")
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield open_store(f"{bucket}/run", timeout_s=20.0), proxy
 
 
-def test_a_create_whose_answer_was_lost_succeeded(proxied: tuple[Store, FaultProxy]) -> None:
-    """The second attempt is refused by our own first one; the bytes show that it is ours."""
+def test_create_succeeds_when_its_response_was_lost(proxied: tuple[Store, FaultProxy]) -> None:
+    """The first attempt makes the second one fail; the bytes show that the object is ours."""
     store, proxy = proxied
     proxy.fault("PUT", Fault.lost_response())
     store.create("log/0", b"nonce 1")
@@ -41,20 +41,20 @@ def test_a_create_whose_answer_was_lost_succeeded(proxied: tuple[Store, FaultPro
     assert store.read("log/0") == b"nonce 1"
 
 
-def test_a_create_answered_500_after_it_happened_succeeded(
+def test_create_succeeds_when_a_500_follows_it(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """An error after the fact is a lost answer too."""
+    """An error after the object was created counts as a lost response."""
     store, proxy = proxied
     proxy.fault("PUT", Fault.answered_late(500, "InternalError"))
     store.create("log/0", b"nonce 1")
     assert store.read("log/0") == b"nonce 1"
 
 
-def test_a_create_that_lost_both_its_answer_and_the_race_is_told(
+def test_create_fails_when_response_and_race_were_lost(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """Somebody else's bytes are never taken for ours, however the requests were answered."""
+    """Another writer's bytes never count as ours, whatever the responses were."""
     store, proxy = proxied
     store.create("log/0", b"theirs")
     proxy.fault("PUT", Fault.lost_response())
@@ -63,8 +63,8 @@ def test_a_create_that_lost_both_its_answer_and_the_race_is_told(
     assert store.read("log/0") == b"theirs"
 
 
-def test_a_conflict_is_tried_again(proxied: tuple[Store, FaultProxy]) -> None:
-    """409 ConditionalRequestConflict says that the race is undecided, not that it is lost."""
+def test_conflict_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
+    """409 ConditionalRequestConflict means that the race is undecided, not that it is lost."""
     store, proxy = proxied
     proxy.fault("PUT", *[Fault.status(409, "ConditionalRequestConflict")] * 2)
     store.create("log/0", b"1")
@@ -75,10 +75,10 @@ def test_a_conflict_is_tried_again(proxied: tuple[Store, FaultProxy]) -> None:
     ("status", "code"),
     [(503, "SlowDown"), (500, "InternalError")],
 )
-def test_throttling_and_server_errors_pass(
+def test_throttling_and_server_errors_are_retried(
     proxied: tuple[Store, FaultProxy], status: int, code: str
 ) -> None:
-    """Every operation rides out a few refusals, one request of ours per attempt."""
+    """Every operation retries after a few refusals, with one request per attempt."""
     store, proxy = proxied
     store.write("x", b"1234")
     before = dict(proxy.requests)
@@ -95,8 +95,8 @@ def test_throttling_and_server_errors_pass(
     assert after["HEAD"] - before.get("HEAD", 0) == 3
 
 
-def test_a_cut_connection_is_tried_again(proxied: tuple[Store, FaultProxy]) -> None:
-    """A reset in the middle of a read costs one attempt."""
+def test_cut_connection_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
+    """A connection reset during a read costs one attempt."""
     store, proxy = proxied
     store.write("x", b"1234")
     proxy.fault("GET", Fault.hang(0.0), Fault.lost_response())
@@ -104,7 +104,7 @@ def test_a_cut_connection_is_tried_again(proxied: tuple[Store, FaultProxy]) -> N
 
 
 def test_credentials_are_renewed_once(proxied: tuple[Store, FaultProxy]) -> None:
-    """A refusal may mean that the token has just expired: one new session, at once, then no more."""
+    """A refusal may mean that the token has just expired: one new session is opened at once, and only one."""
     store, proxy = proxied
     store.write("x", b"1")
     proxy.fault("GET", Fault.status(400, "ExpiredToken"))
@@ -115,8 +115,8 @@ def test_credentials_are_renewed_once(proxied: tuple[Store, FaultProxy]) -> None
     assert proxy.requests["GET"] == 4
 
 
-def test_a_part_of_a_large_upload_is_tried_again_alone(proxied: tuple[Store, FaultProxy]) -> None:
-    """One refused part does not send the others again, and a lost answer to the last request is no failure."""
+def test_only_the_failed_part_of_an_upload_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
+    """After one refused part, the others are not sent again. A lost response to the last request is not a failure."""
     store, proxy = proxied
     data = os.urandom(1000) * (5 * PART_BYTES // 2000)
     proxy.fault("PUT", Fault.status(503, "SlowDown"), Fault.lost_response())
@@ -128,10 +128,10 @@ def test_a_part_of_a_large_upload_is_tried_again_alone(proxied: tuple[Store, Fau
     assert store.read("large") == data[::-1]
 
 
-def test_a_large_upload_whose_completion_was_lost_succeeded(
+def test_upload_succeeds_when_its_completion_response_was_lost(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """Completed, unanswered, and gone when asked again: the nonce on the object shows that it is ours."""
+    """The retry finds the upload gone; the nonce on the object shows that the first attempt completed it."""
     store, proxy = proxied
     data = bytes(5 * PART_BYTES // 2)
     sent = proxy.requests["POST"]
@@ -142,10 +142,10 @@ def test_a_large_upload_whose_completion_was_lost_succeeded(
     assert store.size("large") == len(data)
 
 
-def test_a_large_upload_that_somebody_aborted_is_no_success(
+def test_aborted_upload_is_an_error(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """An upload that is gone without having been completed is an error, though an object is there."""
+    """An upload that is gone and was not completed is an error, even if an older object exists."""
     store, proxy = proxied
     store.write("large", b"old")
     proxy.fault("POST", Fault.passed(), Fault.status(404, "NoSuchUpload"))
@@ -154,8 +154,8 @@ def test_a_large_upload_that_somebody_aborted_is_no_success(
     assert store.read("large") == b"old"
 
 
-def test_only_our_own_retries_happen(proxied: tuple[Store, FaultProxy]) -> None:
-    """Each refusal is seen by the one place that retries: s3fs and botocore do not multiply attempts."""
+def test_libraries_do_not_retry(proxied: tuple[Store, FaultProxy]) -> None:
+    """Our retry sees each refusal: s3fs and botocore add no attempts of their own."""
     store, proxy = proxied
     slept_s: list[float] = []
     ours = S3Store(store.url, retry=Retry(20.0, sleep=slept_s.append))
@@ -165,10 +165,10 @@ def test_only_our_own_retries_happen(proxied: tuple[Store, FaultProxy]) -> None:
     assert len(slept_s) == 6
 
 
-def test_a_large_upload_that_fails_leaves_the_old_object(
+def test_failed_upload_leaves_the_old_object(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """A writer that gives up half way has written nothing, and takes its parts away."""
+    """A writer that fails during an upload has written nothing, and removes its parts."""
     store, proxy = proxied
     store.write("large", b"old")
     proxy.fault("PUT", *[Fault.status(403, "AccessDenied")] * 12)
@@ -179,10 +179,10 @@ def test_a_large_upload_that_fails_leaves_the_old_object(
 
 
 @pytest.mark.parametrize("hanging", [False, True])
-def test_the_deadline_holds_and_says_what_was_tried(
+def test_request_fails_at_the_deadline_with_its_attempts(
     proxied: tuple[Store, FaultProxy], hanging: bool
 ) -> None:
-    """A store that refuses or stays silent costs the deadline, and the error names it."""
+    """A store that refuses or does not answer costs at most the deadline, and the error names it."""
     store, proxy = proxied
     impatient = open_store(store.url, timeout_s=1.0)
     fault = Fault.hang(30.0) if hanging else Fault.status(503, "SlowDown")
@@ -194,8 +194,8 @@ def test_the_deadline_holds_and_says_what_was_tried(
         impatient.create("log/0", b"1")
 
 
-def test_a_stale_listing_matters_to_nobody(proxied: tuple[Store, FaultProxy]) -> None:
-    """What was created is found by its key even where no listing works at all."""
+def test_stale_listing_affects_no_other_operation(proxied: tuple[Store, FaultProxy]) -> None:
+    """A created object is found by its key, even if the listing is empty."""
     store, proxy = proxied
     store.create("log/0", b"1")
     proxy.fault("GET", Fault.answered_with(200, "<ListBucketResult></ListBucketResult>"))
@@ -206,10 +206,10 @@ def test_a_stale_listing_matters_to_nobody(proxied: tuple[Store, FaultProxy]) ->
         store.create("log/0", b"2")
 
 
-def test_a_bucket_that_does_not_exist_is_the_users_mistake(
+def test_missing_bucket_is_a_config_error(
     proxied: tuple[Store, FaultProxy],
 ) -> None:
-    """A mistyped bucket is a ConfigError that names it, not an object that is not there."""
+    """A mistyped bucket is a ConfigError that names it, not a missing object."""
     for use in (
         lambda store: store.write("x", b"1"),
         lambda store: store.create("x", b"1"),
@@ -223,7 +223,7 @@ def test_a_bucket_that_does_not_exist_is_the_users_mistake(
 def test_wrong_credentials_are_denied(
     proxied: tuple[Store, FaultProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Missing credentials are told as such, without waiting for the deadline."""
+    """Missing credentials raise `AccessDenied` without waiting for the deadline."""
     store, _ = proxied
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -1,4 +1,4 @@
-"""OOM kills, counted in the cgroup of a process; they happen for real where this process may make a memory cgroup."""
+"""OOM kills in the cgroup of a process; real ones if this process may create a memory cgroup."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_the_counter_file_of_a_process_is_found(
     ],
 )
 def test_each_kind_of_counter_file_is_read(tmp_path: Path, text: str, kills: int) -> None:
-    """`memory.events` of v2, `memory.oom_control` of v1 and `/proc/vmstat` are read by their one common line."""
+    """`memory.events` of v2, `memory.oom_control` of v1 and `/proc/vmstat` have one line in common, which is read."""
     (tmp_path / "file").write_text(text)
     assert read_oom_kills(tmp_path / "file") == kills
     assert read_oom_kills(tmp_path / "none") == 0
@@ -74,7 +74,7 @@ def test_each_kind_of_counter_file_is_read(tmp_path: Path, text: str, kills: int
 
 @pytest.fixture
 def small_memory_group() -> Iterator[Path]:
-    """A cgroup of its own with little memory; skipped where this process may not make one."""
+    """A new cgroup with little memory; skips if this process may not create one."""
     group = f"elastic_pt-test-{os.getpid()}"
     for parent, limit in (
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
@@ -90,14 +90,14 @@ def small_memory_group() -> Iterator[Path]:
         yield parent / group
         (parent / group).rmdir()
         return
-    pytest.skip("no memory cgroup can be made here")
+    pytest.skip("no memory cgroup can be created here")
 
 
 @pytest.mark.parametrize(("size_bytes", "happens"), [(4 * LIMIT_BYTES, True), (0, False)])
 def test_an_oom_kill_is_counted_and_another_kill_is_not(
     small_memory_group: Path, size_bytes: int, happens: bool
 ) -> None:
-    """A process that the kernel kills for its memory is counted in its own cgroup; one that is just killed is not."""
+    """An OOM kill is counted in the process's cgroup. Another kill is not."""
     allocate = f"input(); block = b'x' * {size_bytes}; input()"
     with subprocess.Popen([sys.executable, "-c", allocate], stdin=subprocess.PIPE) as child:
         try:

@@ -1,4 +1,4 @@
-"""From what remains of workers to one cause."""
+"""From the evidence about workers to one cause."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def error(message: str, recorded_s: float = 0.0) -> RecordedError:
 def chained(
     *messages: str, joint: str = "direct cause of the following exception"
 ) -> RecordedError:
-    """An exception that was raised from others, the first one first, as Python prints it."""
+    """An exception that was raised from others, as Python prints it: the first one first."""
     above = {
         "direct cause of the following exception": "The above exception was the direct cause of "
         "the following exception:",
@@ -97,8 +97,8 @@ def chained(
         ),
     ],
 )
-def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Evidence) -> None:
-    """Space, I/O, store, memory, device, network and signals from outside may be over at the next attempt."""
+def test_failures_of_the_surroundings_are_recognised(evidence: Evidence) -> None:
+    """Failures of space, I/O, store, memory, device and network, and signals, may be gone at the next attempt."""
     failure = classify(evidence)
     assert failure is not None
     assert failure.surroundings
@@ -127,9 +127,9 @@ def test_trouble_of_the_surroundings_is_no_fault_of_the_program(evidence: Eviden
         Evidence(0, 3),
     ],
 )
-def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Evidence) -> None:
-    """An exception that is about none of the surroundings, a crash and an exit code come again; so do errors that
-    only came up while another one was handled."""
+def test_failures_of_the_program_are_recognised(evidence: Evidence) -> None:
+    """Other exceptions, crashes and exit codes are failures of the program. So are errors of the surroundings that
+    were only raised while another error was handled."""
     failure = classify(evidence)
     assert failure is not None
     assert not failure.surroundings
@@ -170,7 +170,7 @@ def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Eviden
         (
             Evidence(0, None, hang=STOPPED, step=12),
             "hang",
-            "worker 0 stood still for 2.1 s at step 12 (stopped)",
+            "worker 0 sent no heartbeat for 2.1 s at step 12 (stopped)",
             "",
         ),
         (
@@ -206,23 +206,23 @@ def test_what_state_data_and_code_lead_to_is_the_programs_fault(evidence: Eviden
         ),
     ],
 )
-def test_failures_tell_their_cause(
+def test_failures_report_their_cause(
     evidence: Evidence, cause: str, text: str, signature: str
 ) -> None:
-    """Each kind of end has one cause, one line that names it, and a signature only if it may repeat itself."""
+    """Each kind of end has one cause and one line that names it. It has a signature only if it may happen again."""
     failure = classify(evidence)
     assert failure is not None
     assert (failure.cause, str(failure), failure.signature) == (cause, text, signature)
     assert failure.collateral is (cause == "collective")
 
 
-def test_a_worker_that_was_killed_for_others_has_no_failure() -> None:
-    """Who ran until the agent killed it did not fail, even if the kernel killed others for memory."""
+def test_a_worker_that_the_agent_killed_has_no_failure() -> None:
+    """A worker that ran until the agent killed it did not fail, even if there was an OOM kill."""
     assert classify(Evidence(0, None, oom_killed=True, stacks="Thread 0x1", step=3)) is None
 
 
-def test_the_root_cause_is_told_and_not_what_followed_from_it() -> None:
-    """Of several failures the one counts that the others followed from; of two exceptions, the first."""
+def test_the_root_cause_is_reported_not_its_consequences() -> None:
+    """Of several failures the root cause counts; of two exceptions, the first."""
     collateral = Evidence(0, 1, error(GLOO, recorded_s=1.0))
     second = Evidence(1, 1, error("ValueError: second", recorded_s=3.0))
     first = Evidence(2, None, error("ValueError: first", recorded_s=2.0))
@@ -239,8 +239,8 @@ def test_the_root_cause_is_told_and_not_what_followed_from_it() -> None:
     assert order == [5, 3, 2, 1, 4, 0]
 
 
-def test_texts_are_bounded_from_their_end() -> None:
-    """Long texts keep their end, where the error and the main thread stand; the message stays one short line."""
+def test_long_texts_keep_their_end() -> None:
+    """Long texts keep their end, which has the error and the main thread. The message is one short line."""
     failure = classify(
         Evidence(
             0,
@@ -258,10 +258,10 @@ def test_texts_are_bounded_from_their_end() -> None:
         assert len(text) < 17_000
 
 
-def test_what_torch_elastic_records_is_read(
+def test_the_error_file_of_torch_elastic_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error file of a worker gives the exception and its whole traceback, chained ones included."""
+    """The error file of a worker has the exception and its whole traceback, with chained exceptions."""
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     assert read_error_file(path) is None
@@ -281,21 +281,21 @@ def test_what_torch_elastic_records_is_read(
 
 
 @pytest.mark.parametrize("text", ["", '{"message": {"mess', '{"message": "plain"}', "[]", "{}"])
-def test_a_torn_or_foreign_error_file_is_no_error(tmp_path: Path, text: str) -> None:
-    """A worker that was killed while it recorded its exception recorded nothing."""
+def test_a_torn_or_foreign_error_file_is_ignored(tmp_path: Path, text: str) -> None:
+    """If a worker was killed while it wrote the file, there is no recorded error."""
     path = tmp_path / "error.json"
     path.write_text(text)
     assert read_error_file(path) is None
 
 
 def test_a_failure_survives_json(tmp_path: Path) -> None:
-    """The cause is plain text where it is written down."""
+    """The cause is written as plain text."""
     failure = WorkerFailure(1, FailureCause.OOM, -9)
     assert json.dumps({"cause": failure.cause}) == '{"cause": "oom"}'
 
 
 def test_the_same_failure_has_one_signature_on_every_node() -> None:
-    """Numbers, addresses, and the names of scratch and temporary directories are no part of a signature."""
+    """Numbers, addresses, and the names of scratch and temporary directories are not part of a signature."""
 
     def signature(scratch: str, address: str) -> str:
         text = f"ValueError: {scratch}/workers-{scratch[-8:]}/0: row 17 at {address}"
@@ -309,8 +309,8 @@ def test_the_same_failure_has_one_signature_on_every_node() -> None:
     assert here.startswith("ValueError: /dev/shm/elastic_pt-#/workers-#/#: row # at #")
 
 
-def test_text_that_is_no_unicode_can_still_be_told() -> None:
-    """A lone surrogate in an exception's text, as a file name may bring it, is written out instead of passed on."""
+def test_lone_surrogates_in_a_message_are_escaped() -> None:
+    """A lone surrogate in an exception's text, for example from a file name, is replaced by its escape."""
     failure = classify(Evidence(0, 1, error("ValueError: bad name '\udcff'")))
     assert failure is not None
     for text in (failure.message, failure.signature, failure.traceback, str(failure)):

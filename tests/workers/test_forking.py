@@ -1,4 +1,4 @@
-"""The fork server and the forked call: one import for all of them, errors that end the agent, and no orphan."""
+"""The fork server and the forked call: one import for all processes, errors that end the agent, no orphans."""
 
 import json
 import os
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     with scratch_directory(os.getcwd()) as scratch:
         import_once(["stack"], threads=THREADS, timeout_s=TIMEOUT)
         import stack
-        call = ForkedCall("the look at this node", getattr(stack, "look", None))
+        call = ForkedCall("the check of this node", getattr(stack, "look", None))
         if BUSY:
             threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
         if "broken" not in SERVER:
@@ -127,12 +127,12 @@ def write_agent(
 
 
 def ended(directory: Path, stack: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run an agent that calls `stack.look` in a process of its own."""
+    """Run an agent that calls `stack.look` in a forked process."""
     return subprocess.run(**write_agent(directory, stack, **how), timeout=DEADLINE_S)
 
 
 def wait_until_gone(pid: int) -> None:
-    """This process ends, or is a zombie that nobody has waited for."""
+    """Wait until this process has ended or is a zombie."""
     deadline_s = time.monotonic() + DEADLINE_S
     path = Path(f"/proc/{pid}/stat")
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -152,8 +152,8 @@ def wait_until_gone(pid: int) -> None:
 def test_workers_are_forked_from_one_import(
     tmp_path: Path, how: dict[str, bool], imports: int
 ) -> None:
-    """Agent and workers share one import. Only a server that cannot be a fork of the agent, because a thread runs
-    there or the first server was killed, imports again. All processes end with the agent."""
+    """Agent and workers share one import. A server that cannot be a fork of the agent, because a thread runs
+    in the agent or the first server was killed, imports again. All processes end with the agent."""
     stack = "import numpy\nwith open('imported', 'a') as file: file.write('x')"
     agent = subprocess.Popen(**write_agent(tmp_path, stack, WORK, **how))
     try:
@@ -194,21 +194,21 @@ def test_an_import_error_ends_the_agent(tmp_path: Path, stack: str, told: str) -
 
 
 def test_imports_that_take_too_long_end_the_agent(tmp_path: Path) -> None:
-    """Imports that hang, perhaps because a file system is away, end the agent after `startup_timeout_s`."""
+    """Imports that hang, for example on a dead file system, end the agent after `startup_timeout_s`."""
     agent = ended(tmp_path, "import time; time.sleep(3600)", timeout_s=0.5)
     assert agent.returncode != 0
     assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
 
 
 def test_a_module_cannot_swallow_the_import_timeout(tmp_path: Path) -> None:
-    """A module that handles every exception while it hangs does not keep the agent."""
+    """The timeout ends the agent even if the hung module catches every exception."""
     hang = "import time\ntry: time.sleep(3600)\nexcept Exception: pass\ntime.sleep(3600)"
     agent = ended(tmp_path, hang, timeout_s=0.5)
     assert "took longer than 0.5 s (elastic.startup_timeout_s)" in agent.stderr
 
 
 def test_a_fork_server_that_dies_ends_the_agent_at_once(tmp_path: Path) -> None:
-    """A module that only the server imports, and that ends it, is reported without waiting for the timeout."""
+    """If a module that only the server imports ends it, the agent reports that without waiting for the timeout."""
     (tmp_path / "broken.py").write_text("raise RuntimeError('no compiler')")
     agent = ended(tmp_path, "", script=DIES)
     assert agent.returncode != 0
@@ -217,7 +217,7 @@ def test_a_fork_server_that_dies_ends_the_agent_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fork_server_that_hangs_ends_the_agent(tmp_path: Path) -> None:
-    """A node whose fork server is not ready in time does not join."""
+    """A node does not join if its fork server is not ready in time."""
     agent = ended(tmp_path, "", script=HUNG)
     assert agent.returncode != 0
     assert "NodeFailure: the fork server was not ready within 0.5 s" in agent.stderr
@@ -227,7 +227,7 @@ def test_a_fork_server_that_hangs_ends_the_agent(tmp_path: Path) -> None:
 
 
 def test_a_forked_call_returns_its_result(tmp_path: Path) -> None:
-    """What the function returns in its own process reaches the agent."""
+    """The agent gets the result of the function in the forked process."""
     agent = ended(tmp_path, "def look(x): return {'found': x}")
     assert (agent.returncode, agent.stdout) == (0, "found {'found': 3}\n"), agent.stderr
 
@@ -242,11 +242,11 @@ def test_a_forked_call_returns_its_result(tmp_path: Path) -> None:
     ids=["error", "exit", "killed"],
 )
 def test_a_forked_call_that_fails_ends_the_agent(tmp_path: Path, how: str, told: str) -> None:
-    """A node whose forked call fails does not join; the error says how the process ended."""
+    """A node does not join if its forked call fails. The error says how the process ended."""
     agent = ended(tmp_path, f"def look(x):\n    {how}")
     assert agent.returncode != 0
     assert agent.stdout == ""
-    assert f"NodeFailure: the look at this node failed; {told}" in agent.stderr
+    assert f"NodeFailure: the check of this node failed; {told}" in agent.stderr
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["late", "asked to leave"])
@@ -265,7 +265,7 @@ def test_a_forked_call_that_never_ends_does_not_keep_the_agent(
         agent = ended(tmp_path, stack, timeout_s=0.5)
         assert agent.returncode != 0
         assert (
-            "NodeFailure: the look at this node did not end within 0.5 s (elastic.startup_timeout_s)"
+            "NodeFailure: the check of this node did not end within 0.5 s (elastic.startup_timeout_s)"
             in agent.stderr
         )
     assert agent.stdout == ""

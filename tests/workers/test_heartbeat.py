@@ -1,4 +1,4 @@
-"""What the agent sees of a worker: real processes, really stopped, frozen, killed and kept from ticking."""
+"""The agent's view of a worker, with real processes that are stopped, frozen, killed or do not tick."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ threading.Event().wait()
 
 @contextmanager
 def worker(scratch: Path, act: str = "pass") -> Iterator[subprocess.Popen[str]]:
-    """A worker process that has entered a phase, and does something more on a line of input."""
+    """A worker process that has entered a phase, and acts after a line of input."""
     process = subprocess.Popen(
         [sys.executable, "-c", WORKER.format(act=act), str(scratch)],
         stdin=subprocess.PIPE,
@@ -60,7 +60,7 @@ def worker(scratch: Path, act: str = "pass") -> Iterator[subprocess.Popen[str]]:
 
 
 def go_on(process: subprocess.Popen[str]) -> None:
-    """Have the worker act."""
+    """Make the worker act."""
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
@@ -75,21 +75,21 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def read(reader: HeartbeatReader) -> Reading:
-    """The account, which must be there."""
+    """The heartbeat, which must exist."""
     reading = reader.read()
     assert reading is not None
     return reading
 
 
 def stands_still(reader: HeartbeatReader) -> bool:
-    """Whether no tick comes in the time of five."""
+    """Whether there is no tick within five intervals."""
     before = read(reader).ticks
     threading.Event().wait(5 * TICK_INTERVAL_S)
     return read(reader).ticks == before
 
 
-def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
-    """Step, phase and the time of their last change arrive, and ticks go on while the worker waits."""
+def test_the_agent_reads_step_and_phase_of_its_worker(tmp_path: Path) -> None:
+    """The agent reads step, phase and the time of their last change. Ticks continue while the worker waits."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     assert reader.read() is None
     before_s = time.monotonic()
@@ -102,8 +102,8 @@ def test_the_agent_sees_what_its_worker_does(tmp_path: Path) -> None:
         assert read(reader).changed_s == reading.changed_s
 
 
-def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
-    """What an earlier worker left is removed, and a file of another generation is not read."""
+def test_a_heartbeat_of_another_generation_is_not_read(tmp_path: Path) -> None:
+    """Files of an earlier worker are removed, and a file of another generation is not read."""
     early = HeartbeatReader(tmp_path, 0, 6)
     with worker(tmp_path):
         assert early.read() is None
@@ -112,8 +112,8 @@ def test_another_generations_account_is_never_shown(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path) -> None:
-    """SIGSTOP ends the ticks; the stacks, asked for, name the function that it was stopped in."""
+def test_a_stopped_worker_does_not_tick_and_writes_its_stacks(tmp_path: Path) -> None:
+    """SIGSTOP ends the ticks. On request, the stacks name the function in which it was stopped."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "threading.Event().wait()") as process:
         go_on(process)
@@ -124,13 +124,13 @@ def test_a_stopped_worker_stands_still_and_still_tells_its_stacks(tmp_path: Path
         began_s = time.monotonic()
         assert reader.request_stacks(process.pid)
         assert time.monotonic() - began_s < STACKS_TIMEOUT_S + 0.7
-        # Woken once, it can tell later what it could not in time on a busy machine.
+        # On a busy machine the stacks of the woken worker may come too late for the first call.
         until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
         assert "in _tick" in reader.stacks()
 
 
-def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) -> None:
-    """A C function that keeps the interpreter's lock ends the ticks, and its stack is told all the same."""
+def test_a_worker_that_holds_the_interpreter_lock_does_not_tick(tmp_path: Path) -> None:
+    """A C function that holds the interpreter's lock ends the ticks, but the stacks are still written."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "re.match('(a?){40}a{40}', 'a' * 40)") as process:
         until(lambda: read(reader).ticks >= 1)
@@ -140,8 +140,8 @@ def test_a_worker_that_keeps_the_interpreter_stands_still_too(tmp_path: Path) ->
         until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
 
 
-def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
-    """A fatal signal that Python can still handle leaves the stacks without being asked."""
+def test_a_crash_writes_the_stacks(tmp_path: Path) -> None:
+    """A fatal signal that Python can still handle writes the stacks without a request."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     with worker(tmp_path, "ctypes.string_at(1)") as process:
         go_on(process)
@@ -152,10 +152,10 @@ def test_a_crash_leaves_its_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     not os.access(FREEZER / "cgroup.procs", os.W_OK),
-    reason="a freezer of cgroup v1 makes a process that nothing wakes",
+    reason="only a freezer of cgroup v1 gives a process that no signal wakes",
 )
-def test_a_worker_asleep_in_the_kernel_leaves_a_note_instead_of_stacks(tmp_path: Path) -> None:
-    """Without an answer the text says so within its time limit, with the process's state and kernel function."""
+def test_a_worker_in_uninterruptible_sleep_gives_a_note_instead_of_stacks(tmp_path: Path) -> None:
+    """Without an answer the text gives the process's state and kernel function, within its time limit."""
     reader = HeartbeatReader(tmp_path, 0, 7)
     group = FREEZER / f"elastic_pt-test-{os.getpid()}"
     group.mkdir()

@@ -1,7 +1,7 @@
-"""The workers of one node: each way to end, from the real process to the one cause that is reported.
+"""The workers of one node: each way to end, from the real process to the reported cause.
 
-Real workers from the real fork server; only the rendezvous is a small one of its own, of one node, so that
-these tests say nothing about membership.
+Real workers from the real fork server. Only the rendezvous is a fake of one node, so these tests do not depend on
+membership.
 """
 
 import ctypes
@@ -48,13 +48,13 @@ LIMITS = WatchdogLimits(hang_timeout_s=2.0, progress_timeout_s=10.0, startup_tim
 
 
 def work(scratch: str, acts: str) -> str:
-    """A worker's life: some steps, and then the act of its local rank."""
+    """A worker's main function: some steps, and then the act of its local rank."""
     begin_worker({})
     rank, attempt = (int(os.environ[key]) for key in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
     progress = Heartbeat(Path(scratch), rank, attempt + 1, 10)
     for step in (10, 11, 12):
         progress.enter(WorkerPhase.COMPUTE, step)
-        # Long enough for the agent to see each.
+        # Long enough for the agent to read each phase.
         time.sleep(0.15)
     (Path(scratch) / f"pid-{rank}").write_text(str(os.getpid()))
     act = json.loads(acts)[attempt][rank]
@@ -66,7 +66,7 @@ def act_complete(scratch: Path) -> str:
 
 
 def act_wait(scratch: Path) -> str:
-    """As in a collective operation that does not end."""
+    """Wait as in a collective operation that does not end."""
     threading.Event().wait()
     raise AssertionError
 
@@ -76,7 +76,7 @@ def act_raise(scratch: Path) -> str:
 
 
 def act_raise_and_linger(scratch: Path) -> str:
-    """Raise, and take a while to end after that is on record, as a process with a GPU does."""
+    """Raise, and end some time after the error file is written, as a process with a GPU does."""
 
     def linger() -> None:
         while read_error_file(Path(os.environ["TORCHELASTIC_ERROR_FILE"])) is None:
@@ -96,7 +96,7 @@ def act_lose_peer(scratch: Path) -> str:
 
 
 def act_lose_stopped_peer(scratch: Path) -> str:
-    """Lose the first worker as soon as that is stopped."""
+    """Lose the connection to the first worker as soon as that is stopped."""
     while process_state(int((scratch / "pid-0").read_text() or 0)) != "T":
         time.sleep(0.01)
     (scratch / "lost").touch()
@@ -138,21 +138,21 @@ def act_keep_interpreter(scratch: Path) -> str:
 
 
 def act_freeze(scratch: Path) -> str:
-    """Fall asleep in the kernel where not even SIGKILL gets through."""
+    """Enter an uninterruptible sleep that SIGKILL does not end."""
     (FREEZER / GROUP / "cgroup.procs").write_text(str(os.getpid()))
     (FREEZER / GROUP / "freezer.state").write_text("FROZEN")
     return act_wait(scratch)
 
 
 def act_exhaust_memory(scratch: Path) -> str:
-    # The fork server was put there only so that its children start there.
+    # The fork server was moved there only so that its children start there.
     (MEMORY / "cgroup.procs").write_text(str(os.getppid()))
     block = b"x" * (4 * LIMIT_BYTES)
     return str(len(block))
 
 
 class OneNode(RendezvousHandler):
-    """A rendezvous of one node that forms a generation whenever it is asked."""
+    """A rendezvous of one node that returns a new generation at each call."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -188,12 +188,12 @@ class OneNode(RendezvousHandler):
 
 
 class Node:
-    """A node under test, and what its agent is told."""
+    """A node under test, and the reports to its agent."""
 
     def __init__(self, scratch: Path, *attempts: list[str]) -> None:
         self.failures: list[WorkerFailure] = []
         self.seconds: list[float] = []
-        """From the moment that every worker was about to act to the report."""
+        """Seconds from the moment when every worker was about to act to the report."""
         self.calls: list[str] = []
         self._scratch, self._attempts = scratch, attempts
         workers = len(attempts[0])
@@ -227,7 +227,7 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in an agent: a warm fork server, temporary files in scratch; torch elastic's signal handlers only for the test."""
+    """As in an agent: a warm fork server and temporary files in scratch. Restores the signal handlers afterwards."""
     settings = multiprocessing.process.current_process()
     monkeypatch.setattr(settings, "_config", settings._config.copy())  # type: ignore[attr-defined]
     import_once([], threads=1, timeout_s=60.0)
@@ -249,14 +249,14 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         ("exit", "exit", "exited with 3 at step 12", 2.0),
         ("exit_well_too_early", "exit", "exited with 0 at step 12", 2.0),
         ("abort_in_native_thread", "collective", "lost the others: aborted .*", 2.0),
-        ("stop", "hang", r"stood still for 2\.\d s at step 12 \(stopped\)", 3.0),
-        ("keep_interpreter", "hang", r"stood still for \d\.\d s at step 12 \(running\)", 6.0),
+        ("stop", "hang", r"sent no heartbeat for 2\.\d s at step 12 \(stopped\)", 3.0),
+        ("keep_interpreter", "hang", r"sent no heartbeat for \d\.\d s at step 12 \(running\)", 6.0),
     ],
 )
-def test_each_end_is_told_and_a_new_worker_takes_over(
+def test_each_end_is_reported_and_the_next_attempt_completes(
     tmp_path: Path, act: str, cause: str, text: str, within_s: float
 ) -> None:
-    """However a worker ends, its cause is reported in time, and the next attempt completes with a fresh one."""
+    """For each kind of end the cause is reported in time, and the next attempt completes with a new worker."""
     node = Node(tmp_path, [act], ["complete"])
     failure = node.run()
     assert re.fullmatch(f"worker 0 {text}", str(failure))
@@ -268,14 +268,14 @@ def test_each_end_is_told_and_a_new_worker_takes_over(
         case FailureCause.EXCEPTION:
             assert "in act_raise" in failure.traceback
         case FailureCause.HANG:
-            # Of a busy machine it may be the note that they did not come in time.
+            # On a busy machine it may be the note that there were no stacks in time.
             assert failure.stacks
     if act == "segfault":
         assert "in act_segfault" in failure.stacks
 
 
 def test_a_stopped_sibling_does_not_delay_the_end(tmp_path: Path) -> None:
-    """When one worker fails while another is stopped, both are gone at once: nobody waits for SIGTERM's grace."""
+    """When one worker fails while another is stopped, both end at once, without a grace period after SIGTERM."""
     node = Node(tmp_path, ["stop", "raise"], ["complete", "complete"])
     failure = node.run()
     assert failure.cause is FailureCause.EXCEPTION
@@ -283,15 +283,15 @@ def test_a_stopped_sibling_does_not_delay_the_end(tmp_path: Path) -> None:
     assert node.seconds[0] < 2.0
 
 
-def test_of_several_failures_the_root_cause_is_told(tmp_path: Path) -> None:
-    """A worker that raised and has not ended yet is reported, not the one that lost it and ended at once."""
+def test_of_several_failures_the_root_cause_is_reported(tmp_path: Path) -> None:
+    """A worker that raised and has not ended yet is reported, not the worker that lost it and ended at once."""
     failure = Node(tmp_path, ["lose_peer", "raise_and_linger"], ["complete", "complete"]).run()
     assert (failure.cause, failure.rank) == (FailureCause.EXCEPTION, 1)
     assert "in act_raise" in failure.traceback
 
 
-def test_who_lost_a_stopped_sibling_is_not_blamed(tmp_path: Path) -> None:
-    """A worker that loses a stopped one on its node before the watchdog's time is up is not the root cause."""
+def test_a_worker_that_lost_a_stopped_sibling_is_not_the_root_cause(tmp_path: Path) -> None:
+    """A worker that loses a stopped worker on its node before the hang timeout is not the root cause."""
     (tmp_path / "pid-0").touch()
     node = Node(tmp_path, ["stop", "lose_stopped_peer"], ["complete", "complete"])
     failure = node.run()
@@ -302,7 +302,7 @@ def test_who_lost_a_stopped_sibling_is_not_blamed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def group() -> Iterator[Callable[[Path], Path]]:
-    """Makes a cgroup of cgroup v1 below a hierarchy, gone at the end; skips where that may not be."""
+    """Creates a cgroup (v1) below a hierarchy, removed at the end; skips if that is not allowed."""
     made: list[Path] = []
 
     def make(hierarchy: Path) -> Path:
@@ -320,12 +320,12 @@ def group() -> Iterator[Callable[[Path], Path]]:
         directory.rmdir()
 
 
-def test_running_out_of_memory_is_told(tmp_path: Path, group: Callable[[Path], Path]) -> None:
-    """F41: a worker that the kernel kills for its memory is reported as out of memory, not as killed."""
+def test_an_oom_kill_is_reported(tmp_path: Path, group: Callable[[Path], Path]) -> None:
+    """F41: a worker that the kernel kills because memory ran out is reported as out of memory, not as killed."""
     directory = group(MEMORY)
     (directory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
     node = Node(tmp_path, ["exhaust_memory"], ["complete"])
-    # What the server imports is no memory of the group.
+    # The server's imports do not count as memory of the group.
     await_fork_server(60.0)
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     (directory / "cgroup.procs").write_text(str(server))
@@ -337,7 +337,7 @@ def test_running_out_of_memory_is_told(tmp_path: Path, group: Callable[[Path], P
 def test_a_worker_that_cannot_be_killed_fails_the_node(
     tmp_path: Path, group: Callable[[Path], Path]
 ) -> None:
-    """F14: when not even SIGKILL ends a worker, the node gives up within seconds and names process and state."""
+    """F14: if SIGKILL does not end a worker, the node gives up within seconds and names process and state."""
     directory = group(FREEZER)
     node = Node(tmp_path, ["freeze"], ["complete"])
     try:
@@ -348,20 +348,20 @@ def test_a_worker_that_cannot_be_killed_fails_the_node(
         assert process_state(pid) == "D"
         assert re.fullmatch(
             rf"worker 0 \(process {pid}, state D\) has not ended 5 s after SIGKILL "
-            r"\(worker 0 stood still for \d\.\d s at step 12 \(uninterruptible sleep\)\)",
+            r"\(worker 0 sent no heartbeat for \d\.\d s at step 12 \(uninterruptible sleep\)\)",
             str(caught.value),
         )
         assert 5.0 < seconds < 10.0
-        # Or the agent would wait for it at its own exit.
+        # Otherwise the agent would wait for it at its own exit.
         assert pid not in [child.pid for child in multiprocessing.active_children()]
     finally:
         (directory / "freezer.state").write_text("THAWED")
 
 
-def test_no_worker_outlives_a_start_that_failed(
+def test_all_workers_end_when_one_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When one of a node's workers cannot be started, those that were started before it are gone as well."""
+    """If one of a node's workers cannot be started, the workers that were started before it end too."""
     started: list[object] = []
     start = multiprocessing.context.ForkServerProcess.start
 

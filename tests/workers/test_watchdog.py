@@ -1,4 +1,4 @@
-"""The watchdog's decisions over simulated time: what is a hang, what is merely slow, and who is blamed first."""
+"""The watchdog's decisions over simulated time: what is a hang, what is only slow, and which worker is found first."""
 
 import math
 import random
@@ -15,7 +15,7 @@ LIMITS = WatchdogLimits(hang_timeout_s=2.0, progress_timeout_s=10.0, startup_tim
 
 
 class Worker:
-    """A simulated worker under watch: it does what it is told, and every look at it is reported."""
+    """A simulated worker, and a detector that observes it."""
 
     def __init__(self, limits: WatchdogLimits = LIMITS) -> None:
         self.now_s = 1000.0
@@ -24,14 +24,14 @@ class Worker:
         self.detector = Detector(limits, self.now_s)
 
     def enter(self, phase: WorkerPhase) -> None:
-        """Go on to a phase; finishing COMPUTE finishes a step."""
+        """Enter a phase; the end of COMPUTE ends a step."""
         self.step += self.phase is WorkerPhase.COMPUTE
         self.phase, self._changed_s = phase, self.now_s
 
     def stay(
         self, seconds: float, state: str = "S", *, ticks: bool = True, look_s: float = LOOK_S
     ) -> Hang | None:
-        """Stay in the phase while the agent looks; returns the first verdict, and when it came is `now_s`."""
+        """Stay in the phase while the agent observes; returns the first hang, found at `now_s`."""
         end_s = self.now_s + seconds
         while self.now_s < end_s:
             passed_s = min(look_s, end_s - self.now_s)
@@ -42,7 +42,7 @@ class Worker:
         return None
 
     def look(self, state: str = "S") -> Hang | None:
-        """One look at it."""
+        """One observation."""
         reading = Reading(round(self._ticks), self.step, self.phase, self._changed_s)
         return self.detector.observe(self.now_s, reading, state)
 
@@ -67,7 +67,7 @@ def at_work(step_s: float = 0.5, steps: int = 20, limits: WatchdogLimits = LIMIT
 
 
 def uniform(random_: random.Random) -> float:
-    """Anything from a third to the threefold."""
+    """Between a third and three times the typical time."""
     return random_.uniform(1 / 3, 3)
 
 
@@ -77,21 +77,21 @@ def log_uniform(random_: random.Random) -> float:
 
 
 def rarely_slow(random_: random.Random) -> float:
-    """Steady, with a step in fifty that takes the threefold."""
+    """Steady, but one step in fifty takes three times as long."""
     return 3.0 if random_.random() < 0.02 else 1.0
 
 
 @pytest.mark.parametrize("noise", [uniform, log_uniform, rarely_slow])
 @pytest.mark.parametrize("step_s", [0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_noise_is_no_hang(
+def test_varying_step_times_are_not_a_hang(
     step_s: float, noise: Callable[[random.Random], float], seed: int
 ) -> None:
-    """Over 10,000 steps whose time varies threefold there is no verdict, from steps of 10 ms to steps of 10 s."""
+    """Over 10,000 steps with times that vary threefold there is no hang, from steps of 10 ms to steps of 10 s."""
     random_ = random.Random(seed)
     worker = Worker()
     worker.stay(5.0)
-    # Longer steps are looked at less often, to save the test's time: at most as long as a look counts.
+    # Observe longer steps less often, to save test time, but within the gap that still counts.
     look_s = min(1.0, max(LOOK_S, step_s / 2))
     for step in range(10_000):
         hang = worker.do_step(step_s * noise(random_), look_s)
@@ -100,7 +100,7 @@ def test_noise_is_no_hang(
 
 @pytest.mark.parametrize("offset_s", [0.0, 0.03, 0.07])
 def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
-    """A stopped process counts as hung after `hang_timeout_s` and two looks, in whatever it was doing."""
+    """A stopped process counts as hung after `hang_timeout_s` and two observations, in any phase."""
     for phase in WorkerPhase:
         worker = at_work()
         worker.enter(phase)
@@ -110,22 +110,22 @@ def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
         assert hang is not None
         assert hang.standstill
         assert 1.9 <= worker.now_s - stopped_s <= 2.2
-        assert re.fullmatch(r"stood still for 2\.[01] s at step 2[01] \(stopped\)", str(hang))
+        assert re.fullmatch(r"sent no heartbeat for 2\.[01] s at step 2[01] \(stopped\)", str(hang))
 
 
 @pytest.mark.parametrize(("state", "word"), [("R", "running"), ("D", "uninterruptible sleep")])
-def test_a_worker_that_keeps_the_interpreter_is_found_in_time(state: str, word: str) -> None:
-    """A process that runs or sleeps in the kernel without a tick counts as hung just as fast."""
+def test_a_worker_without_ticks_is_found_in_time(state: str, word: str) -> None:
+    """A process that runs or sleeps in the kernel without a tick counts as hung equally fast."""
     worker = at_work()
     stopped_s = worker.now_s
     hang = worker.stay(5.0, state, ticks=False)
     assert hang is not None
-    assert re.fullmatch(rf"stood still for 2\.[01] s at step 20 \({word}\)", str(hang))
+    assert re.fullmatch(rf"sent no heartbeat for 2\.[01] s at step 20 \({word}\)", str(hang))
     assert worker.now_s - stopped_s <= 2.2
 
 
-def test_the_culprit_is_blamed_before_those_who_wait_for_it() -> None:
-    """A worker that waits in a collective for a stopped one is blamed at least four times later."""
+def test_a_stopped_worker_is_found_before_workers_that_wait_for_it() -> None:
+    """A worker that waits in a collective for a stopped one counts as hung at least four times later."""
     culprit, victim = at_work(), at_work()
     since_s = culprit.now_s
     assert culprit.stay(60.0, "T", ticks=False) is not None
@@ -138,8 +138,8 @@ def test_the_culprit_is_blamed_before_those_who_wait_for_it() -> None:
     assert victim.now_s - since_s > 4 * (culprit.now_s - since_s)
 
 
-def test_patience_follows_long_steps() -> None:
-    """Where steps take 20 s, a step counts as hung after six of them, not after `progress_timeout_s`."""
+def test_progress_limit_grows_with_the_step_time() -> None:
+    """If steps take 20 s, a step counts as hung after six times that, not after `progress_timeout_s`."""
     worker = at_work(step_s=20.0)
     assert worker.stay(115.0) is None
     hang = worker.stay(10.0)
@@ -147,8 +147,8 @@ def test_patience_follows_long_steps() -> None:
     assert hang.limit_s == pytest.approx(120.0, rel=0.02)
 
 
-def test_one_freak_step_does_not_raise_the_limit_but_two_do() -> None:
-    """Patience follows what happens twice among the last steps, and forgets it again."""
+def test_one_long_step_does_not_raise_the_limit_but_two_do() -> None:
+    """Two long steps among the last ones raise the limit. Later it falls again."""
     worker = at_work(step_s=1.0)
     worker.enter(WorkerPhase.DATA)
     limits_s = []
@@ -163,8 +163,8 @@ def test_one_freak_step_does_not_raise_the_limit_but_two_do() -> None:
     assert limits_s == [10.0, pytest.approx(54.0, rel=0.02), 10.0]
 
 
-def test_the_start_has_a_limit_of_its_own() -> None:
-    """Before the first step nothing but being stopped counts until `startup_timeout_s`, ticks or not."""
+def test_the_start_has_a_separate_limit() -> None:
+    """Before the first step only a stopped process is a hang until `startup_timeout_s`, with or without ticks."""
     for ticks, state in ((True, "S"), (False, "R"), (False, "D")):
         worker = Worker()
         worker.stay(1.0)
@@ -176,14 +176,14 @@ def test_the_start_has_a_limit_of_its_own() -> None:
         )
 
 
-def test_a_few_steps_tell_nothing_yet() -> None:
-    """Long steps after the first few short ones, as while a compiler or a cache warms up, are no hang."""
+def test_few_steps_do_not_set_the_limit() -> None:
+    """Long steps after a few short ones, as while a compiler or a cache warms up, are not a hang."""
     worker = at_work(step_s=0.2, steps=5)
     assert worker.stay(300.0) is None
 
 
-def test_what_the_start_kept_still_is_forgotten() -> None:
-    """A pause of the interpreter before the first step, for imports or devices, does not raise the limit after it."""
+def test_gaps_before_the_first_step_do_not_raise_the_limit() -> None:
+    """A gap before the first step, for imports or devices, does not raise the limit after it."""
     worker = Worker()
     worker.stay(1.0)
     worker.stay(30.0, "R", ticks=False)
@@ -192,22 +192,22 @@ def test_what_the_start_kept_still_is_forgotten() -> None:
     assert worker.stay(2.2, "R", ticks=False) is not None
 
 
-def test_a_worker_without_a_sign_of_life_is_found() -> None:
-    """A worker that never begins its account counts as hung after `startup_timeout_s`."""
+def test_a_worker_without_a_heartbeat_is_found() -> None:
+    """A worker that never writes a heartbeat counts as hung after `startup_timeout_s`."""
     detector = Detector(LIMITS, 0.0)
     verdicts = [detector.observe(look / 10, None, "S") for look in range(6100)]
     assert next(index for index, verdict in enumerate(verdicts) if verdict) in (6000, 6001, 6002)
 
 
-def test_a_long_wait_for_data_is_no_hang() -> None:
-    """Waiting for the bucket for minutes while ticking is not hanging."""
+def test_a_long_wait_for_data_is_not_a_hang() -> None:
+    """A worker that ticks may wait for the bucket for minutes."""
     worker = at_work()
     worker.enter(WorkerPhase.DATA)
     assert worker.stay(300.0) is None
 
 
-def test_patience_follows_slow_staging() -> None:
-    """Who waits in a step for another worker's staging has the patience of its own staging, six times."""
+def test_progress_limit_grows_with_the_staging_time() -> None:
+    """A worker that waits for another worker's staging has a limit of six times its own staging time."""
     worker = at_work()
     worker.enter(WorkerPhase.STAGE)
     assert worker.stay(12.0) is None
@@ -217,8 +217,8 @@ def test_patience_follows_slow_staging() -> None:
     assert worker.stay(5.0) is not None
 
 
-def test_time_in_which_nobody_looked_does_not_count() -> None:
-    """When the agent (or the whole machine) stood still for a minute, the worker is not blamed for it."""
+def test_time_without_observation_does_not_count() -> None:
+    """If the agent (or the whole machine) was stopped for a minute, that minute does not count for the worker."""
     worker = at_work()
     for _ in range(50):
         worker.now_s += 60.0
@@ -226,8 +226,8 @@ def test_time_in_which_nobody_looked_does_not_count() -> None:
         assert worker.do_step(0.5) is None
 
 
-def test_a_machine_that_is_often_slow_gets_more_patience_for_a_while() -> None:
-    """Pauses below the limit raise it to the threefold, except for a stopped process, and are forgotten."""
+def test_frequent_gaps_raise_the_hang_limit_for_a_while() -> None:
+    """Gaps below the limit raise it to three times the gap for a while, but not for a stopped process."""
     worker = at_work()
     worker.stay(1.4, "R", ticks=False)
     worker.stay(0.2)
@@ -249,25 +249,25 @@ def test_a_machine_that_is_often_slow_gets_more_patience_for_a_while() -> None:
 
 
 @pytest.mark.parametrize("state", ["Z", "X", ""])
-def test_an_ending_process_is_left_to_its_exit_code(state: str) -> None:
-    """A process that is exiting is not taken for hung until `progress_timeout_s`."""
+def test_an_exiting_process_is_not_hung_until_the_progress_timeout(state: str) -> None:
+    """A process that is exiting does not count as hung until `progress_timeout_s`."""
     worker = at_work()
     assert worker.stay(9.5, state, ticks=False) is None
     assert worker.stay(1.0, state, ticks=False) is not None
 
 
-def test_a_stopped_sibling_is_suspected_at_once() -> None:
-    """When others have lost their connection, a worker that is stopped right now is the likely culprit."""
+def test_a_stopped_sibling_is_reported_at_once() -> None:
+    """If others have lost their connection, a worker that is stopped now is the likely cause."""
     worker = at_work()
     worker.stay(0.5, "T", ticks=False)
     hang = worker.detector.stopped("T")
     assert hang is not None
-    assert re.fullmatch(r"stood still for 0\.[56] s at step 20 \(stopped\)", str(hang))
+    assert re.fullmatch(r"sent no heartbeat for 0\.[56] s at step 20 \(stopped\)", str(hang))
     assert worker.detector.stopped("S") is None
 
 
 def random_lives(seed: int) -> Iterator[tuple[WorkerPhase, float]]:
-    """Phases of a worker's life with durations that stay below every limit."""
+    """Phases of a worker with durations below every limit."""
     random_ = random.Random(seed)
     yield WorkerPhase.START, random_.uniform(0, 500)
     yield WorkerPhase.RESTORE, random_.uniform(0, 500)
@@ -280,8 +280,8 @@ def random_lives(seed: int) -> Iterator[tuple[WorkerPhase, float]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_long_eventful_life_is_no_hang(seed: int) -> None:
-    """Slow starts, data waits and stagings, each below its limit, never add up to a verdict."""
+def test_many_slow_phases_below_their_limits_are_not_a_hang(seed: int) -> None:
+    """Slow starts, data waits and stagings, each below its limit, never add up to a hang."""
     worker = Worker()
     for phase, seconds in random_lives(seed):
         worker.enter(phase)

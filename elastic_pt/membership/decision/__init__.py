@@ -2,11 +2,11 @@
 
 In reading order; docs/membership.md has the table of decisions.
 
-    status      what a node says of itself, what this one knows of a peer, the operator's limits
+    status      a node's own status, the facts about a peer, the operator's limits
     assessment  the state of the members: alive, gone, cut off, failed, leaving
     admission   which newcomers may join, and how many
     budgets     how many failures are accepted of a node and of the run
-    memory      what a node remembers between turns
+    memory      the facts that a node keeps between turns
     view        the facts of one turn
     decide      View ──► Propose | Halt | Drain | Wait | Ended
 """

@@ -15,7 +15,7 @@ from elastic_pt.membership.decision.status import (
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
 
 SPARE_SILENCE_SHARE: Final = 0.4
-"""A newcomer that was silent for this share of the timeout is not taken in, ..."""
+"""A newcomer that was silent for this share of the timeout may not join, ..."""
 SPARE_INTERVALS: Final = 1.5
 """... unless that is shorter than this many heartbeat intervals."""
 
@@ -54,7 +54,7 @@ def newcomers(
 def refusal(me: NodeStatus, applicant: NodeStatus, generation: Generation | None) -> str:
     """Why this node refuses a node that wants to join; empty if it does not.
 
-    Members refuse a node that differs from them. Before the first generation the node that comes first by name does.
+    Members refuse a node that differs from them. Before the first generation, the first node by name does.
     """
     if applicant.phase is not NodePhase.WAITING:
         return ""

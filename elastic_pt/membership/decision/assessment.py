@@ -1,6 +1,6 @@
 """The state of the members of the newest generation, as one of them sees it.
 
-    own status, peers, generation ──► assess ──► Assessment: who is alive, gone, cut off, has failed, leaves
+    own status, peers, generation ──► assess ──► Assessment: which are alive, gone, cut off, failed, leaving
 
 Liveness comes from this node's own monotonic clock and the answers that it received. The clock of another
 machine is never read.
@@ -21,11 +21,11 @@ from elastic_pt.membership.decision.status import (
 from elastic_pt.runlog.records import Cause, Generation, Member
 
 LINK_GRACE_SHARE: Final = 0.25
-"""A link must be down for this share of the timeout beyond the timeout before one of its ends is parked. Until
-then the other members may still find that the node itself is gone."""
+"""A link must be down for the timeout and this share of it before one of its ends is parked. Until then the other
+members may still detect that the node itself is gone."""
 LINK_FRESH_SHARE: Final = 0.5
-"""If a member says that it cannot reach another one, that is a broken link only if the other one was heard within
-this share of the timeout. Otherwise the other one may itself be gone."""
+"""If a member reports that it cannot reach another one, this is a broken link only if the other one has a proof of life
+within this share of the timeout. Otherwise the other one may itself be gone."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Assessment:
     dead: tuple[Member, ...]
     """Their address refuses connections: they are gone for certain."""
     silent: tuple[Member, ...]
-    """They do not answer, and no other member says that it hears them."""
+    """They do not answer, and no other member reports that it reaches them."""
     deaf: tuple[Member, ...]
     """They answer, but have not read the newest generation's record in time: they have lost the bucket."""
     broken_links: tuple[tuple[str, str], ...]
     """Pairs of live members (by incarnation) of which one cannot reach the other."""
     failures: tuple[Cause, ...]
-    """Why members spent the generation, where that was not planned."""
+    """Why members spent the generation, if that was not planned."""
     gave_up: tuple[Member, ...]
-    """Members that say that the generation is broken."""
+    """Members that report that the generation is broken."""
     leaving: tuple[Member, ...]
     """Members that want to leave, and members that have left in good order."""
     resting: tuple[Member, ...]
@@ -55,7 +55,7 @@ class Assessment:
 
     @property
     def broken(self) -> bool:
-        """Whether the generation's workers have no future."""
+        """Whether the generation's workers must end."""
         return bool(
             self.dead
             or self.silent
@@ -77,7 +77,7 @@ def assess(
     """The state of the members, of which `me` is one. `read_s` is when this node read the generation's record. Pure."""
     mine = me.member.incarnation
     timeout_s = limits.silence_s(len(generation.members))
-    # In a large world this node does not know most members, because it does not ask them: they count as alive.
+    # With many members this node does not ask most of them, so it knows nothing of them: they count as alive.
     in_table = peers.keys() & generation.incarnations - {mine}
     ranks = sorted(generation.rank_of(incarnation) or 0 for incarnation in in_table)
     known = [
@@ -105,7 +105,7 @@ def assess(
         for member, peer in known
         if peer.status is not None and member.incarnation not in absent
     }
-    # Where this node expects no answer from a member, the status that it has of it may be old.
+    # If this node expects no answer from a member, the status that it has of it may be old.
     speakers = {each: said for each, said in statuses.items() if each not in unheard | unwatched}
     links = _reported_links(speakers, generation, stale | absent)
     heard_elsewhere = _heard_by_others(mine, generation, statuses, absent | unheard)
@@ -156,7 +156,7 @@ def assess(
 def _reported_links(
     statuses: Mapping[str, NodeStatus], generation: Generation, ignored: Collection[str]
 ) -> set[tuple[str, str]]:
-    """Pairs of members of which one says that it cannot reach the other, unless the other is `ignored`."""
+    """Pairs of members of which one reports that it cannot reach the other, unless the other is `ignored`."""
     return {
         (min(speaker, other), max(speaker, other))
         for speaker, said in statuses.items()
@@ -171,7 +171,7 @@ def _heard_by_others(
     statuses: Mapping[str, NodeStatus],
     lost: Collection[str],
 ) -> set[str]:
-    """Members that another answering member reaches. Known only in a small world, where all members ask each other."""
+    """Members that another answering member reaches. Known only with few members, where all ask each other."""
     if len(generation.members) > MESH_NODES_MAX:
         return set()
     found: set[str] = set()

@@ -1,15 +1,15 @@
-"""How many failures are accepted, of a node and of the run, counted over the newest generations of the log.
+"""How many failures of a node and of the run are accepted, counted over the newest generations of the log.
 
-    a node    that brought the world down `flaps_max` times within `flap_window_s` is kept out for `quarantine_s`,
-              and twice as long each further time; the others go on without it
-              rests after repeated failures without a new step, longer each time; the others go on meanwhile
+    a node    that broke the generation `flaps_max` times within `flap_window_s` is kept out for `quarantine_s`,
+              and twice as long each further time; the others continue without it
+              rests after repeated failures without a new step, longer each time; the others continue
     the run   ends only by failures of the program (a function of state, data and code; see `workers.failure`): the
               same one at the same step `same_failures_max` times, or `failures_max` in a row without a new step.
               They must have happened on two nodes, or on the only node over at least `SPACED_S`. Failures of the
-              surroundings may pass, so they never end a run.
+              surroundings may be temporary, so they never end a run.
 
 Pure functions over the log and the moments at which this node read it. No other node's clock counts: a node
-that has just started begins to count then. A REOPEN record forgives all failures before it.
+counts from its own start on. Failures before a REOPEN record do not count.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,16 +31,16 @@ _BLAMED: Final = frozenset({CauseKind.LOST, CauseKind.FAILED, CauseKind.PARKED})
 
 @dataclass(frozen=True)
 class Moments:
-    """When this node read which record, by its own monotonic clock."""
+    """When this node read each record, on its own monotonic clock."""
 
     generations: Mapping[int, float]
-    """By number."""
+    """By the generation's number."""
     bars: Mapping[int, float]
     """By index of the record."""
 
 
 def flaps(view: RunView, moments: Moments, node: str, elastic: ElasticSection, now_s: float) -> int:
-    """How often a node has brought the world down within `flap_window_s` and since it was last kept out."""
+    """How often a node has broken the generation within `flap_window_s` and since it was last kept out."""
     since_s = max(
         [now_s - elastic.flap_window_s]
         + [moments.bars[index] for index, bar in view.bars if bar.node == node]
@@ -59,7 +59,7 @@ def kept_out(
     elastic: ElasticSection,
     now_s: float,
 ) -> dict[str, str]:
-    """Nodes that must not be members now, by name, each with the reason. `failures` are those not yet in the log."""
+    """Nodes that must not be members now, by name, each with the reason. `failures` are not yet in the log."""
     found: dict[str, str] = {}
     for index, bar in view.bars:
         left_s = moments.bars[index] + bar.seconds - now_s
@@ -77,7 +77,7 @@ def kept_out(
 def quarantines_due(
     view: RunView, moments: Moments, elastic: ElasticSection, now_s: float
 ) -> list[Quarantine]:
-    """The QUARANTINE records that the newest generation's causes call for."""
+    """The QUARANTINE records that the newest generation's causes require."""
     if view.generation is None:
         return []
     due = []
@@ -101,7 +101,7 @@ def _why(count: int, elastic: ElasticSection, last: Cause) -> str:
 def rest_s(failures: int, draw: float) -> float:
     """Seconds that a node rests after this many own failures without a new step; `draw` is random in [0, 1).
 
-    0 after the first failure, then 1, 2, 4, ... up to 60, each varied by up to a quarter.
+    0 after the first failure, then 1, 2, 4, ... up to 60, with jitter of up to a quarter.
     """
     if failures < 2:
         return 0.0
@@ -119,7 +119,7 @@ class _Attempts:
     """When this node learned of the first one."""
 
     def prove(self, count_min: int, others: int, noticed_s: float) -> bool:
-        """Whether they are enough, on two nodes, or on the only one and spread over time."""
+        """Whether they happened on two nodes, or on the only node and spread over time."""
         alone = not others and noticed_s - self.first_s >= SPACED_S
         return self.count >= count_min and (len(self.nodes) > 1 or alone)
 
@@ -133,10 +133,10 @@ def halt(
     elastic: ElasticSection,
     noticed_s: float,
 ) -> str:
-    """Why the run must end instead of trying again; empty while it need not.
+    """Why the run must end instead of trying again; empty if it need not.
 
-    `failures` broke the newest generation, which was noticed at `noticed_s`. `others` is the number of live nodes
-    without a failure (0 if they are too few to go on alone). `frontier_step` is the newest step that any node has done.
+    `failures` broke the newest generation and were detected at `noticed_s`. `others` is the number of live nodes
+    without a failure (0 if they are too few to continue). `frontier_step` is the newest step that any node has done.
     """
     generations = [each for each in view.generations if each.number > view.reopened_generation]
     for failure in failures:
@@ -178,7 +178,7 @@ def _same_attempts(
             for cause in causes
             if (cause.signature, cause.step) == (failure.signature, failure.step)
         ]
-        # New steps since then mean that the earlier failure was overcome.
+        # After new steps, the earlier failure no longer counts.
         if not again or generation.frontier_step < generations[-1].frontier_step:
             break
         count, nodes = count + 1, nodes | {cause.node for cause in again}

@@ -1,22 +1,22 @@
-"""What one node should do now: a pure decision from what it sees, with its reason.
+"""What one node should do now: a pure decision from the facts that it has, with its reason.
 
     View, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended
 
 docs/membership.md has the table of all decisions. Every agent decides from its own view. Views differ, so
 several nodes may propose at once; the log accepts one proposal. A node takes part by the phase in its heartbeats:
 
-    WAITING   no workers; ready to be a member (`spent` is the newest generation whose workers have ended)
+    WAITING   no workers; ready to be a member (`spent`: the newest generation that it has spent)
     RUNNING   workers of `generation` are up
     SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
 
-A generation is broken once a member is gone, cannot be reached by another one, or has spent it unasked. It
-is over, in good order, once all its members have spent it. Three rules keep two halves of a split network
-from replacing each other's generations:
+A generation is broken when a member is gone, cannot be reached by another one, or has spent it without a drain. It
+is over, in good order, when all its members have spent it. Three rules prevent that two halves of a split network
+replace each other's generations:
 
-    ask again     a world is formed only of nodes that have answered since the trouble was noticed
+    ask again     a generation starts only with nodes that have answered since the failure was detected
     larger side   a side with fewer than half of the members (or half of them, without the first one) waits
                   while the log or the pulse changes, and for `takeover_s` after that
-    park          of two members that cannot reach each other one waits, whatever else it can reach
+    park          of two members that cannot reach each other, one waits, even if it can reach all others
 """
 
 from collections.abc import Collection, Sequence
@@ -53,7 +53,7 @@ class Halt:
 
 @dataclass(frozen=True)
 class Drain:
-    """Have all workers checkpoint and stop after the same step, so that the world can change."""
+    """Ask all workers to checkpoint and stop after the same step, so that the members can change."""
 
     reason: str
 
@@ -64,7 +64,7 @@ class Wait:
 
     reason: str
     broken: bool = False
-    """Whether the generation of this node has no future: its workers must end."""
+    """Whether the generation of this node is broken: its workers must end."""
     asking: bool = False
     """Whether the next answer of a peer may end the wait."""
 
@@ -172,7 +172,9 @@ def _decide_next_world(
     unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:
         return Wait(
-            f"asking whether {', '.join(unconfirmed)} can go on; {reason}", broken=True, asking=True
+            f"asking whether {', '.join(unconfirmed)} can continue; {reason}",
+            broken=True,
+            asking=True,
         )
     return Propose(wanted, reason, causes)
 
@@ -184,7 +186,7 @@ def _losses(
     generation: Generation,
     now_s: float,
 ) -> list[Cause]:
-    """A cause for each member that does not go on and did not decide that itself."""
+    """A cause for each member that does not continue, unless it left by itself."""
     noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
 
     def sign_of_life_s(member: Member) -> float:
@@ -218,7 +220,7 @@ def _losses(
 
 
 def _rest_of(view: View, member: Member) -> str:
-    """Why a member rests, in words."""
+    """Why a member rests, as text."""
     said = _status_of(view, member)
     return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
 
@@ -287,7 +289,7 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         missing = [member.node for member in members if member.incarnation in view.me.unreachable]
         if missing:
             return Wait(f"parked: no link to {', '.join(missing)}")
-        return Wait(f"asked {reachable[0].node} to be taken in")
+        return Wait(f"asked {reachable[0].node} to be admitted")
     if members:
         refused = all(
             peer is not None and peer.refused
@@ -296,14 +298,14 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         # A refused connection most likely means that the process is gone. A silent member may still train.
         needed_s = limits.elastic.takeover_s / (2 if refused else 1)
         if min(now_s, view.quiet_until_s) - view.quiet_since_s < needed_s:
-            return Wait("no member answers: watching whether the run goes on without this node")
+            return Wait("no member answers: watching whether the run continues without this node")
     if view.me.leaving:
         return Wait("leaving")
     return _decide_first_world(view, limits, now_s)
 
 
 def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
-    """No member is left, or there was none: the nodes that wait form a world."""
+    """No member is left, or there was none: the waiting nodes form a generation."""
     elastic = limits.elastic
     everyone = sorted(
         [view.me.member, *_can_join(view, (), ())],

@@ -1,4 +1,4 @@
-"""What one node remembers from turn to turn, because neither the log nor its peers can tell it again.
+"""The facts that one node keeps between turns, because it cannot get them again from the log or its peers.
 
 All moments are on this node's own monotonic clock:
 
@@ -16,7 +16,7 @@ from elastic_pt.runlog.log import RunView
 
 
 class Memory:
-    """One node's memory. Agent process; the pulse's thread calls the three methods about quiet, the turn's all others."""
+    """One node's memory. Agent process; the pulse's thread calls the methods about quiet, the turn all others."""
 
     def __init__(self, now_s: float) -> None:
         self.broken_since_s: float | None = None
@@ -32,13 +32,13 @@ class Memory:
         self._pulse: bytes | None = None
 
     def begin(self, now_s: float) -> None:
-        """This node takes part from now on. Nodes that start together have the join window to find each other."""
+        """This node takes part from now on. Nodes that start together find each other within the join window."""
         self.newcomers_changed_s = self.quiet_since_s = now_s
 
     # ---- the log -----------------------------------------------------------------------------------
 
     def log_read(self, view: RunView, now_s: float) -> None:
-        """Note that this node has read the log up to here: a longer log ends the quiet.
+        """Note that this node has read the log to this length: a longer log ends the quiet.
 
         The moments of records that the view has dropped are forgotten.
         """
@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def moments(self) -> Moments:
-        """When this node read what."""
+        """When this node read each generation and each quarantine."""
         return Moments(self._generations, self._quarantines)
 
     def read_at_s(self, generation: int) -> float | None:
@@ -63,7 +63,7 @@ class Memory:
     # ---- peers -------------------------------------------------------------------------------------
 
     def newcomers_seen(self, waiting: Iterable[str], known: Iterable[str], now_s: float) -> None:
-        """Note which newcomers wait, of the `known` peers; one that was not seen before starts the join window again."""
+        """Note which of the `known` peers wait to join; one that was not seen before starts the join window again."""
         found = frozenset(waiting)
         if found - self._newcomers:
             self.newcomers_changed_s = now_s
@@ -72,11 +72,11 @@ class Memory:
     # ---- quiet: neither the log nor the pulse changes ----------------------------------------------
 
     def pulse_read(self, pulse: bytes, asked_s: float, now_s: float) -> None:
-        """Note the pulse, which was asked for at `asked_s`. What came after is unknown, so the quiet ends there."""
+        """Note the pulse that was requested at `asked_s`. The quiet is known until then, not later."""
         if pulse != self._pulse:
             self._pulse, self.quiet_since_s = pulse, now_s
         self.quiet_until_s = asked_s
 
     def bucket_failed(self, now_s: float) -> None:
-        """The bucket did not answer. What happened behind it is unknown, so the quiet begins again."""
+        """The bucket did not answer. The run may have changed in this time, so the quiet starts again."""
         self.quiet_since_s = now_s

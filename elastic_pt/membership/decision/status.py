@@ -1,4 +1,4 @@
-"""What a node says of itself, what another node knows of it, and the operator's limits. No decisions in here."""
+"""A node's own status, the facts about a peer, and the operator's limits. No decisions."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.runlog.records import Cause, Member
 
 MESH_NODES_MAX: Final = 32
-"""In a world of at most this many nodes every member asks every other one. In a larger world members ask the leaders."""
+"""Up to this many members, every member asks every other one. If there are more, members ask the leaders."""
 LEADERS: Final = 2
-"""How many members of a large world all others ask: the first ones in rank order that answer."""
+"""The number of leaders: the first members in rank order that answer. All others ask them."""
 _FULL_PACE_NODES: Final = 512
 _INTERVALS_OF_SILENCE: Final = 3.5
-"""In a healthy world a proof of life is up to two intervals old. The rest is a margin for late messages."""
+"""The proof of life of a healthy member is up to two intervals old. The rest is a margin for late messages."""
 
 
 class NodePhase(StrEnum):
@@ -27,7 +27,7 @@ class NodePhase(StrEnum):
 
 @dataclass(frozen=True)
 class StartTimes:
-    """How long this node's workers took to the first step of `generation`, on the agent's clock."""
+    """The times of this node's workers up to the first step of `generation`, on the agent's clock."""
 
     generation: int
     start_s: float
@@ -50,7 +50,7 @@ class Held:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a node says of itself in every heartbeat."""
+    """A node's report about itself in every heartbeat."""
 
     member: Member
     phase: NodePhase
@@ -59,13 +59,13 @@ class NodeStatus:
     log_length: int
     """Number of log records that it has read. A peer that has read fewer reads the rest."""
     spent: int
-    """The newest generation whose workers it has started and ended; 0 if none."""
+    """The newest generation of which it has started and ended its workers; 0 if none."""
     failure: Cause | None
     """Why those workers ended; None after a planned stop."""
     fingerprint: Mapping[str, str]
-    """Values on which nodes must agree, by name. Nodes that differ in one never train together."""
+    """Values that must be equal on all nodes, by name. Nodes that differ in one never train together."""
     unreachable: tuple[str, ...] = ()
-    """Incarnations that should answer this node and do not."""
+    """Incarnations that should answer this node but do not."""
     broken: int = 0
     """The newest generation that it found broken itself."""
     leaving: bool = False
@@ -100,10 +100,10 @@ class NodeStatus:
 
 @dataclass(frozen=True)
 class Peer:
-    """What this node knows of another one. Times are this node's monotonic clock."""
+    """This node's facts about another one. Times are this node's monotonic clock."""
 
     status: NodeStatus | None
-    """The newest status received; None if none has been received."""
+    """The newest status received; None before the first."""
     watched_since_s: float | None
     """Since when this node expects answers; None while it expects none."""
     heard_s: float | None
@@ -113,7 +113,7 @@ class Peer:
     reached: bool = False
     """Whether a connection to its address has ever been established."""
     spoke_s: float | None = None
-    """When its last message arrived. This is no proof of life: the message may have been delayed for long."""
+    """When its last message arrived. This is not a proof of life: the message may have been delayed for long."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class Limits:
     """V, the most workers that a step can use; None when unknown (stock torchrun)."""
 
     def interval_s(self, nodes: int) -> float:
-        """Seconds between two messages to a peer. Longer in large worlds, where one node receives from hundreds."""
+        """Seconds between two messages to a peer. Longer with many nodes, because a leader receives from all."""
         return self.elastic.heartbeat_interval_s * max(1.0, nodes / _FULL_PACE_NODES)
 
     def silence_s(self, nodes: int) -> float:
-        """Seconds without a proof of life after which a node of a world of this size counts as silent."""
+        """Seconds without a proof of life after which a member counts as silent, with this many members."""
         return max(self.elastic.heartbeat_timeout_s, _INTERVALS_OF_SILENCE * self.interval_s(nodes))
 
 

@@ -1,4 +1,4 @@
-"""The facts that one node decides from: one immutable `View`, built once per turn by `Participant`."""
+"""The facts for one node's decision: one immutable `View`, built once per turn by `Participant`."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from elastic_pt.runlog.records import Generation, Stop
 
 @dataclass(frozen=True)
 class View:
-    """The facts that one node decides from. Moments are on its own monotonic clock."""
+    """The facts for one node's decision. Moments are on its own monotonic clock."""
 
     me: NodeStatus
     generation: Generation | None
@@ -22,16 +22,16 @@ class View:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     """By incarnation."""
     newcomers: tuple[NodeStatus, ...] = ()
-    """Live nodes outside the generation that could be taken in, by name."""
+    """Live nodes outside the generation that may join, by name."""
     newcomers_changed_s: float = 0.0
     """When a newcomer last appeared."""
     broken_since_s: float | None = None
-    """When this node found that the newest generation has no future."""
+    """When this node found that the newest generation is broken or over."""
     quiet_since_s: float = 0.0
     """Since when neither the log nor the pulse has changed."""
     quiet_until_s: float = math.inf
-    """When that was last seen to be so."""
+    """When log and pulse were last seen unchanged."""
     barred: Mapping[str, str] = field(default_factory=dict)
     """Nodes that are kept out, by name, each with the reason."""
     halt: str = ""
-    """Why the run must end, if its failures say so."""
+    """Why the run must end, by its failures; empty if it need not."""
