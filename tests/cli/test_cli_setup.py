@@ -148,7 +148,7 @@ def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         point_aws_at(f"http://127.0.0.1:{server.server_port}", "key", "secret", monkeypatch)
-        monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 1.0)
+        monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 4.0)
         result = elastic_pt("status", "s3://bucket/run", "--json")
         server.shutdown()
     *warnings, error = result.err.splitlines()

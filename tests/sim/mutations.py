@@ -43,6 +43,8 @@ class Mutation:
     target: Any
     attribute: str
     replacement: Any
+    seed: int = 0
+    """The first one that found it: the tests begin there. After a change of the protocol it may be another."""
 
     @contextmanager
     def planted(self) -> Iterator[None]:
