@@ -149,7 +149,7 @@ def test_an_interrupt_ends_every_stage(
         os.close(terminal)
     assert code == 130
     assert took_s < 4.0
-    assert "interrupted; nothing is prepared unless" in shown
+    assert "interrupted; the data is prepared only if" in shown
     assert not (out / "manifest.json").exists()
 
 
