@@ -1,6 +1,6 @@
 """The error tree of elastic_pt, and the exit code each error ends a process with.
 
-    ElasticPtError                 8   something this project raises on purpose; always as one of these
+    ElasticPtError                 8   base of every error that this project raises on purpose
     ├── ConfigError                2   the user can fix it: names the field, the value, what is expected
     │   └── DataError              2   the corpus or the prepared data cannot be used as it is
     ├── StoreError                 3   a request to the bucket failed until its deadline

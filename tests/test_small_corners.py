@@ -1,4 +1,4 @@
-"""Small rules at the edges of the agent: keys, directories, sockets, texts and bounds."""
+"""Small rules of the agent: keys, directories, sockets, texts and bounds."""
 
 import asyncio
 import dataclasses

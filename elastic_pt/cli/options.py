@@ -98,5 +98,5 @@ def require_new_directory(out: Path) -> None:
     parent = next(each for each in out.absolute().parents if each.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"--out {out}: {parent} is not writable; expected a directory that this user may write to"
+            f"--out {out}: cannot be created in {parent}; expected a directory that this user may write to"
         )

@@ -90,7 +90,7 @@ def evaluate(
     """Measure a checkpoint on the held-out documents: loss, perplexity, bits per byte.
 
     Loss is the mean cross-entropy per token, in nats. Bits per byte counts UTF-8
-    bytes of the documents, so that models with different tokenizers compare.
+    bytes of the documents, so it can compare models with different tokenizers.
 
     Examples:
     elastic-pt eval runs/first

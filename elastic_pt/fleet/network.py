@@ -4,8 +4,8 @@
                                          ── veth ── [node-1: eth0 10.77.0.2, fd77::2] ...
 
 Chaos tests and benchmarks start an agent in each namespace and cut links between them. Hub and nodes are network
-namespaces without a name. The kernel removes one when neither this process has it open nor a process is in it. So
-nothing is left behind however this process ends, and two such networks on one machine do not collide. The
+namespaces without a name. The kernel removes a namespace once this process has closed it and no process is in it.
+So nothing is left behind, however this process ends, and two such networks on one machine do not collide. The
 machine's own network is never changed. To look into a namespace: `nsenter --net=/proc/<pid of an agent>/ns/net`.
 """
 

@@ -6,7 +6,8 @@
                                                    ├─► text_model ─► continue_text
                                                    └─► export
 
-Every byte of a checkpoint is verified before the checkpoint is used. The model is unsharded, in float32. Runs in the command line's process.
+Every byte of a checkpoint is verified before the checkpoint is used. The model is unsharded, in float32.
+Runs in the command line's process.
 """
 
 import json

@@ -58,7 +58,7 @@ class RunView:
 
     @property
     def length(self) -> int:
-        """Records so far, and the index that the next one will have."""
+        """The number of records, and so the index of the next one."""
         return 0 if self.head is None else self.head.index + 1
 
     @property

@@ -1,6 +1,6 @@
 """The records of the run's log, and their stored form.
 
-    GENERATION   who trains from here on, with which slots, resuming from which checkpoint, and why
+    GENERATION   the members from here on, their slots, the checkpoint to resume from, and why
     RECOVERY     how long the generation took to its first step, phase by phase
     COMMIT       a checkpoint counts from here on; names every checkpoint that is kept
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
@@ -28,7 +28,7 @@ from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
 ORIGIN: Final = "0" * 64
-"""The SHA-256 that the first record names as that of the record before it."""
+"""The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
 """The reason of the STOP after the last step; any other one is a failure."""
 
@@ -77,7 +77,7 @@ class CauseKind(StrEnum):
     LOST = "lost"
     """A member is gone: its address refuses connections, or it is silent."""
     FAILED = "failed"
-    """A member's own worker ended badly."""
+    """A member's own worker failed."""
     UNUSABLE = "unusable"
     """A member could not read the checkpoint to resume from; the next world takes another one."""
     PARKED = "parked"
@@ -147,9 +147,9 @@ class Generation:
     frontier_step: int = 0
     """The newest step that any member had done before. Steps up to it are done again."""
     agree_s: float = 0.0
-    """Seconds from when the proposer noticed the trouble to this record."""
+    """Seconds from when the proposer noticed the cause to this record."""
     platform: Mapping[str, str] = field(default_factory=dict)
-    """What computes on the members, as far as it decides the bits, by name; empty in older records."""
+    """The members' platform: values that decide the bits, by name. Empty in older records."""
     fenced_url: str = ""
     """The URL of the run directory under which an agent of this run tested the store's create-once with success. Empty if
     no agent has, and in older records."""

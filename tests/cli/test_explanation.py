@@ -265,7 +265,7 @@ def test_first_step_is_claimed_only_with_proof(
 
 
 def test_quarantines_appear_in_the_right_generation() -> None:
-    """A quarantined checkpoint belongs to the next generation; a node kept out to the one that it is kept out of."""
+    """A quarantined checkpoint is shown with the next generation, a node that is kept out with the newest one."""
     bodies = (
         FIRST,
         COMMIT,
