@@ -2,7 +2,7 @@
 
     GENERATION   causes, frontier step, resume, time to agree ─┐
     RECOVERY     the phases up to its first step ──────────────┼─► Change   one per generation but the first
-    QUARANTINE   a checkpoint set aside, a node kept out ──────┤
+    QUARANTINE   a quarantined checkpoint, a node kept out ───┤
     COMMIT       proof that it trained ────────────────────────┘
     STOP ────────────────────────────────────────────────────────► End
 
@@ -232,7 +232,7 @@ def _what_happened(change: Change) -> list[str]:
         f"node {each.node} kept out for {each.seconds:g} s: {each.why}" for each in change.kept_out
     ]
     if change.resumed_by_new_nodes:
-        clauses.append(f"nobody of generation {change.generation - 1} was left; {change.reason}")
+        clauses.append(f"no member of generation {change.generation - 1} was left; {change.reason}")
     return [*(clauses or [change.reason]), *map(_aside, change.set_aside)]
 
 
@@ -255,7 +255,7 @@ def _trouble(kind: CauseKind, causes: list[Cause], detail: str, change: Change) 
 
 def _aside(found: SetAside) -> str:
     name = found.directory if found.step is None else f"of step {found.step}"
-    return f"the checkpoint {name} was set aside: {found.why}"
+    return f"the checkpoint {name} was quarantined: {found.why}"
 
 
 def _how_it_went_on(change: Change) -> list[str]:
@@ -268,7 +268,7 @@ def _how_it_went_on(change: Change) -> list[str]:
         case FirstStep.DONE if change.recovery is not None:
             clauses += _phases(change, change.recovery)
         case FirstStep.NOT_MEASURED:
-            clauses.append(f"went on from step {change.resume_step}; its start is not on record")
+            clauses.append(f"resumed from step {change.resume_step}; its start is not on record")
         case FirstStep.REPLACED:
             clauses.append("replaced before its first step was on record")
         case FirstStep.ENDED:
@@ -301,7 +301,7 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
 def _again(change: Change) -> str:
     count, first = change.steps_again, change.resume_step + 1
     if count is None:
-        return f"steps from {first} on done again, however many there were"
+        return f"steps from {first} on done again, number unknown"
     if count == 0:
         return "no step done again"
     which = str(first) if count == 1 else f"{first} to {change.frontier_step}"

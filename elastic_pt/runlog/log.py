@@ -37,7 +37,7 @@ BARS_KEPT: Final = 64
 
 @dataclass(frozen=True)
 class RunView:
-    """What the log says up to `head`: a pure fold over its records."""
+    """The state of the log up to `head`: a pure fold over its records."""
 
     head: Record | None = None
     run_id: str = ""

@@ -185,7 +185,7 @@ def test_nodes_lost_in_the_same_way_share_a_clause() -> None:
         (410, 410, "no step done again"),
         (410, 411, "1 step (411) done again"),
         (0, 3, "3 steps (1 to 3) done again"),
-        (410, 0, "steps from 411 on done again, however many there were"),
+        (410, 0, "steps from 411 on done again, number unknown"),
     ],
 )
 def test_steps_done_again_are_counted_if_known(resume: int, frontier: int, words: str) -> None:
@@ -204,10 +204,10 @@ def test_resume_by_new_nodes_claims_no_cause() -> None:
     assert not found.planned
     assert found.steps_again is None
     assert str(found) == (
-        "generation 2 (3 nodes, world 3): nobody of generation 1 was left; resumed by new nodes; "
+        "generation 2 (3 nodes, world 3): no member of generation 1 was left; resumed by new nodes; "
         "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
         "training again 0.54 s after the new nodes had formed a world; "
-        "steps from 411 on done again, however many there were"
+        "steps from 411 on done again, number unknown"
     )
 
 
@@ -239,7 +239,7 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
         (
             (COMMIT, THIRD),
             FirstStep.NOT_MEASURED,
-            "went on from step 410; its start is not on record",
+            "resumed from step 410; its start is not on record",
         ),
         (
             (dataclasses.replace(THIRD, frontier_step=413),),
@@ -249,7 +249,7 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
         (
             (Stop("diverged", 415),),
             FirstStep.NOT_MEASURED,
-            "went on from step 410; its start is not on record",
+            "resumed from step 410; its start is not on record",
         ),
     ],
 )
@@ -278,16 +278,16 @@ def test_quarantines_appear_in_the_right_generation() -> None:
     second, third = texts(*bodies)
     assert "; node b kept out for 30 s: 3 failures within 600 s;" in second
     assert second.count("kept out") == 1
-    assert "; the checkpoint of step 410 was set aside: shard-00000: cut short; agreed" in second
+    assert "; the checkpoint of step 410 was quarantined: shard-00000: cut short; agreed" in second
     assert "12 steps (401 to 412) done again" in second
     assert "kept out" not in third
-    assert "set aside" not in third
+    assert "quarantined" not in third
 
 
 def test_quarantined_checkpoint_without_a_commit_is_named_by_directory() -> None:
     """A quarantine is always shown, even if no COMMIT names its checkpoint."""
     bodies = (FIRST, Quarantine("ckpt/7", "gone"), generation(2, "ac", LOST_B))
-    assert "the checkpoint ckpt/7 was set aside: gone" in texts(*bodies)[0]
+    assert "the checkpoint ckpt/7 was quarantined: gone" in texts(*bodies)[0]
 
 
 def test_stock_torchrun_run_claims_no_step() -> None:
