@@ -2,7 +2,7 @@
 
     GENERATION   causes, frontier step, resume, time to agree ─┐
     RECOVERY     the phases up to its first step ──────────────┼─► Change   one per generation but the first
-    QUARANTINE   a quarantined checkpoint, a node kept out ───┤
+    QUARANTINE   a quarantined checkpoint, a node kept out ────┤
     COMMIT       proof that it trained ────────────────────────┘
     STOP ────────────────────────────────────────────────────────► End
 

@@ -1,8 +1,8 @@
 """Reads a run from its URL: state, records, checkpoints, history of steps.
 
-    log ─► RunView ─┐
+    log ─► RunView ───┐
     agents ─► answers ┼─► status      live from the agents; from the log if none answers
-    lobby ─► cards ─┘
+    lobby ─► cards ───┘
 
 States of a run:
 
