@@ -55,7 +55,7 @@ scale: install  ## Simulate a fleet of NODES=1000 through starts, losses and joi
 	$(BIN)/python -m tests.sim.scale --nodes $(or $(NODES),1000)
 
 chaos: install
-	$(BIN)/pytest chaos_tests
+	$(BIN)/pytest chaos_tests --numprocesses 2 --durations 10
 
 clean:  ## Remove everything that make created
 	rm -rf $(VENV) demo services build *.egg-info

@@ -1,18 +1,18 @@
 """The error tree of elastic_pt, and the exit code each error ends a process with.
 
-    ElasticPtError                 8   something this project raises on purpose; always as one of these
-    ├── ConfigError                2   the user can mend it: names the field, the value, what is expected
+    ElasticPtError                 8   base of every error that this project raises on purpose
+    ├── ConfigError                2   the user can fix it: names the field, the value, what is expected
     │   └── DataError              2   the corpus or the prepared data cannot be used as it is
-    ├── StoreError                 3   the bucket did not do what was asked before the deadline
+    ├── StoreError                 3   a request to the bucket failed until its deadline
     │   ├── NotFound               3   no object under that key
-    │   ├── AlreadyExists          3   create-once lost: the key holds somebody else's object
+    │   ├── AlreadyExists          3   a lost create-once: the key holds another writer's object
     │   ├── AccessDenied           3   credentials are missing, expired or not allowed
-    │   └── LogDamaged             4   a record of the run's log is missing, altered or not in its place
+    │   └── LogDamaged             4   a record of the run's log is missing, altered or misplaced
     ├── CheckpointError            4   a checkpoint is torn, corrupt or foreign, or none is usable
     ├── FencedError                5   a newer generation owns the run; this writer may append nothing
     ├── NodeFailure                6   this node's workers keep failing without progress; the node leaves
-    ├── RunFailed                  7   the run has ended without completing; starting it again changes nothing
-    └── UnexpectedError            8   a bug, or a library's error that has no place here: start again, and report it
+    ├── RunFailed                  7   the run has ended without completing; a restart does not help
+    └── UnexpectedError            8   a bug, or an unexpected error of a library: restart, and report it
 
 An error's message is one line for a person. The command line prints it without a traceback and exits with
 `exit_code`. Anything that is not an `ElasticPtError` becomes an event with its traceback, and `UnexpectedError`.
@@ -36,7 +36,7 @@ class DataError(ConfigError):
 
 
 class StoreError(ElasticPtError):
-    """The store did not do what was asked before the deadline."""
+    """A request to the store failed until its deadline."""
 
     exit_code = 3
 
@@ -46,7 +46,7 @@ class NotFound(StoreError):
 
 
 class AlreadyExists(StoreError):
-    """Create-once lost: the key holds an object that is not ours."""
+    """A lost create-once: the key holds an object of another writer."""
 
 
 class AccessDenied(StoreError):
@@ -54,7 +54,7 @@ class AccessDenied(StoreError):
 
 
 class LogDamaged(StoreError):
-    """A record of the run's log is missing, altered or not in its place; nothing may build on it."""
+    """A record of the run's log is missing, altered or misplaced; no record may follow it."""
 
     exit_code = 4
 
@@ -78,12 +78,12 @@ class NodeFailure(ElasticPtError):
 
 
 class RunFailed(ElasticPtError):
-    """The run has ended without completing; starting it again changes nothing."""
+    """The run has ended without completing; a restart does not help."""
 
     exit_code = 7
 
 
 class UnexpectedError(ElasticPtError):
-    """A bug, or a library's error that has no place here; its traceback is in the events. Start again."""
+    """A bug, or an unexpected error of a library. Its traceback is in the events. Restart."""
 
     exit_code = 8

@@ -1,4 +1,4 @@
-"""What the configuration derives from its keys."""
+"""Values that the configuration derives from its keys."""
 
 from elastic_pt.config import Config, parse_config
 
@@ -9,6 +9,6 @@ def config(*overrides: str) -> Config:
     return parse_config(text, source="test", overrides=overrides)
 
 
-def test_slots_are_those_of_a_step() -> None:
-    """V follows from the batch: no world has more workers than a step has micro-batches."""
+def test_slots_are_global_batch_over_micro_batch() -> None:
+    """V is the number of micro-batches of a step, and the most workers that a world can use."""
     assert config("train.global_batch=12", "train.micro_batch=3").train.slots == 4

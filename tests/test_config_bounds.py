@@ -1,4 +1,4 @@
-"""Every number of the configuration has a finite range, and within it an agent's checks can be made."""
+"""Every number of the configuration has a finite range, and an agent's checks work within it."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.train.schedule import learning_rate
 
 TEXT = '[run]\nurl = "run"\n[data]\nurl = "data"\n'
-# What else must be set so that a leaf can stand at its bound.
+# Overrides that a leaf needs to be at its bound.
 COMPANIONS = {
     "model.width": {"high": ["model.heads=1", "model.kv_heads=1"], "low": None},
     "model.heads": {"high": None, "low": ["model.kv_heads=1"]},
@@ -28,7 +28,7 @@ COMPANIONS = {
     "elastic.heartbeat_timeout_s": {"low": None, "high": None},
     "elastic.takeover_s": {"low": None},
 }
-"""Overrides by leaf and bound; None where another rule is tighter than the bound."""
+"""By leaf and bound; None if another rule is stricter than the bound."""
 
 
 def leaves() -> Iterator[tuple[str, type, dict[str, float]]]:
@@ -53,7 +53,7 @@ def parse(*overrides: str) -> Config:
 
 
 def check_start(config: Config) -> None:
-    """What an agent computes of its configuration before it begins."""
+    """What an agent computes from its configuration before it starts."""
     footprint(config.model, 300)
     config.fingerprint()
     parse_config(config.to_toml(comments=True), source="test")
@@ -64,18 +64,18 @@ def check_start(config: Config) -> None:
     )  # fmt: skip
 
 
-def test_there_are_leaves_to_look_at() -> None:
-    """The list is made from the configuration itself: a new number is in it."""
+def test_list_of_numbers_is_complete() -> None:
+    """The list comes from the configuration itself, so it includes new numbers."""
     names = {name for name, _, _ in LEAVES}
     assert len(names) > 35
     assert {"run.seed", "telemetry.metrics_port", "store.deadline_s", "train.threads"} <= names
 
 
 @pytest.mark.parametrize(("name", "kind", "bounds"), LEAVES, ids=[each[0] for each in LEAVES])
-def test_a_number_has_finite_bounds_and_works_at_them(
+def test_number_has_finite_bounds_and_works_at_them(
     name: str, kind: type, bounds: dict[str, float]
 ) -> None:
-    """At both bounds an agent's checks are made; beyond them the field, the value and the expectation are named."""
+    """At both bounds an agent's checks pass. Beyond them the error has the field, the value and the expectation."""
     low = {bounds[each] for each in ("ge", "gt") if each in bounds}
     high = {bounds[each] for each in ("le", "lt") if each in bounds}
     assert low, name
@@ -99,8 +99,8 @@ def test_a_number_has_finite_bounds_and_works_at_them(
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that this machine lacks is named before the run is begun."""
+def test_cuda_is_refused_on_a_machine_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that this machine lacks is refused before the run starts."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -109,7 +109,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
         require_device(parse("train.device=cuda"))
 
 
-def test_a_full_staging_directory_is_no_mistake_of_the_configuration(
+def test_full_staging_directory_is_not_a_config_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A disk that is too small is a ConfigError (2); one that is full now is a NodeFailure (6)."""

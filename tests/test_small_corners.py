@@ -1,4 +1,4 @@
-"""Small rules at the edges of the agent: keys, directories, sockets, texts and bounds."""
+"""Small rules of the agent: keys, directories, sockets, texts and bounds."""
 
 import asyncio
 import dataclasses
@@ -39,8 +39,8 @@ def manifest(key: str = "tokens/0.bin") -> Manifest:
 
 
 @pytest.mark.parametrize("key", ["../secret", "/etc/passwd", "a//b", ""])
-def test_a_manifest_names_only_keys_below_its_store(key: str) -> None:
-    """A key that leaves the prepared directory is refused when the manifest is read, whatever the store."""
+def test_manifest_with_a_key_outside_its_store_is_refused(key: str) -> None:
+    """A key outside the prepared directory is refused when the manifest is read, for any store."""
     assert Manifest.from_json(manifest().to_json()) == manifest()
     with pytest.raises(DataError, match="not a key"):
         Manifest.from_json(manifest(key).to_json())
@@ -48,10 +48,10 @@ def test_a_manifest_names_only_keys_below_its_store(key: str) -> None:
         Manifest.from_json(dataclasses.replace(manifest(), tokenizer_key=key).to_json())
 
 
-def test_the_directories_of_a_new_object_are_on_disk(
+def test_new_directories_of_an_object_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each directory that a write has made is synced in the one above it."""
+    """Each directory that a write creates is synced, and so is its parent."""
     synced: list[Path] = []
     monkeypatch.setattr(local, "_sync_directory", synced.append)
     LocalStore(f"file://{tmp_path}/run").write("log/parts/0", b"x")
@@ -59,8 +59,10 @@ def test_the_directories_of_a_new_object_are_on_disk(
     assert set(synced) >= {root / "log" / "parts", root / "log", root}
 
 
-def test_too_many_open_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent that could not accept a worker for a moment hears it afterwards."""
+def test_agent_accepts_workers_again_after_too_many_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that could not accept a worker (EMFILE) receives its message later."""
     heard: Queue[Message] = Queue()
     refusals = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 2
     accept = socket.socket.accept
@@ -82,7 +84,7 @@ def test_too_many_open_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def signature(message: str) -> str:
-    """Of a worker that raised it."""
+    """The signature of a worker's failure with this message."""
     failure = classify(Evidence(0, 1, RecordedError(message, "", 0.0)))
     assert failure is not None
     return failure.signature
@@ -98,19 +100,19 @@ def signature(message: str) -> str:
         ("at 0x7f12aa", "at 0xdead"),
     ],
 )
-def test_what_differs_between_nodes_is_no_part_of_a_signature(here: str, there: str) -> None:
-    """Temporary names, UUIDs, hashes and addresses do not keep two nodes' failures apart."""
+def test_signature_leaves_out_what_differs_between_nodes(here: str, there: str) -> None:
+    """Temporary names, UUIDs, hashes and addresses do not make two nodes' failures different."""
     assert signature(f"ValueError: {here}") == signature(f"ValueError: {there}")
 
 
 @pytest.mark.parametrize(("here", "there"), [("/data/training/x", "/data/holdouts/x")])
-def test_words_of_eight_letters_stay_in_a_signature(here: str, there: str) -> None:
-    """Parts of a path that a person has named tell failures apart, however long they are."""
+def test_signature_keeps_words_of_eight_letters(here: str, there: str) -> None:
+    """Parts of a path with ordinary names make failures different, whatever their length."""
     assert signature(f"ValueError: {here}") != signature(f"ValueError: {there}")
 
 
-def test_failures_that_no_log_remembers_are_no_bound() -> None:
-    """A bound above the number of generations that a log's view keeps would never take effect, so it is refused."""
+def test_failure_limit_above_the_kept_generations_is_refused() -> None:
+    """A limit above the number of generations that a view keeps could never be reached, so it is refused."""
     for key in ("failures_max", "same_failures_max"):
         parse_config(CONFIG, source="test", overrides=[f"elastic.{key}={GENERATIONS_KEPT}"])
         with pytest.raises(ConfigError, match=key):
@@ -118,15 +120,15 @@ def test_failures_that_no_log_remembers_are_no_bound() -> None:
 
 
 def test_a_relative_staging_directory_is_refused() -> None:
-    """Where an agent was started must not decide where it stages."""
+    """The staging directory must not depend on the working directory of an agent."""
     with pytest.raises(
         ConfigError, match=r"checkpoint\.staging = 'shm': expected an absolute path"
     ):
         parse_config(CONFIG, source="test", overrides=["checkpoint.staging=shm"])
 
 
-def test_a_cache_that_no_worker_could_use_is_refused_at_the_start(tmp_path: Path) -> None:
-    """A directory of somebody else, a file, or a bound below one shard is named before a worker starts."""
+def test_unusable_cache_is_refused_before_workers_start(tmp_path: Path) -> None:
+    """A directory open to other users, a file, or a size below the minimum is refused before a worker starts."""
 
     def require(directory: Path, count: int) -> None:
         overrides = [f"data.cache={directory}", f"data.cache_bytes={count}"]
@@ -144,7 +146,7 @@ def test_a_cache_that_no_worker_could_use_is_refused_at_the_start(tmp_path: Path
         require(tmp_path / "open", 2000)
 
 
-def test_events_survive_an_error_that_nobody_expected(
+def test_events_are_written_after_an_unexpected_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a write raises, the thread goes on and the events are written later."""
@@ -169,10 +171,10 @@ def test_events_survive_an_error_that_nobody_expected(
 
 
 @pytest.mark.parametrize("too_much", [False, True])
-def test_an_answer_in_parts_is_read_to_its_end(
+def test_answer_in_parts_is_read_completely(
     too_much: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A body that comes in parts with pauses between is read as a whole, and never beyond the bound."""
+    """A body that arrives in parts is read completely, but not beyond the limit."""
     parts, bound = [b"a" * 100, b"b" * 100, b"c" * 100], 150 if too_much else 1000
     monkeypatch.setattr(inspection, "_ANSWER_BYTES_MAX", bound)
 
@@ -207,8 +209,8 @@ def _url_of(site: web.TCPSite) -> str:
     return f"http://{host}:{port}/"
 
 
-def test_a_path_that_is_no_text_silences_no_node() -> None:
-    """A lone surrogate in a failure's words is written out: peers are told in UTF-8, and so is the log."""
+def test_failure_with_a_lone_surrogate_is_escaped() -> None:
+    """A lone surrogate in a failure's text is escaped, because messages to peers and the log are UTF-8."""
     node = SimpleNamespace(member=SimpleNamespace(node="a"))
     cause = Node.failure(node, "no such file: /x\udcff")  # type: ignore[arg-type]
     assert cause.detail == "no such file: /x\\udcff"

@@ -1,4 +1,4 @@
-"""A run that an earlier version began is read, joined and completed by this one, to the same bits."""
+"""This version reads, joins and completes a run of an earlier version, with the same bits."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ WAIT_S = 120.0
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    """A copy of the stored run, as if it had been made on this kind of machine with this torch."""
+    """A copy of the stored run, changed to this machine's processor and version of torch."""
     shutil.copytree(STORED / "run", tmp_path / "run")
     shutil.copytree(STORED / "data", tmp_path / "data")
     path = tmp_path / "run" / "identity.json"
@@ -39,7 +39,7 @@ def stored(tmp_path: Path) -> Path:
 
 
 def elastic_pt(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """One command, in a process of its own."""
+    """Run one command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "elastic_pt", *map(str, arguments)],
         capture_output=True,
@@ -49,7 +49,7 @@ def elastic_pt(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_stored_run_is_read(stored: Path) -> None:
-    """State, records, checkpoints and digest of an earlier version's run are told."""
+    """State, records, checkpoints and digest of an earlier version's run can be read."""
     url = stored / "run"
     status = json.loads(elastic_pt("status", url, "--json").stdout)
     assert (status["state"], status["step"], status["commit"]["step"]) == ("down", 20, 20)
@@ -62,7 +62,7 @@ def test_a_stored_run_is_read(stored: Path) -> None:
 
 
 def test_a_stored_run_is_completed_to_the_same_bits(stored: Path) -> None:
-    """A node of this version joins by the URL alone and comes to the digest that the earlier version came to."""
+    """A node of this version joins by the URL alone and reaches the digest of the earlier version."""
     url = stored / "run"
     data = ["--set", f"data.url={stored / 'data'}"]
     joined = elastic_pt("run", url, "--node", "second", "--address", "127.0.0.1", *data)
@@ -78,7 +78,7 @@ def test_a_stored_run_is_completed_to_the_same_bits(stored: Path) -> None:
 
 
 def test_the_fingerprint_of_an_unchanged_configuration_stays(stored: Path) -> None:
-    """Checkpoints of earlier versions name a fingerprint: new keys at their defaults do not change it."""
+    """Checkpoints of earlier versions have a fingerprint. New keys at their defaults do not change it."""
     default = parse_config('[run]\nurl = "r"\n[data]\nurl = "d"\n', source="x")
     assert default.fingerprint() == DEFAULT_FINGERPRINT
     config = read_run_config(open_store(str(stored / "run")), [])
@@ -86,8 +86,8 @@ def test_the_fingerprint_of_an_unchanged_configuration_stays(stored: Path) -> No
     assert config.fingerprint() == json.loads(part.read_text())["state"]["config_fingerprint"]
 
 
-def test_another_platform_is_taken_once_an_operator_accepts_it(stored: Path) -> None:
-    """A run whose kind of machine is gone refuses another one by name, until `reopen --platform` says otherwise."""
+def test_another_platform_joins_after_reopen_platform(stored: Path) -> None:
+    """A run refuses another platform by name until `reopen --platform`."""
     url = stored / "run"
     path = url / "identity.json"
     identity = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def test_another_platform_is_taken_once_an_operator_accepts_it(stored: Path) -> 
 
 
 def test_a_node_that_computes_other_bits_is_refused(stored: Path) -> None:
-    """I9: Where all that has a name agrees and the probe does not, the node is refused, and the message says so."""
+    """I9: If all names agree but the probe differs, the node is refused, and the error says so."""
     url = stored / "run"
     path = url / "identity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"probe": "0" * 64}))
@@ -131,16 +131,16 @@ def test_a_node_that_computes_other_bits_is_refused(stored: Path) -> None:
     assert "the same small training step gives other bits on this node" in line
 
 
-def test_a_key_that_came_later_means_its_first_default(
+def test_missing_key_of_an_older_run_means_its_first_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run from before a key is joined with the key's default, and with nothing else."""
+    """A run that is older than a key can be joined only with that key's first default."""
     store = open_store(str(tmp_path))
     text = '[run]\nurl = "r"\n[data]\nurl = "d"\n'
     data: Any = type("Data", (), {"fingerprint": "f", "tokenizer_sha256": "t"})()
     platform = {"torch": "2", "processor": "p"}
     old = parse_config(text, source="x")
-    # As if z_loss had not been there when the run began.
+    # As if z_loss did not exist when the run began.
     monkeypatch.setattr(config_module, "INTRODUCED", {"train.z_loss": 0.0})
     monkeypatch.setattr("elastic_pt.runlog.identity.INTRODUCED", {"train.z_loss": 0.0})
     agree_on_identity(store, old, data, platform)

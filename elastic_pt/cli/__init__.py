@@ -2,14 +2,14 @@
 
     prepare                             corpus ─► token shards                      cli.prepare
     run  local  demo                    nodes that train                            cli.training
-    status  log  checkpoints            what a run says of itself                   cli.reading
-    digest  generate  eval  export      what can be made of its checkpoints         cli.weights
-    reopen                              let a run go on that has failed             cli.control
-    config  storage-check               before a run                                cli.setup
+    status  log  checkpoints            read the state of a run                     cli.reading
+    digest  generate  eval  export      use its checkpoints                         cli.weights
+    reopen                              continue a failed run                       cli.control
+    config  storage-check               checks before a run                         cli.setup
 
-Commands import what they need when they are called: torch takes two seconds, and `--help` or `status`
-have no use for it. Workers come through here too, because a forked process imports its parent's main
-module again.
+Commands import what they need when they are called: importing torch takes two seconds, and `--help` and
+`status` do not need it. Workers import this module too, because multiprocessing imports the parent's main
+module again in a forked process.
 """
 
 import inspect
@@ -37,7 +37,7 @@ _INVALID_VALUE: Final = re.compile(r"Invalid value(?: for '([^']*)')?: ")
 log = structlog.get_logger("elastic_pt.cli")
 
 _EXAMPLES: Final = "\n\nExamples:\n"
-"""Begins the last part of a command's docstring: one command a line. `--help` shows it last."""
+"""Starts the last part of a command's docstring: one example a line. `--help` shows it last."""
 
 
 def _examples(command: Callable[..., Any]) -> str:
@@ -86,11 +86,11 @@ def entry(
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and end."
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Pre-train a language model on machines that get taken away. A bucket is all that has to survive.
+    """Pre-train a language model on preemptible machines. Only the bucket has to survive.
 
     Examples:
     elastic-pt prepare books/ --out data
@@ -109,7 +109,7 @@ app.callback(invoke_without_command=True, help=_text(entry), epilog=_examples(en
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A character that the locale cannot show (`LC_ALL=C`) must not end a command.
+        # A command must not fail on a character that the locale cannot show (`LC_ALL=C`).
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     raise SystemExit(run_command_line(sys.argv[1:]))
@@ -117,7 +117,7 @@ def main() -> None:
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; returns the exit code. An expected error is one line on standard error."""
-    # Until an agent sets up its own: a warning must not get into what scripts read from standard output.
+    # Warnings go to standard error, because scripts parse standard output. An agent configures events again.
     configure_events("warning", platform.node())
     for argument in arguments:
         if not argument.isascii() and argument != argument.encode("utf-8", "ignore").decode():
@@ -131,16 +131,16 @@ def run_command_line(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output has closed it; nothing more may be written at exit either.
+        # The reader has closed standard output. Python must not write to it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of a compiled library is no Exception
+    except BaseException as error:  # a panic of a compiled library is not an Exception
         log.exception("unexpected_error", command=arguments[:1])
         what = f"{type(error).__name__}: {error}"
         return _fail(
-            f"unexpected {what}; the traceback is above, and this is worth a report",
+            f"unexpected {what}; the traceback is above; please report this",
             UnexpectedError.exit_code,
         )
     return result if isinstance(result, int) else 0
@@ -155,7 +155,7 @@ def _usage_message(error: TyperException, arguments: list[str]) -> str:
     context: typer.Context | None = getattr(error, "ctx", None)
     path = "elastic-pt" if context is None else context.command_path
     message = error.format_message().rstrip(".")
-    # The library's message about a value does not always tell the value.
+    # The library's message does not always contain the value.
     given = [
         f"{name} {arguments[arguments.index(name) + 1]}"
         for name in getattr(getattr(error, "param", None), "opts", ())
@@ -165,4 +165,4 @@ def _usage_message(error: TyperException, arguments: list[str]) -> str:
         message = message[found.end() :]
         given = given or [name for name in found.groups() if name]
     message = ": ".join([*given, message])
-    return f"{message}; expected what `{path} --help` tells"
+    return f"{message}; expected the usage that `{path} --help` shows"

@@ -21,7 +21,10 @@ def reopen(
     why: Annotated[
         str,
         typer.Option(
-            "--why", metavar="TEXT", help="What has changed; the log keeps it.", show_default=False
+            "--why",
+            metavar="TEXT",
+            help="What has changed; it is stored in the log.",
+            show_default=False,
         ),
     ],
     platform: Annotated[
@@ -33,17 +36,18 @@ def reopen(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a run go on that has ended for another reason than completion.
+    """Continue a run that ended without completing.
 
-    Appends a REOPEN record, which lifts the STOP and forgives the failures that
-    led to it. Then start agents as usual; they go on from the newest checkpoint
-    that verifies. With --platform the next nodes may be of another kind: the
-    bits are then those of one platform up to that checkpoint and those of
-    another one after it, and the log and `elastic-pt digest` say where. That
-    works for a run that has not ended, too, once none of its agents is left.
+    Appends a REOPEN record: it lifts the STOP, and earlier failures no longer
+    count. Then start agents as usual; they resume from the newest checkpoint
+    that verifies. With --platform the next nodes may run on another platform:
+    the bits are those of the old platform up to that checkpoint, and those of
+    the new one after it. The log and `elastic-pt digest` show that step.
+    --platform also works for a run that has not ended, once all of its agents
+    have stopped.
 
     Examples:
-    elastic-pt reopen runs/first --why "the learning rate is mended"
+    elastic-pt reopen runs/first --why "the learning rate is fixed"
     elastic-pt reopen s3://bucket/run --platform --why "only AMD nodes are left"
     """
     from elastic_pt.report.status import open_run
@@ -58,11 +62,11 @@ def reopen(
     if view.stop is not None and view.stop.reason == COMPLETED:
         raise ConfigError(
             f"{run.store.url}: completed at step {view.stop.step}; "
-            "expected a run that has ended for another reason"
+            "expected a run that ended without completing"
         )
     if view.stop is None and not platform:
         raise ConfigError(
-            f"{run.store.url}: has not ended; expected a run that `elastic-pt status` calls failed, "
+            f"{run.store.url}: has not ended; expected a run that is failed in `elastic-pt status`, "
             "or --platform"
         )
     if view.stop is None:
@@ -77,19 +81,21 @@ def reopen(
     if as_json:
         print_json({"url": run.store.url, "step": step, "platform": platform, "why": reason})
     else:
-        typer.echo(f"reopened at step {step}; `elastic-pt run {run.store.url}` goes on from there")
+        typer.echo(
+            f"reopened at step {step}; `elastic-pt run {run.store.url}` continues from there"
+        )
 
 
 def _require_abandoned(run: "Run") -> None:
-    """Refuse another platform where it would have no effect: none is compared, or agents of the old one live.
+    """Refuse --platform where it has no effect: with native numerics, or while agents of the old platform live.
 
-    They would refuse every other node, and their next generation would bind the run to their platform again.
+    Such agents refuse nodes of another platform, and their next generation binds the run to their own again.
     """
     from elastic_pt.report.status import read_status
 
     if run.config is not None and run.config.train.numerics == "native":
         raise ConfigError(
-            f"{run.store.url}: train.numerics = 'native', so a run without agents takes any platform; "
+            f"{run.store.url}: train.numerics = 'native': once its agents have stopped, the run accepts any platform; "
             "expected no --platform"
         )
     status = read_status(run)
@@ -99,12 +105,12 @@ def _require_abandoned(run: "Run") -> None:
     if alive:
         raise ConfigError(
             f"--platform: {', '.join(alive)} still take part in {run.store.url}, on its platform; "
-            "expected a run whose agents have all been stopped"
+            "expected that all agents of the run have stopped"
         )
 
 
 def _pulse_moves(run: "Run") -> bool:
-    """Whether the bucket shows a generation that trains, within the time after which others would take it over."""
+    """Whether the pulse in the bucket changes within the takeover timeout: then a generation trains."""
     from elastic_pt.membership.pulse import Pulse
 
     pulse = Pulse(run.store, "")

@@ -1,10 +1,10 @@
-"""What `elastic-pt demo` shows: lose a node, take one in, end with the same weights bit for bit.
+"""`elastic-pt demo`: a run loses a node, another one joins, and the final weights are the same bit for bit.
 
     prepare ─► disturbed: three nodes,     ─► undisturbed: two nodes ─► compare: digests, held-out text,
                one killed, another joins                                plot, a continuation
 
-Each phase has a bar. The runs use the same agents as any other run, and their directories stay, with commands
-to try on them. Runs in the command line's process; the nodes are processes of their own.
+Each phase has a progress bar. The runs use real agents. Their directories stay, and the demo ends with commands
+to try on them. This code runs in the command line's process; each node is a separate process.
 """
 
 import time
@@ -46,13 +46,13 @@ from elastic_pt.runlog.records import Generation
 from elastic_pt.store.open import open_store
 
 KILL_STEP: Final = 28
-"""Early, so that the new node, which has to start first, joins long before the last step."""
+"""Early: the new node needs time to start, and has to join long before the last step."""
 LOST_STEPS: Final = range(8, 18)
-"""How far beyond the newest checkpoint the node is killed: far enough to show that steps are done again."""
+"""Steps from the newest checkpoint to the kill: enough to show that steps are done again."""
 CORPUS_CHARACTERS: Final = 1_500_000
-"""A third more than the steps read."""
+"""A third more than the training steps read."""
 TABLE_FOLDERS: Final = ("encodings", "lib2to3", "pydoc_data")
-"""Generated tables of characters and the like, which would fill a large part of so small a corpus."""
+"""Folders of generated tables, which would be a large part of such a small corpus."""
 VOCABULARY: Final = 1024
 HELD_OUT: Final = 0.02
 PROMPT: Final = "def __init__(self"
@@ -90,13 +90,13 @@ keep = 2
 
 @dataclass(frozen=True)
 class Recovery:
-    """How the run got over the loss of a node, by this process's clock, from the SIGKILL on."""
+    """The recovery from the loss of a node. Seconds count from the SIGKILL, on this process's clock."""
 
     node: str
     killed_step: int
-    """Steps that were done when it was killed."""
+    """Steps done when the node was killed."""
     resumed_step: int
-    """The checkpoint that the others went on from."""
+    """Step of the checkpoint from which the others resumed."""
     first_step_s: float
     """Until the next generation had completed its first step."""
     caught_up_s: float
@@ -105,7 +105,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run has to show."""
+    """The results of one finished run."""
 
     digest: str
     loss: float
@@ -125,14 +125,14 @@ class Show:
 
     @property
     def run(self) -> Run:
-        """The run, once it has begun."""
+        """The run; it must have started."""
         assert self._run is not None
         return self._run
 
     def watch(
         self, what: str, reached: Callable[[RunStatus], bool], poll_s: float = _POLL_S
     ) -> RunStatus:
-        """Show progress until the status is as wanted. Raises `RunFailed` or `UnexpectedError` if that becomes impossible."""
+        """Show progress until `reached(status)`; returns that status. Raises `RunFailed` or `UnexpectedError` if it cannot come."""
         deadline_s = time.monotonic() + _TIMEOUT_S
         while True:
             if self._run is None and self._store.size(CONFIG_KEY) is not None:
@@ -149,15 +149,15 @@ class Show:
             failed = {node: code for node, code in self._fleet.exit_codes().items() if code}
             if failed or time.monotonic() > deadline_s:
                 node = next(iter(failed), next(iter(self._fleet.exit_codes())))
-                cause = f"{node} ended" if failed else f"not within {_TIMEOUT_S} s"
+                cause = f"{node} ended" if failed else f"timeout after {_TIMEOUT_S} s"
                 raise UnexpectedError(f"{cause}, waiting for: {what}; {self._fleet.tail(node, 3)}")
             time.sleep(poll_s)
 
 
 def run_demo(directory: Path) -> None:
-    """Run the whole demo below a new numbered folder of `directory`.
+    """Run the whole demo in a new numbered folder of `directory`.
 
-    Raises `RunFailed` or `UnexpectedError` if the two runs do not end with the same bits, or do not end at all.
+    Raises `RunFailed` or `UnexpectedError` if a run does not complete, or if the two digests differ.
     """
     place, started_s = _new_folder(directory), time.monotonic()
     disturbed, undisturbed = _config(place, "disturbed", 3), _config(place, "undisturbed", 2)
@@ -181,13 +181,13 @@ def run_demo(directory: Path) -> None:
     if results[0].digest != results[1].digest:
         raise UnexpectedError(
             f"the digests differ: {results[0].digest} with a node lost and one joined, "
-            f"{results[1].digest} undisturbed; expected equal ones, so this is a bug"
+            f"{results[1].digest} undisturbed; expected equal digests: this is a bug"
         )
     screen.try_next(place)
 
 
 def _new_folder(directory: Path) -> Path:
-    """The first free number below `directory`, so that every demo starts afresh and none is overwritten."""
+    """Create the folder with the first free number in `directory`, so that no demo is overwritten."""
     number = 1
     while True:
         place = directory.resolve() / str(number)
@@ -246,7 +246,7 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
             ),
         )
         if joined.state is State.COMPLETED:
-            note = f"{recovery.node} lost; the run was over before node-4 was up"
+            note = f"{recovery.node} lost; the run ended before node-4 had started"
         else:
             note = f"{recovery.node} lost, node-4 joined"
             screen.say(
@@ -272,9 +272,9 @@ def _train_undisturbed(config: Config, place: Path, screen: Screen) -> float:
 
 
 def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
-    """SIGKILL the node that leads, commits and holds the generation's store; measure how the others go on.
+    """SIGKILL the node of rank 0, which leads, commits and holds the generation's store; measure the recovery.
 
-    Starts the node that replaces it as soon as they train again.
+    Starts another node as soon as the others train again.
     """
     before = show.watch(
         f"step {KILL_STEP}, some steps after a checkpoint",
@@ -294,7 +294,7 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
         generation = show.run.log.view.generation
         return 0 if generation is None else generation.resume_step
 
-    # What the others still say of the old generation is at least `LOST_STEPS` beyond the checkpoint.
+    # An old status, of the generation before, is at least `LOST_STEPS.start` steps beyond the checkpoint.
     after = show.watch(
         "the next generation's first step",
         lambda status: (
@@ -306,7 +306,7 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
     first_step_s = time.monotonic() - killed_s
     resumed = resumed_step()
     screen.say(
-        f"   generation {after.generation}: {after.reason}; on from step {resumed}, {first_step_s:.1f} s later"
+        f"   generation {after.generation}: {after.reason}; resumed from step {resumed}, {first_step_s:.1f} s later"
     )
     fleet.start("node-4")
     show.now = f"steps {resumed + 1} to {before.step} again"
@@ -322,7 +322,7 @@ def _end(fleet: Fleet, show: Show) -> None:
 
 
 def _compare(place: Path, seconds: dict[str, float], screen: Screen) -> tuple[list[Result], str]:
-    """Both results, the disturbed run's first, and what its model writes."""
+    """Return both results, the disturbed run's first, and a text that its model generates."""
     results, parts = [], 2 * len(seconds) + 2
     for number, (name, seconds_of) in enumerate(seconds.items()):
         run = open_run(f"file://{place / name}")
@@ -344,7 +344,7 @@ def _compare(place: Path, seconds: dict[str, float], screen: Screen) -> tuple[li
 
 
 def plot(run: Run, path: Path) -> None:
-    """Draw a run from its URL alone."""
+    """Draw a run from its run directory alone."""
     points = [StepPoint(line["step"], line["loss"]) for line in read_history(run)]
     generations = [
         GenerationSpan(

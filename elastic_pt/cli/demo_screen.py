@@ -1,6 +1,6 @@
-"""What the demo shows on its way: a bar per phase, lines above them, and commands to try at the end.
+"""The demo's output: a progress bar for each phase, lines above the bars, and commands to try at the end.
 
-On a terminal the bars move; elsewhere a line comes every few seconds.
+Without a terminal a line every ten seconds replaces the bars.
 """
 
 import shlex
@@ -27,7 +27,7 @@ _LINE_INTERVAL_S: Final = 10.0
 
 
 class Screen:
-    """The bars of all phases and the lines above them; the bars move while it is entered."""
+    """The bars of all phases and the lines above them. A context manager: inside it the bars are live."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -58,31 +58,31 @@ class Screen:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bars."""
+        """Print a permanent line above the bars."""
         self.console.print(Text(text), soft_wrap=True)
 
     def begin(self, phase: str, text: str) -> None:
-        """Start the clock of the next phase."""
+        """Print `text` and start the clock of the next phase."""
         self._phase = phase
         self._bars.start_task(self._tasks[phase])
         self.say(text)
 
     def progress(self, done: int, total: int | None, note: str) -> None:
-        """Where the current phase is."""
+        """Update the current phase's bar."""
         self._bars.update(self._tasks[self._phase], completed=done, total=total, note=note)
         if not self.console.is_terminal and time.monotonic() - self._line_s >= _LINE_INTERVAL_S:
             self._line_s = time.monotonic()
             self.say(f"   {self._phase} {done}/{'?' if total is None else total}  {note}")
 
     def end(self, note: str) -> None:
-        """The current phase is over: its clock stops."""
+        """End the current phase: fill its bar and stop its clock."""
         task = self._bars.tasks[PHASES.index(self._phase)]
         total = task.total or task.completed or 1
         self._bars.update(task.id, completed=total, total=total, note=note)
         self._bars.stop_task(task.id)
 
     def try_next(self, place: Path) -> None:
-        """Commands for what the demo left in `place`."""
+        """Print commands to try on what the demo left in `place`."""
         self.say("\nTry next:")
         for arguments, why in next_commands(place):
             line = Text.assemble(f"  {_program()} {shlex.join(arguments)}", (f"   # {why}", "dim"))
@@ -94,26 +94,26 @@ def next_commands(place: Path) -> list[tuple[list[str], str]]:
     run, again = shown(place / "disturbed"), shown(place / "again")
     config = shown(place / "disturbed-nodes" / "config.toml")
     return [
-        (["log", run, "--explain"], "each change of the world, and where its time went"),
-        (["checkpoints", run, "--verify"], "read every byte of what is kept"),
+        (["log", run, "--explain"], "each change of the world, phase by phase"),
+        (["checkpoints", run, "--verify"], "read every byte of the kept checkpoints"),
         (["generate", run, "--prompt", "class "], "let the model write"),
         (["export", run, "--out", shown(place / "model")], "for Hugging Face transformers"),
         (
             ["local", config, "--nodes", "2", "--set", f"run.url={again}"],
-            "train it once more, and kill what you like",
+            "train again, and kill any process",
         ),
-        (["digest", again], "when that has ended: the same digest"),
+        (["digest", again], "after that: the same digest"),
     ]
 
 
 def shown(path: Path) -> str:
-    """A path as a user would type it: from the working directory where it lies below that."""
+    """A path as a user would type it: relative if it is below the working directory."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _program() -> str:
-    """How this command line was called."""
+    """The command by which a user calls this program."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shown(Path(sys.executable))} -m elastic_pt"

@@ -1,4 +1,4 @@
-"""What `local` does: start a fleet, show how it is doing, end it.
+"""`elastic-pt local`: start a fleet, show its progress, end it.
 
 Fleet.start × N ─► follow (status every half second) ─► STOP in the log
 """
@@ -30,7 +30,7 @@ _LINE_INTERVAL_S: Final = 2.0
 _END_S: Final = 10.0
 _LAST_LINES: Final = 200
 _ARRIVAL_S: Final = 3.0
-"""Agents that start together on a busy machine are up within this time of each other."""
+"""Agents that start together are ready within this time of each other, even on a busy machine."""
 
 Show = Callable[[RunStatus], None]
 
@@ -49,7 +49,7 @@ def train_locally(config: Config, nodes: int) -> Stop:
 
 @contextmanager
 def _output_directory() -> Iterator[Path]:
-    """Where the agents write: kept after a failure, which it explains, until `local` is started again."""
+    """The directory of the agents' output. After a failure it stays, for the user, until the next `local`."""
     base = Path(tempfile.gettempdir())
     sweep(base, _OUTPUT_PREFIX)
     try:
@@ -89,7 +89,7 @@ def _train(config: Config, nodes: int, names: list[str], output: Path) -> Stop:
         finally:
             end(fleet)
         stop = None if run is None else run.log.view.stop
-        # A run that was complete before is no answer to a request that every agent has refused.
+        # If every agent refused the request, it failed, even though the run was complete before.
         refused = set(fleet.exit_codes().values()) == {ConfigError.exit_code}
         if stop is None or refused:
             raise first_failure(fleet, names)
@@ -97,7 +97,7 @@ def _train(config: Config, nodes: int, names: list[str], output: Path) -> Stop:
 
 
 def fleet_config(config: Config, nodes: int) -> Config:
-    """The configuration that lets all nodes into the first generation."""
+    """The configuration with which all nodes join the first generation."""
     elastic = config.elastic.model_copy(
         update={
             "nodes_max": max(config.elastic.nodes_max, nodes),
@@ -124,7 +124,7 @@ def follow(fleet: Fleet, config: Config) -> None:
                     )
             run = run or _opened(config)
             if run is not None:
-                # A bucket that cannot be read for a while stops nobody from training.
+                # Training goes on while the bucket cannot be read.
                 with suppress(StoreError):
                     show(read_status(run))
             if not running:
@@ -140,7 +140,7 @@ def _opened(config: Config) -> Run | None:
 
 
 def end(fleet: Fleet) -> None:
-    """Ask the agents that still run to leave in good order; the fleet kills what stays."""
+    """Send SIGTERM to the running agents and wait for `_END_S`. The fleet kills the rest."""
     for name in fleet.running():
         os.kill(fleet.pid(name), signal.SIGTERM)
     deadline_s = time.monotonic() + _END_S
@@ -149,27 +149,27 @@ def end(fleet: Fleet) -> None:
 
 
 def first_failure(fleet: Fleet, names: list[str]) -> ElasticPtError:
-    """Why the run did not end, with the exit code of the agent that says so."""
+    """The error of the first failed agent, with its exit code."""
     codes = fleet.exit_codes()
     failed = [name for name in names if codes.get(name)]
     name = failed[0] if failed else names[0]
     code = codes.get(name)
     what = "refused" if code == ConfigError.exit_code else "the run did not end"
     error = ElasticPtError(f"{what}; {name}: {last_error(fleet, name)}")
-    # One that a signal has ended has no code of its own, and neither has one that left in good order.
+    # An agent that a signal ended, or that left in good order, has no error code.
     error.exit_code = code if code is not None and code > 0 else UnexpectedError.exit_code
     return error
 
 
 def last_error(fleet: Fleet, name: str) -> str:
-    """What an agent said last: its error, or its last line."""
-    lines = fleet.tail(name, lines=_LAST_LINES).splitlines() or ["said nothing"]
+    """The last error in an agent's output, or else the last line."""
+    lines = fleet.tail(name, lines=_LAST_LINES).splitlines() or ["no output"]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].removeprefix("error: ")
 
 
 def describe(status: RunStatus) -> str:
-    """State, membership and loss in half a line."""
+    """State, loss and members as one short text."""
     members = ", ".join(member.node for member in status.members if member.phase != "down")
     loss = "" if status.loss is None else f"  loss {status.loss:.4f}"
     commit = "" if status.commit is None else f"  committed {status.commit.step}"
@@ -195,7 +195,7 @@ def _live(console: Console, config: Config) -> tuple[AbstractContextManager[obje
 
 
 def _lines() -> Show:
-    """A line when the state or the membership changes, and one every two seconds while steps are made."""
+    """Show a line when the state or the membership changes, and every two seconds while steps are done."""
     last: tuple[object, ...] = ()
     last_step, last_s = -1, float("-inf")
 

@@ -63,12 +63,12 @@ DataUrl = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """What a command says to a program: JSON on standard output, and nothing else there."""
+    """Print `value` as JSON. A command with `--json` prints nothing else on standard output."""
     typer.echo(json.dumps(value, indent=1))
 
 
 def absolute_url(text: str, name: str) -> str:
-    """A URL as it is, a plain path as file://. `name` is what the error calls it."""
+    """Return a URL unchanged and a plain path as file://. Errors call the value `name`."""
     try:
         url: str = TypeAdapter(Url).validate_python(text)
     except ValidationError as error:
@@ -77,26 +77,26 @@ def absolute_url(text: str, name: str) -> str:
 
 
 def is_config_file(text: str) -> bool:
-    """Whether CONFIG|RUN_URL means a file: there is one, or its name ends like one."""
+    """Whether CONFIG|RUN_URL is a configuration file: the file exists, or its name ends with .toml."""
     return "://" not in text and (Path(text).is_file() or text.endswith(".toml"))
 
 
 def require_new_directory(out: Path) -> None:
-    """Refuse an --out that `export` could not make a directory of, before anything is read."""
-    # As a path, `//` is one slash: any URL looks broken then.
+    """Refuse an --out that `export` cannot create, before anything is read."""
+    # `Path` turns `//` into `/`, so any URL looks broken here.
     if broken_scheme(str(out)):
         raise ConfigError(
-            f"--out {out}: a URL; expected a local directory, which can be copied then"
+            f"--out {out}: is a URL; expected a local directory, which you can copy afterwards"
         )
     if out.is_symlink() or out.is_mount():
         raise ConfigError(
-            f"--out {out}: a symbolic link or a mount point, which cannot be replaced by what is finished; "
-            "expected a new directory, there or below it"
+            f"--out {out}: is a symbolic link or a mount point, which `export` cannot replace; "
+            "expected a new directory, for example below it"
         )
     if out.exists() and (not out.is_dir() or out.resolve() == Path.cwd() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists already; expected a new or empty directory")
     parent = next(each for each in out.absolute().parents if each.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"--out {out}: {parent} is no directory that this user may write to; expected one"
+            f"--out {out}: cannot be created in {parent}; expected a directory that this user may write to"
         )

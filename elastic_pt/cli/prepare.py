@@ -40,7 +40,10 @@ def prepare(
     out: Annotated[
         str,
         typer.Option(
-            "--out", metavar="URL", help="Where to write; an empty place.", show_default=False
+            "--out",
+            metavar="URL",
+            help="Empty directory to write to: a path or a URL.",
+            show_default=False,
         ),
     ],
     vocab_size: Annotated[
@@ -79,16 +82,16 @@ def prepare(
 ) -> None:
     """Turn text into token shards: filter, drop duplicates, hold out, learn a tokenizer, tokenize.
 
-    What cannot be used (invalid UTF-8, broken lines, empty or repeated
-    documents, files of other kinds) is left out, counted, and listed in
-    left-out.jsonl; a source that loses more files than allowed is refused.
+    Unusable input (invalid UTF-8, broken lines, empty or repeated documents,
+    files of other kinds) is left out, counted, and listed in left-out.jsonl. A
+    source with more left-out files than allowed is refused.
 
     Examples:
     elastic-pt prepare books/ --out data
     elastic-pt prepare web=crawl.jsonl.zst@0.8 code=src/@0.2 --out s3://bucket/data --vocab-size 2000
     elastic-pt prepare more/ --out data2 --tokenizer tokenizer.json --held-out 0.05
     """
-    # Tokenizer and parquet libraries take a moment to import.
+    # Tokenizer and parquet libraries are slow to import.
     from elastic_pt.data.left_out import LEFT_OUT_KEY
     from elastic_pt.data.manifest import MANIFEST_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
@@ -97,7 +100,7 @@ def prepare(
 
     if tokenizer and vocab_size is not None:
         raise ConfigError(
-            f"--vocab-size {vocab_size}: expected none beside --tokenizer, which has its own"
+            f"--vocab-size {vocab_size}: expected no --vocab-size with --tokenizer, which has its own vocabulary"
         )
     specs = [parse_source(source) for source in sources]
     store = open_store(absolute_url(out, "--out"), patient=False)
@@ -115,23 +118,23 @@ def prepare(
                 )
             )
     except KeyboardInterrupt:
-        told = f"interrupted; nothing is prepared unless {store.url}/{MANIFEST_KEY} is there"
+        told = f"interrupted; the data is prepared only if {store.url}/{MANIFEST_KEY} exists"
         print(told, file=sys.stderr, flush=True)
-        # An orderly end would wait for the compiled code in the thread.
+        # A normal exit would wait for the compiled code in the thread.
         os._exit(INTERRUPTED)
     if as_json:
         print_json(summary_json(manifest, store.url))
         return
     for line in summary(manifest):
         typer.echo(line)
-    with suppress(StoreError):  # it is prepared all the same
+    with suppress(StoreError):  # the data is prepared all the same
         for line in listed_files(store.read(LEFT_OUT_KEY), f"{store.url}/{LEFT_OUT_KEY}"):
             typer.echo(line)
     typer.echo(f"wrote        {store.url}")
 
 
 def in_a_thread(work: Callable[[], _Result]) -> _Result:
-    """Call `work` in a thread: no signal reaches the main thread while it runs compiled code."""
+    """Call `work` in a thread: Python handles no signal while the main thread runs compiled code."""
     outcome: Future[_Result] = Future()
 
     def run() -> None:
@@ -146,13 +149,13 @@ def in_a_thread(work: Callable[[], _Result]) -> _Result:
     except KeyboardInterrupt:
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
-        )  # a second one must not cut the words about the first
+        )  # a second Ctrl-C must not cut the message about the first
         raise
 
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[["Progress"], None]]:
-    """A bar per stage on standard error, if that is a terminal; gives what moves them."""
+    """Show a bar per stage on standard error, if that is a terminal; yields the function that updates them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBars
@@ -175,7 +178,7 @@ def progress_bars() -> Iterator[Callable[["Progress"], None]]:
 
 
 def summary_json(manifest: "Manifest", url: str) -> dict[str, Any]:
-    """What was prepared, for programs."""
+    """The summary of the prepared data, for programs."""
     from elastic_pt.data.left_out import LEFT_OUT_KEY
 
     return {
@@ -201,7 +204,7 @@ def summary_json(manifest: "Manifest", url: str) -> dict[str, Any]:
 
 
 def summary(manifest: "Manifest") -> list[str]:
-    """What was prepared, for people."""
+    """The summary of the prepared data, for people."""
     lines = [
         f"source       {source.name}: {source.documents:,} documents, {source.tokens('train'):,} tokens to train on "
         f"(weight {source.weight:.4g}); {source.held_out_documents:,} documents, "
@@ -218,7 +221,7 @@ def summary(manifest: "Manifest") -> list[str]:
 
 
 def listed_files(lines: bytes, url: str) -> list[str]:
-    """What was left out, by path: the first lines of left-out.jsonl, for people."""
+    """The first lines of left-out.jsonl, for people."""
     records = [json.loads(line) for line in lines.splitlines()]
     shown = [
         f"left out     {_printable(record['file'])}: "

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 def status(run_url: RunUrl, as_json: AsJson = False) -> None:
-    """Show how a run is doing: live from its agents where one answers, else from its log.
+    """Show a run's state: live from its agents if one answers, else from its log.
 
     The state is new, running, paused (fewer nodes than elastic.nodes_min),
-    down (nobody answers, not finished), completed or failed.
+    down (no agent answers, not finished), completed or failed.
 
     Examples:
     elastic-pt status runs/first
     elastic-pt status s3://bucket/run --json
     """
-    # The HTTP client takes a moment to import.
+    # The HTTP client is slow to import.
     from elastic_pt.report.status import open_run, read_status
 
     found = read_status(open_run(absolute_url(run_url, "RUN_URL")))
@@ -75,17 +75,17 @@ def log(
         bool,
         typer.Option(
             "--explain",
-            help="Tell why each generation followed the one before, and where the time of each recovery went.",
+            help="Explain why each generation began, and how long each phase of its recovery took.",
         ),
     ] = False,
     as_json: AsJsonLines = False,
 ) -> None:
-    """Print the run's log, one line per record, and check its hash chain on the way.
+    """Print the run's log, one line per record, and check its hash chain.
 
-    A record that was altered, moved or removed ends it with an error and exit code 4.
-    With --explain, it tells each change of the world instead: who was lost,
-    failed, left or joined, how soon that was noticed and agreed on, and each
-    phase up to the first step. docs/recovery.md says how to read it.
+    A record that was altered, moved or removed is an error with exit code 4.
+    With --explain it prints each change of the world instead: which nodes were
+    lost, failed, left or joined, how long it took to notice that and to agree,
+    and each phase up to the first step. docs/recovery.md explains the output.
 
     Examples:
     elastic-pt log runs/first
@@ -113,7 +113,7 @@ def log(
 
 
 def _print_paragraph(text: str) -> None:
-    """A headline up to the first colon, and the rest; one line where it goes to a file or a pipe."""
+    """Print with a bold heading, up to the first colon. Into a file or a pipe it is one line."""
     console = Console(highlight=False)
     paragraph = Text(text)
     paragraph.stylize("bold", 0, text.index(":"))
@@ -133,7 +133,7 @@ def checkpoints(
     elastic-pt checkpoints runs/first
     elastic-pt checkpoints s3://bucket/run --verify --json
     """
-    # As above; and the check itself needs torch, listing does not.
+    # As above. To verify needs torch, to list does not.
     from elastic_pt.errors import CheckpointError
     from elastic_pt.report.status import open_run, read_checkpoints
 

@@ -1,4 +1,4 @@
-"""Commands for before a run: `config` and `storage-check`."""
+"""Commands to use before a run: `config` and `storage-check`."""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -30,7 +30,7 @@ def config(
     """Print the effective configuration, with a sentence for every key.
 
     Without CONFIG it prints the defaults, with placeholders for run.url and
-    data.url: a file to start from.
+    data.url: a template.
 
     Examples:
     elastic-pt config > run.toml
@@ -52,11 +52,11 @@ def storage_check(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Prove on your own store whether it keeps a run of several nodes safe.
+    """Check whether a store is safe for a run of several nodes.
 
-    Tries every operation below a fresh name, has eight writers race to create
-    one object, twenty times, and removes what it made. The last line is fenced
-    (exit code 0) or unfenced (exit code 2).
+    Tries every operation on new keys. Twenty times, eight writers race to
+    create one object. Removes everything that it created. The last line is
+    fenced (exit code 0) or unfenced (exit code 2).
 
     Examples:
     elastic-pt storage-check s3://bucket/somewhere
@@ -72,7 +72,7 @@ def storage_check(
         if not store.url.startswith("file://"):
             raise
         raise ConfigError(
-            f"URL = {url!r}: cannot be used: {error}; expected a directory that this user may make and write"
+            f"URL = {url!r}: cannot be used: {error}; expected a directory that this user may create and write to"
         ) from error
     # The report ends with "<verdict>: <reason>".
     checks = report.lines[:-1]

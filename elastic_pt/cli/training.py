@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # A node's name becomes part of keys in the run directory.
 _NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-# The commands import what trains when they run, because it imports torch.
+# The commands import the training code when they run, because it imports torch.
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
         typer.Option(
             "--node",
             metavar="NAME",
-            help="This node's name, of at most 64 letters, digits, . _ and -; the host's name by default.",
+            help="This node's name: at most 64 letters, digits, . _ and -. Default: the host's name.",
             show_default=False,
         ),
     ] = None,
@@ -38,7 +38,7 @@ def run(
         typer.Option(
             "--address",
             metavar="ADDR",
-            help="This node's address for its peers; that of the default route by default.",
+            help="Address at which peers reach this node. Default: that of the default route.",
             show_default=False,
         ),
     ] = None,
@@ -46,10 +46,10 @@ def run(
 ) -> None:
     """Run this node's agent: start the run or join it, and train until it ends.
 
-    Start it on every node. With a RUN_URL nothing else is needed, and --set
-    changes only what may differ between nodes. It ends with exit code 0 once
-    the run is complete, or once SIGTERM or Ctrl-C has asked this node to leave
-    and its last checkpoint is committed.
+    Start it on every node. A RUN_URL is enough to join a run; --set then changes
+    only what may differ between nodes. The exit code is 0 when the run is
+    complete. SIGTERM or Ctrl-C make this node leave; the exit code is then 0
+    once its last checkpoint is committed.
 
     Examples:
     elastic-pt run run.toml
@@ -77,8 +77,8 @@ def run(
         from elastic_pt.membership.address import local_address
         from elastic_pt.train import probe, worker
 
-        # Both fork this process. With several threads to compute with, numpy has some of its own here, which its own
-        # handler ends at the first fork; the server must be a fork, so it comes second.
+        # Both fork this process. With `train.threads` above 1, numpy has started threads here; its own handler ends
+        # them at the first fork. The server is forked only if this process has one thread, so it comes second.
         platform = forking.ForkedCall(probe.WHAT, probe.platform_of_workers)
         forking.start_fork_server(scratch)
         stop = run_agent(
@@ -94,7 +94,7 @@ def run(
 
 
 def _leave_at_once(*_: object) -> None:
-    """Signal handler while the node does not take part yet: there is nothing to finish."""
+    """Signal handler before the node takes part: there is nothing to finish, so exit."""
     raise SystemExit(0)
 
 
@@ -103,7 +103,7 @@ def _configuration(source: str, overrides: list[str]) -> Config:
         return load_config(Path(source), overrides)
     from elastic_pt.workers.forking import ForkedCall
 
-    # In a process of its own: a request to an object store starts a thread, and this process has yet to fork.
+    # In a separate process: a request to an object store starts a thread, and this process has to fork later.
     reading = ForkedCall("reading the run's configuration", _read_joined_config)
     reading.begin(absolute_url(source, "RUN_URL"), overrides)
     text: str = reading.wait(ElasticSection().startup_timeout_s)
@@ -117,10 +117,10 @@ def _read_joined_config(url: str, overrides: list[str]) -> str:
 
 
 def joined_config(store: "Store", overrides: list[str]) -> Config:
-    """The run's own configuration, with this node's overrides of what is not part of its identity."""
+    """The run's configuration with this node's overrides. Raises `ConfigError` if one changes the run's identity."""
     from elastic_pt.runlog.identity import read_run_config
 
-    # The run is where it was found, which need not be how the first node called it.
+    # The URL by which this node found the run; the first node may have used another one.
     here = f"run.url={store.url}"
     original = read_run_config(store, [here])
     config = read_run_config(store, [here, *overrides])
@@ -142,7 +142,7 @@ def joined_config(store: "Store", overrides: list[str]) -> Config:
 def _tell_end(reason: str, step: int) -> None:
     typer.echo(f"{reason} at step {step}")
     if reason != "completed":
-        raise RunFailed(f"{reason}; `elastic-pt reopen RUN_URL --why TEXT` lets it go on")
+        raise RunFailed(f"{reason}; `elastic-pt reopen RUN_URL --why TEXT` lets it continue")
 
 
 def local(
@@ -164,11 +164,11 @@ def local(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train with several nodes on this machine: as many agents, each with its own workers.
+    """Train with several nodes on this machine: one agent per node, each with its own workers.
 
-    They are real agents: kill one and the others go on, start another with
-    `elastic-pt run RUN_URL` and it is taken in. Ctrl-C ends them all; the same
-    command goes on from the last checkpoint.
+    They are real agents. If you kill one, the others go on. `elastic-pt run
+    RUN_URL` starts another one, which joins them. Ctrl-C ends all of them; the
+    same command then resumes from the last checkpoint.
 
     Examples:
     elastic-pt local run.toml --nodes 3
@@ -189,11 +189,11 @@ def demo(
     directory: Annotated[
         Path,
         typer.Option(
-            "--directory", metavar="DIR", help="Where data, runs and plot go.", file_okay=False
+            "--directory", metavar="DIR", help="Directory for data, runs and plot.", file_okay=False
         ),
     ] = Path("demo"),
 ) -> None:
-    """Show what it is about, in a few minutes: lose a node, take one in, get the same weights bit for bit.
+    """Show a recovery in a few minutes: lose a node, add one, get the same weights bit for bit.
 
     Trains a small model on the Python standard library with three nodes on this
     machine, kills one of them, lets another join, and compares the result with

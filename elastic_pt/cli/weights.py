@@ -1,4 +1,4 @@
-"""Commands that make something of a run's checkpoints: `digest`, `eval`, `generate`, `export`."""
+"""Commands that use a run's checkpoints: `digest`, `eval`, `generate`, `export`."""
 
 import dataclasses
 from pathlib import Path
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 def digest(run_url: RunUrl, step: Step = None, as_json: AsJson = False) -> None:
     """Print one SHA-256 over all weights and the optimizer state of a checkpoint.
 
-    Equal digests mean equal bits, whatever world size wrote them. Without --step
-    it takes the newest committed checkpoint of which every byte is right, and
-    says on standard error why it passed over a newer one. Where the run went on
-    on another platform (`reopen --platform`), a second line says up to which
-    step the checkpoint is exact.
+    Equal digests mean equal bits, for any world size. Without --step it uses the
+    newest committed checkpoint that verifies. If it passes over a newer one, it
+    prints the reason on standard error. If the run changed its platform (`reopen
+    --platform`), a second line shows up to which step the checkpoint is exact.
 
     Examples:
     elastic-pt digest runs/first
@@ -64,13 +63,13 @@ def digest(run_url: RunUrl, step: Step = None, as_json: AsJson = False) -> None:
 
 
 def tell_passed_over(chosen: "Chosen") -> None:
-    """One line on standard error for each newer checkpoint that was not used."""
+    """Print a line on standard error for each newer checkpoint that was not used."""
     for step, reason in chosen.passed_over:
         typer.echo(f"passed over step {step}: {reason}", err=True)
 
 
 def passed_over_json(chosen: "Chosen") -> list[dict[str, Any]]:
-    """The same for programs."""
+    """The newer checkpoints that were not used, for programs."""
     return [{"step": step, "reason": reason} for step, reason in chosen.passed_over]
 
 
@@ -91,7 +90,7 @@ def evaluate(
     """Measure a checkpoint on the held-out documents: loss, perplexity, bits per byte.
 
     Loss is the mean cross-entropy per token, in nats. Bits per byte counts UTF-8
-    bytes of the documents, so it compares models with different tokenizers.
+    bytes of the documents, so it can compare models with different tokenizers.
 
     Examples:
     elastic-pt eval runs/first
@@ -129,16 +128,19 @@ def generate(
         str, typer.Option("--prompt", metavar="TEXT", help="What to continue.", show_default=False)
     ],
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="At most so many new tokens.")
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
     ] = 200,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token."),
+        typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the most likely token."),
     ] = 0.8,
     top_k: Annotated[
         int,
         typer.Option(
-            "--top-k", metavar="K", min=0, help="Choose among so many tokens; 0 takes all."
+            "--top-k",
+            metavar="K",
+            min=0,
+            help="Choose among the K most likely tokens; 0 takes all.",
         ),
     ] = 50,
     seed: Annotated[
@@ -159,12 +161,10 @@ def generate(
     directory = Path(source)
     if "://" not in source and (directory / "config.json").is_file():
         if step is not None:
-            raise typer.BadParameter(
-                f"--step {step}: an exported directory has one step; a run URL has several"
-            )
+            raise typer.BadParameter(f"--step {step}: an exported directory has only one step")
         if data_url is not None:
             raise typer.BadParameter(
-                f"--data {data_url}: an exported directory has its own tokenizer; a run URL needs data"
+                f"--data {data_url}: an exported directory has its own tokenizer and needs no data"
             )
         model, found, passed_over = open_exported(directory), None, []
     else:
@@ -184,15 +184,13 @@ def export(
     run_url: RunUrl,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", metavar="DIR", help="A directory that is new or empty.", show_default=False
-        ),
+        typer.Option("--out", metavar="DIR", help="A new or empty directory.", show_default=False),
     ],
     step: Step = None,
     data_url: DataUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the model as a directory that Hugging Face transformers loads untouched, bit for bit.
+    """Write the model as a directory that Hugging Face transformers loads, with the same bits.
 
     Examples:
     elastic-pt export runs/first --out model
@@ -207,7 +205,7 @@ def export(
     except OSError as error:
         raise ConfigError(
             f"--out {out}: cannot be written: {error.strerror or error}; expected a new directory "
-            "that this user may make, with room for the weights"
+            "that this user may create, with room for the weights"
         ) from error
     step = trained.chosen.manifest.step
     if as_json:

@@ -2,7 +2,7 @@
 
     run.toml ─► parse_config (+ --set section.key=value) ─► Config ─► a section for each part of the code
 
-Unknown keys are errors. Each section is handed alone to the code that needs it. The sections in `IDENTITY_SECTIONS`
+Unknown keys are errors. Code gets only the section that it needs. The sections in `IDENTITY_SECTIONS`
 decide the bits of the weights: they are written to the run directory once and every node must agree on them. The
 others may differ from node to node.
 """
@@ -51,8 +51,8 @@ __all__ = [
 
 IDENTITY_SECTIONS = ("data", "model", "train")
 INTRODUCED: dict[str, Any] = {}
-"""Keys of these sections that came after the first version, by name, with the default that each had then. A run that
-knows nothing of one has that value, and its identity and fingerprint stay what they were."""
+"""Keys of these sections that were added after the first version, by name, with their first default. A run recorded
+without such a key has this default, so its identity and its fingerprint do not change."""
 
 
 class Config(Section):
@@ -68,8 +68,8 @@ class Config(Section):
     store: StoreSection = StoreSection()
 
     def to_toml(self, *, comments: bool = False) -> str:
-        """The effective configuration as TOML, on request with a sentence per key."""
-        # Not at the top: most processes read a configuration and write none.
+        """The effective configuration as TOML; with `comments`, a sentence above each key."""
+        # Not at the top: most processes only read a configuration.
         import tomlkit
 
         document = tomlkit.document()
@@ -93,7 +93,7 @@ class Config(Section):
         for name in IDENTITY_SECTIONS:
             section: Section = getattr(self, name)
             leaves |= {f"{name}.{key}": value for key, value in section.model_dump().items()}
-        # Where data lies and how it is read decides no bit.
+        # The location and the cache of the data do not affect the bits.
         for key in ("url", "prefetch_steps", "cache", "cache_bytes"):
             del leaves[f"data.{key}"]
         return {
@@ -117,7 +117,7 @@ def section_type(annotation: Any) -> type[Section]:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides. Raises `ConfigError` in one line."""
     try:
-        # Editors on Windows begin a file with a byte order mark.
+        # Some editors on Windows write a byte order mark first.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
@@ -184,7 +184,7 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def _expectation(message: str) -> str:
-    """What pydantic says of a value, as this project says it."""
+    """A message of pydantic in the wording of this project."""
     if message.startswith("Input should be "):
         return f"expected {message.removeprefix('Input should be ')}"
     return f"{message[0].lower()}{message[1:]}"

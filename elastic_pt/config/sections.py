@@ -1,4 +1,4 @@
-"""The sections of the configuration: every key with its type, its bounds, its default and its sentence.
+"""The sections of the configuration: every key with its type, bounds, default and a sentence.
 
 A rule over several keys of a section is a validator of that section.
 """
@@ -17,7 +17,7 @@ from pydantic import (
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2}|$)")
 
-# Every number has a finite range. Beyond it, nothing here was meant, and some library below would fail late.
+# Every number has a finite range. A value outside is a mistake, and a library would fail late.
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -27,7 +27,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=1e6)]
 SecondsOrZero = Annotated[float, Field(ge=0.0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Failures = Annotated[int, Field(ge=1, le=64)]
-"""As many generations as the view of a log remembers (`runlog.log.GENERATIONS_KEPT`)."""
+"""At most the number of generations that `RunView` keeps (`runlog.log.GENERATIONS_KEPT`)."""
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A dimension of a tensor."""
@@ -39,7 +39,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 def broken_scheme(text: str) -> str:
-    """The scheme of a text that was meant to be a URL and is none (s3:/bucket, S3://bucket); else empty."""
+    """The scheme of a malformed URL (s3:/bucket, S3://bucket); empty for any other text."""
     found = _SCHEME.match(text.strip())
     if found is None or (found[2] == "//" and found[1] == found[1].lower()):
         return ""
@@ -50,12 +50,10 @@ def _without_trailing_slash(url: str) -> str:
     if not url.strip():
         raise ValueError("must not be empty; expected a directory or a URL such as s3://bucket/run")
     if scheme := broken_scheme(url):
-        raise ValueError(
-            f"begins like a URL of {scheme!r} and is none; expected {scheme.lower()}://... or a path"
-        )
+        raise ValueError(f"malformed URL of {scheme!r}; expected {scheme.lower()}://... or a path")
     stripped = url.rstrip("/") or "/"
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", stripped):
-        raise ValueError(f"names no place behind the scheme; expected {stripped}//... or a path")
+        raise ValueError(f"has nothing after the scheme; expected {stripped}//... or a path")
     return stripped if "://" in stripped else f"file://{Path(stripped).expanduser().resolve()}"
 
 
@@ -69,16 +67,16 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """What this run is."""
+    """The run directory and the seed."""
 
     url: Url
-    """The run directory: a path or an fsspec URL (file://, s3://, ...). The only thing that has to survive."""
+    """The run directory: a path or an fsspec URL (file://, s3://, ...). Only this directory has to survive."""
     seed: Seed = 0
     """Seed of the initial weights and of the data order."""
 
 
 class DataSection(Section):
-    """What it reads."""
+    """The prepared data, and how it is read."""
 
     url: Url
     """The directory that `elastic-pt prepare` wrote."""
@@ -87,9 +85,9 @@ class DataSection(Section):
     prefetch_steps: Count = 2
     """Steps that each worker reads ahead."""
     cache: str = ""
-    """Directory for token shards that are downloaded; empty: one per user below the system's temporary directory."""
+    """Directory for downloaded token shards; empty: one per user in the system's temporary directory."""
     cache_bytes: Annotated[int, Field(ge=1, le=2**60)] = 100 * 2**30
-    """Most bytes that it may hold; least recently used files are removed first."""
+    """Maximum size of that directory in bytes; least recently used files are removed first."""
 
 
 class ModelSection(Section):
@@ -139,7 +137,7 @@ class ModelSection(Section):
 
 
 class TrainSection(Section):
-    """How it learns. One step reads `global_batch` sequences, in V = global_batch / micro_batch slots."""
+    """Batch, optimizer and numerics. One step reads `global_batch` sequences, in V = global_batch / micro_batch slots."""
 
     steps: Count = 1000
     """Optimizer steps of the whole run."""
@@ -156,7 +154,7 @@ class TrainSection(Section):
     warmup_steps: CountOrZero = 20
     """Steps of linear warm-up."""
     decay_share: Share = 0.2
-    """Share of the run that the decay of `wsd` takes, at its end."""
+    """Share of the run, at its end, in which `wsd` decays the learning rate."""
     weight_decay: Factor = 0.1
     """Decoupled weight decay of matrices; vectors (the norms) are not decayed."""
     beta1: Decay = 0.9
@@ -172,11 +170,11 @@ class TrainSection(Section):
     numerics: Literal["exact", "native"] = "exact"
     """exact: the same bits for every number of workers; native: the library's reduce-scatter."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations and matrix products; auto is bfloat16 on CUDA, float32 on CPU. Masters are float32."""
+    """Type of activations and matrix products; auto is bfloat16 on CUDA, float32 on CPU. Master weights are float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; auto takes CUDA if there is any."""
+    """Device of the workers; auto takes CUDA if there is any."""
     threads: Threads = 1
-    """CPU threads per worker. Part of the bits: a matrix product may round differently with another number."""
+    """CPU threads per worker. They affect the bits: a matrix product may round differently with another number."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products and attention, or whole blocks."""
     compile: bool = False
@@ -200,16 +198,16 @@ class TrainSection(Section):
 
 
 class ElasticSection(Section):
-    """Who takes part."""
+    """Number of nodes, timeouts, and limits on failures."""
 
     nodes_min: Count = 1
-    """Nodes below which the run pauses, with its state kept."""
+    """Fewest nodes that train; with fewer the run pauses and keeps its state."""
     nodes_max: Count = 64
-    """Nodes above which further ones wait as spares."""
+    """Most nodes that train; further nodes wait as spares."""
     workers_per_node: Processes = 0
     """Worker processes on this node; 0 takes one per GPU, or one on a CPU node."""
     heartbeat_interval_s: Seconds = 0.2
-    """Seconds between two questions to each peer."""
+    """Seconds between two heartbeats to each peer."""
     heartbeat_timeout_s: Seconds = 1.5
     """Seconds without proof of life after which a peer counts as silent; a refused connection counts at once."""
     takeover_s: Seconds = 3.0
@@ -221,19 +219,19 @@ class ElasticSection(Section):
     collective_timeout_s: Seconds = 300.0
     """Seconds after which a collective operation between workers fails."""
     hang_timeout_s: Seconds = 2.0
-    """Seconds that a worker may run no Python code before it is killed; longer for a worker with longer known pauses."""
+    """Seconds without Python code after which a worker is killed; longer for a worker with longer known pauses."""
     startup_timeout_s: Seconds = 600.0
     """Seconds that a worker may take for one part of its start, or for its first step."""
     leave_timeout_s: Seconds = 25.0
-    """Seconds that a node which is asked to leave (SIGTERM) may take for its last checkpoint."""
+    """Seconds that a leaving node (SIGTERM) may take for its last checkpoint."""
     retries_without_progress: Count = 3
-    """Failures of this node's own workers without a new step after which the node leaves the run."""
+    """Failures of this node's own workers without a new step before the node leaves the run."""
     flaps_max: Count = 3
     """Times that a node may cause a new generation within `flap_window_s` before it is kept out for a while."""
     flap_window_s: Seconds = 600.0
     """Seconds after which a node's failures are forgotten."""
     quarantine_s: Seconds = 30.0
-    """Seconds that such a node is kept out the first time; twice as long each further time, at most an hour."""
+    """Seconds for which it is kept out the first time; twice as long each further time, at most an hour."""
     same_failures_max: Failures = 3
     """Times that the program may fail in the same way at the same step, on two nodes or alone, before the run stops."""
     failures_max: Failures = 20
@@ -254,24 +252,24 @@ class ElasticSection(Section):
             raise ValueError(
                 f"elastic.takeover_s = {self.takeover_s}: expected at least twice "
                 f"elastic.heartbeat_timeout_s = {self.heartbeat_timeout_s}, or a node that is cut off could "
-                "take over before the others have noticed"
+                "take over before the others notice"
             )
         return self
 
 
 class CheckpointSection(Section):
-    """What is kept, and how often."""
+    """How often checkpoints are written, how many are kept, and where they are staged."""
 
     every_steps: Count = 50
-    """Steps between checkpoints; a checkpoint waits while the one before is still being uploaded."""
+    """Steps between checkpoints; a checkpoint waits until the upload of the one before has ended."""
     snapshot_every_steps: CountOrZero = 0
-    """Steps between copies of the state into memory, which a lost node's peers go on from; 0 chooses by what they cost."""
+    """Steps between copies of the state into memory, from which the others resume when a node is lost; 0 chooses by their cost."""
     mirror_copies: Copies = 1
-    """Other nodes that hold a copy of each node's state in memory; 0 turns copies off."""
+    """Other nodes that hold a copy of each node's state in memory; 0 makes no copies."""
     keep: Count = 3
     """Committed checkpoints that are kept."""
     staging: str = "/dev/shm"
-    """Local directory (best: memory) where workers leave their shards for the agent to upload."""
+    """Local directory, best in memory, where workers write their shards for the agent to upload."""
 
     @model_validator(mode="after")
     def _staging_is_absolute(self) -> "CheckpointSection":
@@ -281,18 +279,18 @@ class CheckpointSection(Section):
 
 
 class TelemetrySection(Section):
-    """What operators see."""
+    """Metrics and events."""
 
     metrics_address: str = "127.0.0.1"
     """Address on which the agent serves /metrics."""
     metrics_port: Port = 0
     """Port of /metrics; 0 takes a free one, which `status` shows."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe event that is written."""
+    """Lowest level of the events that are written."""
 
 
 class StoreSection(Section):
-    """How the bucket is used."""
+    """Requests to the bucket."""
 
     deadline_s: Seconds = 120.0
     """Seconds for which one request to the bucket is retried."""

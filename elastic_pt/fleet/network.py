@@ -4,8 +4,8 @@
                                          ── veth ── [node-1: eth0 10.77.0.2, fd77::2] ...
 
 Chaos tests and benchmarks start an agent in each namespace and cut links between them. Hub and nodes are network
-namespaces without a name. Each exists as an open file of this process and as the network of the processes in it,
-so nothing is left behind however this process ends, and two such networks on one machine do not collide. The
+namespaces without a name. The kernel removes a namespace once this process has closed it and no process is in it.
+So nothing is left behind, however this process ends, and two such networks on one machine do not collide. The
 machine's own network is never changed. To look into a namespace: `nsenter --net=/proc/<pid of an agent>/ns/net`.
 """
 
@@ -98,7 +98,7 @@ class Network:
         return _address(self._versions[0], _HUB_NUMBER)
 
     def prefix(self, node: str) -> list[str]:
-        """The words before a command that run it on a node, under the same process id."""
+        """Words to put before a command to run it on a node, under the same process id."""
         return _inside(self._namespaces[node])
 
     @contextmanager
@@ -109,7 +109,7 @@ class Network:
 
     @contextmanager
     def on_hub(self) -> Iterator[None]:
-        """Put the calling thread, and only it, on the hub, which reaches every node whatever `block` says."""
+        """Put the calling thread, and only it, on the hub, which reaches every node despite `block`."""
         with _entered(self._hub):
             yield
 
@@ -178,7 +178,7 @@ class Network:
 
     def _give_addresses(self, namespace: int, interface: str, number: int) -> None:
         for version in self._versions:
-            # nodad: an IPv6 address is usable at once, without a search for another owner first.
+            # nodad: an IPv6 address is usable at once, without duplicate address detection.
             length, now = ("/24", ()) if version == 4 else ("/64", ("nodad",))
             address = _address(version, number) + length
             self._ip(namespace, "addr", "add", address, "dev", interface, *now)
@@ -199,11 +199,11 @@ def _address(version: int, number: int) -> str:
 
 
 def _new_namespace() -> int:
-    """An open file of a new network namespace. In a thread: the thread that makes a namespace moves into it."""
+    """An open file of a new network namespace. In a new thread, because the thread that makes one moves into it."""
 
     def make() -> int:
         if _LIBC.unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "no network namespace can be made")
+            raise OSError(ctypes.get_errno(), "cannot make a network namespace")
         return os.open(_OWN_NAMESPACE, os.O_RDONLY)
 
     with ThreadPoolExecutor(1) as pool:

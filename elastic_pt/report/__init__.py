@@ -1,1 +1,1 @@
-"""What a run says of itself: read from its directory by anybody, while it trains or long after."""
+"""Reports on a run, read from its run directory while it trains or later."""

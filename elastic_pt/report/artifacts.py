@@ -1,4 +1,4 @@
-"""What can be made of a run's checkpoints on any one machine: a digest, a measurement, text, an export.
+"""Uses of a run's checkpoints on one machine: a digest, an evaluation, generated text, an export.
 
     run ─► choose_checkpoint ─► manifest ─┬─► digest_of
                                           └─► open_trained (+ data.url: vocabulary, tokenizer, held-out text)
@@ -6,8 +6,8 @@
                                                    ├─► text_model ─► continue_text
                                                    └─► export
 
-A checkpoint is read as a whole before it is used, so whatever comes out of here stands on verified bytes.
-The model is a plain unsharded one, in float32. Runs in the command line's process.
+Every byte of a checkpoint is verified before the checkpoint is used. The model is unsharded, in float32.
+Runs in the command line's process.
 """
 
 import json
@@ -46,7 +46,7 @@ _BATCH_TOKENS: Final = 8192
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checkpoint that verified, and why newer ones were not taken."""
+    """A verified checkpoint, and why newer ones were passed over."""
 
     manifest: FullManifest
     passed_over: tuple[tuple[int, str], ...]
@@ -54,9 +54,9 @@ class Chosen:
 
 
 def choose_checkpoint(run: Run, step: int | None) -> Chosen:
-    """The newest committed checkpoint of which every byte is right, or the one of `step`.
+    """The newest committed checkpoint that verifies, or the one of `step`.
 
-    Raises `ConfigError` for a step that is not kept, and `CheckpointError` when nothing usable is there.
+    Raises `ConfigError` for a step that is not kept, and `CheckpointError` if none is usable.
     """
     reports = read_checkpoints(run)
     passed_over = [
@@ -84,7 +84,7 @@ def choose_checkpoint(run: Run, step: int | None) -> Chosen:
 
 
 def problems_of(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """Everything that is wrong with a checkpoint, after reading every byte of it."""
+    """All problems of a checkpoint. Reads every byte of it."""
     return verify(run.store, checkpoint, run.log.view.run_id)
 
 
@@ -123,8 +123,8 @@ class Trained:
 def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
     """Choose a checkpoint and find its data at `data_url`, by default where the run read it.
 
-    Raises `ConfigError` if the data is not there or not what the checkpoint was trained on, and `StoreError` if it
-    cannot be reached.
+    Raises `ConfigError` if the data is missing or has another tokenizer than the checkpoint, and `StoreError` if its
+    store cannot be reached.
     """
     if run.config is None:
         raise ConfigError(
@@ -137,11 +137,11 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
     try:
         data = read_data_manifest(data_store)
     except (DataError, StoreError) as error:
-        # What is not there is a mistake; a store that cannot be asked may hold it.
+        # Missing data is a user's mistake; an unreachable store may still hold it.
         kind = ConfigError if isinstance(error, (DataError, NotFound)) else StoreError
         raise kind(
             f"data.url = {url!r}: vocabulary and tokenizer cannot be read ({error}); "
-            "expected --data URL with the place of the same prepared data"
+            "expected --data URL with the location of the same prepared data"
         ) from error
     if data.tokenizer_sha256 != chosen.manifest.state.tokenizer_sha256:
         raise ConfigError(
@@ -153,7 +153,7 @@ def open_trained(run: Run, step: int | None, data_url: str | None) -> Trained:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the held-out documents say."""
+    """The results on the held-out documents."""
 
     step: int
     loss: float
@@ -166,7 +166,7 @@ class Evaluation:
 
 
 def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
-    """Measure the model on every held-out token; `on_tokens` hears of each batch that is done.
+    """Measure the model on every held-out token. Calls `on_tokens` with the number of tokens of each batch.
 
     The windows are those of `held_out_batches`, of the training length: each token counts exactly once.
     Raises `DataError` if nothing was held out.
@@ -206,7 +206,7 @@ def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
 
 @torch.inference_mode()
 def _summed_nats(model: Transformer, part: HeldOutBatch) -> float:
-    """Summed cross-entropy of the targets that count."""
+    """Cross-entropy in nats, summed over the targets that are not `IGNORED`."""
     device = model.output_weight.device
     sums = model(part.inputs_BT.to(device), part.targets_BT.to(device))
     assert isinstance(sums, LossSums)
@@ -215,7 +215,7 @@ def _summed_nats(model: Transformer, part: HeldOutBatch) -> float:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that reads and writes text."""
+    """A model with its tokenizer."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -234,7 +234,7 @@ def open_exported(directory: Path) -> TextModel:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
     max_tokens: int
     temperature: float
@@ -243,7 +243,7 @@ class Sampling:
 
 
 def continue_text(text_model: TextModel, prompt: str, sampling: Sampling) -> str:
-    """What the model writes after `prompt`; an empty prompt is the start of a document."""
+    """The model's continuation of `prompt`; an empty prompt is the start of a document."""
     token_ids = text_model.tokenizer.encode(prompt, add_special_tokens=False).ids
     new = model_generate.generate(
         text_model.model,
@@ -260,8 +260,8 @@ def continue_text(text_model: TextModel, prompt: str, sampling: Sampling) -> str
 
 
 def export(trained: Trained, out: Path) -> None:
-    """Write the model and its tokenizer as a Hugging Face directory. Raises `ConfigError` for a used directory."""
-    # Also checks the tokenizer's hash before its bytes are copied.
+    """Write the model and its tokenizer as a Hugging Face directory. Raises `ConfigError` if `out` is not new or empty."""
+    # This checks the tokenizer's hash before its bytes are copied.
     load_tokenizer(trained.data_store, trained.data)
     model_export.export(
         checkpoint_digest.iterate_weights(trained.store, trained.chosen.manifest),

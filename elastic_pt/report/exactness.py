@@ -1,8 +1,8 @@
-"""Where the exactness of a checkpoint ends: the steps at which its run went on on another platform.
+"""Up to which step a checkpoint is exact: the steps at which its run changed to another platform.
 
-A run keeps to one platform (`identity`) until an operator reopens it for another one. The generation that comes
-next resumes from a committed checkpoint, and its platform counts from that step on. A later generation that resumes
-from an earlier checkpoint undoes that: the steps are done again, on its own platform.
+A run stays on one platform (`identity`) until an operator reopens it for another one. The next generation resumes
+from a committed checkpoint, and its platform counts from that step on. A later generation that resumes from an
+earlier checkpoint cancels that change: the steps are done again, on its own platform.
 """
 
 import json
@@ -19,14 +19,14 @@ from elastic_pt.store.port import Store
 
 @dataclass(frozen=True)
 class PlatformChange:
-    """The platform of a run is another one from here on."""
+    """A run continued on another platform."""
 
     step: int
-    """Steps that were done before, on other platforms."""
+    """Steps done before the change, on earlier platforms."""
     differs: tuple[str, ...]
     """Each name that decides the bits and differs, with its value before and after."""
     why: str
-    """What the operator said."""
+    """The operator's reason."""
 
     def __str__(self) -> str:
         return f"another platform: {', '.join(self.differs)} (reopened: {self.why})"
@@ -35,7 +35,7 @@ class PlatformChange:
 def read_platform_changes(
     store: Store, log: RunLog, generation: int, step: int
 ) -> list[PlatformChange]:
-    """The changes that are part of the checkpoint of `step`, made by `generation`; none for an exact one."""
+    """The changes before the checkpoint of `step` that `generation` wrote; empty if that is exact."""
     head = log.refresh().head
     if head is None:
         return []
@@ -58,7 +58,7 @@ def read_platform_changes(
 def platform_changes(
     records: Iterable[Record], first: Mapping[str, str], generation: int
 ) -> list[PlatformChange]:
-    """What GENERATION and REOPEN records, in the log's order, tell up to `generation`. Pure.
+    """The changes in GENERATION and REOPEN records, in the log's order, up to `generation`. Pure.
 
     `first` is the platform of the run's first node.
     """
@@ -78,7 +78,7 @@ def platform_changes(
             values = (f"{x} = {body.platform.get(x)!r} after {before[x]!r}" for x in names)
             spans.append((step, body.platform, PlatformChange(step, tuple(values), why)))
         elif spans:
-            # It may tell more of the same platform.
+            # It may record more names of the same platform.
             spans[-1] = (spans[-1][0], body.platform, spans[-1][2])
         else:
             spans.append((step, body.platform, None))

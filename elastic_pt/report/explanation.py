@@ -1,13 +1,13 @@
-"""What happened between the generations of a run, told from its log alone. Pure: records in, explanations out.
+"""Explains the changes between a run's generations from its log alone. Pure: records in, explanations out.
 
     GENERATION   causes, frontier step, resume, time to agree ─┐
     RECOVERY     the phases up to its first step ──────────────┼─► Change   one per generation but the first
-    QUARANTINE   a checkpoint set aside, a node kept out ──────┤
-    COMMIT       that it did train ────────────────────────────┘
+    QUARANTINE   a quarantined checkpoint, a node kept out ────┤
+    COMMIT       proof that it trained ────────────────────────┘
     STOP ────────────────────────────────────────────────────────► End
 
-Every time in here is a duration that one node measured on its own monotonic clock. The times of the records
-come from the wall clocks of different machines: they are not looked at.
+Every time in here is a duration that one node measured on its own monotonic clock. The times of the records are
+not used: they come from the wall clocks of different machines.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ from elastic_pt.runlog.records import (
 )
 
 _PLANNED: Final = frozenset({CauseKind.JOINED, CauseKind.LEFT, CauseKind.BARRED})
-"""What does not break a world: its workers stop after the same step, and nothing is lost."""
+"""Causes that do not break a world: its workers stop after the same step, and nothing is lost."""
 
 
 class FirstStep(StrEnum):
-    """What the log knows of a generation's first step."""
+    """What the log records of a generation's first step."""
 
     DONE = "done"
-    """A RECOVERY tells how long it took."""
+    """A RECOVERY has its duration."""
     NOT_MEASURED = "not measured"
     """The generation did steps, but there is no RECOVERY."""
     REPLACED = "replaced"
@@ -48,7 +48,7 @@ class FirstStep(StrEnum):
     AWAITED = "awaited"
     """It is the newest generation, and the run has not ended."""
     UNKNOWN = "unknown"
-    """Stock torchrun trains: the log holds who, not what."""
+    """A run of stock torchrun: the log has its members, but no steps."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Change:
     """Why and how one generation followed the one before."""
 
     index: int
-    """Of its GENERATION record."""
+    """Index of its GENERATION record."""
     generation: int
     nodes: tuple[str, ...]
     world_size: int
@@ -84,13 +84,13 @@ class Change:
     planned: bool
     """All members had stopped after the same step: nothing was lost."""
     resumed_by_new_nodes: bool
-    """Nobody was left who could have seen what happened."""
+    """No member of the generation before was left, so the causes are unknown."""
     frontier_step: int
     """The newest step that a member had done before."""
     resume_step: int
-    """Where it went on; 0 is the start."""
+    """The step from which it resumed; 0 is the start."""
     agree_s: float
-    """From the moment at which the change was noticed to the record."""
+    """Seconds from when the change was noticed to the record."""
     first_step: FirstStep
     recovery: Recovery | None = None
     set_aside: tuple[SetAside, ...] = ()
@@ -98,7 +98,7 @@ class Change:
 
     @property
     def steps_again(self) -> int | None:
-        """Steps that were done before and had to be done again; None where nobody was left who knew."""
+        """The number of steps that are done again; None if no member was left that counted them."""
         if self.resumed_by_new_nodes or self.frontier_step < self.resume_step:
             return None
         return self.frontier_step - self.resume_step
@@ -114,7 +114,7 @@ class End:
     """How the run ended."""
 
     index: int
-    """Of its STOP record."""
+    """Index of its STOP record."""
     generation: int
     step: int
     reason: str
@@ -128,7 +128,7 @@ class End:
 def explain(records: Iterable[Record]) -> list[Change | End]:
     """Every change of the world, oldest first, and the end of the run if it has one.
 
-    `records` are those of one log, from its first record on. The first generation has nothing to explain.
+    `records` are those of one log, from its first record on. The first generation is not a change.
     """
     changes: list[Change] = []
     ends: list[End] = []
@@ -158,7 +158,7 @@ def explain(records: Iterable[Record]) -> list[Change | End]:
 
 
 def as_json(found: Change | End) -> dict[str, Any]:
-    """An explanation for programs: its fields, and `text`, which is the one for people."""
+    """An explanation for programs: its fields, and the sentence for people as `text`."""
     fields = {"kind": type(found).__name__.lower(), **dataclasses.asdict(found)}
     if isinstance(found, Change):
         fields["steps_again"] = found.steps_again
@@ -168,7 +168,7 @@ def as_json(found: Change | End) -> dict[str, Any]:
 def _change(
     index: int, generation: Generation, members: set[str], set_aside: list[SetAside]
 ) -> Change:
-    """What a GENERATION says; `members` are the incarnations of the one before."""
+    """The change that a GENERATION makes; `members` are the incarnations of the one before."""
     stayed = members & {member.incarnation for member in generation.members}
     anew = not stayed and not generation.causes
     return Change(
@@ -189,7 +189,7 @@ def _change(
 
 
 def _later(change: Change, body: Recovery | Commit | Quarantine | Stop) -> Change:
-    """The newest generation after one more record about it."""
+    """The newest change, completed by one more record about it."""
     match body:
         case Recovery():
             return replace(change, recovery=body, first_step=FirstStep.DONE)
@@ -204,14 +204,14 @@ def _later(change: Change, body: Recovery | Commit | Quarantine | Stop) -> Chang
 
 
 def _over(change: Change, by: FirstStep, step: int) -> Change:
-    """A generation when something comes after it that knows `step` to be done."""
+    """A change that a later record ended; `step` is the newest step done by then."""
     if change.first_step is not FirstStep.AWAITED:
         return change
     trained = step > max(change.frontier_step, change.resume_step)
     return replace(change, first_step=FirstStep.NOT_MEASURED if trained else by)
 
 
-# ---- words -------------------------------------------------------------------------------------------
+# ---- texts -------------------------------------------------------------------------------------------
 
 
 def _what_happened(change: Change) -> list[str]:
@@ -232,7 +232,7 @@ def _what_happened(change: Change) -> list[str]:
         f"node {each.node} kept out for {each.seconds:g} s: {each.why}" for each in change.kept_out
     ]
     if change.resumed_by_new_nodes:
-        clauses.append(f"nobody of generation {change.generation - 1} was left; {change.reason}")
+        clauses.append(f"no member of generation {change.generation - 1} was left; {change.reason}")
     return [*(clauses or [change.reason]), *map(_aside, change.set_aside)]
 
 
@@ -255,7 +255,7 @@ def _trouble(kind: CauseKind, causes: list[Cause], detail: str, change: Change) 
 
 def _aside(found: SetAside) -> str:
     name = found.directory if found.step is None else f"of step {found.step}"
-    return f"the checkpoint {name} was set aside: {found.why}"
+    return f"the checkpoint {name} was quarantined: {found.why}"
 
 
 def _how_it_went_on(change: Change) -> list[str]:
@@ -268,7 +268,7 @@ def _how_it_went_on(change: Change) -> list[str]:
         case FirstStep.DONE if change.recovery is not None:
             clauses += _phases(change, change.recovery)
         case FirstStep.NOT_MEASURED:
-            clauses.append(f"went on from step {change.resume_step}; its start is not on record")
+            clauses.append(f"resumed from step {change.resume_step}; its start is not on record")
         case FirstStep.REPLACED:
             clauses.append("replaced before its first step was on record")
         case FirstStep.ENDED:
@@ -301,7 +301,7 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
 def _again(change: Change) -> str:
     count, first = change.steps_again, change.resume_step + 1
     if count is None:
-        return f"steps from {first} on done again, however many there were"
+        return f"steps from {first} on done again, number unknown"
     if count == 0:
         return "no step done again"
     which = str(first) if count == 1 else f"{first} to {change.frontier_step}"

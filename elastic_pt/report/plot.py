@@ -1,7 +1,7 @@
-"""One picture of a run: the loss that counts, and below it who computed it.
+"""One plot of a run: the loss above, the membership below.
 
-Everything is drawn over steps of the committed lineage, so time that was lost does not show: a node that
-dies leaves at the step from which the others went on. Pure but for the file it writes; any process.
+The x axis is the steps of the committed lineage, so lost steps do not show: the row of a node that died ends at the
+step from which the others resumed. Pure except for the file that it writes; runs in any process.
 """
 
 import itertools
@@ -38,12 +38,12 @@ class StepPoint:
 
     step: int
     loss: float | None
-    """None where it was not finite."""
+    """None if it was not finite."""
 
 
 @dataclass(frozen=True)
 class GenerationSpan:
-    """One generation, oldest first: its nodes train the steps after `first_step`, until the next one begins."""
+    """One generation: its nodes train the steps after `first_step`, until the next one begins."""
 
     number: int
     first_step: int
@@ -71,7 +71,7 @@ def plot_run(
     points: Sequence[StepPoint],
     generations: Sequence[GenerationSpan],
 ) -> None:
-    """Write a PNG to `target`: loss per step above, one row per node and its losses and joins below."""
+    """Write a PNG to `target`: loss per step above, one row per node with its changes below. Oldest generation first."""
     nodes = list(dict.fromkeys(node for each in generations for node in each.nodes))
     last_step = max((point.step for point in points), default=1)
     rows_inches = _ROW_INCHES * max(1, len(nodes))
@@ -111,7 +111,7 @@ def _draw_loss(axes: Axes, points: Sequence[StepPoint]) -> None:
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Mean over a centred window of about 2 % of the run; narrower at both ends, so that neither is bent."""
+    """Mean over a centred window of about 2 % of the run; narrower at both ends, so that it stays centred."""
     half_steps = max(1, round(len(losses) * _SMOOTHING_SHARE / 2))
     result = []
     for index in range(len(losses)):
@@ -185,7 +185,7 @@ def _mark(axes: Axes, change: _Change, row: int, last_step: int) -> None:
 
 
 def _changes(generations: Sequence[GenerationSpan]) -> list[_Change]:
-    """What became of which node, from one generation to the next; the reasons tell why."""
+    """Nodes lost, joined or failed from one generation to the next, each with the reason."""
     changes = []
     for before, after in itertools.pairwise(generations):
         step = after.first_step

@@ -1,18 +1,18 @@
-"""What a run says of itself, to anybody who has its URL: state, records, checkpoints, history of steps.
+"""Reads a run from its URL: state, records, checkpoints, history of steps.
 
-    log ─► RunView ─┐
-    agents ─► answers ┼─► status      the agents know the step of this moment; where none answers, the log speaks
-    lobby ─► cards ─┘
+    log ─► RunView ───┐
+    agents ─► answers ┼─► status      live from the agents; from the log if none answers
+    lobby ─► cards ───┘
 
 States of a run:
 
     new        no generation yet
     running    members train, or enough nodes are up and agree on the next generation
-    paused     nodes are up, but fewer than elastic.nodes_min can train together; it goes on by itself when more come,
-               or when a trouble passes that made nodes rest
-    down       nobody answers and the log has no STOP; any agent that starts goes on from the last commit
+    paused     nodes are up, but fewer than elastic.nodes_min can train together; it continues by itself when more
+               nodes come, or when nodes have rested
+    down       no agent answers and the log has no STOP; a new agent resumes from the last commit
     completed  the last step is done and committed
-    failed     the log has a STOP for another reason, which `reason` tells
+    failed     the log has a STOP for another reason (in `reason`)
 
 Only reads, and imports no torch. Runs in the command line's process.
 """
@@ -61,7 +61,7 @@ _ANSWER_BYTES_MAX: Final = 1024 * 1024
 
 
 class State(StrEnum):
-    """See the module."""
+    """The state of a run, as the module defines it."""
 
     NEW = "new"
     RUNNING = "running"
@@ -77,26 +77,26 @@ class MemberReport:
 
     node: str
     pid: int
-    """Of its agent."""
+    """Process id of its agent."""
     address: str
     port: int
     slots: int
     """Slots of each step that it computes; 0 for one that waits."""
     workers: int
     phase: str
-    """What it says it does; "down" if it does not answer."""
+    """The phase in its answer; "down" if it does not answer."""
     resting: str
-    """Why it takes no part for a while; empty if it does."""
+    """Why it rests; empty if it does not."""
     metrics_url: str
 
 
 @dataclass(frozen=True)
 class CommitReport:
-    """The newest checkpoint that counts."""
+    """The newest committed checkpoint."""
 
     step: int
     age_s: float
-    """Since it was committed, by this machine's clock."""
+    """Seconds since it was committed, by this machine's clock."""
     directory: str
 
 
@@ -112,7 +112,7 @@ class RunStatus:
     """Workers of the newest generation."""
     step: int
     steps: int | None
-    """Of the whole run, where the run directory tells."""
+    """Steps of the whole run; None if the run directory has no configuration."""
     loss: float | None
     members: tuple[MemberReport, ...]
     waiting: tuple[MemberReport, ...]
@@ -146,7 +146,7 @@ def open_run(url: str) -> Run:
 
 
 def read_status(run: Run) -> RunStatus:
-    """The run as it is now; waits at most twice `ANSWER_TIMEOUT_S` for agents that do not answer."""
+    """The run as it is now. Asks agents at most three times, each time for at most `ANSWER_TIMEOUT_S`."""
     view = run.log.refresh()
     answers = _ask(run, _members(view))
     if any(answer.log_length > view.length for answer in answers.values()):
@@ -198,7 +198,7 @@ def judge(
 
 
 def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]:
-    """How many of those that answer could train together, and what keeps the other members from it."""
+    """How many answering nodes could train together, and why the other members could not."""
     members = () if view.generation is None else view.generation.members
     there = {answer.member.incarnation: answer for answer in answers}
     stay = {
@@ -226,12 +226,12 @@ def _able(view: RunView, answers: Sequence[NodeStatus]) -> tuple[int, list[str]]
 
 
 def records(run: Run) -> Iterator[Record]:
-    """Every record, with the hash chain checked. Raises `LogDamaged` where it breaks or a record is missing."""
+    """Every record. Raises `LogDamaged` if the hash chain breaks or a record is missing."""
     yield from run.log.records()
 
 
 def describe(record: Record) -> str:
-    """One readable line of a record."""
+    """A record as one readable line."""
     body = record.body
     match body:
         case Generation():
@@ -272,7 +272,7 @@ class CheckpointReport:
 
     checkpoint: Checkpoint
     quarantine: str
-    """Why it must not be used; empty for one that may."""
+    """Why it must not be used; empty if it may be."""
 
 
 def read_checkpoints(run: Run) -> list[CheckpointReport]:
@@ -290,9 +290,9 @@ def read_checkpoints(run: Run) -> list[CheckpointReport]:
 
 
 def read_history(run: Run) -> list[dict[str, Any]]:
-    """One entry per step that counts, in order: what the worker of rank 0 reported of it, and its generation.
+    """One entry per committed step, in order: the report of the worker of rank 0, and the generation.
 
-    Steps after the newest commit are not in it. A step that was computed twice has the later entry.
+    Steps after the newest commit are left out. A step that was computed twice has the later entry.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for record in run.log.records():
@@ -313,7 +313,7 @@ def _members(view: RunView) -> tuple[Member, ...]:
 
 
 def _ask(run: Run, members: Iterable[Member]) -> dict[str, NodeStatus]:
-    """Answers of those agents that answer, by incarnation; all are asked at once."""
+    """The answers of agents, by incarnation. Asks all at once; leaves out agents that do not answer."""
     asked = list(members)
     if not asked:
         return {}
@@ -334,7 +334,7 @@ async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
                 status = STATUS.validate_json(await _read_body(response))
         except (aiohttp.ClientError, TimeoutError, ValidationError):
             return None
-        # Another run's agent, or another life of this one, may have taken the port.
+        # Another agent may use this port now: of another run, or a later incarnation of this node.
         return status if status.member.incarnation == member.incarnation else None
 
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
@@ -343,7 +343,7 @@ async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes:
-    """The whole body, in however many parts it comes; cut off behind `_ANSWER_BYTES_MAX`."""
+    """The whole body, which may come in parts. Stops reading after `_ANSWER_BYTES_MAX`."""
     body = bytearray()
     async for part in response.content.iter_any():
         body += part
@@ -353,7 +353,7 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float | None]:
-    """Step and loss: of the first member that has finished a step, else of the log."""
+    """Step and loss of the first member that has done a step, else of the log."""
     for member in () if view.generation is None else view.generation.members:
         answer = answers.get(member.incarnation)
         if answer is not None and answer.step > 0:

@@ -1,1 +1,1 @@
-"""The run directory's shared truth: the log's records, how they are appended, and what all nodes agree on."""
+"""The run's log: its records, how they are appended, and the identity that all nodes agree on."""

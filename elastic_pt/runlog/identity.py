@@ -3,7 +3,7 @@
 - `config.toml`: the effective configuration without `[telemetry]`, which each node has for itself. `elastic-pt run
   RUN_URL` needs nothing else.
 - `identity.json`: the values that decide the bits, by name. A node with another value is refused, and the message
-  names it. Names with a dot belong to the configuration and the data, the others to the platform: what computes.
+  names it. Names with a dot belong to the configuration and the data, the others to the platform.
 
 A later version may know more names of its platform than the run has recorded. Those are not compared, and the
 next generation records all of them.
@@ -35,7 +35,7 @@ _ENVIRONMENT: Final = "environment"
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
     """The values that decide the bits of the weights, by name.
 
-    `platform` is what computes (`train.probe`). Native numerics promises no bits, so the platform does not count there.
+    `platform` comes from `train.probe`. Native numerics promises no bits, so it leaves the platform out.
     """
     return {
         **config.identity(),
@@ -151,10 +151,10 @@ def _require_platform(url: str, mine: Mapping[str, str], theirs: Mapping[str, st
 def require_platform_since_start(
     url: str, view: RunView, mine: Mapping[str, str], waived_generation: int
 ) -> None:
-    """Raise `ConfigError` if the run has gone over to another platform since an agent with `mine` was started.
+    """Raise `ConfigError` if the run has changed to another platform since this agent was started.
 
-    `mine` is empty where no bits are promised. `waived_generation` is `RunView.waived_generation` at the agent's start.
-    If an operator has accepted another platform since, the agent's one was the old one, whatever it is.
+    `mine` is the agent's platform; empty if no bits are promised. `waived_generation` is `RunView.waived_generation` at
+    the agent's start. If an operator has accepted another platform since then, the agent has the old one.
     """
     if not mine:
         return

@@ -1,9 +1,9 @@
 """The run is a log in a bucket: `log/<20 digits>.json`, create-once, never overwritten, one total order.
 
-The writer that creates record n has decided what comes n-th. A writer that loses that race reads the winner's
-record and obeys it. That is the whole fence: before a writer of an old generation can create a record, it has to
-read the GENERATION that replaced it, and stops there with `FencedError`. The end of the log is found by reading
-the next number until there is none. A listing is never trusted.
+The writer that creates record n decides what comes n-th. A writer that loses that race reads the winner's record
+and follows it. This is the fence: before a writer of an old generation can create a record, it has to read the
+GENERATION that replaced it, and then stops with `FencedError`. To find the end of the log, a reader reads the next
+number until there is none. It never trusts a listing.
 """
 
 import datetime
@@ -37,7 +37,7 @@ BARS_KEPT: Final = 64
 
 @dataclass(frozen=True)
 class RunView:
-    """What the log says up to `head`: a pure fold over its records."""
+    """The state of the log up to `head`: a pure fold over its records."""
 
     head: Record | None = None
     run_id: str = ""
@@ -58,7 +58,7 @@ class RunView:
 
     @property
     def length(self) -> int:
-        """Records so far, and the index that the next one will have."""
+        """The number of records, and so the index of the next one."""
         return 0 if self.head is None else self.head.index + 1
 
     @property
@@ -159,7 +159,7 @@ class RunLog:
 
     @property
     def view(self) -> RunView:
-        """The log as last read; `refresh` reads on."""
+        """The view after the last read; `refresh` reads new records."""
         return self._view
 
     def refresh(self, length: int | None = None) -> RunView:
@@ -228,7 +228,7 @@ class RunLog:
     def _open(self) -> RunView:
         """The view at the newest record that a listing shows, built from the records to which that one points back.
 
-        A listing may be incomplete. So records that it lacks are requested one by one, and `_refresh` reads on from here.
+        A listing may be incomplete. So records that it lacks are requested one by one, and `_refresh` reads further from here.
         """
         listed = {_index_of(key) for key in self._store.keys("log/")} - {-1}
         newest = max(listed, default=0)
@@ -290,9 +290,7 @@ class RunLog:
 
 def _check_link(record: Record, index: int, previous: str) -> None:
     if record.index != index:
-        raise LogDamaged(
-            f"{record_key(index)}: calls itself record {record.index}; it is not in its place"
-        )
+        raise LogDamaged(f"{record_key(index)}: has index {record.index}; expected {index}")
     if record.previous != previous:
         raise LogDamaged(
             f"{record_key(index)}: does not follow from the record before it; the log was altered"

@@ -1,11 +1,11 @@
 """The records of the run's log, and their stored form.
 
-    GENERATION   who trains from here on, with which slots, resuming from which checkpoint, and why
+    GENERATION   the members from here on, their slots, the checkpoint to resume from, and why
     RECOVERY     how long the generation took to its first step, phase by phase
     COMMIT       a checkpoint counts from here on; names every checkpoint that is kept
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
-    REOPEN       an operator lifted a STOP that was no completion, or accepted another platform
+    REOPEN       an operator lifted a STOP other than completion, or accepted another platform
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
 of the record before, and the index of the newest record of each kind) around a body. With the pointers in
@@ -28,7 +28,7 @@ from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
 ORIGIN: Final = "0" * 64
-"""The SHA-256 that the first record names as that of the record before it."""
+"""The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
 """The reason of the STOP after the last step; any other one is a failure."""
 
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Member:
-    """One node of a generation, as it introduced itself."""
+    """One node of a generation, as it described itself."""
 
     node: str
     incarnation: str
@@ -77,17 +77,17 @@ class CauseKind(StrEnum):
     LOST = "lost"
     """A member is gone: its address refuses connections, or it is silent."""
     FAILED = "failed"
-    """A member's own worker ended badly."""
+    """A member's own worker failed."""
     UNUSABLE = "unusable"
     """A member could not read the checkpoint to resume from; the next world takes another one."""
     PARKED = "parked"
     """A member answers, but not all others can reach it."""
     GAVE_UP = "gave up"
-    """A member found the world broken; by the time all were asked, all answered again."""
+    """A member found the world broken, but then all members answered again."""
     LEFT = "left"
     """A member left in good order."""
     JOINED = "joined"
-    """A newcomer was taken in."""
+    """A newcomer joined."""
     BARRED = "barred"
     """A member brought the world down too often and is kept out for some seconds."""
 
@@ -146,30 +146,30 @@ class Generation:
     number: int
     members: tuple[Member, ...]
     slots: tuple[int, ...]
-    """Slots per member and step; empty when stock torchrun trains something of its own."""
+    """Slots per member and step; empty for a run of stock torchrun."""
     store_address: str
     store_port: int
     """The TCPStore made for this generation only. It listens before the record is written."""
     resume: Checkpoint | None
-    """The newest usable checkpoint; training goes on from it unless `memory` is told. None is the start of the run."""
+    """The newest usable checkpoint. Training resumes from it unless there is `memory`; None is the start of the run."""
     reason: str
     causes: tuple[Cause, ...] = ()
     """The reason, for programs."""
     frontier_step: int = 0
     """The newest step that any member had done before. Steps up to it are done again."""
     agree_s: float = 0.0
-    """Seconds from when the proposer noticed the trouble to this record."""
+    """Seconds from when the proposer noticed the cause to this record."""
     platform: Mapping[str, str] = field(default_factory=dict)
-    """What computes on the members, as far as it decides the bits, by name; empty in older records."""
+    """The members' platform: values that decide the bits, by name. Empty in older records."""
     fenced_url: str = ""
-    """The run directory's URL under which an agent of this run has raced the store's create-once with success. Empty if
-    none has, and in older records."""
+    """The URL of the run directory under which an agent of this run tested the store's create-once with success. Empty if
+    no agent has, and in older records."""
     memory: InMemory | None = None
-    """The state from which training goes on, if the members hold a newer one than `resume`."""
+    """The state from which training resumes, if the members hold one that is as new as `resume` or newer."""
 
     @property
     def resume_step(self) -> int:
-        """Steps that are done in the state from which training goes on."""
+        """Steps that are done in the state from which training resumes."""
         if self.memory is not None:
             return self.memory.step
         return 0 if self.resume is None else self.resume.step
@@ -259,11 +259,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Reopen:
-    """An operator lets a run go on: it lifts a STOP that was no completion. See `elastic-pt reopen`."""
+    """An operator lifted a STOP other than completion, or accepted another platform (`elastic-pt reopen`)."""
 
     why: str
     platform: bool
-    """Whether the next generation may run on another platform than the ones before."""
+    """Whether the next generation may run on another platform."""
     step: int
     """Steps done in the newest checkpoint. Up to it the bits are those of one platform."""
 
@@ -325,7 +325,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, key: str) -> "Record":
-        """Read a stored record. Raises `LogDamaged` naming `key` when it is not one."""
+        """Read a stored record. Raises `LogDamaged` with `key` if it is not one."""
         try:
             document = json.loads(data)
             if document["schema"] != SCHEMA:

@@ -1,1 +1,1 @@
-"""What an operator sees: metrics, events, goodput, plots."""
+"""Telemetry for operators: metrics, events, goodput."""

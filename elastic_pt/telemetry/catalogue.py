@@ -46,13 +46,13 @@ class Metrics:
         self.generation = self._gauge("generation", "Number of the newest generation.")
         self.generations = self._counter("generations", "Generations that this node took part in.")
         self.worker_failures = self._counter(
-            "worker_failures", "Workers of this node that ended badly.", "cause"
+            "worker_failures", "Workers of this node that failed.", "cause"
         )
         self.snapshot_seconds = self._gauge(
-            "snapshot_seconds", "Time that the last snapshot held up this node's workers."
+            "snapshot_seconds", "Time that the last snapshot blocked this node's workers."
         )
         self.checkpoint_stage_seconds = self._gauge(
-            "checkpoint_stage_seconds", "Time that the last checkpoint held up this node's workers."
+            "checkpoint_stage_seconds", "Time that the last checkpoint blocked this node's workers."
         )
         self.checkpoint_commits = self._counter(
             "checkpoint_commits", "Checkpoints that this node committed."
@@ -65,7 +65,7 @@ class Metrics:
         )
         self.checkpoint_tidy_failures = self._counter(
             "checkpoint_tidy_failures",
-            "Times that expired checkpoints could not be removed; a later commit tries again.",
+            "Times that expired checkpoints could not be removed; a later commit retries.",
         )
         self.checkpoint_committed_step = self._gauge(
             "checkpoint_committed_step", "Step of the newest committed checkpoint."
@@ -76,7 +76,7 @@ class Metrics:
         )
         self.time_seconds = self._counter(
             "time_seconds",
-            "Time of this node by what it went into; the states add up to all of it.",
+            "Time of this node by state; the states add up to the total.",
             "state",
         )
 
@@ -94,7 +94,7 @@ class Metrics:
             gauge.set(float("nan") if value is None else value)
 
     def account(self, seconds: Mapping[Activity, float]) -> None:
-        """Bring the time counters up to the goodput ledger's sums."""
+        """Raise the time counters to the goodput ledger's sums."""
         for state, total_s in seconds.items():
             self.time_seconds.labels(state).inc(total_s - self._accounted.get(state, 0.0))
             self._accounted[state] = total_s

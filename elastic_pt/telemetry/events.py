@@ -74,11 +74,11 @@ class EventSink:
             with self._lock:
                 # More may have been dropped while this was written.
                 self._dropped -= dropped
-        except Exception:  # of any kind: the thread must go on, and these events are tried again
+        except Exception:  # any error: the thread must go on, and these events are retried
             self._put_back(lines)
 
     def _put_back(self, lines: list[str]) -> None:
-        """Keep events that could not be written, before the newer ones; without room, drop the oldest."""
+        """Put events that could not be written back before the newer ones; drop the oldest if there is no room."""
         with self._lock:
             room = max(0, _BUFFER_EVENTS_MAX - len(self._buffer))
             self._dropped += max(0, len(lines) - room)

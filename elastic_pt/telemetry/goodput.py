@@ -1,4 +1,4 @@
-"""Where a node's time went: every second is in exactly one bucket, and the buckets add up to all of it.
+"""How a node spends its time: each second counts as exactly one activity, and the sums add up to the total.
 
 form        no generation: the node looks for peers and agrees with them on a world
 start       workers start, connect and build the model
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Activity(StrEnum):
-    """The buckets."""
+    """The activities."""
 
     FORM = "form"
     START = "start"
@@ -32,7 +32,7 @@ class GoodputLedger:
         self._frontier_step = 0
 
     def enter(self, activity: Activity, now_s: float) -> None:
-        """From now on, time goes into another bucket."""
+        """From now on, time counts as this activity."""
         self._account(now_s)
         self._activity = activity
 
@@ -44,7 +44,7 @@ class GoodputLedger:
         self._frontier_step = max(self._frontier_step, step)
 
     def snapshot(self, now_s: float) -> dict[Activity, float]:
-        """The buckets up to now."""
+        """Seconds per activity up to now."""
         self._account(now_s)
         return dict(self.seconds)
 

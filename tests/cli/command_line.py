@@ -1,4 +1,4 @@
-"""What the tests of this folder share by name."""
+"""Helpers that the tests of this folder import by name."""
 
 import contextlib
 import io
@@ -69,7 +69,7 @@ def assert_one_line_mistake(result: Result, *parts: str, exit_code: int = 2) -> 
 
 @dataclass(frozen=True)
 class Trained:
-    """A small completed run, its data and its configuration. Nobody may change it."""
+    """A small completed run, its data and its configuration. Tests must not change it."""
 
     root: Path
 
@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def kept(self) -> tuple[int, int, int]:
-        """Steps of the three checkpoints that are kept, newest first (which ones depends on the time uploads take)."""
+        """Steps of the three checkpoints that are kept, newest first (which ones depends on the upload times)."""
         first, second, third = (
             entry["step"] for entry in elastic_pt("checkpoints", self.run, "--json").json
         )

@@ -1,4 +1,4 @@
-"""A small corpus, prepared and trained on once per session by the commands themselves."""
+"""A small corpus and a run on it, made once per session by the commands themselves."""
 
 import random
 from pathlib import Path

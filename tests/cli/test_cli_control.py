@@ -1,4 +1,4 @@
-"""`reopen --platform`, with real agents of two platforms: one of them takes another code path of MKL."""
+"""`reopen --platform`, with real agents of two platforms: one of them uses another code path of MKL."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ OTHER = {"MKL_CBWR": "COMPATIBLE"}
 
 @pytest.fixture
 def run(prepared: Trained, tmp_path: Path) -> Path:
-    """The configuration of a run that is far too long to end by itself."""
+    """The configuration of a run that is too long to end during a test."""
     path = tmp_path / "run.toml"
     text = CONFIG.format(run=tmp_path / "run", data=prepared.data)
     path.write_text(text.replace("steps = 240", "steps = 1000000").replace("keep = 3", "keep = 2"))
@@ -27,14 +27,14 @@ def run(prepared: Trained, tmp_path: Path) -> Path:
 
 
 def command(source: Path, node: str) -> list[str]:
-    """What starts a node."""
+    """The command that starts a node."""
     options = ["--node", node, "--address", "127.0.0.1"]
     return [sys.executable, "-m", "elastic_pt", "run", str(source), *options]
 
 
 @contextmanager
 def agent(source: Path, node: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A node that is killed with all its processes at the end, if it has not ended before."""
+    """A node. At the end all its processes are killed if it still runs."""
     with (source.parent / f"{node}.log").open("wb") as output:
         started = subprocess.Popen(
             command(source, node),
@@ -60,7 +60,7 @@ def until_committed(url: Path, generation: int) -> None:
 
 
 def refused(source: Path, **environment: str) -> str:
-    """The one line with which a node is refused."""
+    """Start a node that is refused; returns its error line."""
     ended = subprocess.run(
         command(source, "other"),
         env=os.environ | environment,
@@ -75,18 +75,18 @@ def refused(source: Path, **environment: str) -> str:
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies without MKL")
-def test_another_platform_takes_over_only_when_the_run_is_abandoned(run: Path) -> None:
-    """I9: A node with other kernels is refused by name, also after its agents are lost, until an operator accepts it."""
+def test_another_platform_is_accepted_only_without_live_agents(run: Path) -> None:
+    """I9: A node with other kernels is refused by name until an operator accepts it, also after all agents are lost."""
     url = run.parent / "run"
     reopen = ("reopen", url, "--platform", "--why", "the old kind is gone")
     with agent(run, "old"):
         until_committed(url, 1)
         assert "environment = 'MKL_CBWR=COMPATIBLE': the run at" in refused(run, **OTHER)
-        # It would have no effect: the old nodes would refuse the other ones, and bind the run again.
+        # It would have no effect: the old nodes refuse the others, and bind the run to their platform again.
         assert_one_line_mistake(
             elastic_pt(*reopen), "--platform: old still take part in", "stopped"
         )
-        # A machine that reaches no agent sees the pulse in the bucket.
+        # A machine that cannot reach the agents sees the pulse in the bucket.
         token = (url / "token").rename(run.parent / "token")
         assert_one_line_mistake(elastic_pt(*reopen), "agents that this machine does not reach")
         token.rename(url / "token")
@@ -97,7 +97,7 @@ def test_another_platform_takes_over_only_when_the_run_is_abandoned(run: Path) -
         assert "environment = ''" in refused(run)
         new.send_signal(signal.SIGTERM)
         assert new.wait(WAIT_S) == 0
-    # The first node agrees with identity.json to the byte; nobody lives who could tell it more than the log.
+    # The first node agrees with identity.json, and no agent is alive, but the log has the new platform.
     assert "environment = ''" in refused(run)
     digest, exactness = elastic_pt("digest", url).out.splitlines()
     step = int(digest.split()[0].removeprefix("step="))
@@ -107,8 +107,8 @@ def test_another_platform_takes_over_only_when_the_run_is_abandoned(run: Path) -
     assert "the old kind is gone" in exactness
 
 
-def test_a_native_run_needs_no_other_platform(prepared: Trained, tmp_path: Path) -> None:
-    """Without promised bits no platform is kept, so there is nothing to accept, and the command says so."""
+def test_reopen_platform_is_refused_for_a_native_run(prepared: Trained, tmp_path: Path) -> None:
+    """A native run is bound to no platform, so `--platform` is refused, and the error says why."""
     path = tmp_path / "run.toml"
     text = CONFIG.format(run=tmp_path / "run", data=prepared.data)
     path.write_text(text.replace("steps = 240", 'steps = 1000000\nnumerics = "native"'))

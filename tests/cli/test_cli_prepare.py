@@ -1,4 +1,4 @@
-"""`prepare` as a user calls it: what is refused, what is listed, Ctrl-C, and documents made to be slow."""
+"""`prepare` as a user calls it: what is refused, what is listed, Ctrl-C, and worst-case documents."""
 
 import gzip
 import json
@@ -25,8 +25,8 @@ def _words(seed: int, count: int) -> str:
     return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 9))) for _ in range(count))
 
 
-def test_what_is_left_out_is_listed_by_path(tmp_path: Path) -> None:
-    """The summary names files that were left out, the first ten of them, and where all are listed."""
+def test_summary_lists_left_out_files_by_path(tmp_path: Path) -> None:
+    """The summary names the first ten files that were left out, and the file that lists all of them."""
     (tmp_path / "in").mkdir()
     for number in range(200):
         (tmp_path / "in" / f"{number}.txt").write_text(_words(number, 50))
@@ -43,8 +43,8 @@ def test_what_is_left_out_is_listed_by_path(tmp_path: Path) -> None:
     assert listed[10:] == [f"left out     … 2 more lines in file://{tmp_path}/out/left-out.jsonl"]
 
 
-def test_a_source_that_loses_too_much_is_a_mistake(tmp_path: Path) -> None:
-    """The line names the share and the option that allows it; with it the same corpus is prepared."""
+def test_source_with_too_many_left_out_files_is_refused(tmp_path: Path) -> None:
+    """The error names the share and the option that allows it. With that option the corpus is prepared."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(_words(1, 500))
     (tmp_path / "in" / "b.csv").write_text("x")
@@ -53,8 +53,8 @@ def test_a_source_that_loses_too_much_is_a_mistake(tmp_path: Path) -> None:
     assert elastic_pt(*command, "--allow-left-out", "0.51").exit_code == 0
 
 
-def test_arguments_that_exclude_each_other_are_a_mistake(tmp_path: Path) -> None:
-    """A given tokenizer has its vocabulary: another size is refused, not passed over."""
+def test_contradicting_arguments_are_refused(tmp_path: Path) -> None:
+    """A given tokenizer has its own vocabulary, so `--vocab-size` is refused, not ignored."""
     command = ["prepare", "x.txt", "--out", tmp_path, "--tokenizer", "t.json"]
     assert_one_line_mistake(elastic_pt(*command, "--vocab-size", "300"), "--vocab-size 300")
     assert_one_line_mistake(
@@ -62,10 +62,10 @@ def test_arguments_that_exclude_each_other_are_a_mistake(tmp_path: Path) -> None
     )
 
 
-def test_documents_made_to_be_slow_are_prepared_in_linear_time(tmp_path: Path) -> None:
-    """Without spaces, of one character, of spaces alone and in one line: 4 MB within a bound on processor time.
+def test_worst_case_documents_are_prepared_in_linear_time(tmp_path: Path) -> None:
+    """Documents without spaces, of one character, of spaces, and in one line: 4 MB within a limit on CPU time.
 
-    What grows with the square of such a document takes an hour.
+    Quadratic time would take an hour.
     """
     (tmp_path / "in").mkdir()
     rng = random.Random(1)
@@ -112,12 +112,12 @@ def slow_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["scan", "learn", "merges", "encode"],
 )
-def test_an_interrupt_ends_every_stage(
+def test_ctrl_c_ends_every_stage(
     slow_corpus: Path, tmp_path: Path, stage: str, vocab_size: int
 ) -> None:
-    """Ctrl-C ends the process soon, with 130 and without a manifest, also while compiled code learns.
+    """Ctrl-C ends the process soon, with exit code 130 and no manifest, also while compiled code runs.
 
-    It takes well below a second; the bound is for a machine with other work.
+    It takes less than a second; the limit allows for a busy machine.
     """
     command = [sys.executable, "-m", "elastic_pt", "prepare", str(slow_corpus)]
     terminal, end = pty.openpty()
@@ -149,10 +149,10 @@ def test_an_interrupt_ends_every_stage(
         os.close(terminal)
     assert code == 130
     assert took_s < 4.0
-    assert "interrupted; nothing is prepared unless" in shown
+    assert "interrupted; the data is prepared only if" in shown
     assert not (out / "manifest.json").exists()
 
 
 def _plain(shown: str) -> str:
-    """The last state of the bars, without what moves the cursor."""
+    """The last state of the bars, without escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)[-1000:]

@@ -1,4 +1,4 @@
-"""`status`, `log` and `checkpoints`: what a run tells anybody who has its URL."""
+"""`status`, `log` and `checkpoints`: a run read from its URL."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ WAIT_S = 60.0
 
 
 def test_status_of_a_completed_run(trained: Trained) -> None:
-    """A finished run is told from its log alone: step, loss, who trained, which checkpoint counts."""
+    """The log alone is enough to show a finished run: step, loss, members, newest checkpoint."""
     status = elastic_pt("status", trained.run, "--json").json
     assert (status["state"], status["step"], status["generation"]) == ("completed", STEPS, 1)
     assert status["world_size"] == 1
@@ -38,8 +38,8 @@ def test_status_of_a_completed_run(trained: Trained) -> None:
     assert "completed" in elastic_pt("status", f"file://{trained.run}").out
 
 
-def test_status_follows_a_live_run(prepared: Trained, tmp_path: Path) -> None:
-    """While an agent answers, `status` has the step of this moment and its process; once it is gone, the run is down."""
+def test_status_shows_a_live_run_and_then_a_down_run(prepared: Trained, tmp_path: Path) -> None:
+    """While an agent answers, `status` has its current step and process id. After its death the run is down."""
     url = tmp_path / "live"
     config = load_config(prepared.config, [f"run.url={url}", "train.steps=1000000"])
     with Fleet(config, tmp_path / "output") as fleet:
@@ -64,8 +64,10 @@ def test_status_follows_a_live_run(prepared: Trained, tmp_path: Path) -> None:
     assert "down" in elastic_pt("status", url).out
 
 
-def test_a_run_below_nodes_min_is_paused_and_goes_on(prepared: Trained, tmp_path: Path) -> None:
-    """With a node too few the state is `paused` with the reason; a replacement is enough, and the log explains both."""
+def test_run_below_nodes_min_is_paused_until_a_node_joins(
+    prepared: Trained, tmp_path: Path
+) -> None:
+    """With one node too few the state is `paused`, with the reason. A new node ends the pause. The log explains both."""
     url = tmp_path / "paused"
     overrides = [f"run.url={url}", "train.steps=1000000", "elastic.nodes_min=2"]
 
@@ -100,13 +102,13 @@ NODES = [Member(node, f"{node}1", "127.0.0.1", 1, 1, 1) for node in "abc"]
 
 
 def view_of(*, members: int = 2, stop: Stop | None = None) -> RunView:
-    """A log whose newest generation has some of the nodes, or none if there is no generation."""
+    """A view of a log. Its newest generation has `members` nodes; without members there is no generation."""
     found = Generation(3, tuple(NODES[:members]), (4,), "127.0.0.1", 2, None, "started")
     return RunView(generations=(found,) if members else (), stop=stop)
 
 
 def answer_of(node: int, phase: NodePhase, **changes: object) -> NodeStatus:
-    """What a member says."""
+    """The status of a member."""
     status = NodeStatus(NODES[node], phase, 3, 1, 0, None, {})
     return dataclasses.replace(status, **changes)  # type: ignore[arg-type]
 
@@ -133,15 +135,15 @@ BOTH_WAIT = [*WAITS, answer_of(1, NodePhase.WAITING)]
         (view_of(stop=Stop("diverged: loss is nan", 9)), RUNS, 0, 1, State.FAILED),
     ],
 )
-def test_the_state_follows_from_the_log_and_the_answers(
+def test_state_follows_from_log_and_answers(
     view: RunView, answers: list[NodeStatus], waiting: int, nodes_min: int, state: State
 ) -> None:
-    """Each state has the meaning that the module gives it."""
+    """Each state has the meaning that `report.status` defines."""
     assert judge(view, answers, waiting, nodes_min)[0] is state
 
 
-def test_a_new_run_tells_how_many_nodes_it_waits_for() -> None:
-    """Before the first generation the reason names both numbers."""
+def test_new_run_shows_how_many_nodes_are_missing() -> None:
+    """Before the first generation the reason has the nodes that wait and `nodes_min`."""
     _, reason = judge(view_of(members=0), [], 2, 3)
     assert reason == "2 of at least 3 nodes wait for the start"
 
@@ -165,13 +167,15 @@ def test_a_new_run_tells_how_many_nodes_it_waits_for() -> None:
     ],
     ids=["lost", "leaving", "parked", "unreachable and lost"],
 )
-def test_a_paused_run_tells_what_keeps_it(answers: list[NodeStatus], reason: str) -> None:
-    """Nodes that answer count only if they can train together; who is missing, and why, is named."""
+def test_paused_run_shows_which_nodes_are_missing_and_why(
+    answers: list[NodeStatus], reason: str
+) -> None:
+    """Answering nodes count only if they can train together. The reason names each missing node, and why."""
     assert judge(view_of(members=3), answers, 0, 3) == (State.PAUSED, reason)
 
 
 def test_log_has_a_line_per_record(trained: Trained) -> None:
-    """The log is told completely and in order, for people and for programs."""
+    """The whole log is printed in order, for people and for programs."""
     records = [
         json.loads(line) for line in elastic_pt("log", trained.run, "--json").out.splitlines()
     ]
@@ -208,8 +212,8 @@ def test_log_notices_a_change_and_a_gap(trained: Trained, tmp_path: Path) -> Non
     assert result.err.count("\n") == 1
 
 
-def test_checkpoints_are_listed_newest_first(trained: Trained) -> None:
-    """Committed checkpoints that are kept, and nothing else, newest first."""
+def test_kept_checkpoints_are_listed_newest_first(trained: Trained) -> None:
+    """Only committed checkpoints that are kept are listed, newest first."""
     entries = elastic_pt("checkpoints", trained.run, "--json").json
     assert [entry["step"] for entry in entries] == sorted(trained.kept, reverse=True)
     assert entries[0]["step"] == STEPS
@@ -218,8 +222,8 @@ def test_checkpoints_are_listed_newest_first(trained: Trained) -> None:
     assert [int(line.split()[1]) for line in lines] == [entry["step"] for entry in entries]
 
 
-def test_checkpoints_verify_names_what_is_wrong(trained: Trained, tmp_path: Path) -> None:
-    """--verify reads every byte: all is well, or the file is named and the exit code is 4."""
+def test_checkpoints_verify_names_a_damaged_file(trained: Trained, tmp_path: Path) -> None:
+    """--verify reads every byte. A damaged file is named and the exit code is 4."""
     well = elastic_pt("checkpoints", trained.run, "--verify", "--json")
     assert well.exit_code == 0
     assert all(entry["problems"] == [] for entry in well.json)
@@ -251,13 +255,13 @@ def test_history_has_each_step_once(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "log", "checkpoints", "digest", "eval"])
-def test_a_run_that_does_not_exist_is_one_line(command: str, tmp_path: Path) -> None:
-    """A URL without a run is named in one line with exit code 2, and nothing is created there."""
+def test_missing_run_is_one_error_line(command: str, tmp_path: Path) -> None:
+    """A URL without a run is an error of one line with exit code 2, and nothing is created there."""
     assert_one_line_mistake(elastic_pt(command, tmp_path / "nothing"), "nothing", "no run there")
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_reader_that_leaves_early_is_no_error(trained: Trained) -> None:
+def test_closed_pipe_prints_no_traceback(trained: Trained) -> None:
     """`elastic-pt log | head` ends quietly, without a traceback."""
     read, write = os.pipe()
     os.close(read)

@@ -20,7 +20,7 @@ COMMANDS = [command.name for command in app.registered_commands if command.name 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command: str) -> None:
-    """A user who asks a command for help sees how it is called."""
+    """`--help` of each command shows examples of that command."""
     result = elastic_pt(command, "--help")
     assert result.exit_code == 0
     assert "Examples" in result.out
@@ -48,12 +48,12 @@ def test_version_is_printed() -> None:
     ],
 )
 def test_usage_mistakes_are_one_line(arguments: list[str], part: str) -> None:
-    """A mistake in the arguments gives one line with the value in question, and exit code 2."""
+    """A mistake in the arguments gives one line with the wrong value, and exit code 2."""
     assert_one_line_mistake(elastic_pt(*arguments), part)
 
 
-def test_config_tells_every_key_with_a_sentence() -> None:
-    """Without a file `config` prints all keys of all sections, each below a sentence about it."""
+def test_config_prints_every_key_with_a_sentence() -> None:
+    """Without a file `config` prints all keys of all sections, each below its sentence."""
     result = elastic_pt("config")
     assert result.exit_code == 0
     lines = result.out.splitlines()
@@ -71,8 +71,8 @@ def test_config_tells_every_key_with_a_sentence() -> None:
             assert sentence.endswith((".", ")")), sentence
 
 
-def test_config_output_is_a_config_again(trained: Trained, tmp_path: Path) -> None:
-    """What `config` prints can be used as the configuration file, and overrides are in it."""
+def test_config_output_is_a_valid_config(trained: Trained, tmp_path: Path) -> None:
+    """What `config` prints can be used as a configuration file, and contains the overrides."""
     printed = elastic_pt("config", trained.config, "--set", "train.steps=77").out
     (tmp_path / "again.toml").write_text(printed)
     assert "steps = 77" in printed
@@ -105,8 +105,8 @@ def test_mistakes_in_overrides_name_the_key(override: str, parts: list[str]) -> 
     assert_one_line_mistake(elastic_pt("config", "--set", override), *parts)
 
 
-def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
-    """A configuration file that is missing, a folder or no TOML is named in one line."""
+def test_missing_or_broken_config_file_is_named(tmp_path: Path) -> None:
+    """A configuration file that is missing, a folder or not TOML is named in one line."""
     broken = tmp_path / "broken.toml"
     broken.write_text("[run\n")
     for path in (tmp_path / "missing.toml", tmp_path, broken):
@@ -116,15 +116,15 @@ def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
 
 
 def test_storage_check_ends_with_its_verdict(tmp_path: Path) -> None:
-    """The last line is the verdict and the exit code follows it: scripts decide by either."""
+    """The last line is the verdict, and the exit code agrees with it: scripts use either."""
     fenced = elastic_pt("storage-check", tmp_path)
     assert (fenced.exit_code, fenced.out.splitlines()[-1]) == (0, "fenced")
     unfenced = elastic_pt("storage-check", "memory://bucket/x")
     assert (unfenced.exit_code, unfenced.out.splitlines()[-1]) == (2, "unfenced")
 
 
-def test_a_directory_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
-    """A path of `storage-check` that cannot be used at all is named, which is no verdict about a store."""
+def test_storage_check_of_an_unusable_directory_is_a_mistake(tmp_path: Path) -> None:
+    """A path that cannot be created or written is an error of one line, not a verdict about a store."""
     (tmp_path / "file").write_text("")
     for path in ("/proc/x", tmp_path / "file" / "x", tmp_path / "file"):
         assert_one_line_mistake(elastic_pt("storage-check", path), f"URL = '{path}'", "expected")
@@ -144,11 +144,11 @@ class Unavailable(BaseHTTPRequestHandler):
 
 
 def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The warning about a store that is tried again goes to standard error, so a script can parse standard output."""
+    """The warning about a retry of the store goes to standard error, so a script can parse standard output."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         point_aws_at(f"http://127.0.0.1:{server.server_port}", "key", "secret", monkeypatch)
-        monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 1.0)
+        monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 4.0)
         result = elastic_pt("status", "s3://bucket/run", "--json")
         server.shutdown()
     *warnings, error = result.err.splitlines()
@@ -159,7 +159,7 @@ def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_light_commands_do_not_import_torch(trained: Trained, tmp_path: Path) -> None:
-    """Help and everything that only looks at a run starts without the seconds that torch takes to import."""
+    """Help and commands that only read a run do not import torch, which takes seconds."""
     commands = [
         ["--help"],
         ["config"],

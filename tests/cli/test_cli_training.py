@@ -1,4 +1,4 @@
-"""`prepare`, `run` and `local`: what a user can do wrong, and that nothing is left behind."""
+"""`prepare`, `run` and `local`: user mistakes, and no process is left behind."""
 
 import signal
 import subprocess
@@ -16,8 +16,8 @@ from elastic_pt.store.open import open_store
 WAIT_S = 60.0
 
 
-def test_prepare_tells_what_it_did(texts: Path, tmp_path: Path) -> None:
-    """The summary has the sources, what was left out and why, and the vocabulary."""
+def test_prepare_prints_a_summary(texts: Path, tmp_path: Path) -> None:
+    """The summary has the sources, the left-out documents with reasons, and the vocabulary."""
     result = elastic_pt(
         "prepare", f"mine={texts}@1", "--out", tmp_path / "data", "--vocab-size", 290
     )
@@ -28,7 +28,7 @@ def test_prepare_tells_what_it_did(texts: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_of_prepare_are_one_line(texts: Path, prepared: Trained, tmp_path: Path) -> None:
-    """Each wrong argument of `prepare` is named, with what is expected, and nothing counts as prepared."""
+    """Each wrong argument of `prepare` is named, with the expectation, and no manifest is written."""
     out = ("--out", tmp_path / "out")
     mistakes = {
         "does not exist": [tmp_path / "missing", *out],
@@ -43,8 +43,8 @@ def test_mistakes_of_prepare_are_one_line(texts: Path, prepared: Trained, tmp_pa
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_finished_run_ends_at_once(trained: Trained) -> None:
-    """Joining a completed run by its URL does no work and is a success."""
+def test_joining_a_completed_run_succeeds_at_once(trained: Trained) -> None:
+    """Joining a completed run by its URL does no work and ends with exit code 0."""
     command = [sys.executable, "-m", "elastic_pt", "run", str(trained.run)]
     options = ["--address", "127.0.0.1", "--set", "elastic.nodes_max=1"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=WAIT_S)
@@ -52,8 +52,8 @@ def test_a_finished_run_ends_at_once(trained: Trained) -> None:
     assert result.stdout == f"completed at step {STEPS}\n"
 
 
-def test_joining_cannot_change_what_the_run_is(trained: Trained, tmp_path: Path) -> None:
-    """With a RUN_URL, --set of a value that decides the bits is refused by name; a new file in its place too."""
+def test_joining_cannot_change_the_identity_of_a_run(trained: Trained, tmp_path: Path) -> None:
+    """With a RUN_URL, --set of a value that decides the bits, or of run.url, is refused by name."""
     assert_one_line_mistake(
         elastic_pt("run", trained.run, "--set", "train.learning_rate=1"),
         "train.learning_rate",
@@ -68,15 +68,15 @@ def test_joining_cannot_change_what_the_run_is(trained: Trained, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["../../zz", "", ".hidden", "a/b", "a b", "é", "a" * 65])
-def test_a_node_name_is_fit_for_a_key(name: str, prepared: Trained) -> None:
-    """A name that could lead out of the run directory is refused before anything is written."""
+def test_node_name_that_is_not_a_key_is_refused(name: str, prepared: Trained) -> None:
+    """A name that could leave the run directory is refused before anything is written."""
     assert_one_line_mistake(
         elastic_pt("run", prepared.config, "--node", name), f"--node {name!r}", "letters, digits"
     )
 
 
-def test_local_tells_why_its_agents_failed(prepared: Trained, tmp_path: Path) -> None:
-    """When agents refuse to start, `local` ends with their reason in one line, and their exit code."""
+def test_local_prints_the_error_of_a_failed_agent(prepared: Trained, tmp_path: Path) -> None:
+    """When agents refuse to start, `local` ends with their error in one line, and their exit code."""
     result = elastic_pt(
         "local", prepared.config, "--nodes", 1,
         "--set", f"data.url={tmp_path / 'nothing'}", "--set", f"run.url={tmp_path / 'run'}",
@@ -87,16 +87,16 @@ def test_local_tells_why_its_agents_failed(prepared: Trained, tmp_path: Path) ->
     assert "Traceback" not in result.err
 
 
-def test_other_settings_on_a_completed_run_are_no_success(trained: Trained) -> None:
-    """`local` with a value that decides the bits is refused by name, though the run there is complete."""
+def test_local_refuses_other_settings_on_a_completed_run(trained: Trained) -> None:
+    """`local` with a value that decides the bits is refused by name, even if the run is complete."""
     result = elastic_pt("local", trained.config, "--nodes", 1, "--set", "train.learning_rate=0.5")
     assert result.exit_code == 2
     assert "completed" not in result.out
     assert "train.learning_rate = 0.5" in result.err.splitlines()[-1]
 
 
-def test_all_nodes_that_start_together_fit(prepared: Trained) -> None:
-    """`local` makes room for its nodes and leaves alone what decides when a run pauses."""
+def test_local_raises_nodes_max_for_its_nodes(prepared: Trained) -> None:
+    """`local` raises `nodes_max` to its number of nodes, and does not change `nodes_min`."""
     config = load_config(prepared.config, ["elastic.nodes_max=2", "elastic.nodes_min=2"])
     effective = fleet_config(config, 5).elastic
     assert (effective.nodes_min, effective.nodes_max) == (2, 5)
@@ -105,7 +105,7 @@ def test_all_nodes_that_start_together_fit(prepared: Trained) -> None:
 
 
 def test_local_leaves_no_process_behind(prepared: Trained, tmp_path: Path) -> None:
-    """Ctrl-C ends the agents and their workers, and the exit code says what happened."""
+    """Ctrl-C ends the agents and their workers, with exit code 130."""
     url = tmp_path / "run"
     options = ("--nodes", "1", "--set", f"run.url={url}", "--set", "train.steps=1000000")
     command = subprocess.Popen(
@@ -131,7 +131,7 @@ def test_local_leaves_no_process_behind(prepared: Trained, tmp_path: Path) -> No
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one."""
+    """All descendants of a process."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, task.read_text().split()):
@@ -140,15 +140,15 @@ def descendants(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Whether a process runs. A zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_joining_by_the_url_of_an_object_store_starts_no_thread(moto_url: str) -> None:
-    """The agent forks its fork server, so the run's configuration is read from S3 by a process of its own."""
+def test_joining_by_an_s3_url_starts_no_thread(moto_url: str) -> None:
+    """The agent must fork without threads, so a separate process reads the run's configuration from S3."""
     store = open_store(f"{moto_url}/run")
     store.create("config.toml", b'[run]\nurl = "r"\n[data]\nurl = "d"\n')
     script = (

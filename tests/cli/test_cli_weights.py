@@ -1,4 +1,4 @@
-"""`digest`, `eval`, `generate` and `export`: what can be made of committed checkpoints on any machine."""
+"""`digest`, `eval`, `generate` and `export`: uses of committed checkpoints."""
 
 import json
 import math
@@ -21,7 +21,7 @@ GREEDY = ("--prompt", "abc", "--max-tokens", 8, "--temperature", 0)
 
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's model as a directory."""
+    """The run's model, exported."""
     out = tmp_path_factory.mktemp("export") / "model"
     result = elastic_pt("export", trained.run, "--out", out)
     assert result.exit_code == 0, result
@@ -42,7 +42,7 @@ def test_digest_prints_one_exact_line(trained: Trained) -> None:
 
 
 def damage(run: Path, kind: str, step: int) -> None:
-    """Spoil one committed checkpoint."""
+    """Damage one committed checkpoint."""
     (shard,) = run.glob(f"ckpt/{step:010d}-*/shard-*.safetensors")
     if kind == "missing":
         shard.unlink()
@@ -61,10 +61,10 @@ def damage(run: Path, kind: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped", "swapped", "manifest"])
-def test_digest_falls_back_past_a_damaged_checkpoint(
+def test_digest_falls_back_to_an_older_checkpoint(
     kind: str, trained: Trained, tmp_path: Path
 ) -> None:
-    """A newest checkpoint that is not whole is passed over, with the reason on standard error."""
+    """A damaged newest checkpoint is passed over, with the reason on standard error."""
     copy = tmp_path / "run"
     shutil.copytree(trained.run, copy)
     damage(copy, kind, STEPS)
@@ -79,8 +79,8 @@ def test_digest_falls_back_past_a_damaged_checkpoint(
     )
 
 
-def test_no_usable_checkpoint_is_an_error(trained: Trained, tmp_path: Path) -> None:
-    """When every checkpoint is damaged, the reasons are told in one line and the exit code is 4."""
+def test_digest_without_a_usable_checkpoint_fails(trained: Trained, tmp_path: Path) -> None:
+    """If every checkpoint is damaged, one line has the reasons and the exit code is 4."""
     copy = tmp_path / "run"
     shutil.copytree(trained.run, copy)
     for step in trained.kept:
@@ -88,14 +88,14 @@ def test_no_usable_checkpoint_is_an_error(trained: Trained, tmp_path: Path) -> N
     assert_one_line_mistake(elastic_pt("digest", copy), "no usable checkpoint", exit_code=4)
 
 
-def test_a_step_that_is_not_kept_is_named(trained: Trained) -> None:
-    """A --step without a checkpoint gives the steps that are kept."""
+def test_digest_of_a_step_that_is_not_kept_names_the_kept_steps(trained: Trained) -> None:
+    """The error about a --step without a checkpoint lists the steps that are kept."""
     assert_one_line_mistake(
         elastic_pt("digest", trained.run, "--step", 3), "--step 3", f"{STEPS}, "
     )
 
 
-def test_export_has_the_bits_of_the_checkpoint(trained: Trained, exported: Path) -> None:
+def test_exported_weights_equal_the_checkpoint(trained: Trained, exported: Path) -> None:
     """The exported weights are those of the checkpoint, bit for bit, with the run's tokenizer."""
     from elastic_pt.report.artifacts import open_trained
     from elastic_pt.report.status import open_run
@@ -112,15 +112,15 @@ def test_export_has_the_bits_of_the_checkpoint(trained: Trained, exported: Path)
     assert_one_line_mistake(elastic_pt("export", trained.run, "--out", exported), "exists already")
 
 
-def test_an_export_that_cannot_be_written_is_named(trained: Trained, tmp_path: Path) -> None:
-    """A directory that cannot be made is the user's mistake: one line with --out and the path."""
+def test_export_to_an_unwritable_directory_is_refused(trained: Trained, tmp_path: Path) -> None:
+    """A directory that cannot be created is a user's mistake: one line with --out and the path."""
     (tmp_path / "file").write_text("")
     for out in ("/proc/x", tmp_path / "file" / "model"):
         assert_one_line_mistake(elastic_pt("export", trained.run, "--out", out), f"--out {out}")
 
 
-def test_generate_is_the_same_from_run_and_export(trained: Trained, exported: Path) -> None:
-    """The same weights write the same text, wherever they come from; a seed decides the rest."""
+def test_generate_gives_equal_text_from_run_and_export(trained: Trained, exported: Path) -> None:
+    """The same weights and seed give the same text, from a run or from an export."""
     from_run = elastic_pt("generate", trained.run, *GREEDY)
     assert from_run.exit_code == 0
     assert from_run.out.startswith("abc")
@@ -136,8 +136,8 @@ def test_generate_is_the_same_from_run_and_export(trained: Trained, exported: Pa
     )
 
 
-def test_eval_is_the_mean_over_every_held_out_token(trained: Trained) -> None:
-    """Loss, perplexity and bits per byte are those of plain cross-entropy over all held-out tokens, each once."""
+def test_eval_averages_over_every_held_out_token_once(trained: Trained) -> None:
+    """Loss, perplexity and bits per byte equal plain cross-entropy over all held-out tokens."""
     result = elastic_pt("eval", trained.run, "--json").json
     data = read_manifest(open_store(str(trained.data)))
     assert (result["step"], result["tokens"]) == (STEPS, data.tokens("held_out"))
@@ -153,7 +153,7 @@ def test_eval_is_the_mean_over_every_held_out_token(trained: Trained) -> None:
 def test_eval_without_held_out_text_is_refused(
     trained: Trained, texts: Path, tmp_path: Path
 ) -> None:
-    """Nothing held out is an error, not a perfect score."""
+    """Data without held-out text is an error, not a perfect score."""
     (tokenizer,) = trained.data.glob("tokenizer-*.json")
     options = ("--tokenizer", tokenizer, "--held-out", 0)
     assert elastic_pt("prepare", texts, "--out", tmp_path / "all", *options).exit_code == 0
@@ -163,7 +163,7 @@ def test_eval_without_held_out_text_is_refused(
 
 
 def plain_nats(trained: Trained) -> float:
-    """Summed cross-entropy of the held-out stream, one window at a time, from full logits."""
+    """Cross-entropy in nats, summed over the held-out stream, one window at a time, from full logits."""
     from elastic_pt.report.artifacts import open_trained
     from elastic_pt.report.status import open_run
 
@@ -186,8 +186,8 @@ def plain_nats(trained: Trained) -> float:
     return total
 
 
-def test_data_that_has_moved_is_named_and_can_be_given(trained: Trained, tmp_path: Path) -> None:
-    """Without its data a run's vocabulary is unknown: one line says so, and --data tells where it is now."""
+def test_data_option_replaces_data_that_has_moved(trained: Trained, tmp_path: Path) -> None:
+    """If a run's data has moved, one error line asks for --data, and with --data the command works."""
     copy = tmp_path / "run"
     shutil.copytree(trained.run, copy)
     config = copy / "config.toml"
@@ -203,8 +203,10 @@ def test_data_that_has_moved_is_named_and_can_be_given(trained: Trained, tmp_pat
     assert elastic_pt("digest", copy).out == elastic_pt("digest", trained.run).out
 
 
-def test_other_data_is_refused(trained: Trained, texts: Path, tmp_path: Path) -> None:
-    """Data with another tokenizer would turn tokens into other text: refused in one line."""
+def test_data_with_another_tokenizer_is_refused(
+    trained: Trained, texts: Path, tmp_path: Path
+) -> None:
+    """Another tokenizer would turn tokens into other text, so it is refused in one line."""
     other = tmp_path / "other"
     prepared = elastic_pt("prepare", texts, "--out", other, "--vocab-size", 280, "--held-out", 0.2)
     assert prepared.exit_code == 0
@@ -216,19 +218,19 @@ def test_other_data_is_refused(trained: Trained, texts: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "url", ["s3://bucket/model", "s3:/bucket/model", "gs://bucket/model", "file:/x", "s3:"]
 )
-def test_an_export_to_a_url_is_refused(
+def test_export_to_a_url_is_refused(
     url: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--out` is a local directory: a URL is refused by name, and no folder of that name appears."""
+    """`--out` is a local directory. A URL is refused, and no folder with its name is created."""
     monkeypatch.chdir(tmp_path)
     assert_one_line_mistake(elastic_pt("export", trained.run, "--out", url), "--out", "a URL")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_takes_nothing_from_its_neighbours(
+def test_export_changes_nothing_beside_its_directory(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The working directory and a file's inside are refused; what is called <out>.partial stays as it is."""
+    """The working directory and a path below a file are refused. A directory <out>.partial is not touched."""
     monkeypatch.chdir(tmp_path)
     assert_one_line_mistake(elastic_pt("export", trained.run, "--out", "."), "--out .", "expected")
     (tmp_path / "file").write_text("mine")
@@ -254,10 +256,10 @@ def test_an_export_takes_nothing_from_its_neighbours(
         "file:///",
     ],
 )
-def test_what_looks_like_a_url_is_no_folder(
+def test_malformed_url_is_refused_and_makes_no_folder(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mistyped scheme is refused in every command and in the configuration, and makes no folder of that name."""
+    """A malformed URL is refused by every command and in the configuration. No folder with its name is created."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text(f'[run]\nurl = "{url}"\n[data]\nurl = "data"\n')
     for arguments in (

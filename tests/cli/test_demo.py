@@ -1,4 +1,4 @@
-"""The demo, made small: real nodes, one killed, and the commands that it recommends at its end."""
+"""The demo, made small: real nodes, one is killed, and the commands that it recommends work."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ SMALL = {"width = 96": "width = 16", "layers = 2": "layers = 1", "steps = 300": 
 
 
 @pytest.mark.chaos
-def test_the_demo_shows_equal_digests_and_commands_that_work(
+def test_demo_shows_equal_digests_and_working_commands(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A node is killed, the digests are equal, and each command of `Try next` works on what the demo left."""
@@ -37,12 +37,12 @@ def test_the_demo_shows_equal_digests_and_commands_that_work(
         assert " ".join(arguments[:2]) in shown.out
         result = elastic_pt(*arguments)
         assert result.exit_code == 0, result
-    # The last one is the digest of the run that the reader has trained.
+    # The last command is the digest of the run that was trained again.
     assert result.out.split("sha256=")[1].strip() in shown.out
 
 
-def test_each_phase_has_a_bar_that_ends_full() -> None:
-    """All phases are there from the start; a phase that has ended has a full bar and a stopped clock."""
+def test_each_phase_ends_with_a_full_bar() -> None:
+    """All phases have a bar from the start. A phase that has ended has a full bar and a stopped clock."""
     written = io.StringIO()
     with Screen(Console(file=written, force_terminal=True, width=100)) as screen:
         for number, phase in enumerate(PHASES):

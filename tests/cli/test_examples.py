@@ -1,7 +1,7 @@
 """The examples of `--help` are commands that work: each one is taken from the help text and run.
 
-They run in a working directory that has what they name: texts, data, a configuration, a completed run. A bucket is
-a directory here, and the step of an example is one that the run keeps.
+They run in a working directory with what they name: texts, data, a configuration, a completed run. A bucket is a
+directory here, and the step of an example is one that the run keeps.
 """
 
 import json
@@ -44,7 +44,7 @@ EXAMPLES = {
     name: examples_of(command.epilog)
     for name, command in {"": ROOT, **ROOT.commands}.items()  # type: ignore[attr-defined]
 }
-# Without repetitions, and without the demo, which tests/cli/test_demo.py runs.
+# Each one once, and without the demo, which tests/cli/test_demo.py runs.
 RUN_HERE = dict.fromkeys(
     line for name, lines in EXAMPLES.items() for line in lines if name != "demo"
 )
@@ -52,7 +52,7 @@ RUN_HERE = dict.fromkeys(
 
 @pytest.fixture(scope="session")
 def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory as the examples suppose it. Copied for each of them."""
+    """A working directory as the examples expect it. Each example gets a copy."""
     root = tmp_path_factory.mktemp("examples") / "place"
     for folder in ("books", "more", "src"):
         shutil.copytree(texts, root / folder)
@@ -78,7 +78,7 @@ def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def arguments_of(example: str, here: Path, step: int) -> list[str]:
-    """The arguments of an example, for this working directory; without what its output goes into."""
+    """The arguments of an example, for this working directory, without the pipe or redirection of its output."""
     text = example.replace("s3://bucket", f"file://{here}/bucket")
     text = text.replace("/mnt/shared", f"{here}/shared").replace("--step 2000", f"--step {step}")
     program, *words = shlex.split(re.split(r" [|>] ", text)[0])
@@ -87,7 +87,7 @@ def arguments_of(example: str, here: Path, step: int) -> list[str]:
 
 
 def make_ready(words: list[str], here: Path) -> None:
-    """What one command supposes and another one does not."""
+    """Prepare what only this command needs."""
     if words[0] == "prepare":
         shutil.rmtree(here / "data")
     if words[:2] == ["generate", "model/"]:
@@ -103,7 +103,7 @@ def make_ready(words: list[str], here: Path) -> None:
 
 
 def run_in_place(words: list[str]) -> Result:
-    """Run a command; an agent gets a process of its own, because it forks and sets signals."""
+    """Run a command. An agent runs in a separate process, because it forks and sets signal handlers."""
     if words[0] != "run":
         return elastic_pt(*words)
     command = [sys.executable, "-m", "elastic_pt", *words, "--address", "127.0.0.1"]
@@ -112,10 +112,10 @@ def run_in_place(words: list[str]) -> Result:
 
 
 @pytest.mark.parametrize("example", RUN_HERE, ids=lambda line: line.removeprefix("elastic-pt "))
-def test_an_example_works(
+def test_help_example_works(
     example: str, place: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user who copies an example into a place that has what it names gets what it promises."""
+    """A user can copy an example into a directory that has what it names, and it works."""
     here = tmp_path / "here"
     shutil.copytree(place, here)
     monkeypatch.chdir(here)
@@ -150,7 +150,7 @@ answer elastic-pt digest --st
 
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[[str], list[str]]:
-    """Runs a script in bash, where `elastic-pt` is this program; gives the lines of its output."""
+    """A function that runs a script in bash, where `elastic-pt` is this program; returns its output's lines."""
     called = tmp_path / "bin" / "elastic-pt"
     called.parent.mkdir()
     called.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m elastic_pt "$@"\n')
@@ -170,5 +170,5 @@ def program(tmp_path: Path) -> Callable[[str], list[str]]:
 
 
 def test_bash_completes_commands_and_options(program: Callable[[str], list[str]]) -> None:
-    """What `--show-completion` prints makes bash complete the names of commands and of their options."""
+    """With the output of `--show-completion`, bash completes the names of commands and options."""
     assert program(COMPLETE) == ["checkpoints", "--step"]

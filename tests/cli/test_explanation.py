@@ -1,4 +1,4 @@
-"""`log --explain`: what each change of the world was, and where the time went, from the log alone."""
+"""`log --explain`: each change of the world and the time of each phase, from the log alone."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ COMMIT = Commit((checkpoint(410), checkpoint(400)), "history")
 
 
 def records(*bodies: Body, time: str = "2026-01-01T00:00:00.000+00:00") -> list[Record]:
-    """A log of these."""
+    """A log of these bodies."""
     numbers, number = [], 0
     for body in bodies:
         number = body.number if isinstance(body, Generation) else number
@@ -86,17 +86,17 @@ def records(*bodies: Body, time: str = "2026-01-01T00:00:00.000+00:00") -> list[
 
 
 def texts(*bodies: Body) -> list[str]:
-    """The explanations of a log of these, for people."""
+    """The explanations of a log of these bodies, for people."""
     return [str(each) for each in explain(records(*bodies))]
 
 
 def change(*bodies: Body) -> Change:
-    """The last change of a log of these."""
+    """The last change of a log of these bodies."""
     return [each for each in explain(records(*bodies)) if isinstance(each, Change)][-1]
 
 
-def test_a_lost_node_is_told_phase_by_phase() -> None:
-    """Who, at which step, how it was noticed, each phase with its duration, and what was done again."""
+def test_lost_node_is_explained_phase_by_phase() -> None:
+    """The text has the node, the step, how it was noticed, the time of each phase, and the steps done again."""
     assert texts(FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED) == [
         "generation 2 (2 nodes, world 2): node b lost at step 412: its address refuses connections, "
         "noticed 0.04 s after its last sign of life; agreed after 0.21 s; "
@@ -128,8 +128,8 @@ BARRED = Cause(CauseKind.BARRED, "b", "3 failures (kept out for 30 s)")
     ],
     ids=lambda value: value.kind if isinstance(value, Cause) else "",
 )
-def test_each_trouble_has_its_words(cause: Cause, words: str) -> None:
-    """Whatever broke a world is named with its node and its cause; how long nobody needed to wait is not told."""
+def test_each_kind_of_failure_has_its_text(cause: Cause, words: str) -> None:
+    """Each kind of failure is named with its node and its cause. Only a loss has a time until it was noticed."""
     (text,) = texts(FIRST, COMMIT, generation(2, "ac", cause), RECOVERED)
     assert f"): {words}; agreed after 0.21 s; workers" in text
     assert text.endswith("2 steps (411 to 412) done again")
@@ -152,8 +152,8 @@ def test_each_trouble_has_its_words(cause: Cause, words: str) -> None:
         ((), "resumed"),
     ],
 )
-def test_a_planned_change_loses_nothing(causes: Sequence[Cause], words: str) -> None:
-    """Joins, leaves and a stop that needed no change: agreed once all had stopped, and no step done again."""
+def test_planned_change_repeats_no_step(causes: Sequence[Cause], words: str) -> None:
+    """Joins, leaves and a stop without a change: nodes agree after all have stopped, and no step is done again."""
     planned = generation(2, "abcd", *causes, frontier=410, agree_s=0.03, reason="resumed")
     (text,) = texts(FIRST, COMMIT, planned, RECOVERED)
     assert f"): {words}; agreed 0.03 s after all members had stopped; workers" in text
@@ -161,16 +161,16 @@ def test_a_planned_change_loses_nothing(causes: Sequence[Cause], words: str) -> 
     assert change(FIRST, COMMIT, planned).planned
 
 
-def test_a_join_during_a_loss_is_no_planned_change() -> None:
-    """One broken member is enough: the steps since the checkpoint are lost for all."""
+def test_join_during_a_loss_is_not_planned() -> None:
+    """One lost member is enough: all members lose the steps since the checkpoint."""
     found = change(FIRST, COMMIT, generation(2, "acd", JOINED_D, LOST_B))
     assert not found.planned
     assert found.steps_again == 2
     assert str(found).index("node b lost") < str(found).index("node d joined after step 412")
 
 
-def test_nodes_lost_in_the_same_way_are_told_together() -> None:
-    """Of a rack that goes dark there is one clause, with the range of times it took to notice."""
+def test_nodes_lost_in_the_same_way_share_a_clause() -> None:
+    """If several nodes are lost in the same way, one clause has the range of times until it was noticed."""
     lost_c = dataclasses.replace(LOST_B, node="c", detect_s=0.06)
     silent = Cause(CauseKind.LOST, "d", "silent for 1.5 s", detect_s=1.52)
     (text,) = texts(FIRST, COMMIT, generation(2, "a", LOST_B, lost_c, silent), RECOVERED)
@@ -187,36 +187,34 @@ def test_nodes_lost_in_the_same_way_are_told_together() -> None:
         (410, 410, "no step done again"),
         (410, 411, "1 step (411) done again"),
         (0, 3, "3 steps (1 to 3) done again"),
-        (410, 0, "steps from 411 on done again, however many there were"),
+        (410, 0, "steps from 411 on done again, number unknown"),
     ],
 )
-def test_steps_done_again_are_counted_where_they_are_known(
-    resume: int, frontier: int, words: str
-) -> None:
-    """What lies between the checkpoint and the frontier is done again; a node that forgot the frontier counts nothing."""
+def test_steps_done_again_are_counted_if_known(resume: int, frontier: int, words: str) -> None:
+    """Steps from the checkpoint to the frontier are done again. If the frontier is unknown, no number is given."""
     later = generation(2, "ac", LOST_B, resume=resume, frontier=frontier)
     (text,) = texts(FIRST, COMMIT, later, RECOVERED)
     assert text.endswith(f"; {words}")
     assert ("initialised weights" in text) is (resume == 0)
 
 
-def test_a_run_resumed_by_new_nodes() -> None:
-    """Where everybody was lost, nobody knows when and how: the log says so instead of guessing."""
+def test_resume_by_new_nodes_claims_no_cause() -> None:
+    """If all members were lost, cause and time are unknown, and the text says so."""
     anew = generation(2, "abc", frontier=0, agree_s=0.0, life=2, reason="resumed by new nodes")
     found = change(FIRST, COMMIT, anew, RECOVERED)
     assert found.resumed_by_new_nodes
     assert not found.planned
     assert found.steps_again is None
     assert str(found) == (
-        "generation 2 (3 nodes, world 3): nobody of generation 1 was left; resumed by new nodes; "
+        "generation 2 (3 nodes, world 3): no member of generation 1 was left; resumed by new nodes; "
         "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
         "training again 0.54 s after the new nodes had formed a world; "
-        "steps from 411 on done again, however many there were"
+        "steps from 411 on done again, number unknown"
     )
 
 
-def test_the_last_member_that_hands_over_is_no_loss() -> None:
-    """New nodes alone do not mean that everybody was lost: here the last member left in good order."""
+def test_leave_of_the_last_member_is_planned() -> None:
+    """A generation of new nodes only is a planned change if the last member left in good order."""
     handed_over = generation(
         2, "d", Cause(CauseKind.LEFT, "a"), JOINED_D, frontier=410, agree_s=0.03
     )
@@ -243,7 +241,7 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
         (
             (COMMIT, THIRD),
             FirstStep.NOT_MEASURED,
-            "went on from step 410; its start is not on record",
+            "resumed from step 410; its start is not on record",
         ),
         (
             (dataclasses.replace(THIRD, frontier_step=413),),
@@ -253,14 +251,14 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
         (
             (Stop("diverged", 415),),
             FirstStep.NOT_MEASURED,
-            "went on from step 410; its start is not on record",
+            "resumed from step 410; its start is not on record",
         ),
     ],
 )
-def test_whether_a_generation_made_its_first_step(
+def test_first_step_is_claimed_only_with_proof(
     later: Sequence[Body], expected: FirstStep, words: str
 ) -> None:
-    """A RECOVERY, a COMMIT or a later frontier prove that it trained; without any of them it is not claimed."""
+    """A RECOVERY, a COMMIT or a later frontier prove that a generation trained. Without them the text does not claim it."""
     found, *_ = explain(records(FIRST, COMMIT, generation(2, "ac", LOST_B), *later))
     assert isinstance(found, Change)
     assert found.first_step is expected
@@ -268,8 +266,8 @@ def test_whether_a_generation_made_its_first_step(
     assert ("done again" in str(found)) is (expected in (FirstStep.DONE, FirstStep.NOT_MEASURED))
 
 
-def test_quarantines_are_told_where_they_belong() -> None:
-    """A checkpoint set aside explains the next generation, a node kept out the one that it cost its place in."""
+def test_quarantines_appear_in_the_right_generation() -> None:
+    """A quarantined checkpoint is shown with the next generation, a node that is kept out with the newest one."""
     bodies = (
         FIRST,
         COMMIT,
@@ -282,20 +280,20 @@ def test_quarantines_are_told_where_they_belong() -> None:
     second, third = texts(*bodies)
     assert "; node b kept out for 30 s: 3 failures within 600 s;" in second
     assert second.count("kept out") == 1
-    assert "; the checkpoint of step 410 was set aside: shard-00000: cut short; agreed" in second
+    assert "; the checkpoint of step 410 was quarantined: shard-00000: cut short; agreed" in second
     assert "12 steps (401 to 412) done again" in second
     assert "kept out" not in third
-    assert "set aside" not in third
+    assert "quarantined" not in third
 
 
-def test_a_checkpoint_that_no_commit_names_is_told_by_its_directory() -> None:
-    """A quarantine is never left out, even if what it names is unknown."""
+def test_quarantined_checkpoint_without_a_commit_is_named_by_directory() -> None:
+    """A quarantine is always shown, even if no COMMIT names its checkpoint."""
     bodies = (FIRST, Quarantine("ckpt/7", "gone"), generation(2, "ac", LOST_B))
-    assert "the checkpoint ckpt/7 was set aside: gone" in texts(*bodies)[0]
+    assert "the checkpoint ckpt/7 was quarantined: gone" in texts(*bodies)[0]
 
 
-def test_a_run_of_stock_torchrun_claims_no_step() -> None:
-    """Where the log holds who trains and not what, neither a step nor a phase is told."""
+def test_stock_torchrun_run_claims_no_step() -> None:
+    """Such a log has members but no steps, so the text has neither a step nor a phase."""
     first = generation(1, "abc", frontier=0, resume=0, slots=None)
     second = generation(2, "ac", LOST_B, frontier=0, resume=0, slots=None)
     assert texts(first, second, dataclasses.replace(second, number=3)) == [
@@ -305,8 +303,8 @@ def test_a_run_of_stock_torchrun_claims_no_step() -> None:
     ]
 
 
-def test_a_loss_before_the_first_step() -> None:
-    """Nothing had been done: that is said in words, not as step 0."""
+def test_loss_before_the_first_step_names_no_step() -> None:
+    """The text says `before the first step`, not step 0."""
     (text,) = texts(FIRST, generation(2, "ac", LOST_B, JOINED_D, frontier=0, resume=0))
     assert "node b lost before the first step: " in text
     assert "node d joined before the first step" in text
@@ -322,21 +320,21 @@ def test_a_loss_before_the_first_step() -> None:
         ),
     ],
 )
-def test_the_end_of_the_run_is_told(stop: Stop, words: str) -> None:
-    """How a run ended is the last thing that is explained, even if its world never changed."""
+def test_end_of_the_run_is_the_last_explanation(stop: Stop, words: str) -> None:
+    """The end of a run comes last, even if its world never changed."""
     (end,) = explain(records(FIRST, COMMIT, stop))
     assert end == End(2, 1, stop.step, stop.reason)
     assert str(end) == words
 
 
 def test_wall_clocks_do_not_matter() -> None:
-    """Records whose times make no sense are explained in the same words."""
+    """Records with invalid times are explained in the same words."""
     bodies = (FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED, Stop("completed", 500))
     assert explain(records(*bodies)) == explain(records(*bodies, time="not a time at all"))
 
 
-def test_programs_get_the_same_in_fields() -> None:
-    """The JSON form holds the durations as numbers, and the sentence for people beside them."""
+def test_json_has_durations_as_numbers_and_the_text() -> None:
+    """The JSON form has the durations as numbers, and the sentence for people as `text`."""
     bodies = (FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED, Stop("completed", 500))
     recovered, end = (json.loads(json.dumps(as_json(each))) for each in explain(records(*bodies)))
     assert (recovered["kind"], end["kind"]) == ("change", "end")
@@ -348,15 +346,15 @@ def test_programs_get_the_same_in_fields() -> None:
 
 
 def write_log(url: Path, *bodies: Body) -> None:
-    """A run directory with a log of these."""
+    """Write a run directory with a log of these bodies."""
     log = RunLog(open_store(f"file://{url}"), writer="a")
     for body in bodies:
         number = log.refresh().generation_number
         log.append(lambda _, body=body: body, generation=number)  # type: ignore[misc]
 
 
-def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
-    """Into a pipe, each explanation is one line whatever its length, and nothing in it is taken for markup."""
+def test_explain_prints_one_line_per_change_into_a_pipe(tmp_path: Path) -> None:
+    """Into a pipe, each explanation is one line of any length, and its text is not read as markup."""
     odd = Cause(CauseKind.FAILED, "b", "worker 1 raised KeyError: '[bold]x[/bold]' [/]")
     write_log(tmp_path, FIRST, COMMIT, generation(2, "ac", odd), RECOVERED, Stop("completed", 500))
     result = elastic_pt("log", tmp_path, "--explain")
@@ -368,8 +366,8 @@ def test_the_command_prints_a_line_each(tmp_path: Path) -> None:
     assert [json.loads(line)["text"] for line in lines] == [first, end]
 
 
-def test_a_log_without_a_change_says_so(tmp_path: Path, trained: Trained) -> None:
-    """An empty answer is put in words; a run that completed undisturbed has its end to tell."""
+def test_explain_of_a_log_without_changes_says_so(tmp_path: Path, trained: Trained) -> None:
+    """Without a change the command prints a sentence. A run that completed without changes has its end only."""
     write_log(tmp_path, FIRST, COMMIT)
     assert "nothing to explain" in elastic_pt("log", tmp_path, "--explain").out
     assert elastic_pt("log", tmp_path, "--explain", "--json").out == ""
@@ -387,6 +385,6 @@ def test_a_log_without_a_change_says_so(tmp_path: Path, trained: Trained) -> Non
         (Quarantine("ckpt/410", "cut short"), "ckpt/410: cut short"),
     ],
 )
-def test_each_record_has_its_line(body: Body, words: str) -> None:
-    """`log` without options tells recoveries and both kinds of quarantine too."""
+def test_recovery_and_quarantine_records_have_a_line(body: Body, words: str) -> None:
+    """`log` without options also shows recoveries and both kinds of quarantine."""
     assert f"  {words}  (by a)" in describe(records(FIRST, body)[-1])

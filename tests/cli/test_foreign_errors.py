@@ -1,4 +1,4 @@
-"""Errors of libraries reach a user as one line that names what to mend, at once, and never as exit code 1."""
+"""Errors of libraries reach the user at once, as one line that names what to fix, and never with exit code 1."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from command_line import assert_one_line_mistake, elastic_pt
 from elastic_pt.cli import setup
 
 SOON_S = 15.0
-"""Far below the 30 s and more for which a store that may come back is tried again."""
+"""Far below the 30 s and more for which requests to a store are retried."""
 
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An AWS environment of the test's own; returns its configuration file."""
+    """An AWS environment for this test only; returns its configuration file."""
     import os
 
     for name in [name for name in os.environ if name.startswith("AWS_") or "CA_BUNDLE" in name]:
@@ -64,7 +64,7 @@ def test_wrong_aws_settings_are_named_at_once(
     aws: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What cannot work is refused with exit code 2 in one line, without a retry, and secrets are not shown."""
+    """A wrong setting is refused with exit code 2 in one line, without a retry, and no secret is shown."""
     monkeypatch.setenv(name, value)
     began_s = time.monotonic()
     result = elastic_pt(command, "s3://bucket/run")
@@ -74,8 +74,8 @@ def test_wrong_aws_settings_are_named_at_once(
         assert value.strip() not in result.err.replace(name, "")
 
 
-def test_a_broken_aws_file_is_named_at_once(aws: Path) -> None:
-    """A file that is no AWS configuration is told as such."""
+def test_broken_aws_file_is_named_at_once(aws: Path) -> None:
+    """An invalid AWS configuration file is named in the error."""
     aws.write_text("[profile x\nnonsense")
     began_s = time.monotonic()
     result = elastic_pt("status", "s3://bucket/run")
@@ -83,8 +83,8 @@ def test_a_broken_aws_file_is_named_at_once(aws: Path) -> None:
     assert_one_line_mistake(result, "config")
 
 
-def test_no_credentials_at_all_are_told_at_once(aws: Path) -> None:
-    """Without a login nothing is tried again and again; the exit code is that of the store."""
+def test_missing_credentials_are_reported_at_once(aws: Path) -> None:
+    """Without credentials there is no retry, and the exit code is that of the store (3)."""
     began_s = time.monotonic()
     result = elastic_pt("status", "s3://bucket/run")
     assert time.monotonic() - began_s < SOON_S
@@ -101,8 +101,8 @@ OLD_SIGN_IN = "sso_region = us-east-1\nsso_start_url = https://example.com/start
     [f"sso_session = s\n{SIGN_IN}{SESSION}", SIGN_IN + OLD_SIGN_IN],
     ids=["session", "old"],
 )
-def test_an_expired_sign_in_is_told_at_once(aws: Path, settings: str) -> None:
-    """A login that is over is one line, without the library's tracebacks."""
+def test_expired_sign_in_is_reported_at_once(aws: Path, settings: str) -> None:
+    """An expired login is one error line, without a traceback of the library."""
     aws.write_text(f"[default]\n{settings}")
     began_s = time.monotonic()
     result = elastic_pt("status", "s3://bucket/run")
@@ -110,10 +110,10 @@ def test_an_expired_sign_in_is_told_at_once(aws: Path, settings: str) -> None:
     assert_one_line_mistake(result, "SSO Token", "check the credentials", exit_code=3)
 
 
-def test_missing_certificates_are_no_missing_object(
+def test_missing_certificate_file_is_not_a_missing_object(
     aws: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that the AWS settings name and that is not there is told as that, and not as an object that is missing."""
+    """If a file that the AWS settings name is missing, the error says that, and not that an object is missing."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -123,10 +123,10 @@ def test_missing_certificates_are_no_missing_object(
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid:9000"])
 @pytest.mark.parametrize("command", ["status", "log", "storage-check"])
-def test_a_server_that_nobody_can_reach_is_told_at_once(
+def test_unreachable_server_is_reported_at_once(
     command: str, host: str, aws: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who types a command is told at once that nobody listens there or that the name is not known."""
+    """The error says at once that the server refuses connections or that its name is unknown."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -136,16 +136,16 @@ def test_a_server_that_nobody_can_reach_is_told_at_once(
     assert_one_line_mistake(result, host, "expected a server", exit_code=3)
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
-    """A configuration that an editor has saved with a byte order mark is read like any other."""
+def test_config_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    """A byte order mark at the start of a configuration is ignored."""
     path = tmp_path / "run.toml"
     path.write_bytes(b'\xef\xbb\xbf[run]\nurl = "run"\n[data]\nurl = "data"\n')
     assert elastic_pt("config", path).exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["status", "run", "config", "log"])
-def test_bytes_that_are_no_text_are_named(command: str) -> None:
-    """An argument that is no UTF-8 is one line and exit code 2."""
+def test_argument_that_is_not_utf8_is_refused(command: str) -> None:
+    """An argument that is not UTF-8 gives one line and exit code 2."""
     result = subprocess.run(
         [sys.executable, "-m", "elastic_pt", command, b"runs/\xff"], capture_output=True, timeout=60
     )
@@ -153,8 +153,8 @@ def test_bytes_that_are_no_text_are_named(command: str) -> None:
     assert result.stderr == b"error: argument 'runs/\\udcff': expected UTF-8 text\n"
 
 
-def test_what_nobody_expected_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug is one line, an event with its traceback, and exit code 8: a supervisor may start it again."""
+def test_unexpected_error_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug gives one line, an event with its traceback, and exit code 8, so a supervisor may restart it."""
 
     def broken(*_: object) -> None:
         raise KeyError("nobody expected this")

@@ -1,4 +1,4 @@
-"""`--json`: what a command prints for programs has the keys that docs/operations.md lists."""
+"""`--json`: the output of each command has the keys that docs/operations.md lists."""
 
 import json
 import re
@@ -20,7 +20,7 @@ WITHOUT = {"run", "local", "demo"}
 
 
 def documented() -> dict[str, tuple[str, list[str]]]:
-    """Form and keys of each command's JSON, as the page has them."""
+    """Form and keys of each command's JSON, from the page."""
     _, _, rest = PAGE.partition("<!-- json: begin -->\n")
     found = {}
     for line in rest.partition("<!-- json: end -->")[0].splitlines()[2:]:
@@ -34,7 +34,7 @@ ROWS = documented()
 
 @pytest.fixture
 def arguments(trained: Trained, texts: Path, tmp_path: Path) -> dict[str, list[object]]:
-    """What each command is called with."""
+    """The arguments for each command."""
     failed = tmp_path / "failed"
     shutil.copytree(trained.run, failed)
     log = RunLog(open_store(f"file://{failed}"), writer="test")
@@ -58,8 +58,10 @@ def arguments(trained: Trained, texts: Path, tmp_path: Path) -> dict[str, list[o
 
 
 @pytest.mark.parametrize("command", ROWS)
-def test_the_keys_are_the_documented_ones(command: str, arguments: dict[str, list[object]]) -> None:
-    """A script that follows the page finds each key; a key that is not on the page is not printed."""
+def test_json_keys_are_the_documented_ones(
+    command: str, arguments: dict[str, list[object]]
+) -> None:
+    """Each documented key is printed, and no other key."""
     result = elastic_pt(command, *arguments[command], "--json")
     assert (result.exit_code, result.err) == (0, "")
     form, keys = ROWS[command]
@@ -77,8 +79,8 @@ def test_the_keys_are_the_documented_ones(command: str, arguments: dict[str, lis
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", key) for key in found)
 
 
-def test_every_other_command_has_json() -> None:
-    """Only commands whose result is the run itself have no `--json`."""
+def test_every_command_but_those_that_train_has_json() -> None:
+    """Only `run`, `local` and `demo` have no `--json`."""
     commands = get_command(app).commands  # type: ignore[attr-defined]
     having = {
         name
@@ -88,21 +90,21 @@ def test_every_other_command_has_json() -> None:
     assert having == set(commands) - WITHOUT == set(ROWS)
 
 
-def test_an_error_is_told_in_the_same_way(tmp_path: Path) -> None:
-    """With `--json`, too, an expected error is one line on standard error and an exit code."""
+def test_error_with_json_is_still_one_line(tmp_path: Path) -> None:
+    """Also with `--json`, an expected error is one line on standard error and an exit code."""
     result = elastic_pt("status", tmp_path / "nothing", "--json")
     assert (result.exit_code, result.out) == (2, "")
     assert result.err.startswith("error: ")
 
 
-def test_an_unfenced_store_is_told_in_json(tmp_path: Path) -> None:
-    """The verdict is in the JSON, and the exit code follows it."""
+def test_unfenced_store_is_shown_in_json(tmp_path: Path) -> None:
+    """The verdict is in the JSON, and the exit code agrees with it."""
     result = elastic_pt("storage-check", "memory://bucket/x", "--json")
     assert (result.exit_code, result.json["verdict"]) == (2, "unfenced")
 
 
-def test_an_exported_model_has_no_step(trained: Trained, tmp_path: Path) -> None:
-    """`generate --json` on a directory that `export` wrote: the same text in parts, and no step."""
+def test_json_of_an_exported_model_has_no_step(trained: Trained, tmp_path: Path) -> None:
+    """`generate --json` on an exported directory has the same text in two parts, and no step."""
     assert elastic_pt("export", trained.run, "--out", tmp_path / "model").exit_code == 0
     words = ("generate", tmp_path / "model", "--prompt", "abc", "--max-tokens", 5)
     found = elastic_pt(*words, "--json").json

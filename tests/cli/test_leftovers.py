@@ -1,4 +1,4 @@
-"""What a run leaves on its machine, and how long its directories' names may be."""
+"""Files, sockets and semaphores that a run leaves on its machine, also with long directory names."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ MEMORY = Path("/dev/shm")
 MANY_STEPS = "train.steps=1000000"
 TOKENS = f"elastic-pt-tokens-{os.getuid()}"
 COMPILED = "torchinductor_"
-"""A cache of torch's own, which all its programs of one user share and keep."""
+"""A cache of torch, which all programs of one user share and keep."""
 
 
 def start(
     config: Path, verb: str, *options: str, staging: Path, temporary: Path
 ) -> subprocess.Popen[str]:
-    """An agent, or several, in a process group of their own."""
+    """Start `run` or `local` in a new process group."""
     where = ("--nodes", "1") if verb == "local" else ("--address", "127.0.0.1")
     settings = [word for option in options for word in ("--set", option)]
     return subprocess.Popen(
@@ -41,13 +41,13 @@ def start(
 
 
 def left_in(temporary: Path) -> set[str]:
-    """What a run has left, but for the two caches that are meant to stay."""
+    """Names of what a run has left, without the two caches that are meant to stay."""
     names = {path.name for path in temporary.iterdir()}
     return {name for name in names if name != TOKENS and not name.startswith(COMPILED)}
 
 
 def semaphores_of(pid: int) -> set[Path]:
-    """Named semaphores that a process uses. Mapped under the names under which they were made, so inodes tell."""
+    """Named semaphores that a process uses. They are mapped under temporary names, so inodes are compared."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     inodes = {int(line.split()[4]) for line in lines if f"{MEMORY}/sem." in line}
     found = set()
@@ -71,7 +71,7 @@ def of_processes(group: int) -> set[int]:
 
 
 def wait_for(happened: Callable[[], object]) -> None:
-    """Wait for something, in bounded time."""
+    """Wait until `happened()`, at most `WAIT_S`."""
     deadline_s = time.monotonic() + WAIT_S
     while not happened():
         assert time.monotonic() < deadline_s
@@ -80,7 +80,7 @@ def wait_for(happened: Callable[[], object]) -> None:
 
 @pytest.fixture
 def long(tmp_path: Path) -> Path:
-    """A directory whose path is longer than a Unix socket's address may be."""
+    """A directory with a path longer than the address of a Unix socket may be."""
     folder = tmp_path / ("long" * 25) / ("name" * 25)
     folder.mkdir(parents=True)
     assert len(str(folder)) > 200
@@ -89,7 +89,7 @@ def long(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A staging directory in memory, of the test's own."""
+    """A staging directory in memory, for this test only."""
     with tempfile.TemporaryDirectory(prefix="staging-", dir=MEMORY) as name:
         yield Path(name)
 
@@ -115,10 +115,10 @@ def test_a_run_leaves_nothing_under_long_names(
 
 
 @pytest.mark.parametrize("verb", ["run", "local"])
-def test_what_a_killed_agent_leaves_is_swept(
+def test_next_start_removes_what_a_killed_agent_left(
     verb: str, prepared: Trained, tmp_path: Path, memory: Path
 ) -> None:
-    """I7: the next start removes directories, sockets and semaphores of killed agents, and nothing of anybody else's."""
+    """I7: the next start removes directories, sockets and semaphores of killed agents, and nothing of other programs."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     run = f"run.url={tmp_path / 'run'}"
@@ -169,8 +169,8 @@ print(tempfile.gettempdir())
 """
 
 
-def test_temporary_files_of_workers_go_where_the_user_wants_them(long: Path) -> None:
-    """TMPDIR means what it says: a worker's temporary directory is the user's, and not the agent's scratch."""
+def test_workers_use_the_tmpdir_of_the_user(long: Path) -> None:
+    """A worker's temporary directory is the user's TMPDIR, not the agent's scratch."""
     worker = subprocess.run(
         [sys.executable, "-c", WORKER],
         env=os.environ | {"TMPDIR": str(long)},

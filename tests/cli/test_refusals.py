@@ -1,4 +1,4 @@
-"""What was asked is done, or refused by name with the exit code that the documents give for it."""
+"""A request is carried out, or refused by name with the documented exit code."""
 
 import os
 import subprocess
@@ -13,10 +13,10 @@ from elastic_pt import errors
 WAIT_S = 120.0
 
 
-def test_data_that_cannot_be_reached_is_no_mistake(
+def test_unreachable_data_is_a_store_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that does not answer is code 3, and only data that is not there is the user's mistake."""
+    """A store that does not answer gives exit code 3. Only missing data is a user's mistake (2)."""
     for name, value in (
         ("ENDPOINT_URL", "http://127.0.0.1:9"),
         ("ACCESS_KEY_ID", "x"),
@@ -29,15 +29,15 @@ def test_data_that_cannot_be_reached_is_no_mistake(
     assert_one_line_mistake(result, "nothing", "--data URL")
 
 
-def test_an_exported_directory_takes_no_data(trained: Trained, tmp_path: Path) -> None:
-    """`generate` says that it has no use for --data, instead of passing over it."""
+def test_generate_from_an_export_refuses_data(trained: Trained, tmp_path: Path) -> None:
+    """`generate` refuses --data for an exported directory instead of ignoring it."""
     (tmp_path / "config.json").write_text("{}")
     command = ("generate", tmp_path, "--prompt", "a", "--data", trained.data)
     assert_one_line_mistake(elastic_pt(*command), f"--data {trained.data}", "tokenizer")
 
 
-def test_an_export_refuses_a_link_before_the_work(tmp_path: Path) -> None:
-    """What a finished directory cannot replace is refused before the run is read."""
+def test_export_to_a_link_is_refused_before_the_run_is_read(tmp_path: Path) -> None:
+    """`export` cannot replace a link or a mount point, so it refuses them first."""
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -46,8 +46,8 @@ def test_an_export_refuses_a_link_before_the_work(tmp_path: Path) -> None:
         assert_one_line_mistake(result, f"--out {out}", "expected")
 
 
-def test_an_option_is_refused_by_its_own_name(tmp_path: Path) -> None:
-    """The error names the option and its value as the user wrote them, once, and no internal name."""
+def test_error_names_the_option_as_the_user_wrote_it(tmp_path: Path) -> None:
+    """The error has the option and its value once, and no internal name."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
     prepare = ("prepare", tmp_path / "texts", "--out", tmp_path / "out")
@@ -61,22 +61,22 @@ def test_an_option_is_refused_by_its_own_name(tmp_path: Path) -> None:
         assert_one_line_mistake(elastic_pt(*command), part, "expected")
 
 
-def test_a_demo_refuses_a_directory_that_cannot_be_made() -> None:
-    """A directory that the system does not let the demo make is the user's mistake, not a bug."""
+def test_demo_refuses_a_directory_that_cannot_be_created() -> None:
+    """A directory that the demo cannot create is a user's mistake, not a bug."""
     assert_one_line_mistake(
         elastic_pt("demo", "--directory", "/proc/x"), "--directory /proc/x", "expected a directory"
     )
 
 
-def test_a_reading_command_does_not_retry_a_host_that_refuses() -> None:
-    """A host that refuses connections is told at once for every protocol, not after the time of all retries."""
+def test_status_does_not_retry_a_refused_connection() -> None:
+    """A refused connection is reported at once for every protocol, not after all retries."""
     result = elastic_pt("status", "ftp://127.0.0.1:1/run")
     assert_one_line_mistake(result, "expected a server that answers there", exit_code=3)
     assert "gave up" not in result.err
 
 
-def test_no_error_has_the_exit_code_of_python_itself() -> None:
-    """1 is what Python ends with when it cannot start a program; no error of ours looks like that."""
+def test_no_error_has_exit_code_1() -> None:
+    """Python ends with 1 when it cannot start a program, so none of our errors uses 1."""
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     assert all(kind.exit_code > 1 for kind in kinds if issubclass(kind, errors.ElasticPtError))
 
@@ -93,8 +93,8 @@ except SystemExit:
 """
 
 
-def test_a_locale_without_a_character_ends_no_command() -> None:
-    """Text that the terminal cannot show is escaped, and the command goes on."""
+def test_unprintable_character_does_not_fail_a_command() -> None:
+    """Text that the locale cannot show is escaped, and the command continues."""
     result = subprocess.run(
         [sys.executable, "-c", SHOW],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},

@@ -1,4 +1,4 @@
-"""A working directory is data: what lies in it is never executed, whatever its name."""
+"""A working directory is data: no file in it is ever executed, whatever its name."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ MODULE = [sys.executable, "-m", "elastic_pt"]
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    """A working directory whose files tell when they are executed, and are no good as modules."""
+    """A working directory with files that record their execution and then fail."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in NAMES:
@@ -43,12 +43,12 @@ def test_files_in_the_working_directory_are_not_executed(
     prepared: Trained,
     tmp_path: Path,
 ) -> None:
-    """`run` and `local` train from a directory that holds a random.py, and none of its files is run."""
+    """`run` and `local` train in a directory that has a random.py, and execute none of its files."""
     if not Path(command[0]).exists():
         pytest.skip("the console script is not installed beside this interpreter")
     environment = dict(os.environ)
     if pythonpath is not None:
-        # Python itself imports some before it runs anything of ours.
+        # Python itself imports some modules before it runs our code.
         for name in sys.stdlib_module_names & {path.stem for path in poisoned.iterdir()}:
             if name not in ("random", "queue", "secrets"):
                 (poisoned / f"{name}.py").unlink()

@@ -1,4 +1,4 @@
-"""Where exactness ends is told from the log alone, and only for checkpoints that other platforms are part of."""
+"""The log alone shows up to which step a checkpoint is exact, if several platforms computed it."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def generation(number: int, step: int, platform: dict[str, str]) -> Generation:
 
 
 def changes(*bodies: Body, until: int = 99) -> list[tuple[int, str]]:
-    """Step and reason of each change that a log of these records tells up to generation `until`."""
+    """Step and reason of each change in a log of these bodies, up to generation `until`."""
     records = [Record(i, 0, "a", "n", "t", "p", {}, body) for i, body in enumerate(bodies)]
     return [(each.step, each.why) for each in platform_changes(records, FIRST, until)]
 
@@ -31,14 +31,14 @@ REOPEN = Reopen("no more of one", True, 20)
     ("bodies", "found"),
     [
         ((generation(1, 0, FIRST), generation(2, 20, FIRST)), []),
-        # Older records name no platform; the run's first node told it.
+        # Older records have no platform; that of the first node counts.
         ((generation(1, 0, {}), REOPEN, generation(2, 20, OTHER)), [(20, REOPEN.why)]),
         ((generation(1, 0, FIRST), REOPEN, generation(2, 20, OTHER)), [(20, REOPEN.why)]),
-        # Nothing had been committed: all steps are the other platform's.
+        # Nothing was committed: the other platform computes all steps.
         ((generation(1, 0, FIRST), REOPEN, generation(2, 0, OTHER)), []),
         # The operator accepted another one, but the old kind came back.
         ((generation(1, 0, FIRST), REOPEN, generation(2, 20, FIRST)), []),
-        # A later version knows more names of the same platform, and then more of another one.
+        # A later version records more names of the same platform, and then those of another one.
         (
             (
                 generation(1, 0, FIRST),
@@ -48,7 +48,7 @@ REOPEN = Reopen("no more of one", True, 20)
             ),
             [(40, REOPEN.why)],
         ),
-        # What only explains is no change.
+        # A name that only explains the probe is no change.
         (
             (generation(1, 0, FIRST | {"driver": "1"}), generation(2, 20, FIRST | {"driver": "2"})),
             [],
@@ -65,7 +65,7 @@ REOPEN = Reopen("no more of one", True, 20)
             ),
             [(20, REOPEN.why), (40, "back")],
         ),
-        # The other platform's steps were not kept: the first one did them again.
+        # No step of the other platform was kept: the first platform did them again.
         (
             (
                 generation(1, 0, FIRST),
@@ -78,21 +78,21 @@ REOPEN = Reopen("no more of one", True, 20)
         ),
     ],
 )
-def test_exactness_ends_where_another_platform_goes_on(
+def test_change_counts_from_the_step_of_the_resume(
     bodies: tuple[Body, ...], found: list[tuple[int, str]]
 ) -> None:
-    """A change counts from the step that its generation resumed from, with what the operator said."""
+    """A change counts from the step that its generation resumed from, with the operator's reason."""
     assert changes(*bodies) == found
 
 
-def test_later_generations_do_not_touch_an_earlier_checkpoint() -> None:
-    """A checkpoint is as exact as the generation that wrote it."""
+def test_later_generations_do_not_affect_an_earlier_checkpoint() -> None:
+    """Only changes up to the generation that wrote a checkpoint count."""
     bodies = (generation(1, 0, FIRST), REOPEN, generation(2, 20, OTHER))
     assert changes(*bodies, until=1) == []
 
 
-def test_a_change_says_what_differs() -> None:
-    """The line names each value that decides the bits, before and after, and the operator's reason."""
+def test_text_of_a_change_names_the_differences() -> None:
+    """The text has each differing value, before and after, and the operator's reason."""
     (change,) = platform_changes(
         [
             Record(i, 0, "a", "n", "t", "p", {}, body)

@@ -1,4 +1,4 @@
-"""The plot of a run is one picture that tells what happened to whom."""
+"""The plot of a run shows the loss, and what happened to each node."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Axes, Axes]:
 
 
 def test_a_png_is_written(tmp_path: Path) -> None:
-    """The file is a picture that a browser shows, and says something (it is not one colour)."""
+    """The file is a readable picture and has more than one colour."""
     path = tmp_path / "plot.png"
     plot_run(path, "a run", POINTS, GENERATIONS)
     pixels = imread(path)
@@ -45,14 +45,14 @@ def test_a_png_is_written(tmp_path: Path) -> None:
     assert pixels.std() > 0.05
 
 
-def test_a_run_without_a_step_has_a_picture_too(tmp_path: Path) -> None:
-    """A run that was lost before its first commit is drawn, not refused."""
+def test_run_without_a_step_is_drawn(tmp_path: Path) -> None:
+    """A run without a commit is drawn, not refused."""
     plot_run(tmp_path / "plot.png", "a run", [], GENERATIONS[:1])
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-def test_losses_joins_and_failures_stand_in_their_nodes_row(axes: tuple[Axes, Axes]) -> None:
-    """Each change is written once, at its step, in the row of the node that it is about."""
+def test_each_change_is_in_the_row_of_its_node(axes: tuple[Axes, Axes]) -> None:
+    """Each change is written once, at its step, in the row of its node."""
     _, membership = axes
     rows = [label.get_text() for label in membership.get_yticklabels()]
     assert rows == ["node-1", "node-2", "node-10"]
@@ -68,8 +68,8 @@ def test_losses_joins_and_failures_stand_in_their_nodes_row(axes: tuple[Axes, Ax
     }
 
 
-def test_a_loss_is_red_and_a_join_is_green(axes: tuple[Axes, Axes]) -> None:
-    """Good and bad news are told apart at a glance."""
+def test_lost_node_is_red_and_joined_node_is_green(axes: tuple[Axes, Axes]) -> None:
+    """Losses and joins have different colours."""
     _, membership = axes
     colors = {note.get_text(): to_rgb(note.get_color()) for note in membership.texts}
     red, green, _ = colors["lost node-1"]
@@ -79,7 +79,7 @@ def test_a_loss_is_red_and_a_join_is_green(axes: tuple[Axes, Axes]) -> None:
 
 
 def test_bars_cover_exactly_the_steps_of_each_node(axes: tuple[Axes, Axes]) -> None:
-    """A node's bars are the steps it took part in: lost ones end, joined ones begin at the boundary."""
+    """A node's bars are the steps it took part in: a lost node's end, and a joined node's begin, at the boundary."""
     _, membership = axes
     steps = [0.0, 0.0, 0.0]
     for bar in membership.patches:
@@ -88,7 +88,7 @@ def test_bars_cover_exactly_the_steps_of_each_node(axes: tuple[Axes, Axes]) -> N
 
 
 def test_the_loss_panel_shows_every_finite_step(axes: tuple[Axes, Axes]) -> None:
-    """No step is left out of the curve, and a skipped one has no value made up for it."""
+    """The curve has every step with a finite loss, and no value for a skipped step."""
     loss, _ = axes
     steps = np.asarray(loss.lines[0].get_xdata())
     assert steps.tolist() == [point.step for point in POINTS if point.loss is not None]

@@ -1,4 +1,4 @@
-"""Nodes of one run agree on everything that decides the bits, or are told what differs."""
+"""Nodes of one run agree on everything that decides the bits; otherwise the error names what differs."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def config(*overrides: str) -> Config:
         ((), {"processor": "aarch64 DEFAULT"}, r"processor = 'aarch64 DEFAULT'"),
     ],
 )
-def test_a_node_that_differs_is_refused_by_name(
+def test_node_with_another_value_is_refused_by_name(
     store: Store, overrides: tuple[str, ...], platform: dict[str, str], named: str
 ) -> None:
     """Another value, torch or processor is refused. The message has its name, the value here and that of the run."""
@@ -61,7 +61,7 @@ EXACT_PLATFORM = PLATFORM | {
     "processor model": "Xeon 1",
     "probe": "1f",
 }
-"""As this version tells it, where `PLATFORM` is what the first one did."""
+"""The platform as this version records it; `PLATFORM` is as the first version did."""
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ EXACT_PLATFORM = PLATFORM | {
         ({"processor model": "Xeon 2"}, ""),
     ],
 )
-def test_what_is_computed_decides_and_names_explain(
+def test_another_probe_is_refused_but_not_another_processor_name(
     store: Store, differs: dict[str, str], named: str
 ) -> None:
-    """I9: A node that computes other bits is refused with the cause; one whose processor only has another name is not."""
+    """I9: A node that computes other bits is refused with the cause. Another name of the processor alone is accepted."""
     agree_on_identity(store, config(), DATA, EXACT_PLATFORM)
     mine = fingerprint(config(), DATA, EXACT_PLATFORM)
     other = EXACT_PLATFORM | differs
@@ -103,7 +103,7 @@ def test_settings_are_compared_before_the_platform(store: Store) -> None:
 
 
 @pytest.mark.parametrize("bound", [{}, PLATFORM], ids=["identity", "generation"])
-def test_only_what_the_run_knows_of_its_platform_is_compared(
+def test_names_missing_in_the_recorded_platform_are_not_compared(
     store: Store, bound: dict[str, str]
 ) -> None:
     """A run of an earlier version, which recorded fewer names of its platform, accepts nodes with more names."""
@@ -121,11 +121,10 @@ def test_only_what_the_run_knows_of_its_platform_is_compared(
     ],
     ids=["same names", "more names"],
 )
-def test_the_newest_generation_tells_the_whole_platform(
+def test_newest_generation_replaces_the_whole_platform(
     store: Store, first: dict[str, str], named: str
 ) -> None:
-    """After another platform was accepted nothing of the first one counts: not names that the other one lacks, and not
-    that a node is the very one that the run began with."""
+    """After another platform was accepted, no name of the first one counts. Even the run's first node is refused."""
     agree_on_identity(store, config(), DATA, first)
     cpu = EXACT_PLATFORM | {"vendor": "AuthenticAMD", "probe": "2a"}
     with pytest.raises(ConfigError, match=named):
@@ -138,7 +137,7 @@ def test_the_newest_generation_tells_the_whole_platform(
         agree_on_identity(store, config(), DATA, first, cpu)
 
 
-def test_what_does_not_touch_the_bits_may_differ(store: Store) -> None:
+def test_settings_that_do_not_affect_the_bits_may_differ(store: Store) -> None:
     """Nodes may have their own telemetry, elastic and checkpoint sections."""
     agree_on_identity(store, config(), DATA, PLATFORM)
     other = config("telemetry.metrics_port=9400", "elastic.nodes_min=2", "checkpoint.keep=9")
@@ -153,8 +152,8 @@ def test_native_runs_do_not_compare_the_platform(store: Store) -> None:
     agree_on_identity(store, native, DATA, {"torch": "2.10", "processor": "cuda"})
 
 
-def test_a_run_can_be_joined_by_its_url(store: Store) -> None:
-    """The run directory has the configuration that started it, without the first node's own telemetry."""
+def test_run_directory_has_the_configuration_to_join(store: Store) -> None:
+    """The run directory has the first node's configuration, without its telemetry section."""
     started = config("train.steps=7", "telemetry.metrics_port=9400")
     agree_on_identity(store, started, DATA, PLATFORM)
     joined = read_run_config(store, [])
@@ -162,7 +161,7 @@ def test_a_run_can_be_joined_by_its_url(store: Store) -> None:
     assert joined.telemetry == config().telemetry
 
 
-def test_a_refused_node_publishes_nothing(store: Store) -> None:
+def test_refused_node_publishes_no_configuration(store: Store) -> None:
     """The configuration of a node that was refused never becomes the run's."""
     agree_on_identity(store, config(), DATA, PLATFORM)
     store.delete(CONFIG_KEY)
@@ -171,7 +170,7 @@ def test_a_refused_node_publishes_nothing(store: Store) -> None:
     assert store.size(CONFIG_KEY) is None
 
 
-def test_the_first_node_writes_down_what_decides_the_bits(store: Store) -> None:
+def test_first_node_records_what_decides_the_bits(store: Store) -> None:
     """`identity.json` has every value by name, so that a refusal can name it."""
     agree_on_identity(store, config("run.seed=3"), DATA, PLATFORM)
     identity = json.loads(store.read(IDENTITY_KEY))
@@ -181,7 +180,7 @@ def test_the_first_node_writes_down_what_decides_the_bits(store: Store) -> None:
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
-    """The fields in which two fingerprints differ; both have the same ones."""
+    """The fields in which two fingerprints differ; both must have the same fields."""
     assert one.keys() == other.keys()
     return {name for name in one if one[name] != other[name]}
 
@@ -199,13 +198,13 @@ def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
         (("elastic.takeover_s=9", "telemetry.metrics_port=9400"), {}, {}, set()),
     ],
 )
-def test_a_fingerprint_tells_what_differs(
+def test_fingerprint_shows_which_field_differs(
     overrides: tuple[str, ...],
     data: dict[str, object],
     platform: dict[str, str],
     fields: set[str],
 ) -> None:
-    """Each thing that nodes of one world must share shows under its own name, and nothing else does."""
+    """Each value that nodes of one world must share changes its own field, and no other value changes a field."""
     numerics = [each for each in overrides if each.startswith("train.numerics")]
     mine = fingerprint(config(*numerics), DATA, PLATFORM)
     other = fingerprint(
@@ -218,7 +217,7 @@ def test_a_fingerprint_tells_what_differs(
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of this project's source that the fingerprint looks at in its place."""
+    """A copy of this project's source, which the fingerprint reads instead."""
     copy = tmp_path / "elastic_pt"
     source = Path(elastic_pt.__file__).parent
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -226,8 +225,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) -> None:
-    """One byte in any source file, a new one, or another name is another code; what is no source is none."""
+def test_changed_source_file_changes_only_the_code_field(package: Path) -> None:
+    """A changed byte, a new file or a renamed file changes `code`. A file that is not source does not."""
     mine = fingerprint(config(), DATA, PLATFORM)
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "agent.cpython-311.pyc").write_bytes(b"compiled")
@@ -237,7 +236,7 @@ def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) 
     for change in (
         lambda: membership.write_bytes(membership.read_bytes() + b"\n"),
         lambda: (package / "membership" / "news.py").write_text(""),
-        # Between the same neighbours: the name itself counts.
+        # The order of the files stays the same: the name itself counts.
         lambda: membership.rename(membership.with_name("membership_.py")),
     ):
         change()
@@ -247,8 +246,8 @@ def test_a_changed_source_file_changes_the_code_and_nothing_else(package: Path) 
     assert len(seen) == 4
 
 
-def test_the_same_source_elsewhere_is_the_same_code(package: Path) -> None:
-    """Where a node has installed the code does not matter."""
+def test_code_does_not_depend_on_the_install_path(package: Path) -> None:
+    """The same source in another directory gives the same `code`."""
     here = fingerprint(config(), DATA, PLATFORM)["code"]
     moved = package.rename(package.with_name("installed_elsewhere"))
     with pytest.MonkeyPatch.context() as patch:

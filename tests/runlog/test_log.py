@@ -1,4 +1,4 @@
-"""The log has one order, one lineage, and no room for a fenced writer."""
+"""The log has one order and one lineage, and a fenced writer cannot append."""
 
 import dataclasses
 import json
@@ -47,8 +47,8 @@ def commit(step: int, number: int, *older: Checkpoint) -> Commit:
     return Commit((newest, *older), "history/x")
 
 
-def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> None:
-    """Opening by a listing and pointers gives the same view as reading every record, but for older generations."""
+def test_late_reader_gets_the_view_of_a_follower(tmp_path: Path) -> None:
+    """Opening by a listing and pointers gives the same view as reading every record, except for older generations."""
     store = open_store(f"file://{tmp_path}")
     writer = RunLog(store, writer="a")
     writer.append(lambda _: generation(1), generation=0)
@@ -81,8 +81,8 @@ def test_a_reader_that_opens_late_sees_what_a_follower_saw(tmp_path: Path) -> No
     assert late.recovery == Recovery(7, 1, 2, 3, 4, 32)
 
 
-def test_the_view_of_a_long_run_stays_small() -> None:
-    """Of generations and quarantines only the newest are kept, however many there were."""
+def test_view_keeps_only_the_newest_generations_and_bars() -> None:
+    """A view keeps only the newest generations and quarantines of nodes, so it stays small in a long run."""
     view = RunView()
     for index in range(300):
         bodies: list[Body] = [generation(index + 1), Quarantine("", "flaps", "b", 1.0)]
@@ -92,8 +92,8 @@ def test_the_view_of_a_long_run_stays_small() -> None:
     assert [index for index, _ in view.bars] == list(range(601 - 2 * BARS_KEPT, 600, 2))
 
 
-def test_a_quarantined_node_is_no_checkpoint() -> None:
-    """A QUARANTINE that names a node leaves all checkpoints alone."""
+def test_quarantine_of_a_node_keeps_all_checkpoints() -> None:
+    """A QUARANTINE of a node does not affect checkpoints."""
     view = RunView(commit=commit(5, 1))
     body = Quarantine("", "flaps", "b", 1.0)
     after = fold(view, Record(0, 1, "a", "n", "", ORIGIN, {}, body))
@@ -102,7 +102,7 @@ def test_a_quarantined_node_is_no_checkpoint() -> None:
     assert after.bars == ((0, body),)
 
 
-def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
+def test_one_of_many_writers_wins_each_generation(tmp_path: Path) -> None:
     """If several nodes propose the same generation, the log has one of them and the others are fenced."""
     store = open_store(f"file://{tmp_path}")
     RunLog(store, writer="first").append(lambda _: generation(1), generation=0)
@@ -129,8 +129,8 @@ def test_of_many_writers_one_wins_each_generation(tmp_path: Path) -> None:
     assert sorted(outcomes) == sorted(f"{g.number} {g.members[0].node}" for g in generations[1:])
 
 
-def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
-    """After a newer generation, or the end, every append of the old one is refused and leaves no record."""
+def test_fenced_writer_appends_nothing(tmp_path: Path) -> None:
+    """After a newer generation, or a STOP, every append of the old generation is refused and leaves no record."""
     store = open_store(f"file://{tmp_path}")
     old, new = RunLog(store, writer="old"), RunLog(store, writer="new")
     old.append(lambda _: generation(1), generation=0)
@@ -152,8 +152,8 @@ def test_a_fenced_writer_appends_nothing(tmp_path: Path) -> None:
     assert new.refresh().length == 3
 
 
-def test_append_that_loses_is_built_again(tmp_path: Path) -> None:
-    """An append that loses its number is made again from the view that includes the winner's record."""
+def test_append_that_loses_a_race_is_built_again(tmp_path: Path) -> None:
+    """An append that loses its number is built again from the view with the winner's record."""
     store = open_store(f"file://{tmp_path}")
     one, two = RunLog(store, writer="one"), RunLog(store, writer="two")
     one.append(lambda _: generation(1), generation=0)
@@ -164,8 +164,8 @@ def test_append_that_loses_is_built_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None:
-    """Changing any record but the newest is noticed by a reader of the whole log."""
+def test_altered_record_breaks_the_hash_chain(tmp_path: Path, victim: int) -> None:
+    """A reader of the whole log detects a change of any record but the newest."""
     log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
     log.append(lambda _: generation(1), generation=0)
     for step in (1, 2, 3):
@@ -180,8 +180,8 @@ def test_an_altered_record_breaks_the_chain(tmp_path: Path, victim: int) -> None
 
 
 @pytest.mark.parametrize("victim", range(6))
-def test_nothing_builds_on_a_log_with_a_gap(tmp_path: Path, victim: int) -> None:
-    """If any record but the last is gone, its number is never given again: no second lineage can begin there."""
+def test_no_record_is_created_in_a_gap_of_the_log(tmp_path: Path, victim: int) -> None:
+    """If any record but the last is missing, its number is not used again, so no second lineage can begin there."""
     store = open_store(f"file://{tmp_path}")
     log = RunLog(store, writer="a")
     log.append(lambda _: generation(1), generation=0)
@@ -200,14 +200,14 @@ def test_nothing_builds_on_a_log_with_a_gap(tmp_path: Path, victim: int) -> None
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_record_are_refused_by_name(data: bytes) -> None:
-    """Whatever lies under a record's key, reading it gives a record or one error that names the key."""
+def test_invalid_record_bytes_raise_an_error_with_the_key(data: bytes) -> None:
+    """For any bytes, reading gives a record or one error that names the key."""
     with pytest.raises(LogDamaged, match="log/7"):
         Record.from_bytes(data, key="log/7")
 
 
 def test_quarantined_checkpoints_do_not_exist(tmp_path: Path) -> None:
-    """A checkpoint is there if and only if the newest COMMIT keeps it and no QUARANTINE names it."""
+    """A checkpoint exists if and only if the newest COMMIT keeps it and no QUARANTINE names it."""
     log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
     log.append(lambda _: generation(1), generation=0)
     log.append(lambda _: commit(10, 1), generation=1)
@@ -217,8 +217,8 @@ def test_quarantined_checkpoints_do_not_exist(tmp_path: Path) -> None:
     assert [r.body.newest.step for r in log.chain(view.head, Kind.COMMIT)] == [20, 10]  # type: ignore[union-attr]
 
 
-def test_a_stop_is_lifted_by_a_reopen_and_only_then(tmp_path: Path) -> None:
-    """After REOPEN the run goes on in the same lineage, for a follower and for a reader that opens late."""
+def test_only_a_reopen_lifts_a_stop(tmp_path: Path) -> None:
+    """After a REOPEN the run continues in the same lineage, for a follower and for a late reader."""
     store = open_store(f"file://{tmp_path}")
     writer = RunLog(store, writer="a")
     writer.append(lambda _: generation(1), generation=0)
@@ -244,7 +244,7 @@ def test_a_stop_is_lifted_by_a_reopen_and_only_then(tmp_path: Path) -> None:
     assert [record.kind for record in writer.records()].count(Kind.REOPEN) == 2
 
 
-def test_another_platform_counts_from_the_next_generation_on(tmp_path: Path) -> None:
+def test_reopen_frees_the_platform_until_the_next_generation(tmp_path: Path) -> None:
     """A REOPEN with `platform` frees the run from its platform until a generation names one again."""
     store = open_store(f"file://{tmp_path}")
     writer = RunLog(store, writer="a")

@@ -1,4 +1,4 @@
-"""Records say the same after a way through the bucket, and older ones are still understood."""
+"""Records are read from the bucket as they were written, and older records are still read."""
 
 import json
 from typing import Any
@@ -49,7 +49,7 @@ BODIES: list[Body] = [
 
 
 def stored(body: Body) -> bytes:
-    """A record as it lies in the bucket."""
+    """A record as it is stored in the bucket."""
     return Record(7, 4, "a", "n", "now", ORIGIN, {Kind.GENERATION: 6}, body).to_bytes()
 
 
@@ -64,7 +64,7 @@ def test_record_is_read_as_it_was_written(body: Body) -> None:
 
 
 def without(body: Body, *names: str) -> bytes:
-    """The record as a version wrote it that did not know some of the body's fields."""
+    """The record as an older version wrote it, without some fields of the body."""
     document: dict[str, Any] = json.loads(stored(body))
     for name in names:
         del document["body"][name]
@@ -72,7 +72,7 @@ def without(body: Body, *names: str) -> bytes:
 
 
 def test_records_without_the_newer_fields_are_still_read() -> None:
-    """A log that was begun before causes, frontier, phases and node quarantines were told can go on."""
+    """A log from before causes, frontier, phases and node quarantines can still be read and continued."""
     old = Record.from_bytes(
         without(GENERATION, "causes", "frontier_step", "agree_s"), key="log/7"
     ).body
@@ -84,8 +84,8 @@ def test_records_without_the_newer_fields_are_still_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["number", "members", "store_port", "reason"])
-def test_required_fields_of_a_record(name: str) -> None:
-    """A GENERATION without one of the fields that decide is no record."""
+def test_record_without_a_required_field_is_refused(name: str) -> None:
+    """A GENERATION without a required field is not a record."""
     with pytest.raises(LogDamaged, match=f"log/7: not a record.*{name}"):
         Record.from_bytes(without(GENERATION, name), key="log/7")
 

@@ -43,6 +43,8 @@ class Mutation:
     target: Any
     attribute: str
     replacement: Any
+    seed: int
+    """The first one that found it: the tests begin there. After a change of the protocol it may be another."""
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -176,6 +178,7 @@ MUTATIONS: Final = (
         log,
         "check_allowed",
         lambda view, body, generation: None,
+        6,
     ),
     Mutation(
         "fence before looking",
@@ -183,6 +186,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
+        6,
     ),
     Mutation(
         "commits overlooked",
@@ -190,6 +194,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_behind_commits,
+        49,
     ),
     Mutation(
         "wall clock",
@@ -197,6 +202,7 @@ MUTATIONS: Final = (
         AgentProcess,
         "liveness_clock_s",
         AgentProcess.wall_clock_s,
+        1,
     ),
     Mutation(
         "store used again",
@@ -204,6 +210,7 @@ MUTATIONS: Final = (
         AgentProcess,
         "_bind_store",
         _bind_again,
+        0,
     ),
     Mutation(
         "own record taken for another's",
@@ -211,6 +218,7 @@ MUTATIONS: Final = (
         s3,
         "holds",
         lambda store, key, data: False,
+        32,
     ),
     Mutation(
         "another's record taken for its own",
@@ -218,6 +226,7 @@ MUTATIONS: Final = (
         s3,
         "holds",
         lambda store, key, data: True,
+        6,
     ),
     Mutation(
         "last writer wins",
@@ -225,6 +234,7 @@ MUTATIONS: Final = (
         S3Store,
         "create",
         S3Store.write,
+        6,
     ),
     Mutation(
         "not asked again",
@@ -232,6 +242,7 @@ MUTATIONS: Final = (
         decide,
         "_answered",
         lambda view, member, since_s: True,
+        15,
     ),
     Mutation(
         "smaller side does not wait",
@@ -239,6 +250,7 @@ MUTATIONS: Final = (
         decide,
         "_is_larger_side",
         lambda *_: True,
+        157,
     ),
     Mutation(
         "no node parked",
@@ -246,6 +258,7 @@ MUTATIONS: Final = (
         decide,
         "park",
         lambda links, order: (),
+        33,
     ),
     Mutation(
         "links not probed",
@@ -253,6 +266,7 @@ MUTATIONS: Final = (
         participant,
         "newcomers",
         _unprobed_newcomers,
+        94,
     ),
     Mutation(
         "pulse not felt",
@@ -260,6 +274,7 @@ MUTATIONS: Final = (
         Pulse,
         "feel",
         lambda self: b"",
+        188,
     ),
     Mutation(
         "hearing is proof",
@@ -267,6 +282,7 @@ MUTATIONS: Final = (
         PeerTable,
         "received",
         _hearing_is_proof,
+        156,
     ),
     Mutation(
         "old words believed",
@@ -274,6 +290,7 @@ MUTATIONS: Final = (
         PeerTable,
         "received",
         _believe_last_heard,
+        0,
     ),
     Mutation(
         "workers live on",
@@ -281,6 +298,7 @@ MUTATIONS: Final = (
         Node,
         "must_reform",
         lambda self, generation: False,
+        0,
     ),
     Mutation(
         "one node ends the run",
@@ -288,6 +306,7 @@ MUTATIONS: Final = (
         participant,
         "halt",
         lambda view, moments, failures, *_: f"failed: {failures}",
+        2,
     ),
     Mutation(
         "surroundings end the run",
@@ -295,6 +314,7 @@ MUTATIONS: Final = (
         participant,
         "halt",
         _halt_after_three,
+        2,
     ),
     Mutation(
         "no rest",
@@ -302,6 +322,7 @@ MUTATIONS: Final = (
         agent,
         "rest_s",
         lambda failures, draw: 0.0,
+        31,
     ),
     Mutation(
         "lone node gives up",
@@ -309,5 +330,6 @@ MUTATIONS: Final = (
         Participant,
         "others_can_go_on",
         lambda self: True,
+        201,
     ),
 )

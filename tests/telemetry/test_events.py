@@ -1,4 +1,4 @@
-"""Events wait for the bucket in a bounded buffer: the newest survive, and what was lost is counted."""
+"""Events wait for the bucket in a bounded buffer: the newest are kept, and dropped ones are counted."""
 
 import json
 from collections import deque
@@ -14,7 +14,7 @@ from tests.membership.bucket import WatchedStore
 
 
 class Filling(WatchedStore):
-    """A store that is away, and during whose write more events come."""
+    """A store that may be down. More events arrive during a write."""
 
     def write(self, key: str, source: bytes | Path) -> None:
         self.during()
@@ -27,7 +27,7 @@ class Filling(WatchedStore):
 def test_events_dropped_during_a_write_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down: bool
 ) -> None:
-    """Kept and dropped events add up to all events, whenever they came and whether or not the write succeeded."""
+    """Kept and dropped events add up to all events, whether the write succeeds or fails."""
     monkeypatch.setattr(events, "_BUFFER_EVENTS_MAX", 4)
     monkeypatch.setattr(events, "_FLUSH_INTERVAL_S", 3600.0)
     buffer = deque[str](maxlen=4)
@@ -52,10 +52,10 @@ def test_events_dropped_during_a_write_are_counted(
     assert kept[-4:] == [5, 6, 7, 8]
 
 
-def test_a_full_buffer_drops_the_oldest_and_tells_how_many(
+def test_full_buffer_drops_and_counts_the_oldest_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the bucket is unreachable the newest events are kept; afterwards they are written, after a count of the dropped ones."""
+    """The newest events are kept while the bucket is unreachable. Then they are written, after a count of the dropped ones."""
     monkeypatch.setattr(events, "_BUFFER_EVENTS_MAX", 10)
     monkeypatch.setattr(events, "_FLUSH_INTERVAL_S", 3600.0)
     store = WatchedStore(open_store(f"file://{tmp_path}"))

@@ -1,4 +1,4 @@
-"""No second of a node's time is lost or counted twice."""
+"""Each second of a node's time is counted once."""
 
 import pytest
 from hypothesis import given
@@ -14,8 +14,8 @@ EVENT = st.tuples(
 
 
 @given(st.lists(EVENT, max_size=60))
-def test_the_buckets_add_up_to_all_time(events: list[tuple[float, Activity | int]]) -> None:
-    """For any events in any order, the buckets sum to the time that passed."""
+def test_activities_add_up_to_the_total_time(events: list[tuple[float, Activity | int]]) -> None:
+    """For any events in any order, the activities add up to the time that passed."""
     now_s = 7.0
     ledger, metrics = GoodputLedger(now_s), Metrics()
     for pause_s, event in events:
@@ -36,7 +36,7 @@ def test_the_buckets_add_up_to_all_time(events: list[tuple[float, Activity | int
 
 
 def test_repeated_steps_count_as_recompute() -> None:
-    """After a fall back, time up to the old frontier is recompute; beyond it, productive again."""
+    """After a restart from a checkpoint, steps up to the old frontier count as recompute, and later ones as productive."""
     ledger = GoodputLedger(0.0)
     for step, now_s in [(1, 1.0), (2, 2.0)]:
         ledger.step_done(step, now_s)

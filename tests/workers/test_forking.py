@@ -62,7 +62,7 @@ WORK = """
                 time.sleep(0.01)
                 try:
                     second = start_worker()
-                except OSError:
+                except (OSError, EOFError):  # the server has not ended yet
                     pass
         else:
             second = start_worker()
