@@ -1,10 +1,10 @@
 """A copy of a neighbour's snapshots in this node's memory (agent process, a thread for each neighbour).
 
-    ask for the next step ─► its records ─► byte ranges into the older of two slot files ─► CRCs ─► next question,
+    ask for the next step ─► its records ─► byte ranges into the older of two buffer files ─► CRCs ─► next question,
          ▲                                                                                          which says: copied
          └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A slot is written over only after the neighbour's newer step was copied whole. The neighbour's workers take no newer
+A buffer is written over only after the neighbour's newer step was copied whole. The neighbour's workers take no newer
 snapshot before that, so one step always exists as a whole on all nodes and their mirrors. Without room for a copy the
 mirror says that it has none, and the neighbour goes on without it.
 """
@@ -21,13 +21,13 @@ import structlog
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.checkpoint.snapshot import (
+    BUFFERS,
     PAYLOAD_OFFSET,
-    SLOTS,
-    Slot,
+    Buffer,
     Snapshot,
-    begin_slot,
-    end_slot,
-    make_slot,
+    begin_buffer,
+    end_buffer,
+    make_buffer,
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, ElasticPtError
@@ -56,7 +56,7 @@ class Mirror:
         on_copy: Callable[[Path, Snapshot], None],
         on_write: Callable[[Path], None],
     ) -> None:
-        """`member` is copied, by this node's `incarnation`. `on_write` comes before a slot file is written over,
+        """`member` is copied, by this node's `incarnation`. `on_write` comes before a buffer file is written over,
         `on_copy` after it holds a whole state again. Both are called in the mirror's thread."""
         self._scratch = scratch
         self._generation = generation
@@ -66,7 +66,7 @@ class Mirror:
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
         self._on_copy = on_copy
         self._on_write = on_write
-        self._slots: dict[int, list[tuple[Path, mmap.mmap]]] = {}
+        self._buffers: dict[int, list[tuple[Path, mmap.mmap]]] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest step that is copied, by rank."""
         self._stop = threading.Event()
@@ -74,7 +74,7 @@ class Mirror:
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def stop(self) -> None:
-        """Write over no slot any more. Returns at once; a request that is under way ends by itself."""
+        """Write over no buffer any more. Returns at once; a request that is under way ends by itself."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -103,7 +103,7 @@ class Mirror:
         return None if answer is None else int(json.loads(answer)["step"])
 
     def _copy(self, step: int) -> None:
-        """Copy the slots of all the neighbour's workers that are not copied yet. Raises `ElasticPtError`."""
+        """Copy the buffers of all the neighbour's workers that are not copied yet. Raises `ElasticPtError`."""
         for rank in self._ranks:
             if self._has[rank] >= step:
                 continue
@@ -111,35 +111,36 @@ class Mirror:
             record = self._peer.record(path)
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
-            file, slot = self._older_slot(rank, record.size)
+            file, buffer = self._older_buffer(rank, record.size)
             if self._stop.is_set():
                 return
             self._on_write(file)
-            begin_slot(slot, step)
-            content = memoryview(slot)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
+            begin_buffer(buffer, step)
+            content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
             self._peer.read_into(path, 0, content)
             require_crcs(record, content)
-            end_slot(slot, step)
-            self._slots[rank].reverse()
+            end_buffer(buffer, step)
+            self._buffers[rank].reverse()
             self._has[rank] = step
             self._on_copy(file, record)
 
-    def _older_slot(self, rank: int, size: int) -> tuple[Path, mmap.mmap]:
-        """The slot file to write next. Raises `StagingFull`."""
-        if rank not in self._slots:
+    def _older_buffer(self, rank: int, size: int) -> tuple[Path, mmap.mmap]:
+        """The buffer file to write next. Raises `StagingFull`."""
+        if rank not in self._buffers:
             paths = [
-                Slot(self._generation, rank, index).path(self._scratch) for index in range(SLOTS)
+                Buffer(self._generation, rank, index).path(self._scratch)
+                for index in range(BUFFERS)
             ]
             made: list[tuple[Path, mmap.mmap]] = []
             try:
                 for path in paths:
-                    made.append((path, make_slot(path, size)))
+                    made.append((path, make_buffer(path, size)))
             except StagingFull:
                 for path, _ in made:
                     path.unlink(missing_ok=True)
                 raise
-            self._slots[rank] = made
-        return self._slots[rank][0]
+            self._buffers[rank] = made
+        return self._buffers[rank][0]
 
     def _tell(self, error: Exception) -> None:
         """Log an error, once until another one comes."""

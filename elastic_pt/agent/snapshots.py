@@ -1,8 +1,8 @@
 """What a node holds in memory: its workers' newest states, and copies of its neighbours' (agent process).
 
-    worker writes a slot ─► written ─► CRCs ─► held ─► neighbours pull a copy and say so ─► complete ─► the worker may
-                                                                                                write over its other slot
-    neighbour's slot ─► Mirror (a thread for each neighbour) ─► slot file of this node ─► held
+    worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours pull a copy and say so ─► complete ─► the worker may
+                                                                                                write over its other buffer
+    neighbour's buffer ─► Mirror (a thread for each neighbour) ─► buffer file of this node ─► held
     a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
 
 Copies are made in a ring over the members of a generation, in rank order: a node copies what the next
@@ -27,7 +27,7 @@ from aiohttp import web
 from elastic_pt.agent.mirror import Mirror
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
-from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Slot, Snapshot, describe_snapshot
+from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.membership.node import Formed
@@ -46,7 +46,7 @@ State = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A slot file that holds a whole state, with its record as peers get it."""
+    """A buffer file that holds a whole state, with its record as peers get it."""
 
     path: Path
     record: Snapshot
@@ -88,7 +88,7 @@ class Snapshots:
         self._unusable: set[State] = set()
         self._mirrors: list[Mirror] = []
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
-        self._jobs: JobThread[Slot] = JobThread("snapshot", self._describe)
+        self._jobs: JobThread[Buffer] = JobThread("snapshot", self._describe)
 
     # ---- what the membership asks --------------------------------------------------------------
 
@@ -169,14 +169,14 @@ class Snapshots:
         return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
 
     def written(self, message: Message) -> None:
-        """A worker of this node has written a slot."""
-        slot = Slot(message["generation"], message["rank"], message["slot"])
-        if slot.generation != self._generation:
+        """A worker of this node has written a buffer."""
+        buffer = Buffer(message["generation"], message["rank"], message["buffer"])
+        if buffer.generation != self._generation:
             return
         if message["complete_step"]:
             # All nodes and their mirrors hold a state of this generation: what it went on from is not needed any more.
             with self._lock:
-                self._drop(lambda state: state[0] != slot.generation)
+                self._drop(lambda state: state[0] != buffer.generation)
         if message["every_steps"] != self._every:
             self._every = message["every_steps"]
             log.info(
@@ -186,7 +186,7 @@ class Snapshots:
                 copy_seconds=message["seconds"],
             )
         with suppress(ElasticPtError):
-            self._jobs.submit(slot)
+            self._jobs.submit(buffer)
 
     def distrust(self, generation: int, step: int) -> None:
         """This node's workers could not read a state that the log says is in memory."""
@@ -206,18 +206,18 @@ class Snapshots:
 
     # ---- on the threads of the jobs and the mirrors ----------------------------------------------
 
-    def _describe(self, slot: Slot) -> None:
+    def _describe(self, buffer: Buffer) -> None:
         try:
-            found = describe_snapshot(slot, self._scratch)
+            found = describe_snapshot(buffer, self._scratch)
         # Every error: keep the thread alive. A snapshot that cannot be described is one that does not exist.
         except Exception as error:
-            log.warning("snapshot_unreadable", rank=slot.rank, cause=str(error))
+            log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
             return
         if found is not None:
-            self._copied(slot.path(self._scratch), found)
+            self._copied(buffer.path(self._scratch), found)
 
     def _copied(self, path: Path, record: Snapshot) -> None:
-        """A slot file of this node holds a whole state."""
+        """A buffer file of this node holds a whole state."""
         with self._lock:
             if record.generation != self._generation:
                 return
@@ -228,7 +228,7 @@ class Snapshots:
             self._look()
 
     def _forget(self, path: Path) -> None:
-        """A slot file is about to be written again."""
+        """A buffer file is about to be written again."""
         with self._lock:
             for state, copies in list(self._kept.items()):
                 for rank in [rank for rank, copy in copies.items() if copy.path == path]:
@@ -262,7 +262,7 @@ class Snapshots:
                 copy.path.unlink(missing_ok=True)
         kept = {generation for generation, _ in self._kept} | {self._generation}
         for generation in self._sizes.keys() - kept:
-            for path in self._scratch.glob(f"slot-g{generation}-*"):
+            for path in self._scratch.glob(f"snapshot-g{generation}-*"):
                 path.unlink(missing_ok=True)
             del self._sizes[generation]
 
@@ -328,7 +328,7 @@ class Snapshots:
 
 
 async def _send_file(request: web.Request, copy: _Copy, start: int, end: int) -> web.StreamResponse:
-    """Bytes `[start, end)` of a slot's shard file, by the kernel, without a copy in this process."""
+    """Bytes `[start, end)` of a buffer's shard file, by the kernel, without a copy in this process."""
     response = web.StreamResponse(status=206)
     response.content_length = max(0, end - start)
     await response.prepare(request)

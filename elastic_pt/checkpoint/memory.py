@@ -1,7 +1,7 @@
 """Reading the state of one step from the memory of several nodes (worker process).
 
-    places (from the GENERATION) ─► the records of the slots that hold wanted rows ─► MemoryState ─► restore.load_rows
-              own slot files: mapped, no network          peers: byte ranges over HTTP
+    places (from the GENERATION) ─► the records of the buffers that hold wanted rows ─► MemoryState ─► restore.load_rows
+              own buffer files: mapped, no network          peers: byte ranges over HTTP
 
 A worker needs rows, whoever wrote them, so the world that restores may have any size. Records and rows are verified as
 those of a committed checkpoint are: each block against its CRC-32, before a byte of it reaches a tensor.
@@ -14,19 +14,19 @@ from pathlib import Path
 from elastic_pt.checkpoint.index import REQUEST_THREADS, PartialIndex, in_order
 from elastic_pt.checkpoint.layout import TensorEntry, TensorSlice
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
-from elastic_pt.checkpoint.snapshot import SlotContent, Snapshot, open_slot
+from elastic_pt.checkpoint.snapshot import BufferContent, Snapshot, open_buffer
 from elastic_pt.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of one old rank lie: a slot file of this node, or a peer's memory."""
+    """Where the rows of one old rank lie: a buffer file of this node, or a peer's memory."""
 
     rank: int
     path: str = ""
-    """The slot file; empty where a peer holds it."""
+    """The buffer file; empty where a peer holds it."""
     record: str = ""
-    """The slot's `Snapshot` as text; empty where a peer holds it."""
+    """The buffer's `Snapshot` as text; empty where a peer holds it."""
     host: str = ""
     port: int = 0
 
@@ -48,18 +48,18 @@ class MemoryState:
     """The state of one step in several memories; `index` and `read` are what `load_rows` needs."""
 
     def __init__(self, places: Places, ranks: Sequence[int]) -> None:
-        """Open the slots of these old ranks and read their records.
+        """Open the buffers of these old ranks and read their records.
 
         Raises `CheckpointError` if one holds another state than it should, or none; `StoreError` if a peer does not
         answer.
         """
         self._places = places
-        self._slots: dict[int, SlotContent] = {}
+        self._buffers: dict[int, BufferContent] = {}
         self._peers: dict[PeerAddress, Peer] = {}
         for rank in ranks:
             place = places.shards[rank]
             if place.path:
-                self._slots[rank] = open_slot(Path(place.path))
+                self._buffers[rank] = open_buffer(Path(place.path))
             else:
                 address = PeerAddress(place.host, place.port)
                 if address not in self._peers:
@@ -71,18 +71,18 @@ class MemoryState:
         """Bytes `[start, end)` of the shard file of the old rank `key`."""
         assert end is not None
         rank = int(key)
-        slot = self._slots.get(rank)
-        if slot is not None:
-            return slot.read(start, end)
+        buffer = self._buffers.get(rank)
+        if buffer is not None:
+            return buffer.read(start, end)
         return self._peer(rank).read(self._path(rank), start, end)
 
     def __enter__(self) -> "MemoryState":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unmap the slots."""
-        for slot in self._slots.values():
-            slot.mapped.close()
+        """Unmap the buffers."""
+        for buffer in self._buffers.values():
+            buffer.mapped.close()
 
     def _record(self, rank: int) -> Snapshot:
         place = self._places.shards[rank]
@@ -108,7 +108,7 @@ class MemoryState:
 
 
 def _index_of(snapshots: Sequence[Snapshot]) -> PartialIndex:
-    """Where the rows are in these slots; their states must be the same."""
+    """Where the rows are in these buffers; their states must be the same."""
     first = snapshots[0]
     pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
     for each in snapshots:

@@ -1,11 +1,11 @@
 """Asking another node's agent for what it holds in memory, over HTTP (agents that mirror, and workers that restore).
 
-    GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a slot; byte ranges
+    GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a buffer; byte ranges
     GET /v1/snapshots/<generation>/<step>/<rank>/record    its `Snapshot`
     GET /v1/snapshots/next?generation=&after=&mirror=      long poll: the newest step of the peer's own workers
 
 All need the run's token. `agent.snapshots` answers. Every request has a timeout; an answer is bounded by what was asked.
-Whoever reads bytes compares them with the CRCs of the record: a slot may be written again at any moment.
+Whoever reads bytes compares them with the CRCs of the record: a buffer may be written again at any moment.
 """
 
 import http.client
@@ -21,7 +21,7 @@ _CHUNK_BYTES: Final = 4 << 20
 
 
 def snapshot_path(generation: int, step: int, rank: int) -> str:
-    """The path of a slot's shard file on the agent that holds it."""
+    """The path of a buffer's shard file on the agent that holds it."""
     return f"/v1/snapshots/{generation}/{step}/{rank}"
 
 
@@ -46,7 +46,7 @@ class Peer:
         return f"http://{self._address.host}:{self._address.port}"
 
     def record(self, path: str) -> Snapshot:
-        """The record of the slot at `path`. Raises the errors of `read_into`."""
+        """The record of the buffer at `path`. Raises the errors of `read_into`."""
         data = self.get(f"{path}/record", DOCUMENT_BYTES_MAX)
         if data is None:
             raise CheckpointError(f"{self}{path}: the peer does not hold it any more")

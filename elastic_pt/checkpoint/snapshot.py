@@ -1,15 +1,15 @@
 """A worker's newest states, in memory that outlives the worker: two mapped files, written in turn and in place.
 
-    worker   SnapshotSlots.write ──► slot file ──► describe_snapshot   agent: CRC-32 of every block
+    worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
                                         │                 └──► Snapshot, the record that peers and readers get
-                                        └──► SlotRows.read            own workers and peers: verified by those CRCs
+                                        └──► BufferContent.read          own workers and peers: verified by those CRCs
 
-A slot file is one page of control words, then a shard file as `shard_file` describes it. Its pages exist before
+A buffer file is one page of control words, then a shard file as `shard_file` describes it. Its pages exist before
 training begins, so a write is one memory copy: a fresh file costs a page fault for every 4 KiB, three times the copy.
 Space is reserved, so a full memory file system is an error here and no SIGBUS later.
 
 The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content counts
-only while the two are equal. A reader looks at them before and after, and compares CRCs in between. Which slot may be
+only while the two are equal. A reader looks at them before and after, and compares CRCs in between. Which buffer may be
 overwritten is decided in `train.loop`: the older one, once the newer one is complete on all nodes and their mirrors.
 """
 
@@ -42,10 +42,10 @@ from elastic_pt.checkpoint.shard_file import (
 )
 from elastic_pt.errors import CheckpointError
 
-SLOTS: Final = 2
+BUFFERS: Final = 2
 PAYLOAD_OFFSET: Final = 4096
-"""The shard file begins at this byte of a slot file."""
-_MAGIC: Final = b"EPTSLOT1"
+"""The shard file begins at this byte of a buffer file."""
+_MAGIC: Final = b"EPTSNAP1"
 _CONTROL: Final = struct.Struct("<8sQQQ")
 _WORD: Final = struct.Struct("<Q")
 _BEGUN_AT, _DONE_AT, _SIZE_AT = 8, 16, 24
@@ -55,7 +55,7 @@ _PAGE: Final = 4096
 
 @record
 class Snapshot(Document):
-    """What one worker's slot file holds: the state of a step, and where its rows are, with their CRCs."""
+    """What one worker's buffer file holds: the state of a step, and where its rows are, with their CRCs."""
 
     what: ClassVar[str] = "snapshot"
     schemas: ClassVar[tuple[int, ...]] = (1,)
@@ -64,14 +64,14 @@ class Snapshot(Document):
     rank: Rank
     step: Step
     size: FileBytes
-    """Bytes of the shard file in the slot."""
+    """Bytes of the shard file in the buffer."""
     state: TrainingState
     slices: tuple[TensorSlice, ...]
     """Their offsets count from the beginning of the shard file."""
 
 
-class Slot(NamedTuple):
-    """The name of one slot file."""
+class Buffer(NamedTuple):
+    """The name of one buffer file."""
 
     generation: int
     rank: int
@@ -80,11 +80,11 @@ class Slot(NamedTuple):
 
     def path(self, directory: Path) -> Path:
         """Its place in a node's scratch directory."""
-        return directory / f"slot-g{self.generation}-rank-{self.rank}-{self.number}"
+        return directory / f"snapshot-g{self.generation}-rank-{self.rank}-{self.number}"
 
 
-class SnapshotSlots:
-    """The two slot files of one worker in one generation. Worker process; `allocate` may run in a thread."""
+class SnapshotBuffers:
+    """The two buffer files of one worker in one generation. Worker process; `allocate` may run in a thread."""
 
     def __init__(
         self,
@@ -96,25 +96,25 @@ class SnapshotSlots:
         """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
         self._layout = ShardLayout(tensors)
         self._rows = [tensors[name][0] for name in self._layout.order]
-        self._names = [Slot(generation, rank, index) for index in range(SLOTS)]
+        self._names = [Buffer(generation, rank, index) for index in range(BUFFERS)]
         self._paths = [each.path(directory) for each in self._names]
         self._maps: list[mmap.mmap] = []
         self._targets: list[list[torch.Tensor]] = []
         self._next = 0
         self.size = self._layout.header_bytes + self._layout.data_bytes
-        """Bytes of the shard file in each slot."""
+        """Bytes of the shard file in each buffer."""
 
     @property
     def ready(self) -> bool:
         """Whether `allocate` has ended well."""
-        return len(self._targets) == SLOTS
+        return len(self._targets) == BUFFERS
 
     def allocate(self) -> None:
         """Reserve, map and touch both files. Raises `StagingFull` if there is no room: then nothing is left."""
         maps: list[mmap.mmap] = []
         try:
             for path in self._paths:
-                maps.append(make_slot(path, self.size))
+                maps.append(make_buffer(path, self.size))
         except StagingFull:
             for path in self._paths:
                 path.unlink(missing_ok=True)
@@ -122,32 +122,32 @@ class SnapshotSlots:
         self._maps = maps
         self._targets = [self._views(each) for each in maps]
 
-    def write(self, state: TrainingState) -> Slot:
-        """Copy the live rows into the older slot, with the state of this step; returns which slot that is."""
-        number, self._next = self._next, (self._next + 1) % SLOTS
-        slot = self._maps[number]
-        begin_slot(slot, state.step)
+    def write(self, state: TrainingState) -> Buffer:
+        """Copy the live rows into the older buffer, with the state of this step; returns which buffer that is."""
+        number, self._next = self._next, (self._next + 1) % BUFFERS
+        buffer = self._maps[number]
+        begin_buffer(buffer, state.step)
         header = self._layout.header(state)
-        slot[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
+        buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
         with torch.no_grad():
             for target, rows in zip(self._targets[number], self._rows, strict=True):
                 target.copy_(rows)
-        end_slot(slot, state.step)
+        end_buffer(buffer, state.step)
         return self._names[number]
 
-    def _views(self, slot: mmap.mmap) -> list[torch.Tensor]:
+    def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:
         """A tensor in the mapped file for each tensor of the layout."""
         views = []
         offset = PAYLOAD_OFFSET + self._layout.header_bytes
         for rows in self._rows:
-            flat = torch.frombuffer(slot, dtype=rows.dtype, count=rows.numel(), offset=offset)
+            flat = torch.frombuffer(buffer, dtype=rows.dtype, count=rows.numel(), offset=offset)
             views.append(flat.view(rows.shape))
             offset += rows.numel() * rows.element_size()
         return views
 
 
-def make_slot(path: Path, size: int) -> mmap.mmap:
-    """Create a slot file for a shard file of `size` bytes, with all its pages in memory, and map it.
+def make_buffer(path: Path, size: int) -> mmap.mmap:
+    """Create a buffer file for a shard file of `size` bytes, with all its pages in memory, and map it.
 
     Worker process, and agents that mirror. Raises `StagingFull` if there is no room; then no file is left.
     """
@@ -156,7 +156,7 @@ def make_slot(path: Path, size: int) -> mmap.mmap:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, total)
-            slot = mmap.mmap(descriptor, total)
+            buffer = mmap.mmap(descriptor, total)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -164,37 +164,37 @@ def make_slot(path: Path, size: int) -> mmap.mmap:
             path.unlink(missing_ok=True)
         kind = StagingFull if error.errno in NO_ROOM else CheckpointError
         raise kind(f"{path}: no room for a snapshot of {size} bytes: {error.strerror}") from error
-    _touch(slot)
-    _CONTROL.pack_into(slot, 0, _MAGIC, 0, 0, size)
-    return slot
+    _touch(buffer)
+    _CONTROL.pack_into(buffer, 0, _MAGIC, 0, 0, size)
+    return buffer
 
 
-def begin_slot(slot: mmap.mmap, step: int) -> None:
-    """From here on the slot holds nothing, until `end_slot`."""
-    _WORD.pack_into(slot, _BEGUN_AT, step)
+def begin_buffer(buffer: mmap.mmap, step: int) -> None:
+    """From here on the buffer holds nothing, until `end_buffer`."""
+    _WORD.pack_into(buffer, _BEGUN_AT, step)
 
 
-def end_slot(slot: mmap.mmap, step: int) -> None:
-    """The slot holds the whole state of this step."""
-    _WORD.pack_into(slot, _DONE_AT, step)
+def end_buffer(buffer: mmap.mmap, step: int) -> None:
+    """The buffer holds the whole state of this step."""
+    _WORD.pack_into(buffer, _DONE_AT, step)
 
 
-def _touch(slot: mmap.mmap) -> None:
+def _touch(buffer: mmap.mmap) -> None:
     """Map every page now, so that no write has to wait for a page fault."""
     try:
-        slot.madvise(_MADV_POPULATE_WRITE)
+        buffer.madvise(_MADV_POPULATE_WRITE)
     except OSError:  # Linux before 5.14
-        for offset in range(0, len(slot), _PAGE):
-            slot[offset] = 0
+        for offset in range(0, len(buffer), _PAGE):
+            buffer[offset] = 0
 
 
-def describe_snapshot(slot: Slot, directory: Path) -> Snapshot | None:
-    """Check a slot file and compute the CRCs of its blocks. Agent process.
+def describe_snapshot(buffer: Buffer, directory: Path) -> Snapshot | None:
+    """Check a buffer file and compute the CRCs of its blocks. Agent process.
 
-    None if it holds no whole state, or was written again meanwhile. Raises `CheckpointError` if it is no slot file.
+    None if it holds no whole state, or was written again meanwhile. Raises `CheckpointError` if it is no buffer file.
     """
-    path = slot.path(directory)
-    with open_slot(path) as content:
+    path = buffer.path(directory)
+    with open_buffer(path) as content:
         step = content.step()
         if step is None:
             return None
@@ -212,7 +212,7 @@ def describe_snapshot(slot: Slot, directory: Path) -> Snapshot | None:
             return None
     if state.step != step:
         raise CheckpointError(f"{path}: the state of step {state.step}, expected step {step}")
-    return Snapshot(slot.generation, slot.rank, step, content.size, state, slices)
+    return Snapshot(buffer.generation, buffer.rank, step, content.size, state, slices)
 
 
 def _with_crcs(piece: TensorSlice, shard: memoryview) -> TensorSlice:
@@ -231,22 +231,22 @@ def require_crcs(snapshot: Snapshot, shard: memoryview) -> None:
                 )
 
 
-class SlotContent:
-    """An open slot file, read-only. Agent and worker process."""
+class BufferContent:
+    """An open buffer file, read-only. Agent and worker process."""
 
     def __init__(self, mapped: mmap.mmap, size: int) -> None:
         self.mapped = mapped
         self.size = size
-        """Bytes of the shard file in the slot."""
+        """Bytes of the shard file in the buffer."""
 
-    def __enter__(self) -> "SlotContent":
+    def __enter__(self) -> "BufferContent":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.mapped.close()
 
     def step(self) -> int | None:
-        """The step whose state the slot holds as a whole; None if it is being written, or never was."""
+        """The step whose state the buffer holds as a whole; None if it is being written, or never was."""
         (begun,) = _WORD.unpack_from(self.mapped, _BEGUN_AT)
         (done,) = _WORD.unpack_from(self.mapped, _DONE_AT)
         return int(done) if begun == done > 0 else None
@@ -257,8 +257,8 @@ class SlotContent:
         return self.mapped[PAYLOAD_OFFSET + start : PAYLOAD_OFFSET + end]
 
 
-def open_slot(path: Path) -> SlotContent:
-    """Map a slot file for reading. Raises `CheckpointError` if it is missing or no slot file."""
+def open_buffer(path: Path) -> BufferContent:
+    """Map a buffer file for reading. Raises `CheckpointError` if it is missing or no buffer file."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -270,5 +270,5 @@ def open_slot(path: Path) -> SlotContent:
     if magic != _MAGIC or len(mapped) != PAYLOAD_OFFSET + size:
         found = len(mapped)
         mapped.close()
-        raise CheckpointError(f"{path}: {found} bytes, expected a snapshot slot")
-    return SlotContent(mapped, size)
+        raise CheckpointError(f"{path}: {found} bytes, expected a snapshot buffer")
+    return BufferContent(mapped, size)

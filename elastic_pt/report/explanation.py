@@ -89,6 +89,8 @@ class Change:
     """The newest step that a member had done before."""
     resume_step: int
     """The step from which it resumed; 0 is the start."""
+    memory_of: int
+    """The generation whose snapshots the members held together; 0 if the state came from the bucket."""
     agree_s: float
     """Seconds from when the change was noticed to the record."""
     first_step: FirstStep
@@ -97,7 +99,14 @@ class Change:
     kept_out: tuple[KeptOut, ...] = ()
 
     @property
-    def steps_again(self) -> int | None:
+    def restored_from(self) -> str:
+        """Where the state came from: `memory`, `bucket`, or `start` (the seed)."""
+        if self.memory_of:
+            return "memory"
+        return "bucket" if self.resume_step else "start"
+
+    @property
+    def lost_steps(self) -> int | None:
         """The number of steps that are done again; None if no member was left that counted them."""
         if self.resumed_by_new_nodes or self.frontier_step < self.resume_step:
             return None
@@ -161,7 +170,8 @@ def as_json(found: Change | End) -> dict[str, Any]:
     """An explanation for programs: its fields, and the sentence for people as `text`."""
     fields = {"kind": type(found).__name__.lower(), **dataclasses.asdict(found)}
     if isinstance(found, Change):
-        fields["steps_again"] = found.steps_again
+        fields["lost_steps"] = found.lost_steps
+        fields["restored_from"] = found.restored_from
     return {**fields, "text": str(found)}
 
 
@@ -182,6 +192,7 @@ def _change(
         resumed_by_new_nodes=anew,
         frontier_step=generation.frontier_step,
         resume_step=generation.resume_step,
+        memory_of=0 if generation.memory is None else generation.memory.generation,
         agree_s=generation.agree_s,
         first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
         set_aside=tuple(set_aside),
@@ -281,7 +292,11 @@ def _how_it_went_on(change: Change) -> list[str]:
 
 
 def _phases(change: Change, recovery: Recovery) -> list[str]:
-    state = f"restored step {change.resume_step}" if change.resume_step else "initialised weights"
+    state = (
+        f"restored step {change.resume_step} from {'memory' if change.memory_of else 'the bucket'}"
+        if change.resume_step
+        else "initialised weights"
+    )
     since = (
         "all members had stopped"
         if change.planned
@@ -299,7 +314,7 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
 
 
 def _again(change: Change) -> str:
-    count, first = change.steps_again, change.resume_step + 1
+    count, first = change.lost_steps, change.resume_step + 1
     if count is None:
         return f"steps from {first} on done again, number unknown"
     if count == 0:

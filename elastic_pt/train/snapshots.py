@@ -2,7 +2,7 @@
 
     offer ──► the step's all-reduce ──► Agreed ──► due ──► take ──► the agent: CRCs, mirrors ──► offer of a later step
 
-A worker has two slots. It writes over the older one only when the newer one is complete on all nodes and their
+A worker has two buffers. It writes over the older one only when the newer one is complete on all nodes and their
 mirrors, so one step always exists as a whole. What is complete on its own node each worker hears from its agent and
 offers in the all-reduce that every step has anyway. All workers then know the same, and take the same snapshots.
 
@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.checkpoint.shard_file import StagingFull
-from elastic_pt.checkpoint.snapshot import SnapshotSlots
+from elastic_pt.checkpoint.snapshot import SnapshotBuffers
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
 
@@ -71,14 +71,14 @@ class MemorySnapshots:
         self._generation = generation
         self._agent = agent
         self._describe = describe
-        self._slots = SnapshotSlots(
+        self._buffers = SnapshotBuffers(
             scratch,
             generation,
             state.rank,
             {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
         )
         self._refused = ""
-        """Why there is no memory for slots, until the agent has been told."""
+        """Why there is no memory for buffers, until the agent has been told."""
         self._newest = 0
         """The step of the newest snapshot of this generation."""
         self._began_at = state.steps_done
@@ -91,7 +91,7 @@ class MemorySnapshots:
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
-        complete = self._agent.complete_step if self._slots.ready else None
+        complete = self._agent.complete_step if self._buffers.ready else None
         return Offer(complete, self._every)
 
     def measure(self, step_s: float) -> None:
@@ -113,9 +113,9 @@ class MemorySnapshots:
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
 
     def take(self, state: TrainState, agreed: Agreed) -> None:
-        """Copy the state into the older slot."""
+        """Copy the state into the older buffer."""
         started_s = time.monotonic()
-        slot = self._slots.write(self._describe(state))
+        buffer = self._buffers.write(self._describe(state))
         self._copy_s = time.monotonic() - started_s
         self._newest = state.steps_done
         self._agent.send(
@@ -123,7 +123,7 @@ class MemorySnapshots:
             generation=self._generation,
             rank=state.rank,
             step=state.steps_done,
-            slot=slot.number,
+            buffer=buffer.number,
             seconds=self._copy_s,
             every_steps=agreed.snapshot_every,
             step_seconds=self._step_s,
@@ -132,7 +132,7 @@ class MemorySnapshots:
 
     def _allocate(self) -> None:
         try:
-            self._slots.allocate()
+            self._buffers.allocate()
         except StagingFull as error:
             # Training goes on without snapshots: the bucket has the checkpoints. The main thread tells the agent.
             self._refused = str(error)

@@ -3,7 +3,7 @@
     worker ─► agent   step        a step is done: numbers for metrics, status and the history
                       activity    what the worker does now (restore, train, ...), for the goodput ledger
                       staged      a shard file is in the staging directory
-                      snapshot    a slot holds the state of a step
+                      snapshot    a buffer holds the state of a step
                       no_snapshots  there is no memory for them
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on

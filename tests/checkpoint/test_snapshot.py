@@ -1,4 +1,4 @@
-"""Slot files: what a worker writes in place, and what its agent finds in them."""
+"""Buffer files: what a worker writes in place, and what its agent finds in them."""
 
 import json
 import mmap
@@ -14,49 +14,49 @@ import torch
 
 from elastic_pt.checkpoint.shard_file import StagingFull, describe_shard
 from elastic_pt.checkpoint.snapshot import (
+    BUFFERS,
     PAYLOAD_OFFSET,
-    SLOTS,
-    Slot,
+    Buffer,
     Snapshot,
-    SnapshotSlots,
+    SnapshotBuffers,
     describe_snapshot,
-    make_slot,
-    open_slot,
+    make_buffer,
+    open_buffer,
 )
 from elastic_pt.errors import CheckpointError
 from tests.checkpoint.world import full_tensors, local_rows, training_state
 
 
-def slots_of(directory: Path, tensors: dict[str, torch.Tensor], rank: int = 0) -> SnapshotSlots:
-    """The slots of one of two workers, in generation 3, with their memory."""
-    slots = SnapshotSlots(directory, 3, rank, local_rows(tensors, rank, 2))
-    slots.allocate()
-    return slots
+def buffers_of(directory: Path, tensors: dict[str, torch.Tensor], rank: int = 0) -> SnapshotBuffers:
+    """The buffers of one of two workers, in generation 3, with their memory."""
+    buffers = SnapshotBuffers(directory, 3, rank, local_rows(tensors, rank, 2))
+    buffers.allocate()
+    return buffers
 
 
-def test_slot_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
+def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
     """Behind the control page lies, byte for byte, a shard file with the live rows of that step."""
     tensors = full_tensors()
-    slots = slots_of(tmp_path, tensors)
-    path = slots.write(training_state(7))
+    buffers = buffers_of(tmp_path, tensors)
+    path = buffers.write(training_state(7))
     shard = tmp_path / "shard.safetensors"
     shard.write_bytes(path.read_bytes()[PAYLOAD_OFFSET:])
     file, state, _ = describe_shard(shard, "shard")
-    found = describe_snapshot(Slot(3, 0, 0), tmp_path)
+    found = describe_snapshot(Buffer(3, 0, 0), tmp_path)
     assert found is not None
     assert (found.state, found.slices, found.size) == (state, file.slices, file.size)
     assert (found.generation, found.rank, found.step) == (3, 0, 7)
 
 
-def test_slots_are_written_in_turn(tmp_path: Path) -> None:
+def test_buffers_are_written_in_turn(tmp_path: Path) -> None:
     """The state of the step before stays whole while a newer one is written over the one before that."""
     tensors = full_tensors()
-    slots = slots_of(tmp_path, tensors)
+    buffers = buffers_of(tmp_path, tensors)
     for step in (4, 5, 6):
         for each in tensors.values():
             each.add_(1)
-        slots.write(training_state(step))
-    found = [describe_snapshot(Slot(3, 0, index), tmp_path) for index in range(SLOTS)]
+        buffers.write(training_state(step))
+    found = [describe_snapshot(Buffer(3, 0, index), tmp_path) for index in range(BUFFERS)]
     assert [each and each.step for each in found] == [6, 5]
     weights = [
         next(piece for piece in each.slices if piece.name == "model/wide") for each in found if each
@@ -66,9 +66,9 @@ def test_slots_are_written_in_turn(tmp_path: Path) -> None:
 
 def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
     """Peers get the record as bytes that refuse any changed bit."""
-    slots = slots_of(tmp_path, full_tensors())
-    slots.write(training_state(7))
-    found = describe_snapshot(Slot(3, 0, 0), tmp_path)
+    buffers = buffers_of(tmp_path, full_tensors())
+    buffers.write(training_state(7))
+    found = describe_snapshot(Buffer(3, 0, 0), tmp_path)
     assert found is not None
     data = found.to_bytes()
     assert Snapshot.from_bytes(data) == found
@@ -79,35 +79,35 @@ def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
             Snapshot.from_bytes(bytes(changed))
 
 
-def test_slot_that_is_being_written_holds_nothing(tmp_path: Path) -> None:
-    """A worker killed in the middle of a copy leaves a slot whose two words differ: no reader uses it."""
-    slots = slots_of(tmp_path, full_tensors())
-    path = slots.write(training_state(7))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as slot:
-        slot[8:16] = (9).to_bytes(8, "little")
-    with open_slot(path) as content:
+def test_buffer_that_is_being_written_holds_nothing(tmp_path: Path) -> None:
+    """A worker killed in the middle of a copy leaves a buffer whose two words differ: no reader uses it."""
+    buffers = buffers_of(tmp_path, full_tensors())
+    path = buffers.write(training_state(7))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
+        buffer[8:16] = (9).to_bytes(8, "little")
+    with open_buffer(path) as content:
         assert content.step() is None
-    assert describe_snapshot(Slot(3, 0, 0), tmp_path) is None
+    assert describe_snapshot(Buffer(3, 0, 0), tmp_path) is None
 
 
-def test_fresh_slot_holds_nothing(tmp_path: Path) -> None:
-    """A slot that was only allocated is no state of step 0."""
-    slots_of(tmp_path, full_tensors())
-    assert describe_snapshot(Slot(3, 0, 1), tmp_path) is None
+def test_fresh_buffer_holds_nothing(tmp_path: Path) -> None:
+    """A buffer that was only allocated is no state of step 0."""
+    buffers_of(tmp_path, full_tensors())
+    assert describe_snapshot(Buffer(3, 0, 1), tmp_path) is None
 
 
 def test_state_outlives_a_killed_writer(tmp_path: Path) -> None:
-    """After a SIGKILL to the worker, the slots that it had finished hold their states."""
+    """After a SIGKILL to the worker, the buffers that it had finished hold their states."""
     program = (
         "import os, signal, sys; from pathlib import Path; "
-        "from tests.checkpoint.test_snapshot import slots_of; "
+        "from tests.checkpoint.test_snapshot import buffers_of; "
         "from tests.checkpoint.world import full_tensors, training_state; "
-        "slots = slots_of(Path(sys.argv[1]), full_tensors()); slots.write(training_state(8)); "
+        "buffers = buffers_of(Path(sys.argv[1]), full_tensors()); buffers.write(training_state(8)); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert ended.returncode < 0
-    found = describe_snapshot(Slot(3, 0, 0), tmp_path)
+    found = describe_snapshot(Buffer(3, 0, 0), tmp_path)
     assert found is not None
     assert found.step == 8
     wide = next(piece for piece in found.slices if piece.name == "model/wide")
@@ -130,36 +130,36 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: Path) -> None:
     """Space is reserved before any byte is written: a full memory file system is no SIGBUS in the middle of a step."""
-    slots = SnapshotSlots(small_memory, 3, 0, local_rows(full_tensors(), 0, 2))
+    buffers = SnapshotBuffers(small_memory, 3, 0, local_rows(full_tensors(), 0, 2))
     with pytest.raises(StagingFull, match="no room for a snapshot"):
-        slots.allocate()
-    assert not slots.ready
+        buffers.allocate()
+    assert not buffers.ready
     assert list(small_memory.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, bytes(PAYLOAD_OFFSET + 8)])
-def test_file_that_is_no_slot_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_no_buffer_is_refused(tmp_path: Path, content: bytes) -> None:
     """A file of another kind or size is an error that names it, never data."""
-    path = Slot(3, 0, 0).path(tmp_path)
+    path = Buffer(3, 0, 0).path(tmp_path)
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=path.name):
-        describe_snapshot(Slot(3, 0, 0), tmp_path)
+        describe_snapshot(Buffer(3, 0, 0), tmp_path)
 
 
 def test_damaged_header_is_refused(tmp_path: Path) -> None:
-    """A header that contradicts the slot is an error, not a description of other rows."""
-    slots = slots_of(tmp_path, full_tensors())
-    path = slots.write(training_state(7))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as slot:
-        at = slot.find(json.dumps("model/wide").encode())
-        slot[at + 1 : at + 2] = b"\xff"
+    """A header that contradicts the buffer is an error, not a description of other rows."""
+    buffers = buffers_of(tmp_path, full_tensors())
+    path = buffers.write(training_state(7))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
+        at = buffer.find(json.dumps("model/wide").encode())
+        buffer[at + 1 : at + 2] = b"\xff"
     with pytest.raises(CheckpointError, match=path.name):
-        describe_snapshot(Slot(3, 0, 0), tmp_path)
+        describe_snapshot(Buffer(3, 0, 0), tmp_path)
 
 
-def test_slot_is_never_created_twice(tmp_path: Path) -> None:
+def test_buffer_is_never_created_twice(tmp_path: Path) -> None:
     """Two workers that took each other's name would write over each other: the second one is refused."""
-    path = Slot(3, 0, 0).path(tmp_path)
-    make_slot(path, 64).close()
+    path = Buffer(3, 0, 0).path(tmp_path)
+    make_buffer(path, 64).close()
     with pytest.raises(CheckpointError, match="File exists"):
-        make_slot(path, 64)
+        make_buffer(path, 64)

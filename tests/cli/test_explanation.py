@@ -20,6 +20,7 @@ from elastic_pt.runlog.records import (
     Checkpoint,
     Commit,
     Generation,
+    InMemory,
     Member,
     Quarantine,
     Record,
@@ -32,7 +33,7 @@ LOST_B = Cause(CauseKind.LOST, "b", "its address refuses connections", detect_s=
 JOINED_D = Cause(CauseKind.JOINED, "d")
 RECOVERED = Recovery(2, start_s=0.11, group_s=0.09, restore_s=0.02, step_s=0.11, total_s=0.54)
 PHASES = (
-    "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
+    "workers connected after 0.11 s, process group 0.09 s, restored step 410 from the bucket in 0.02 s, first step 0.11 s; "
     "training again 0.54 s after it was noticed"
 )
 
@@ -165,7 +166,7 @@ def test_join_during_a_loss_is_not_planned() -> None:
     """One lost member is enough: all members lose the steps since the checkpoint."""
     found = change(FIRST, COMMIT, generation(2, "acd", JOINED_D, LOST_B))
     assert not found.planned
-    assert found.steps_again == 2
+    assert found.lost_steps == 2
     assert str(found).index("node b lost") < str(found).index("node d joined after step 412")
 
 
@@ -198,16 +199,28 @@ def test_steps_done_again_are_counted_if_known(resume: int, frontier: int, words
     assert ("initialised weights" in text) is (resume == 0)
 
 
+def test_state_in_memory_is_named() -> None:
+    """If the members held a newer step in memory than the bucket has, the text and the JSON say so."""
+    memory = InMemory(1, 412, (0, 1))
+    later = dataclasses.replace(generation(2, "ac", LOST_B), memory=memory)
+    found = change(FIRST, COMMIT, later, RECOVERED)
+    assert (found.restored_from, found.lost_steps) == ("memory", 0)
+    assert "restored step 412 from memory in 0.02 s" in str(found)
+    assert str(found).endswith("no step done again")
+    told = json.loads(json.dumps(as_json(found)))
+    assert (told["restored_from"], told["lost_steps"], told["resume_step"]) == ("memory", 0, 412)
+
+
 def test_resume_by_new_nodes_claims_no_cause() -> None:
     """If all members were lost, cause and time are unknown, and the text says so."""
     anew = generation(2, "abc", frontier=0, agree_s=0.0, life=2, reason="resumed by new nodes")
     found = change(FIRST, COMMIT, anew, RECOVERED)
     assert found.resumed_by_new_nodes
     assert not found.planned
-    assert found.steps_again is None
+    assert found.lost_steps is None
     assert str(found) == (
         "generation 2 (3 nodes, world 3): no member of generation 1 was left; resumed by new nodes; "
-        "workers connected after 0.11 s, process group 0.09 s, restored step 410 in 0.02 s, first step 0.11 s; "
+        "workers connected after 0.11 s, process group 0.09 s, restored step 410 from the bucket in 0.02 s, first step 0.11 s; "
         "training again 0.54 s after the new nodes had formed a world; "
         "steps from 411 on done again, number unknown"
     )
@@ -340,7 +353,8 @@ def test_json_has_durations_as_numbers_and_the_text() -> None:
     assert (recovered["kind"], end["kind"]) == ("change", "end")
     assert recovered["causes"][0]["detect_s"] == 0.04
     assert recovered["recovery"]["group_s"] == 0.09
-    assert (recovered["agree_s"], recovered["steps_again"]) == (0.21, 2)
+    assert (recovered["agree_s"], recovered["lost_steps"]) == (0.21, 2)
+    assert recovered["restored_from"] == "bucket"
     assert recovered["text"].startswith("generation 2 (2 nodes, world 2): node b lost")
     assert end["text"] == "end: completed at step 500"
 

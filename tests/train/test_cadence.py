@@ -1,0 +1,76 @@
+"""How often workers take snapshots, and when one is due."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from elastic_pt.train.snapshots import COST_MAX, MemorySnapshots, adaptive_cadence
+from elastic_pt.train.step import Agreed
+
+
+@pytest.mark.parametrize(
+    ("step_s", "copy_s", "every"),
+    [
+        (0.2, 0.0, 1),
+        (0.2, 0.002, 1),
+        (0.2, 0.02, 10),
+        (0.1, 0.001, 1),
+        (0.01, 0.0, 40),
+        (0.01, 0.02, 200),
+        (0.0, 1.0, 1),
+    ],
+)
+def test_cadence_follows_from_cost(step_s: float, copy_s: float, every: int) -> None:
+    """Copies take at most a hundredth of the time; snapshots of short steps are 0.4 s apart."""
+    assert adaptive_cadence(step_s, copy_s) == every
+    if step_s:
+        assert copy_s / (every * step_s) <= COST_MAX or math.isclose(copy_s / every, COST_MAX * step_s)  # fmt: skip
+
+
+def snapshots(newest: int, began_at: int) -> MemorySnapshots:
+    """Those of a worker whose generation began at a step, without memory."""
+    made = MemorySnapshots.__new__(MemorySnapshots)
+    made._newest, made._began_at = newest, began_at
+    return made
+
+
+def agreed(complete_step: int | None, every: int = 1) -> Agreed:
+    """What the workers agree on after a step."""
+    return Agreed(False, False, complete_step, every)
+
+
+def test_older_buffer_is_overwritten_only_when_the_newer_one_is_complete_everywhere() -> None:
+    """Otherwise there would be a moment in which no step exists as a whole on all nodes and their mirrors."""
+    taken = snapshots(newest=12, began_at=10)
+    assert not taken.due(13, agreed(11))
+    assert taken.due(13, agreed(12))
+
+
+def test_no_snapshot_is_due_while_a_worker_has_no_memory() -> None:
+    """A state of which one worker's rows are missing is of no use: nobody copies."""
+    assert not snapshots(newest=0, began_at=0).due(5, agreed(None))
+    assert snapshots(newest=0, began_at=0).due(5, agreed(0))
+
+
+def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
+    """A generation that resumed from step 100 has that state in memory or bucket already."""
+    taken = snapshots(newest=0, began_at=100)
+    assert not taken.due(103, agreed(0, every=4))
+    assert taken.due(104, agreed(0, every=4))
+
+
+def test_configured_cadence_is_offered(tmp_path: Path) -> None:
+    """A fixed cadence does not follow the measurements."""
+    state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
+    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    taken = MemorySnapshots(7, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
+    for _ in range(20):
+        taken.measure(0.001)
+    assert taken.offer().snapshot_every == 7
+    adaptive = MemorySnapshots(0, 2, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
+    for _ in range(20):
+        adaptive.measure(0.001)
+    assert adaptive.offer().snapshot_every == 400
