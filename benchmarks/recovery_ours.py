@@ -57,7 +57,7 @@ def recover(
         frontier, recomputed = steps_lost(watch, first)
         again_s = watch.until_beyond(frontier, limit_s)
     notice_s = noticed_s(run.logs.events, nodes, start_s)
-    beside = {"recomputed_steps": recomputed}
+    beside = {"lost_steps": recomputed}
     if again_s is not None:
         beside["new_progress_s"] = again_s - start_s
     if notice_s is not None:
@@ -184,7 +184,7 @@ def stalled(
     phases = phases_of(last_s, notice_s, first.generation_s, report)
     phases["first step"] -= normal_s
     _, recomputed = steps_lost(watch, first)
-    beside = {**beside, "normal_step_s": normal_s, "recomputed_steps": recomputed}
+    beside = {**beside, "normal_step_s": normal_s, "lost_steps": recomputed}
     return Sample(report.time_s - last_s - normal_s, phases, beside)
 
 

@@ -232,7 +232,7 @@ def await_progress(job: TorchrunJob, first: Line, limit_s: float) -> None:
 def sample_of(kind: str, lines: Sequence[Line], start_s: float, first: Line) -> Sample:
     """What the first step of a new world says about the recovery."""
     frontier = max(line["step"] for line in lines if line["time_s"] < first["time_s"])
-    beside = {"recomputed_steps": float(frontier - first["step"] + 1)}
+    beside = {"lost_steps": float(frontier - first["step"] + 1)}
     again_s = next((line["time_s"] for line in lines if line["step"] > frontier), None)
     if again_s is not None:
         beside["new_progress_s"] = again_s - start_s

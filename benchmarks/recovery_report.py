@@ -117,6 +117,7 @@ def unavailable(reason: str) -> Summary:
 def _percentiles(values: Sequence[float | None]) -> dict[str, float | None]:
     numbers = [math.inf if value is None else value for value in values]
     found = {name: percentile(numbers, share) for name, share in (("p50", 0.5), ("p99", 0.99))}
+    found["max"] = max(numbers)
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -204,11 +205,12 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for side in sides:
         for kind, summary in report[side].items():
-            recomputed = summary.get("recomputed_steps", {}).get("p50")
+            lost = summary.get("lost_steps", {})
             again_s = summary.get("new_progress_s", {}).get("p50")
-            if recomputed is not None:
+            if lost.get("p50") is not None:
                 after = "" if again_s is None else f", the first new one after {again_s:.2f} s"
-                console.print(f"{side} {kind}: {recomputed:.0f} steps recomputed{after} (medians)")
+                steps = f"{lost['p50']:.0f} steps lost at the median, {lost['max']:.0f} at most"
+                console.print(f"{side} {kind}: {steps}{after} (median)")
     for kind, summary in missed.items():
         console.print(f"[red]missed[/red] {kind}, medians: {breakdown(summary)}")
         console.print(f"       {kind}, the worst: {worst(summary)}")
