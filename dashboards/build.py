@@ -166,8 +166,9 @@ PANELS = [
     series(
         "Checkpoint stage time",
         "s",
-        "What the last checkpoint held up the workers, by node. Upload goes on in the background.",
-        ("@checkpoint_stage_seconds", "{{instance}}"),
+        "What the last checkpoint and the last snapshot held up the workers, by node. Upload goes on in the background.",
+        ("@checkpoint_stage_seconds", "{{instance}} checkpoint"),
+        ("@snapshot_seconds", "{{instance}} snapshot"),
     ),
     series(
         "Checkpoints",
