@@ -83,3 +83,16 @@ def test_a_killed_node_with_two_workers(start: StartScenario, reference_digest: 
     run.fleet.kill("node-0")
     run.finish()
     assert run.check_whole(reference_digest).generations[-1].world_size == 2
+
+
+def test_a_killed_leader_costs_two_steps_at_most(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """I5: with a snapshot of each step, the others resume from memory, long before the next checkpoint."""
+    run = start("checkpoint.snapshot_every_steps=1", "checkpoint.every_steps=1000", nodes=3)
+    run.until_step(KILL_STEP, nodes=3)
+    run.fleet.kill(first_member(run.generation()))
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert newest.memory is not None
+    assert newest.memory.step >= newest.frontier_step - 2 >= KILL_STEP - 3

@@ -15,6 +15,7 @@ Called from the threads of the channel and the membership, from the main thread,
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class _Copy:
     path: Path
     record: Snapshot
     encoded: bytes
+    complete_s: float
+    """When it was complete, on this machine's monotonic clock."""
 
 
 class Snapshots:
@@ -96,8 +99,16 @@ class Snapshots:
     def held(self) -> tuple[Held, ...]:
         """Which rows of which states are here."""
         with self._lock:
+            now_s = time.monotonic()
             return tuple(
-                Held(generation, step, ranks.start, ranks.stop, self._sizes[generation])
+                Held(
+                    generation,
+                    step,
+                    ranks.start,
+                    ranks.stop,
+                    self._sizes[generation],
+                    now_s - max(copies[rank].complete_s for rank in ranks),
+                )
                 for (generation, step), copies in sorted(self._kept.items())
                 for ranks in _runs(sorted(copies))
             )
@@ -223,7 +234,7 @@ class Snapshots:
                 return
             self._forget(path)
             copies = self._kept.setdefault((record.generation, record.step), {})
-            copies[record.rank] = _Copy(path, record, record.to_bytes())
+            copies[record.rank] = _Copy(path, record, record.to_bytes(), time.monotonic())
             self._wake()
             self._look()
 

@@ -53,6 +53,9 @@ def status_lines(status: "RunStatus") -> list[str]:
         f"step        {status.step}{steps}{loss}",
         f"generation  {status.generation}, world size {status.world_size}",
     ]
+    if status.state == "running" and status.step:
+        risk = status.at_risk_steps
+        lines.append(f"at risk     {risk.any_node} steps with any node, {risk.all} with all")
     if status.commit is not None:
         lines.append(f"commit      step {status.commit.step}, {status.commit.age_s:.1f} s ago")
     lines += [_member_line("member", member) for member in status.members]

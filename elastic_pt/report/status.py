@@ -37,6 +37,7 @@ from elastic_pt.membership.decision.status import NodePhase, NodeStatus
 from elastic_pt.membership.links import TOKEN_KEY, url_of
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.membership.peers import STATUS
+from elastic_pt.report.tiers import AtRisk, Tier, at_risk, tiers
 from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
@@ -117,6 +118,8 @@ class RunStatus:
     members: tuple[MemberReport, ...]
     waiting: tuple[MemberReport, ...]
     commit: CommitReport | None
+    tiers: tuple[Tier, ...]
+    at_risk_steps: AtRisk
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def read_status(run: Run) -> RunStatus:
     state, reason = judge(view, list(answers.values()), len(waiting), nodes_min)
     step, loss = _progress(view, answers)
     generation = view.generation
+    commit = _commit_report(run.log, view)
+    bucket = None if commit is None else Tier("bucket", commit.step, commit.age_s)
     return RunStatus(
         url=run.store.url,
         state=state,
@@ -170,7 +175,9 @@ def read_status(run: Run) -> RunStatus:
         loss=loss,
         members=() if generation is None else _member_reports(generation, answers),
         waiting=tuple(_member_report(each.member, 0, each) for each in waiting.values()),
-        commit=_commit_report(run.log, view),
+        commit=commit,
+        tiers=tiers(generation, answers, bucket),
+        at_risk_steps=at_risk(generation, answers, step, 0 if commit is None else commit.step),
     )
 
 

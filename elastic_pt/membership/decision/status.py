@@ -46,6 +46,8 @@ class Held:
     end_rank: int
     world_size: int
     """Workers of that generation: the state is whole once all their rows are held somewhere."""
+    age_s: float = 0.0
+    """Seconds since these rows were complete here."""
 
 
 @dataclass(frozen=True)
