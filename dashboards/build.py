@@ -178,6 +178,22 @@ PANELS = [
         ("sum(increase(@checkpoint_skips_total[$__rate_interval]))", "skipped"),
         ("sum(increase(@checkpoint_tidy_failures_total[$__rate_interval]))", "not tidied"),
     ),
+    series(
+        "Notices",
+        "none",
+        "Machines that are taken away, or may be. A source that fails tells of none.",
+        (
+            "sum by (instance, source, kind) (increase(@notices_total[$__rate_interval]))",
+            "{{instance}} {{source}} {{kind}}",
+        ),
+        ("count by (source) (@notice_source_up == 0)", "{{source}} does not answer"),
+    ),
+    series(
+        "Time ahead of notices",
+        "s",
+        "How long a node had to leave after its last notice.",
+        ("@notice_lead_seconds > 0", "{{instance}}"),
+    ),
 ]
 
 

@@ -87,6 +87,8 @@ class MemberReport:
     """What it says it does; "down" if it does not answer."""
     resting: str
     """Why it takes no part for a while; empty if it does."""
+    leaving: str
+    """Why it is about to leave, such as a notice of its platform; empty if it stays."""
     metrics_url: str
 
 
@@ -385,8 +387,13 @@ def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> Mem
         workers=member.workers,
         phase="down" if answer is None else answer.phase,
         resting="" if answer is None else answer.resting,
+        leaving="" if answer is None else _leaving(answer),
         metrics_url="" if answer is None else answer.metrics_url,
     )
+
+
+def _leaving(answer: NodeStatus) -> str:
+    return (answer.leave_reason or "asked to") if answer.leaving else ""
 
 
 def _commit_report(log: RunLog, view: RunView) -> CommitReport | None:

@@ -71,6 +71,18 @@ class Metrics:
             "checkpoint_commit_timestamp_seconds",
             "When this node last saw a checkpoint committed, as Unix time.",
         )
+        self.notices = self._counter(
+            "notices",
+            "Notices that this node received: its machine is taken away, or may be.",
+            "source",
+            "kind",
+        )
+        self.notice_lead_seconds = self._gauge(
+            "notice_lead_seconds", "Time ahead of the last notice after which this node leaves."
+        )
+        self.notice_source_up = self._gauge(
+            "notice_source_up", "Whether a source of notices answers: 1 or 0.", "source"
+        )
         self.time_seconds = self._counter(
             "time_seconds",
             "Time of this node by what it went into; the states add up to all of it.",
@@ -99,5 +111,5 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"elastic_pt_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"elastic_pt_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"elastic_pt_{name}", text, labels, registry=self.registry)

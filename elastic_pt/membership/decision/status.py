@@ -58,6 +58,8 @@ class NodeStatus:
     """The newest generation that it found broken itself."""
     leaving: bool = False
     """It has been asked to leave the run in good order."""
+    leave_reason: str = ""
+    """Why, such as the notice that its platform gave; empty where nothing more is known."""
     resting: str = ""
     """Why it does not take part for some seconds: its own workers failed repeatedly."""
     step: int = 0
