@@ -27,6 +27,9 @@ class NoticeKind(StrEnum):
 LEAVE_KINDS: Final = frozenset({NoticeKind.PREEMPT, NoticeKind.MAINTENANCE})
 """Kinds after which no process of this machine is left. The others are advice."""
 
+_NEWS_S: Final = 1.0
+"""A deadline that is earlier by less than this is the same one, on clocks that do not run alike."""
+
 
 class SourceError(Exception):
     """A source gave no answer that can be used."""
@@ -113,11 +116,11 @@ def receive(source: str, told: Announcement, now: Moment, usual_lead_s: float) -
 def update(
     before: InForce, source: str, told: Iterable[Announcement], now: Moment, usual_lead_s: float
 ) -> InForce:
-    """The notices in force once a source has told all its events. Of a known event only an earlier deadline is news."""
+    """The notices in force once a source has told all its events. Of a known event only a clearly earlier deadline is news."""
     after = {}
     for each in told:
         notice, known = receive(source, each, now, usual_lead_s), before.get(each.event_id)
-        is_news = known is None or notice.deadline_s < known.deadline_s
+        is_news = known is None or notice.deadline_s < known.deadline_s - _NEWS_S
         after[each.event_id] = notice if is_news or known is None else known
     return after
 

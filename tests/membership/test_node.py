@@ -51,8 +51,9 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             on_drain: Callable[[str], None] = lambda _: None,
             fingerprint: dict[str, str] = FINGERPRINT,
             address: str = "127.0.0.1",
+            port: int = 0,
         ) -> Node:
-            limits = changed(LIMITS, nodes_min=nodes_min)
+            limits = changed(LIMITS, nodes_min=nodes_min, port=port)
             node = new_node(
                 NodeStatus.first(new_member(name, address, workers=1), fingerprint),
                 limits,
@@ -211,6 +212,56 @@ def test_a_node_that_asks_to_leave_is_drained_and_let_go(make_node: Callable[...
     (second,) = formed(b)
     assert names(second) == ["b"]
     assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
+
+
+def test_a_node_that_stays_after_all_is_a_member_of_the_next_world(
+    make_node: Callable[..., Node],
+) -> None:
+    """F17: A node may take back its wish until it has left: it goes on as a member, and nobody counts it as gone."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    a.request_leave("aws terminate, 118 s ahead")
+    eventually(
+        lambda: "a leaves: aws terminate, 118 s ahead" in asked, "the other one asks for a drain"
+    )
+    assert a.cancel_leave()
+    for node in (a, b):
+        node.settling()
+        node.spend(number, None)
+    found = formed(a, b)[0]
+    assert names(found) == ["a", "b"]
+    assert found.generation.causes == ()
+
+
+def test_a_node_that_has_left_cannot_take_it_back(make_node: Callable[..., Node]) -> None:
+    """F17: Once `await_generation` has ended with `Left`, a withdrawn notice changes nothing: the others see it go."""
+    node = make_node("a", nodes_min=2)
+    node.request_leave()
+    with pytest.raises(Left):
+        node.await_generation()
+    assert not node.cancel_leave()
+    assert node.leaving
+
+
+def test_an_agent_listens_on_the_port_that_it_is_given(
+    make_node: Callable[..., Node],
+) -> None:
+    """`elastic.port` is where peers reach a node; one that is taken is named, with what is expected."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    a, b = make_node("a", nodes_min=2, port=port), make_node("b", nodes_min=2)
+    assert a.member.port == port
+    members = formed(a, b)[0].generation.members
+    assert [each.port for each in members] == [port, b.member.port]
+    assert b.member.port not in (0, port)
+    with pytest.raises(
+        ConfigError,
+        match=rf"^elastic\.port = {port}: .* at 127\.0\.0\.1; expected a free port or 0$",
+    ):
+        make_node("c", port=port)
 
 
 def test_a_node_that_waits_for_a_world_can_leave_at_once(make_node: Callable[..., Node]) -> None:

@@ -1,0 +1,64 @@
+"""A notice, with real agents: one node leaves, the other one trains on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from command_line import CONFIG, Trained, elastic_pt
+
+from elastic_pt.config import load_config
+from elastic_pt.fleet.local import Fleet
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import CauseKind, Generation
+from elastic_pt.store.open import open_store
+
+WAIT_S = 120.0
+
+
+def test_a_node_leaves_on_a_notice_and_the_other_one_trains_on(
+    prepared: Trained, tmp_path: Path
+) -> None:
+    """F15: With two minutes ahead no step is lost, and the log tells the notice. SIGUSR1 to all processes of a node does the same."""
+    url, path = tmp_path / "run", tmp_path / "run.toml"
+    text = CONFIG.format(run=url, data=prepared.data).replace("steps = 240", "steps = 1000000")
+    path.write_text(text)
+    log = RunLog(open_store(f"file://{url}"), writer="test")
+
+    def generations() -> list[Generation]:
+        return [each.body for each in log.records() if isinstance(each.body, Generation)]
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline_s, {name: fleet.tail(name) for name in "ab"}
+            time.sleep(0.1)
+
+    config = load_config(path, [f"elastic.notices=file:{tmp_path}/notice"])
+    with Fleet(config, tmp_path / "agents") as fleet:
+        for name in "ab":
+            fleet.start(name)
+        until(lambda: url.exists() and bool(generations()) and len(generations()[-1].members) == 2)
+        number = generations()[-1].number
+        until(lambda: bool(list(url.glob(f"ckpt/*-g{number}-*/manifest.json"))))
+        new = tmp_path / "new"
+        new.write_text("node: a\nlead_s: 120\n")
+        new.rename(tmp_path / "notice")
+        until(lambda: fleet.exit_codes()["a"] is not None)
+        assert fleet.exit_codes()["a"] == 0, fleet.tail("a")
+        until(lambda: bool(list(url.glob(f"ckpt/*-g{number + 1}-*/manifest.json"))))
+        os.killpg(fleet.pid("b"), signal.SIGUSR1)
+        until(lambda: fleet.exit_codes()["b"] is not None)
+        assert fleet.exit_codes()["b"] == 0, fleet.tail("b")
+    newest = generations()[-1]
+    assert newest.number == number + 1
+    assert [each.node for each in newest.members] == ["b"]
+    assert [(each.kind, each.node) for each in newest.causes] == [(CauseKind.LEFT, "a")]
+    assert newest.causes[0].detail == "file preempt, 120 s ahead"
+    assert newest.resume is not None
+    assert newest.resume.step == newest.frontier_step
+    explained = elastic_pt("log", url, "--explain").out
+    assert "node a left after step" in explained
+    assert ": file preempt, 120 s ahead;" in explained
+    assert "no step done again" in explained

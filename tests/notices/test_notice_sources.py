@@ -1,0 +1,397 @@
+"""Each source against a local server that follows its cloud's documented protocol."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from elastic_pt.notices import aws, gcp
+from elastic_pt.notices.azure import Azure, scheduled_events
+from elastic_pt.notices.file import File
+from elastic_pt.notices.notice import CheckpointNow, Leave, NoticeKind, SourceError, Stay
+from tests.notices.servers import (
+    ACTION,
+    EVENTS,
+    MAINTENANCE,
+    NAME,
+    PREEMPTED,
+    REBALANCE,
+    TOKEN,
+    USUAL_LEAD_S,
+    Answer,
+    AzureMetadata,
+    Cloud,
+    GcpMetadata,
+    Heard,
+    Imds,
+    scheduled,
+    watched,
+)
+
+LEADS_S = [120.0, 30.0, 15.0, 5.0, 0.0]
+ROUNDING_S = 3.0
+"""Times have whole seconds, and the test takes a moment."""
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Ends servers and watches."""
+    with ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def imds(stack: ExitStack) -> Imds:
+    """AWS."""
+    server = Imds()
+    stack.enter_context(server.serving())
+    return server
+
+
+@pytest.fixture
+def google(stack: ExitStack) -> GcpMetadata:
+    """Google Cloud."""
+    server = GcpMetadata()
+    stack.enter_context(server.serving())
+    return server
+
+
+@pytest.fixture
+def azure(stack: ExitStack) -> AzureMetadata:
+    """Azure, on the machine `vm_7`."""
+    server = AzureMetadata("vm_7")
+    stack.enter_context(server.serving())
+    return server
+
+
+def leave(heard: Heard, source: str, lead_s: float, *, kind: str = "preempt") -> Leave:
+    """The next decision is to leave, with this lead."""
+    decision = heard.next()
+    assert isinstance(decision, Leave)
+    notice = decision.notice
+    assert (notice.source, notice.kind) == (source, kind)
+    assert max(0.0, lead_s - ROUNDING_S) <= notice.lead_s <= lead_s
+    assert abs(notice.deadline_s - notice.lead_s - time.monotonic()) < ROUNDING_S
+    assert heard.value("notices_total", source=source, kind=kind) == 1
+    assert heard.value("notice_lead_seconds") == notice.lead_s
+    return decision
+
+
+# ---- AWS ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead_s", LEADS_S)
+def test_a_spot_interruption_has_its_lead(imds: Imds, stack: ExitStack, lead_s: float) -> None:
+    """F16: Whatever the lead, the notice is heeded once, with the moment that the instance action names."""
+    imds.interrupt("terminate", lead_s)
+    heard = stack.enter_context(watched(*aws.sources(imds.url)))
+    leave(heard, "aws", lead_s)
+    imds.until_asked(ACTION, 3)
+    assert not heard.more
+
+
+def test_hibernation_begins_at_once(imds: Imds, stack: ExitStack) -> None:
+    """AWS starts to hibernate with the notice itself, whatever time it names."""
+    imds.interrupt("hibernate", 120.0)
+    leave(stack.enter_context(watched(*aws.sources(imds.url))), "aws", 0.0)
+
+
+def test_an_interruption_that_is_gone_again_is_withdrawn(imds: Imds, stack: ExitStack) -> None:
+    """F17: The node stays after all, and a later interruption counts anew."""
+    heard = stack.enter_context(watched(*aws.sources(imds.url)))
+    imds.interrupt("stop", 120.0)
+    assert isinstance(heard.next(), Leave)
+    imds.tell(documents={})
+    assert heard.next() == Stay()
+    imds.interrupt("terminate", 60.0)
+    assert isinstance(heard.next(), Leave)
+
+
+def test_a_rebalance_recommendation_is_advice(imds: Imds, stack: ExitStack) -> None:
+    """It asks for a checkpoint. The interruption that follows has the node leave."""
+    imds.tell(documents={REBALANCE: '{"noticeTime": "2020-10-16T19:18:24Z"}'})
+    heard = stack.enter_context(watched(*aws.sources(imds.url)))
+    decision = heard.next()
+    assert isinstance(decision, CheckpointNow)
+    assert decision.notice.kind is NoticeKind.REBALANCE
+    imds.interrupt("terminate", 120.0)
+    leave(heard, "aws", 120.0)
+
+
+def test_an_expired_token_is_renewed(imds: Imds, stack: ExitStack) -> None:
+    """F17: A token is asked for once, and again after a 401 only; the notice after that is heard."""
+    heard = stack.enter_context(watched(*aws.sources(imds.url)))
+    imds.until_asked(REBALANCE, 3)
+    assert imds.questions.count(TOKEN) <= 2
+    imds.tell(tokens=set())
+    imds.interrupt("terminate", 120.0)
+    leave(heard, "aws", 120.0)
+    assert heard.value("notice_source_up", source="aws") == 1
+
+
+def test_a_token_is_renewed_before_it_expires(imds: Imds, stack: ExitStack) -> None:
+    """No question is lost to a 401 that the clock could foresee."""
+    now_s = [0.0]
+    stack.enter_context(watched(*aws.sources(imds.url, clock_s=lambda: now_s[0])))
+    imds.until_asked(REBALANCE, 2)
+    before = imds.questions.count(TOKEN)
+    now_s[0] = 3600.0
+    imds.until_asked(TOKEN)
+    imds.until_asked(REBALANCE, 3)
+    assert imds.questions.count(TOKEN) <= before + 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"action": "terminate"}', '{"action": "dance", "time": "2026-01-01T00:00:00Z"}',
+     '{"action": "stop", "time": "soon"}', "[" * 100_000],
+)  # fmt: skip
+def test_nonsense_of_aws_has_no_effect(imds: Imds, stack: ExitStack, text: str) -> None:
+    """F17: A malformed answer changes nothing, is told, and the next good one counts."""
+    heard = stack.enter_context(watched(*aws.sources(imds.url)))
+    imds.tell(documents={ACTION: text})
+    heard.until_up("aws", 0)
+    assert not heard.more
+    imds.interrupt("terminate", 30.0)
+    leave(heard, "aws", 30.0)
+    heard.until_up("aws", 1)
+
+
+# ---- Google Cloud ------------------------------------------------------------------------------------
+
+
+def test_a_preempted_spot_vm_has_thirty_seconds(google: GcpMetadata, stack: ExitStack) -> None:
+    """F16: The server itself waits for the change, so that it is heard at once, and is told one question at a time."""
+    heard = stack.enter_context(watched(*gcp.sources(google.url)))
+    google.until_asked(PREEMPTED)
+    google.tell(values=google.values | {PREEMPTED: "TRUE"})
+    leave(heard, "gcp", 30.0)
+    # It asks again with the new ETag, and is not answered: nothing has changed.
+    assert google.questions.count(PREEMPTED) == 2
+    assert not heard.more
+    google.tell(values=google.values | {PREEMPTED: "FALSE"})
+    assert heard.next() == Stay()
+
+
+@pytest.mark.parametrize(
+    ("value", "leaves"),
+    [("TERMINATE_ON_HOST_MAINTENANCE", True), ("MIGRATE_ON_HOST_MAINTENANCE", False)],
+)
+def test_host_maintenance(google: GcpMetadata, stack: ExitStack, value: str, leaves: bool) -> None:
+    """Before it is terminated a machine has a minute. A live migration leaves its processes alone."""
+    google.tell(values=google.values | {MAINTENANCE: value})
+    heard = stack.enter_context(watched(*gcp.sources(google.url)))
+    if leaves:
+        leave(heard, "gcp-maintenance", 60.0, kind="maintenance")
+    else:
+        assert isinstance(heard.next(), CheckpointNow)
+
+
+def test_a_server_that_does_not_wait_is_not_flooded(google: GcpMetadata, stack: ExitStack) -> None:
+    """Between two questions there is a pause, even if the server answers at once."""
+    google.fault = lambda: Answer(text="FALSE", headers={"ETag": "1"})
+    stack.enter_context(watched(*gcp.sources(google.url), often=False))
+    began_s = time.monotonic()
+    google.until_asked(PREEMPTED, 2)
+    assert time.monotonic() - began_s > 0.5
+
+
+# ---- Azure -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead_s", LEADS_S)
+def test_a_preempt_event_has_its_lead(
+    azure: AzureMetadata, stack: ExitStack, lead_s: float
+) -> None:
+    """F16: NotBefore counts, and at most the half minute that Azure promises."""
+    azure.schedule(scheduled("Preempt", "vm_3", "vm_7", lead_s=lead_s))
+    heard = stack.enter_context(watched(Azure({"node-1"}, azure.url)))
+    leave(heard, "azure", min(lead_s, 30.0))
+    azure.until_asked(EVENTS, 3)
+    assert not heard.more
+    assert azure.questions.count(NAME) == 1
+
+
+def test_events_of_other_machines_do_not_count(azure: AzureMetadata, stack: ExitStack) -> None:
+    """F17: The document lists all machines of a set; only the one that names this machine counts, and may be cancelled."""
+    foreign = scheduled("Preempt", "vm_70", "vm_8", lead_s=30.0)
+    azure.schedule(foreign, "no event", {"Resources": ["vm_8"], "EventType": 5})
+    heard = stack.enter_context(watched(Azure({"node-1"}, azure.url)))
+    azure.until_asked(EVENTS, 3)
+    assert not heard.more
+    azure.schedule(foreign, scheduled("Redeploy", "vm_7", lead_s=600.0))
+    leave(heard, "azure", 600.0, kind="maintenance")
+    azure.schedule(foreign)
+    assert heard.next() == Stay()
+    assert heard.value("notice_source_up", source="azure") == 1
+
+
+def test_an_event_that_has_started_leaves_no_time() -> None:
+    """After a failure of the hardware Azure skips the announcement: NotBefore is empty, and the machine goes now."""
+    started = scheduled("Reboot", "vm_7", lead_s=0.0, EventStatus="Started", NotBefore="")
+    frozen = scheduled("Freeze", "vm_7", lead_s=900.0)
+    done = scheduled("Terminate", "vm_7", lead_s=0.0, EventStatus="Completed")
+    text = json.dumps({"DocumentIncarnation": 2, "Events": [started, frozen, done]})
+    found = scheduled_events(text, {"vm_7"})
+    assert [(each.kind, each.lead_s) for each in found] == [
+        (NoticeKind.MAINTENANCE, 0.0),
+        (NoticeKind.PAUSE, 900.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"EventType": "Dance"}, {"EventId": 5}, {"NotBefore": "soon"}, {"NotBefore": 5}]
+)
+def test_nonsense_about_this_machine_is_an_error(changes: dict[str, Any]) -> None:
+    """F17: An event that names this machine and cannot be understood is told, and not guessed."""
+    event = scheduled("Preempt", "vm_7", lead_s=30.0) | changes
+    with pytest.raises(SourceError, match="expected"):
+        scheduled_events(json.dumps({"Events": [event]}), {"vm_7"})
+
+
+def test_the_first_answer_of_azure_may_be_late(azure: AzureMetadata, stack: ExitStack) -> None:
+    """The service is turned on by the first question, which may take two minutes: it is not given up after two seconds."""
+    heard = stack.enter_context(watched(Azure({"node-1"}, azure.url)))
+    azure.until_asked(NAME)
+    assert heard.value("notice_source_up", source="azure") == 1
+
+
+# ---- the file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead_s", LEADS_S)
+def test_a_file_says_that_the_machine_goes(tmp_path: Path, stack: ExitStack, lead_s: float) -> None:
+    """F16: For as long as the file is there; once it is removed, the node stays."""
+    path = tmp_path / "notice"
+    heard = stack.enter_context(watched(File(path, "a")))
+    path.with_suffix(".new").write_text(f"kind: preempt\nlead_s: {lead_s}\n")
+    path.with_suffix(".new").rename(path)
+    leave(heard, "file", lead_s)
+    path.unlink()
+    assert heard.next() == Stay()
+
+
+def test_mithrils_file_is_understood(tmp_path: Path, stack: ExitStack) -> None:
+    """It is read as Mithril writes it, with at most five minutes; another status is no notice."""
+    path = tmp_path / "MITHRIL_SIGNAL.yml"
+    text = (
+        "---\n# written by the platform\ninstance_status: {}\nbid_status: 'STATUS_OPEN'\n"
+        'end_time: "2099-01-01T00:00:00Z"\n'
+    )
+    path.write_text(text.format("STATUS_RUNNING"))
+    heard = stack.enter_context(watched(File(path, "a")))
+    path.write_text(text.format("STATUS_PREEMPTING"))
+    leave(heard, "file", 300.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "effect"),
+    [
+        ('{"kind": "preempt", "node": "a"}', True),
+        ("kind: preempt\nnode: b\n", False),
+        ("withdrawn: true\n", False),
+        ("", False),
+        ("kind: dance\n", None),
+        ("lead_s: -3\n", None),
+        ("lead_s: nan\n", None),
+        ("lead: 30\n", None),
+        ("deadline: soon\n", None),
+        ("\x00\xff", None),
+        ("{", None),
+        ("x" * 100_000, None),
+    ],
+)
+def test_what_a_file_may_say(
+    tmp_path: Path, stack: ExitStack, text: str, effect: bool | None
+) -> None:
+    """F17: Another node's file and a withdrawn one have no effect; nonsense has none either, and is told."""
+    path = tmp_path / "notice"
+    path.write_bytes(text.encode("latin-1"))
+    source = File(path, "a")
+    heard = stack.enter_context(watched(source))
+    if effect is None:
+        heard.until_up("file", 0)
+    elif effect:
+        leave(heard, "file", USUAL_LEAD_S)
+    # Nothing else was decided before this.
+    path.with_suffix(".new").write_text("event_id: last\nkind: rebalance\n")
+    path.with_suffix(".new").rename(path)
+    assert isinstance(heard.next(), CheckpointNow)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path, stack: ExitStack) -> None:
+    """F17: Reading must not wait for somebody to write."""
+    path = tmp_path / "notice"
+    os.mkfifo(path)
+    heard = stack.enter_context(watched(File(path, "a")))
+    heard.until_up("file", 0)
+
+
+# ---- all of them -------------------------------------------------------------------------------------
+
+FAULTS = {
+    "401": lambda: Answer(401),
+    "500": lambda: Answer(500),
+    "503": lambda: Answer(503, "slow down"),
+    "redirect": lambda: Answer(302, headers={"Location": "http://127.0.0.1:1/"}),
+    "endless": lambda: Answer(200, "x" * 300_000),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_source_that_fails_is_told_once_and_withdraws_nothing(
+    imds: Imds, google: GcpMetadata, azure: AzureMetadata, stack: ExitStack, fault: Any
+) -> None:
+    """F17: Failures have no effect but one event each; what was in force stays, and the source is heard again later."""
+    clouds: list[Cloud] = [imds, google, azure]
+    for cloud in clouds:
+        cloud.fault = fault
+    imds.interrupt("terminate", 120.0)
+    with structlog.testing.capture_logs() as events:
+        heard = stack.enter_context(
+            watched(*aws.sources(imds.url), *gcp.sources(google.url), Azure({"n"}, azure.url))
+        )
+        names = ("aws", "aws-rebalance", "gcp", "gcp-maintenance", "azure")
+        for name in names:
+            heard.until_up(name, 0)
+        for cloud, path in ((imds, TOKEN), (google, PREEMPTED), (azure, NAME)):
+            cloud.until_asked(path, 3)
+        assert not heard.more
+        imds.tell(fault=None)
+        leave(heard, "aws", 120.0)
+        imds.tell(fault=fault)
+        heard.until_up("aws", 0)
+        imds.tell(fault=None)
+        heard.until_up("aws", 1)
+    assert not heard.more
+    told = [each["source"] for each in events if each["event"] == "notice_source_failed"]
+    # AWS has failed twice.
+    assert sorted(told) == sorted([*names, "aws"])
+
+
+def test_a_source_that_hangs_keeps_no_other_one_waiting(
+    imds: Imds, stack: ExitStack, tmp_path: Path
+) -> None:
+    """F17: A question has two seconds. Meanwhile others are heard, and the end of the watch waits for nobody."""
+    imds.fault = lambda: None
+    path = tmp_path / "notice"
+    path.write_text("lead_s: 5\n")
+    with watched(*aws.sources(imds.url), File(path, "a")) as heard:
+        leave(heard, "file", 5.0)
+        heard.until_up("aws", 0)
+        imds.until_asked(TOKEN)
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 1.0
+
+
+def test_a_server_that_is_not_there_is_told(stack: ExitStack) -> None:
+    """F17: A refused connection is a source that does not answer."""
+    heard = stack.enter_context(watched(*aws.sources("http://127.0.0.1:1")))
+    heard.until_up("aws", 0)
+    assert not heard.more

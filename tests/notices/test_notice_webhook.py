@@ -1,0 +1,194 @@
+"""The webhook takes signed requests, once each, and nothing else."""
+
+import http.client
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import structlog
+
+from elastic_pt.notices.notice import CheckpointNow, Leave, Stay
+from elastic_pt.notices.webhook import PATH, SIGNATURE, TIMESTAMP, Webhook, sign
+from tests.notices.servers import USUAL_LEAD_S, Heard, watched
+
+KEY = b"5f6a7b"
+NOW_S = 1_764_248_000
+PREEMPT = {"kind": "preempt", "lead_s": 30, "event_id": "e"}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Hook:
+    """A webhook that listens, and who hears of its notices."""
+
+    port: int
+    heard: Heard
+    clock: list[float]
+
+    def post(self, body: object, *, key: bytes = KEY, at_s: object = NOW_S) -> int:
+        """Send a signed request; returns the status."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {TIMESTAMP: str(at_s), SIGNATURE: sign(key, str(at_s), data)}
+        return self.send("POST", PATH, data, headers)
+
+    def send(self, method: str, path: str, data: bytes, headers: dict[str, str]) -> int:
+        """Send any request; returns the status."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, data, headers)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    """The webhook of node a; its clock stands still."""
+    port, clock = free_port(), [float(NOW_S)]
+    source = Webhook("127.0.0.1", port, "a", lambda: KEY, lambda: clock[0])
+    with structlog.testing.capture_logs(), watched(source, often=False) as heard:
+        wait_for(port)
+        yield Hook(port, heard, clock)
+
+
+def wait_for(port: int) -> None:
+    """Wait until somebody listens."""
+    deadline_s = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline_s
+
+
+@pytest.mark.parametrize("lead_s", [120, 30, 15, 5, 0])
+def test_a_signed_request_is_heard_and_can_be_withdrawn(hook: Hook, lead_s: int) -> None:
+    """F16: The node leaves with the lead that the request names; the event of the same id is withdrawn by another one."""
+    assert hook.post(PREEMPT | {"lead_s": lead_s}) == 200
+    decision = hook.heard.next()
+    assert isinstance(decision, Leave)
+    assert (decision.notice.source, decision.notice.lead_s) == ("webhook", lead_s)
+    assert hook.post({"event_id": "other", "withdrawn": True}) == 200
+    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert hook.heard.next() == Stay()
+
+
+def test_an_empty_object_is_a_preemption(hook: Hook) -> None:
+    """Whoever knows nothing more than that the machine goes need not say more."""
+    assert hook.post({}) == 200
+    decision = hook.heard.next()
+    assert isinstance(decision, Leave)
+    assert decision.notice.lead_s == USUAL_LEAD_S
+
+
+def test_an_event_that_is_sent_twice_counts_once(hook: Hook) -> None:
+    """F17: A tool may send again what it sent before, with a new signature."""
+    assert hook.post(PREEMPT) == 200
+    assert hook.post(PREEMPT, at_s=NOW_S + 1) == 200
+    assert isinstance(hook.heard.next(), Leave)
+    assert hook.post({"kind": "rebalance", "event_id": "f"}) == 200
+    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert isinstance(hook.heard.next(), CheckpointNow)
+
+
+@pytest.mark.parametrize(
+    ("headers", "at_s"),
+    [
+        ({}, NOW_S),
+        ({SIGNATURE: "é"}, NOW_S),
+        ({SIGNATURE: sign(b"another", str(NOW_S), b"{}")}, NOW_S),
+        ({SIGNATURE: sign(KEY, str(NOW_S), b"{} ")}, NOW_S),
+        ({SIGNATURE: sign(KEY, str(NOW_S + 1), b"{}")}, NOW_S),
+        ({SIGNATURE: sign(KEY, str(NOW_S - 301), b"{}")}, NOW_S - 301),
+        ({SIGNATURE: sign(KEY, str(NOW_S + 301), b"{}")}, NOW_S + 301),
+        ({SIGNATURE: sign(KEY, "now", b"{}")}, "now"),
+    ],
+    ids=["none", "no ascii", "other key", "other body", "other time", "old", "future", "no time"],
+)
+def test_what_is_not_signed_has_no_effect(
+    hook: Hook, headers: dict[str, str], at_s: object
+) -> None:
+    """Without the key of this run nobody can make a node leave."""
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    assert hook.send("POST", PATH, b"{}", encoded | {TIMESTAMP: str(at_s)}) == 401  # type: ignore[arg-type]
+    assert hook.post({"kind": "rebalance"}) == 200
+    assert isinstance(hook.heard.next(), CheckpointNow)
+
+
+def test_a_recorded_request_cannot_be_sent_again(hook: Hook) -> None:
+    """F17: A signature is taken once within its five minutes, and not at all after them."""
+    assert hook.post(PREEMPT) == 200
+    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert hook.post(PREEMPT) == 401
+    hook.clock[0] += 299.0
+    assert hook.post(PREEMPT) == 401
+    hook.clock[0] += 2.0
+    assert hook.post(PREEMPT) == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        ({"kind": "dance"}, 400),
+        ({"lead_s": -1}, 400),
+        ({"whatever": 1}, 400),
+        ({"event_id": "x" * 201}, 400),
+        (b'{"lead_s": NaN}', 400),
+        ({"node": "b"}, 404),
+        (b"x" * 20_000, 413),
+    ],
+)
+def test_nonsense_and_other_nodes_have_no_effect(hook: Hook, body: object, status: int) -> None:
+    """F17: The sender is told what is wrong, and the node goes on."""
+    assert hook.post(body) == status
+    assert hook.send("GET", PATH, b"", {}) == 405
+    assert hook.post({"kind": "rebalance", "node": "a"}) == 200
+    assert isinstance(hook.heard.next(), CheckpointNow)
+
+
+def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> None:
+    """An operator copies the signature's command line from docs/notices.md."""
+    page = Path(__file__).parents[2] / "docs" / "notices.md"
+    (line,) = [each for each in page.read_text().splitlines() if "openssl dgst" in each]
+    script = f'body=\'{{"kind": "rebalance"}}\'; now={NOW_S}; token={KEY.decode()}; {line.strip()}; echo "$signature"'
+    made = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    headers = {TIMESTAMP: str(NOW_S), SIGNATURE: made.stdout.strip()}
+    assert hook.send("POST", PATH, b'{"kind": "rebalance"}', headers) == 200
+
+
+def test_a_port_that_is_taken_is_tried_again() -> None:
+    """F17: Another program on the port, or a bucket that does not give the key, keeps no node from training."""
+    calls = []
+
+    def key() -> bytes:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ConnectionError("the bucket is away")
+        return KEY
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        source = Webhook("127.0.0.1", taken.getsockname()[1], "a", key)
+        with structlog.testing.capture_logs() as events, watched(source) as heard:
+            heard.until_up("webhook", 0)
+            taken.close()
+            heard.until_up("webhook", 1)
+    causes = [each["cause"] for each in events if each["event"] == "notice_source_failed"]
+    assert len(causes) == 1
+    assert len(calls) == 2
