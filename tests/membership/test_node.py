@@ -236,7 +236,7 @@ def test_a_node_that_stays_after_all_is_a_member_of_the_next_world(
 
 
 def test_a_node_that_has_left_cannot_take_it_back(make_node: Callable[..., Node]) -> None:
-    """F17: Once `await_generation` has ended with `Left`, a withdrawn notice changes nothing: the others see it go."""
+    """Once `await_generation` has ended with `Left`, a withdrawn notice changes nothing: the others see it go."""
     node = make_node("a", nodes_min=2)
     node.request_leave()
     with pytest.raises(Left):

@@ -103,7 +103,7 @@ def test_hibernation_begins_at_once(imds: Imds, stack: ExitStack) -> None:
 
 
 def test_an_interruption_that_is_gone_again_is_withdrawn(imds: Imds, stack: ExitStack) -> None:
-    """F17: The node stays after all, and a later interruption counts anew."""
+    """The node stays after all, and a later interruption counts anew."""
     heard = stack.enter_context(watched(*aws.sources(imds.url)))
     imds.interrupt("stop", 120.0)
     assert isinstance(heard.next(), Leave)
@@ -125,7 +125,7 @@ def test_a_rebalance_recommendation_is_advice(imds: Imds, stack: ExitStack) -> N
 
 
 def test_an_expired_token_is_renewed(imds: Imds, stack: ExitStack) -> None:
-    """F17: A token is asked for once, and again after a 401 only; the notice after that is heard."""
+    """A token is asked for once, and again after a 401 only; the notice after that is heard."""
     heard = stack.enter_context(watched(*aws.sources(imds.url)))
     imds.until_asked(REBALANCE, 3)
     assert imds.questions.count(TOKEN) <= 2
@@ -167,7 +167,7 @@ def test_nonsense_of_aws_has_no_effect(imds: Imds, stack: ExitStack, text: str) 
 
 
 def test_a_preempted_spot_vm_has_thirty_seconds(google: GcpMetadata, stack: ExitStack) -> None:
-    """F16: The server itself waits for the change, so that it is heard at once, and is told one question at a time."""
+    """The server itself waits for the change, so that it is heard at once, and is told one question at a time."""
     heard = stack.enter_context(watched(*gcp.sources(google.url)))
     google.until_asked(PREEMPTED)
     google.tell(values=google.values | {PREEMPTED: "TRUE"})
@@ -209,7 +209,7 @@ def test_a_server_that_does_not_wait_is_not_flooded(google: GcpMetadata, stack: 
 def test_a_preempt_event_has_its_lead(
     azure: AzureMetadata, stack: ExitStack, lead_s: float
 ) -> None:
-    """F16: NotBefore counts, and at most the half minute that Azure promises."""
+    """NotBefore counts, and at most the half minute that Azure promises."""
     azure.schedule(scheduled("Preempt", "vm_3", "vm_7", lead_s=lead_s))
     heard = stack.enter_context(watched(Azure({"node-1"}, azure.url)))
     leave(heard, "azure", min(lead_s, 30.0))
@@ -249,7 +249,7 @@ def test_an_event_that_has_started_leaves_no_time() -> None:
     "changes", [{"EventType": "Dance"}, {"EventId": 5}, {"NotBefore": "soon"}, {"NotBefore": 5}]
 )
 def test_nonsense_about_this_machine_is_an_error(changes: dict[str, Any]) -> None:
-    """F17: An event that names this machine and cannot be understood is told, and not guessed."""
+    """An event that names this machine and cannot be understood is told, and not guessed."""
     event = scheduled("Preempt", "vm_7", lead_s=30.0) | changes
     with pytest.raises(SourceError, match="expected"):
         scheduled_events(json.dumps({"Events": [event]}), {"vm_7"})
@@ -267,7 +267,7 @@ def test_the_first_answer_of_azure_may_be_late(azure: AzureMetadata, stack: Exit
 
 @pytest.mark.parametrize("lead_s", LEADS_S)
 def test_a_file_says_that_the_machine_goes(tmp_path: Path, stack: ExitStack, lead_s: float) -> None:
-    """F16: For as long as the file is there; once it is removed, the node stays."""
+    """For as long as the file is there; once it is removed, the node stays."""
     path = tmp_path / "notice"
     heard = stack.enter_context(watched(File(path, "a")))
     path.with_suffix(".new").write_text(f"kind: preempt\nlead_s: {lead_s}\n")
@@ -310,7 +310,7 @@ def test_mithrils_file_is_understood(tmp_path: Path, stack: ExitStack) -> None:
 def test_what_a_file_may_say(
     tmp_path: Path, stack: ExitStack, text: str, effect: bool | None
 ) -> None:
-    """F17: Another node's file and a withdrawn one have no effect; nonsense has none either, and is told."""
+    """Another node's file and a withdrawn one have no effect; nonsense has none either, and is told."""
     path = tmp_path / "notice"
     path.write_bytes(text.encode("latin-1"))
     source = File(path, "a")
@@ -326,7 +326,7 @@ def test_what_a_file_may_say(
 
 
 def test_a_pipe_is_no_file(tmp_path: Path, stack: ExitStack) -> None:
-    """F17: Reading must not wait for somebody to write."""
+    """Reading must not wait for somebody to write."""
     path = tmp_path / "notice"
     os.mkfifo(path)
     heard = stack.enter_context(watched(File(path, "a")))
@@ -391,7 +391,7 @@ def test_a_source_that_hangs_keeps_no_other_one_waiting(
 
 
 def test_a_server_that_is_not_there_is_told(stack: ExitStack) -> None:
-    """F17: A refused connection is a source that does not answer."""
+    """A refused connection is a source that does not answer."""
     heard = stack.enter_context(watched(*aws.sources("http://127.0.0.1:1")))
     heard.until_up("aws", 0)
     assert not heard.more

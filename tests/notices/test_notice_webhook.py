@@ -75,7 +75,7 @@ def wait_for(port: int) -> None:
 
 @pytest.mark.parametrize("lead_s", [120, 30, 15, 5, 0])
 def test_a_signed_request_is_heard_and_can_be_withdrawn(hook: Hook, lead_s: int) -> None:
-    """F16: The node leaves with the lead that the request names; the event of the same id is withdrawn by another one."""
+    """The node leaves with the lead that the request names; the event of the same id is withdrawn by another one."""
     assert hook.post(PREEMPT | {"lead_s": lead_s}) == 200
     decision = hook.heard.next()
     assert isinstance(decision, Leave)
@@ -94,7 +94,7 @@ def test_an_empty_object_is_a_preemption(hook: Hook) -> None:
 
 
 def test_an_event_that_is_sent_twice_counts_once(hook: Hook) -> None:
-    """F17: A tool may send again what it sent before, with a new signature."""
+    """A tool may send again what it sent before, with a new signature."""
     assert hook.post(PREEMPT) == 200
     assert hook.post(PREEMPT, at_s=NOW_S + 1) == 200
     assert isinstance(hook.heard.next(), Leave)
@@ -154,7 +154,7 @@ def test_a_recorded_request_cannot_be_sent_again(hook: Hook) -> None:
     ],
 )
 def test_nonsense_and_other_nodes_have_no_effect(hook: Hook, body: object, status: int) -> None:
-    """F17: The sender is told what is wrong, and the node goes on."""
+    """The sender is told what is wrong, and the node goes on."""
     assert hook.post(body) == status
     assert hook.send("GET", PATH, b"", {}) == 405
     assert hook.post({"kind": "rebalance", "node": "a"}) == 200
@@ -172,7 +172,7 @@ def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> N
 
 
 def test_a_port_that_is_taken_is_tried_again() -> None:
-    """F17: Another program on the port, or a bucket that does not give the key, keeps no node from training."""
+    """Another program on the port, or a bucket that does not give the key, keeps no node from training."""
     calls = []
 
     def key() -> bytes:
