@@ -21,7 +21,7 @@ import aiohttp
 from aiohttp import web
 
 from elastic_pt.notices.http import json_object
-from elastic_pt.notices.message import id_of, parse_message
+from elastic_pt.notices.message import Message, id_of, parse_message
 from elastic_pt.notices.notice import Announcement, SourceError
 
 PATH: Final = "/v1/notices"
@@ -29,6 +29,7 @@ TIMESTAMP: Final = "X-Elastic-PT-Timestamp"
 SIGNATURE: Final = "X-Elastic-PT-Signature"
 _WINDOW_S: Final = 300.0
 _BODY_BYTES_MAX: Final = 16 * 1024
+_BODY_TIMEOUT_S: Final = 5.0
 _EVENTS_MAX: Final = 64
 _CLOSING_S: Final = 0.1
 
@@ -94,13 +95,15 @@ class Webhook:
         self._runner = runner
 
     async def _take(self, request: web.Request) -> web.Response:
-        body = await request.read()
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            body = await request.read()
         refusal = self._refuse(request, body)
         if refusal:
             return web.Response(status=401, text=f"{refusal}\n")
         try:
             fields = json_object(body.decode("utf-8", "replace"), "body")
             message = parse_message(fields, "body")
+            self._check_event(message)
         except SourceError as error:
             return web.Response(status=400, text=f"{error}\n")
         if message.node not in ("", self._node):
@@ -108,10 +111,18 @@ class Webhook:
         event = message.announcement(id_of(body))
         if message.withdrawn:
             self._events.pop(event.event_id, None)
-        elif event.event_id in self._events or len(self._events) < _EVENTS_MAX:
+        else:
             self._events[event.event_id] = event
         self._changed.set()
         return web.json_response({"node": self._node, "event_id": event.event_id})
+
+    def _check_event(self, message: Message) -> None:
+        if message.withdrawn and not message.event_id:
+            raise SourceError("body: event_id = ''; expected that of the event that is withdrawn")
+        if not message.withdrawn and len(self._events) >= _EVENTS_MAX:
+            raise SourceError(
+                f"body: one more than {_EVENTS_MAX} events; expected some to be withdrawn before"
+            )
 
     def _refuse(self, request: web.Request, body: bytes) -> str:
         """Why a request is not taken; empty if it is. Its signature is then used up."""

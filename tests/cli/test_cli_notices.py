@@ -4,14 +4,19 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from command_line import CONFIG, Trained, elastic_pt
 
+from elastic_pt.cli.reading import status_lines
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.decision.status import NodeStatus
+from elastic_pt.report.status import RunStatus, State, _member_report
 from elastic_pt.runlog.log import RunLog
-from elastic_pt.runlog.records import CauseKind, Generation
+from elastic_pt.runlog.records import CauseKind, Generation, Member
 from elastic_pt.store.open import open_store
 
 WAIT_S = 120.0
@@ -62,3 +67,22 @@ def test_a_node_leaves_on_a_notice_and_the_other_one_trains_on(
     assert "node a left after step" in explained
     assert ": file preempt, 120 s ahead;" in explained
     assert "no step done again" in explained
+
+
+@pytest.mark.parametrize(
+    ("leaving", "reason", "told"),
+    [
+        (False, "", ""),
+        (True, "", "asked to"),
+        (True, "aws terminate, 118 s ahead", "aws terminate, 118 s ahead"),
+    ],
+)
+def test_status_tells_why_a_node_is_about_to_leave(leaving: bool, reason: str, told: str) -> None:
+    """For people and in `leaving`; a node that stays has nothing there."""
+    member = Member("a", "a1", "127.0.0.1", 1, 2, 1)
+    answer = replace(NodeStatus.first(member, {}), leaving=leaving, leave_reason=reason)
+    report = _member_report(member, 4, answer)
+    assert report.leaving == told
+    status = RunStatus("url", State.RUNNING, "", 1, 1, 0, None, None, (report,), (), None)
+    (line,) = [each for each in status_lines(status) if each.startswith("member")]
+    assert (f", leaves: {told}," in line) == leaving

@@ -148,6 +148,7 @@ def test_a_recorded_request_cannot_be_sent_again(hook: Hook) -> None:
         ({"lead_s": -1}, 400),
         ({"whatever": 1}, 400),
         ({"event_id": "x" * 201}, 400),
+        ({"withdrawn": True}, 400),
         (b'{"lead_s": NaN}', 400),
         ({"node": "b"}, 404),
         (b"x" * 20_000, 413),
