@@ -32,7 +32,7 @@ class Leaving:
         self._node = node
         self._leave_timeout_s = leave_timeout_s
         # No lock: a signal handler must not wait for one.
-        self._signal_deadline_s = math.inf
+        self._asked_deadline_s = math.inf
         self._notice_deadline_s = math.inf
         self._to_end = False
         """Whether a signal has come that ends the agent when it comes again."""
@@ -51,17 +51,20 @@ class Leaving:
             # The alarm of a notice that has just been withdrawn.
             return
         self._to_end = self._to_end or ends
-        deadline_s = time.monotonic() + self._leave_timeout_s
-        self._signal_deadline_s = min(self._signal_deadline_s, deadline_s)
-        self._node.request_leave(leave_reason(number))
+        self.ask(leave_reason(number), self._leave_timeout_s)
+
+    def ask(self, reason: str, within_s: float) -> None:
+        """Leave for good, within so many seconds. Any thread."""
+        self._asked_deadline_s = min(self._asked_deadline_s, time.monotonic() + within_s)
+        self._node.request_leave(reason)
         self._set_alarm()
 
     def heed(self, decision: Decision) -> None:
         """Do what the notices in force mean."""
         match decision:
             case Leave(notice):
-                deadline_s = min(notice.deadline_s, time.monotonic() + self._leave_timeout_s)
-                self._notice_deadline_s = min(self._notice_deadline_s, deadline_s)
+                latest_s = time.monotonic() + self._leave_timeout_s
+                self._notice_deadline_s = min(notice.deadline_s, latest_s)
                 self._node.request_leave(str(notice))
                 self._set_alarm()
             case CheckpointNow(notice):
@@ -75,17 +78,17 @@ class Leaving:
         if self._notice_deadline_s == math.inf:
             return
         self._notice_deadline_s = math.inf
-        if self._signal_deadline_s == math.inf:
+        if self._asked_deadline_s == math.inf:
             log.warning("leave_cancelled", in_time=self._node.cancel_leave())
-        if self._signal_deadline_s != math.inf:
-            # A signal may have come meanwhile, and has asked for good.
+        if self._asked_deadline_s != math.inf:
+            # A signal may have come meanwhile.
             self._node.request_leave()
         self._set_alarm()
 
     def _set_alarm(self) -> None:
         """Have SIGALRM come at the earlier deadline. The other thread may set it at the same time, so look again."""
         deadline_s = -math.inf
-        while deadline_s != (earlier_s := min(self._signal_deadline_s, self._notice_deadline_s)):
+        while deadline_s != (earlier_s := min(self._asked_deadline_s, self._notice_deadline_s)):
             deadline_s = earlier_s
             left_s = max(_TIME_MIN_S, deadline_s - time.monotonic())
             signal.setitimer(signal.ITIMER_REAL, 0.0 if deadline_s == math.inf else left_s)

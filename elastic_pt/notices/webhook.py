@@ -36,7 +36,12 @@ _CLOSING_S: Final = 0.1
 
 def sign(key: bytes, timestamp: str, body: bytes) -> str:
     """The signature of a request."""
-    return hmac.new(key, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+    return hmac.new(key, _bytes(timestamp) + b"." + body, hashlib.sha256).hexdigest()
+
+
+def _bytes(header: str) -> bytes:
+    """A header as it was sent, whatever it is."""
+    return header.encode("utf-8", "surrogateescape")
 
 
 class Webhook:
@@ -128,7 +133,7 @@ class Webhook:
         """Why a request is not taken; empty if it is. Its signature is then used up."""
         timestamp, given = request.headers.get(TIMESTAMP, ""), request.headers.get(SIGNATURE, "")
         wanted = sign(self._key, timestamp, body)
-        if not hmac.compare_digest(given.encode(), wanted.encode()):
+        if not hmac.compare_digest(_bytes(given), wanted.encode()):
             return f"{SIGNATURE} is missing or wrong; expected HMAC-SHA256 with the run's token"
         now_s = self._unix_time_s()
         if not timestamp.isdecimal() or abs(now_s - int(timestamp)) > _WINDOW_S:
