@@ -5,7 +5,8 @@
     X-Elastic-PT-Signature: 9f86d0...          HMAC-SHA256, in hex, over TIMESTAMP "." BODY
 
 The key is the run's token (the object `token` in the run directory), so whoever may read the bucket may say that a
-node goes. The key is never sent. A signature is taken once: who records a request can use it for nothing.
+node goes. The key is never sent. A signature is taken once, and `node` must name this one: who records a request can use it
+for nothing, here or at another node.
 
     200 taken   400 malformed   401 not signed, badly signed, too old, or taken before   404 another node is meant
 """
@@ -111,8 +112,9 @@ class Webhook:
             self._check_event(message)
         except SourceError as error:
             return web.Response(status=400, text=f"{error}\n")
-        if message.node not in ("", self._node):
-            return web.Response(status=404, text=f"this is node {self._node}\n")
+        if message.node != self._node:
+            told = f"body: node = {message.node!r}; expected {self._node!r}\n"
+            return web.Response(status=404, text=told)
         event = message.announcement(id_of(body))
         if message.withdrawn:
             self._events.pop(event.event_id, None)

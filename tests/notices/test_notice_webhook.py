@@ -18,7 +18,9 @@ from tests.notices.servers import USUAL_LEAD_S, Heard, watched
 
 KEY = b"5f6a7b"
 NOW_S = 1_764_248_000
-PREEMPT = {"kind": "preempt", "lead_s": 30, "event_id": "e"}
+PREEMPT = {"kind": "preempt", "lead_s": 30, "event_id": "e", "node": "a"}
+WITHDRAWN = {"event_id": "e", "withdrawn": True, "node": "a"}
+ADVICE = {"kind": "rebalance", "event_id": "f", "node": "a"}
 
 
 def free_port() -> int:
@@ -80,14 +82,14 @@ def test_a_signed_request_is_heard_and_can_be_withdrawn(hook: Hook, lead_s: int)
     decision = hook.heard.next()
     assert isinstance(decision, Leave)
     assert (decision.notice.source, decision.notice.lead_s) == ("webhook", lead_s)
-    assert hook.post({"event_id": "other", "withdrawn": True}) == 200
-    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert hook.post(WITHDRAWN | {"event_id": "other"}) == 200
+    assert hook.post(WITHDRAWN) == 200
     assert hook.heard.next() == Stay()
 
 
-def test_an_empty_object_is_a_preemption(hook: Hook) -> None:
+def test_the_name_of_the_node_is_enough(hook: Hook) -> None:
     """Whoever knows nothing more than that the machine goes need not say more."""
-    assert hook.post({}) == 200
+    assert hook.post({"node": "a"}) == 200
     decision = hook.heard.next()
     assert isinstance(decision, Leave)
     assert decision.notice.lead_s == USUAL_LEAD_S
@@ -98,8 +100,8 @@ def test_an_event_that_is_sent_twice_counts_once(hook: Hook) -> None:
     assert hook.post(PREEMPT) == 200
     assert hook.post(PREEMPT, at_s=NOW_S + 1) == 200
     assert isinstance(hook.heard.next(), Leave)
-    assert hook.post({"kind": "rebalance", "event_id": "f"}) == 200
-    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert hook.post(ADVICE) == 200
+    assert hook.post(WITHDRAWN) == 200
     assert isinstance(hook.heard.next(), CheckpointNow)
 
 
@@ -123,14 +125,14 @@ def test_what_is_not_signed_has_no_effect(
     """Without the key of this run nobody can make a node leave."""
     encoded = {name: value.encode("latin-1") for name, value in headers.items()}
     assert hook.send("POST", PATH, b"{}", encoded | {TIMESTAMP: str(at_s)}) == 401  # type: ignore[arg-type]
-    assert hook.post({"kind": "rebalance"}) == 200
+    assert hook.post(ADVICE) == 200
     assert isinstance(hook.heard.next(), CheckpointNow)
 
 
 def test_a_recorded_request_cannot_be_sent_again(hook: Hook) -> None:
     """F17: A signature is taken once within its five minutes, and not at all after them."""
     assert hook.post(PREEMPT) == 200
-    assert hook.post({"event_id": "e", "withdrawn": True}) == 200
+    assert hook.post(WITHDRAWN) == 200
     assert hook.post(PREEMPT) == 401
     hook.clock[0] += 299.0
     assert hook.post(PREEMPT) == 401
@@ -148,7 +150,8 @@ def test_a_recorded_request_cannot_be_sent_again(hook: Hook) -> None:
         ({"lead_s": -1}, 400),
         ({"whatever": 1}, 400),
         ({"event_id": "x" * 201}, 400),
-        ({"withdrawn": True}, 400),
+        ({"withdrawn": True, "node": "a"}, 400),
+        ({}, 404),
         (b'{"lead_s": NaN}', 400),
         ({"node": "b"}, 404),
         (b"x" * 20_000, 413),
@@ -158,7 +161,7 @@ def test_nonsense_and_other_nodes_have_no_effect(hook: Hook, body: object, statu
     """The sender is told what is wrong, and the node goes on."""
     assert hook.post(body) == status
     assert hook.send("GET", PATH, b"", {}) == 405
-    assert hook.post({"kind": "rebalance", "node": "a"}) == 200
+    assert hook.post(ADVICE) == 200
     assert isinstance(hook.heard.next(), CheckpointNow)
 
 
@@ -166,10 +169,10 @@ def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> N
     """An operator copies the signature's command line from docs/notices.md."""
     page = Path(__file__).parents[2] / "docs" / "notices.md"
     (line,) = [each for each in page.read_text().splitlines() if "openssl dgst" in each]
-    script = f'body=\'{{"kind": "rebalance"}}\'; now={NOW_S}; token={KEY.decode()}; {line.strip()}; echo "$signature"'
+    script = f'body=\'{{"node": "a"}}\'; now={NOW_S}; token={KEY.decode()}; {line.strip()}; echo "$signature"'
     made = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     headers = {TIMESTAMP: str(NOW_S), SIGNATURE: made.stdout.strip()}
-    assert hook.send("POST", PATH, b'{"kind": "rebalance"}', headers) == 200
+    assert hook.send("POST", PATH, b'{"node": "a"}', headers) == 200
 
 
 def test_a_port_that_is_taken_is_tried_again() -> None:
