@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -110,8 +110,9 @@ class Cloud:
         handler.send_response(found.status)
         for name, value in {**found.headers, "Content-Length": str(len(body))}.items():
             handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(body)
+        with suppress(ConnectionError):
+            handler.end_headers()
+            handler.wfile.write(body)
 
 
 ACTION = "/latest/meta-data/spot/instance-action"

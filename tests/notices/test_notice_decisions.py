@@ -121,7 +121,7 @@ def test_times_are_read_as_the_clouds_write_them(text: str, wanted: datetime) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "2026-13-45T00:00:00Z", "Mon, 99 Sep 2016", "1" * 400]
+    "text", ["", "soon", "2026-13-45T00:00:00Z", "Mon, 99 Sep 2016", "x" * 400]
 )
 def test_no_time_is_an_error_in_one_line(text: str) -> None:
     """The value is named, cut short, with what was expected."""
