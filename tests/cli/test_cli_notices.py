@@ -56,6 +56,8 @@ def test_a_node_leaves_on_a_notice_and_the_other_one_trains_on(
         os.killpg(fleet.pid("b"), signal.SIGUSR1)
         until(lambda: fleet.exit_codes()["b"] is not None)
         assert fleet.exit_codes()["b"] == 0, fleet.tail("b")
+        # Its workers got the signal, too, and did not mind.
+        assert "worker_failed" not in fleet.tail("b", lines=1000)
     newest = generations()[-1]
     assert newest.number == number + 1
     assert [each.node for each in newest.members] == ["b"]

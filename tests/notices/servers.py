@@ -159,6 +159,8 @@ class GcpMetadata(Cloud):
     def __init__(self) -> None:
         super().__init__()
         self.values = {PREEMPTED: "FALSE", MAINTENANCE: "NONE"}
+        self.outdated = 0
+        """Questions for a change since a value that was not the newest one."""
 
     def answer(self, request: Request) -> Answer:
         """The value; with `wait_for_change`, once it is another one than that of `last_etag`."""
@@ -168,6 +170,7 @@ class GcpMetadata(Cloud):
             return Answer(404)
         with self.changed:
             if request.query.get("wait_for_change") == "true":
+                self.outdated += self._etag(request.path) != request.query.get("last_etag")
                 self.changed.wait_for(
                     lambda: (
                         self._ended.is_set()
