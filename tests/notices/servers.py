@@ -90,10 +90,13 @@ class Cloud:
             self.changed.notify_all()
 
     def until_asked(self, path: str, times: int = 1) -> None:
-        """Wait until a path has been asked for so many more times."""
+        """Wait until a path has been asked for so many times in all."""
         with self.changed:
-            count = self.questions.count(path) + times
-            assert self.changed.wait_for(lambda: self.questions.count(path) >= count, WAIT_S), path
+            assert self.changed.wait_for(lambda: self.questions.count(path) >= times, WAIT_S), path
+
+    def until_asked_again(self, path: str, times: int) -> None:
+        """Wait until a path that is asked for again and again has been asked for so many more times."""
+        self.until_asked(path, self.questions.count(path) + times)
 
     def _serve(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
         with self.changed:
