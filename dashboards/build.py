@@ -179,6 +179,22 @@ PANELS = [
         ("sum(increase(@checkpoint_skips_total[$__rate_interval]))", "skipped"),
         ("sum(increase(@checkpoint_tidy_failures_total[$__rate_interval]))", "not tidied"),
     ),
+    series(
+        "Notices",
+        "none",
+        "Notices that machines will be taken away, or may be. A source that does not answer reports none.",
+        (
+            "sum by (instance, source, kind) (increase(@notices_total[$__rate_interval]))",
+            "{{instance}} {{source}} {{kind}}",
+        ),
+        ("count by (source) (@notice_source_up == 0)", "{{source}} does not answer"),
+    ),
+    series(
+        "Lead of notices",
+        "s",
+        "Time that a node had to leave after its last notice.",
+        ("@notice_lead_seconds > 0", "{{instance}}"),
+    ),
 ]
 
 

@@ -7,8 +7,10 @@ training stack: the command that starts the agent passes the function that its w
                     Node             listens to peers, decides, appends          (membership thread)
                     Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
+                    Watch            notices of the platform ─► Leaving          (notices thread)
 
-SIGTERM and SIGINT ask the node to leave in good order. A second signal, or `elastic.leave_timeout_s`, ends it.
+SIGTERM, SIGINT and a notice ask the node to leave in good order. A second signal, `elastic.leave_timeout_s`, or the
+deadline of the notice, ends it.
 """
 
 import os
@@ -21,7 +23,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import structlog
@@ -29,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
+from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.snapshots import Snapshots
@@ -43,6 +45,9 @@ from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
+from elastic_pt.notices.detect import chosen, read_machine, sources
+from elastic_pt.notices.signals import LEAVE_SIGNALS
+from elastic_pt.notices.watch import Watch
 from elastic_pt.runlog.records import Cause, CauseKind, Stop
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
@@ -146,6 +151,17 @@ class Agent:
             scratch,
             release=self._channel.release,
         )
+        self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
+        self._notices = Watch(
+            sources(
+                chosen(config.elastic.notices, read_machine()),
+                member.node,
+                lambda: run_token(store).encode(),
+            ),
+            self._leaving.heed,
+            self._observation.metrics,
+            usual_lead_s=config.elastic.leave_timeout_s,
+        )
         self._progress = Progress()
         self._messages = WorkerMessages(
             run_log,
@@ -176,9 +192,10 @@ class Agent:
         """Train one generation after the other until the log says STOP, or this node has left (None)."""
         # torch elastic would end the workers at once. A node that leaves must finish a checkpoint first.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-            signal.signal(number, self._asked_to_leave)
+        self._leaving.listen()
         try:
+            # First: a node with a notice should not join.
+            self._notices.start()
             self._channel.listen(self._messages.handle)
             self._node.start()
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
@@ -188,29 +205,25 @@ class Agent:
             log.info("agent_stopped", signal=caught.sigval.name)
             raise SystemExit(128 + caught.sigval) from None
         except Left:
-            log.info("agent_left")
+            log.info("agent_left", reason=self._node.leave_reason)
             return None
         finally:
             # From now on another signal ends the process at once, and so does the alarm.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            for number in (*LEAVE_SIGNALS, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            # Before the alarm is set: a notice sets it too.
+            self._notices.close()
             signal.alarm(_EXIT_TIMEOUT_S)
         return self._node.view.stop
 
     def close(self) -> None:
         """Leave. Peers see it at once, before the slow parts of the end."""
         self._node.leave()
+        self._notices.close()
         self._snapshots.close()
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
         self._channel.close()
         self._metrics_server.shutdown()
-
-    def _asked_to_leave(self, number: int, _: FrameType | None) -> None:
-        """Signal handler: the first signal asks to leave, a second one or the alarm ends the agent."""
-        if self._node.leaving:
-            raise SignalException(f"signal {number}", signal.Signals(number))
-        self._node.request_leave()
-        signal.alarm(max(1, round(self._config.elastic.leave_timeout_s)))
 
     # ---- one generation ------------------------------------------------------------------------
 

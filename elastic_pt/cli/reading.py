@@ -65,6 +65,7 @@ def status_lines(status: "RunStatus") -> list[str]:
 
 def _member_line(title: str, member: "MemberReport") -> str:
     phase = f"rests: {member.resting}" if member.resting else member.phase
+    phase += f", leaves: {member.leaving}" if member.leaving else ""
     line = (
         f"{title:<11} {member.node}: {phase}, pid {member.pid} at {member.address}:{member.port}, "
         f"{member.workers} workers, {member.slots} slots"

@@ -62,7 +62,7 @@ def run(
             "the first one a letter or digit"
         )
     config = _configuration(source, overrides or [])
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _leave_at_once)
     from elastic_pt.workers import forking
     from elastic_pt.workers.scratch import scratch_directory

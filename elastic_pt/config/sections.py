@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     model_validator,
@@ -58,6 +59,27 @@ def _without_trailing_slash(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_without_trailing_slash)]
+
+_NOTICE_SOURCE = re.compile(
+    r"auto|(?:aws|gcp|azure)(?::https?://\S+)?|file:/.+|webhook:\S+:(?P<port>\d{1,5})"
+)
+
+
+def _notice_sources(value: object) -> object:
+    if value in ("auto", "off"):
+        return value
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    for each in listed:
+        found = _NOTICE_SOURCE.fullmatch(each) if isinstance(each, str) else None
+        if found is None or not 1 <= int(found["port"] or 1) <= 65535:
+            raise ValueError(
+                f"{each!r} is no source; expected 'auto', 'off', or a list of auto, aws, gcp, azure (also as "
+                "NAME:http://HOST:PORT), file:/PATH and webhook:ADDRESS:PORT"
+            )
+    return tuple(listed)
+
+
+Notices = Annotated[str | tuple[str, ...], BeforeValidator(_notice_sources)]
 
 
 class Section(BaseModel):
@@ -224,6 +246,10 @@ class ElasticSection(Section):
     """Seconds that a worker may take for one part of its start, or for its first step."""
     leave_timeout_s: Seconds = 25.0
     """Seconds that a leaving node (SIGTERM) may take for its last checkpoint."""
+    notices: Notices = "auto"
+    """Sources of notices that this machine will be taken away: auto (its cloud), off, or a list of sources."""
+    port: Port = 0
+    """Port on which this node's agent answers its peers; 0 takes a free one. Other ports are always free ones."""
     retries_without_progress: Count = 3
     """Failures of this node's own workers without a new step before the node leaves the run."""
     flaps_max: Count = 3

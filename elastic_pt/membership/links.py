@@ -13,6 +13,7 @@ silence shows that.
 import asyncio
 import errno
 import hmac
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ import structlog
 from aiohttp import web
 from pydantic import ValidationError
 
-from elastic_pt.errors import AlreadyExists, NotFound
+from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Answer
@@ -106,8 +107,8 @@ class Links:
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
 
-    async def serve(self, address: str) -> int:
-        """Answer peers on a free port of `address`; returns the port."""
+    async def serve(self, address: str, port: int = 0) -> int:
+        """Answer peers on `port` of `address` (0 takes a free one); returns the port. Raises `ConfigError` if it is in use."""
         application = web.Application()
         application.add_routes(
             [web.get("/v1/link", self._accept), web.get("/v1/status", self._status)]
@@ -116,7 +117,14 @@ class Links:
             application.router.add_get(path, partial(self._answer, answer), allow_head=False)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)
         await self._runner.setup()
-        await web.TCPSite(self._runner, address, 0).start()
+        try:
+            await web.TCPSite(self._runner, address, port).start()
+        except OSError as error:
+            if port == 0:
+                raise
+            raise ConfigError(
+                f"elastic.port = {port}: {os.strerror(error.errno or 0)} at {address}; expected a free port or 0"
+            ) from error
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._token}"},
             connector=aiohttp.TCPConnector(limit=0),

@@ -49,8 +49,7 @@ def new_member(name: str, address: str, workers: int) -> Member:
 def new_node(first: NodeStatus, limits: Limits, resources: Resources, store: Store) -> "Node":
     """A node of the run in `store`. It does nothing before `Node.start`."""
     participant = Participant(first, limits, resources)
-    interval_s = limits.elastic.heartbeat_interval_s
-    return Node(participant, MembershipThread(participant, store, interval_s))
+    return Node(participant, MembershipThread(participant, store, limits.elastic))
 
 
 class Node:
@@ -60,6 +59,7 @@ class Node:
         self._participant = participant
         self._driver = driver
         self._changed = driver.changed
+        self._left = False
         self.latest: Formed | None = None
         """The generation that `await_generation` has returned last."""
 
@@ -70,10 +70,24 @@ class Node:
         self._driver.start()
         self._raise_crash()
 
-    def request_leave(self) -> None:
-        """Ask to leave in good order; safe to call from a signal handler."""
-        self._participant.me.leaving = True
+    def request_leave(self, reason: str = "") -> None:
+        """Ask to leave in good order; safe to call from a signal handler. The other nodes receive the `reason`."""
+        me = self._participant.me
+        me.leave_reason = reason or me.leave_reason
+        me.leaving = True
         self._driver.wake()
+
+    def cancel_leave(self) -> bool:
+        """Take back the request to leave; False if this node has left already.
+
+        Workers that have been asked to stop do stop. The node is then a member of the next generation too.
+        """
+        with self._changed:
+            if not self._left:
+                self._participant.me.leaving = False
+                self._participant.me.leave_reason = ""
+        self._driver.wake()
+        return not self._left
 
     def leave(self) -> None:
         """Stop answering; peers see at once that this node is gone."""
@@ -83,6 +97,11 @@ class Node:
     def leaving(self) -> bool:
         """Whether this node has asked to leave."""
         return self._participant.me.leaving
+
+    @property
+    def leave_reason(self) -> str:
+        """Why this node has asked to leave; empty if nothing more is known."""
+        return self._participant.me.leave_reason
 
     # ---- state -------------------------------------------------------------------------------------
 
@@ -189,6 +208,7 @@ class Node:
                 self._changed.wait_for(self._can_go_on)
                 self._raise_crash()
                 found = self._next()
+                self._left = found is None
             if isinstance(found, Stop):
                 return found
             if found is None:

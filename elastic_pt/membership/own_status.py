@@ -20,6 +20,8 @@ class OwnStatus:
         self._rest_until_s = float("-inf")
         self.leaving = False
         """Whether this node wants to leave. Not in `_status`: a signal handler must not take its lock."""
+        self.leave_reason = ""
+        """Why this node leaves; empty if nothing more is known than that it was asked to."""
 
     @property
     def stated(self) -> NodeStatus:
@@ -35,6 +37,7 @@ class OwnStatus:
             log_length=view.length,
             generation=view.generation_number,
             leaving=self.leaving,
+            leave_reason=self.leave_reason if self.leaving else "",
             resting=self._resting if self._clock_s() < self._rest_until_s else "",
             held=self._states.held,
             unusable=self._states.unusable,

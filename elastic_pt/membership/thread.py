@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from elastic_pt.config import ElasticSection
 from elastic_pt.errors import LogDamaged, StoreError
 from elastic_pt.membership.decision.status import is_news
 from elastic_pt.membership.links import Links, run_token
@@ -47,10 +48,11 @@ class Driver(Protocol):
 class MembershipThread:
     """The driver of a real agent. Agent process; other threads call the methods."""
 
-    def __init__(self, participant: Participant, store: Store, interval_s: float) -> None:
+    def __init__(self, participant: Participant, store: Store, elastic: ElasticSection) -> None:
         self._participant = participant
         self._store = store
-        self._interval_s = interval_s
+        self._interval_s = elastic.heartbeat_interval_s
+        self._port = elastic.port
         self.changed = threading.Condition()
         self.crash: BaseException | None = None
         self._ready = threading.Event()
@@ -104,7 +106,7 @@ class MembershipThread:
         token = await asyncio.to_thread(run_token, self._store)
         news = asyncio.Event()
         links = Links(participant, token, news.set)
-        port = await links.serve(participant.member.address)
+        port = await links.serve(participant.member.address, self._port)
         participant.begin(replace(participant.member, port=port))
         self._loop, self._news, self._links = asyncio.get_running_loop(), news, links
         await asyncio.to_thread(participant.log.refresh)

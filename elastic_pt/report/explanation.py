@@ -232,10 +232,6 @@ def _what_happened(change: Change) -> list[str]:
         if kind is CauseKind.BARRED:
             fresh = {each.node for each in change.kept_out}
             causes = [cause for cause in causes if cause.node not in fresh]
-        if kind in (CauseKind.LEFT, CauseKind.JOINED):
-            if causes:
-                clauses.append(f"{_named(causes)} {kind}{_after(change)}")
-            continue
         for detail in dict.fromkeys(cause.detail for cause in causes):
             alike = [cause for cause in causes if cause.detail == detail]
             clauses.append(_trouble(kind, alike, detail, change))
@@ -260,6 +256,8 @@ def _trouble(kind: CauseKind, causes: list[Cause], detail: str, change: Change) 
             return f"{nodes} could not use the checkpoint: {detail}"
         case CauseKind.BARRED:
             return f"{nodes} kept out: {detail}"
+        case CauseKind.LEFT | CauseKind.JOINED:
+            return f"{nodes} {kind}{_after(change)}" + (f": {detail}" if detail else "")
         case _:
             return f"{nodes} {kind}{_at(change)}: {detail}"
 

@@ -88,6 +88,8 @@ class MemberReport:
     """The phase in its answer; "down" if it does not answer."""
     resting: str
     """Why it rests; empty if it does not."""
+    leaving: str
+    """Why it is about to leave, such as a notice of its platform; empty if it stays."""
     metrics_url: str
 
 
@@ -392,8 +394,13 @@ def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> Mem
         workers=member.workers,
         phase="down" if answer is None else answer.phase,
         resting="" if answer is None else answer.resting,
+        leaving="" if answer is None else _leaving(answer),
         metrics_url="" if answer is None else answer.metrics_url,
     )
+
+
+def _leaving(answer: NodeStatus) -> str:
+    return (answer.leave_reason or "asked to") if answer.leaving else ""
 
 
 def _commit_report(log: RunLog, view: RunView) -> CommitReport | None:

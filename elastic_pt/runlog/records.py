@@ -99,7 +99,7 @@ class Cause:
     kind: CauseKind
     node: str
     detail: str = ""
-    """How it was noticed, or why the worker ended, in one line."""
+    """How it was noticed, why the worker ended, or which notice made the node leave, in one line."""
     step: int = 0
     """The step in which the worker failed; 0 if unknown."""
     signature: str = ""
@@ -121,7 +121,7 @@ class Cause:
             case CauseKind.GAVE_UP:
                 return f"{self.node} gave up: {self.detail}"
             case CauseKind.LEFT:
-                return f"{self.node} leaves"
+                return f"{self.node} leaves" + (f": {self.detail}" if self.detail else "")
             case CauseKind.JOINED:
                 return f"{self.node} joins"
             case CauseKind.BARRED:

@@ -74,6 +74,18 @@ class Metrics:
             "checkpoint_commit_timestamp_seconds",
             "When this node last saw a checkpoint committed, as Unix time.",
         )
+        self.notices = self._counter(
+            "notices",
+            "Notices that this node received.",
+            "source",
+            "kind",
+        )
+        self.notice_lead_seconds = self._gauge(
+            "notice_lead_seconds", "Lead of the last notice that made this node leave."
+        )
+        self.notice_source_up = self._gauge(
+            "notice_source_up", "Whether a source of notices answers: 1 or 0.", "source"
+        )
         self.time_seconds = self._counter(
             "time_seconds",
             "Time of this node by state; the states add up to the total.",
@@ -102,5 +114,5 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"elastic_pt_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"elastic_pt_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"elastic_pt_{name}", text, labels, registry=self.registry)

@@ -188,7 +188,7 @@ def _become_server(command: str, descriptors: Sequence[int]) -> NoReturn:
     code = 1
     try:
         # Some supervisors signal every process of a node. Only the agent handles it: it ends the others by SIGKILL.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         _name_process(b"elastic-pt-fork")
         for descriptor in map(int, os.listdir("/proc/self/fd")):

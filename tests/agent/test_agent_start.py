@@ -12,7 +12,7 @@ WAIT_S = 60.0
 CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstaging = "{0}"\n'
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_node_asked_to_leave_during_imports_ends_at_once(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -51,8 +51,9 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             on_drain: Callable[[str], None] = lambda _: None,
             fingerprint: dict[str, str] = FINGERPRINT,
             address: str = "127.0.0.1",
+            port: int = 0,
         ) -> Node:
-            limits = changed(LIMITS, nodes_min=nodes_min)
+            limits = changed(LIMITS, nodes_min=nodes_min, port=port)
             node = new_node(
                 NodeStatus.first(new_member(name, address, workers=1), fingerprint),
                 limits,
@@ -211,6 +212,50 @@ def test_a_node_that_asks_to_leave_is_drained_and_leaves(make_node: Callable[...
     (second,) = formed(b)
     assert names(second) == ["b"]
     assert [(each.kind, each.node) for each in second.generation.causes] == [(CauseKind.LEFT, "a")]
+
+
+def test_a_node_whose_notice_is_withdrawn_stays_a_member(make_node: Callable[..., Node]) -> None:
+    """F17: until a node has left it may cancel its leave: it stays a member, and no node counts it as lost."""
+    asked: list[str] = []
+    a, b = make_node("a", nodes_min=2), make_node("b", nodes_min=2, on_drain=asked.append)
+    number = formed(a, b)[0].generation.number
+    content_with_one(b)
+    a.request_leave("aws terminate, 118 s ahead")
+    eventually(lambda: "a leaves: aws terminate, 118 s ahead" in asked, "b asks for a drain")
+    assert a.cancel_leave()
+    for node in (a, b):
+        node.settling()
+        node.spend(number, None)
+    found = formed(a, b)[0]
+    assert names(found) == ["a", "b"]
+    assert found.generation.causes == ()
+
+
+def test_a_node_that_has_left_cannot_cancel_it(make_node: Callable[..., Node]) -> None:
+    """After `await_generation` has raised `Left`, a withdrawn notice has no effect: the other nodes see the node leave."""
+    node = make_node("a", nodes_min=2)
+    node.request_leave()
+    with pytest.raises(Left):
+        node.await_generation()
+    assert not node.cancel_leave()
+    assert node.leaving
+
+
+def test_an_agent_listens_on_its_configured_port(make_node: Callable[..., Node]) -> None:
+    """Peers reach a node at `elastic.port`. If that port is in use, the error names it and what is expected."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    a, b = make_node("a", nodes_min=2, port=port), make_node("b", nodes_min=2)
+    assert a.member.port == port
+    members = formed(a, b)[0].generation.members
+    assert [each.port for each in members] == [port, b.member.port]
+    assert b.member.port not in (0, port)
+    with pytest.raises(
+        ConfigError,
+        match=rf"^elastic\.port = {port}: .* at 127\.0\.0\.1; expected a free port or 0$",
+    ):
+        make_node("c", port=port)
 
 
 def test_a_node_without_a_generation_leaves_at_once(make_node: Callable[..., Node]) -> None:

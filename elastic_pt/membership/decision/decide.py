@@ -98,7 +98,7 @@ def _decide_as_member(
         (each.incarnation for each in found.alive if each.incarnation not in leaving), ""
     ) in (view.me.member.incarnation, "")
     if leads and view.me.phase is NodePhase.RUNNING:
-        reasons = [f"{member.node} leaves" for member in found.leaving]
+        reasons = [str(_leaves(view, member)) for member in found.leaving]
         waiting = _can_join(view, found.alive, view.barred)
         wanted = admit([*generation.members, *waiting], limits)
         joining = joiners(wanted, generation.members)
@@ -136,7 +136,7 @@ def _decide_next_world(
     causes = (
         *_losses(view, found, parked, generation, now_s),
         *found.failures,
-        *(Cause(CauseKind.LEFT, member.node) for member in found.leaving),
+        *(_leaves(view, member) for member in found.leaving),
         *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
         *joiners(wanted, generation.members),
     )
@@ -217,6 +217,12 @@ def _losses(
             detail = f"no link to {', '.join(names)}"
             causes.append(Cause(CauseKind.PARKED, member.node, detail, detect_s=silence_s))
     return causes
+
+
+def _leaves(view: View, member: Member) -> Cause:
+    """The cause that a member leaves, with the reason in its status."""
+    said = _status_of(view, member)
+    return Cause(CauseKind.LEFT, member.node, "" if said is None else said.leave_reason)
 
 
 def _rest_of(view: View, member: Member) -> str:

@@ -72,6 +72,8 @@ class NodeStatus:
     """The newest generation that it found broken itself."""
     leaving: bool = False
     """It has been asked to leave the run in good order."""
+    leave_reason: str = ""
+    """Why it leaves, such as the notice of its platform; empty if nothing more is known."""
     resting: str = ""
     """Why it does not take part for some seconds: its own workers failed repeatedly."""
     step: int = 0

@@ -1,0 +1,94 @@
+"""When this node leaves the run in good order, and how long it may take. Agent process.
+
+    signal (main thread) ───────────────┐
+    notice (thread of notices.watch) ───┴─► Node.request_leave, and an alarm at the deadline
+
+A signal cannot be taken back. A notice counts as long as it is in force: if it is withdrawn in time, the node stays.
+"""
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Final
+
+import structlog
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from elastic_pt.membership.node import Node
+from elastic_pt.notices.notice import CheckpointNow, Decision, Leave, Stay
+from elastic_pt.notices.signals import ENDING_SIGNALS, LEAVE_SIGNALS, leave_reason
+
+_TIME_MIN_S: Final = 1.0
+"""Minimum time to leave, also after the deadline of a notice: the machine may exist a moment longer."""
+
+log = structlog.get_logger("elastic_pt.agent.leaving")
+
+
+class Leaving:
+    """Makes the node leave. `signalled` runs on the main thread, `heed` on the notices thread."""
+
+    def __init__(self, node: Node, leave_timeout_s: float) -> None:
+        self._node = node
+        self._leave_timeout_s = leave_timeout_s
+        # No lock: a signal handler must not wait for one.
+        self._asked_deadline_s = math.inf
+        self._notice_deadline_s = math.inf
+        self._to_end = False
+        """Whether one of `ENDING_SIGNALS` has arrived: the next one ends the agent."""
+
+    def listen(self) -> None:
+        """Handle this process's signals from now on. Main thread."""
+        for number in (*LEAVE_SIGNALS, signal.SIGALRM):
+            signal.signal(number, self.signalled)
+
+    def signalled(self, number: int, _: FrameType | None) -> None:
+        """Signal handler: the first signal asks to leave, a second one or the alarm ends the agent."""
+        ends = number in ENDING_SIGNALS
+        if number == signal.SIGALRM or (ends and self._to_end):
+            if self._node.leaving:
+                raise SignalException(f"signal {number}", signal.Signals(number))
+            # This is the alarm of a notice that has just been withdrawn.
+            return
+        self._to_end = self._to_end or ends
+        self.ask(leave_reason(number), self._leave_timeout_s)
+
+    def ask(self, reason: str, within_s: float) -> None:
+        """Leave within `within_s` seconds; this is not taken back. Any thread."""
+        self._asked_deadline_s = min(self._asked_deadline_s, time.monotonic() + within_s)
+        self._node.request_leave(reason)
+        self._set_alarm()
+
+    def heed(self, decision: Decision) -> None:
+        """Act on the decision about the notices in force."""
+        match decision:
+            case Leave(notice):
+                latest_s = time.monotonic() + self._leave_timeout_s
+                self._notice_deadline_s = min(notice.deadline_s, latest_s)
+                self._node.request_leave(str(notice))
+                self._set_alarm()
+            case CheckpointNow(notice):
+                # Checkpoints are committed every `checkpoint.every_steps`. Nothing here can request another one.
+                log.warning("machine_at_risk", source=notice.source, detail=notice.detail)
+                self._stay()
+            case Stay():
+                self._stay()
+
+    def _stay(self) -> None:
+        if self._notice_deadline_s == math.inf:
+            return
+        self._notice_deadline_s = math.inf
+        if self._asked_deadline_s == math.inf:
+            log.warning("leave_cancelled", in_time=self._node.cancel_leave())
+        if self._asked_deadline_s != math.inf:
+            # A signal may have arrived since the check above.
+            self._node.request_leave()
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """Set SIGALRM for the earlier deadline. The other thread may set it at the same time, so check again."""
+        deadline_s = -math.inf
+        while deadline_s != (earlier_s := min(self._asked_deadline_s, self._notice_deadline_s)):
+            deadline_s = earlier_s
+            left_s = max(_TIME_MIN_S, deadline_s - time.monotonic())
+            signal.setitimer(signal.ITIMER_REAL, 0.0 if deadline_s == math.inf else left_s)
