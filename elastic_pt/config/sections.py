@@ -264,7 +264,9 @@ class CheckpointSection(Section):
     every_steps: Count = 50
     """Steps between checkpoints; a checkpoint waits while the one before is still being uploaded."""
     keep: Count = 3
-    """Committed checkpoints that are kept."""
+    """Newest commits that are kept; never fewer than two are."""
+    keep_every_steps: CountOrZero = 0
+    """Keep the first commit at or after each multiple of this many steps permanently; 0 keeps none."""
     staging: str = "/dev/shm"
     """Local directory (best: memory) where workers leave their shards for the agent to upload."""
 

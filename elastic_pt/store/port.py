@@ -6,8 +6,9 @@ keys come from this project and never from a user. Only `create` decides anythin
 needs the store to be atomic; everything else is bytes that are verified after reading.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from elastic_pt.errors import ConfigError, NotFound
 
@@ -55,6 +56,31 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is fine."""
+
+
+@dataclass(frozen=True)
+class UnfinishedUpload:
+    """Parts of an object that a writer has sent and not put together: it still writes, or was killed."""
+
+    key: str
+    upload_id: str
+    age_s: float
+    """Seconds since its start, on the server's own clock."""
+
+
+@runtime_checkable
+class KeepsUnfinished(Protocol):
+    """A store in which a killed writer leaves parts that cost money and that no listing of keys shows.
+
+    Not part of `Store`: only S3 is such a store, and nothing but the sweep of one node asks. A directory removes
+    its own, Google and Azure drop theirs after a week.
+    """
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        """Uploads in the making of keys that start with `prefix`, as many as a few requests tell. A hint, as a listing is."""
+
+    def abandon(self, upload: UnfinishedUpload) -> None:
+        """Give the upload up: its parts are deleted, its writer fails. One that is not there any more is fine."""
 
 
 def checked_key(key: str) -> str:

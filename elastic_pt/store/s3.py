@@ -3,7 +3,8 @@
 Create-once is one PutObject with `If-None-Match: *`; never a multipart upload, whose condition some
 stores ignore. Large objects are uploaded in parts, each part a request with its own deadline, and appear
 under their key when the last request completes them: a writer that dies leaves no torn object, only
-parts, for which the bucket should have an `AbortIncompleteMultipartUpload` rule.
+parts. `unfinished` and `abandon` let the run remove those; the bucket should have an `AbortIncompleteMultipartUpload`
+rule all the same, for runs that never go on.
 
 Endpoint, region, credentials and checksums come from the standard AWS environment and files
 (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_PROFILE`, `AWS_REQUEST_CHECKSUM_CALCULATION`, ...). s3fs and
@@ -16,6 +17,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,6 +28,7 @@ from fsspec.asyn import sync
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.port import (
+    UnfinishedUpload,
     checked_key,
     checked_prefix,
     checked_range,
@@ -40,6 +43,8 @@ Result = TypeVar("Result")
 PART_BYTES = 16 * 2**20
 PARTS_LIMIT = 10_000
 PARTS_AT_ONCE = 4
+UNFINISHED_PAGES_MAX = 10
+"""Requests of one look at unfinished uploads, for a thousand of them each."""
 
 _UPLOAD_NONCE = "elastic-pt-upload"
 
@@ -286,6 +291,37 @@ class S3Store:
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         self._call(f"deleting {key}", "delete_object", key)
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        """See `KeepsUnfinished.unfinished`. Needs ListBucketMultipartUploads on the bucket."""
+        found: list[UnfinishedUpload] = []
+        more: dict[str, str] = {}
+        listed = {"Bucket": self._bucket, "Prefix": self._root + checked_prefix(prefix)}
+        what = f"listing unfinished uploads of {prefix}"
+        for _ in range(UNFINISHED_PAGES_MAX):
+            page = self._request(what, "list_multipart_uploads", **listed, **more)
+            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+            for entry in page.get("Uploads", []):
+                age_s = (now - entry["Initiated"]).total_seconds()
+                key = entry["Key"][len(self._root) :]
+                found.append(UnfinishedUpload(key, entry["UploadId"], age_s))
+            if not page.get("IsTruncated"):
+                break
+            more = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+        return found
+
+    def abandon(self, upload: UnfinishedUpload) -> None:
+        """See `KeepsUnfinished.abandon`."""
+        with contextlib.suppress(NotFound):
+            self._call(
+                f"abandoning {upload.key}",
+                "abort_multipart_upload",
+                upload.key,
+                UploadId=upload.upload_id,
+            )
 
     def _name(self, key: str) -> str:
         return self._root + checked_key(key)
