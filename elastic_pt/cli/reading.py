@@ -174,7 +174,7 @@ def checkpoints(
     reports = read_checkpoints(run)
     entries = _checkpoint_entries(run, reports)
     if verify:
-        entries = _verified_entries(run, reports, entries, share, seed)
+        entries = verified_entries(run, reports, entries, share, seed)
     if as_json:
         print_json(entries)
     elif not entries:
@@ -221,7 +221,7 @@ def _checkpoint_entries(run: "Run", reports: "list[CheckpointReport]") -> list[d
     ]
 
 
-def _verified_entries(
+def verified_entries(
     run: "Run",
     reports: "list[CheckpointReport]",
     entries: list[dict[str, Any]],

@@ -43,8 +43,9 @@ Result = TypeVar("Result")
 PART_BYTES = 16 * 2**20
 PARTS_LIMIT = 10_000
 PARTS_AT_ONCE = 4
+UNFINISHED_PER_PAGE = 1000
 UNFINISHED_PAGES_MAX = 10
-"""Requests of one look at unfinished uploads, for a thousand of them each."""
+"""Requests of one look at unfinished uploads."""
 
 _UPLOAD_NONCE = "elastic-pt-upload"
 
@@ -296,7 +297,11 @@ class S3Store:
         """See `KeepsUnfinished.unfinished`. Needs ListBucketMultipartUploads on the bucket."""
         found: list[UnfinishedUpload] = []
         more: dict[str, str] = {}
-        listed = {"Bucket": self._bucket, "Prefix": self._root + checked_prefix(prefix)}
+        listed: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Prefix": self._root + checked_prefix(prefix),
+            "MaxUploads": UNFINISHED_PER_PAGE,
+        }
         what = f"listing unfinished uploads of {prefix}"
         for _ in range(UNFINISHED_PAGES_MAX):
             page = self._request(what, "list_multipart_uploads", **listed, **more)
