@@ -279,7 +279,7 @@ def test_the_chain_of_permanent_checkpoints_is_followed_from_any_commit(tmp_path
         if step % 7 == 0:
             wanted.insert(0, step)
             log.append(lambda view: permanent(step, view.permanent_record), generation=1)
-        elif step % 5 == 0:
+        elif step % 6 == 0:
             log.append(lambda view: Quarantine(view.checkpoints[0].directory, "bad"), generation=1)
         else:
             ordinary = commit(step, 1)
@@ -312,5 +312,5 @@ def test_a_chain_that_leads_elsewhere_is_damage(tmp_path: Path, before: int) -> 
     log.append(lambda _: generation(1), generation=0)
     log.append(lambda _: commit(5, 1), generation=1)
     view = log.append(lambda _: permanent(10, before), generation=1)
-    with pytest.raises(LogDamaged, match="not the COMMIT of a permanent|missing from the middle"):
+    with pytest.raises(LogDamaged, match=r"not the COMMIT of a permanent|missing from the middle"):
         list(log.permanent(view))
