@@ -158,7 +158,7 @@ class Committer:
             expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
             kept = tuple(retention.kept(candidates, self._keep))
-            return Commit(kept, _history_key(directory), view.permanent_record)
+            return Commit(kept, _history_key(directory), permanent_before=view.permanent_record)
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)

@@ -265,7 +265,7 @@ def test_another_platform_counts_from_the_next_generation_on(tmp_path: Path) -> 
 def permanent(step: int, before: int | None, *older: Checkpoint) -> Commit:
     """A commit of a permanent checkpoint."""
     newest = dataclasses.replace(commit(step, 1).newest, permanent=True)
-    return Commit((newest, *older), "history/x", before)
+    return Commit((newest, *older), "history/x", permanent_before=before)
 
 
 def test_the_chain_of_permanent_checkpoints_is_followed_from_any_commit(tmp_path: Path) -> None:

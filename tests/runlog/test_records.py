@@ -43,7 +43,7 @@ BODIES: list[Body] = [
     GENERATION,
     Recovery(4, start_s=0.1, group_s=0.2, restore_s=0.3, step_s=0.4, total_s=1.25),
     Commit((CHECKPOINT,), "history/0000000150-g3-5f0c.jsonl"),
-    Commit((replace(CHECKPOINT, permanent=True),), "history/0000000150-g3-5f0c.jsonl", 4),
+    Commit((replace(CHECKPOINT, permanent=True),), "history/x", permanent_before=4),
     Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
     Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
     Stop("completed", 200),
