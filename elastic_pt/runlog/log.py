@@ -285,7 +285,8 @@ class RunLog:
                 )
             self._permanent[index] = record
             yield body.newest, record
-            index, limit = body.permanent_before, index
+            limit = index
+            index = body.permanent_before
 
     def usable(self, view: RunView) -> Iterator[Checkpoint]:
         """Every checkpoint that may be used, newest commit first: those of `view.checkpoints`, then permanent ones.

@@ -18,23 +18,26 @@ from tests.checkpoint.committing import WAIT_S, World
 FAR_S = 60.0
 
 
-@pytest.fixture(
-    params=[
-        "file",
-        pytest.param("moto", marks=pytest.mark.moto),
-        pytest.param("ceph", marks=pytest.mark.ceph),
-    ]
-)
+@pytest.fixture
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    """A run that keeps the last commit and those at multiples of 10, in each kind of store."""
-    url = f"file://{tmp_path}/run"
-    if request.param != "file":
-        url = request.getfixturevalue(f"{request.param}_url") + "/run"
+    """A run that is told to keep the last commit and those at multiples of 10; on a directory, or on the server of a parameter."""
+    server = getattr(request, "param", "")
+    url = request.getfixturevalue(f"{server}_url") if server else f"file://{tmp_path}"
+    url = f"{url}/run"
     world = World(tmp_path, keep=1, keep_every_steps=10, store=open_store(url, timeout_s=FAR_S))
     yield world
     world.committer.close(WAIT_S)
 
 
+@pytest.mark.parametrize(
+    "world",
+    [
+        "",
+        pytest.param("moto", marks=pytest.mark.moto),
+        pytest.param("ceph", marks=pytest.mark.ceph),
+    ],
+    indirect=True,
+)
 def test_permanent_checkpoints_stay_and_no_commit_names_them_all(world: World) -> None:
     """The first commit at or after each multiple stays with all its files; of the others the newest two."""
     for step in (4, 8, 12, 16, 20, 24, 28):
