@@ -11,6 +11,7 @@ from elastic_pt.checkpoint.layout import shard_key
 from elastic_pt.cli.reading import checkpoint_line, verified_entries
 from elastic_pt.report.checkpoints import read_checkpoints
 from elastic_pt.report.status import open_run
+from elastic_pt.runlog.records import Quarantine
 from tests.checkpoint.committing import WAIT_S, World
 from tests.checkpoint.world import flip
 
@@ -95,6 +96,20 @@ def test_a_checkpoint_that_a_commit_removes_meanwhile_is_no_alarm(tmp_path: Path
     found = verified_entries(run, reports, entries, 1.0, 0)
     assert [each["directory"] for each in found] == [directory_of(world.generation, 2)]
     assert found[0]["problems"] == []
+
+
+def test_quarantined_damage_is_told_and_is_no_new_alarm(world: World) -> None:
+    """A permanent checkpoint that is quarantined stays in the list for ever; a daily job must still see new damage."""
+    permanent, newest = (directory_of(world.generation, step) for step in (10, 16))
+    flip(world.store, shard_key(permanent, 0), 2000, 3)
+    assert checkpoints(world, "--verify").exit_code == 4
+    world.log.append(lambda _: Quarantine(permanent, "a wrong byte"), generation=1)
+    result = checkpoints(world, "--verify", "--json")
+    assert result.exit_code == 0
+    assert result.json[-1]["problems"]
+    assert result.json[-1]["quarantine"] == "a wrong byte"
+    flip(world.store, shard_key(newest, 0), 2000, 3)
+    assert checkpoints(world, "--verify").exit_code == 4
 
 
 def test_a_checkpoint_without_a_manifest_is_listed_with_unknown_size(world: World) -> None:
