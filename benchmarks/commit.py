@@ -167,6 +167,7 @@ def main() -> None:
         store,
         run_log,
         keep=2,
+        keep_every_steps=0,
         last_step=10 * STEP,
         timeout_s=600.0,
         superseded=lambda _: False,

@@ -48,7 +48,7 @@ def choose_resume(
     """
     generation = view.generation
     inside = generation is not None and generation.rank_of(incarnation) is not None
-    for checkpoint in view.checkpoints:
+    for checkpoint in run_log.usable(view):
         if inside and checkpoint.generation == view.generation_number:
             return checkpoint
         try:
@@ -116,6 +116,7 @@ class Checkpointing:
             store,
             run_log,
             keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
             last_step=config.train.steps,
             timeout_s=config.elastic.settle_timeout_s,
             superseded=node.must_reform,

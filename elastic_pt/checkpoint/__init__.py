@@ -13,7 +13,7 @@ Which file does which step:
     save, agent     upload.Uploader ─► shard_file.describe_shard ─► store.write
                     after the node's last worker: upload.publish_node (record, notice)
     save, rank 0    commit.Committer ─► publish.collect ─► publish.publish_manifest ─► history ─► COMMIT
-                    then, beside the training: commit.Tidier ─► retention
+                    then, beside the training: commit.Tidier ─► sweep.Sweeper ─► retention
     load, agent     verify.quick_check
     load, worker    index.read_index ─► restore.load_rows
     for people      verify.verify, verify.newest_usable, index.read_manifest, digest

@@ -22,6 +22,7 @@ from elastic_pt.checkpoint.history import Line, StepHistory, write_history
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import collect, publish_manifest
+from elastic_pt.checkpoint.sweep import Sweeper
 from elastic_pt.errors import FencedError
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
@@ -54,6 +55,7 @@ class Committer:
         run_log: RunLog,
         *,
         keep: int,
+        keep_every_steps: int,
         last_step: int,
         timeout_s: float,
         superseded: Callable[[int], bool],
@@ -65,13 +67,14 @@ class Committer:
         self._store = store
         self._log = run_log
         self._keep = keep
+        self._keep_every_steps = keep_every_steps
         self._last_step = last_step
         self._timeout_s = timeout_s
         self._superseded = superseded
         self._on_commit = on_commit
         self._on_done = on_done
         self._on_failure = on_failure
-        self._tidier = Tidier(store, on_failure=on_untidy)
+        self._tidier = Tidier(store, run_log, on_failure=on_untidy)
         self._history = StepHistory()
         self._history_lock = threading.Lock()
         self._newest = (0, 0)
@@ -153,18 +156,25 @@ class Committer:
         def commit(view: RunView) -> Commit:
             # The log calls this again after each lost race: only what the last call drops may be deleted.
             gone.clear()
-            candidates = (checkpoint, *view.checkpoints)
+            candidates = (self._marked(checkpoint, view), *view.checkpoints)
             expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
-            kept = tuple(each for each in candidates if each.directory not in gone)
-            return Commit(kept, _history_key(directory))
+            kept = tuple(retention.kept(candidates, self._keep))
+            return Commit(kept, _history_key(directory), permanent_before=view.permanent_record)
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
         with self._history_lock:
             self._history.forget(step)
         self._on_commit(checkpoint)
-        return _Expired(view, gone)
+        return _Expired(view, gone, last=step >= self._last_step)
+
+    def _marked(self, checkpoint: Checkpoint, view: RunView) -> Checkpoint:
+        """The checkpoint as a COMMIT after `view` records it: permanent or not."""
+        previous = next(self._log.usable(view), None)
+        previous_step = 0 if previous is None else previous.step
+        permanent = retention.is_permanent(checkpoint.step, previous_step, self._keep_every_steps)
+        return replace(checkpoint, permanent=permanent)
 
     def _write_history(self, directory: str, step: int) -> list[Line]:
         with self._history_lock:
@@ -180,6 +190,8 @@ class _Expired:
     view: RunView
     directories: set[str]
     """Checkpoints that it no longer keeps."""
+    last: bool
+    """Whether it is the last commit of the run."""
 
 
 class Tidier:
@@ -188,8 +200,11 @@ class Tidier:
     A failure is told by `on_failure` and changes nothing: what is left is removed after a later commit.
     """
 
-    def __init__(self, store: Store, *, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, store: Store, run_log: RunLog, *, on_failure: Callable[[Exception], None]
+    ) -> None:
         self._store = store
+        self._sweeper = Sweeper(store, run_log, now=time.monotonic)
         self._on_failure = on_failure
         self._expired: set[str] = set()
         """Checkpoints that a commit no longer keeps and that are not removed yet."""
@@ -200,7 +215,7 @@ class Tidier:
         # One removal does the work of all that wait, so the queue cannot grow.
         waiting = self._jobs.discard()
         directories = expired.directories.union(*(each.directories for each in waiting))
-        self._jobs.submit(_Expired(expired.view, directories))
+        self._jobs.submit(replace(expired, directories=directories))
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, within a bounded time."""
@@ -210,17 +225,14 @@ class Tidier:
         self._expired |= due.directories
         try:
             self._remove(due.view)
+            self._sweeper.sweep(due.view, last=due.last)
         # Every error: keep the thread alive, or no later checkpoint would be removed.
         except Exception as error:
             self._on_failure(error)
 
     def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}
-        newest_step = view.checkpoints[0].step if view.checkpoints else 0
-        torn = retention.leftovers(
-            retention.listed_directories(self._store), kept, view.generation_number, newest_step
-        )
-        for directory in sorted((self._expired | set(torn)) - kept):
+        for directory in sorted(self._expired - kept):
             retention.remove(self._store, directory)
             self._expired.discard(directory)
             log.info("checkpoint_removed", directory=directory)

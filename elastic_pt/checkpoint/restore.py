@@ -135,7 +135,7 @@ def read_tensors(
         (key, block)
         for name in names
         for key, piece in _entry(index, name).pieces
-        for block in _blocks(piece, piece.first_row, piece.end_row)
+        for block in blocks_of(piece)
     ]
     for fetched in in_order(
         coalesce(blocks), lambda read: list(read_blocks(store, read)), _READ_THREADS
@@ -162,6 +162,11 @@ def _entry(index: Index, name: str) -> TensorEntry:
     if entry is None:
         raise CheckpointError(f"{name}: not in the checkpoint")
     return entry
+
+
+def blocks_of(piece: TensorSlice) -> list[Block]:
+    """All blocks of a slice, in order."""
+    return _blocks(piece, piece.first_row, piece.end_row)
 
 
 def _blocks(piece: TensorSlice, first: int, end: int) -> list[Block]:

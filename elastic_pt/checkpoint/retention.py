@@ -5,6 +5,10 @@ torn uploads of worlds that are gone (`leftovers`). Both decisions are pure. A d
 committed is left alone while anything could still commit it: its generation must be superseded *and*
 a newer checkpoint must be committed. So an agent that has read an old log deletes less, never more.
 
+A permanent checkpoint (`is_permanent`) is in neither group. Later COMMITs no longer name it, but its files stay:
+`RunLog.permanent` finds it. Two more groups are removed when they are old enough: attempts of the current generation
+before a later commit (`overtaken`), and parts of unfinished uploads (`abandoned`).
+
 `remove` takes the manifest first: a half-removed checkpoint must not pass for a whole one.
 """
 
@@ -21,21 +25,42 @@ from elastic_pt.checkpoint.nodes import RootManifest
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.runlog.records import Checkpoint
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import Store, UnfinishedUpload
 
+KEPT_MIN: Final = 2
+"""Minimum number of kept commits: the newest may be damaged, and a worker may be reading the one before."""
+UPLOAD_AGE_S: Final = 86_400.0
+"""After a day an unfinished upload of one file has no writer any more."""
 _DELETE_THREADS: Final = 16
 
 
-def expired(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
-    """The committed checkpoints that are no longer kept, newest first.
+def is_permanent(step: int, previous_step: int, keep_every_steps: int) -> bool:
+    """Whether the commit of `step` is the first one at or after a multiple of `keep_every_steps` (0: never).
+
+    `previous_step` is the step of the newest usable commit before, 0 if there is none. If a run falls back to a step
+    before a quarantined permanent checkpoint, it reaches the same multiple again and commits another permanent one.
+    """
+    return keep_every_steps > 0 and step // keep_every_steps > previous_step // keep_every_steps
+
+
+def kept(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
+    """The checkpoints that a COMMIT names: the first `keep` >= 1, and never fewer than `KEPT_MIN`.
 
     `checkpoints` are the usable committed ones, newest commit first (the order of the log, not of the
-    steps: a run that fell back commits an earlier step later). The first `keep` >= 1 stay.
+    steps: a run that fell back commits an earlier step later).
     """
     assert keep >= 1, f"keep = {keep}: the newest checkpoint is never deleted"
-    newest_first = list(dict.fromkeys(checkpoints))
-    kept = {checkpoint.directory for checkpoint in newest_first[:keep]}
-    return [checkpoint for checkpoint in newest_first if checkpoint.directory not in kept]
+    return list(dict.fromkeys(checkpoints))[: max(keep, KEPT_MIN)]
+
+
+def expired(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
+    """The checkpoints to delete, newest first: neither `kept` nor permanent."""
+    named = {checkpoint.directory for checkpoint in kept(checkpoints, keep)}
+    return [
+        checkpoint
+        for checkpoint in dict.fromkeys(checkpoints)
+        if checkpoint.directory not in named and not checkpoint.permanent
+    ]
 
 
 def leftovers(
@@ -59,6 +84,48 @@ def leftovers(
         if superseded and directory not in committed:
             torn.append(directory)
     return torn
+
+
+def overtaken(
+    directories: Sequence[str], committed: Collection[str], newest: Checkpoint
+) -> list[str]:
+    """Directories of attempts that the generation of the `newest` commit gave up: it has committed a later step since.
+
+    Its committing node commits one step after the other, so it will not commit them any more. An upload of one of
+    their files may still be running, so the caller waits for a while.
+    """
+    found = []
+    for directory in directories:
+        try:
+            name = parse_directory(directory)
+        except CheckpointError:
+            continue
+        given_up = name.generation == newest.generation and name.step < newest.step
+        if given_up and directory not in committed:
+            found.append(directory)
+    return found
+
+
+def abandoned(
+    uploads: Sequence[UnfinishedUpload], current_generation: int, newest_committed_step: int
+) -> list[UnfinishedUpload]:
+    """The unfinished uploads of single files without a writer, from a listing.
+
+    They belong to an attempt that cannot be committed any more (see `leftovers`), or are older than
+    `UPLOAD_AGE_S`. An upload in a committed directory is a second attempt for a file that exists. Uploads of a newer
+    generation, and of files outside checkpoint directories, are never returned.
+    """
+    found = []
+    for upload in uploads:
+        try:
+            name = parse_directory(upload.key.rpartition("/")[0])
+        except CheckpointError:
+            continue
+        superseded = name.generation < current_generation and name.step <= newest_committed_step
+        old = name.generation <= current_generation and upload.age_s >= UPLOAD_AGE_S
+        if superseded or old:
+            found.append(upload)
+    return found
 
 
 def listed_directories(store: Store) -> list[str]:

@@ -72,12 +72,14 @@ def reopen(
     if view.stop is None:
         _require_abandoned(run)
 
-    def make(view: RunView) -> Reopen:
-        step = view.checkpoints[0].step if view.checkpoints else 0
-        return Reopen(reason, platform, step)
+    def newest_step(view: RunView) -> int:
+        newest = next(run.log.usable(view), None)
+        return 0 if newest is None else newest.step
 
-    view = run.log.append(make, generation=view.generation_number)
-    step = view.checkpoints[0].step if view.checkpoints else 0
+    view = run.log.append(
+        lambda view: Reopen(reason, platform, newest_step(view)), generation=view.generation_number
+    )
+    step = newest_step(view)
     if as_json:
         print_json({"url": run.store.url, "step": step, "platform": platform, "why": reason})
     else:

@@ -1,7 +1,10 @@
 """Commands that read a run from its URL: `status`, `log`, `checkpoints`. None of them needs torch to start."""
 
 import dataclasses
+import datetime
 import json
+import random
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,9 +19,11 @@ from elastic_pt.cli.options import (
     absolute_url,
     print_json,
 )
+from elastic_pt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from elastic_pt.report.status import MemberReport, RunStatus
+    from elastic_pt.report.checkpoints import CheckpointReport
+    from elastic_pt.report.status import MemberReport, Run, RunStatus
 
 
 def status(run_url: RunUrl, as_json: AsJson = False) -> None:
@@ -127,48 +132,151 @@ def _print_paragraph(text: str) -> None:
 def checkpoints(
     run_url: RunUrl,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every byte; exit code 4 if anything is wrong.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read every byte; exit code 4 if anything is wrong that is not quarantined already.",
+        ),
     ] = False,
+    subset: Annotated[
+        str,
+        typer.Option(
+            "--subset",
+            metavar="SHARE%",
+            help="With --verify: read random blocks that make up this share of each checkpoint.",
+        ),
+    ] = "100%",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Choose the blocks of --subset by this number; by default each call reads other blocks.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJsonList = False,
 ) -> None:
     """List the committed checkpoints that are kept, newest first.
 
+    A permanent one is never removed (checkpoint.keep_every_steps). With --subset,
+    --verify checks all records, the size of every file and some of the blocks, so
+    repeated calls find damage without reading everything each time. A checkpoint
+    that the run removes during the check is not listed.
+
     Examples:
     elastic-pt checkpoints runs/first
     elastic-pt checkpoints s3://bucket/run --verify --json
+    elastic-pt checkpoints s3://bucket/run --verify --subset 10%
     """
     # As above. To verify needs torch, to list does not.
-    from elastic_pt.errors import CheckpointError
-    from elastic_pt.report.status import open_run, read_checkpoints
+    from elastic_pt.report.checkpoints import read_checkpoints
+    from elastic_pt.report.status import open_run
 
+    share = _share_of(subset)
+    if not verify and (share < 1.0 or seed is not None):
+        raise ConfigError("--subset and --seed choose what is verified; expected --verify too")
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
     run = open_run(absolute_url(run_url, "RUN_URL"))
-    entries = []
-    for report in read_checkpoints(run):
-        checkpoint = report.checkpoint
-        entry: dict[str, Any] = {
-            "step": checkpoint.step,
-            "generation": checkpoint.generation,
-            "directory": checkpoint.directory,
-            "manifest_bytes": checkpoint.manifest_size,
-            "manifest_sha256": checkpoint.manifest_sha256,
-            "loss": checkpoint.loss,
-            "quarantine": report.quarantine or None,
-        }
-        if verify:
-            from elastic_pt.report.artifacts import problems_of
-
-            entry["problems"] = problems_of(run, checkpoint)
-        entries.append(entry)
+    reports = read_checkpoints(run)
+    entries = _checkpoint_entries(run, reports)
+    if verify:
+        entries = verified_entries(run, reports, entries, share, seed)
     if as_json:
         print_json(entries)
     elif not entries:
         typer.echo("no checkpoint is committed yet")
     for entry in () if as_json else entries:
-        loss = "" if entry["loss"] is None else f"  loss {entry['loss']:.4f}"
-        verdict = "" if not verify else "  verified" if not entry["problems"] else "  UNUSABLE"
-        held = f"  quarantined: {entry['quarantine']}" if entry["quarantine"] else ""
-        typer.echo(f"step {entry['step']}{loss}  {entry['directory']}{verdict}{held}")
+        typer.echo(checkpoint_line(entry))
         for problem in entry.get("problems", ()):
             typer.echo(f"    {problem}")
-    if any(entry.get("problems") for entry in entries):
+    if verify and share < 1.0 and entries and not as_json:
+        typer.echo(f"repeat the choice of blocks with --seed {seed}")
+    # A quarantined permanent checkpoint is never removed: it must not hide new damage from a daily job.
+    if any(entry.get("problems") and not entry["quarantine"] for entry in entries):
         raise typer.Exit(CheckpointError.exit_code)
+
+
+def _share_of(subset: str) -> float:
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", subset.strip())
+    share = float(found[1]) / 100 if found else 0.0
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"--subset {subset!r}: expected more than 0% and at most 100%, as in 10%")
+    return share
+
+
+def _checkpoint_entries(run: "Run", reports: "list[CheckpointReport]") -> list[dict[str, Any]]:
+    """One entry per checkpoint, with the keys of the JSON."""
+    from elastic_pt.report.checkpoints import checkpoint_bytes
+
+    now = datetime.datetime.now(datetime.UTC)
+    sizes = checkpoint_bytes(run, [report.checkpoint for report in reports])
+    return [
+        {
+            "step": report.checkpoint.step,
+            "generation": report.checkpoint.generation,
+            "directory": report.checkpoint.directory,
+            "age_s": report.age_s(now),
+            "bytes": size,
+            "permanent": report.checkpoint.permanent,
+            "tiers": list(report.tiers),
+            "manifest_bytes": report.checkpoint.manifest_size,
+            "manifest_sha256": report.checkpoint.manifest_sha256,
+            "loss": report.checkpoint.loss,
+            "quarantine": report.quarantine or None,
+        }
+        for report, size in zip(reports, sizes, strict=True)
+    ]
+
+
+def verified_entries(
+    run: "Run",
+    reports: "list[CheckpointReport]",
+    entries: list[dict[str, Any]],
+    share: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The entries with the problems of each, without those that a commit has removed during the check."""
+    from elastic_pt.report.artifacts import verified
+    from elastic_pt.report.checkpoints import read_checkpoints
+
+    for report, entry in zip(reports, entries, strict=True):
+        found = verified(run, report.checkpoint, share, seed)
+        entry["problems"] = list(found.problems)
+        entry["verified_share"] = round(found.share, 6)
+        entry["seed"] = seed if share < 1.0 else None
+    kept = {report.checkpoint.directory for report in read_checkpoints(run)}
+    return [entry for entry in entries if entry["directory"] in kept]
+
+
+def checkpoint_line(entry: dict[str, Any]) -> str:
+    """The line of a checkpoint for people, from its JSON entry."""
+    loss = "" if entry["loss"] is None else f"  loss {entry['loss']:.4f}"
+    size = "size unknown" if entry["bytes"] is None else _size_text(entry["bytes"])
+    permanent = "  permanent" if entry["permanent"] else ""
+    verdict = ""
+    if "problems" in entry:
+        verified = f"  verified {100 * entry['verified_share']:.4g}%"
+        verdict = "  UNUSABLE" if entry["problems"] else verified
+    held = f"  quarantined: {entry['quarantine']}" if entry["quarantine"] else ""
+    return (
+        f"step {entry['step']}{loss}  {_age_text(entry['age_s'])} ago  {size}  "
+        f"{', '.join(entry['tiers'])}{permanent}  {entry['directory']}{verdict}{held}"
+    )
+
+
+def _size_text(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def _age_text(age_s: float) -> str:
+    if age_s < 120:
+        return f"{age_s:.0f} s"
+    if age_s < 7200:
+        return f"{age_s / 60:.0f} min"
+    return f"{age_s / 3600:.0f} h" if age_s < 172_800 else f"{age_s / 86_400:.0f} days"

@@ -293,7 +293,9 @@ class CheckpointSection(Section):
     mirror_copies: Copies = 1
     """Other nodes that hold a copy of each node's state in memory; 0 makes no copies."""
     keep: Count = 3
-    """Committed checkpoints that are kept."""
+    """Number of newest commits that are kept; at least two are always kept."""
+    keep_every_steps: CountOrZero = 0
+    """Keep the first commit at or after each multiple of this many steps permanently; 0 keeps none."""
     staging: str = "/dev/shm"
     """Local directory, best in memory, where workers write their shards for the agent to upload."""
 

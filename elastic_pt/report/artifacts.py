@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from elastic_pt.checkpoint import digest as checkpoint_digest
 from elastic_pt.checkpoint.layout import FullManifest
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.verify import newest_usable, verify
+from elastic_pt.checkpoint.verify import Verified, newest_usable, verify_share
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import HeldOutBatch, held_out_batches
@@ -36,7 +36,8 @@ from elastic_pt.model import export as model_export
 from elastic_pt.model import generate as model_generate
 from elastic_pt.model.loss import IGNORED, LossSums
 from elastic_pt.model.transformer import Transformer, build_on_meta
-from elastic_pt.report.status import STORE_TIMEOUT_S, Run, read_checkpoints
+from elastic_pt.report.checkpoints import read_checkpoints
+from elastic_pt.report.status import STORE_TIMEOUT_S, Run
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -83,9 +84,9 @@ def choose_checkpoint(run: Run, step: int | None) -> Chosen:
     return Chosen(found.manifest, tuple(newer))
 
 
-def problems_of(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """All problems of a checkpoint. Reads every byte of it."""
-    return verify(run.store, checkpoint, run.log.view.run_id)
+def verified(run: Run, checkpoint: Checkpoint, share: float, seed: int) -> Verified:
+    """All problems of a checkpoint. Reads every byte of it, or a random `share` of its bytes."""
+    return verify_share(run.store, checkpoint, run.log.view.run_id, share=share, seed=seed)
 
 
 def digest_of(run: Run, chosen: Chosen) -> str:

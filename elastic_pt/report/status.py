@@ -42,7 +42,6 @@ from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
     COMPLETED,
-    Checkpoint,
     Commit,
     Generation,
     Kind,
@@ -248,7 +247,10 @@ def describe(record: Record) -> str:
             resume = f"step {body.resume_step}" if body.resume_step else "the start"
             text = f"generation {body.number} from {resume}, world size {body.world_size}: {names} [{body.reason}]"
         case Commit():
-            kept = ", ".join(str(each.step) for each in body.checkpoints)
+            kept = ", ".join(
+                f"{each.step} (permanent)" if each.permanent else str(each.step)
+                for each in body.checkpoints
+            )
             loss = "" if body.newest.loss is None else f" loss {body.newest.loss:.4f}"
             text = f"step {body.newest.step}{loss}, kept: {kept} ({body.newest.directory})"
         case Recovery():
@@ -273,29 +275,6 @@ def record_as_json(record: Record) -> dict[str, Any]:
     """A record as it is stored, and the SHA-256 of its stored bytes."""
     stored: dict[str, Any] = json.loads(record.to_bytes())
     return stored | {"sha256": record.sha256}
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """A checkpoint that was committed and is still kept."""
-
-    checkpoint: Checkpoint
-    quarantine: str
-    """Why it must not be used; empty if it may be."""
-
-
-def read_checkpoints(run: Run) -> list[CheckpointReport]:
-    """Committed checkpoints that the newest COMMIT keeps, newest first; quarantined ones with the reason."""
-    view = run.log.refresh()
-    if view.commit is None or view.head is None:
-        return []
-    reasons: dict[str, str] = {}
-    for record in run.log.chain(view.head, Kind.QUARANTINE):
-        if isinstance(record.body, Quarantine) and record.body.directory:
-            reasons[record.body.directory] = record.body.why
-    return [
-        CheckpointReport(each, reasons.get(each.directory, "")) for each in view.commit.checkpoints
-    ]
 
 
 def read_history(run: Run) -> list[dict[str, Any]]:
@@ -406,7 +385,12 @@ def _leaving(answer: NodeStatus) -> str:
 def _commit_report(log: RunLog, view: RunView) -> CommitReport | None:
     if view.head is None or view.commit is None:
         return None
-    time = datetime.datetime.fromisoformat(next(log.chain(view.head, Kind.COMMIT)).time)
-    age_s = (datetime.datetime.now(datetime.UTC) - time).total_seconds()
+    age_s = age_of(next(log.chain(view.head, Kind.COMMIT)), datetime.datetime.now(datetime.UTC))
     newest = view.commit.newest
-    return CommitReport(newest.step, max(0.0, round(age_s, 3)), newest.directory)
+    return CommitReport(newest.step, age_s, newest.directory)
+
+
+def age_of(record: Record, now: datetime.datetime) -> float:
+    """Seconds since a record was written, by the clocks of its writer and of this machine; never negative."""
+    written = datetime.datetime.fromisoformat(record.time)
+    return max(0.0, round((now - written).total_seconds(), 3))

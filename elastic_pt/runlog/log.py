@@ -86,9 +86,18 @@ class RunView:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint that exists, newest first: committed, kept and not quarantined."""
+        """The newest checkpoints, newest first: committed, kept and not quarantined. `RunLog.usable` has older ones too."""
         kept = () if self.commit is None else self.commit.checkpoints
         return tuple(each for each in kept if each.directory not in self.quarantined)
+
+    @property
+    def permanent_record(self) -> int | None:
+        """Index of the newest COMMIT whose own checkpoint is permanent; None if there is none."""
+        if self.head is None or self.commit is None:
+            return None
+        if self.commit.newest.permanent:
+            return self.head.latest[Kind.COMMIT]
+        return self.commit.permanent_before
 
 
 def fold(view: RunView, record: Record) -> RunView:
@@ -156,6 +165,8 @@ class RunLog:
         self._writer = writer
         self._view = RunView()
         self._lock = threading.Lock()
+        self._permanent: dict[int, Record] = {}
+        """A cache of COMMIT records of permanent checkpoints, by index. A record never changes."""
 
     @property
     def view(self) -> RunView:
@@ -256,6 +267,37 @@ class RunLog:
             record = self._must_read(index)
             yield record
             index = self._must_read(index - 1).latest.get(kind) if index > 0 else None
+
+    def permanent(self, view: RunView) -> Iterator[tuple[Checkpoint, Record]]:
+        """All permanent checkpoints with their COMMIT records, newest first, quarantined ones too.
+
+        Each one that this `RunLog` has not read yet takes one request. Raises `LogDamaged` if the chain is broken.
+        """
+        index, limit = view.permanent_record, view.length
+        while index is not None:
+            record = self._permanent.get(index) or self._must_read(index)
+            body = record.body
+            # The limit stops at a cycle.
+            if index >= limit or not isinstance(body, Commit) or not body.newest.permanent:
+                raise LogDamaged(
+                    f"{record_key(index)}: not the COMMIT of a permanent checkpoint, "
+                    "expected the one that a later COMMIT names"
+                )
+            self._permanent[index] = record
+            yield body.newest, record
+            limit = index
+            index = body.permanent_before
+
+    def usable(self, view: RunView) -> Iterator[Checkpoint]:
+        """Every checkpoint that may be used, newest commit first: those of `view.checkpoints`, then permanent ones.
+
+        The permanent ones are read only when the caller iterates to them.
+        """
+        yield from view.checkpoints
+        passed = view.quarantined.union(each.directory for each in view.checkpoints)
+        for checkpoint, _ in self.permanent(view):
+            if checkpoint.directory not in passed:
+                yield checkpoint
 
     def _next_record(self, view: RunView, body: Body) -> Record:
         head = view.head

@@ -1,8 +1,9 @@
 """The records of the run's log, and their stored form.
 
-    GENERATION   the members from here on, their slots, the checkpoint to resume from, and why
+    GENERATION   the new members, their slots, the checkpoint to resume from, and why
     RECOVERY     how long the generation took to its first step, phase by phase
-    COMMIT       a checkpoint counts from here on; names every checkpoint that is kept
+    COMMIT       a checkpoint counts; names the newest kept checkpoints, and points to the COMMIT of the newest
+                 permanent one before it
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
     REOPEN       an operator lifted a STOP other than completion, or accepted another platform
@@ -27,6 +28,9 @@ from pydantic import TypeAdapter
 from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
+SCHEMA_PERMANENT: Final = 2
+"""The schema of a COMMIT after which permanent checkpoints exist. A version that reads only schema 1 would delete them,
+so it must refuse such a log."""
 ORIGIN: Final = "0" * 64
 """The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
@@ -69,6 +73,8 @@ class Checkpoint:
     manifest_size: int
     manifest_sha256: str
     loss: float | None
+    permanent: bool = False
+    """Whether it is never removed (`checkpoint.keep_every_steps`); False in older records."""
 
 
 class CauseKind(StrEnum):
@@ -211,6 +217,9 @@ class Commit:
     checkpoints: tuple[Checkpoint, ...]
     history: str
     """Key of the JSON lines about each step since the commit before."""
+    permanent_before: int | None = None
+    """Index of the newest COMMIT before this one whose own checkpoint is permanent; None if there is none. So
+    permanent checkpoints form a chain and need not be in `checkpoints`."""
 
     @property
     def newest(self) -> Checkpoint:
@@ -303,10 +312,19 @@ class Record:
         """The body's kind."""
         return _KIND_OF[type(self.body)]
 
+    @property
+    def schema(self) -> int:
+        """The schema of the stored form."""
+        body = self.body
+        permanent = isinstance(body, Commit) and (
+            body.permanent_before is not None or any(each.permanent for each in body.checkpoints)
+        )
+        return SCHEMA_PERMANENT if permanent else SCHEMA
+
     def to_bytes(self) -> bytes:
         """The stored form."""
         document = {
-            "schema": SCHEMA,
+            "schema": self.schema,
             "index": self.index,
             "kind": self.kind,
             "generation": self.generation,
@@ -328,9 +346,10 @@ class Record:
         """Read a stored record. Raises `LogDamaged` with `key` if it is not one."""
         try:
             document = json.loads(data)
-            if document["schema"] != SCHEMA:
+            if document["schema"] not in (SCHEMA, SCHEMA_PERMANENT):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; this version reads schema {SCHEMA}"
+                    f"{key}: schema {document['schema']!r}; "
+                    f"this version reads schemas {SCHEMA} and {SCHEMA_PERMANENT}"
                 )
             return Record(
                 index=document["index"],

@@ -6,8 +6,9 @@ come from this project and never from a user. Only `create` decides between writ
 be atomic. All other bytes are verified after reading.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from elastic_pt.errors import ConfigError, NotFound
 
@@ -55,6 +56,31 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Delete the object. Succeeds if there is none."""
+
+
+@dataclass(frozen=True)
+class UnfinishedUpload:
+    """Uploaded parts of an object that is not complete: its writer still uploads, or was killed."""
+
+    key: str
+    upload_id: str
+    age_s: float
+    """Seconds since its start, on the server's own clock."""
+
+
+@runtime_checkable
+class KeepsUnfinished(Protocol):
+    """A store in which a killed writer leaves parts that cost money and that no listing of keys shows.
+
+    Not part of `Store`: only S3 is such a store, and only the sweep of one node uses it. A directory removes its own
+    parts, Google and Azure delete them after a week.
+    """
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        """Unfinished uploads of keys that start with `prefix`, as many as a few requests return. A hint, like a listing."""
+
+    def abandon(self, upload: UnfinishedUpload) -> None:
+        """End the upload: its parts are deleted, its writer fails. An upload that does not exist is no error."""
 
 
 def checked_key(key: str) -> str:

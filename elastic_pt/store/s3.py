@@ -3,8 +3,8 @@
 Create-once is one PutObject with `If-None-Match: *`. It is never a multipart upload, because some stores
 ignore the condition there. Large objects are uploaded in parts; each part is a request with its own
 deadline. The object appears under its key when the last request completes the upload. A writer that dies
-leaves only parts, never a partial object. The bucket should have an `AbortIncompleteMultipartUpload` rule
-that removes such parts.
+leaves only parts, never a partial object. `unfinished` and `abandon` let the run remove those. The bucket should
+still have an `AbortIncompleteMultipartUpload` rule, for runs that do not continue.
 
 Endpoint, region, credentials and checksums come from the standard AWS environment and files
 (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_PROFILE`, `AWS_REQUEST_CHECKSUM_CALCULATION`, ...). s3fs and
@@ -17,6 +17,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from fsspec.asyn import sync
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.port import (
+    UnfinishedUpload,
     checked_key,
     checked_prefix,
     checked_range,
@@ -41,6 +43,9 @@ Result = TypeVar("Result")
 PART_BYTES = 16 * 2**20
 PARTS_LIMIT = 10_000
 PARTS_AT_ONCE = 4
+UNFINISHED_PER_PAGE = 1000
+UNFINISHED_PAGES_MAX = 10
+"""Limit of requests for one list of unfinished uploads."""
 
 _UPLOAD_NONCE = "elastic-pt-upload"
 
@@ -287,6 +292,41 @@ class S3Store:
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         self._call(f"deleting {key}", "delete_object", key)
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        """See `KeepsUnfinished.unfinished`. Needs ListBucketMultipartUploads on the bucket."""
+        found: list[UnfinishedUpload] = []
+        more: dict[str, str] = {}
+        listed: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Prefix": self._root + checked_prefix(prefix),
+            "MaxUploads": UNFINISHED_PER_PAGE,
+        }
+        what = f"listing unfinished uploads of {prefix}"
+        for _ in range(UNFINISHED_PAGES_MAX):
+            page = self._request(what, "list_multipart_uploads", **listed, **more)
+            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+            for entry in page.get("Uploads", []):
+                age_s = (now - entry["Initiated"]).total_seconds()
+                key = entry["Key"][len(self._root) :]
+                found.append(UnfinishedUpload(key, entry["UploadId"], age_s))
+            if not page.get("IsTruncated"):
+                break
+            more = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+        return found
+
+    def abandon(self, upload: UnfinishedUpload) -> None:
+        """See `KeepsUnfinished.abandon`."""
+        with contextlib.suppress(NotFound):
+            self._call(
+                f"abandoning {upload.key}",
+                "abort_multipart_upload",
+                upload.key,
+                UploadId=upload.upload_id,
+            )
 
     def _name(self, key: str) -> str:
         return self._root + checked_key(key)

@@ -1,83 +1,16 @@
 """Commits and deletes: what is deleted follows from the COMMIT that is in the log."""
 
 import threading
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.commit import directory_of
 from elastic_pt.errors import StoreError
 from elastic_pt.runlog.log import RunLog
-from elastic_pt.runlog.records import Checkpoint, Generation, Quarantine
+from elastic_pt.runlog.records import Quarantine
 from elastic_pt.store.open import open_store
-from tests.checkpoint.world import full_tensors, stage, training_state, upload_nodes
-from tests.membership.bucket import WatchedStore
-from tests.membership.world import generation, member
-
-WAIT_S = 20.0
-
-
-class DisturbedStore(WatchedStore):
-    """A store in which something happens just before a key of some kind is created or deleted."""
-
-    before: Callable[[str, str], None] = staticmethod(lambda verb, key: None)  # type: ignore[assignment]
-
-    def _ask(self, verb: str, key: str, *arguments: Any) -> Any:
-        if verb in ("create", "delete"):
-            self.before(verb, key)
-        return super()._ask(verb, key, *arguments)
-
-
-class World:
-    """A run of one node with one worker whose checkpoints are committed one by one."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.store = DisturbedStore(open_store(f"file://{folder / 'run'}"))
-        self.log = RunLog(self.store, writer="a")
-        self.generation: Generation = replace(
-            generation("a"), members=(replace(member("a"), incarnation="abcd"),)
-        )
-        self.log.append(lambda _: self.generation, generation=0)
-        self.done: dict[int, threading.Event] = {}
-        self.committed: list[Checkpoint] = []
-        self.failed: list[int] = []
-        self.untidy: list[Exception] = []
-        self.committer = Committer(
-            self.store,
-            self.log,
-            keep=keep,
-            last_step=100,
-            timeout_s=WAIT_S,
-            superseded=lambda _: False,
-            on_commit=self.committed.append,
-            on_done=lambda step: self.done[step].set(),
-            on_failure=lambda generation, step, error: self.failed.append(step),
-            on_untidy=self.untidy.append,
-        )
-
-    def upload(self, step: int) -> None:
-        """A worker's shard of a step reaches the bucket."""
-        directory = directory_of(self.generation, step)
-        run_id = self.log.view.run_id
-        shards = stage(
-            self.folder, full_tensors(), 1, directory, training_state(step), run_id=run_id
-        )
-        upload_nodes(self.store, shards)
-
-    def commit(self, step: int) -> None:
-        """Take a step's checkpoint all the way; returns once the workers would be released."""
-        self.upload(step)
-        self.done[step] = threading.Event()
-        self.committer.expect(step, self.generation)
-        assert self.done[step].wait(WAIT_S)
-
-    def there(self, step: int) -> bool:
-        """Whether the files of a checkpoint are in the bucket."""
-        return bool(self.store.keys(f"{directory_of(self.generation, step)}/"))
+from tests.checkpoint.committing import WAIT_S, World
 
 
 @pytest.fixture

@@ -11,37 +11,93 @@ from elastic_pt.checkpoint.layout import (
     manifest_key,
     shard_key,
 )
-from elastic_pt.checkpoint.retention import expired, leftovers, listed_directories, remove
+from elastic_pt.checkpoint.retention import (
+    KEPT_MIN,
+    UPLOAD_AGE_S,
+    abandoned,
+    expired,
+    is_permanent,
+    kept,
+    leftovers,
+    listed_directories,
+    overtaken,
+    remove,
+)
 from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import CheckpointError
 from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.port import UnfinishedUpload
 from tests.checkpoint.world import RUN_ID, full_tensors, memory_store, write_checkpoint
 
 SMALL = {"b": (3,), "w": (4, 2)}
 
 
-def reference(step: int, generation: int = 1) -> Checkpoint:
+def reference(step: int, generation: int = 1, permanent: bool = False) -> Checkpoint:
     """A committed checkpoint."""
     directory = checkpoint_directory(step, generation, "0a1b2c3d")
-    return Checkpoint(step, generation, directory, 100, "a" * 64, loss=None)
+    return Checkpoint(step, generation, directory, 100, "a" * 64, loss=None, permanent=permanent)
 
 
 references = st.lists(
-    st.builds(reference, st.integers(0, 60), st.integers(1, 4)), unique=True, max_size=20
+    st.builds(reference, st.integers(0, 60), st.integers(1, 4), st.booleans()),
+    unique_by=lambda each: each.directory,
+    max_size=20,
 )
 
 
 @settings(deadline=None)
 @given(references, st.integers(1, 6))
-def test_the_newest_are_kept(committed: list[Checkpoint], keep: int) -> None:
-    """Exactly the first `keep` commits stay, in any order of steps."""
-    assert expired(committed, keep) == committed[keep:]
+def test_the_newest_and_the_permanent_are_kept(committed: list[Checkpoint], keep: int) -> None:
+    """The first `keep` commits, at least two, are named, in any order of steps; of the others only permanent ones stay."""
+    named = committed[: max(2, keep)]
+    assert kept(committed, keep) == named
+    assert expired(committed, keep) == [
+        each for each in committed[len(named) :] if not each.permanent
+    ]
+    assert KEPT_MIN == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "previous_step", "keep_every_steps", "permanent"),
+    [
+        (100, 50, 0, False),
+        (100, 50, 100, True),
+        (99, 50, 100, False),
+        (130, 99, 100, True),
+        (150, 100, 100, False),
+        (350, 90, 100, True),
+        (5, 0, 100, False),
+        (7, 5, 1, True),
+        (100, 100, 100, False),
+        (120, 190, 100, False),
+    ],
+)
+def test_the_first_commit_at_or_after_a_multiple_is_permanent(
+    step: int, previous_step: int, keep_every_steps: int, permanent: bool
+) -> None:
+    """A commit is permanent if a multiple lies after the previous commit and at or before this one."""
+    assert is_permanent(step, previous_step, keep_every_steps) is permanent
+
+
+@given(
+    st.lists(st.integers(1, 500), unique=True, min_size=1, max_size=40).map(sorted),
+    st.integers(1, 120),
+)
+def test_each_multiple_has_one_permanent_commit(steps: list[int], every: int) -> None:
+    """For any distance of commits, exactly the first commit at or after each multiple is permanent."""
+    before = [0, *steps[:-1]]
+    found = [
+        step for step, last in zip(steps, before, strict=True) if is_permanent(step, last, every)
+    ]
+    multiples = range(every, steps[-1] + 1, every)
+    wanted = {next(step for step in steps if step >= multiple) for multiple in multiples}
+    assert found == sorted(wanted)
 
 
 def test_after_a_fall_back_the_order_of_commits_counts() -> None:
     """A commit of step 150 after one of step 200 that turned out bad is the newest."""
-    log = [reference(150, 5), reference(200, 4), reference(100, 4)]
-    assert expired(log, 1) == log[1:]
+    log = [reference(150, 5), reference(140, 5), reference(200, 4), reference(100, 4)]
+    assert expired(log, 1) == log[2:]
 
 
 def test_keeping_no_checkpoint_is_refused() -> None:
@@ -68,6 +124,58 @@ def test_only_uploads_that_nothing_can_commit_are_leftovers(
         hopeless = attempt_generation < generation and step <= newest_step
         assert (name in torn) == (hopeless and name not in committed)
     assert set(torn) <= names.keys()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 6)), unique=True, max_size=20),
+    st.data(),
+    st.integers(0, 60),
+    st.integers(1, 6),
+)
+def test_only_earlier_steps_of_the_committing_generation_are_overtaken(
+    attempts: list[tuple[int, int]], data: st.DataObject, newest_step: int, generation: int
+) -> None:
+    """A committed directory, a later step and another generation's attempt are never overtaken."""
+    names = {checkpoint_directory(*attempt, "beef"): attempt for attempt in attempts}
+    committed = data.draw(st.sets(st.sampled_from(sorted(names)))) if names else set()
+    found = overtaken([*names, "ckpt/notes", "log"], committed, reference(newest_step, generation))
+    for name, (step, attempt_generation) in names.items():
+        behind = attempt_generation == generation and step < newest_step
+        assert (name in found) == (behind and name not in committed)
+    assert set(found) <= names.keys()
+
+
+OLD_S, YOUNG_S = UPLOAD_AGE_S, UPLOAD_AGE_S - 1
+
+
+@pytest.mark.parametrize(
+    ("step", "generation", "age_s", "goes"),
+    [
+        (40, 2, YOUNG_S, True),
+        (50, 2, YOUNG_S, True),
+        (60, 2, YOUNG_S, False),
+        (60, 2, OLD_S, True),
+        (40, 3, YOUNG_S, False),
+        (40, 3, OLD_S, True),
+        (60, 3, OLD_S, True),
+        (40, 4, OLD_S, False),
+        (60, 4, OLD_S, False),
+    ],
+)
+def test_only_uploads_without_a_writer_are_abandoned(
+    step: int, generation: int, age_s: float, goes: bool
+) -> None:
+    """In generation 3, with step 50 committed: uploads that cannot be committed any more or are a day old, never those of a newer generation."""
+    key = shard_key(checkpoint_directory(step, generation, "beef"), 0)
+    upload = UnfinishedUpload(key, "id", age_s)
+    assert abandoned([upload], 3, 50) == ([upload] if goes else [])
+
+
+@pytest.mark.parametrize("key", ["history/x", "ckpt/notes/shard-00000.safetensors", "ckpt/x"])
+def test_uploads_of_other_files_are_not_abandoned(key: str) -> None:
+    """An upload outside checkpoint directories is not ended at any age."""
+    assert abandoned([UnfinishedUpload(key, "id", 1e9)], 3, 50) == []
 
 
 def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -> None:

@@ -260,3 +260,57 @@ def test_reopen_frees_the_platform_until_the_next_generation(tmp_path: Path) -> 
     writer.append(lambda _: on(2, {"processor": "other"}), generation=1)
     assert writer.view.platform == {"processor": "other"}
     assert RunLog(store, writer="b").refresh().platform == {"processor": "other"}
+
+
+def permanent(step: int, before: int | None, *older: Checkpoint) -> Commit:
+    """A commit of a permanent checkpoint."""
+    newest = dataclasses.replace(commit(step, 1).newest, permanent=True)
+    return Commit((newest, *older), "history/x", permanent_before=before)
+
+
+def test_the_chain_of_permanent_checkpoints_is_followed_from_any_commit(tmp_path: Path) -> None:
+    """After ordinary commits, quarantines and generations, all permanent checkpoints are still found, newest first."""
+    store = open_store(f"file://{tmp_path}")
+    log = RunLog(store, writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    assert list(log.permanent(log.view)) == []
+    wanted: list[int] = []
+    for step in range(1, 30):
+        if step % 7 == 0:
+            wanted.insert(0, step)
+            log.append(lambda view: permanent(step, view.permanent_record), generation=1)
+        elif step % 6 == 0:
+            log.append(lambda view: Quarantine(view.checkpoints[0].directory, "bad"), generation=1)
+        else:
+            ordinary = commit(step, 1)
+            log.append(
+                lambda view: dataclasses.replace(ordinary, permanent_before=view.permanent_record),
+                generation=1,
+            )
+        late = RunLog(store, writer="b")
+        for reader in (log, late):
+            view = reader.refresh()
+            assert [each.step for each, _ in reader.permanent(view)] == wanted
+            assert [each.step for each in reader.usable(view) if each.permanent] == wanted
+
+
+def test_a_quarantined_permanent_checkpoint_is_listed_but_not_usable(tmp_path: Path) -> None:
+    """It stays in the chain, so it is listed and never removed; no run resumes from it."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    for step in (10, 20):
+        log.append(lambda view: permanent(step, view.permanent_record), generation=1)
+    view = log.append(lambda view: Quarantine(view.checkpoints[0].directory, "bad"), generation=1)
+    assert [each.step for each, _ in log.permanent(view)] == [20, 10]
+    assert [each.step for each in log.usable(view)] == [10]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 99])
+def test_a_broken_chain_of_permanent_checkpoints_is_damage(tmp_path: Path, before: int) -> None:
+    """A pointer to a record of another kind, to an ordinary commit, to the record itself or beyond the end raises `LogDamaged`."""
+    log = RunLog(open_store(f"file://{tmp_path}"), writer="a")
+    log.append(lambda _: generation(1), generation=0)
+    log.append(lambda _: commit(5, 1), generation=1)
+    view = log.append(lambda _: permanent(10, before), generation=1)
+    with pytest.raises(LogDamaged, match=r"not the COMMIT of a permanent|missing from the middle"):
+        list(log.permanent(view))

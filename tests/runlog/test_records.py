@@ -1,6 +1,7 @@
 """Records are read from the bucket as they were written, and older records are still read."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ BODIES: list[Body] = [
     GENERATION,
     Recovery(4, start_s=0.1, group_s=0.2, restore_s=0.3, step_s=0.4, total_s=1.25),
     Commit((CHECKPOINT,), "history/0000000150-g3-5f0c.jsonl"),
+    Commit((replace(CHECKPOINT, permanent=True),), "history/x", permanent_before=4),
     Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
     Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
     Stop("completed", 200),
@@ -79,6 +81,10 @@ def test_records_without_the_newer_fields_are_still_read() -> None:
     assert isinstance(old, Generation)
     assert (old.causes, old.frontier_step, old.agree_s) == ((), 0, 0.0)
     assert old.members == GENERATION.members
+    commit = Commit((CHECKPOINT,), "history/x")
+    document = json.loads(without(commit, "permanent_before"))
+    del document["body"]["checkpoints"][0]["permanent"]
+    assert Record.from_bytes(json.dumps(document).encode(), key="log/7").body == commit
     bad = Quarantine("ckpt/x", "bad")
     assert Record.from_bytes(without(bad, "node", "seconds"), key="log/7").body == bad
 
