@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import (
     ShardFile,
@@ -166,6 +167,7 @@ def main() -> None:
     committer = Committer(
         store,
         run_log,
+        StepHistory(),
         keep=2,
         last_step=10 * STEP,
         timeout_s=600.0,

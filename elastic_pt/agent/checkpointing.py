@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.publish import ShareMissing
 from elastic_pt.checkpoint.shard_file import is_staged
@@ -97,6 +98,7 @@ class Checkpointing:
         node: Node,
         metrics: Metrics,
         staging: Path,
+        history: StepHistory,
         *,
         release: Callable[[int], None],
     ) -> None:
@@ -115,6 +117,7 @@ class Checkpointing:
         self._committer = Committer(
             store,
             run_log,
+            history,
             keep=config.checkpoint.keep,
             last_step=config.train.steps,
             timeout_s=config.elastic.settle_timeout_s,

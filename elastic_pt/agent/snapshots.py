@@ -26,8 +26,10 @@ import structlog
 from aiohttp import web
 
 from elastic_pt.agent.mirror import Mirror
+from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
+from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.membership.decision.status import Held
@@ -67,9 +69,14 @@ class Snapshots:
         *,
         copies: int,
         timeout_s: float,
+        history: StepHistory,
         on_complete: Callable[[int, int], None],
     ) -> None:
-        """`on_complete(generation, step)`: this node's workers may write over what is older than that step."""
+        """`on_complete(generation, step)`: this node's workers may write over what is older than that step.
+
+        `history` has the lines of the steps since the last commit, for peers that have fewer.
+        """
+        self._history = history
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
@@ -122,6 +129,7 @@ class Snapshots:
     def routes(self) -> Mapping[str, Answer]:
         """What peers may ask, by path; see `checkpoint.peer`."""
         return {
+            STEPS_PATH: self._answer_steps,
             "/v1/snapshots/next": self._answer_next,
             r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}": self._answer_rows,
             r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}/record": self._answer_record,
@@ -178,6 +186,27 @@ class Snapshots:
                     place = Place(rank, host=member.address, port=member.port)
                 shards.append(place)
         return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
+
+    def complete_history(self, formed: Formed, committed_step: int) -> None:
+        """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
+
+        A node that was no member when a step was done asks those that hold the state.
+        """
+        memory, members = formed.generation.memory, formed.generation.members
+        first = committed_step + 1
+        if memory is None or memory.step < first or not self._history.misses(first):
+            return
+        for index in sorted(set(memory.sources) - {formed.node_rank}):
+            address = PeerAddress(members[index].address, members[index].port)
+            try:
+                text = Peer(address, self._token, self._timeout_s).get(
+                    STEPS_PATH, HISTORY_BYTES_MAX
+                )
+                if text is not None and self._history.adopt(text, first, memory.step):
+                    return
+            except (ElasticPtError, ValueError, KeyError, TypeError) as error:
+                log.warning("history_not_read", peer=members[index].node, cause=str(error))
+        log.warning("history_incomplete", first_step=first, last_step=memory.step)
 
     def written(self, message: Message) -> None:
         """A worker of this node has written a buffer."""
@@ -314,6 +343,9 @@ class Snapshots:
             if generation != self._generation or step <= after:
                 return web.Response(status=204)
             return web.json_response({"step": step})
+
+    async def _answer_steps(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._history.text(), content_type="application/jsonl")
 
     async def _answer_rows(self, request: web.Request) -> web.StreamResponse:
         copy = self._asked(request)

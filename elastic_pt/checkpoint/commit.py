@@ -9,7 +9,6 @@ tried again after a later commit.
 """
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +36,11 @@ def directory_of(generation: Generation, step: int) -> str:
     return checkpoint_directory(step, generation.number, generation.members[0].incarnation)
 
 
+def committed_step(view: RunView) -> int:
+    """The step of the newest checkpoint that exists; 0 if there is none."""
+    return view.checkpoints[0].step if view.checkpoints else 0
+
+
 @dataclass(frozen=True)
 class _Due:
     """A checkpoint to commit, or (`step` None) the end of the run to record."""
@@ -52,6 +56,7 @@ class Committer:
         self,
         store: Store,
         run_log: RunLog,
+        history: StepHistory,
         *,
         keep: int,
         last_step: int,
@@ -72,18 +77,15 @@ class Committer:
         self._on_done = on_done
         self._on_failure = on_failure
         self._tidier = Tidier(store, on_failure=on_untidy)
-        self._history = StepHistory()
-        self._history_lock = threading.Lock()
+        self._history = history
         self._newest = (0, 0)
         """Generation and step of the newest checkpoint that is due."""
         self._jobs = JobThread("commit", self._do)
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit, which another node may have to write one day."""
-        committed = self._log.view.checkpoints[:1]
-        with self._history_lock:
-            self._history.forget(max((each.step for each in committed), default=0))
-            self._history.add({"generation": generation} | message)
+        self._history.forget(committed_step(self._log.view))
+        self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation) -> None:
         """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
@@ -161,14 +163,12 @@ class Committer:
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
-        with self._history_lock:
-            self._history.forget(step)
+        self._history.forget(step)
         self._on_commit(checkpoint)
         return _Expired(view, gone)
 
     def _write_history(self, directory: str, step: int) -> list[Line]:
-        with self._history_lock:
-            lines = self._history.through(step)
+        lines = self._history.through(step)
         write_history(self._store, _history_key(directory), lines)
         return lines
 

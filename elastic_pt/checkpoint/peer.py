@@ -2,6 +2,7 @@
 
     GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a buffer; byte ranges
     GET /v1/snapshots/<generation>/<step>/<rank>/record    its `Snapshot`
+    GET /v1/steps                                          the lines of the steps since the last commit
     GET /v1/snapshots/next?generation=&after=&mirror=      long poll: the newest step of the peer's own workers
 
 All need the run's token. `agent.snapshots` answers. Every request has a timeout; an answer is bounded by what was asked.
@@ -17,6 +18,7 @@ from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.snapshot import Snapshot
 from elastic_pt.errors import CheckpointError, StoreError
 
+STEPS_PATH: Final = "/v1/steps"
 _CHUNK_BYTES: Final = 4 << 20
 
 

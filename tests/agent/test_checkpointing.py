@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.shard_file import Staging, write_shard
 from elastic_pt.checkpoint.upload import StagedShard, refuse_node
@@ -91,6 +92,7 @@ def member_of(
         cast(Node, node),
         Metrics(),
         folder / "staging",
+        StepHistory(),
         release=released,
     )
 

@@ -14,6 +14,7 @@ import torch
 from aiohttp import web
 
 from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import MemoryState
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
@@ -75,6 +76,7 @@ class Node:
             TOKEN,
             copies=copies,
             timeout_s=5.0,
+            history=StepHistory(),
             on_complete=self._on_complete,
         )
         self.port = 0
@@ -257,6 +259,21 @@ def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
     gone = Peer(PeerAddress("127.0.0.1", 1), TOKEN, 5.0)
     with pytest.raises(StoreError, match="refused"):
         gone.read(snapshot_path(1, 5, 0), 0, 10)
+
+
+def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]) -> None:
+    """Whichever node commits next can write a history without a hole, also one that was no member before."""
+    old, new = (node.snapshots for node in pair)
+    for step in range(1, 8):
+        old._history.add({"step": step, "loss": 0.5 * step})
+    formed = SimpleNamespace(generation=generation(pair, 2, InMemory(1, 6, (0, 0))), node_rank=1)
+    new.complete_history(cast(Formed, formed), committed_step=2)
+    assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
+    assert new._history.through(3) == old._history.through(3)[2:]
+    # Nothing is asked where nothing is missing.
+    before = new._history.text()
+    new.complete_history(cast(Formed, formed), committed_step=2)
+    assert new._history.text() == before
 
 
 def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.errors import StoreError
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Quarantine
@@ -49,6 +50,7 @@ class World:
         self.committer = Committer(
             self.store,
             self.log,
+            StepHistory(),
             keep=keep,
             last_step=100,
             timeout_s=WAIT_S,
