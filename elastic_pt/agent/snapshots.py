@@ -145,9 +145,9 @@ class Snapshots:
         with self._lock:
             memory = generation.memory
             goes_on = None if memory is None else (memory.generation, memory.step)
-            self._drop(lambda state: state != goes_on)
             self._generation = generation.number
             self._sizes[generation.number] = generation.world_size
+            self._drop(lambda state: state != goes_on)
             self._own = generation.worker_ranks()[formed.node_rank]
             self._acknowledged = {
                 generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
@@ -296,15 +296,15 @@ class Snapshots:
             self._on_complete(self._generation, step)
 
     def _drop(self, unwanted: Callable[[State], bool]) -> None:
-        """Remove states and their files."""
+        """Forget states, and remove the files of earlier generations that hold none of the others."""
         for state in [state for state in self._kept if unwanted(state)]:
-            for copy in self._kept.pop(state).values():
-                copy.path.unlink(missing_ok=True)
-        kept = {generation for generation, _ in self._kept} | {self._generation}
-        for generation in self._sizes.keys() - kept:
-            for path in self._scratch.glob(f"snapshot-g{generation}-*"):
+            del self._kept[state]
+        held = {copy.path for copies in self._kept.values() for copy in copies.values()}
+        for path in self._scratch.glob("snapshot-g*-rank-*"):
+            if path not in held and not path.name.startswith(f"snapshot-g{self._generation}-"):
                 path.unlink(missing_ok=True)
-            del self._sizes[generation]
+        kept = {generation for generation, _ in self._kept} | {self._generation}
+        self._sizes = {number: self._sizes[number] for number in kept}
 
     def _wake(self) -> None:
         for loop, event in self._waiting:
