@@ -223,7 +223,7 @@ def test_a_record_knows_its_nodes_rows() -> None:
     with pytest.raises(CheckpointError, match="rows 4 to 6 are missing"):
         torn.rows_of(TENSORS)
     for files in ((), record.files[::-1], record.files[1:]):
-        with pytest.raises(CheckpointError, match=r"not those of ranks 1, \.\.\."):
+        with pytest.raises(CheckpointError, match=r"expected those of ranks 1, \.\.\."):
             replace(record, files=files)
 
 

@@ -220,8 +220,8 @@ def test_a_node_record_needs_rows_that_join(tmp_path: Path) -> None:
     for wrong, reason in (
         ([first, gap, last], "are missing"),
         ([first, other, last], "differ in their training state"),
-        ([first, last], "not all shards of ranks 0 to 2"),
-        ([middle, first, last], "not all shards"),
+        ([first, last], "expected all shards of ranks 0 to 2"),
+        ([middle, first, last], "expected all shards"),
     ):
         with pytest.raises(CheckpointError, match=reason):
             publish_node(store, wrong)
@@ -312,7 +312,7 @@ def test_collecting_ends_at_its_timeout(tmp_path: Path) -> None:
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
     clock = Clock()
-    with pytest.raises(ShareMissing, match=r"notice-00001.json: not there after 5.0 s") as missing:
+    with pytest.raises(ShareMissing, match=r"notice-00001.json: missing after 5.0 s") as missing:
         collect_by(clock, store, ranks=2, timeout_s=5.0)
     assert missing.value.first_rank == 1
     assert clock.now_s == pytest.approx(105.0, abs=0.3)
