@@ -124,7 +124,7 @@ class SnapshotBuffers:
         self._targets = [self._views(each) for each in maps]
 
     def write(self, state: TrainingState) -> Buffer:
-        """Copy the live rows and the state of this step into the older buffer. Returns the number of the buffer."""
+        """Copy the live rows and the state of this step into the older buffer. Returns this buffer."""
         number, self._next = self._next, (self._next + 1) % BUFFERS
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
