@@ -72,7 +72,7 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; expected a new or empty directory")
-    papers = _papers(config, vocabulary, tokenizer_json, context_length, end_of_text)
+    json_files = _json_files(config, vocabulary, tokenizer_json, context_length, end_of_text)
     tokenizer_json = _as_trained(tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A unique name: no existing directory beside `out` may be touched.
@@ -82,7 +82,7 @@ def export(
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         _write_weights(_checked(pairs, config, vocabulary), config, partial, max_shard_bytes)
         (partial / "tokenizer.json").write_bytes(tokenizer_json)
-        for name, content in papers.items():
+        for name, content in json_files.items():
             _write_json(partial / name, content)
         partial.replace(out)
     finally:
@@ -182,7 +182,7 @@ def _write_weights(
     _write_json(out / "model.safetensors.index.json", content)
 
 
-def _papers(
+def _json_files(
     config: ModelSection,
     vocabulary: int,
     tokenizer_json: bytes,
