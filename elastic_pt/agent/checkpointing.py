@@ -44,7 +44,7 @@ def choose_resume(
     """The newest checkpoint with all its files; incomplete ones are quarantined with the reason.
 
     A member of the newest generation (by `incarnation`) does not check a checkpoint that this generation has
-    committed: every file was checked at its commit, moments ago. None at the start of a run. Raises
+    committed: every file was checked at its commit, just before. None at the start of a run. Raises
     `CheckpointError` if checkpoints were committed and none is usable.
     """
     generation = view.generation
@@ -112,7 +112,7 @@ class Checkpointing:
         self._uploads: dict[int, int] = defaultdict(int)
         """Shards of this generation that are done, by step."""
         self._lost: Lost | None = None
-        """The last checkpoint that this node knows cannot be committed."""
+        """The last checkpoint that cannot be committed, as far as this node knows."""
         self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
         self._committer = Committer(
             store,
@@ -174,7 +174,7 @@ class Checkpointing:
             self._upload_failed(shard, error)
 
     def note_step(self, message: Message) -> None:
-        """This node's first worker has done a step; the history of the next commit holds it, whichever node commits."""
+        """Note a step of this node's first worker for the history of the next commit. Any node may commit next."""
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
@@ -239,7 +239,7 @@ class Checkpointing:
         if name.generation != formed.generation.number:
             return
         self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit: no checkpoint may overtake another.
+        # The committing node's workers wait for the commit, so that checkpoints are committed in order.
         if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
             self._release(name.step)
 

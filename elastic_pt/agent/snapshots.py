@@ -1,14 +1,13 @@
-"""What a node holds in memory: its workers' newest states, and copies of its neighbours' (agent process).
+"""The states in a node's memory: the newest ones of its workers, and copies of its neighbours' (agent process).
 
-    worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours pull a copy and say so ─► complete ─► the worker may
-                                                                                                write over its other buffer
+    worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours copy it and report it ─► complete ─► the worker may
+                                                                                                overwrite its other buffer
     neighbour's buffer ─► Mirror (a thread for each neighbour) ─► buffer file of this node ─► held
     a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
 
-Copies are made in a ring over the members of a generation, in rank order: a node copies what the next
-`checkpoint.mirror_copies` nodes hold. So losing any set of nodes that takes no node together with all its mirrors
-leaves every row somewhere. The state from which a generation went on is kept until one of its own is complete on all
-nodes.
+The members of a generation form a ring in rank order: a node copies the states of the next `checkpoint.mirror_copies`
+nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
+is kept until a state of this generation is complete on all nodes.
 
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
@@ -39,7 +38,7 @@ from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.channel import Message
 
 _POLL_S: Final = 5.0
-"""A question for the next step is answered after this time at the latest."""
+"""Maximum time of a long poll for the next step."""
 
 log = structlog.get_logger("elastic_pt.agent.snapshots")
 
@@ -49,7 +48,7 @@ State = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A buffer file that holds a whole state, with its record as peers get it."""
+    """A buffer file with a whole state, and its record in the form for peers."""
 
     path: Path
     record: Snapshot
@@ -87,24 +86,24 @@ class Snapshots:
         self._kept: dict[State, dict[int, _Copy]] = {}
         """By state and rank."""
         self._sizes: dict[int, int] = {}
-        """Workers of the generations of which something is kept."""
+        """Number of workers of each generation with a kept state."""
         self._generation = 0
         self._every = 0
-        """The cadence that was logged last."""
+        """The last cadence in the event log."""
         self._own = range(0)
         self._acknowledged: dict[str, int] = {}
-        """The newest step that each mirror of this node has, by its incarnation."""
+        """The newest step of each mirror of this node, by the mirror's incarnation."""
         self._complete = 0
         self._unusable: set[State] = set()
         self._mirrors: list[Mirror] = []
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._jobs: JobThread[Buffer] = JobThread("snapshot", self._describe)
 
-    # ---- what the membership asks --------------------------------------------------------------
+    # ---- for the membership --------------------------------------------------------------------
 
     @property
     def held(self) -> tuple[Held, ...]:
-        """Which rows of which states are here."""
+        """The rows and states in this node's memory."""
         with self._lock:
             now_s = time.monotonic()
             return tuple(
@@ -127,7 +126,7 @@ class Snapshots:
 
     @property
     def routes(self) -> Mapping[str, Answer]:
-        """What peers may ask, by path; see `checkpoint.peer`."""
+        """The handlers of peers' requests, by path; see `checkpoint.peer`."""
         return {
             STEPS_PATH: self._answer_steps,
             "/v1/snapshots/next": self._answer_next,
@@ -138,7 +137,7 @@ class Snapshots:
     # ---- one generation ------------------------------------------------------------------------
 
     def starts(self, formed: Formed) -> None:
-        """Workers of a new generation are about to start: keep what it goes on from, begin to mirror."""
+        """Workers of a new generation are about to start: keep the state it resumes from, begin to mirror."""
         generation = formed.generation
         self.stop_mirrors()
         ring = mirrored_by(len(generation.members), self._copies)
@@ -171,7 +170,7 @@ class Snapshots:
         ]
 
     def places(self, generation: Generation) -> Places | None:
-        """Where the workers of a new generation read the state that it goes on from; None if in the bucket."""
+        """Where the workers of a new generation read the state that it resumes from; None if it is in the bucket."""
         memory = generation.memory
         if memory is None:
             return None
@@ -214,7 +213,7 @@ class Snapshots:
         if buffer.generation != self._generation:
             return
         if message["complete_step"]:
-            # All nodes and their mirrors hold a state of this generation: what it went on from is not needed any more.
+            # All nodes and their mirrors hold a state of this generation. The state it resumed from is not needed any more.
             with self._lock:
                 self._drop(lambda state: state[0] != buffer.generation)
         if message["every_steps"] != self._every:
@@ -233,13 +232,13 @@ class Snapshots:
         self._unusable.add((generation, step))
 
     def stop_mirrors(self) -> None:
-        """Pull nothing more. Returns at once."""
+        """Stop copying. Returns at once."""
         for mirror in self._mirrors:
             mirror.stop()
         self._mirrors = []
 
     def close(self) -> None:
-        """Stop all threads; the files go with the scratch directory."""
+        """Stop all threads. The files are removed with the scratch directory."""
         self.stop_mirrors()
         self._jobs.discard()
         self._jobs.close(0.0)
@@ -249,7 +248,7 @@ class Snapshots:
     def _describe(self, buffer: Buffer) -> None:
         try:
             found = describe_snapshot(buffer, self._scratch)
-        # Every error: keep the thread alive. A snapshot that cannot be described is one that does not exist.
+        # Any error: keep the thread alive. A snapshot without a description counts as missing.
         except Exception as error:
             log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
             return
@@ -257,7 +256,7 @@ class Snapshots:
             self._copied(buffer.path(self._scratch), found)
 
     def _copied(self, path: Path, record: Snapshot) -> None:
-        """A buffer file of this node holds a whole state."""
+        """Store the record of a buffer file of this node that holds a whole state."""
         with self._lock:
             if record.generation != self._generation:
                 return
@@ -268,7 +267,7 @@ class Snapshots:
             self._look()
 
     def _forget(self, path: Path) -> None:
-        """A buffer file is about to be written again."""
+        """A buffer file is about to be overwritten."""
         with self._lock:
             for state, copies in list(self._kept.items()):
                 for rank in [rank for rank, copy in copies.items() if copy.path == path]:
@@ -277,7 +276,7 @@ class Snapshots:
                     del self._kept[state]
 
     def _newest_own(self) -> int:
-        """The newest step of which all rows of this node's workers are described; 0 if there is none."""
+        """The newest step with described states of all workers of this node; 0 if there is none."""
         own = set(self._own)
         return max(
             (
@@ -314,7 +313,7 @@ class Snapshots:
     # ---- answers to peers, on the membership's event loop ----------------------------------------
 
     async def _answer_next(self, request: web.Request) -> web.StreamResponse:
-        """The newest step after `after`; a question says what the asking mirror has."""
+        """The newest step after `after`. The request also reports the newest step of the mirror."""
         try:
             generation, after = (int(request.query[name]) for name in ("generation", "after"))
             mirror = request.query["mirror"]

@@ -1,8 +1,8 @@
-"""The history of steps between two commits: bounded in memory, written in parts.
+"""The history of the steps between two commits: bounded in memory, written in parts.
 
-A commit names one key. Its object holds a line of JSON per step; where a part is full its last line is
-`{"next": KEY}` and the history goes on there. Parts are created from the last to the first, so a
-reader that finds the first one finds them all.
+A commit names the key of the first part. A part holds one line of JSON per step. If the history is longer, the
+part's last line is `{"next": KEY}`, the key of the next part. The first part is created last, so a reader that finds
+it finds all parts.
 """
 
 import json
@@ -19,7 +19,7 @@ HISTORY_BYTES_MAX: Final = 64 << 20
 
 
 class Line(NamedTuple):
-    """A step and its line of JSON, newline included."""
+    """A step and its line of JSON, with the newline."""
 
     step: int
     text: bytes
@@ -39,7 +39,7 @@ class StepHistory:
         self._lock = threading.Lock()
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add a step; it replaces its own earlier line and those of later steps."""
+        """Add a step. It replaces the earlier lines of this step and of later steps."""
         line = Line(entry["step"], json.dumps(entry).encode() + b"\n")
         with self._lock:
             while self._lines and self._lines[-1].step >= line.step:
@@ -110,11 +110,11 @@ def write_history(
 
 
 def read_history(store: Store, key: str) -> list[dict[str, Any]]:
-    """What `write_history` wrote, every part of it. Raises `NotFound` if it is not there."""
+    """All parts of a history, as `write_history` wrote it. Raises `NotFound` if it is missing."""
     entries: list[dict[str, Any]] = []
     for index in count():
         entries += [json.loads(line) for line in store.read(_part_key(key, index)).splitlines()]
-        # The key of the next part follows from the first one's, whatever the line says.
+        # Compute the key of the next part from the first key. Do not trust the key in the line.
         if not entries or "next" not in entries[-1]:
             break
         entries.pop()

@@ -176,7 +176,7 @@ def test_a_missing_notice_is_the_failure_of_its_node(
     lost = committing.lost()
     assert lost is not None
     assert lost.own == own
-    assert f"notice-0000{0 if own else 2}.json: not there after 1.0 s" in lost.why
+    assert f"notice-0000{0 if own else 2}.json: missing after 1.0 s" in lost.why
     assert (committing.failure() is None) != own
     committing.close(WAIT_S)
 

@@ -1,4 +1,4 @@
-"""Commits and deletes: what is deleted follows from the COMMIT that is in the log."""
+"""Commits and deletes: the COMMIT in the log decides what is deleted."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WAIT_S = 20.0
 
 
 class DisturbedStore(WatchedStore):
-    """A store in which something happens just before a key of some kind is created or deleted."""
+    """A store that calls `before` before each create and delete."""
 
     before: Callable[[str, str], None] = staticmethod(lambda verb, key: None)  # type: ignore[assignment]
 
@@ -33,7 +33,7 @@ class DisturbedStore(WatchedStore):
 
 
 class World:
-    """A run of one node with one worker whose checkpoints are committed one by one."""
+    """A run of one node with one worker. It commits one checkpoint at a time."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class World:
         )
 
     def upload(self, step: int) -> None:
-        """A worker's shard of a step reaches the bucket."""
+        """Upload a worker's shard of a step."""
         directory = directory_of(self.generation, step)
         run_id = self.log.view.run_id
         shards = stage(
@@ -71,14 +71,14 @@ class World:
         upload_nodes(self.store, shards)
 
     def commit(self, step: int) -> None:
-        """Take a step's checkpoint all the way; returns once the workers would be released."""
+        """Upload and commit a step's checkpoint. Returns when the workers are released."""
         self.upload(step)
         self.done[step] = threading.Event()
         self.committer.expect(step, self.generation)
         assert self.done[step].wait(WAIT_S)
 
     def there(self, step: int) -> bool:
-        """Whether the files of a checkpoint are in the bucket."""
+        """Whether files of a checkpoint are in the bucket."""
         return bool(self.store.keys(f"{directory_of(self.generation, step)}/"))
 
 
@@ -89,7 +89,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> None:
-    """An append that is retried behind a QUARANTINE keeps, and does not delete, what its first attempt would have dropped."""
+    """The first try would drop a checkpoint. The retry after a QUARANTINE keeps it, and it is not deleted."""
     world.commit(1)
     world.commit(2)
     interfering = RunLog(open_store(world.store.url), writer="z")
@@ -110,7 +110,7 @@ def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> No
 
 
 def test_expired_checkpoints_are_removed_after_workers_are_released(world: World) -> None:
-    """The workers are released at the COMMIT; only then, and without them, the oldest checkpoint goes."""
+    """The workers are released at the COMMIT. The oldest checkpoint is deleted after that, while they train."""
     released = threading.Event()
 
     def before(verb: str, key: str) -> None:
@@ -129,7 +129,7 @@ def test_expired_checkpoints_are_removed_after_workers_are_released(world: World
 
 
 def test_a_failed_delete_fails_no_commit_and_is_retried(world: World) -> None:
-    """A failed delete has its own counter, and is done after a later commit."""
+    """A failed delete is reported as such, not as a failed commit, and is retried after a later commit."""
     refuse = [True]
 
     def before(verb: str, key: str) -> None:
