@@ -1,1 +1,1 @@
-"""Measurements, run by hand. A regular package, so that no installed one of the same name takes its place."""
+"""Benchmarks, run by hand. A regular package, so that Python does not import an installed one of the same name."""

@@ -1,10 +1,12 @@
-"""Processor time of an agent in a large world; `tests/sim/scale.py` charges its simulated agents with it.
+"""Processor time of an agent in a large fleet. `tests/sim/scale.py` charges its simulated agents with it.
 
     python benchmarks/agent_costs.py [--nodes 1000] [--repeats 5] [--json FILE]
 
-One message is sent and received over a real WebSocket on loopback, with the peer table behind it; one turn is
-taken by a leader that watches all nodes; one GENERATION record is read. Medians, in microseconds: a message for
-its sender and its receiver together, a turn for each node, a record for each member.
+Three costs, as medians in microseconds:
+
+    message   sent and received over a real WebSocket on loopback, with the peer table; sender and receiver together
+    turn      of a leader that watches all nodes; divided by the nodes
+    record    reading one GENERATION; divided by its members
 """
 
 import argparse
@@ -36,7 +38,7 @@ FINGERPRINT = dict.fromkeys(
 
 
 class NoStore:
-    """Where a generation's store would listen."""
+    """Stands for a generation's store: only a port."""
 
     port = 1
 
@@ -47,7 +49,7 @@ def status_of(member: Member) -> NodeStatus:
 
 
 def participant_of(member: Member, directory: str) -> Participant:
-    """A node of the run in `directory`, which has read its log."""
+    """A node of the run in `directory` that has read the log."""
     store = open_store(f"file://{directory}")
     log = RunLog(store, writer=member.node)
     log.refresh()
@@ -67,7 +69,7 @@ def participant_of(member: Member, directory: str) -> Participant:
 
 @contextmanager
 def world(nodes: int) -> Iterator[tuple[str, tuple[Member, ...]]]:
-    """A run directory whose log has one generation of so many members."""
+    """A run directory; its log has one generation with `nodes` members."""
     members = tuple(
         Member(f"n{index:05d}", f"{index:016x}", "127.0.0.1", 20000, index, 8)
         for index in range(nodes)
@@ -81,7 +83,7 @@ def world(nodes: int) -> Iterator[tuple[str, tuple[Member, ...]]]:
 
 
 async def message_s(directory: str, members: tuple[Member, ...]) -> float:
-    """Processor seconds of one message, for both its ends."""
+    """Processor seconds of one message, sender and receiver together."""
     here, there = (participant_of(member, directory) for member in members[:2])
     links = [Links(each, "token", lambda: None) for each in (here, there)]
     try:
@@ -104,7 +106,7 @@ async def message_s(directory: str, members: tuple[Member, ...]) -> float:
         while count < before + MESSAGES:
             links[0].say(asks=True)
             await asyncio.sleep(0)
-        # Each was answered.
+        # Twice the count: each message was answered.
         return (time.process_time() - began_s) / (2 * (count - before))
     finally:
         for each in links:
@@ -112,7 +114,7 @@ async def message_s(directory: str, members: tuple[Member, ...]) -> float:
 
 
 def turn_s(directory: str, members: tuple[Member, ...]) -> float:
-    """Processor seconds of a leader's turn, by node."""
+    """Processor seconds of a leader's turn, divided by the nodes."""
     leader = participant_of(members[0], directory)
     leader.turn()
     for count, member in enumerate(members[1:], start=1):
@@ -124,7 +126,7 @@ def turn_s(directory: str, members: tuple[Member, ...]) -> float:
 
 
 def record_s(directory: str, members: tuple[Member, ...]) -> float:
-    """Processor seconds to read a GENERATION record, by member."""
+    """Processor seconds to read a GENERATION record, divided by its members."""
     key = record_key(0)
     data = open_store(f"file://{directory}").read(key)
     began_s, times = time.process_time(), 20
@@ -134,7 +136,7 @@ def record_s(directory: str, members: tuple[Member, ...]) -> float:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,15 +1,15 @@
-"""Time from the last upload to the COMMIT of a large world, with a store of a fixed latency.
+"""Time from the last upload to the COMMIT in a large fleet, with a store of fixed latency.
 
     python benchmarks/commit.py --nodes 1000 --workers 8 --latency-ms 30
 
 The store is in this process. Every worker holds one row of each tensor of a 1B model and of its moments, about 80 KB of
-slices; node records, notices, manifest, history and log are the real ones, and so is the time to make and to read
-them. Shards are not uploaded: their `write` and the `size` that checks it are what "beside the uploads" leaves
-out. All nodes finish their last upload at the same moment, after the committing node has waited for `--wait-s`: the worst case.
+slices. Node records, notices, manifest, history and log are real, and so is the time to make and to read them. Shards
+are not uploaded, so the counts of requests leave out a `write` and a `size` for each shard. All nodes finish their last
+upload at the same moment, after the committing node has waited for `--wait-s`: the worst case.
 
-`node` is what one node does after its last upload: the nodes do it at the same time. `commit` is from then on, when all
-notices appear at once, to the COMMIT. `worker` is what a worker then reads to find its rows, and
-`check` is what a node that resumes the run reads to compare the sizes of all files.
+`node` is the work of one node after its last upload. All nodes do it at the same time. `commit` is the time from then,
+when all notices appear at once, to the COMMIT. `worker` is the time in which a worker reads the index to find its rows.
+`check` is the time in which a node that resumes the run compares the sizes of all files.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import (
     ShardFile,
@@ -53,7 +54,7 @@ COLUMNS = 2048
 
 
 class SlowStore:
-    """A store whose every request takes a fixed time, counted by kind; notices are hidden until `reveal`."""
+    """A store with a fixed time for each request, which it counts by kind. It hides notices while `hides` is true."""
 
     def __init__(self) -> None:
         self._store = open_store(f"memory://{uuid.uuid4().hex}/run")
@@ -81,7 +82,7 @@ class SlowStore:
 
 
 def tensors_of(world_size: int) -> tuple[Tensor, ...]:
-    """All tensors of a 1B model and its moments, as many rows each as there are workers."""
+    """All tensors of a 1B model and its moments, each with one row per worker."""
     names = [f"layers.{layer}.{part}" for layer in range(LAYERS) for part in PER_LAYER]
     names += ["embedding.weight", "norm.weight", "output.weight"]
     return tuple(
@@ -94,7 +95,7 @@ def tensors_of(world_size: int) -> tuple[Tensor, ...]:
 def uploaded(
     tensors: tuple[Tensor, ...], state: TrainingState, shard: StagedShard
 ) -> UploadedShard:
-    """One worker's shard, as if it had just been uploaded."""
+    """One worker's shard, as after its upload."""
     offset, slices = 65_536, []
     for tensor in tensors:
         slices.append(
@@ -166,6 +167,7 @@ def main() -> None:
     committer = Committer(
         store,
         run_log,
+        StepHistory(),
         keep=2,
         keep_every_steps=0,
         last_step=10 * STEP,
@@ -204,9 +206,9 @@ def main() -> None:
         f"  commit  {commit_s:.2f} s from the notices to the COMMIT; manifest "
         f"{commits[0].manifest_size / 1e6:.2f} MB\n"
         f"  total   {node_s + commit_s:.2f} s from the last upload to the COMMIT\n"
-        f"  requests beside the uploads: {total / options.nodes:.2f} a node "
+        f"  requests without the uploads: {total / options.nodes:.2f} a node "
         f"(nodes {dict(by_nodes)}, committing node {dict(by_committer)}, of which {polls} while it waited)\n"
-        f"  worker  {worker_s:.2f} s and {worker_requests} requests to learn where its rows are\n"
+        f"  worker  {worker_s:.2f} s and {worker_requests} requests to find its rows\n"
         f"  check   {check_s:.2f} s and {store.requests.total()} requests for the sizes of all files"
     )
 

@@ -1,11 +1,11 @@
-"""What exact arithmetic costs: the same step with numerics = exact and native, alternating in one run.
+"""The cost of exact arithmetic: the same step with numerics = exact and native, alternating in one run.
 
     python benchmarks/exact.py [--world-size 2] [--pairs 9] [--device auto] [--json FILE]
 
-Every worker builds both states, and all of them alternate one exact step with one native step on the same
-tokens, so that noise of the machine hits both alike. Printed: the median seconds of each, the median of the
-pairwise ratios, and where an exact step spends its extra time (the canonical gradient norm). Worlds larger
-than the number of cores measure the scheduler more than the arithmetic.
+Every worker builds both states. All workers alternate one exact step with one native step on the same tokens, so that
+noise of the machine affects both equally. It prints the median seconds of each, the median of the pairwise ratios, and
+the part of an exact step that is extra time (the canonical gradient norm). With more workers than cores, the result
+shows the scheduler more than the arithmetic.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _POLL_S = 0.05
 
 
 def main() -> None:
-    """Parse the command line, run the world, print the table."""
+    """Parse the command line, run the workers, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
@@ -59,7 +59,7 @@ def main() -> None:
         worker.start()
     while results.empty():
         if not any(worker.is_alive() for worker in workers):
-            raise SystemExit("all workers ended without a result; their errors are above")
+            raise SystemExit("all workers ended without a result; see their errors above")
         time.sleep(_POLL_S)
     report = results.get()
     for worker in workers:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def benchmark_config(device: str, overrides: list[str], numerics: str) -> Config:
-    """A small model with V = 8; larger ones through --set."""
+    """A small model with V = 8. Use --set for larger models."""
     shape = [
         "data.sequence_length=128",
         "model.layers=4",
@@ -94,7 +94,7 @@ def work(
     overrides: list[str],
     results: "torch.multiprocessing.SimpleQueue",
 ) -> None:
-    """One worker: steps of both states, alternating. Workers beyond the CUDA devices share them, over gloo."""
+    """One worker: alternates steps of both states. If there are more workers than CUDA devices, they share, with gloo."""
     device = resolve_device(benchmark_config(device_name, overrides, "exact").train, rank)
     cuda = device.type == "cuda"
     if cuda:
@@ -141,7 +141,7 @@ def work(
 
 
 def timed_step(state: TrainState, numerics: str) -> float:
-    """Seconds of one step, from a common start of all workers."""
+    """Seconds of one step, which all workers start together."""
     torch.use_deterministic_algorithms(numerics == "exact")
     torch.utils.deterministic.fill_uninitialized_memory = False
     config = state.config
@@ -170,7 +170,7 @@ def timed_norm(state: TrainState) -> float:
 
 
 def print_table(report: dict[str, object]) -> None:
-    """For people."""
+    """Print the results as a table."""
     print(f"{report['machine']}; W = {report['world_size']}; {report['parameters']:,} parameters")
     print(f"exact   {report['exact_s']:.4f} s a step (median)")
     print(f"native  {report['native_s']:.4f} s a step (median)")

@@ -1,16 +1,16 @@
-"""How long a fault or a change of nodes stops training, with real agents on this machine.
+"""How long training stops after a fault or a change of the members, with real agents on this machine.
 
     python benchmarks/recovery.py [--repeats 30] [--kinds worker,node] [--peer torchrun] [--json FILE]
 
-    worker   SIGKILL to one worker          silent   a node's link goes down, nothing is reset (as root)
+    worker   SIGKILL to one worker          silent   a node's link goes down without a reset (as root)
     node     SIGKILL to a whole node        hang     SIGSTOP to one worker
-    join     a further node is started      leave    SIGTERM to one agent
+    join     another node is started        leave    SIGTERM to one agent
 
-Printed, as p50 and p99: seconds from the disturbance to the first optimizer step that the new generation
-completes; for `join` and `leave` how much longer than a normal step the survivors wait for their next one.
-Every node is the victim in turn, that of rank 0 included, after a random number of steps.
-With `--peer torchrun`, stock torchrun with FSDP2 and torch.distributed.checkpoint trains the same model in
-the same run, with its defaults and tuned, and is disturbed in the same ways.
+It prints p50 and p99 of the seconds from the disturbance to the first complete optimizer step of the new generation.
+For `join` and `leave` it is the time that survivors wait for their next step, minus a normal step. Each node is the
+victim in turn, also the node of rank 0, after a random number of steps. With `--peer torchrun`, stock torchrun with
+FSDP2 and torch.distributed.checkpoint trains the same model on the same machine, with its defaults and tuned, and is
+disturbed in the same ways.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-# Run as a file, Python looks for modules beside it; these are named from the root of the checkout.
+# If this file is run as a script, Python searches modules in its folder. The imports start at the root of the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.recovery_ours import measure_ours
@@ -45,7 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds, then it is a failure")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=60.0,
+        help="seconds after which a repetition counts as a failure",
+    )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--directory", type=Path, help="keep runs and logs here")
     parser.add_argument("--peer", choices=["torchrun"])
@@ -62,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """The machine of the measurement."""
     return {
         "processor": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -75,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 @contextmanager
 def working_directory(kept: Path | None) -> Iterator[Path]:
-    """Where runs and logs go: the one asked for, or one that is removed at the end."""
+    """The directory of runs and logs: that of --directory, or a temporary one."""
     if kept is not None:
         kept.mkdir(parents=True)
         yield kept.resolve()
@@ -88,7 +93,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     options = parse_arguments()
     console = Console()
-    # An orderly end on SIGTERM too, so that every process that was started is ended.
+    # Exit normally on SIGTERM too, so that all started processes are ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     report: dict[str, Any] = {
         "ours": {},

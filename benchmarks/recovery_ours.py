@@ -1,10 +1,10 @@
-"""Disturbs our agents repeatedly: one long-lived run per kind of disturbance.
+"""Disturbs our agents repeatedly: one long run per kind of disturbance.
 
-    whole world ─► a random pause of some steps ─► disturb ─► first step of the new generation ─► Sample
+    all nodes train ─► a random pause of some steps ─► disturb ─► first step of the new generation ─► Sample
          ▲                                                                                     │
          └──────────────────────── a replacement joins, a checkpoint is committed ◄────────────┘
 
-A repetition that does not recover within its limit is recorded as such, and the next one gets a fresh run.
+A repetition that does not recover within its limit is recorded as a failure, and the next one gets a new run.
 """
 
 import os
@@ -44,7 +44,7 @@ def recover(
     randomness: random.Random,
     disturb: Callable[[], None],
 ) -> Sample:
-    """Seconds from a disturbance to the first step of the new generation on all survivors."""
+    """Disturb, and measure the seconds until all survivors have done the first step of the new generation."""
     nodes = [member.node for member in survivors]
     limit_s = run.plan.limit_s
     with run.watch(randomness.choice(survivors), POLL_S) as watch:
@@ -67,8 +67,8 @@ def recover(
 
 
 def steps_lost(watch: StepWatch, first: FirstStep) -> tuple[int, float]:
-    """The last step of the old generation, and how many of its steps the new one does again."""
-    # A node is seen at a step after it has reported it, so what was seen before is of the old generation.
+    """The last step of the old generation, and the number of its steps that the new one does again."""
+    # Points before the node's report of its new first step belong to the old generation.
     report = first.reports[watch.node]
     frontier = max(point.step for point in watch.points if point.time_s < report.time_s)
     return frontier, float(frontier - report.content["step"] + 1)
@@ -77,7 +77,7 @@ def steps_lost(watch: StepWatch, first: FirstStep) -> tuple[int, float]:
 def lose_worker(
     run: OurRun, generation: Generation, victim: Member, randomness: random.Random
 ) -> Sample:
-    """SIGKILL to one worker; its agent goes on."""
+    """SIGKILL to one worker. Its agent continues."""
     pid = run.worker(victim)
     return recover(
         run, generation, generation.members, randomness, lambda: os.kill(pid, signal.SIGKILL)
@@ -95,7 +95,7 @@ def lose_node(
 def silence_node(
     run: OurRun, generation: Generation, victim: Member, randomness: random.Random
 ) -> Sample:
-    """A node's link goes down; it can still reach the bucket. It is gone for good afterwards."""
+    """A node's link goes down. The node can still reach the bucket. It is killed after the measurement."""
     survivors = [member for member in generation.members if member != victim]
     sample = recover(run, generation, survivors, randomness, lambda: run.cut(victim.node))
     run.fleet.kill(victim.node)
@@ -113,7 +113,7 @@ def hang_worker(
 
 
 def join_node(run: OurRun, generation: Generation, _: Member, randomness: random.Random) -> Sample:
-    """A further node is started, and lost again when it has been measured."""
+    """Another node is started, and killed after the measurement."""
     watched = randomness.choice(generation.members)
     with run.watch(watched, _FINE_POLL_S) as watch:
         run.pause(watch, max(_NORMAL_STEPS, randomness.randint(1, 2 * CHECKPOINT_STEPS)))
@@ -160,7 +160,7 @@ def ask_to_leave(
     while victim.node in run.fleet.running():
         if time.monotonic() > deadline_s:
             raise ElasticPtError(
-                f"{victim.node} was asked to leave and has not, {limit_s:g} s later"
+                f"{victim.node} has not left {limit_s:g} s after SIGTERM; expected an end before that"
             )
         time.sleep(POLL_S)
     return stalled(run, watch, nodes, start_s, first, {})
@@ -174,12 +174,12 @@ def stalled(
     first: FirstStep,
     beside: dict[str, float],
 ) -> Sample:
-    """How much longer than a normal step a survivor waited for the first step of the new generation."""
+    """The time that a survivor waited for the first step of the new generation, minus a normal step."""
     report = first.reports[watch.node]
     last_s = last_step_s(watch.points, report.time_s)
     assert last_s is not None
     normal_s = normal_step_s(watch.points, start_s)
-    # The disturbance was detected before the old generation's last step: the stall begins with agreeing.
+    # The change was detected before the old generation's last step, so the stall begins with the agreement.
     notice_s = noticed_s(run.logs.events, nodes, start_s)
     phases = phases_of(last_s, notice_s, first.generation_s, report)
     phases["first step"] -= normal_s
@@ -199,9 +199,9 @@ DISTURBANCES: Final[dict[str, Disturbance]] = {
 
 
 def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
-    """All repetitions of one kind, in as few runs as possible. Main thread."""
+    """Measure all repetitions of one kind, in as few runs as possible. Main thread."""
     if kind == "silent" and (reason := missing_for_networks()):
-        return unavailable(f"left out: needs networks, {reason}")
+        return unavailable(f"not measured: needs networks, {reason}")
     randomness = random.Random(f"{plan.seed} {kind}")
     samples: list[Sample] = []
     broken: list[str] = []
@@ -230,7 +230,7 @@ def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
 
 
 def repeat(kind: str, run: OurRun, randomness: random.Random, samples: list[Sample]) -> None:
-    """Disturb one run until there are enough samples, or it does not recover. Victims take turns."""
+    """Disturb one run until there are enough samples or it does not recover. The victim is another node each time."""
     plan = run.plan
     while len(samples) < plan.repeats:
         generation = run.make_whole()

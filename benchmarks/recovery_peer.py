@@ -1,9 +1,9 @@
-"""The peer: jobs of stock torchrun that train the same model, disturbed as ours are.
+"""The peer: jobs of stock torchrun that train the same model, with the same disturbances.
 
     agents of torchrun ─► torchrun_peer.py (FSDP2, DCP) ─► steps.jsonl ─► Sample
 
-Each repetition starts a new job: a job that was disturbed does not accept a replacement reliably. Where torchrun does
-not recover, the outcome is recorded: nothing within the limit, or all agents ended.
+Each repetition starts a new job, because a disturbed job does not reliably accept a replacement. If torchrun does not
+recover, the failure is recorded: no step within the limit, or all agents ended.
 """
 
 import itertools
@@ -40,7 +40,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """How torchrun is set up."""
+    """The settings of torchrun."""
 
     collective_timeout_s: float
     arguments: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Setting:
 
 
 SETTINGS: Final = {
-    # torchrun's own defaults, but not the process group's timeout of 30 minutes, which is rarely kept.
+    # torchrun's defaults, except the process group's timeout of 30 minutes, which users usually change.
     "torchrun_default": Setting(collective_timeout_s=60.0),
     "torchrun_tuned": Setting(
         collective_timeout_s=10.0,
@@ -62,9 +62,9 @@ SETTINGS: Final = {
 
 
 class TorchrunJob:
-    """Agents of one job, one worker each; a context manager that leaves no process behind. Main thread.
+    """Agents of one job, with one worker each. A context manager that ends all processes. Main thread.
 
-    With a network each agent is in a namespace of its own, else all are on the loopback. The first one
+    With a network each agent has its own network namespace, else all use the loopback interface. The first agent
     hosts the rendezvous.
     """
 
@@ -96,7 +96,7 @@ class TorchrunJob:
         """Start one more agent."""
         index = len(self._agents)
         address, inside, interface = "127.0.0.1", [], "lo"
-        # On one machine torchrun cannot tell by the host's name which agent is the host.
+        # On one machine torchrun cannot find the host of the rendezvous by its host name.
         rendezvous = ",".join((*self._setting.rendezvous, f"is_host={int(index == 0)}"))
         if self._network is not None:
             address, interface = self._network.address(self._network.nodes[index]), "eth0"
@@ -109,7 +109,7 @@ class TorchrunJob:
         command += [f"--timeout={self._setting.collective_timeout_s}"]
         command += [f"--checkpoint-steps={CHECKPOINT_STEPS}"]
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
-        # Workers of torchrun are in sessions of their own: the mark is how they are found again.
+        # torchrun's workers have their own sessions. The mark finds them again.
         with mark_children() as mark, self._log(index).open("wb") as output:
             agent = subprocess.Popen(
                 command,
@@ -124,7 +124,7 @@ class TorchrunJob:
 
     @property
     def agents(self) -> range:
-        """All that were started."""
+        """The numbers of all started agents."""
         return range(len(self._agents))
 
     def kill(self, index: int) -> None:
@@ -132,7 +132,7 @@ class TorchrunJob:
         agent, mark = self._agents[index]
         kill_all(mark)
         agent.wait()
-        # A worker that was just being made is found the second time.
+        # Again, for a worker that was being created during the first call.
         kill_all(mark)
 
     def leave(self, index: int) -> None:
@@ -151,11 +151,11 @@ class TorchrunJob:
         self._network.link_down(self._network.nodes[index])
 
     def ended(self, among: Sequence[int]) -> bool:
-        """Whether all these agents have ended by themselves."""
+        """Whether all these agents have ended."""
         return all(self._agents[index][0].poll() is not None for index in among)
 
     def lines(self) -> list[Line]:
-        """A line per completed step, by rank 0 of each world."""
+        """One line per completed step, from rank 0 of each world."""
         path = self._directory / "steps.jsonl"
         if path.exists() and path.stat().st_size > self._read_bytes:
             with path.open("rb") as file:
@@ -166,12 +166,12 @@ class TorchrunJob:
         return self._lines
 
     def until_training(self, nodes: int, steps: int) -> None:
-        """Wait until a world of so many nodes has done some steps. Raises `ElasticPtError` if it does not."""
+        """Wait until a world of `nodes` nodes has done `steps` steps. Raises `ElasticPtError` after `_START_S`."""
         deadline_s = time.monotonic() + _START_S
         while sum(line["world_size"] == nodes for line in self.lines()) < steps:
             if time.monotonic() > deadline_s:
                 tails = [self._log(index).read_text()[-2000:] for index in range(nodes)]
-                raise ElasticPtError(f"torchrun: not started within {_START_S} s\n{tails}")
+                raise ElasticPtError(f"torchrun: expected a start within {_START_S} s\n{tails}")
             time.sleep(_POLL_S)
 
     def _log(self, index: int) -> Path:
@@ -179,14 +179,14 @@ class TorchrunJob:
 
 
 def _free_port() -> int:
-    # torchrun wants the number beforehand; the kernel does not hand it out again so soon.
+    # torchrun needs the number before it starts. The kernel does not reuse it so soon.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def disturb(job: TorchrunJob, kind: str, victim: int) -> list[int]:
-    """Do it; returns the agents that should go on."""
+    """Disturb the job. Returns the agents that should continue."""
     others = [index for index in job.agents if index != victim]
     match kind:
         case "worker":
@@ -207,7 +207,7 @@ def disturb(job: TorchrunJob, kind: str, victim: int) -> list[int]:
 def await_new_world(
     job: TorchrunJob, before: Line, world_size: int | None, going_on: Sequence[int], limit_s: float
 ) -> Line | str:
-    """The first step of a world other than that of `before`, or what happened instead."""
+    """The first step of a world after that of `before`, or the reason why there is none."""
     deadline_s = time.monotonic() + limit_s
     while True:
         for line in job.lines():
@@ -222,7 +222,7 @@ def await_new_world(
 
 
 def await_progress(job: TorchrunJob, first: Line, limit_s: float) -> None:
-    """Wait until a step is done that had not been done before the new world's first one."""
+    """Wait until the new world has done a step beyond the last step of the old one, for at most `limit_s`."""
     deadline_s = time.monotonic() + limit_s
     before = [line["step"] for line in job.lines() if line["time_s"] < first["time_s"]]
     while job.lines()[-1]["step"] <= max(before) and time.monotonic() < deadline_s:
@@ -230,7 +230,7 @@ def await_progress(job: TorchrunJob, first: Line, limit_s: float) -> None:
 
 
 def sample_of(kind: str, lines: Sequence[Line], start_s: float, first: Line) -> Sample:
-    """What the first step of a new world says about the recovery."""
+    """The measurements of a recovery, from the first step of the new world."""
     frontier = max(line["step"] for line in lines if line["time_s"] < first["time_s"])
     beside = {"lost_steps": float(frontier - first["step"] + 1)}
     again_s = next((line["time_s"] for line in lines if line["step"] > frontier), None)
@@ -242,7 +242,7 @@ def sample_of(kind: str, lines: Sequence[Line], start_s: float, first: Line) -> 
         return Sample(first["time_s"] - start_s, phases_from(start_s, first), beside)
     since = [line for line in lines if line["time_s"] <= first["time_s"]]
     normal_s = normal_step_s([StepPoint(line["time_s"], line["step"]) for line in since], start_s)
-    # Of several worlds in between, the longest wait counts.
+    # If there were several worlds, the longest wait counts.
     last, following = max(
         ((one, other) for one, other in itertools.pairwise(since) if other["time_s"] > start_s),
         key=lambda pair: pair[1]["time_s"] - pair[0]["time_s"],
@@ -253,10 +253,10 @@ def sample_of(kind: str, lines: Sequence[Line], start_s: float, first: Line) -> 
 
 
 def phases_from(since_s: float, first: Line) -> dict[str, float]:
-    """Seconds of each part between a moment and the first step of a world; they add up to all of it."""
+    """Seconds of each part between a moment and the first step of a world. Their sum is the whole time."""
     began_s = max(since_s, first["began_s"])
     parts = {
-        # torchrun does not tell when it noticed.
+        # torchrun does not report when it detected the fault.
         "detect and agree": began_s - since_s,
         "fork": first["fork_s"],
         "process group": first["group_s"],
@@ -293,9 +293,9 @@ def measure_once(kind: str, setting: Setting, plan: Plan, directory: Path, turn:
 
 
 def measure_peer(name: str, kind: str, plan: Plan) -> Summary:
-    """All repetitions of one kind under one setting. Victims take turns, the rendezvous host last."""
+    """All repetitions of one kind with one setting. The victim is another agent each time, the rendezvous host last."""
     if kind == "silent" and (reason := missing_for_networks()):
-        return unavailable(f"left out: needs networks, {reason}")
+        return unavailable(f"not measured: needs networks, {reason}")
     samples: list[Sample] = []
     for turn in range(1, plan.repeats + 1):
         directory = plan.directory / name / f"{kind}-{turn}"

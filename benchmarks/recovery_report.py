@@ -1,10 +1,10 @@
-"""Summaries of the samples of `recovery.py`: percentiles, median phases, targets, and the table for people.
+"""Summaries of the samples of `recovery.py`: percentiles, median phases, targets, and the printed table.
 
     Sample ─► summarize ─► {"p50", "p99", "repeats", "phases", "samples", ...} ─► rows ─► table
                                                                   TARGETS ─► judge ─┘
 
-Pure, but for `print_report`. Percentiles are nearest-rank, so p99 of fewer than 100 samples is the largest
-of them; a repetition that did not recover counts as infinitely long, and as null in the JSON.
+All functions are pure except `print_report`. Percentiles are nearest-rank, so p99 of fewer than 100 samples is the
+largest sample. A repetition that did not recover counts as infinitely long. In the JSON it is null.
 """
 
 import math
@@ -17,40 +17,40 @@ from rich.console import Console
 from rich.table import Table
 
 PHASES: Final = ("detect", "agree", "fork", "process group", "restore", "first step")
-"""The parts of a recovery, in order: a member notices; the log has the new generation; its workers run;
-they are connected; they have the state; the first step is done."""
+"""The phases of a recovery, in order. They end when: a member detects it; the log has the new generation; its workers
+run; they are connected; they have the state; the first step is done."""
 KINDS: Final = ("worker", "node", "silent", "hang", "join", "leave")
-"""The disturbances, in the order in which they are measured."""
+"""The kinds of disturbances, in the order of the measurement."""
 
 Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One repetition. `seconds` is None when it did not recover, and `failure` says what happened instead."""
+    """One repetition. If it did not recover, `seconds` is None and `failure` has the reason."""
 
     seconds: float | None
     phases: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase; they add up to `seconds`."""
+    """Seconds by phase. Their sum is `seconds`."""
     beside: Mapping[str, float] = field(default_factory=dict)
-    """Further measurements of this repetition, by name with the unit last."""
+    """More measurements of this repetition, by name, with the unit last."""
     victim: str = ""
     failure: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a measurement of a kind, and what it should be at most, in seconds."""
+    """One line of the table: a measurement of a kind, and its targets (maximum seconds)."""
 
     kind: str
     title: str
     beside: str = ""
-    """Which of the `beside` measurements; empty for `seconds`."""
+    """The name of a measurement in `Sample.beside`; empty for `seconds`."""
     p50_max_s: float | None = None
     p99_max_s: float | None = None
 
 
-# A target that names no percentile holds for all but one in a hundred.
+# A target without a percentile is a p99 target.
 ROWS: Final = (
     Row("worker", "worker killed", p50_max_s=0.5, p99_max_s=1.0),
     Row("node", "node killed, any", p50_max_s=1.0, p99_max_s=2.0),
@@ -71,7 +71,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summarize(samples: Sequence[Sample]) -> Summary:
-    """The JSON object of one kind: percentiles, median phases, what was measured beside, and all samples."""
+    """The JSON object of one kind: percentiles, median phases, more measurements, and all samples."""
     assert samples
     recovered = [sample for sample in samples if sample.seconds is not None]
     phases = {name: None for sample in recovered for name in sample.phases}
@@ -122,13 +122,13 @@ def _percentiles(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def value_of(summary: Summary, row: Row, name: str) -> float | None:
-    """A percentile of the row's measurement, or None when there is none."""
+    """A percentile of the row's measurement; None if there is none."""
     found: float | None = (summary.get(row.beside, {}) if row.beside else summary).get(name)
     return found
 
 
 def judge(summary: Summary, row: Row) -> bool | None:
-    """Whether the measurement meets the row's targets; None for a row without any or that was not measured."""
+    """Whether the measurement meets the row's targets; None if there is no target or no measurement."""
     limits = {"p50": row.p50_max_s, "p99": row.p99_max_s}
     wanted = {name: limit for name, limit in limits.items() if limit is not None}
     if not wanted or not summary["repeats"]:
@@ -138,7 +138,7 @@ def judge(summary: Summary, row: Row) -> bool | None:
 
 
 def words(summary: Summary | None, row: Row) -> str:
-    """A cell of the table: p50 and p99, or why there are none."""
+    """A cell of the table: p50 and p99, or the reason why there are none."""
     if summary is None:
         return ""
     values = [value_of(summary, row, name) for name in ("p50", "p99")]
@@ -150,12 +150,12 @@ def words(summary: Summary | None, row: Row) -> str:
 
 
 def breakdown(summary: Summary) -> str:
-    """The median phases in order, in one line; for a join also the phases of the joiner."""
+    """The median phases in order, in one line. For a join also the phases of the joiner."""
     joiner = {
         f"joiner's {name}": summary[key]["p50"]
         for name, key in (
             ("agent", "joiner_agent_s"),
-            ("being taken in", "joiner_agree_s"),
+            ("admission", "joiner_agree_s"),
             ("first step", "joiner_step_s"),
         )
         if summary.get(key, {}).get("p50") is not None
@@ -177,7 +177,7 @@ def worst(summary: Summary) -> str:
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """The table of all sides, and the phases of each row of ours that misses its target."""
+    """Print the table of all sides, and the phases of each of our rows that misses its target."""
     sides = [name for name in report if name == "ours" or name.startswith("torchrun")]
     table = Table(title="seconds, p50 / p99 (nearest rank)")
     table.add_column("disturbance")

@@ -1,4 +1,4 @@
-"""One long-lived run of real agents that `recovery_ours.py` disturbs and observes."""
+"""One long run of real agents, which `recovery_ours.py` disturbs and observes."""
 
 import tempfile
 import time
@@ -22,7 +22,7 @@ from elastic_pt.runlog.records import Generation, Member
 from elastic_pt.store.open import open_store
 
 CHECKPOINT_STEPS: Final = 10
-"""Steps between checkpoints, for us and for the peers."""
+"""Steps between checkpoints, for our agents and for torchrun."""
 POLL_S: Final = 0.02
 _VOCABULARY: Final = 320
 _TOKENS: Final = 100_000
@@ -34,7 +34,7 @@ _WHOLE_S: Final = 120.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The parameters of the measurement."""
 
     nodes: int
     repeats: int
@@ -45,20 +45,20 @@ class Plan:
     tell: Callable[[str], None]
     """Prints a line of progress."""
     overrides: tuple[str, ...] = ()
-    """Changes of the run's configuration, as for `--set`."""
+    """Changes of the run's configuration, in the form of `--set`."""
 
 
 def prepare_data(directory: Path) -> str:
-    """A few hundred kilobytes of random tokens; returns their URL."""
+    """Write a few hundred kilobytes of random tokens. Returns their URL."""
     return write_random_tokens(directory, _VOCABULARY, _TOKENS)
 
 
 def make_config(
     run_url: str, data_url: str, staging: str, nodes_max: int, overrides: Sequence[str] = ()
 ) -> Config:
-    """A small model, whose steps take 0.1 s and more on three nodes of two cores, that trains without end.
+    """A small model that trains without end. On three nodes of two cores a step takes at least 0.1 s.
 
-    The settings that decide about recovery are the defaults, but for a snapshot after every step.
+    All settings that affect recovery are the defaults, except a snapshot after every step.
     """
     text = f"""
 [run]
@@ -90,12 +90,12 @@ staging = "{staging}"
 
 
 def network_of(count: int) -> Network:
-    """A network for so many nodes at a time, on IPv4."""
+    """A network with places for `count` nodes at a time, on IPv4."""
     return Network([f"place-{number}" for number in range(count)], versions=(4,))
 
 
 class OurRun:
-    """A run of real agents that never ends by itself; a context manager that leaves no process behind."""
+    """A run of real agents without an end. A context manager that ends all processes."""
 
     def __init__(
         self, plan: Plan, directory: Path, data_url: str, nodes_max: int, network: Network | None
@@ -106,7 +106,7 @@ class OurRun:
         self._stack = ExitStack()
         self._mark = self._stack.enter_context(mark_children())
         self._stack.callback(kill_all, self._mark)
-        # Agents that are killed leave their scratch directories to the next one; here there is none.
+        # A later agent removes the scratch directory of a killed one. Here no later agent runs, so remove them at exit.
         staging = self._stack.enter_context(
             tempfile.TemporaryDirectory(prefix="recovery-", dir=_MEMORY)
         )
@@ -118,7 +118,7 @@ class OurRun:
         self._log = RunLog(self._store, writer="benchmark")
         self._started = 0
         self._place_of: dict[str, str] = {}
-        """The network's node on which an agent runs."""
+        """The network's place of each agent."""
 
     def __enter__(self) -> Self:
         return self
@@ -132,7 +132,7 @@ class OurRun:
         self._stack.__exit__(kind, error, traceback)
 
     def start_node(self) -> str:
-        """Start one more agent, under a name that no other had."""
+        """Start one more agent with a new name. Returns the name."""
         self._started += 1
         node = f"node-{self._started}"
         if self._network is None:
@@ -148,7 +148,7 @@ class OurRun:
         return node
 
     def cut(self, node: str) -> None:
-        """Take a node's link down. Only in a run with a network."""
+        """Take a node's link down. Needs a run with a network."""
         assert self._network is not None
         self._network.link_down(self._place_of[node])
 
@@ -159,7 +159,7 @@ class OurRun:
         return generation
 
     def make_whole(self) -> Generation:
-        """Replace lost nodes and wait until all train and have committed; returns their generation.
+        """Replace lost nodes and wait until all nodes train and have committed a checkpoint. Returns their generation.
 
         Raises `ElasticPtError` after `_WHOLE_S`.
         """
@@ -175,28 +175,30 @@ class OurRun:
                 if newest is not None and newest.generation == generation.number:
                     return generation
             if ended := sorted(nodes - set(self.fleet.running())):
-                raise ElasticPtError(f"{ended[0]} has ended\n{self.fleet.tail(ended[0])}")
+                raise ElasticPtError(
+                    f"{ended[0]} has ended; expected it to train\n{self.fleet.tail(ended[0])}"
+                )
             if time.monotonic() > deadline_s:
                 words = "\n".join(f"{node}: {self.fleet.tail(node)}" for node in sorted(nodes))
-                raise ElasticPtError(f"not whole again within {_WHOLE_S} s\n{words}")
+                raise ElasticPtError(f"expected all nodes to train within {_WHOLE_S} s\n{words}")
             time.sleep(POLL_S)
 
     def watch(self, member: Member, interval_s: float) -> StepWatch:
-        """A watch on one member's steps."""
+        """An observer of one member's steps."""
         within = nullcontext if self._network is None else self._network.on_hub
         return StepWatch(member, self._store.read(TOKEN_KEY).decode(), within, interval_s)
 
     def worker(self, member: Member) -> int:
-        """Process id of a member's (only) worker."""
+        """Process id of a member's only worker."""
         (pid,) = workers_of(member.pid, self._mark)
         return pid
 
     def pause(self, watch: StepWatch, steps: int) -> None:
-        """Wait until the world has done some steps. Raises `ElasticPtError` after `_WHOLE_S`."""
+        """Wait until the run has done `steps` more steps. Raises `ElasticPtError` after `_WHOLE_S`."""
         deadline_s = time.monotonic() + _WHOLE_S
         while watch.step == 0:
             if time.monotonic() > deadline_s:
-                raise ElasticPtError(f"no step to be seen within {_WHOLE_S} s")
+                raise ElasticPtError(f"expected a step within {_WHOLE_S} s")
             time.sleep(POLL_S)
         if watch.until_beyond(watch.step + steps, _WHOLE_S) is None:
-            raise ElasticPtError(f"no {steps} steps within {_WHOLE_S} s")
+            raise ElasticPtError(f"expected {steps} steps within {_WHOLE_S} s")

@@ -1,9 +1,9 @@
-"""Observes a run of real agents: the events they log, and the steps that one of them reports.
+"""Observes a run of real agents: the events that they log, and the steps that one of them reports.
 
     <node>.log ─► EventLogs ─► first_step_after ─► FirstStep ─┐
     GET /v1/status ─► StepWatch ─► StepPoint ─────────────────┴─► phases_of
 
-All processes are on one machine, so the times of events and of the benchmark are of one clock.
+All processes are on one machine, so events and benchmark use the same clock.
 """
 
 import datetime
@@ -25,7 +25,7 @@ from elastic_pt.runlog.records import Member
 _POLL_S: Final = 0.01
 _ANSWER_TIMEOUT_S: Final = 1.0
 _INDIFFERENT: Final = ("training", "waiting for all members to stop")
-"""Reasons of decisions that detect no change."""
+"""Reasons of decisions without a change."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Event:
 
 
 class EventLogs:
-    """The events of all agents of a fleet, read from the end of their logs on."""
+    """The events of all agents of a fleet. Reads only the new parts of their logs."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._read_bytes: dict[Path, int] = {}
         self.events: list[Event] = []
-        """All events so far; those of one node are in order."""
+        """All events so far. Those of one node are in order."""
 
     def refresh(self) -> list[Event]:
-        """Read on; returns all events."""
+        """Read new lines. Returns all events so far."""
         for path in self._directory.glob("*.log"):
             start = self._read_bytes.get(path, 0)
             if path.stat().st_size <= start:
@@ -64,7 +64,7 @@ class EventLogs:
 
 
 def parse_event(line: bytes, node: str) -> Event | None:
-    """An event from a line of an agent's log; None for other output."""
+    """The event in a line of an agent's log; None for other output."""
     if not line.startswith(b"{"):
         return None
     content = json.loads(line)
@@ -74,7 +74,7 @@ def parse_event(line: bytes, node: str) -> Event | None:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """A generation whose first step is done: when the log had it, and what each node said. Unix time."""
+    """A generation with a completed first step: when the log had it, and the report of each node. Unix time."""
 
     generation: int
     generation_s: float
@@ -83,14 +83,14 @@ class FirstStep:
 
     @property
     def last(self) -> Event:
-        """The report of the node that had it last: only then has the generation completed the step."""
+        """The report of the last node. The generation has completed the step only then."""
         return max(self.reports.values(), key=lambda event: event.time_s)
 
 
 def first_step_of(
     events: Sequence[Event], nodes: Iterable[str], after: int, including: str | None = None
 ) -> FirstStep | None:
-    """The first step of the oldest generation beyond `after` of which all `nodes` did one; None so far.
+    """The first step of the oldest generation after `after` in which all `nodes` did a step; None if there is none yet.
 
     With `including`, only generations with that member count.
     """
@@ -123,7 +123,7 @@ def first_step_after(
     limit_s: float,
     including: str | None = None,
 ) -> FirstStep | None:
-    """Wait for `first_step_of`; None when it has not come within `limit_s`."""
+    """Wait for `first_step_of`. Returns None after `limit_s`."""
     wanted = list(nodes)
     deadline_s = time.monotonic() + limit_s
     while (found := first_step_of(logs.refresh(), wanted, after, including)) is None:
@@ -134,7 +134,7 @@ def first_step_after(
 
 
 def noticed_s(events: Sequence[Event], nodes: Iterable[str], since_s: float) -> float | None:
-    """When the first of `nodes` detected a fault, or that the world should change."""
+    """When the first of `nodes` detected a fault, or a reason to change the members; None if none did."""
     wanted = set(nodes)
     times = [
         event.time_s
@@ -152,10 +152,10 @@ def noticed_s(events: Sequence[Event], nodes: Iterable[str], since_s: float) -> 
 def phases_of(
     start_s: float, notice_s: float | None, generation_s: float, report: Event
 ) -> dict[str, float]:
-    """Seconds of each phase between `start_s` and a node's first step; they add up to all of it.
+    """Seconds of each phase between `start_s` and a node's first step. Their sum is the whole time.
 
-    The time after the generation's record that its workers did not report is the fork. Without a known moment of
-    detection, the time before the record counts as agreeing.
+    The time after the generation's record that is in no worker's report is the fork. If the moment of detection is
+    unknown, all time before the record counts as agreement.
     """
     agreed_s = max(start_s, generation_s)
     detected_s = start_s if notice_s is None else min(max(start_s, notice_s), agreed_s)
@@ -175,14 +175,14 @@ def phases_of(
 
 @dataclass(frozen=True)
 class StepPoint:
-    """When a node was first seen at a step. Unix time."""
+    """When a node first reported a step. Unix time."""
 
     time_s: float
     step: int
 
 
 class StepWatch:
-    """Asks one agent for its step at a fixed interval, in a thread of its own; a context manager.
+    """Polls one agent for its step at a fixed interval, in its own thread. A context manager.
 
     The thread runs inside `within()`, which can move it to another network.
     """
@@ -213,11 +213,11 @@ class StepWatch:
 
     @property
     def step(self) -> int:
-        """The step it was last seen at; 0 before the first answer."""
+        """The last reported step; 0 before the first answer."""
         return self.points[-1].step if self.points else 0
 
     def until_beyond(self, step: int, limit_s: float) -> float | None:
-        """When it was seen beyond a step: waits for that, at most `limit_s` seconds."""
+        """Wait for a step after `step`. Returns when it was reported; None after `limit_s` seconds."""
         deadline_s = time.monotonic() + limit_s
         seen = 0
         while True:
@@ -250,12 +250,12 @@ class StepWatch:
 
 
 def normal_step_s(points: Sequence[StepPoint], before_s: float) -> float:
-    """Median seconds between steps that were seen before a moment; 0 when fewer than two were."""
+    """Median seconds between the steps before a moment; 0 if there are fewer than two."""
     times = [point.time_s for point in points if point.time_s < before_s]
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return statistics.median(gaps) if gaps else 0.0
 
 
 def last_step_s(points: Sequence[StepPoint], before_s: float) -> float | None:
-    """When the last step before a moment was seen."""
+    """When the last step before a moment was reported; None if there is none."""
     return max((point.time_s for point in points if point.time_s < before_s), default=None)

@@ -1,6 +1,6 @@
 """Random tokens as prepared data, for benchmarks: no corpus, no tokenizer, no pyarrow.
 
-Training on them teaches nothing; times, bits and failures are those of real data.
+The model learns nothing from them, but times, bits and failures are those of real data.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ _TOKENIZER_KEY = "tokenizer-none.json"
 
 
 def write_random_tokens(directory: Path, vocabulary: int, tokens: int, seed: int = 0) -> str:
-    """Write a data set of one source into `directory`; returns its URL."""
+    """Write a data set with one source into `directory`. Returns its URL."""
     store = open_store(f"file://{directory}")
     writer = ShardWriter(store, "shards/random/train", "uint32", SHARD_TOKENS)
     writer.add(numpy.random.default_rng(seed).integers(0, vocabulary, tokens, dtype=numpy.uint32))

@@ -2,9 +2,9 @@
 
     torchrun ... benchmarks/torchrun_peer.py DIRECTORY [--timeout 60] [--checkpoint-steps 5]
 
-It is written the way torch's documentation does it: join the world, shard, resume from the newest complete
-checkpoint, train, save every few steps. Rank 0 of each world appends a JSON line per completed step to
-`DIRECTORY/steps.jsonl`; the first one of a world tells when its process began and how long each part took.
+It follows torch's documentation: join the world, shard, resume from the newest complete checkpoint, train, save every
+few steps. Rank 0 of each world appends one JSON line per completed step to `DIRECTORY/steps.jsonl`. The first line of
+a world also has the start time of its process and the duration of each part.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MODEL = ModelSection(layers=2, width=64, heads=2, kv_heads=1)
 VOCABULARY, LENGTH, GLOBAL_BATCH, KEPT = 320, 64, 8, 3
 PR_SET_PDEATHSIG = 1
 METADATA = ".metadata"
-"""What torch.distributed.checkpoint writes last: a checkpoint without it is not complete."""
+"""The file that torch.distributed.checkpoint writes last. A checkpoint without it is not complete."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def process_start_s() -> float:
-    """Unix time at which this process was made, to the kernel's clock tick."""
+    """Unix time at which this process was created, to the precision of the kernel's clock tick."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(") ")[2].split()[19])
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age_s
@@ -62,7 +62,7 @@ def agree_on_checkpoint(directory: Path) -> tuple[str, int]:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
 
@@ -84,20 +84,20 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
         row = min(first + rank, GLOBAL_BATCH - 1)
         tokens = rows[row : row + 1]
         sums = model(tokens[:, :-1], tokens[:, 1:].contiguous())
-        # FSDP2 averages over ranks; a rank without a row of its own takes part with weight zero.
+        # FSDP2 averages over ranks. A rank without a row must still take part, with weight zero.
         weight = world_size if first + rank < GLOBAL_BATCH else 0
         (sums.total * (weight / (GLOBAL_BATCH * LENGTH))).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    # Waits for all ranks, as a script does that logs the norm.
+    # Waits for all ranks, like a script that logs the norm.
     norm.full_tensor().item()
 
 
 def main() -> None:
-    """Train until somebody ends this process."""
+    """Train until this process is ended."""
     began_s, entered_s = process_start_s(), time.time()
-    # Stock torchrun leaves its workers behind when it is killed; the benchmark must not.
+    # A killed torchrun does not end its workers. The benchmark must end them.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     options = parse_arguments()
     checkpoints = options.directory / "checkpoints"
@@ -105,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    # Connections are made by the first collective.
+    # The first collective makes the connections.
     dist.barrier()
     joined_s = time.time()
     model = build_on_meta(MODEL, VOCABULARY)

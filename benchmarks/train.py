@@ -1,14 +1,14 @@
-"""Tokens per second and peak memory of our training step beside transformers' Llama, in one run.
+"""Tokens per second and peak memory of our training step and of transformers' Llama, in one run.
 
     python benchmarks/train.py [--device cuda] [--width 512 --layers 8 ...] [--json FILE]
 
 Both sides do the same work on the same weights and tokens: forward, backward, clipping and AdamW, on the same
 device with the same number of threads. The reference is `LlamaForCausalLM` with its own loss (SDPA attention),
-`clip_grad_norm_` and torch's fused AdamW. Their steps alternate, and the speed is the median of the ratios of
-neighbouring pairs, so a drift of the machine cancels out. Peak memory is what one process per side needs above
-its start: resident memory on the CPU, allocated memory on CUDA.
+`clip_grad_norm_` and torch's fused AdamW. The steps of the two sides alternate. The speed is the median of the ratios
+of adjacent pairs, so a drift of the machine cancels out. Peak memory is the memory of one process per side minus the
+memory at its start: resident memory on the CPU, allocated memory on CUDA.
 
-It is a measurement of the step alone: no sharding, no data loading.
+It measures only the step: no sharding, no data loading.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def batch(options: argparse.Namespace, seed: int) -> torch.Tensor:
 
 
 def timed(step: Step, rows: torch.Tensor) -> tuple[float, float]:
-    """Seconds and loss of one step; `.item()` inside the step waits for the device."""
+    """Seconds and loss of one step. `.item()` in the step waits for the device."""
     start = time.perf_counter()
     loss = step(rows)
     if rows.is_cuda:
@@ -147,13 +147,13 @@ def timed(step: Step, rows: torch.Tensor) -> tuple[float, float]:
 
 
 def peak_bytes(side: str, options: argparse.Namespace) -> int:
-    """Memory above the start that three steps need, model and optimizer included."""
+    """Bytes of memory that three steps need, with model and optimizer, without the memory at the start."""
     torch.set_num_threads(options.threads)
     tiny = argparse.Namespace(
         **vars(options) | {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1}
     )
     tiny.vocabulary, tiny.length = 64, 16
-    # Imports, thread pools and the allocator belong to the start.
+    # Imports, thread pools and the allocator count as memory at the start.
     STEPS[side](tiny)(batch(tiny, 0))
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

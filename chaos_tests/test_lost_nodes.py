@@ -46,7 +46,7 @@ def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest:
 def test_a_killed_leader_node_shrinks_the_world(
     start: StartScenario, reference_digest: str
 ) -> None:
-    """F6: the node that leads, commits and serves the generation's store can be lost like any other."""
+    """F6: the node that proposes, commits and serves the generation's store can be lost like any other."""
     run = start(nodes=3)
     run.until_step(KILL_STEP, nodes=3)
     victim = first_member(run.generation())

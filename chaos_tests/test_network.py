@@ -202,7 +202,7 @@ def heal_and_finish(run: Scenario, network: Network, others: list[str], digest: 
 def test_a_partitioned_leader_rejoins(
     make_network: MakeNetwork, start: StartScenario, reference_digest: str
 ) -> None:
-    """F7: two of three nodes continue; the cut-off leader appends no generation and is admitted after the network heals."""
+    """F7: two of three nodes continue; the cut-off proposer appends no generation and is admitted after the network heals."""
     network = make_network(3)
     run = start_on(network, start, *PATIENT)
     run.until_step(FAULT_STEP, nodes=3)

@@ -27,7 +27,7 @@ def test_a_hung_worker_is_killed_and_replaced(start: StartScenario, reference_di
     newest = run.check_whole(reference_digest).generations[-1]
     (cause,) = newest.causes
     assert (cause.kind, cause.node) == (CauseKind.FAILED, "node-1")
-    assert "sent no heartbeat" in cause.detail
+    assert "wrote no heartbeat" in cause.detail
     (failure,) = run.events("node-1", "worker_failed")
     assert failure["kind"] == "hang"
     assert "run_step" in failure["stacks"]

@@ -88,7 +88,9 @@ PANELS = [
     stat("Loss", "max(@loss)", "none", "Mean cross-entropy per token of the last step, in nats."),
     stat("Nodes", "max(@nodes)", "none", "Nodes of the newest generation."),
     stat("Workers", "max(@world_size)", "none", "World size of the newest generation."),
-    stat("Generation", "max(@generation)", "none", "Rises by one with every change of the world."),
+    stat(
+        "Generation", "max(@generation)", "none", "Rises by one with every change of the members."
+    ),
     stat(
         "Tokens per second",
         "max(rate(@tokens_total[$__rate_interval]))",

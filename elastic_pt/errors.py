@@ -3,7 +3,7 @@
     ElasticPtError                 8   base of every error that this project raises on purpose
     ├── ConfigError                2   the user can fix it: names the field, the value, what is expected
     │   └── DataError              2   the corpus or the prepared data cannot be used as it is
-    ├── StoreError                 3   a request to the bucket failed until its deadline
+    ├── StoreError                 3   a request to the bucket failed, at once or until its deadline
     │   ├── NotFound               3   no object under that key
     │   ├── AlreadyExists          3   a lost create-once: the key holds another writer's object
     │   ├── AccessDenied           3   credentials are missing, expired or not allowed
@@ -36,7 +36,7 @@ class DataError(ConfigError):
 
 
 class StoreError(ElasticPtError):
-    """A request to the store failed until its deadline."""
+    """A request to the store failed, at once or until its deadline."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each in a process of its own with a limit; `run.sh` starts it."""
+"""Runs the parts one after the other, each in its own process with a time limit. `run.sh` starts it."""
 
 import argparse
 import importlib
@@ -25,13 +25,13 @@ LIMITS_S: Final = {
     "recovery": 200.0,
     "speed": 300.0,
 }
-"""The parts in their order, and the most seconds that each may take. Short ones come first."""
+"""The parts in order, and the maximum seconds of each. Short parts come first."""
 _LOG_BYTES_MAX: Final = 200_000
 _COPY_TIMEOUT_S: Final = 5.0
 
 
 def main() -> None:
-    """Parse the command line; run the parts, or the one part that this process is for."""
+    """Parse the command line. Run all parts, or in a part's process only this part."""
     parser = argparse.ArgumentParser(prog="benchmarks/cuda/run.sh", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(LIMITS_S)}; default: all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -51,7 +51,7 @@ def main() -> None:
     results = read_results(options.out)
     results["machine"] = machine(options.device)
     write_results(options.out, results)
-    # An orderly end on SIGTERM too, so that every process that was started is ended.
+    # Exit normally on SIGTERM too, so that all started processes are ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     deadline_s = time.monotonic() + options.seconds
     scale = CPU_SLOWER if options.device == "cpu" else 1.0
@@ -61,10 +61,12 @@ def main() -> None:
 
 
 def _run_part(part: str, options: argparse.Namespace, limit_s: float) -> None:
-    """One part in its own process; leaves no process behind, and the logs of its agents in the results."""
+    """Run one part in its own process. Ends all its processes and stores the logs of its agents with the results."""
     report = Report(options.out, part)
     if limit_s < 1.0:
-        report.row("all", f"not started: {options.seconds:g} s are over (--seconds)", failed=True)
+        report.row(
+            "all", f"not started: no time left of {options.seconds:g} s (--seconds)", failed=True
+        )
         return
     with tempfile.TemporaryDirectory(prefix=f"cuda-{part}-") as work, mark_children() as mark:
         command = [sys.executable, "-m", "benchmarks.cuda", part, "--work", work]
@@ -85,9 +87,9 @@ def _run_part(part: str, options: argparse.Namespace, limit_s: float) -> None:
         try:
             code = child.wait(limit_s)
             if code != 0:
-                report.row("all", f"ended with exit code {code}; its error is above", failed=True)
+                report.row("all", f"ended with exit code {code}; see its error above", failed=True)
         except subprocess.TimeoutExpired:
-            report.row("all", f"cut after {limit_s:.0f} s", failed=True)
+            report.row("all", f"ended after its limit of {limit_s:.0f} s", failed=True)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -99,7 +101,7 @@ def _run_part(part: str, options: argparse.Namespace, limit_s: float) -> None:
 
 
 def _copy_output(stream: IO[bytes], path: Path) -> None:
-    """To this process's output, and to a file for the archive of logs."""
+    """Copy to this process's output, and to a file for the archive of logs."""
     with path.open("wb") as file:
         for line in stream:
             file.write(line)
@@ -109,7 +111,7 @@ def _copy_output(stream: IO[bytes], path: Path) -> None:
 
 
 def _keep_logs(part: str, work: Path, out: Path) -> None:
-    """The ends of the part's output and of its agents' logs, in one small archive."""
+    """Write the last lines of the part's output and of its agents' logs to one small archive."""
     with tarfile.open(out / f"{part}-logs.tar.gz", "w:gz") as archive:
         for path in sorted(work.rglob("*.log")):
             short = work / "short"

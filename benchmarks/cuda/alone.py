@@ -1,4 +1,4 @@
-"""A world of one worker in this process, for parts that need a training state and no agents."""
+"""A world of one worker in this process, for parts that need a training state but no agents."""
 
 import gc
 from collections.abc import Iterator
@@ -38,11 +38,11 @@ def process_group(device: torch.device) -> Iterator[DeviceMesh]:
 def training_state(
     shape: Shape, vocabulary: int, mesh: DeviceMesh, device: torch.device, *overrides: str
 ) -> Iterator[TrainState]:
-    """A state with random weights; its memory is free again afterwards."""
+    """A state with random weights. Its memory is freed at the end."""
     config = shape.config(device.type, *overrides)
     make_deterministic(config.train, device)
     state = TrainState(config, vocabulary, mesh, device)
-    # Not `state.initialize`, which makes a billion weights on the CPU in about ten seconds.
+    # Not `state.initialize`: it takes about ten seconds on the CPU for a billion weights.
     with torch.no_grad():
         for parameter in state.model.parameters():
             rows = local_rows(parameter)
@@ -66,13 +66,13 @@ def random_tokens(config: Config, vocabulary: int, device: torch.device) -> torc
 
 
 def step(state: TrainState, tokens: torch.Tensor) -> StepResult:
-    """One optimizer step, complete on the device when this returns."""
+    """Do one optimizer step. It is complete on the device when this returns."""
     result = run_step(state, tokens, Control(False, False))
     synchronize(state.device)
     return result
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()

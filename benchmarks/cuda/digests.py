@@ -1,12 +1,12 @@
-"""Part `digests`: do runs of real agents on this device end with equal weights, whatever happens to them?
+"""Part `digests`: do runs of real agents on this device end with equal weights after any fault?
 
     W = 1                       undisturbed, then with a worker killed: NCCL on CUDA
-    W = 2, one node             a worker killed; both workers compute on one device, so they talk over gloo
-    W = 3, three nodes          a node killed, so that the run ends at W = 2; over gloo as well
+    W = 2, one node             a worker killed; both workers share one device, so they use gloo
+    W = 3, three nodes          a node killed, so that the run ends at W = 2; also with gloo
 
-Each is done eager and compiled; the bits of the two may differ. Digests are compared with the first case of their
-kind that ends. Before that, the collectives of FSDP2 and of the
-exact reduction are tried over gloo with tensors of the device, each by itself.
+Each case runs eager and compiled. The bits of the two may differ. Each digest is compared with that of the first case
+of its kind that ends. Before that, each collective of FSDP2 and of the exact reduction is tested alone, over gloo with
+tensors of the device.
 """
 
 import argparse
@@ -42,20 +42,20 @@ _STEPS: Final = 40
 _KILL_STEP: Final = 14
 _TIMEOUT_S: Final = 120.0
 _COMPILED_TIMEOUT_S: Final = 150.0
-"""For one case on a GPU; the whole part has 300 s."""
+"""Limit of one case on a GPU. The whole part has 300 s."""
 _CORES_PER_CASE: Final = 5
 _TRANSPORT_TIMEOUT_S: Final = 60.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run; those with equal `compiled` must end with equal digests."""
+    """One run. Runs with equal `compiled` must end with equal digests."""
 
     name: str
     nodes: int = 1
     workers: int = 1
     killed: str = ""
-    """What gets SIGKILL at step `_KILL_STEP`: a worker, a node, or nothing."""
+    """The target of SIGKILL at step `_KILL_STEP`: a worker, a node, or nothing."""
     compiled: bool = False
 
 
@@ -71,13 +71,13 @@ CASES: Final = _RUNS + tuple(
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """All cases of the size, several at a time where there are cores for it."""
+    """Run all cases of the size, several at a time if there are enough cores."""
     with report.attempt("gloo with tensors of the device"):
         _try_collectives(options.device, report)
     write_random_tokens(options.work / "data", _VOCABULARY, 400_000)
     cases = [case for case in CASES if case.name not in SIZES[options.size].skipped_cases]
     first: dict[bool, str] = {}
-    """The digest of the first case that ended, eager and compiled."""
+    """The digest of the first case that ended, for eager and for compiled."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max(1, cores // _CORES_PER_CASE)) as pool:
         running = {pool.submit(_in_own_process, case, options): case for case in cases}
@@ -103,7 +103,7 @@ def _timeout_s(case: Case, device: str) -> float:
 
 
 def _in_own_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """The kernel ends agents with the thread that started them, so each case has a process."""
+    """Run a case in its own process, because the kernel ends agents with the thread that started them."""
     command = [sys.executable, "-m", "benchmarks.cuda.digests", case.name]
     command += ["--device", options.device, "--size", options.size, "--work", str(options.work)]
     timeout_s = _timeout_s(case, options.device)
@@ -117,7 +117,7 @@ def _in_own_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done within {timeout_s:g} s") from None
+        raise RuntimeError(f"expected an end within {timeout_s:g} s") from None
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-1500:].strip()}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -127,7 +127,7 @@ def _in_own_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, object]:
     timeout_s = _timeout_s(case, device)
     directory = work / case.name.replace(" ", "-").replace(",", "")
-    # Containers may give /dev/shm 64 MB only.
+    # In containers /dev/shm may have only 64 MB.
     in_memory = shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES_MIN
     config = make_config(
         f"file://{directory / 'run'}",
@@ -139,7 +139,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
         f"train.compile={str(case.compiled).lower()}",
         f"elastic.workers_per_node={case.workers}",
         f'checkpoint.staging="{_MEMORY if in_memory else work}"',
-        # A first start on a cold machine imports and compiles for long.
+        # The first start on a cold machine takes long to import and compile.
         "elastic.hang_timeout_s=120",
         f"elastic.settle_timeout_s={2 * timeout_s}",
         f"elastic.collective_timeout_s={2 * timeout_s}",
@@ -172,7 +172,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
 
 
 def _try_collectives(device: str, report: Report) -> None:
-    """Each collective in a world of two processes on the same device."""
+    """Test each collective in a world of two processes on the same device."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
@@ -239,7 +239,7 @@ def _collectives(
 
 
 def main() -> None:
-    """One case, in this process; prints its outcome as JSON."""
+    """Run one case in this process. Prints its outcome as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case")
     parser.add_argument("--device", required=True)

@@ -1,4 +1,4 @@
-"""Part `numerics`: what exact arithmetic costs against native, alternating in one run (`benchmarks/exact.py`)."""
+"""Part `numerics`: the cost of exact against native arithmetic, alternating in one run (`benchmarks/exact.py`)."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ _EXACT: Final = Path(__file__).resolve().parent.parent / "exact.py"
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """One world of one worker. Raises `CalledProcessError` with the benchmark's output if it fails."""
+    """Run the benchmark with one worker. Raises `CalledProcessError` with its output if it fails."""
     shape = SIZES[options.size].numerics
     config = shape.config(options.device)
     settings = {
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     }
     with report.attempt(shape.name), tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "exact.json"
-        # -P: the folder of the script must not be searched, because `cuda` in it is no CUDA library.
+        # -P: do not search modules in the script's folder, because its `cuda` is not the CUDA library.
         command = [sys.executable, "-P", str(_EXACT), "--world-size", "1", "--pairs", str(_PAIRS)]
         command += ["--device", options.device, "--json", str(path)]
         for name, value in settings.items():

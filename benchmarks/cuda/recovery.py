@@ -1,7 +1,7 @@
-"""Part `recovery`: a worker is killed again and again; how long until the next step, phase by phase.
+"""Part `recovery`: seconds by phase from the kill of a worker or node to the next step, several times.
 
-With one node the new generation meets over NCCL; with three nodes that share the device, over gloo. The agents and
-the measurement are those of `benchmarks/recovery.py`.
+With one node the workers of the new generation use NCCL. With three nodes that share the device they use gloo. Agents
+and measurement are those of `benchmarks/recovery.py`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _LIMIT_S: Final = 60.0
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """A worker killed, alone and among three nodes; then a node killed."""
+    """Kill a worker of a single node and of three nodes, then kill a node."""
     data_url = prepare_data(options.work / "data")
     for kind, nodes in (("worker", 1), ("worker", 3), ("node", 3)):
         case = f"{kind} killed, {nodes} node{'s' if nodes > 1 else ''}"

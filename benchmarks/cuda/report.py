@@ -1,6 +1,6 @@
-"""Results, written as they are found: `results.json` for programs, `table.txt` for people.
+"""The results, written after each measurement: `results.json` for programs, `table.txt` for people.
 
-Parts run one after the other, each in a process of its own, and add to the same file.
+Parts run one after the other, each in its own process, and add to the same file.
 """
 
 import json
@@ -27,7 +27,7 @@ _FOUND_MAX: Final = 500
 
 @dataclass
 class Report:
-    """The rows of one part. Every row is in the file before `row` returns."""
+    """The rows of one part. A row is in the file when `row` returns."""
 
     out: Path
     part: str
@@ -44,7 +44,7 @@ class Report:
 
     @contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """Record an error of a case as its row, so that the part goes on with the next case."""
+        """Record an error of a case as its row, so that the part continues with the next case."""
         try:
             yield
         except Exception as error:
@@ -52,7 +52,7 @@ class Report:
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """What has been found so far."""
+    """The results so far."""
     path = out / _RESULTS
     if path.exists():
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -61,21 +61,21 @@ def read_results(out: Path) -> dict[str, Any]:
 
 
 def write_results(out: Path, results: dict[str, Any]) -> None:
-    """Replace the file at once."""
+    """Replace the file atomically."""
     partial = out / f".{_RESULTS}"
     partial.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
     partial.replace(out / _RESULTS)
 
 
 def print_table(out: Path) -> None:
-    """Show all rows and keep them as text."""
+    """Print all rows, and write them as text."""
     results = read_results(out)
     table = Table(title=", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     table.add_column("part")
     table.add_column("case")
     table.add_column("found", overflow="fold")
     for row in results["rows"]:
-        # The end of an error says the most.
+        # Keep the end of an error: it has the most information.
         found = f"FAILED: {row['found'][-_FOUND_MAX:]}" if row["failed"] else row["found"]
         table.add_row(row["part"], row["case"], found[:_FOUND_MAX])
     Console(width=_TABLE_WIDTH, markup=False).print(table)
@@ -84,7 +84,7 @@ def print_table(out: Path) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where this is measured. Does not initialise CUDA in this process."""
+    """The machine of the measurement. Does not initialise CUDA in this process."""
     found: dict[str, Any] = {
         "device": device,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""What the parts measure: `full` for a GPU of 80 GB, `tiny` to try every line on a CPU in minutes."""
+"""The sizes of the parts: `full` for a GPU of 80 GB, `tiny` to test every line on a CPU in minutes."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,12 +6,12 @@ from typing import Final
 from elastic_pt.config import Config, parse_config
 
 CPU_SLOWER: Final = 4.0
-"""Factor of all time limits on a CPU: compiling for a few busy cores takes long."""
+"""Factor for all time limits on a CPU: compilation on a few busy cores takes long."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the tokens of a step."""
+    """A model and the number of tokens in a step."""
 
     name: str
     layers: int
@@ -22,7 +22,7 @@ class Shape:
     slots: int = 4
 
     def config(self, device: str, *overrides: str) -> Config:
-        """A configuration that computes in the device's usual type (bfloat16 on CUDA)."""
+        """A configuration with the device's usual type (bfloat16 on CUDA)."""
         text = f"""
 [run]
 url = "unused"
@@ -48,11 +48,11 @@ class Size:
 
     vocabulary: int
     speed: tuple[Shape, ...]
-    """Shapes whose step is timed; the first is profiled, too."""
+    """Shapes for the step time. The first one is also profiled."""
     numerics: Shape
     """Shape of the comparison of exact and native arithmetic."""
     snapshot: Shape
-    """Shape whose state is staged, uploaded and restored."""
+    """Shape of the state that is staged, uploaded and restored."""
     timed_steps: int
     digest_model: tuple[str, ...]
     """Overrides of `chaos_tests.scenario.make_config`: a small model for the runs that are compared."""
@@ -86,7 +86,7 @@ TINY: Final = Size(
     timed_steps=3,
     digest_model=(),
     recoveries=1,
-    # Each generation compiles anew, which takes a minute on a CPU.
+    # Each generation compiles again, which takes a minute on a CPU.
     skipped_cases=("W=1 worker killed, compiled", "W=2 one node, worker killed, compiled"),
 )
 SIZES: Final = {"full": FULL, "tiny": TINY}

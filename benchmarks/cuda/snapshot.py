@@ -1,8 +1,8 @@
-"""Part `snapshot`: how long a checkpoint stops training today, where the time goes, and how fast it comes back.
+"""Part `snapshot`: how long a checkpoint stops training, its parts, and the time of upload and restore.
 
 stall     `Checkpoints.save`: copy to host and write into the staging directory; the next step waits for it
-parts     device to host (pageable as today; pinned for comparison), host to staging, device to device
-upload    hash and copy to a store on the local disk; the agent does it beside training
+parts     device to host (pageable as in a run; pinned for comparison), host to staging, device to device
+upload    hash and copy to a store on the local disk; the agent does it while training continues
 restore   `load_rows` from that store into the device, with a cold and a warm page cache
 """
 
@@ -48,7 +48,7 @@ _MEMORY: Final = "/dev/shm"
 
 
 class _SilentAgent:
-    """Takes the messages of `Checkpoints.save`."""
+    """An agent that ignores the messages of `Checkpoints.save`."""
 
     drain_requested = False
 
@@ -61,7 +61,7 @@ class _SilentAgent:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """All measurements on one state."""
+    """Do all measurements on one state."""
     size, device = SIZES[options.size], torch.device(options.device)
     with (
         process_group(device) as mesh,
@@ -111,7 +111,7 @@ def _stall(
 def _copies(
     tensors: list[torch.Tensor], staging: Path, device: torch.device, report: Report
 ) -> None:
-    """The rates that bound any way of taking a snapshot."""
+    """Measure the copy rates, which limit any method of taking a snapshot."""
     state_bytes = sum(rows.nbytes for rows in tensors)
 
     def row(case: str, seconds: list[float]) -> None:
@@ -146,7 +146,7 @@ def _copies(
 def _upload_and_restore(
     path: Path, state: TrainState, state_bytes: int, disk: Path, report: Report
 ) -> None:
-    """Through the same functions as agent and worker."""
+    """Upload and restore with the functions of agent and worker."""
     store = open_store(f"file://{disk}/store")
     directory = checkpoint_directory(state.steps_done, 1, "abcd")
     started_s = time.perf_counter()
@@ -174,7 +174,7 @@ def _upload_and_restore(
         same = all(torch.equal(rows.cpu(), before[name]) for name, rows in into.items())
         report.row(
             f"restore, {cache} page cache",
-            f"{seconds:.2f} s, {rate / 1e9:.2f} GB/s, {'equal bits' if same else 'OTHER BITS'}",
+            f"{seconds:.2f} s, {rate / 1e9:.2f} GB/s, {'equal bits' if same else 'DIFFERENT BITS'}",
             failed=not same,
             rate=rate,
         )
@@ -193,7 +193,7 @@ def _forget(directory: Path) -> None:
 def _seconds(
     work: Callable[[], object], device: torch.device, repeats: int = _REPEATS
 ) -> list[float]:
-    """Seconds of each repetition, the device's work included."""
+    """Seconds of each repetition, with the device's work."""
     seconds = []
     for _ in range(repeats):
         synchronize(device)
@@ -206,7 +206,7 @@ def _seconds(
 
 @contextmanager
 def _staging_directory(state_bytes: int, disk: Path) -> Iterator[Path]:
-    """In memory where there is room for two copies, as in a run; else on disk."""
+    """A staging directory: in memory as in a run, if there is room for two copies; else on disk."""
     roomy = shutil.disk_usage(_MEMORY).free > 2 * state_bytes
     with tempfile.TemporaryDirectory(prefix="staging-", dir=_MEMORY if roomy else disk) as staging:
         yield Path(staging)

@@ -1,12 +1,12 @@
-"""Part `speed`: step time, tokens/s, MFU, memory, and the kernels that take the time. W = 1, numerics = exact.
+"""Part `speed`: step time, tokens/s, MFU, memory, and the slowest kernels. W = 1, numerics = exact.
 
 Model FLOPs per token, forward and backward, by the two usual formulas:
 
     6N      6 · parameters (Kaplan et al. 2020; the tied embedding counts once, as the output layer)
     PaLM    6 · parameters + 12 · layers · width · sequence length (Chowdhery et al. 2022: attention included)
 
-MFU is model FLOPs per second over the dense bfloat16 peak of the datasheet. The first row is a measured matrix
-product, which shows how much of that peak this device gives.
+MFU is model FLOPs per second divided by the dense bfloat16 peak of the datasheet. The first row is a measured matrix
+product. It shows how much of that peak this device reaches.
 """
 
 import argparse
@@ -36,14 +36,14 @@ _PEAKS: Final = (
     ("H200", 989e12),
     ("A100", 312e12),
 )
-"""Dense bfloat16 FLOP/s of datasheets, by a part of the device's name; the first that fits counts."""
+"""Dense bfloat16 FLOP/s of datasheets, by a part of the device's name. The first match counts."""
 _WARM_UP_STEPS: Final = 3
 _PROFILED_STEPS: Final = 2
 _TOP: Final = 12
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Eager steps of all shapes, the profile, then compiled steps, the largest shape first."""
+    """Measure eager steps of all shapes, a profile, then compiled steps, the largest shape first."""
     size, device = SIZES[options.size], torch.device(options.device)
     with process_group(device) as mesh:
         with report.attempt("matrix product"):
@@ -163,7 +163,7 @@ def _peak(device: torch.device) -> float | None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated by tensors on CUDA, resident in the whole process on the CPU."""
+    """Peak bytes: of tensors on CUDA, of the whole process (resident) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,6 @@
 """Prints the requirements that `wheels.sh` downloads, one `name==version` a line.
 
-The dependencies in pyproject.toml, and what the installed distributions require below them, for Python 3.12. The
+These are the dependencies in pyproject.toml and all dependencies of the installed distributions, for Python 3.12. The
 versions come from constraints.txt.
 """
 
@@ -13,20 +13,20 @@ from typing import Final
 from packaging.requirements import Requirement
 
 _LEFT_OUT: Final = {"torch", "pyarrow", "matplotlib", "tokenizers"}
-"""torch is there already. The others are of no use here: Parquet files, plots, tokenizers."""
+"""torch is already installed. The benchmark does not need the others: Parquet files, plots, tokenizers."""
 _TARGET: Final = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 
 
 def normal(name: str) -> str:
-    """The one spelling of a distribution's name."""
+    """The normal form of a distribution's name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def needed() -> set[str]:
     """Names of all distributions that elastic-pt requires."""
     found: set[str] = set()
-    # Not the installed metadata of elastic-pt itself: it is as old as the last installation.
+    # Not the installed metadata of elastic-pt itself, which may be older than pyproject.toml.
     waiting = dependencies()
     while waiting:
         requirement = Requirement(waiting.pop())

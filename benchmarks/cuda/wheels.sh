@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fetches the wheels that `run.sh` needs beside torch, for Python 3.12 on Linux x86-64.
+# Downloads the wheels that `run.sh` needs in addition to torch, for Python 3.12 on Linux x86-64.
 #
 #     benchmarks/cuda/wheels.sh [DIR]        default: .wheels in the checkout
 #
-# Run it with a network and an installed elastic-pt (PYTHON=.venv/bin/python by default). The list is what elastic-pt
-# requires, at the versions of constraints.txt, without torch (and CUDA) and without what no part of the benchmark
-# imports; `wheels.py` says what that is. The wheels must fit in 64 MiB, together with the checkout.
+# It needs a network and an installed elastic-pt (PYTHON=.venv/bin/python by default). It downloads the dependencies of
+# elastic-pt at the versions of constraints.txt, without torch (and CUDA) and without those that the benchmark does not
+# import (listed in `wheels.py`). The wheels and the checkout together must fit in 64 MiB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -35,6 +35,8 @@ from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
+from elastic_pt.checkpoint.commit import committed_step
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure
 from elastic_pt.membership.address import avoid_getfqdn
@@ -116,12 +118,14 @@ class Agent:
             member.address,
         )
         self._channel = AgentSide(scratch / SOCKET_NAME)
+        history = StepHistory()
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
             run_token(store),
             copies=config.checkpoint.mirror_copies,
             timeout_s=config.elastic.heartbeat_timeout_s,
+            history=history,
             on_complete=self._channel.complete,
         )
         self._node = new_node(
@@ -149,6 +153,7 @@ class Agent:
             self._node,
             self._observation.metrics,
             scratch,
+            history,
             release=self._channel.release,
         )
         self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
@@ -254,6 +259,7 @@ class Agent:
         self._observation.starts(generation, self._node.read_at_s(generation.number))
         self._checkpointing.starts()
         self._snapshots.starts(formed)
+        self._snapshots.complete_history(formed, committed_step(view))
         write_assignment(
             self._scratch,
             Assignment(

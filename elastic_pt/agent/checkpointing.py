@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.publish import ShareMissing
 from elastic_pt.checkpoint.shard_file import is_staged
@@ -43,7 +44,7 @@ def choose_resume(
     """The newest checkpoint with all its files; incomplete ones are quarantined with the reason.
 
     A member of the newest generation (by `incarnation`) does not check a checkpoint that this generation has
-    committed: every file was checked at its commit, moments ago. None at the start of a run. Raises
+    committed: every file was checked at its commit, just before. None at the start of a run. Raises
     `CheckpointError` if checkpoints were committed and none is usable.
     """
     generation = view.generation
@@ -97,6 +98,7 @@ class Checkpointing:
         node: Node,
         metrics: Metrics,
         staging: Path,
+        history: StepHistory,
         *,
         release: Callable[[int], None],
     ) -> None:
@@ -110,11 +112,12 @@ class Checkpointing:
         self._uploads: dict[int, int] = defaultdict(int)
         """Shards of this generation that are done, by step."""
         self._lost: Lost | None = None
-        """The last checkpoint that this node knows cannot be committed."""
+        """The last checkpoint that cannot be committed, as far as this node knows."""
         self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
         self._committer = Committer(
             store,
             run_log,
+            history,
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
             last_step=config.train.steps,
@@ -172,7 +175,7 @@ class Checkpointing:
             self._upload_failed(shard, error)
 
     def note_step(self, message: Message) -> None:
-        """This node's first worker has done a step; the history of the next commit holds it, whichever node commits."""
+        """Note a step of this node's first worker for the history of the next commit. Any node may commit next."""
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
@@ -237,7 +240,7 @@ class Checkpointing:
         if name.generation != formed.generation.number:
             return
         self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit: no checkpoint may overtake another.
+        # The committing node's workers wait for the commit, so that checkpoints are committed in order.
         if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
             self._release(name.step)
 

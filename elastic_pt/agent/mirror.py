@@ -1,12 +1,12 @@
 """A copy of a neighbour's snapshots in this node's memory (agent process, a thread for each neighbour).
 
-    ask for the next step ─► its records ─► byte ranges into the older of two buffer files ─► CRCs ─► next question,
-         ▲                                                                                          which says: copied
+    ask for the next step ─► its records ─► byte ranges into the older of two buffer files ─► CRCs ─► next request,
+         ▲                                                                                          which reports it
          └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A buffer is written over only after the neighbour's newer step was copied whole. The neighbour's workers take no newer
-snapshot before that, so one step always exists as a whole on all nodes and their mirrors. Without room for a copy the
-mirror says that it has none, and the neighbour goes on without it.
+A buffer is overwritten only after the neighbour's newer step was copied completely. The neighbour's workers take no newer
+snapshot before that, so one complete step always exists on all nodes and their mirrors. If there is no room for a copy,
+the mirror reports that, and the neighbour continues without it.
 """
 
 import json
@@ -41,7 +41,7 @@ log = structlog.get_logger("elastic_pt.agent.mirror")
 
 
 class Mirror:
-    """Copies what the workers of one other node hold, in a thread of its own, until it is stopped."""
+    """Copies the snapshots of one other node's workers, in its own thread, until it is stopped."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Mirror:
         on_copy: Callable[[Path, Snapshot], None],
         on_write: Callable[[Path], None],
     ) -> None:
-        """`member` is copied, by this node's `incarnation`. `on_write` comes before a buffer file is written over,
-        `on_copy` after it holds a whole state again. Both are called in the mirror's thread."""
+        """Copies `member`; `incarnation` is this node's. Calls `on_write` before it overwrites a buffer file, and
+        `on_copy` after the file holds a whole state again, both in the mirror's thread."""
         self._scratch = scratch
         self._generation = generation
         self._member = member
@@ -68,13 +68,13 @@ class Mirror:
         self._on_write = on_write
         self._buffers: dict[int, list[tuple[Path, mmap.mmap]]] = {}
         self._has = dict.fromkeys(ranks, 0)
-        """The newest step that is copied, by rank."""
+        """The newest copied step, by rank."""
         self._stop = threading.Event()
         self._told = ""
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def stop(self) -> None:
-        """Write over no buffer any more. Returns at once; a request that is under way ends by itself."""
+        """Stop overwriting buffers. Returns at once. A request in progress ends by itself."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -88,13 +88,13 @@ class Mirror:
             except StagingFull as error:
                 self._tell(error)
                 self._has = dict.fromkeys(self._ranks, step or 0)
-            # Every error: try again. A neighbour that stays away ends the generation, and with it this thread.
+            # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
                 self._tell(error)
             self._stop.wait(_AGAIN_S)
 
     def _ask(self) -> int | None:
-        """The neighbour's next step; None if there is none yet. Says which one this node has."""
+        """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
         question = f"generation={self._generation}&after={has}&mirror={self._incarnation}"
         answer = self._peer.get(
@@ -103,7 +103,7 @@ class Mirror:
         return None if answer is None else int(json.loads(answer)["step"])
 
     def _copy(self, step: int) -> None:
-        """Copy the buffers of all the neighbour's workers that are not copied yet. Raises `ElasticPtError`."""
+        """Copy all buffers of the neighbour that are not copied yet. Raises `ElasticPtError`."""
         for rank in self._ranks:
             if self._has[rank] >= step:
                 continue
@@ -143,7 +143,7 @@ class Mirror:
         return self._buffers[rank][0]
 
     def _tell(self, error: Exception) -> None:
-        """Log an error, once until another one comes."""
+        """Log an error, but not the same error twice in a row."""
         if str(error) != self._told and not self._stop.is_set():
             self._told = str(error)
             log.info("mirror_failed", peer=self._member.node, cause=self._told)

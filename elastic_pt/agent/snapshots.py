@@ -1,14 +1,13 @@
-"""What a node holds in memory: its workers' newest states, and copies of its neighbours' (agent process).
+"""The states in a node's memory: the newest ones of its workers, and copies of its neighbours' (agent process).
 
-    worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours pull a copy and say so ─► complete ─► the worker may
-                                                                                                write over its other buffer
+    worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours copy it and report it ─► complete ─► the worker may
+                                                                                                overwrite its other buffer
     neighbour's buffer ─► Mirror (a thread for each neighbour) ─► buffer file of this node ─► held
     a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
 
-Copies are made in a ring over the members of a generation, in rank order: a node copies what the next
-`checkpoint.mirror_copies` nodes hold. So losing any set of nodes that takes no node together with all its mirrors
-leaves every row somewhere. The state from which a generation went on is kept until one of its own is complete on all
-nodes.
+The members of a generation form a ring in rank order: a node copies the states of the next `checkpoint.mirror_copies`
+nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
+is kept until a state of this generation is complete on all nodes.
 
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
@@ -26,8 +25,10 @@ import structlog
 from aiohttp import web
 
 from elastic_pt.agent.mirror import Mirror
+from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
+from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.membership.decision.status import Held
@@ -37,7 +38,7 @@ from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.channel import Message
 
 _POLL_S: Final = 5.0
-"""A question for the next step is answered after this time at the latest."""
+"""Maximum time of a long poll for the next step."""
 
 log = structlog.get_logger("elastic_pt.agent.snapshots")
 
@@ -47,7 +48,7 @@ State = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A buffer file that holds a whole state, with its record as peers get it."""
+    """A buffer file with a whole state, and its record in the form for peers."""
 
     path: Path
     record: Snapshot
@@ -67,9 +68,14 @@ class Snapshots:
         *,
         copies: int,
         timeout_s: float,
+        history: StepHistory,
         on_complete: Callable[[int, int], None],
     ) -> None:
-        """`on_complete(generation, step)`: this node's workers may write over what is older than that step."""
+        """`on_complete(generation, step)`: this node's workers may write over what is older than that step.
+
+        `history` has the lines of the steps since the last commit, for peers that have fewer.
+        """
+        self._history = history
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
@@ -80,24 +86,24 @@ class Snapshots:
         self._kept: dict[State, dict[int, _Copy]] = {}
         """By state and rank."""
         self._sizes: dict[int, int] = {}
-        """Workers of the generations of which something is kept."""
+        """Number of workers of each generation with a kept state."""
         self._generation = 0
         self._every = 0
-        """The cadence that was logged last."""
+        """The last cadence in the event log."""
         self._own = range(0)
         self._acknowledged: dict[str, int] = {}
-        """The newest step that each mirror of this node has, by its incarnation."""
+        """The newest step of each mirror of this node, by the mirror's incarnation."""
         self._complete = 0
         self._unusable: set[State] = set()
         self._mirrors: list[Mirror] = []
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._jobs: JobThread[Buffer] = JobThread("snapshot", self._describe)
 
-    # ---- what the membership asks --------------------------------------------------------------
+    # ---- for the membership --------------------------------------------------------------------
 
     @property
     def held(self) -> tuple[Held, ...]:
-        """Which rows of which states are here."""
+        """The rows and states in this node's memory."""
         with self._lock:
             now_s = time.monotonic()
             return tuple(
@@ -120,8 +126,9 @@ class Snapshots:
 
     @property
     def routes(self) -> Mapping[str, Answer]:
-        """What peers may ask, by path; see `checkpoint.peer`."""
+        """The handlers of peers' requests, by path; see `checkpoint.peer`."""
         return {
+            STEPS_PATH: self._answer_steps,
             "/v1/snapshots/next": self._answer_next,
             r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}": self._answer_rows,
             r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}/record": self._answer_record,
@@ -130,16 +137,16 @@ class Snapshots:
     # ---- one generation ------------------------------------------------------------------------
 
     def starts(self, formed: Formed) -> None:
-        """Workers of a new generation are about to start: keep what it goes on from, begin to mirror."""
+        """Workers of a new generation are about to start: keep the state it resumes from, begin to mirror."""
         generation = formed.generation
         self.stop_mirrors()
         ring = mirrored_by(len(generation.members), self._copies)
         with self._lock:
             memory = generation.memory
             goes_on = None if memory is None else (memory.generation, memory.step)
-            self._drop(lambda state: state != goes_on)
             self._generation = generation.number
             self._sizes[generation.number] = generation.world_size
+            self._drop(lambda state: state != goes_on)
             self._own = generation.worker_ranks()[formed.node_rank]
             self._acknowledged = {
                 generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
@@ -163,7 +170,7 @@ class Snapshots:
         ]
 
     def places(self, generation: Generation) -> Places | None:
-        """Where the workers of a new generation read the state that it goes on from; None if in the bucket."""
+        """Where the workers of a new generation read the state that it resumes from; None if it is in the bucket."""
         memory = generation.memory
         if memory is None:
             return None
@@ -179,13 +186,34 @@ class Snapshots:
                 shards.append(place)
         return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
 
+    def complete_history(self, formed: Formed, committed_step: int) -> None:
+        """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
+
+        A node that was no member when a step was done asks those that hold the state.
+        """
+        memory, members = formed.generation.memory, formed.generation.members
+        first = committed_step + 1
+        if memory is None or memory.step < first or not self._history.misses(first):
+            return
+        for index in sorted(set(memory.sources) - {formed.node_rank}):
+            address = PeerAddress(members[index].address, members[index].port)
+            try:
+                text = Peer(address, self._token, self._timeout_s).get(
+                    STEPS_PATH, HISTORY_BYTES_MAX
+                )
+                if text is not None and self._history.adopt(text, first, memory.step):
+                    return
+            except (ElasticPtError, ValueError, KeyError, TypeError) as error:
+                log.warning("history_not_read", peer=members[index].node, cause=str(error))
+        log.warning("history_incomplete", first_step=first, last_step=memory.step)
+
     def written(self, message: Message) -> None:
         """A worker of this node has written a buffer."""
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
         if buffer.generation != self._generation:
             return
         if message["complete_step"]:
-            # All nodes and their mirrors hold a state of this generation: what it went on from is not needed any more.
+            # All nodes and their mirrors hold a state of this generation. The state it resumed from is not needed any more.
             with self._lock:
                 self._drop(lambda state: state[0] != buffer.generation)
         if message["every_steps"] != self._every:
@@ -204,13 +232,13 @@ class Snapshots:
         self._unusable.add((generation, step))
 
     def stop_mirrors(self) -> None:
-        """Pull nothing more. Returns at once."""
+        """Stop copying. Returns at once."""
         for mirror in self._mirrors:
             mirror.stop()
         self._mirrors = []
 
     def close(self) -> None:
-        """Stop all threads; the files go with the scratch directory."""
+        """Stop all threads. The files are removed with the scratch directory."""
         self.stop_mirrors()
         self._jobs.discard()
         self._jobs.close(0.0)
@@ -220,7 +248,7 @@ class Snapshots:
     def _describe(self, buffer: Buffer) -> None:
         try:
             found = describe_snapshot(buffer, self._scratch)
-        # Every error: keep the thread alive. A snapshot that cannot be described is one that does not exist.
+        # Any error: keep the thread alive. A snapshot without a description counts as missing.
         except Exception as error:
             log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
             return
@@ -228,7 +256,7 @@ class Snapshots:
             self._copied(buffer.path(self._scratch), found)
 
     def _copied(self, path: Path, record: Snapshot) -> None:
-        """A buffer file of this node holds a whole state."""
+        """Store the record of a buffer file of this node that holds a whole state."""
         with self._lock:
             if record.generation != self._generation:
                 return
@@ -239,7 +267,7 @@ class Snapshots:
             self._look()
 
     def _forget(self, path: Path) -> None:
-        """A buffer file is about to be written again."""
+        """A buffer file is about to be overwritten."""
         with self._lock:
             for state, copies in list(self._kept.items()):
                 for rank in [rank for rank, copy in copies.items() if copy.path == path]:
@@ -248,7 +276,7 @@ class Snapshots:
                     del self._kept[state]
 
     def _newest_own(self) -> int:
-        """The newest step of which all rows of this node's workers are described; 0 if there is none."""
+        """The newest step with described states of all workers of this node; 0 if there is none."""
         own = set(self._own)
         return max(
             (
@@ -267,15 +295,15 @@ class Snapshots:
             self._on_complete(self._generation, step)
 
     def _drop(self, unwanted: Callable[[State], bool]) -> None:
-        """Remove states and their files."""
+        """Forget states, and remove the files of earlier generations that hold none of the others."""
         for state in [state for state in self._kept if unwanted(state)]:
-            for copy in self._kept.pop(state).values():
-                copy.path.unlink(missing_ok=True)
-        kept = {generation for generation, _ in self._kept} | {self._generation}
-        for generation in self._sizes.keys() - kept:
-            for path in self._scratch.glob(f"snapshot-g{generation}-*"):
+            del self._kept[state]
+        held = {copy.path for copies in self._kept.values() for copy in copies.values()}
+        for path in self._scratch.glob("snapshot-g*-rank-*"):
+            if path not in held and not path.name.startswith(f"snapshot-g{self._generation}-"):
                 path.unlink(missing_ok=True)
-            del self._sizes[generation]
+        kept = {generation for generation, _ in self._kept} | {self._generation}
+        self._sizes = {number: self._sizes[number] for number in kept}
 
     def _wake(self) -> None:
         for loop, event in self._waiting:
@@ -285,7 +313,7 @@ class Snapshots:
     # ---- answers to peers, on the membership's event loop ----------------------------------------
 
     async def _answer_next(self, request: web.Request) -> web.StreamResponse:
-        """The newest step after `after`; a question says what the asking mirror has."""
+        """The newest step after `after`. The request also reports the newest step of the mirror."""
         try:
             generation, after = (int(request.query[name]) for name in ("generation", "after"))
             mirror = request.query["mirror"]
@@ -314,6 +342,9 @@ class Snapshots:
             if generation != self._generation or step <= after:
                 return web.Response(status=204)
             return web.json_response({"step": step})
+
+    async def _answer_steps(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._history.text(), content_type="application/jsonl")
 
     async def _answer_rows(self, request: web.Request) -> web.StreamResponse:
         copy = self._asked(request)

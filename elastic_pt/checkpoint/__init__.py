@@ -1,24 +1,24 @@
-"""Training state as files in the bucket. Begin with these four verbs:
+"""Training state as files in the bucket. There are four operations:
 
             worker: `train.checkpoints.Checkpoints`       agent: `agent.checkpointing`
     load    read this worker's rows                       choose the newest checkpoint whose files are all there
     save    copy this worker's rows into the staging      upload the shard; commit, on the node of rank 0
             directory
     wait    for room in the staging directory             for the COMMIT of the last checkpoint
-    close   (what is staged belongs to the agent)         finish what is due, within a bounded time
+    close   (staged shards belong to the agent)           finish the commits that are due, within a limit
 
-Which file does which step:
+The steps of each operation, and their functions:
 
     save, worker    shard_file.write_shard
     save, agent     upload.Uploader ─► shard_file.describe_shard ─► store.write
                     after the node's last worker: upload.publish_node (record, notice)
     save, rank 0    commit.Committer ─► publish.collect ─► publish.publish_manifest ─► history ─► COMMIT
-                    then, beside the training: commit.Tidier ─► sweep.Sweeper ─► retention
+                    then, while training continues: commit.Tidier ─► sweep.Sweeper ─► retention
     load, agent     verify.quick_check
     load, worker    index.read_index ─► restore.load_rows
-    for people      verify.verify, verify.newest_usable, index.read_manifest, digest
+    command line    verify.verify, verify.newest_usable, index.read_manifest, digest
 
-What the files hold: `layout` (names, tensors, state), `nodes` (documents of the nodes and the manifest),
-`record` (how a document is encoded, sealed and checked). Beside them: `footprint` (sizes, computed from the
-configuration) and `job_thread` (the threads of upload, commit and tidying).
+The contents of the files: `layout` (names, tensors, state), `nodes` (documents of the nodes and the manifest),
+`record` (how a document is encoded, sealed and checked). Helpers: `footprint` (sizes, computed from the
+configuration) and `job_thread` (the threads of upload, commit and deletes).
 """

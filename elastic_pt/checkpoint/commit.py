@@ -1,15 +1,14 @@
-"""From uploaded shards to a checkpoint that counts: what the committing node does, one step after the other.
+"""Commits the uploaded shards of a step as a checkpoint.
 
-    collect notices ─► publish manifest ─► history ─► COMMIT ─► workers go on ─► Tidier: remove what expired
+    collect notices ─► publish manifest ─► history ─► COMMIT ─► release the workers ─► Tidier: delete what expired
 
-The node of rank 0 commits, in a thread of its agent. If the generation is replaced meanwhile, the log's fence
-refuses the COMMIT, and nothing is appended. The node reads a few KB per node and nothing per worker. Deletes
-have a thread of their own and begin once the workers go on: nothing waits for them, and one that fails is
-tried again after a later commit.
+The node of rank 0 commits, in a thread of its agent. If a newer generation has started by then, the log's fence
+refuses the COMMIT, and nothing is appended. The node reads a few KB per node and nothing per worker. Another
+thread deletes, after the workers were released. Nothing waits for a delete. A failed delete is retried after a
+later commit.
 """
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,13 +33,18 @@ log = structlog.get_logger("elastic_pt.checkpoint.commit")
 
 
 def directory_of(generation: Generation, step: int) -> str:
-    """Where a generation puts the checkpoint of a step. A generation's number is unique in the log."""
+    """The directory of a generation's checkpoint of a step. A generation's number is unique in the log."""
     return checkpoint_directory(step, generation.number, generation.members[0].incarnation)
+
+
+def committed_step(view: RunView) -> int:
+    """The step of the newest checkpoint that exists; 0 if there is none."""
+    return view.checkpoints[0].step if view.checkpoints else 0
 
 
 @dataclass(frozen=True)
 class _Due:
-    """A checkpoint to commit, or (`step` None) the end of the run to record."""
+    """A job: commit the checkpoint of `step`, or append STOP if `step` is None."""
 
     step: int | None
     generation: Generation
@@ -53,6 +57,7 @@ class Committer:
         self,
         store: Store,
         run_log: RunLog,
+        history: StepHistory,
         *,
         keep: int,
         keep_every_steps: int,
@@ -75,30 +80,27 @@ class Committer:
         self._on_done = on_done
         self._on_failure = on_failure
         self._tidier = Tidier(store, run_log, on_failure=on_untidy)
-        self._history = StepHistory()
-        self._history_lock = threading.Lock()
+        self._history = history
         self._newest = (0, 0)
         """Generation and step of the newest checkpoint that is due."""
         self._jobs = JobThread("commit", self._do)
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
-        """Remember a step for the history of the next commit, which another node may have to write one day."""
-        committed = self._log.view.checkpoints[:1]
-        with self._history_lock:
-            self._history.forget(max((each.step for each in committed), default=0))
-            self._history.add({"generation": generation} | message)
+        """Remember a step for the history of the next commit. Every node does so: any node may commit next."""
+        self._history.forget(committed_step(self._log.view))
+        self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation) -> None:
-        """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
+        """Commit the checkpoint of `step`, which all nodes of `generation` are uploading now."""
         self._newest = (generation.number, step)
         self._jobs.submit(_Due(step, generation))
 
     def finish(self, generation: Generation) -> None:
-        """The workers of `generation` have done the last step: end the run once its checkpoint is committed."""
+        """Append STOP if the checkpoint of the last step is committed. The workers of `generation` have done it."""
         self._jobs.submit(_Due(None, generation))
 
     def close(self, timeout_s: float) -> None:
-        """Finish what is due, within a bounded time."""
+        """Finish the jobs that are due, for at most `timeout_s`."""
         give_up_at_s = time.monotonic() + timeout_s
         self._jobs.close(timeout_s)
         self._tidier.close(max(0.0, give_up_at_s - time.monotonic()))
@@ -113,7 +115,7 @@ class Committer:
                 expired = self._commit(due.step, due.generation)
         except FencedError as error:
             log.info("commit_fenced", step=step, reason=str(error))
-        # Every error: report it to the agent and keep the thread alive, or no commit would follow.
+        # Any error: report it to the agent and keep the thread alive. Without the thread there are no more commits.
         except Exception as error:
             self._on_failure(due.generation, step, error)
         self._on_done(step)
@@ -138,7 +140,7 @@ class Committer:
             now=time.monotonic,
             wait=time.sleep,
             poll_interval_s=_POLL_INTERVAL_S,
-            # Do not wait for missing parts once a newer checkpoint is due.
+            # Do not wait for missing notices once a newer checkpoint is due.
             should_stop=lambda: (
                 self._superseded(generation.number) or self._newest > (generation.number, step)
             ),
@@ -154,7 +156,7 @@ class Committer:
         gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
-            # The log calls this again after each lost race: only what the last call drops may be deleted.
+            # The log calls this again after each lost race. Only checkpoints that the last call drops may be deleted.
             gone.clear()
             candidates = (self._marked(checkpoint, view), *view.checkpoints)
             expired = retention.expired(candidates, self._keep)
@@ -164,8 +166,7 @@ class Committer:
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
-        with self._history_lock:
-            self._history.forget(step)
+        self._history.forget(step)
         self._on_commit(checkpoint)
         return _Expired(view, gone, last=step >= self._last_step)
 
@@ -177,27 +178,26 @@ class Committer:
         return replace(checkpoint, permanent=permanent)
 
     def _write_history(self, directory: str, step: int) -> list[Line]:
-        with self._history_lock:
-            lines = self._history.through(step)
+        lines = self._history.through(step)
         write_history(self._store, _history_key(directory), lines)
         return lines
 
 
 @dataclass(frozen=True)
 class _Expired:
-    """What a COMMIT leaves to be removed."""
+    """What can be removed after a COMMIT."""
 
     view: RunView
     directories: set[str]
-    """Checkpoints that it no longer keeps."""
+    """Checkpoints that the COMMIT no longer keeps."""
     last: bool
     """Whether it is the last commit of the run."""
 
 
 class Tidier:
-    """Removes what the log does not keep any more. Agent process, own thread.
+    """Removes checkpoints that the log no longer keeps. Agent process, own thread.
 
-    A failure is told by `on_failure` and changes nothing: what is left is removed after a later commit.
+    `on_failure` reports a failure. The remaining files are removed after a later commit.
     """
 
     def __init__(
@@ -211,14 +211,14 @@ class Tidier:
         self._jobs = JobThread("tidy", self._do)
 
     def tidy(self, expired: _Expired) -> None:
-        """Remove, soon, the expired checkpoints and the uploads that nothing can commit any more."""
-        # One removal does the work of all that wait, so the queue cannot grow.
+        """Queue a removal of the expired checkpoints and of the uploads that nothing can commit any more."""
+        # Merge all waiting removals into one, so that the queue cannot grow.
         waiting = self._jobs.discard()
         directories = expired.directories.union(*(each.directories for each in waiting))
         self._jobs.submit(replace(expired, directories=directories))
 
     def close(self, timeout_s: float) -> None:
-        """Finish what is due, within a bounded time."""
+        """Finish the removals that are due, for at most `timeout_s`."""
         self._jobs.close(timeout_s)
 
     def _do(self, due: _Expired) -> None:
@@ -226,7 +226,7 @@ class Tidier:
         try:
             self._remove(due.view)
             self._sweeper.sweep(due.view, last=due.last)
-        # Every error: keep the thread alive, or no later checkpoint would be removed.
+        # Any error: keep the thread alive. Without it no later checkpoint would be removed.
         except Exception as error:
             self._on_failure(error)
 

@@ -1,13 +1,13 @@
-"""One number for the whole training state, whatever world wrote it.
+"""SHA-256 of the whole training state. It does not depend on the number of workers.
 
-The digest is the SHA-256 of the plain concatenation of tensors, with nothing between them, each as
-its full (all rows) C-ordered little-endian float32 bytes:
+The digest is the SHA-256 of all tensors, one after the other, with nothing between them. Each tensor is its
+full (all rows) C-ordered little-endian float32 bytes:
 
     1. model/<parameter>, for every parameter, sorted by name (by code point)
     2. for every parameter, again sorted: exp_avg/<parameter>, then exp_avg_sq/<parameter>
 
-Tensors that a checkpoint does not have are left out. bfloat16 is widened, which is exact; other types
-would lose bits: they are refused. For a float32 model the first part equals
+Tensors that a checkpoint does not have are left out. bfloat16 is widened to float32, which is exact. Other types
+are refused, because they would lose bits. For a float32 model the first part equals
 `for name in sorted(weights): sha256.update(weights[name].numpy().tobytes())`.
 """
 
@@ -27,9 +27,10 @@ _WEIGHTS: Final = "model/"
 
 
 def digest(store: Store, manifest: FullManifest) -> str:
-    """SHA-256 (hex) over weights and optimizer state as described above, every block's CRC checked.
+    """SHA-256 (hex) of weights and optimizer state, as the module describes it. Any process.
 
-    Streams with at most 160 MiB in memory. Raises `CheckpointError` if bytes are missing or wrong. Any process.
+    Checks the CRC of every block. Holds at most 160 MiB in memory. Raises `CheckpointError` if bytes are missing or
+    wrong, or if a tensor is not float32 or bfloat16.
     """
     result = hashlib.sha256()
     for name, data in read_tensors(store, manifest, canonical_order(manifest)):
@@ -40,12 +41,14 @@ def digest(store: Store, manifest: FullManifest) -> str:
             wide = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).to(torch.float32)
             result.update(wide.numpy().data)
         else:
-            raise CheckpointError(f"{name}: a digest is over float32 tensors, this one is {dtype}")
+            raise CheckpointError(
+                f"{name}: dtype {dtype}; expected float32 or bfloat16 for a digest"
+            )
     return result.hexdigest()
 
 
 def canonical_order(manifest: FullManifest) -> list[str]:
-    """The names of all tensors in the order in which the digest takes them."""
+    """The names of all tensors, in the order of the digest."""
 
     def rank(name: str) -> tuple[bool, str, str]:
         kind, _, parameter = name.partition("/")
@@ -55,9 +58,9 @@ def canonical_order(manifest: FullManifest) -> list[str]:
 
 
 def iterate_weights(store: Store, manifest: FullManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight, whole, as `(parameter, CPU tensor)`, sorted by parameter.
+    """Yield each weight as `(parameter, whole CPU tensor)`, sorted by parameter. Any process.
 
-    Holds one tensor at a time, CRC-checked. Raises `CheckpointError` if bytes are missing or wrong. Any process.
+    Holds one tensor at a time and checks its CRCs. Raises `CheckpointError` if bytes are missing or wrong.
     """
     for name, entry in manifest.tensors.items():
         if name.startswith(_WEIGHTS):

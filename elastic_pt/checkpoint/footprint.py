@@ -1,4 +1,4 @@
-"""What a model needs, computed from its configuration alone: parameters and checkpoint size."""
+"""Number of parameters and checkpoint size of a model, computed from its configuration alone."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Footprint:
 
 
 def footprint(model: ModelSection, vocabulary: int) -> Footprint:
-    """The footprint of a model over `vocabulary` tokens."""
+    """The sizes of a model with a vocabulary of `vocabulary` tokens."""
     attention = model.width * model.head_width * (2 * model.heads + 2 * model.kv_heads)
     norms = 2 * model.width + (2 * model.head_width if model.qk_norm else 0)
     block = attention + 3 * model.width * model.inner_width + norms

@@ -1,11 +1,12 @@
-"""The history of steps between two commits: bounded in memory, written in parts.
+"""The history of the steps between two commits: bounded in memory, written in parts.
 
-A commit names one key. Its object holds a line of JSON per step; where a part is full its last line is
-`{"next": KEY}` and the history goes on there. Parts are created from the last to the first, so a
-reader that finds the first one finds them all.
+A commit names the key of the first part. A part holds one line of JSON per step. If the history is longer, the
+part's last line is `{"next": KEY}`, the key of the next part. The first part is created last, so a reader that finds
+it finds all parts.
 """
 
 import json
+import threading
 from collections import deque
 from collections.abc import Sequence
 from itertools import count
@@ -18,41 +19,70 @@ HISTORY_BYTES_MAX: Final = 64 << 20
 
 
 class Line(NamedTuple):
-    """A step and its line of JSON, newline included."""
+    """A step and its line of JSON, with the newline."""
 
     step: int
     text: bytes
 
 
 class StepHistory:
-    """The steps since the last commit, in order. Agent process; the caller holds a lock.
+    """The steps since the last commit, in order. Agent process; thread-safe.
 
-    Adding a step costs O(1) on average. Beyond `bytes_max` every second line of the older half is dropped.
+    Every agent keeps them: the node that commits next may be any. Adding a step costs O(1) on average. Beyond
+    `bytes_max` every second line of the older half is dropped.
     """
 
     def __init__(self, bytes_max: int = HISTORY_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._lines: deque[Line] = deque()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add a step; it replaces its own earlier line and those of later steps."""
+        """Add a step. It replaces the earlier lines of this step and of later steps."""
         line = Line(entry["step"], json.dumps(entry).encode() + b"\n")
-        while self._lines and self._lines[-1].step >= line.step:
-            self._bytes -= len(self._lines.pop().text)
-        self._lines.append(line)
-        self._bytes += len(line.text)
-        if self._bytes > self._bytes_max:
-            self._thin()
+        with self._lock:
+            while self._lines and self._lines[-1].step >= line.step:
+                self._bytes -= len(self._lines.pop().text)
+            self._lines.append(line)
+            self._bytes += len(line.text)
+            if self._bytes > self._bytes_max:
+                self._thin()
 
     def through(self, step: int) -> list[Line]:
         """The lines up to and with `step`."""
-        return [line for line in self._lines if line.step <= step]
+        with self._lock:
+            return [line for line in self._lines if line.step <= step]
 
     def forget(self, step: int) -> None:
         """Drop the lines up to and with `step`: they are written with a commit."""
-        while self._lines and self._lines[0].step <= step:
-            self._bytes -= len(self._lines.popleft().text)
+        with self._lock:
+            while self._lines and self._lines[0].step <= step:
+                self._bytes -= len(self._lines.popleft().text)
+
+    def text(self) -> bytes:
+        """All lines, for a node that has fewer."""
+        with self._lock:
+            return b"".join(line.text for line in self._lines)
+
+    def misses(self, step: int) -> bool:
+        """Whether the line of `step` is missing at the beginning."""
+        with self._lock:
+            return not self._lines or self._lines[0].step > step
+
+    def adopt(self, text: bytes, first: int, last: int) -> bool:
+        """Take the lines of another node for the steps from `first` to `last`, if it has them. Raises `ValueError`."""
+        lines = [
+            Line(step, each + b"\n")
+            for each in text.splitlines()
+            if first <= (step := int(json.loads(each)["step"])) <= last
+        ]
+        if not lines or (lines[0].step, lines[-1].step) != (first, last):
+            return False
+        with self._lock:
+            self._lines = deque([*lines, *(line for line in self._lines if line.step > last)])
+            self._bytes = sum(len(line.text) for line in self._lines)
+        return True
 
     def _thin(self) -> None:
         lines = list(self._lines)
@@ -80,11 +110,11 @@ def write_history(
 
 
 def read_history(store: Store, key: str) -> list[dict[str, Any]]:
-    """What `write_history` wrote, every part of it. Raises `NotFound` if it is not there."""
+    """All parts of a history, as `write_history` wrote it. Raises `NotFound` if it is missing."""
     entries: list[dict[str, Any]] = []
     for index in count():
         entries += [json.loads(line) for line in store.read(_part_key(key, index)).splitlines()]
-        # The key of the next part follows from the first one's, whatever the line says.
+        # Compute the key of the next part from the first key. Do not trust the key in the line.
         if not entries or "next" not in entries[-1]:
             break
         entries.pop()

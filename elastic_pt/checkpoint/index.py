@@ -1,13 +1,13 @@
-"""Reading what a checkpoint says of itself: where the rows of each tensor are.
+"""Reads a checkpoint's index: where the rows of each tensor are.
 
     checkpoint (from the log) ── read_root ──┬── read_index      the node records that one worker needs
                                              └── read_manifest   the node records of all nodes
 
 `read_root` reads the one object whose size and SHA-256 are in the log. `read_index` and `read_manifest` read
-node records, many at once, and compare each with size, SHA-256 and rows in the root.
+node records in parallel. They compare each one with the size, SHA-256 and rows in the root.
 
-Errors: `CheckpointError` means that this checkpoint cannot be used and another one may; any other
-`StoreError` (no access, deadline passed) says nothing about the checkpoint and goes through.
+Errors: `CheckpointError` means that this checkpoint cannot be used, but another one may be usable. Any other
+`StoreError` (no access, deadline passed) says nothing about the checkpoint and is not caught.
 Runs in workers, agents and the command line.
 """
 
@@ -34,30 +34,30 @@ from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
 REQUEST_THREADS: Final = 64
-"""Small requests that a reader has under way at once: sizes and node records."""
+"""Parallel small requests of a reader: sizes and node records."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Readable(Protocol):
-    """What rows can be read from: a `Store`, or the memory of nodes."""
+    """A source of rows: a `Store`, or the memory of nodes."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `[start, end)` of a file."""
 
 
 class Index(Protocol):
-    """Where the rows of each tensor are; all that `restore` needs to know of a checkpoint."""
+    """Where the rows of each tensor are. `restore` needs nothing else of a checkpoint."""
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
-        """The tensors by name, with all the pieces that the caller may want rows of."""
+        """The tensors by name, with all pieces that hold rows the caller may want."""
 
 
 @dataclass(frozen=True)
 class PartialIndex:
-    """The state of a checkpoint, and where the rows are that one reader wants."""
+    """The state of a checkpoint, and where the rows of one reader are."""
 
     state: TrainingState
     tensors: Mapping[str, TensorEntry]
@@ -66,13 +66,14 @@ class PartialIndex:
 def read_root(store: Store, checkpoint: Checkpoint, run_id: str) -> RootManifest | FullManifest:
     """Read the object `manifest.json` of a committed checkpoint, of any schema.
 
-    Size and SHA-256 must be the committed ones before anything is parsed; then run, step, generation and
-    directory must agree, so a swapped, replayed or foreign manifest is a `CheckpointError`.
+    Compares size and SHA-256 with the commit before it parses anything. Then compares run, step, generation and
+    directory. Raises `CheckpointError` for a swapped or replayed manifest, or one of another run.
     """
     name = parse_directory(checkpoint.directory)
     if (name.step, name.generation) != (checkpoint.step, checkpoint.generation):
         raise CheckpointError(
-            f"{checkpoint.directory}: committed as step {checkpoint.step} of generation {checkpoint.generation}"
+            f"{checkpoint.directory}: committed as step {checkpoint.step} of generation {checkpoint.generation}; "
+            f"expected step {name.step} of generation {name.generation}"
         )
     if not 0 < checkpoint.manifest_size <= DOCUMENT_BYTES_MAX:
         raise CheckpointError(
@@ -83,22 +84,24 @@ def read_root(store: Store, checkpoint: Checkpoint, run_id: str) -> RootManifest
     data = _read_exactly(store, key, checkpoint.manifest_size, checkpoint.manifest_sha256)
     manifest = decode(data, RootManifest, FullManifest)
     if manifest.run_id != run_id:
-        raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}, not to {run_id!r}")
+        raise CheckpointError(f"{key}: belongs to run {manifest.run_id!r}; expected {run_id!r}")
     if manifest.directory != checkpoint.directory:
-        raise CheckpointError(f"{key}: was written for {manifest.directory}")
+        raise CheckpointError(
+            f"{key}: written for {manifest.directory}; expected {checkpoint.directory}"
+        )
     return manifest
 
 
 def read_manifest(store: Store, checkpoint: Checkpoint, run_id: str) -> FullManifest:
-    """Every slice of a committed checkpoint; reads all its node records.
+    """Every slice of a committed checkpoint. Reads all its node records.
 
-    Raises `CheckpointError` as `read_root` does, and for a node record that is not what the manifest says.
+    Raises `CheckpointError` as `read_root` does, and for a node record that differs from the manifest.
     """
     return full_manifest(store, read_root(store, checkpoint, run_id))
 
 
 def full_manifest(store: Store, root: RootManifest | FullManifest) -> FullManifest:
-    """Every slice of the checkpoint with this root; reads all its node records."""
+    """Every slice of the checkpoint with this root. Reads all its node records."""
     if isinstance(root, FullManifest):
         return root
     files = tuple(file for record in _read_nodes(store, root, root.nodes) for file in record.files)
@@ -108,7 +111,7 @@ def full_manifest(store: Store, root: RootManifest | FullManifest) -> FullManife
 def read_index(
     store: Store, checkpoint: Checkpoint, run_id: str, wanted: Mapping[str, RowRange]
 ) -> PartialIndex:
-    """Where rows `[first, end)` of each wanted tensor are; reads the records of those nodes alone that have some.
+    """Where rows `[first, end)` of each wanted tensor are. Reads only the records of nodes that hold some of them.
 
     Raises `CheckpointError` as `read_manifest` does.
     """
@@ -124,7 +127,7 @@ def read_index(
             for low_high, (first, end) in zip(node.spans(), ranges, strict=True)
         )
     ]
-    # Not `joined`: between nodes that were read for different tensors rows may be missing. `plan_reads` notices.
+    # Not `joined`: the nodes were chosen for different tensors, so rows may be missing. `plan_reads` checks that.
     pieces: dict[str, list[tuple[str, TensorSlice]]] = {tensor.name: [] for tensor in root.tensors}
     for record in _read_nodes(store, root, nodes):
         for file in record.files:
@@ -142,7 +145,7 @@ def read_index(
 
 
 def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) -> list[NodeRecord]:
-    """The records of these nodes, each just as the manifest describes it."""
+    """The records of these nodes. Raises `CheckpointError` for one that differs from the manifest."""
 
     def read(node: NodeShare) -> NodeRecord:
         data = _read_exactly(store, node.key, node.size, node.sha256)
@@ -154,7 +157,9 @@ def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) ->
         sizes = tuple(file.size for file in record.files)
         facts = (record.run_id, record.directory, sizes, rows)
         if facts != (root.run_id, root.directory, node.shard_sizes, node.rows):
-            raise CheckpointError(f"{node.key}: does not say what the manifest says")
+            raise CheckpointError(
+                f"{node.key}: differs from the manifest; expected its run, directory, sizes and rows"
+            )
         return record
 
     return list(in_order(nodes, read, REQUEST_THREADS))
@@ -163,14 +168,14 @@ def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) ->
 def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
     data = read_bytes(store, key, 0, size + 1)
     if len(data) != size:
-        raise CheckpointError(f"{key}: its size is not the committed {size} bytes")
+        raise CheckpointError(f"{key}: wrong size; expected the committed {size} bytes")
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{key}: its SHA-256 is not the committed one")
+        raise CheckpointError(f"{key}: wrong SHA-256; expected the committed {sha256}")
     return data
 
 
 def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:
-    """Bytes `[start, end)` of an object; one that is not there is a `CheckpointError`."""
+    """Bytes `[start, end)` of an object. Raises `CheckpointError` if the object is missing."""
     try:
         return store.read(key, start, end)
     except NotFound as error:
@@ -180,7 +185,7 @@ def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:
 def in_order(
     reads: Iterable[Item], work: Callable[[Item], Result], threads: int
 ) -> Iterator[Result]:
-    """`map` over a pool that is at most `threads` reads ahead of the consumer."""
+    """`map` over a pool of threads. Reads at most `threads` items ahead of the consumer."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""One thread that does one job after the other."""
+"""A thread that does one job after the other."""
 
 import threading
 from collections import deque
@@ -15,10 +15,10 @@ class JobThread(Generic[Job]):
 
     A `ThreadPoolExecutor` of one thread cannot do three things that an agent needs:
 
-    - End with the process. The interpreter joins an executor's threads at its end, so an upload that hangs
-      would keep the agent alive.
+    - End with the process. The interpreter joins an executor's threads at exit, so a hanging upload would keep the
+      agent alive.
     - Close within a limit. `shutdown` waits without limit or not at all.
-    - Hand back the jobs that it drops. A dropped shard is a local file that has to be removed.
+    - Return the jobs that it drops. A dropped shard is a local file that must be removed.
     """
 
     def __init__(self, name: str, work: Callable[[Job], None], queue_limit: int = 64) -> None:
@@ -45,12 +45,12 @@ class JobThread(Generic[Job]):
             self._changed.notify_all()
 
     def pending(self) -> list[Job]:
-        """The jobs that are not done, the one under way included."""
+        """The jobs that are not done, with the one in progress."""
         with self._changed:
             return [*self._current, *self._waiting]
 
     def discard(self) -> list[Job]:
-        """Drop the jobs that have not begun, and return them."""
+        """Drop the jobs that have not started, and return them."""
         with self._changed:
             dropped = list(self._waiting)
             self._waiting.clear()
@@ -58,7 +58,7 @@ class JobThread(Generic[Job]):
         return dropped
 
     def close(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` until all jobs are done, then begin no other one. Whether all are done."""
+        """Wait up to `timeout_s` for all jobs, then start no more. Returns whether all jobs are done."""
         with self._changed:
             done = self._changed.wait_for(
                 lambda: not self._waiting and not self._current, timeout_s

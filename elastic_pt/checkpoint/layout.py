@@ -1,28 +1,28 @@
-"""What a checkpoint is made of: names, records, and the checks that every record passes.
+"""The files and records of a checkpoint, and the checks of every record.
 
     ckpt/<step>-g<generation>-<nonce>/
         shard-<rank>.safetensors   the rows of every tensor that one worker held
-        node-<rank>.json           what is in the files of one node's workers; <rank> is that of the first
-        notice-<rank>.json         for the committing node: that the node record is there, and which rows it has
-        manifest.json              names every node record, written when every notice is there
+        node-<rank>.json           the contents of the files of one node's workers; <rank> is its first worker's
+        notice-<rank>.json         tells the committing node that the node record exists, and which rows it has
+        manifest.json              names every node record; written after all notices
 
-The directory counts if and only if a COMMIT record of the run's log names it, with the size and SHA-256
-of its manifest. From there the chain goes down: the manifest holds size and SHA-256 of every node record;
-a node record holds those of its shard files, and a CRC-32 of every block of rows. So a reader of the log
-can detect any wrong byte, in whole files and in the few rows that it needs.
+The directory is a checkpoint if and only if a COMMIT record of the run's log names it, with the size and SHA-256
+of its manifest. The manifest holds size and SHA-256 of every node record. A node record holds size and SHA-256 of
+its shard files, and a CRC-32 of every block of rows. So a reader of the log can detect any wrong byte, in whole
+files and in the few rows that it needs.
 
 A tensor is cut by rows (its first dimension, as FSDP2's Shard(0) does). A file holds rows
 `[first_row, end_row)` of it, and the files of a node hold rows without a gap between them. For every tensor the
-rows of the nodes tile all rows without gap or overlap. This is checked three times. A node checks that the
+rows of the nodes tile all rows, without gap or overlap. This is checked three times. A node checks that the
 slices of its workers join. The committing node checks that the rows of all nodes tile. A reader checks the
-manifest again, and each node record against the rows that the manifest says. Nothing here knows how many
-workers will read.
+manifest again, and compares each node record with the rows in the manifest. The number of workers that will read is
+not stored.
 
-In schema 1 there was one `part-<rank>.json` per file, and the manifest held all slices itself. Such
-checkpoints are still read. `FullManifest` is both that document and what a reader puts together from the
-documents of later schemas, which are in `nodes`.
+In schema 1 there was one `part-<rank>.json` per file, and the manifest held all slices. Such checkpoints are still
+readable. A `FullManifest` is that document, or a reader builds it from the documents of later schemas, which are in
+`nodes`.
 
-This module does no I/O; every error is a `CheckpointError` of one line.
+This module does no I/O. Every error is a `CheckpointError` of one line.
 """
 
 import math
@@ -42,7 +42,7 @@ DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}
 
 RowRange = tuple[int, int]
 
-# Text in which no two dots follow each other: no name leads out of its directory.
+# Text without two dots in a row, so that no name can leave its directory.
 _WORD: Final = r"\.?([A-Za-z0-9_-]\.?)+"
 _DIRECTORY: Final = r"ckpt/([0-9]{10})-g([0-9]{1,10})-([0-9a-z]{4,32})"
 
@@ -81,15 +81,17 @@ def checkpoint_directory(step: int, generation: int, nonce: str) -> str:
 
 
 def parse_directory(directory: str) -> DirectoryName:
-    """Take a checkpoint directory's name apart. Raises `CheckpointError` for any other name."""
+    """Parse the name of a checkpoint directory. Raises `CheckpointError` for any other name."""
     found = re.fullmatch(_DIRECTORY, directory)
     if found is None:
-        raise CheckpointError(f"{shown(directory)} is not the name of a checkpoint directory")
+        raise CheckpointError(
+            f"directory {shown(directory)}: expected ckpt/<step>-g<generation>-<nonce>"
+        )
     return DirectoryName(int(found[1]), int(found[2]), found[3])
 
 
 def shard_key(directory: str, rank: int) -> str:
-    """Key of the shard file of one rank of the world that wrote the checkpoint."""
+    """Key of the shard file of one rank of the generation that wrote the checkpoint."""
     return f"{directory}/shard-{rank:05d}.safetensors"
 
 
@@ -105,21 +107,21 @@ def manifest_key(directory: str) -> str:
 
 @record
 class TrainingState(Record):
-    """All resumable state that is not a tensor. It knows no rank and no world size.
+    """All resumable state that is not a tensor. It contains no rank and no world size.
 
-    What follows from the step and the configuration is not in it: the position of the data and of the
-    schedule, the samples and tokens that were read, and every random draw, which is keyed by the seed and
-    the step (or row) it is for. `config_fingerprint` stands for the configuration, the seed included.
+    It leaves out values that follow from the step and the configuration: the position in the data and in the
+    schedule, the numbers of samples and tokens, and random values, whose key is the seed and the step (or row).
+    `config_fingerprint` identifies the configuration, with the seed.
     """
 
     what: ClassVar[str] = "training state"
 
     step: Step
-    """Steps that are done: the state is the one after them."""
+    """Number of steps done. The state is the one after them."""
     optimizer_step: Step
-    """Those of them that were not skipped for a non-finite gradient (AdamW's bias correction)."""
+    """Number of those steps that were not skipped for a non-finite gradient (for AdamW's bias correction)."""
     skipped_in_a_row: Step
-    """Steps just before this state that were skipped one after the other."""
+    """Number of consecutive skipped steps just before this state."""
     data_fingerprint: Label
     tokenizer_sha256: Sha256
     config_fingerprint: Label
@@ -134,11 +136,11 @@ class TrainingState(Record):
 _LEFT_OUT: Final = {
     "rows_seen", "tokens_seen", "seed", "learning_rate_step", "data_position", "numerics", "slots"
 }  # fmt: skip
-"""Fields that states had until schema 2. They follow from the step and the configuration; nothing reads them."""
+"""Fields of states up to schema 2. They follow from the step and the configuration. Nothing reads them."""
 
 
 def upgraded_state(schema: int, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a document whose `state` of schema 1 or 2 becomes one of schema 3."""
+    """The content of a document, with its `state` converted from schema 1 or 2 to schema 3."""
     state = content.get("state")
     if schema >= 3 or not isinstance(state, dict):
         return content
@@ -146,13 +148,13 @@ def upgraded_state(schema: int, content: dict[str, Any]) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"training state: missing field {min(missing)!r}")
     kept = {key: state[key] for key in state if key not in _LEFT_OUT}
-    # It was left out where it was 0.
+    # Older documents leave it out if it is 0.
     return content | {"state": {"skipped_in_a_row": 0} | kept}
 
 
 @record
 class Tensor(Record):
-    """One whole tensor of the state, whichever workers hold its rows."""
+    """One whole tensor of the state, without the places of its rows."""
 
     what: ClassVar[str] = "tensor"
 
@@ -165,7 +167,7 @@ class Tensor(Record):
 class TensorSlice(Record):
     """Rows `[first_row, end_row)` of one tensor, stored at byte `offset` of one shard file.
 
-    Block i covers `block_rows` rows from `first_row + i * block_rows` on (the last may be shorter) and
+    Block i covers `block_rows` rows from `first_row + i * block_rows` on (the last block may be shorter).
     `block_crc32[i]` is the CRC-32 of its bytes. A block is at most 4 MiB, or a single row.
     """
 
@@ -201,15 +203,15 @@ class TensorSlice(Record):
 
     @property
     def end_offset(self) -> int:
-        """First byte of the file behind this slice."""
+        """Offset of the first byte after this slice."""
         return self.offset + (self.end_row - self.first_row) * self.row_bytes
 
 
 def rows_per_block(row_bytes: int, rows: int, block_bytes: int = 1 << 20) -> int:
-    """Rows of one block, for rows of `row_bytes` each: as many as `block_bytes` hold, at least one.
+    """Rows of one block, for rows of `row_bytes` each: as many as fit in `block_bytes`, at least one.
 
-    1 MiB is enough to amortise a request and small enough that a reader whose rows begin inside
-    a block throws little away; a checkpoint of 100 GB then has 100,000 CRCs, a megabyte of manifest.
+    1 MiB is large enough to amortise a request. It is small enough that a reader whose rows begin inside a block
+    discards few bytes. A checkpoint of 100 GB then has 100,000 CRCs, which are 1 MB of node records.
     """
     return max(1, min(rows, block_bytes // row_bytes))
 
@@ -252,7 +254,9 @@ class Part(StoredDocument):
 
     def __post_init__(self) -> None:
         if self.file.key != shard_key(self.directory, self.rank):
-            raise CheckpointError(f"{self.what}: {self.file.key} is not rank {self.rank}'s file")
+            raise CheckpointError(
+                f"{self.what}: file {self.file.key}; expected {shard_key(self.directory, self.rank)}"
+            )
         require_step(self.what, self.directory, self.state)
 
     @classmethod
@@ -262,7 +266,7 @@ class Part(StoredDocument):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor and its pieces, `(file key, slice)`, in the order of their rows and without gap or overlap."""
+    """A tensor and its pieces `(file key, slice)`, in the order of their rows."""
 
     name: str
     dtype: Dtype
@@ -271,15 +275,15 @@ class TensorEntry:
 
     @property
     def rows(self) -> RowRange:
-        """First and end row of the pieces together."""
+        """First row of the first piece and end row of the last."""
         return self.pieces[0][1].first_row, self.pieces[-1][1].end_row
 
 
 @record
 class FullManifest(StoredDocument):
-    """Every slice of a checkpoint, bound to one run, step, generation and place.
+    """Every slice of a checkpoint, bound to one run, step, generation and directory.
 
-    In schema 1 this is the object `manifest.json`; for later ones a reader puts it together from the node records.
+    In schema 1 this is the object `manifest.json`. For later schemas a reader builds it from the node records.
     """
 
     what: ClassVar[str] = "checkpoint manifest"
@@ -292,15 +296,15 @@ class FullManifest(StoredDocument):
 
     def __post_init__(self) -> None:
         require_step(self.what, self.directory, self.state)
-        # Ranks count from 0 without gaps, so the sorted keys are known.
+        # Ranks are numbered from 0 without gaps, so the sorted keys are known.
         if [file.key for file in self.files] != [
             shard_key(self.directory, rank) for rank in range(len(self.files))
         ]:
             raise CheckpointError(
-                f"{self.what}: its files are not those of ranks 0, 1, ... of {self.directory}"
+                f"{self.what}: wrong files; expected those of ranks 0, 1, ... of {self.directory}"
             )
         if not self.tensors:
-            raise CheckpointError(f"{self.what}: no tensors")
+            raise CheckpointError(f"{self.what}: no tensors; expected at least one")
 
     @classmethod
     def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
@@ -308,22 +312,22 @@ class FullManifest(StoredDocument):
 
     @property
     def step(self) -> int:
-        """The step whose state this is."""
+        """The step of this state."""
         return parse_directory(self.directory).step
 
     @property
     def generation(self) -> int:
-        """The generation whose workers wrote it."""
+        """The generation that wrote it."""
         return parse_directory(self.directory).generation
 
     @property
     def sizes(self) -> list[tuple[str, int]]:
-        """Key and size of every file that the checkpoint consists of besides the manifest."""
+        """Key and size of every file of the checkpoint, without the manifest."""
         return [(file.key, file.size) for file in self.files]
 
     @property
     def removable(self) -> set[str]:
-        """Keys of all that belongs to the checkpoint besides the manifest."""
+        """Keys of all objects of the checkpoint, without the manifest."""
         parts = {part_key(self.directory, rank) for rank in range(len(self.files))}
         return {file.key for file in self.files} | parts
 
@@ -339,11 +343,16 @@ class FullManifest(StoredDocument):
 def require_step(what: str, directory: str, state: TrainingState) -> None:
     """Raise `CheckpointError` unless the state is of the step in the directory's name."""
     if state.step != parse_directory(directory).step:
-        raise CheckpointError(f"{what}: state of step {state.step} in {directory}")
+        raise CheckpointError(
+            f"{what}: state of step {state.step} in {directory}; expected the step of the directory"
+        )
 
 
 def joined(files: Iterable[ShardFile]) -> dict[str, TensorEntry]:
-    """Every tensor of these files by name, sorted. Raises `CheckpointError` if rows are missing between its slices, or are there twice."""
+    """Every tensor of these files by name, sorted.
+
+    Raises `CheckpointError` if rows between the slices of a tensor are missing, or are there twice.
+    """
     pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
     for file in files:
         for piece in file.slices:
@@ -357,7 +366,9 @@ def _entry(name: str, pieces: list[tuple[str, TensorSlice]]) -> TensorEntry:
     row = first.first_row
     for key, piece in pieces:
         if (piece.dtype, piece.global_shape) != (first.dtype, first.global_shape):
-            raise CheckpointError(f"{name}: {key} has another dtype or shape than {pieces[0][0]}")
+            raise CheckpointError(
+                f"{name}: {key} has another dtype or shape than {pieces[0][0]}; expected the same"
+            )
         if piece.first_row != row:
             raise CheckpointError(f"{name}: {_gap(row, piece.first_row)} ({key})")
         row = piece.end_row

@@ -1,10 +1,10 @@
-"""Reading the state of one step from the memory of several nodes (worker process).
+"""Reads the state of one step from the memory of several nodes (worker process).
 
     places (from the GENERATION) ─► the records of the buffers that hold wanted rows ─► MemoryState ─► restore.load_rows
               own buffer files: mapped, no network          peers: byte ranges over HTTP
 
-A worker needs rows, whoever wrote them, so the world that restores may have any size. Records and rows are verified as
-those of a committed checkpoint are: each block against its CRC-32, before a byte of it reaches a tensor.
+A worker asks for rows, for any number of writers and readers. Rows are verified as in a committed checkpoint: each
+block is compared with its CRC-32 before a byte of it is copied into a tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,38 +20,37 @@ from elastic_pt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of one old rank lie: a buffer file of this node, or a peer's memory."""
+    """Where the rows of one old rank are: in a buffer file of this node, or in a peer's memory."""
 
     rank: int
     path: str = ""
-    """The buffer file; empty where a peer holds it."""
+    """The buffer file; empty if a peer holds it."""
     record: str = ""
-    """The buffer's `Snapshot` as text; empty where a peer holds it."""
+    """The buffer's `Snapshot` as text; empty if a peer holds it."""
     host: str = ""
     port: int = 0
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the state of a step lies, in the memory of the nodes of a generation."""
+    """Where the state of a step is, in the memory of the nodes of a generation."""
 
     generation: int
-    """Whose workers wrote it."""
+    """The generation that wrote it."""
     step: int
     shards: tuple[Place, ...]
-    """One for each of those workers, by rank."""
+    """One for each worker of that generation, by rank."""
     token: str
     timeout_s: float
 
 
 class MemoryState:
-    """The state of one step in several memories; `index` and `read` are what `load_rows` needs."""
+    """The state of one step in the memory of several nodes. `index` and `read` are for `load_rows`."""
 
     def __init__(self, places: Places, ranks: Sequence[int]) -> None:
         """Open the buffers of these old ranks and read their records.
 
-        Raises `CheckpointError` if one holds another state than it should, or none; `StoreError` if a peer does not
-        answer.
+        Raises `CheckpointError` if one holds another state, or none, and `StoreError` if a peer does not answer.
         """
         self._places = places
         self._buffers: dict[int, BufferContent] = {}
@@ -65,7 +64,7 @@ class MemoryState:
                 if address not in self._peers:
                     self._peers[address] = Peer(address, places.token, places.timeout_s)
         self.index = _index_of(list(in_order(ranks, self._record, REQUEST_THREADS)))
-        """The training state, and where the rows are."""
+        """The training state, and the places of its rows."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `[start, end)` of the shard file of the old rank `key`."""
@@ -108,13 +107,13 @@ class MemoryState:
 
 
 def _index_of(snapshots: Sequence[Snapshot]) -> PartialIndex:
-    """Where the rows are in these buffers; their states must be the same."""
+    """The places of the rows in these buffers. Their states must be equal."""
     first = snapshots[0]
     pieces: dict[str, list[tuple[str, TensorSlice]]] = {}
     for each in snapshots:
         if each.state != first.state:
             raise CheckpointError(
-                f"snapshots of ranks {first.rank} and {each.rank} differ in their training state"
+                f"snapshots of ranks {first.rank} and {each.rank}: different training states; expected equal ones"
             )
         for piece in each.slices:
             pieces.setdefault(piece.name, []).append((str(each.rank), piece))

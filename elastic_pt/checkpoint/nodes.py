@@ -1,9 +1,9 @@
-"""The documents that nodes write: what a node's workers uploaded, and which nodes make a checkpoint.
+"""The documents that nodes write: the uploads of a node's workers, and the nodes of a checkpoint.
 
     NodeRecord (every slice of a node's workers) ◄── NodeShare (its size, SHA-256 and rows)
     NodeNotice or NodeRefusal (to the committing node) ──► RootManifest (the share of every node)
 
-`layout` says what is checked where. No I/O.
+`layout` describes the checks. No I/O.
 """
 
 import hashlib
@@ -37,23 +37,23 @@ REASON_LENGTH_MAX = 512
 
 
 def node_key(directory: str, first_rank: int) -> str:
-    """Key of the record of the node whose first worker had `first_rank`."""
+    """Key of a node's record. `first_rank` is the rank of the node's first worker."""
     return f"{directory}/node-{first_rank:05d}.json"
 
 
 def notice_key(directory: str, first_rank: int) -> str:
-    """Key of the notice that this node's record is there, or will not come."""
+    """Key of the notice that this node's record exists, or of the refusal instead of it."""
     return f"{directory}/notice-{first_rank:05d}.json"
 
 
 def fingerprint_of(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 over what all tensors of the state are; equal on all nodes of a checkpoint."""
+    """SHA-256 of names, types and shapes of all tensors of the state; equal on all nodes of a checkpoint."""
     return hashlib.sha256(canonical(tensors)).hexdigest()
 
 
 @record
 class NodeRecord(Document):
-    """What is in the shard files of one node's workers. Its agent writes it once all of them are uploaded."""
+    """The contents of the shard files of one node's workers. The agent writes it after all of them are uploaded."""
 
     what: ClassVar[str] = "node record"
     schemas: ClassVar[tuple[int, ...]] = (2,)
@@ -69,13 +69,13 @@ class NodeRecord(Document):
             shard_key(self.directory, rank) for rank in ranks
         ]:
             raise CheckpointError(
-                f"{self.what}: its files are not those of ranks {self.first_rank}, ... of {self.directory}"
+                f"{self.what}: wrong files; expected those of ranks {self.first_rank}, ... of {self.directory}"
             )
 
     def rows_of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        """First and end row of each tensor that this node holds, one after the other; 0, 0 where it has none.
+        """First and end row of each tensor on this node, as one flat list; 0, 0 for a tensor without rows here.
 
-        Raises `CheckpointError` if rows are missing between its workers, or a slice is of no such tensor.
+        Raises `CheckpointError` if rows between its workers are missing, or if a slice is of another tensor.
         """
         entries = joined(self.files)
         found: list[int] = []
@@ -91,13 +91,15 @@ class NodeRecord(Document):
                 )
             found += entry.rows
         if entries:
-            raise CheckpointError(f"{next(iter(entries))}: no tensor of {self.directory}")
+            raise CheckpointError(
+                f"{next(iter(entries))}: no tensor of {self.directory}; expected only its tensors"
+            )
         return tuple(found)
 
 
 @record
 class NodeShare(Record):
-    """One node's share of a checkpoint, as the manifest names it. `rows` are those of `NodeRecord.rows_of`."""
+    """One node's share of a checkpoint, as an entry of the manifest. `rows` is the result of `NodeRecord.rows_of`."""
 
     what: ClassVar[str] = "node share"
 
@@ -105,7 +107,7 @@ class NodeShare(Record):
     size: Annotated[int, Field(ge=2, le=DOCUMENT_BYTES_MAX)]
     sha256: Sha256
     shard_sizes: Annotated[tuple[FileBytes, ...], Field(min_length=1)]
-    """Bytes of the shard file of each of its workers."""
+    """Bytes of each worker's shard file."""
     rows: tuple[Row, ...]
 
     def spans(self) -> Iterable[RowRange]:
@@ -116,7 +118,7 @@ class NodeShare(Record):
 
 @record
 class NodeNotice(Document):
-    """For the committing node: all shards of a node and its record are in the store."""
+    """Tells the committing node that all shards of a node and its record are in the store."""
 
     what: ClassVar[str] = "node notice"
     schemas: ClassVar[tuple[int, ...]] = (2, 3)
@@ -127,13 +129,16 @@ class NodeNotice(Document):
     share: NodeShare
     state: TrainingState
     tensors_sha256: Sha256
-    """The `fingerprint_of` all tensors."""
+    """`fingerprint_of` all tensors."""
     tensors: tuple[Tensor, ...]
-    """All tensors, sorted by name; only in the notice of the first node, since they are the same everywhere."""
+    """All tensors, sorted by name. Only in the notice of the first node: they are equal on all nodes."""
 
     def __post_init__(self) -> None:
         if self.share.key != node_key(self.directory, self.first_rank):
-            raise CheckpointError(f"{self.what}: {self.share.key} is not its node's record")
+            raise CheckpointError(
+                f"{self.what}: record {self.share.key}; "
+                f"expected {node_key(self.directory, self.first_rank)}"
+            )
         require_step(self.what, self.directory, self.state)
         if bool(self.tensors) != (self.first_rank == 0):
             raise self.refuse("tensors", "all tensors at rank 0, and none at other ranks")
@@ -152,7 +157,7 @@ class NodeNotice(Document):
 
 @record
 class NodeRefusal(Document):
-    """In the place of a node's notice: its record will not come, so the committing node stops waiting."""
+    """Replaces a node's notice if the node cannot write its record. The committing node then stops waiting."""
 
     what: ClassVar[str] = "node refusal"
     schemas: ClassVar[tuple[int, ...]] = (2,)
@@ -165,7 +170,7 @@ class NodeRefusal(Document):
 
 @record
 class RootManifest(Document):
-    """Which node records make a checkpoint, and which rows each has; bound to one run, step, generation and place."""
+    """The node records of a checkpoint and the rows of each; bound to one run, step, generation and directory."""
 
     what: ClassVar[str] = "checkpoint manifest"
     schemas: ClassVar[tuple[int, ...]] = (2, 3)
@@ -181,14 +186,16 @@ class RootManifest(Document):
         require_step(self.what, self.directory, self.state)
         names = [tensor.name for tensor in self.tensors]
         if not names or names != sorted(set(names)):
-            raise CheckpointError(f"{self.what}: its tensors are none, or not sorted by name")
+            raise CheckpointError(
+                f"{self.what}: wrong tensors; expected at least one, sorted by name"
+            )
         if not self.nodes:
-            raise CheckpointError(f"{self.what}: no nodes")
+            raise CheckpointError(f"{self.what}: no nodes; expected at least one")
         first_rank = 0
         for node in self.nodes:
             if node.key != node_key(self.directory, first_rank):
                 raise CheckpointError(
-                    f"{self.what}: {node.key} is not the record of the node of rank {first_rank}"
+                    f"{self.what}: record {node.key}; expected that of the node of rank {first_rank}"
                 )
             if len(node.rows) != 2 * len(names):
                 raise CheckpointError(
@@ -207,13 +214,13 @@ class RootManifest(Document):
 
     @property
     def sizes(self) -> list[tuple[str, int]]:
-        """Key and size of every file that the checkpoint consists of besides the manifest."""
+        """Key and size of every file of the checkpoint, without the manifest."""
         sizes = [size for node in self.nodes for size in node.shard_sizes]
         shards = [(shard_key(self.directory, rank), size) for rank, size in enumerate(sizes)]
         return [(node.key, node.size) for node in self.nodes] + shards
 
     @property
     def removable(self) -> set[str]:
-        """Keys of all that belongs to the checkpoint besides the manifest."""
+        """Keys of all objects of the checkpoint, without the manifest."""
         notices = {node.key.replace("/node-", "/notice-") for node in self.nodes}
         return {key for key, _ in self.sizes} | notices

@@ -1,11 +1,13 @@
-"""Asking another node's agent for what it holds in memory, over HTTP (agents that mirror, and workers that restore).
+"""Reads snapshots from the memory of another node's agent, over HTTP (in agents that mirror and workers that restore).
 
     GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a buffer; byte ranges
     GET /v1/snapshots/<generation>/<step>/<rank>/record    its `Snapshot`
+    GET /v1/steps                                          the lines of the steps since the last commit
     GET /v1/snapshots/next?generation=&after=&mirror=      long poll: the newest step of the peer's own workers
 
-All need the run's token. `agent.snapshots` answers. Every request has a timeout; an answer is bounded by what was asked.
-Whoever reads bytes compares them with the CRCs of the record: a buffer may be written again at any moment.
+All requests need the run's token. `agent.snapshots` answers them. Every request has a timeout and a limit for the size
+of the answer. A reader compares the bytes with the CRCs of the record, because a worker may overwrite a buffer at any
+moment.
 """
 
 import http.client
@@ -17,24 +19,25 @@ from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.snapshot import Snapshot
 from elastic_pt.errors import CheckpointError, StoreError
 
+STEPS_PATH: Final = "/v1/steps"
 _CHUNK_BYTES: Final = 4 << 20
 
 
 def snapshot_path(generation: int, step: int, rank: int) -> str:
-    """The path of a buffer's shard file on the agent that holds it."""
+    """The HTTP path of a buffer's shard file."""
     return f"/v1/snapshots/{generation}/{step}/{rank}"
 
 
 @dataclass(frozen=True)
 class PeerAddress:
-    """Where a node's agent answers."""
+    """The address of a node's agent."""
 
     host: str
     port: int
 
 
 class Peer:
-    """One agent, asked by this process. Threads may share it: each has a connection of its own."""
+    """A client of one agent. Thread-safe: each thread has its own connection."""
 
     def __init__(self, address: PeerAddress, token: str, timeout_s: float) -> None:
         self._address = address
@@ -53,7 +56,7 @@ class Peer:
         return Snapshot.from_bytes(data)
 
     def get(self, path: str, bytes_max: int, timeout_s: float | None = None) -> bytes | None:
-        """The body of the answer; None if there is nothing (204, 404)."""
+        """The body of the answer; None if the status is 204 or 404. Raises `StoreError` for any failure."""
         response = self._ask(path, {}, timeout_s)
         try:
             body = response.read(bytes_max + 1)
@@ -61,7 +64,7 @@ class Peer:
             raise self._failed(path, error) from error
         if len(body) > bytes_max:
             self._drop()
-            raise StoreError(f"{self}{path}: more than {bytes_max} bytes")
+            raise StoreError(f"{self}{path}: more than {bytes_max} bytes; expected fewer")
         return None if response.status in (204, 404) else body
 
     def read(self, path: str, start: int, end: int) -> bytes:
@@ -73,8 +76,8 @@ class Peer:
     def read_into(self, path: str, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a shard file from `start` on.
 
-        Raises `CheckpointError` if the peer does not hold it any more, `StoreError` if it cannot be reached, answers
-        with another error, or sends fewer bytes.
+        Raises `CheckpointError` if the peer no longer holds the file. Raises `StoreError` if the peer cannot be reached,
+        answers with another error, or sends fewer bytes.
         """
         end = start + len(target)
         response = self._ask(path, {"Range": f"bytes={start}-{end - 1}"}, None)
@@ -95,7 +98,7 @@ class Peer:
     def _ask(
         self, path: str, headers: dict[str, str], timeout_s: float | None
     ) -> http.client.HTTPResponse:
-        """Send a request; once more if a kept connection has been closed meanwhile."""
+        """Send a request. Retry once on a new connection if the kept connection fails."""
         for kept in (True, False):
             connection = getattr(self._own, "connection", None) if kept else None
             if kept and connection is None:
@@ -125,7 +128,7 @@ class Peer:
         return StoreError(f"{self}{path}: {error or type(error).__name__}")
 
     def _drop(self) -> None:
-        """Close this thread's connection: the rest of an answer may still be on its way."""
+        """Close this thread's connection: unread bytes of an answer may be left in it."""
         connection = getattr(self._own, "connection", None)
         if connection is not None:
             connection.close()

@@ -1,9 +1,9 @@
-"""From the notices of all nodes to a manifest that can be committed (committing agent).
+"""Collects the notices of all nodes and writes the manifest that can be committed (committing agent).
 
     collect (all notices) ─► publish_manifest ─► Checkpoint ─► COMMIT, by the caller
 
-The committing node reads a notice of a few KB per node: size and SHA-256 of the node's record, and the rows
-that it has of each tensor. That is enough to see that the checkpoint is whole, for thousands of nodes.
+The committing node reads one notice of a few KB per node. A notice holds size and SHA-256 of the node's record, and the
+node's rows of each tensor. That is enough to check that the checkpoint is complete, for thousands of nodes.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
 _THREADS: Final = 64
-"""Requests of the committing agent that are under way at once."""
+"""Parallel requests of the committing agent."""
 _POLL_MAX_S: Final = 0.5
 _POLL_SHARE: Final = 0.1
-"""A missing notice is asked for again after this share of the time waited: the delay stays below that share."""
+"""The pause between two polls, as a share of the time waited. So polling adds at most this share to the wait."""
 
 
 class ShareMissing(CheckpointError):
-    """A node's share of a checkpoint will not come: the node has said so, or has said nothing for too long."""
+    """A node's share of a checkpoint is missing: the node wrote a refusal, or no notice before the timeout."""
 
     def __init__(self, text: str, first_rank: int) -> None:
         super().__init__(text)
@@ -47,10 +47,10 @@ def collect(
 ) -> list[NodeNotice] | None:
     """Wait for the notice of every node and return them in order (committing agent).
 
-    `nodes` are the ranks of each node's workers, in order. Asks for keys by name, never lists: while one is
-    missing only for that one, since all are needed, then for many at once. `now()` is a monotonic clock in seconds and
-    `wait(seconds)` waits. None as soon as `should_stop()`. Raises `ShareMissing` when a node has said that its own will
-    not come or `timeout_s` seconds have passed, another `CheckpointError` when a notice is not what it should be.
+    `nodes` are the ranks of each node's workers, in order. Reads keys by name and never lists. While a notice is
+    missing, it polls only that one, since all are needed; then it reads many in parallel. `now()` is a monotonic clock
+    in seconds, and `wait(seconds)` waits. Returns None when `should_stop()` is true. Raises `ShareMissing` after a
+    node's refusal or after `timeout_s` seconds, and another `CheckpointError` for a wrong notice.
     """
     started_s = now()
     found: list[NodeNotice] = []
@@ -73,28 +73,30 @@ def collect(
             if waited_s >= timeout_s:
                 first_rank = asked[first_missing].start
                 key = notice_key(directory, first_rank)
-                raise ShareMissing(f"{key}: not there after {timeout_s} s", first_rank)
+                raise ShareMissing(f"{key}: missing after {timeout_s} s", first_rank)
             wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
     return found
 
 
 def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
-    """Make one manifest of all node records, create it once, read it back (committing agent).
+    """Make the manifest of all node records, create it, and read it back (committing agent).
 
-    Raises `CheckpointError` unless all notices are of one run and directory, with the same `TrainingState` and
-    tensors, and the rows of the nodes tile every tensor; `AlreadyExists` if another manifest is there. The checkpoint
-    counts once the caller has put it into a COMMIT record. Publishing the same notices twice gives the same one.
+    Raises `CheckpointError` unless all notices are of one run and directory, with equal `TrainingState` and tensors,
+    and the rows of the nodes tile every tensor. Raises `AlreadyExists` if another manifest exists. The checkpoint
+    counts only after the caller has appended a COMMIT record. Publishing the same notices twice gives the same result.
     """
     if not notices:
-        raise CheckpointError("a checkpoint without nodes cannot be published")
+        raise CheckpointError("checkpoint manifest: no notices; expected one of each node")
     notices = sorted(notices, key=lambda notice: notice.first_rank)
     first = notices[0]
     for notice in notices:
         key, first_key = notice.share.key, first.share.key
         if (notice.run_id, notice.directory) != (first.run_id, first.directory):
-            raise CheckpointError(f"{key} and {first_key} are not of one checkpoint")
+            raise CheckpointError(f"{key} and {first_key}: expected the same run and directory")
         if (notice.state, notice.tensors_sha256) != (first.state, first.tensors_sha256):
-            raise CheckpointError(f"{key} and {first_key} differ in their training state")
+            raise CheckpointError(
+                f"{key} and {first_key} differ in their training state; expected equal states"
+            )
     name = parse_directory(first.directory)
     manifest = RootManifest(
         first.run_id,
@@ -115,12 +117,14 @@ def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
     key = manifest_key(first.directory)
     store.create(key, data)
     if read_root(store, checkpoint, first.run_id) != manifest:
-        raise CheckpointError(f"{key}: reads back as another manifest")
+        raise CheckpointError(
+            f"{key}: read back with another content; expected the manifest just written"
+        )
     return checkpoint
 
 
 def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | None:
-    """The notice of a node; None if it may still come."""
+    """The notice of a node; None if there is none yet."""
     key = notice_key(directory, ranks.start)
     try:
         notice = decode(store.read(key, 0, DOCUMENT_BYTES_MAX), NodeNotice, NodeRefusal)
@@ -129,12 +133,15 @@ def _read_notice(store: Store, directory: str, ranks: range) -> NodeNotice | Non
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
     if (notice.directory, notice.first_rank) != (directory, ranks.start):
-        raise CheckpointError(f"{key}: is that of rank {notice.first_rank} of {notice.directory}")
+        raise CheckpointError(
+            f"{key}: notice of rank {notice.first_rank} of {notice.directory}; "
+            f"expected rank {ranks.start} of {directory}"
+        )
     if isinstance(notice, NodeRefusal):
         raise ShareMissing(f"{key}: its node could not upload it: {notice.why}", ranks.start)
     if notice.ranks != ranks:
         raise CheckpointError(
-            f"{key}: is about ranks {_shown(notice.ranks)}, expected {_shown(ranks)}"
+            f"{key}: notice of ranks {_shown(notice.ranks)}; expected {_shown(ranks)}"
         )
     return notice
 

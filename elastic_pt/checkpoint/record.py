@@ -1,12 +1,11 @@
-"""Records that check themselves, and their JSON.
+"""Records with checked fields, and their JSON.
 
-A `Record` is a frozen dataclass. pydantic checks its fields, strictly, when it is built and when it is
-decoded; `__post_init__` checks what several fields say together. So a record that exists is a valid one.
+A `Record` is a frozen dataclass. pydantic checks its fields strictly when a record is built or decoded.
+`__post_init__` checks combinations of fields. So every record is valid.
 
-A `StoredDocument` is a record that is an object of its own in the store. Its JSON is canonical (sorted
-keys, no spaces) and holds, beside the fields, `schema`, `kind` and the seal `sha256` over all the rest.
-`decode` refuses any flipped bit, any unknown, missing or ill-typed field, and any other schema. A
-`Document` is one that this version also writes.
+A `StoredDocument` is a record that is a separate object in the store. Its JSON is canonical (sorted keys, no
+spaces). It holds the fields, `schema`, `kind`, and `sha256`, the seal over all the rest. `decode` refuses any flipped
+bit, any unknown, missing or ill-typed field, and any other schema. A `Document` is one that this version also writes.
 
 Every error is a `CheckpointError` of one line.
 """
@@ -31,17 +30,17 @@ _ENVELOPE = ("schema", "kind", "sha256")
 
 
 class Record:
-    """A frozen dataclass whose JSON object has exactly its fields. Subclasses are decorated with `record`."""
+    """A frozen dataclass; its JSON object has exactly its fields. Decorate subclasses with `record`."""
 
     what: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name; records in them stay records."""
+        """The fields by name. Nested records stay records."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Decode strictly: a missing, unknown or ill-typed field is a `CheckpointError`."""
+        """Decode strictly. Raises `CheckpointError` for a missing, unknown or ill-typed field."""
         try:
             decoded: Self = _adapter(cls).validate_json(text)  # type: ignore[arg-type]
         except ValidationError as error:
@@ -68,7 +67,7 @@ def record(cls: type[Class]) -> type[Class]:
 
     @functools.wraps(build)
     def init(self: Class, *values: Any, **named: Any) -> None:
-        # By name, so that pydantic's error says which field it is about.
+        # Pass the values by name, so that pydantic's error names the field.
         named |= zip(names, values, strict=False)
         try:
             build(self, *values[len(names) :], **named)
@@ -80,10 +79,10 @@ def record(cls: type[Class]) -> type[Class]:
 
 
 class StoredDocument(Record):
-    """A record that is an object of its own in the store."""
+    """A record that is a separate object in the store."""
 
     schemas: ClassVar[tuple[int, ...]]
-    """Those that are read."""
+    """The readable schemas."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -92,12 +91,12 @@ class StoredDocument(Record):
 
     @classmethod
     def _upgraded(cls, schema: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a document of `schema`, as the newest schema has them."""
+        """The fields of a document of `schema`, converted to the newest schema."""
         return content
 
 
 class Document(StoredDocument):
-    """A document that this version writes, in the last of its schemas."""
+    """A document that this version writes, in the last schema of the list."""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: equal documents have equal bytes."""
@@ -119,7 +118,7 @@ def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
     else:
         found = f"schema {shown(schema)} of {shown(tree.get('kind'))}"
         if type(schema) is int and schema > SCHEMA and _is_sealed(tree, data):
-            # Not a `CheckpointError`: a later version's checkpoint must not be quarantined.
+            # Not a `CheckpointError`, because that would quarantine a good checkpoint of a later version.
             raise ConfigError(
                 f"{one.what}: {found} is of a later version of elastic-pt; expected that version, "
                 f"or schema {SCHEMA} at most"
@@ -132,7 +131,7 @@ def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
     except ValueError as error:  # not a finite number
         raise CheckpointError(f"{kind.what}: {error}") from error
     if _sealed(kind.what, schema, encoded) != data:
-        raise CheckpointError(f"{kind.what}: the bytes do not match their own SHA-256")
+        raise CheckpointError(f"{kind.what}: damaged; expected bytes that match their own SHA-256")
     upgraded = kind._upgraded(schema, content)
     changed = {key: upgraded[key] for key in upgraded if upgraded[key] is not content.get(key)}
     return kind.from_json(
@@ -141,7 +140,7 @@ def decode(data: bytes, one: type[One], other: type[Other]) -> One | Other:
 
 
 def _is_sealed(tree: dict[str, Any], data: bytes) -> bool:
-    """Whether these are the bytes of a document, of whatever kind and schema, without a changed bit."""
+    """Whether these are the unchanged bytes of a document of any kind and schema."""
     content = {key: value for key, value in tree.items() if key not in _ENVELOPE}
     try:
         return sealed(str(tree.get("kind")), int(tree["schema"]), content) == data
@@ -150,7 +149,7 @@ def _is_sealed(tree: dict[str, Any], data: bytes) -> bool:
 
 
 def sealed(what: str, schema: int, content: Mapping[str, Any]) -> bytes:
-    """The bytes of a document: its content in an envelope, with the SHA-256 over all of it."""
+    """The bytes of a document: its content, schema and kind, with the SHA-256 over them."""
     return _sealed(what, schema, _encoded(content))
 
 
@@ -161,17 +160,17 @@ def _sealed(what: str, schema: int, encoded: Mapping[str, bytes]) -> bytes:
 
 
 def _encoded(content: Mapping[str, Any]) -> dict[str, bytes]:
-    # Each value is encoded once, though it is hashed and then written: a manifest has megabytes.
+    # Encode each value once, for the hash and for the output: a manifest has megabytes.
     return {key: canonical(value) for key, value in content.items()}
 
 
 def _object(encoded: Mapping[str, bytes]) -> bytes:
-    """The canonical JSON object of values that are encoded already."""
+    """The canonical JSON object of values that are already encoded."""
     return b"{" + b",".join(canonical(key) + b":" + encoded[key] for key in sorted(encoded)) + b"}"
 
 
 def canonical(value: object) -> bytes:
-    """The one JSON text of a value. Raises `ValueError` for a number that is not finite."""
+    """The canonical JSON text of a value. Raises `ValueError` for a number that is not finite."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=Record.to_json
     )
@@ -182,9 +181,11 @@ def _tree(data: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what}: not JSON ({len(data)} bytes)") from error
+        raise CheckpointError(
+            f"{what}: {len(data)} bytes that are not JSON; expected JSON"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what}: not a JSON object")
+        raise CheckpointError(f"{what}: {shown(value)}; expected a JSON object")
     return value
 
 
@@ -194,7 +195,7 @@ def _adapter(cls: type[Record]) -> TypeAdapter[Any]:
 
 
 def _refusal(what: str, error: ValidationError) -> CheckpointError:
-    """What pydantic found first, in one line."""
+    """The first error of pydantic, in one line."""
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"]))
     value = shown(first["input"])

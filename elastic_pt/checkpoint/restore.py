@@ -1,13 +1,13 @@
-"""Reading rows of tensors, bit for bit (workers and the command line).
+"""Reads rows of tensors, bit for bit (workers and the command line).
 
     index ── plan_reads ── load_rows ── tensors       the rows that a worker wants
                └────────── read_tensors ── bytes      whole tensors, for a digest
 
-A reader asks for row ranges and does not care how many workers wrote the files. What it asks for is
-widened to whole blocks, because a block is what a CRC-32 covers. Neighbouring blocks of a file become one
-request of at most 32 MiB. A block is compared with its CRC before a byte of it reaches a tensor.
+A reader asks for row ranges. The number of workers that wrote the files does not matter. The ranges are extended to
+whole blocks, because a CRC-32 covers a block. Adjacent blocks of a file become one request of at most 32 MiB. A
+block is compared with its CRC before a byte of it is copied into a tensor.
 
-Errors are those of `index`.
+`index` describes the errors.
 """
 
 import zlib
@@ -28,7 +28,7 @@ _READ_THREADS = 4
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `[first_row, end_row)` of a tensor at bytes `[start, end)` of a file, the unit of a CRC-32."""
+    """Rows `[first_row, end_row)` of a tensor at bytes `[start, end)` of a file. A CRC-32 covers one block."""
 
     tensor: str
     index: int
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ReadRange:
-    """One request: bytes `[start, end)` of a file, which are exactly its blocks, one after another."""
+    """One request: bytes `[start, end)` of a file, which are exactly `blocks`, one after another."""
 
     key: str
     start: int
@@ -54,24 +54,27 @@ def plan_reads(
 ) -> list[ReadRange]:
     """The requests that fetch rows `[first, end)` of each wanted tensor, in file order.
 
-    Each request holds whole blocks and at most `read_bytes_max` bytes, unless one block alone is larger.
+    Each request holds whole blocks and at most `read_bytes_max` bytes, unless a single block is larger.
     Raises `CheckpointError` for a tensor or rows that the checkpoint does not have.
     """
     found: list[tuple[str, Block]] = []
     for name, (first, end) in wanted.items():
         entry = _entry(index, name)
-        # A worker without rows of a tensor may say so with any empty range.
+        # A worker without rows of a tensor may give any empty range.
         if first != end and not 0 <= first < end <= entry.global_shape[0]:
             raise CheckpointError(
-                f"{name}: rows {first} to {end} of a tensor of shape {entry.global_shape}"
+                f"{name}: rows {first} to {end} of a tensor of shape {entry.global_shape}; "
+                "expected rows of the tensor"
             )
         held = 0
         for key, piece in entry.pieces:
             found += [(key, block) for block in _blocks(piece, first, end)]
             held += max(0, min(end, piece.end_row) - max(first, piece.first_row))
-        # Rows that no piece has would stay in the tensor as they were before.
+        # Refuse rows that no piece has: they would keep their old values in the tensor.
         if held != end - first:
-            raise CheckpointError(f"{name}: {held} of rows {first} to {end} are in the index")
+            raise CheckpointError(
+                f"{name}: {held} of rows {first} to {end} are in the index; expected all"
+            )
     found.sort(key=lambda item: (item[0], item[1].start))
     return coalesce(found, read_bytes_max)
 
@@ -79,7 +82,7 @@ def plan_reads(
 def coalesce(
     blocks: Iterable[tuple[str, Block]], read_bytes_max: int = READ_BYTES_MAX
 ) -> list[ReadRange]:
-    """Join `(file key, block)` that follow each other in the given order and in the file into requests."""
+    """Join each `(file key, block)` with the next one into one request, if it follows directly in the file."""
     reads: list[ReadRange] = []
     run: list[Block] = []
     run_key = ""
@@ -103,9 +106,9 @@ def load_rows(
 ) -> None:
     """Fill `into[name]` with rows `[first, end)` of every wanted tensor, bit for bit.
 
-    `into[name]` has shape `(end - first, *global_shape[1:])` and the stored dtype, on any device; an
+    `into[name]` has shape `(end - first, *global_shape[1:])` and the stored dtype, on any device. An
     autograd leaf is written in place. Holds at most 8 requests of 32 MiB in memory. Raises
-    `CheckpointError` naming file, tensor and block of the first bytes that are missing or wrong; the tensors
+    `CheckpointError` with file, tensor and block of the first bytes that are missing or wrong. The tensors
     are then partly filled and must not be used.
     """
     for name, (first, end) in wanted.items():
@@ -127,9 +130,9 @@ def load_rows(
 def read_tensors(
     store: Readable, index: Index, names: Sequence[str]
 ) -> Iterator[tuple[str, memoryview]]:
-    """Every byte of the named tensors, as `(name, verified bytes)`, in the order of the names and of their rows.
+    """Yield every byte of the named tensors as `(name, verified bytes)`, in the order of the names and of the rows.
 
-    Reads ahead by at most 4 requests of 32 MiB. Raises `CheckpointError` as `load_rows` does.
+    Reads at most 4 requests of 32 MiB ahead. Raises `CheckpointError` as `load_rows` does.
     """
     blocks = [
         (key, block)
@@ -145,22 +148,24 @@ def read_tensors(
 
 
 def read_blocks(store: Readable, read: ReadRange) -> Iterator[tuple[Block, memoryview]]:
-    """Fetch one request and yield its blocks, each compared with its CRC-32 first."""
+    """Fetch one request and yield its blocks. Compares each block with its CRC-32 first."""
     data = memoryview(read_bytes(store, read.key, read.start, read.end))
     for block in read.blocks:
         part = data[block.start - read.start : block.end - read.start]
         where = f"{read.key}: {block.tensor} block {block.index} (rows {block.first_row} to {block.end_row})"
         if len(part) != block.end - block.start:
-            raise CheckpointError(f"{where}: the file ends before it")
+            raise CheckpointError(
+                f"{where}: the file ends before it; expected at least {block.end} bytes"
+            )
         if zlib.crc32(part) != block.crc32:
-            raise CheckpointError(f"{where}: its CRC-32 is not the one in the manifest")
+            raise CheckpointError(f"{where}: wrong CRC-32; expected that of its record")
         yield block, part
 
 
 def _entry(index: Index, name: str) -> TensorEntry:
     entry = index.tensors.get(name)
     if entry is None:
-        raise CheckpointError(f"{name}: not in the checkpoint")
+        raise CheckpointError(f"{name}: not in the checkpoint; expected one of its tensors")
     return entry
 
 
@@ -190,10 +195,10 @@ def _blocks(piece: TensorSlice, first: int, end: int) -> list[Block]:
 def _copy_rows(block: Block, data: memoryview, rows: RowRange, target: torch.Tensor) -> None:
     low, high = max(block.first_row, rows[0]), min(block.end_row, rows[1])
     row_bytes = len(data) // (block.end_row - block.first_row)
-    # torch wants memory it may write to, so the used rows are copied once more.
+    # torch needs writable memory, so copy the used rows once more.
     used = bytearray(
         data[(low - block.first_row) * row_bytes : (high - block.first_row) * row_bytes]
     )
     source = torch.frombuffer(used, dtype=target.dtype).view(high - low, *target.shape[1:])
-    with torch.no_grad():  # per thread, so it belongs here and not around the pool
+    with torch.no_grad():  # per thread, so it must be here and not around the pool
         target[low - rows[0] : high - rows[0]].copy_(source)

@@ -1,15 +1,15 @@
-"""What may be deleted, and in which order.
+"""Which checkpoint directories may be deleted, and in which order their files are deleted.
 
-Two kinds of directories go: checkpoints that were committed and are no longer kept (`expired`), and
-torn uploads of worlds that are gone (`leftovers`). Both decisions are pure. A directory that is not
-committed is left alone while anything could still commit it: its generation must be superseded *and*
-a newer checkpoint must be committed. So an agent that has read an old log deletes less, never more.
+Two kinds of directories are deleted: committed checkpoints that are no longer kept (`expired`), and incomplete
+uploads of older generations (`leftovers`). Both decisions are pure functions. A directory without a commit stays while
+a node could still commit it. It is deleted only if its generation was replaced *and* a checkpoint of its step or a
+later one is committed. So an agent that has read an old log deletes less, never more.
 
 A permanent checkpoint (`is_permanent`) is in neither group. Later COMMITs no longer name it, but its files stay:
 `RunLog.permanent` finds it. Two more groups are removed when they are old enough: attempts of the current generation
 before a later commit (`overtaken`), and parts of unfinished uploads (`abandoned`).
 
-`remove` takes the manifest first: a half-removed checkpoint must not pass for a whole one.
+`remove` deletes the manifest first, so that nothing takes a partly removed checkpoint for a complete one.
 """
 
 from collections.abc import Collection, Sequence
@@ -46,8 +46,8 @@ def is_permanent(step: int, previous_step: int, keep_every_steps: int) -> bool:
 def kept(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
     """The checkpoints that a COMMIT names: the first `keep` >= 1, and never fewer than `KEPT_MIN`.
 
-    `checkpoints` are the usable committed ones, newest commit first (the order of the log, not of the
-    steps: a run that fell back commits an earlier step later).
+    `checkpoints` are the usable committed ones, newest commit first. This is the order of the log, not of the
+    steps: after a fall back a run commits an earlier step later.
     """
     assert keep >= 1, f"keep = {keep}: the newest checkpoint is never deleted"
     return list(dict.fromkeys(checkpoints))[: max(keep, KEPT_MIN)]
@@ -69,10 +69,10 @@ def leftovers(
     current_generation: int,
     newest_committed_step: int,
 ) -> list[str]:
-    """The directories of torn uploads that nothing can commit any more.
+    """The directories of incomplete uploads that nothing can commit any more.
 
-    `directories` come from a listing (a hint); `committed` are those of the checkpoints that are kept.
-    Names that are not checkpoint directories are never returned.
+    `directories` come from a listing, which may be stale. `committed` are those of the kept checkpoints.
+    Never returns a name that is not a checkpoint directory.
     """
     torn = []
     for directory in directories:
@@ -129,15 +129,15 @@ def abandoned(
 
 
 def listed_directories(store: Store) -> list[str]:
-    """The checkpoint directories that a listing shows, sorted. A hint: it may lag behind. Agent process."""
+    """The checkpoint directories in a listing, sorted. A listing may be stale. Agent process."""
     return sorted({key.rpartition("/")[0] for key in store.keys("ckpt/")})
 
 
 def remove(store: Store, directory: str) -> None:
-    """Delete a checkpoint directory: the manifest, then every file it named or a listing shows. Agent process.
+    """Delete a checkpoint directory: the manifest, then every file in the manifest or in a listing. Agent process.
 
-    Removing what is partly or wholly gone is fine, so call it again after a crash
-    in the middle. Raises `CheckpointError` if this is not a checkpoint directory, `StoreError` if the store fails.
+    May be repeated, also after a crash in the middle. Raises `CheckpointError` if this is not a checkpoint directory,
+    and `StoreError` if the store fails.
     """
     parse_directory(directory)
     keys = set(store.keys(f"{directory}/"))

@@ -1,12 +1,13 @@
-"""One worker's rows as a safetensors file: written fast by the worker, described by its agent.
+"""One worker's rows as a safetensors file. The worker writes it; its agent hashes it later.
 
-The worker's step waits for `write_shard`, so it does nothing but copy bytes: header, then one `pwrite`
-per tensor into the staging directory (memory). That runs at the speed of one memory copy; a mapped file
-was half as fast, since every new page faults (and a full disk would be a SIGBUS, not an error).
-Hashing happens later, in the agent, in the one pass of `describe_shard`.
+The training step waits for `write_shard`, so it only copies bytes: the header, then one `pwrite` per tensor into the
+staging directory (memory). This is as fast as one memory copy. A mapped file was half as fast, because every new page
+faults. A full disk would also be a SIGBUS instead of an error. The agent hashes the file in one pass,
+`describe_shard`.
 
-The file describes itself: `__metadata__` of the safetensors header holds the training state, for
-each tensor in it the whole shape and first row, and the names, types and shapes of all tensors of the state. Any safetensors reader opens it. There is no pickle.
+The file describes its content: `__metadata__` of the safetensors header holds the training state, the global shape and
+first row of each tensor in the file, and the names, types and shapes of all tensors of the state. Any safetensors
+reader can open it. There is no pickle.
 """
 
 import errno
@@ -49,7 +50,7 @@ _HEADER_BYTES_MAX = 100_000_000
 _COPY_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _STATE_BYTES_MAX = 512
-"""The JSON text of a training state, quoted once more."""
+"""Limit for the JSON text of a training state, quoted as a JSON string."""
 _DATA_ALIGNMENT = 64
 
 
@@ -57,27 +58,27 @@ NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOM
 
 
 class StagingFull(CheckpointError):
-    """The staging directory takes no more now; it may later."""
+    """The staging directory has no room now. It may have room later."""
 
 
 class Staging(NamedTuple):
-    """Where the workers of one generation stage their shards."""
+    """The names of the staged shards of one generation."""
 
     directory: Path
     generation: int
 
     def path(self, step: int, rank: int) -> Path:
-        """The file of one worker. No other generation has a file of this name."""
+        """The file of one worker. The name is unique among generations."""
         return self.directory / f"{step:010d}-g{self.generation}-rank-{rank}.safetensors"
 
 
 def is_staged(path: Path) -> bool:
-    """Whether this is a staged shard, whole or half written, of any generation."""
+    """Whether this is a staged shard of any generation, complete or not."""
     return _STAGED_NAME.fullmatch(path.name) is not None
 
 
 class LocalRows(NamedTuple):
-    """What one worker holds of a tensor: `rows` is `[first_row, first_row + len(rows))` of `global_shape`."""
+    """One worker's rows of a tensor: `rows` is `[first_row, first_row + len(rows))` of `global_shape`."""
 
     rows: torch.Tensor
     global_shape: Sequence[int]
@@ -85,19 +86,18 @@ class LocalRows(NamedTuple):
 
 
 class ShardLayout:
-    """Where each tensor lies in the shard file of one worker: the same for all steps of a generation.
+    """The place of each tensor in the shard file of one worker: the same for all steps of a generation.
 
     `tensors` maps `model/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>` to
-    `(local rows, global shape, first row)`, see `LocalRows`; a worker without a row of a tensor gives zero rows:
-    the file then still says that there is such a tensor. Raises `CheckpointError` if a tensor does not fit its
-    description.
+    `(local rows, global shape, first row)`, see `LocalRows`. A worker without rows of a tensor gives zero rows. The
+    header still lists such a tensor. Raises `CheckpointError` if a tensor does not fit its description.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]]) -> None:
         kept = {name: LocalRows(*tensors[name]) for name in tensors if tensors[name][0].numel()}
-        # Wide types first: every tensor then starts aligned to its own element size, as the format wants.
+        # Wide types first: then every tensor is aligned to its element size, as the format requires.
         self.order = sorted(kept, key=lambda name: (-kept[name].rows.element_size(), name))
-        """Names of the tensors of which there are rows, as they lie in the file."""
+        """Names of the tensors with rows here, in the order of the file."""
         entries, whole, self.data_bytes = _entries(kept, self.order)
         metadata = {
             "elastic_pt_schema": _HEADER_SCHEMA,
@@ -108,10 +108,10 @@ class ShardLayout:
         document = {"__metadata__": metadata} | entries
         text = json.dumps(document, separators=(",", ":")).encode("ascii")
         self._before, _, self._after = text.partition(b'"state":""')
-        # Spaces fill what a short state leaves, so that the data always begins at the same byte.
+        # Pad a short state with spaces, so that the data always begins at the same byte.
         bytes_max = 8 + len(text) + _STATE_BYTES_MAX
         self.header_bytes = -(-bytes_max // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
-        """The data begins at this byte of the file."""
+        """Offset of the data in the file."""
 
     def header(self, state: TrainingState) -> bytes:
         """The file's first `header_bytes` bytes."""
@@ -132,9 +132,9 @@ def write_shard(
 ) -> None:
     """Write one worker's rows and the training state as a safetensors file (worker process).
 
-    `tensors` is what `ShardLayout` takes. The file appears under `path` at once and whole (temporary name,
-    then rename). It is not synced: the staging directory is memory. Raises `StagingFull` if the staging
-    directory has no room (nothing is left behind), another `CheckpointError` if a tensor does not fit its description.
+    `tensors` is the argument of `ShardLayout`. The file appears under `path` atomically (temporary name, then rename).
+    There is no fsync: the staging directory is memory. Raises `StagingFull` if the staging directory has no room, and
+    leaves no file then. Raises another `CheckpointError` if a tensor does not fit its description.
     """
     layout = ShardLayout(tensors)
     header = layout.header(state)
@@ -158,8 +158,8 @@ def write_shard(
 def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tuple[Tensor, ...]]:
     """Hash a staged shard file in one pass: SHA-256 of the file, CRC-32 of every block (agent process).
 
-    `key` is the object the file will become. Beside it come the training state and all its tensors. Raises `CheckpointError` if the file is not one that
-    `write_shard` finished.
+    `key` is the file's key in the bucket. Returns the file's description, the training state and all its tensors. Raises
+    `CheckpointError` if the file is not a complete file of `write_shard`.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -171,11 +171,11 @@ def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tupl
             size, sha256, crcs = hash_blocks(_chunks(file), bounds)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the staged shard cannot be read: {error.strerror}"
+            f"{path}: cannot be read: {error.strerror}; expected a staged shard"
         ) from error
     end = slices[-1].end_offset if slices else 8 + header_bytes
     if size != end:
-        raise CheckpointError(f"{path}: {size} bytes, but its header describes {end}")
+        raise CheckpointError(f"{path}: {size} bytes, expected {end} as in its header")
     described, done = [], 0
     for piece in slices:
         blocks = len(piece.block_crc32)
@@ -188,15 +188,15 @@ def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tupl
 def parse_shard_header(
     data: memoryview, path: str
 ) -> tuple[TrainingState, tuple[TensorSlice, ...]]:
-    """The state, and the tensors in file order, of a shard file in memory; their CRCs are still zero.
+    """The state and the slices in file order of a shard file in memory. Their CRCs are zero.
 
-    Raises `CheckpointError` if these are not the bytes that `ShardLayout.header` begins with, or too few.
+    Raises `CheckpointError` if the file does not begin with a `ShardLayout.header`, or is too short.
     """
     end = 8 + _header_bytes(data, path)
     state, _, slices = _parse_header(_decoded(bytes(data[8:end]), path), end, path)
     if slices and slices[-1].end_offset > len(data):
         raise CheckpointError(
-            f"{path}: {len(data)} bytes, but its header describes {slices[-1].end_offset}"
+            f"{path}: {len(data)} bytes, expected {slices[-1].end_offset} as in its header"
         )
     return state, tuple(slices)
 
@@ -211,9 +211,9 @@ def block_bounds(piece: TensorSlice) -> list[tuple[int, int]]:
 def hash_blocks(
     chunks: Iterable[memoryview], bounds: Sequence[tuple[int, int]]
 ) -> tuple[int, str, list[int]]:
-    """Size, SHA-256 and one CRC-32 per block of a byte stream that is read once.
+    """Size, SHA-256 and one CRC-32 per block of a byte stream. Reads the stream once.
 
-    `bounds` are byte ranges, ascending and disjoint. A block beyond the end gets the CRC of what was there.
+    `bounds` are byte ranges, ascending and disjoint. If the stream ends inside a block, its CRC covers the bytes so far.
     """
     digest = hashlib.sha256()
     crcs = [0] * len(bounds)
@@ -244,7 +244,7 @@ def _tensors(tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]]) -> 
 def _entries(
     kept: Mapping[str, LocalRows], order: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The header's entry of each tensor, its first row and global shape, and the bytes of all together."""
+    """The header's entry of each tensor, the first row and global shape of each, and the bytes of all tensors."""
     entries: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     offset = 0
@@ -255,7 +255,7 @@ def _entries(
         if dtype is None or not fits or not 0 <= first_row <= shape[0] - len(rows):
             raise CheckpointError(
                 f"{name}: {rows.dtype} rows of shape {tuple(rows.shape)} from row {first_row} "
-                f"do not fit a {'/'.join(DTYPE_BYTES)} tensor of shape {tuple(shape)}"
+                f"do not fit; expected rows of a {'/'.join(DTYPE_BYTES)} tensor of shape {tuple(shape)}"
             )
         end = offset + rows.numel() * rows.element_size()
         entries[name] = {"dtype": dtype, "shape": list(rows.shape), "data_offsets": [offset, end]}
@@ -270,7 +270,7 @@ def _bytes_of(rows: torch.Tensor) -> memoryview:
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
-    # One pwrite moves at most 2 GiB and may move less.
+    # One pwrite writes at most 2 GiB, and may write less than it was given.
     while data:
         written = os.pwrite(descriptor, data[:_COPY_BYTES], offset)
         data, offset = data[written:], offset + written
@@ -278,10 +278,10 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
 
 
 def _header_bytes(first: bytes | memoryview, path: str) -> int:
-    """Bytes of the header's text, from the first eight bytes of a file."""
+    """Length of the header's text in bytes, from the first eight bytes of a file."""
     length = int.from_bytes(first[:8], "little")
     if not 2 <= length <= _HEADER_BYTES_MAX:
-        raise CheckpointError(f"{path}: not a safetensors file")
+        raise CheckpointError(f"{path}: not a safetensors file; expected a staged shard")
     return length
 
 
@@ -289,21 +289,24 @@ def _decoded(text: bytes, path: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is not JSON") from error
+        raise CheckpointError(
+            f"{path}: its safetensors header is not JSON; expected a JSON object"
+        ) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
+        raise CheckpointError(f"{path}: its safetensors header; expected a JSON object")
     return header
 
 
 def _parse_header(
     header: dict[str, Any], base: int, path: str
 ) -> tuple[TrainingState, tuple[Tensor, ...], list[TensorSlice]]:
-    """State, all tensors, and slices in file order; their CRCs are still zero."""
+    """The state, all tensors, and the slices in file order. Their CRCs are zero."""
     try:
         metadata = header.pop("__metadata__")
         if metadata["elastic_pt_schema"] != _HEADER_SCHEMA:
             raise CheckpointError(
-                f"{path}: written with schema {metadata['elastic_pt_schema']!r:.40}"
+                f"{path}: written with schema {metadata['elastic_pt_schema']!r:.40}; "
+                f"expected {_HEADER_SCHEMA!r}"
             )
         state = TrainingState.from_json(metadata["state"])
         tensors = _TENSORS.validate_json(metadata["tensors"])
@@ -327,7 +330,9 @@ def _parse_header(
                 crcs,
             )
             if entry["shape"][1:] != shape[1:] or piece.end_offset != base + end:
-                raise CheckpointError(f"{path}: the header contradicts itself about {name}")
+                raise CheckpointError(
+                    f"{path}: the header has two shapes of {name}; expected equal ones"
+                )
             slices.append(piece)
     except (
         KeyError,
@@ -338,13 +343,13 @@ def _parse_header(
         AttributeError,
     ) as error:
         raise CheckpointError(
-            f"{path}: its safetensors header was not written by this project"
+            f"{path}: its safetensors header was not written by this project; expected a staged shard"
         ) from error
     return state, tensors, slices
 
 
 def _chunks(file: BinaryIO) -> Iterable[memoryview]:
-    # A read into one warm buffer beats a mapping, and a file cut short is an error instead of a SIGBUS.
+    # Reading into one warm buffer is faster than a mapping. A truncated file is then an error, not a SIGBUS.
     buffer = memoryview(bytearray(_READ_BYTES))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         yield buffer[:count]

@@ -1,16 +1,17 @@
-"""A worker's newest states, in memory that outlives the worker: two mapped files, written in turn and in place.
+"""A worker's newest states, in two mapped files that outlive the worker. It writes them in turn, in place.
 
     worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
                                         │                 └──► Snapshot, the record that peers and readers get
                                         └──► BufferContent.read          own workers and peers: verified by those CRCs
 
-A buffer file is one page of control words, then a shard file as `shard_file` describes it. Its pages exist before
-training begins, so a write is one memory copy: a fresh file costs a page fault for every 4 KiB, three times the copy.
-Space is reserved, so a full memory file system is an error here and no SIGBUS later.
+A buffer file is one page of control words, then a shard file as in `shard_file`. All its pages exist before training
+begins, so a write is one memory copy. A new file would cost a page fault for every 4 KiB, three times the copy. Space is
+reserved, so a full memory file system is an error at allocation and not a SIGBUS later.
 
-The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content counts
-only while the two are equal. A reader looks at them before and after, and compares CRCs in between. Which buffer may be
-overwritten is decided in `train.loop`: the older one, once the newer one is complete on all nodes and their mirrors.
+The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content is
+valid only while the two are equal. A reader checks them before and after it reads, and compares CRCs in between.
+`train.snapshots` decides when: the older buffer may be overwritten after the newer one is complete on all nodes and
+their mirrors.
 """
 
 import mmap
@@ -44,7 +45,7 @@ from elastic_pt.errors import CheckpointError
 
 BUFFERS: Final = 2
 PAYLOAD_OFFSET: Final = 4096
-"""The shard file begins at this byte of a buffer file."""
+"""Offset of the shard file in a buffer file."""
 _MAGIC: Final = b"EPTSNAP1"
 _CONTROL: Final = struct.Struct("<8sQQQ")
 _WORD: Final = struct.Struct("<Q")
@@ -55,7 +56,7 @@ _PAGE: Final = 4096
 
 @record
 class Snapshot(Document):
-    """What one worker's buffer file holds: the state of a step, and where its rows are, with their CRCs."""
+    """The record of one worker's buffer file: the state of a step, and the places and CRCs of its rows."""
 
     what: ClassVar[str] = "snapshot"
     schemas: ClassVar[tuple[int, ...]] = (1,)
@@ -67,7 +68,7 @@ class Snapshot(Document):
     """Bytes of the shard file in the buffer."""
     state: TrainingState
     slices: tuple[TensorSlice, ...]
-    """Their offsets count from the beginning of the shard file."""
+    """Offsets are relative to the beginning of the shard file."""
 
 
 class Buffer(NamedTuple):
@@ -75,11 +76,11 @@ class Buffer(NamedTuple):
 
     generation: int
     rank: int
-    """Of the worker whose rows it holds."""
+    """Rank of the worker that wrote it."""
     number: int
 
     def path(self, directory: Path) -> Path:
-        """Its place in a node's scratch directory."""
+        """Its path in a node's scratch directory."""
         return directory / f"snapshot-g{self.generation}-rank-{self.rank}-{self.number}"
 
 
@@ -106,11 +107,11 @@ class SnapshotBuffers:
 
     @property
     def ready(self) -> bool:
-        """Whether `allocate` has ended well."""
+        """Whether `allocate` has succeeded."""
         return len(self._targets) == BUFFERS
 
     def allocate(self) -> None:
-        """Reserve, map and touch both files. Raises `StagingFull` if there is no room: then nothing is left."""
+        """Reserve, map and touch both files. Raises `StagingFull` if there is no room, and leaves no file then."""
         maps: list[mmap.mmap] = []
         try:
             for path in self._paths:
@@ -123,7 +124,7 @@ class SnapshotBuffers:
         self._targets = [self._views(each) for each in maps]
 
     def write(self, state: TrainingState) -> Buffer:
-        """Copy the live rows into the older buffer, with the state of this step; returns which buffer that is."""
+        """Copy the live rows and the state of this step into the older buffer. Returns this buffer."""
         number, self._next = self._next, (self._next + 1) % BUFFERS
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
@@ -149,7 +150,7 @@ class SnapshotBuffers:
 def make_buffer(path: Path, size: int) -> mmap.mmap:
     """Create a buffer file for a shard file of `size` bytes, with all its pages in memory, and map it.
 
-    Worker process, and agents that mirror. Raises `StagingFull` if there is no room; then no file is left.
+    Worker process, and agents that mirror. Raises `StagingFull` if there is no room, and leaves no file then.
     """
     total = PAYLOAD_OFFSET + size
     try:
@@ -170,17 +171,17 @@ def make_buffer(path: Path, size: int) -> mmap.mmap:
 
 
 def begin_buffer(buffer: mmap.mmap, step: int) -> None:
-    """From here on the buffer holds nothing, until `end_buffer`."""
+    """Mark the buffer as invalid until `end_buffer`."""
     _WORD.pack_into(buffer, _BEGUN_AT, step)
 
 
 def end_buffer(buffer: mmap.mmap, step: int) -> None:
-    """The buffer holds the whole state of this step."""
+    """Mark the buffer as holding the whole state of this step."""
     _WORD.pack_into(buffer, _DONE_AT, step)
 
 
 def _touch(buffer: mmap.mmap) -> None:
-    """Map every page now, so that no write has to wait for a page fault."""
+    """Map every page now, so that no write waits for a page fault."""
     try:
         buffer.madvise(_MADV_POPULATE_WRITE)
     except OSError:  # Linux before 5.14
@@ -191,7 +192,8 @@ def _touch(buffer: mmap.mmap) -> None:
 def describe_snapshot(buffer: Buffer, directory: Path) -> Snapshot | None:
     """Check a buffer file and compute the CRCs of its blocks. Agent process.
 
-    None if it holds no whole state, or was written again meanwhile. Raises `CheckpointError` if it is no buffer file.
+    Returns None if it holds no whole state, or if it was overwritten during the check. Raises `CheckpointError` if it is
+    not a buffer file.
     """
     path = buffer.path(directory)
     with open_buffer(path) as content:
@@ -221,13 +223,13 @@ def _with_crcs(piece: TensorSlice, shard: memoryview) -> TensorSlice:
 
 
 def require_crcs(snapshot: Snapshot, shard: memoryview) -> None:
-    """Raise `CheckpointError` naming the first block of a shard file whose CRC-32 is not that of the record."""
+    """Raise `CheckpointError` with the first block of a shard file whose CRC-32 differs from the record."""
     for piece in snapshot.slices:
         for index, (start, end) in enumerate(block_bounds(piece)):
             if zlib.crc32(shard[start:end]) != piece.block_crc32[index]:
                 raise CheckpointError(
                     f"snapshot of step {snapshot.step}, rank {snapshot.rank}: {piece.name} block {index}: "
-                    "its CRC-32 is not that of the record"
+                    "wrong CRC-32; expected that of the record"
                 )
 
 
@@ -246,7 +248,7 @@ class BufferContent:
         self.mapped.close()
 
     def step(self) -> int | None:
-        """The step whose state the buffer holds as a whole; None if it is being written, or never was."""
+        """The step of the whole state in the buffer; None if it is being written, or never was."""
         (begun,) = _WORD.unpack_from(self.mapped, _BEGUN_AT)
         (done,) = _WORD.unpack_from(self.mapped, _DONE_AT)
         return int(done) if begun == done > 0 else None
@@ -258,12 +260,12 @@ class BufferContent:
 
 
 def open_buffer(path: Path) -> BufferContent:
-    """Map a buffer file for reading. Raises `CheckpointError` if it is missing or no buffer file."""
+    """Map a buffer file for reading. Raises `CheckpointError` if it is missing or not a buffer file."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: the snapshot cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error}; expected a snapshot") from error
     magic, _, _, size = (
         _CONTROL.unpack_from(mapped, 0) if len(mapped) >= PAYLOAD_OFFSET else 4 * (0,)
     )

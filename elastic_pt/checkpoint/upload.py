@@ -1,15 +1,15 @@
-"""From a staged shard file to a node's record and notice in the bucket.
+"""Uploads staged shard files, and writes the node's record and notice.
 
     worker: write_shard ──► staging directory (memory)
     agent:  Uploader    ──► describe_shard ─► shard-<rank>.safetensors ─► local file removed
                             after the last worker of the node: node-<rank>.json ─► notice-<rank>.json
 
-A node record holds about 80 KB of slices per worker, so only its node and readers handle it. The notice is
-a few KB; `publish` makes the manifest of all notices.
+A node record holds about 80 KB of slices per worker, so only its node and readers handle it. A notice has a few KB.
+`publish` makes the manifest from all notices.
 
-The process may die after any of these steps. Until the COMMIT record is in the log nothing counts, and
-nothing that was written is ever changed: records and manifest are created once, in a directory whose nonce no
-other world uses. So a new attempt needs no clean-up, and `retention` removes the rest later.
+The process may die after any of these steps. The files do not count before the COMMIT record is in the log. They are
+never changed: records and manifest are created once, in a directory with a nonce that no other generation uses. So a
+new attempt needs no clean-up. `retention` removes incomplete uploads later.
 """
 
 import hashlib
@@ -43,34 +43,34 @@ from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.store.port import Store
 
 _THREADS: Final = 64
-"""Requests of the committing agent that are under way at once."""
+"""Parallel requests of the committing agent."""
 _POLL_MAX_S: Final = 0.5
 _POLL_SHARE: Final = 0.1
-"""A notice is asked for again after this share of the time waited: it comes later by no more than that."""
+"""The pause between two polls, as a share of the time waited. So polling adds at most this share to the wait."""
 
 
 @dataclass(frozen=True)
 class StagedShard:
-    """A file that `write_shard` finished, and where it belongs."""
+    """A file that `write_shard` finished, and its place in the checkpoint."""
 
     path: Path
     run_id: str
     directory: str
     rank: int
     ranks: range
-    """Those of all workers of its node."""
+    """The ranks of all workers of its node."""
     missing: str = ""
-    """Why there is no such file; empty if there is one."""
+    """Why the file is missing; empty if it exists."""
 
     @property
     def step(self) -> int:
-        """The step whose state the file holds."""
+        """The step of the state in the file."""
         return parse_directory(self.directory).step
 
 
 @dataclass(frozen=True)
 class UploadedShard:
-    """A shard that is in the store, and what its header said."""
+    """A shard in the store, and the content of its header."""
 
     staged: StagedShard
     file: ShardFile
@@ -80,9 +80,9 @@ class UploadedShard:
 
 
 def upload_shard(store: Store, shard: StagedShard) -> UploadedShard:
-    """Hash one staged file, upload it, and look at its size there. Does not touch the local file.
+    """Hash one staged file, upload it, and check its size in the store. Does not change the local file.
 
-    Raises `CheckpointError` if the file is not what it should be, `StoreError` if the store fails.
+    Raises `CheckpointError` for a wrong file, and `StoreError` if the store fails.
     """
     key = shard_key(shard.directory, shard.rank)
     file, state, tensors = describe_shard(shard.path, key)
@@ -94,20 +94,20 @@ def upload_shard(store: Store, shard: StagedShard) -> UploadedShard:
 
 
 def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
-    """Create the record of a node all of whose shards are uploaded, then its notice (agent process).
+    """Create a node's record, then its notice, after all its shards are uploaded (agent process).
 
-    Raises `CheckpointError` unless they are those of all its workers, in order, of the same state, and the rows
-    of each tensor join; `AlreadyExists` if another agent has written for the same ranks. Doing it twice is fine.
+    Raises `CheckpointError` unless `shards` are those of all its workers, in order, of equal states, and the rows of
+    each tensor join. Raises `AlreadyExists` if another agent has written for the same ranks. May be repeated.
     """
     first = shards[0]
     staged = first.staged
     if [each.staged.rank for each in shards] != list(staged.ranks):
         ranks = f"{staged.ranks.start} to {staged.ranks.stop - 1}"
-        raise CheckpointError(f"{first.file.key}: not all shards of ranks {ranks}")
+        raise CheckpointError(f"{first.file.key}: expected all shards of ranks {ranks}")
     for each in shards:
         if (each.state, each.tensors) != (first.state, first.tensors):
             raise CheckpointError(
-                f"{each.file.key} and {first.file.key} differ in their training state"
+                f"{each.file.key} and {first.file.key} differ in their training state; expected equal states"
             )
     first_rank = staged.ranks.start
     record = NodeRecord(
@@ -139,7 +139,7 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
 
 
 def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
-    """Tell the committing node that this node's share of a checkpoint will not come."""
+    """Write a refusal, which tells the committing node that this node cannot upload its share."""
     first_rank = shard.ranks.start
     # A path in the text may hold bytes that are not UTF-8.
     text = why.encode(errors="replace").decode()[:REASON_LENGTH_MAX]
@@ -149,7 +149,7 @@ def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
 
 @dataclass
 class _NodeShards:
-    """What the uploader has done of one node's share of one checkpoint."""
+    """The uploader's progress on one node's share of one checkpoint."""
 
     directory: str
     ranks: range
@@ -158,13 +158,12 @@ class _NodeShards:
 
 
 class Uploader:
-    """Uploads staged shards one after another in a thread of its own (agent process).
+    """Uploads staged shards one after another in its own thread (agent process).
 
-    After the last shard of its node it writes the node's record and notice. After one that is missing or
-    cannot be uploaded it writes a refusal and drops the rest of the node's shards.
-    `on_uploaded(shard)` or `on_failed(shard, error)` is called once per shard, in that thread, after the
-    local file is gone: a shard that could not be uploaded before the store's deadline makes room for
-    the next checkpoint.
+    After the last shard of the node it writes the node's record and notice. After a shard that is missing or
+    cannot be uploaded, it writes a refusal and drops the node's other shards of this checkpoint.
+    It calls `on_uploaded(shard)` or `on_failed(shard, error)` once per shard, in that thread, after it has removed the
+    local file. So a failed upload also makes room for the next checkpoint.
     """
 
     def __init__(
@@ -181,28 +180,28 @@ class Uploader:
         self._jobs = JobThread("checkpoint-upload", self._upload)
 
     def submit(self, shard: StagedShard) -> None:
-        """Queue a shard. Raises `CheckpointError` when too many wait or the uploader is closed."""
+        """Queue a shard. Raises `CheckpointError` if the queue is full or the uploader is closed."""
         self._jobs.submit(shard)
 
     def pending(self) -> set[Path]:
-        """The local files that are still to be uploaded, the one under way included."""
+        """The local files that are not uploaded yet, with the one in progress."""
         return {shard.path for shard in self._jobs.pending()}
 
     def discard(self) -> int:
-        """Drop what is queued (not what is under way) and its local files; the number of shards dropped."""
+        """Drop the queued shards (not the one in progress) and their local files. Returns the number dropped."""
         dropped = self._jobs.discard()
         for shard in dropped:
             _remove_staged(shard)
         return len(dropped)
 
     def close(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for what is pending, then drop the rest. False if an upload is still under way."""
+        """Wait up to `timeout_s` for the pending shards, then drop the rest. Returns False if not all were done."""
         done = self._jobs.close(timeout_s)
         self.discard()
         return done
 
     def _upload(self, shard: StagedShard) -> None:
-        # Workers stage a checkpoint only after the one before was released, so their shards never mix.
+        # Workers stage a checkpoint only after the previous one was released, so shards of two checkpoints never mix.
         if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
             self._node = _NodeShards(shard.directory, shard.ranks)
         node, failure = self._node, None
@@ -214,7 +213,7 @@ class Uploader:
                 node.uploaded[shard.rank] = upload_shard(self._store, shard)
                 if len(node.uploaded) == len(node.ranks):
                     publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
-        # Every error: report it to the agent and keep the thread alive, or no checkpoint would follow.
+        # Any error: report it to the agent and keep the thread alive. Without the thread there are no checkpoints.
         except Exception as error:
             failure = error
             node.refused = True

@@ -1,11 +1,11 @@
-"""Is a checkpoint whole? By sizes, before a run goes on; by every byte, for people.
+"""Verifies a checkpoint: by file sizes before a run resumes, by every byte for `checkpoints --verify`.
 
-    quick_check     the root and the size of every file
-    verify          every byte; returns the problems as text
+    quick_check     checks the root and the size of every file
+    verify          checks every byte; returns the problems
     verify_share    the same for a random share of the bytes
-    newest_usable   the first checkpoint of which every byte is right
+    newest_usable   returns the first checkpoint without a problem, with every byte checked
 
-Errors are those of `index`. Runs in agents and the command line.
+`index` describes the errors. Runs in agents and the command line.
 """
 
 import random
@@ -41,7 +41,7 @@ _VERIFY_THREADS: Final = 4
 
 @dataclass(frozen=True)
 class UsableCheckpoint:
-    """The newest checkpoint that passed the check, and why each newer one did not."""
+    """The newest checkpoint that passed the check, and the reason why each newer one failed."""
 
     manifest: FullManifest
     passed_over: tuple[tuple[Checkpoint, str], ...]
@@ -64,9 +64,9 @@ class Verified:
 
 
 def quick_check(store: Store, checkpoint: Checkpoint, run_id: str) -> None:
-    """Look at the size of every file: nothing is missing or cut short.
+    """Check the size of every file. Finds files that are missing or truncated.
 
-    Costs one request per file. Raises `CheckpointError` naming the first file that is not as it should be.
+    Costs one request per file. Raises `CheckpointError` with the first wrong file.
     """
     _check_sizes(store, read_root(store, checkpoint, run_id).sizes)
 
@@ -79,10 +79,10 @@ def _check_sizes(store: Store, expected: Sequence[tuple[str, int]]) -> None:
 
 
 def verify(store: Store, checkpoint: Checkpoint, run_id: str) -> list[str]:
-    """Read every byte of a checkpoint and say what is wrong with it; an empty list means nothing is.
+    """Read every byte of a checkpoint. Returns the problems; an empty list means that there are none.
 
     Checks the manifest against the commit, node records against the manifest, the tiling of every tensor, size
-    and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that are still there.
+    and SHA-256 of every file, the CRC-32 of every block, and in schema 1 the part records that still exist.
     """
     return list(verify_share(store, checkpoint, run_id, share=1.0, seed=0).problems)
 
@@ -136,15 +136,15 @@ def sampled_blocks(
 
 
 def newest_usable(store: Store, checkpoints: Iterable[Checkpoint], run_id: str) -> UsableCheckpoint:
-    """The first of `checkpoints` (committed ones, newest first) of which every byte is right.
+    """The first of `checkpoints` (committed ones, newest first) without a wrong byte.
 
-    Raises `CheckpointError` with all reasons when there is none.
+    Raises `CheckpointError` with all reasons if there is none.
     """
     passed_over: list[tuple[Checkpoint, str]] = []
     for checkpoint in checkpoints:
         try:
             root = read_root(store, checkpoint, run_id)
-            # Cheap, and finds a torn checkpoint before gigabytes of it are read.
+            # Cheap: finds an incomplete checkpoint before it reads gigabytes.
             _check_sizes(store, root.sizes)
             manifest = full_manifest(store, root)
         except CheckpointError as error:
@@ -155,12 +155,14 @@ def newest_usable(store: Store, checkpoints: Iterable[Checkpoint], run_id: str) 
             return UsableCheckpoint(manifest, tuple(passed_over))
         passed_over.append((checkpoint, "; ".join(problems)))
     reasons = "; ".join(f"step {checkpoint.step}: {reason}" for checkpoint, reason in passed_over)
-    raise CheckpointError(f"no usable checkpoint: {reasons or 'none was committed'}")
+    raise CheckpointError(
+        f"no usable checkpoint: {reasons or 'none was committed'}; expected at least one"
+    )
 
 
 def _check_size(key: str, expected: int, size: int | None) -> None:
     if size is None:
-        raise CheckpointError(f"{key}: missing")
+        raise CheckpointError(f"{key}: missing; expected {expected} bytes")
     if size != expected:
         raise CheckpointError(f"{key}: {size} bytes, expected {expected}")
 
@@ -210,20 +212,20 @@ def _problems_of(store: Store, file: ShardFile) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     problems = (
-        [] if sha256 == file.sha256 else [f"{file.key}: its SHA-256 is not the one in the manifest"]
+        [] if sha256 == file.sha256 else [f"{file.key}: SHA-256 {sha256}, expected {file.sha256}"]
     )
     found = iter(crcs)
     for piece in file.slices:
         for index, crc in enumerate(piece.block_crc32):
             if next(found) != crc:
                 problems.append(
-                    f"{file.key}: {piece.name} block {index}: its CRC-32 is not the one in the manifest"
+                    f"{file.key}: {piece.name} block {index}: wrong CRC-32; expected that of its record"
                 )
     return problems
 
 
 def _part_problems(store: Store, manifest: FullManifest) -> list[str]:
-    """Nothing reads parts once the manifest exists, so a missing one is no problem; a changed one is a sign of damage."""
+    """Parts are not read after the manifest exists. A missing part is accepted, a changed part is reported."""
     problems = []
     for file in manifest.files:
         rank = int(file.key.rpartition("-")[2].partition(".")[0])
@@ -236,5 +238,5 @@ def _part_problems(store: Store, manifest: FullManifest) -> list[str]:
             problems.append(f"{key}: {error}")
             continue
         if part != Part(manifest.run_id, manifest.directory, rank, file, manifest.state):
-            problems.append(f"{key}: does not say what the manifest says")
+            problems.append(f"{key}: differs from the manifest; expected the same file and state")
     return problems

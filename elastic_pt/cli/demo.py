@@ -272,7 +272,7 @@ def _train_undisturbed(config: Config, place: Path, screen: Screen) -> float:
 
 
 def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
-    """SIGKILL the node of rank 0, which leads, commits and holds the generation's store; measure the recovery.
+    """SIGKILL the node of rank 0, which proposes, commits and holds the generation's store; measure the recovery.
 
     Starts another node as soon as the others train again.
     """

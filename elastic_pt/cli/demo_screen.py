@@ -94,7 +94,7 @@ def next_commands(place: Path) -> list[tuple[list[str], str]]:
     run, again = shown(place / "disturbed"), shown(place / "again")
     config = shown(place / "disturbed-nodes" / "config.toml")
     return [
-        (["log", run, "--explain"], "each change of the world, phase by phase"),
+        (["log", run, "--explain"], "each change of the members, phase by phase"),
         (["checkpoints", run, "--verify"], "read every byte of the kept checkpoints"),
         (["generate", run, "--prompt", "class "], "let the model write"),
         (["export", run, "--out", shown(place / "model")], "for Hugging Face transformers"),

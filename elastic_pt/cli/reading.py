@@ -92,8 +92,8 @@ def log(
     """Print the run's log, one line per record, and check its hash chain.
 
     A record that was altered, moved or removed is an error with exit code 4.
-    With --explain it prints each change of the world instead: which nodes were
-    lost, failed, left or joined, how long it took to notice that and to agree,
+    With --explain it prints each change of the members instead: which nodes were
+    lost, failed, left or joined, how long it took to detect that and to agree,
     and each phase up to the first step. docs/recovery.md explains the output.
 
     Examples:
@@ -118,7 +118,7 @@ def log(
         else:
             _print_paragraph(str(each))
     if not explained and not as_json:
-        typer.echo("nothing to explain: the world has not changed yet")
+        typer.echo("nothing to explain: the members have not changed yet")
 
 
 def _print_paragraph(text: str) -> None:

@@ -161,10 +161,13 @@ def generate(
     directory = Path(source)
     if "://" not in source and (directory / "config.json").is_file():
         if step is not None:
-            raise typer.BadParameter(f"--step {step}: an exported directory has only one step")
+            raise typer.BadParameter(
+                f"--step {step}: an exported directory has only one step; expected a run URL, or no --step"
+            )
         if data_url is not None:
             raise typer.BadParameter(
-                f"--data {data_url}: an exported directory has its own tokenizer and needs no data"
+                f"--data {data_url}: an exported directory has its own tokenizer; "
+                "expected a run URL, or no --data"
             )
         model, found, passed_over = open_exported(directory), None, []
     else:

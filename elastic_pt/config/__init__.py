@@ -135,7 +135,7 @@ def parse_config(text: str, *, source: str, overrides: Iterable[str] = ()) -> Co
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from error
+        raise ConfigError(f"{source}: not valid TOML: {error}; expected a TOML file") from error
     for override in overrides:
         _apply_override(tree, override)
     try:

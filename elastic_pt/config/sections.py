@@ -235,7 +235,7 @@ class ElasticSection(Section):
     takeover_s: Seconds = 3.0
     """A node that is cut off from most members waits this many seconds without a change in log or pulse, then takes over."""
     join_window_s: SecondsOrZero = 0.5
-    """Seconds without a newcomer before a world is formed, so that nodes join together."""
+    """Seconds without a newcomer before a generation is formed, so that nodes join together."""
     settle_timeout_s: Seconds = 600.0
     """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""
     collective_timeout_s: Seconds = 300.0

@@ -24,7 +24,7 @@ from elastic_pt.store.port import Store, checked_key
 
 MANIFEST_KEY = "manifest.json"
 SCHEMA = 1
-REMEDY = "restore it or prepare the data again"
+REMEDY = "expected the unchanged output of `prepare`: restore it or prepare the data again"
 
 Split = Literal["train", "held_out"]
 TokenType = Literal["uint16", "uint32"]

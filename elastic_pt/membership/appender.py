@@ -42,7 +42,7 @@ class Appender:
         self.stores: dict[int, BoundStore] = {}
         """The store that this node bound for the generation that it proposed last, by the generation's number."""
         self._noticed_s: dict[int, float] = {}
-        """When the failure before that generation was detected, by the generation's number."""
+        """When the generation before that one was found broken or over, by the number of the new one."""
 
     def require_platform(self, view: RunView) -> None:
         """Raise `ConfigError` if the run has changed to another platform since this agent was started."""

@@ -59,7 +59,7 @@ class Lobby:
         self._looked_s = float("-inf")
 
     def waiting(self, me: Member) -> list[Member]:
-        """Create this node's card and list the others; at most two requests to the store a second."""
+        """The other waiting nodes. Lists the cards, and creates this node's card if it is missing, at most twice a second."""
         if self._clock_s() - self._looked_s >= _INTERVAL_S:
             self._looked_s = self._clock_s()
             try:

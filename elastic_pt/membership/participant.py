@@ -76,9 +76,9 @@ class Participant:
         )
         self.decision: Decision = Wait("starting")
         self.refusal: ConfigError | None = None
-        """Why the members refuse this node; empty if they do not."""
+        """Why the members refuse this node; None if they do not."""
         self._asked_since_s: float | None = None
-        """`memory.broken_since_s` at the failure for which the peers were asked last."""
+        """`memory.broken_since_s` of the generation for which the peers were asked last; None before that."""
         self._log_read_s = float("-inf")
 
     @property
@@ -126,7 +126,7 @@ class Participant:
         return news or asking or bool(message.refusal)
 
     def wants_answers(self) -> bool:
-        """Whether all peers should be asked now, because a new failure was detected. True once per failure."""
+        """Whether to ask all peers now, because the generation was found broken or over. True once per generation."""
         asked_s, self._asked_since_s = self._asked_since_s, self.memory.broken_since_s
         return self._asked_since_s is not None and self._asked_since_s != asked_s
 

@@ -1,12 +1,12 @@
-"""The model as a directory that Hugging Face tools load untouched, and back again.
+"""Exports the model as a directory that Hugging Face tools can load, and loads such a directory.
 
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json  special_tokens_map.json
     model-00001-of-00003.safetensors …  model.safetensors.index.json
 
-The weights keep their bits: float32, under the names of Llama, or of Qwen3 where queries and keys are
-normalised. Two of our matrices are several of theirs, so rows are cut on the way out and joined on the
-way in. Tensors are taken one by one, and a shard is written once it is full: memory holds one shard.
-The directory is written under a temporary name and renamed once it is complete.
+The weights keep their bits: float32, under the names of Llama, or of Qwen3 if queries and keys are normalised. Two of
+our matrices are several matrices there: the export splits their rows, and the load joins them. Tensors come one by one,
+and a shard is written when it is full, so memory holds one shard. The directory is written under a temporary name and
+renamed when it is complete.
 """
 
 import json
@@ -64,15 +64,15 @@ def export(
 
     `weights` gives each parameter of `Transformer(config, vocabulary)` once, in any order, as a full float32
     tensor. `context_length` is the sequence length in training. `end_of_text` is the token that ends a
-    text; by default the tokenizer's only special token, if it has just one. A post-processor that adds tokens
-    to a text is left out of the exported tokenizer: training never saw them.
+    text. Its default is the tokenizer's only special token, if there is exactly one. The exported tokenizer has no
+    post-processor that adds tokens to a text, because training data has no such tokens.
 
-    Raises `ConfigError` for a used directory, an unusable tokenizer, or weights that are not this model's,
-    and `OSError` if the directory cannot be written.
+    Raises `ConfigError` for a directory with files, an unusable tokenizer, or weights of another model, and `OSError` if
+    the directory cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; expected a new or empty directory")
-    papers = _papers(config, vocabulary, tokenizer_json, context_length, end_of_text)
+    json_files = _json_files(config, vocabulary, tokenizer_json, context_length, end_of_text)
     tokenizer_json = _as_trained(tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A unique name: no existing directory beside `out` may be touched.
@@ -82,7 +82,7 @@ def export(
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         _write_weights(_checked(pairs, config, vocabulary), config, partial, max_shard_bytes)
         (partial / "tokenizer.json").write_bytes(tokenizer_json)
-        for name, content in papers.items():
+        for name, content in json_files.items():
             _write_json(partial / name, content)
         partial.replace(out)
     finally:
@@ -90,7 +90,7 @@ def export(
 
 
 def load_exported(directory: Path) -> Transformer:
-    """The model in an exported directory, on the CPU in float32. Raises `ConfigError` if it was not made by `export`."""
+    """The model in an exported directory, on the CPU in float32. Raises `ConfigError` if `export` did not write it."""
     config, vocabulary = _read_config(directory)
     shards = _shards_by_name(directory)
     model = build_on_meta(config, vocabulary)
@@ -101,12 +101,14 @@ def load_exported(directory: Path) -> Transformer:
     try:
         model.load_state_dict(values, assign=True)
     except RuntimeError as error:
-        raise ConfigError(f"{directory}: weights do not fit config.json: {error}") from error
+        raise ConfigError(
+            f"{directory}: weights do not fit config.json: {error}; expected an exported directory"
+        ) from error
     return model
 
 
 def foreign_names(name: str) -> tuple[str, ...]:
-    """Names that the rows of our parameter have in a Hugging Face Llama or Qwen3, from the first row on."""
+    """Names of our parameter's rows in a Hugging Face Llama or Qwen3, from the first row on."""
     if name in _TOP_NAMES:
         return (_TOP_NAMES[name],)
     blocks, number, leaf = name.split(".", 2)
@@ -115,7 +117,7 @@ def foreign_names(name: str) -> tuple[str, ...]:
 
 
 def foreign_parts(name: str, full: Tensor, config: ModelSection) -> Iterator[tuple[str, Tensor]]:
-    """One full parameter as the Hugging Face tensors it consists of."""
+    """Split one full parameter into its Hugging Face tensors."""
     names = foreign_names(name)
     if name.endswith("attention.qkv.weight"):
         rows = [
@@ -129,16 +131,19 @@ def foreign_parts(name: str, full: Tensor, config: ModelSection) -> Iterator[tup
 def _checked(
     pairs: Iterable[tuple[str, Tensor]], config: ModelSection, vocabulary: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights; raise `ConfigError` unless every parameter comes exactly once, float32 and in its shape."""
+    """Yield the weights. Raises `ConfigError` unless every parameter comes exactly once, as float32 in its shape."""
     missing = {name: p.shape for name, p in build_on_meta(config, vocabulary).named_parameters()}
     for name, full in pairs:
         if missing.pop(name, None) != full.shape or full.dtype != torch.float32:
             raise ConfigError(
-                f"weight {name} {tuple(full.shape)} {full.dtype}: not one of this model's"
+                f"weight {name} {tuple(full.shape)} {full.dtype}: not one of this model's; "
+                "expected each of them once, in float32"
             )
         yield name, full
     if missing:
-        raise ConfigError(f"weights are missing: {', '.join(sorted(missing))}")
+        raise ConfigError(
+            f"weights are missing: {', '.join(sorted(missing))}; expected all of the model"
+        )
 
 
 def _write_weights(
@@ -169,7 +174,7 @@ def _write_weights(
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     for number, file in enumerate(files):
         (out / f"{number}.part").rename(out / file)
-        # The library makes it readable by its owner alone.
+        # The library makes it readable only by its owner.
         (out / file).chmod(0o644)
     index = {name: file for names, file in zip(shards, files, strict=True) for name in names}
     metadata = {"total_parameters": parameters, "total_size": total_bytes}
@@ -177,14 +182,14 @@ def _write_weights(
     _write_json(out / "model.safetensors.index.json", content)
 
 
-def _papers(
+def _json_files(
     config: ModelSection,
     vocabulary: int,
     tokenizer_json: bytes,
     context_length: int,
     end_of_text: str | None,
 ) -> dict[str, dict[str, Any]]:
-    """The JSON files beside the weights, by name."""
+    """The contents of the JSON files of the directory, by name; without the index of the weights."""
     end_id, end_token = _end_of_text(tokenizer_json, end_of_text)
     special = {} if end_token is None else {"bos_token": end_token, "eos_token": end_token}
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
@@ -232,7 +237,9 @@ def _end_of_text(tokenizer_json: bytes, wanted: str | None) -> tuple[int | None,
     try:
         added = json.loads(tokenizer_json).get("added_tokens") or []
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"tokenizer: not the JSON of the tokenizers library: {error}") from error
+        raise ConfigError(
+            f"tokenizer: {error}; expected a tokenizer.json of the tokenizers library"
+        ) from error
     special = {entry["content"]: int(entry["id"]) for entry in added if entry.get("special")}
     if wanted is None:
         if len(special) != 1:
@@ -244,7 +251,7 @@ def _end_of_text(tokenizer_json: bytes, wanted: str | None) -> tuple[int | None,
 
 
 def _as_trained(tokenizer_json: bytes) -> bytes:
-    """The tokenizer without a post-processor, if that adds tokens to a text."""
+    """The tokenizer; without its post-processor if that adds tokens to a text."""
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
     except Exception as error:  # the library raises plain Exception
@@ -283,11 +290,11 @@ def _read_config(directory: Path) -> tuple[ModelSection, int]:
     except KeyError as error:
         raise ConfigError(f"{path}: {error} is missing; expected an exported directory") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {error}; expected an exported directory") from error
 
 
 def _shards_by_name(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
+    """The file of each tensor."""
     index = directory / "model.safetensors.index.json"
     try:
         if index.exists():
@@ -297,7 +304,9 @@ def _shards_by_name(directory: Path) -> dict[str, Path]:
         with safe_open(single, framework="pt") as content:
             return dict.fromkeys(content.keys(), single)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"{directory}: no readable weights: {error}") from error
+        raise ConfigError(
+            f"{directory}: no readable weights: {error}; expected an exported directory"
+        ) from error
 
 
 def _read_tensor(shards: dict[str, Path], name: str, directory: Path) -> Tensor:
@@ -306,6 +315,10 @@ def _read_tensor(shards: dict[str, Path], name: str, directory: Path) -> Tensor:
             tensor: Tensor = content.get_tensor(name)
             return tensor
     except KeyError as error:
-        raise ConfigError(f"{directory}: weight {name} is in none of its files") from error
+        raise ConfigError(
+            f"{directory}: weight {name} is in none of its files; expected an exported directory"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{shards[name]}: weight {name} cannot be read: {error}") from error
+        raise ConfigError(
+            f"{shards[name]}: weight {name} cannot be read: {error}; expected an exported directory"
+        ) from error

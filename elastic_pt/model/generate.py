@@ -1,7 +1,7 @@
 """Samples text from a trained model.
 
-The whole context is computed again for every token: for texts of a few hundred tokens this is fast enough, and
-it needs no cache of keys and values in the model. To serve the model, `export` it.
+It computes the whole context again for every token. This is fast enough for texts of a few hundred tokens, and the
+model needs no cache of keys and values. To serve the model, `export` it.
 """
 
 import torch
@@ -22,9 +22,9 @@ def generate(
     stop_token: int | None = None,
     context_length: int = 0,
 ) -> list[int]:
-    """Continue `token_ids` (at least one) and return the new tokens only, without `stop_token`.
+    """Continue `token_ids` (at least one). Returns only the new tokens, without `stop_token`.
 
-    `temperature` 0 takes the likeliest token. `top_k` 0 samples from the whole vocabulary. The model sees at
+    `temperature` 0 takes the most likely token. `top_k` 0 samples from the whole vocabulary. The model's input is at
     most the last `context_length` tokens; 0 is no limit. The same seed gives the same text. The model must be
     unsharded and on one device.
     """

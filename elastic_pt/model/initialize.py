@@ -1,11 +1,11 @@
-"""Initial weights that depend on the seed and on the parameter's name, shape and depth only.
+"""Initial weights. They depend only on the seed and on the parameter's name, shape and depth.
 
-Every parameter has its own counter-based generator, keyed by SHA-256(seed, name). A rank that holds some
-rows of a parameter makes the full value and keeps its rows, so the weights of a run are the same for
-every number of ranks, every order of construction and every set of other parameters. Philox and the
-ziggurat method of numpy use no vector instructions, so the processor does not show in the bits either.
+Every parameter has its own counter-based generator with the key SHA-256(seed, name). A rank computes the full value of
+a parameter and keeps its rows. So the weights of a run are the same for any number of ranks, any order of construction
+and any set of other parameters. numpy's Philox and ziggurat method use no vector instructions, so the bits do not
+depend on the processor.
 
-Matrices are normal with standard deviation 0.02; the two that write into the residual stream are scaled
+Matrices are normal with standard deviation 0.02. The two matrices that write into the residual stream are scaled
 by 1/sqrt(2 · layers), so that its variance does not grow with depth (GPT-2). Norm gains are 1.
 """
 
@@ -40,9 +40,9 @@ def initial_value(name: str, shape: Sequence[int], *, layers: int, seed: int) ->
 
 @torch.no_grad()
 def fill_(model: nn.Module, *, layers: int, seed: int) -> None:
-    """Give every parameter of a materialised model its initial value; ranks do not communicate.
+    """Set every parameter of a materialised model to its initial value. Ranks do not communicate.
 
-    Parameters are plain tensors or DTensors; of the latter each rank fills its own rows. At most one
+    Parameters are plain tensors or DTensors. Each rank fills its own rows of a DTensor. At most one
     full parameter is in memory at a time.
     """
     for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def fill_(model: nn.Module, *, layers: int, seed: int) -> None:
 
 @torch.no_grad()
 def assign_(parameter: Tensor, full: Tensor) -> None:
-    """Copy a full value into a parameter, or this rank's rows of it into a sharded one. Communicates nothing."""
+    """Copy a full value into a parameter, or this rank's rows of it into a sharded one. Does not communicate."""
     if parameter.shape != full.shape:
         raise ValueError(f"shape {tuple(full.shape)}: expected {tuple(parameter.shape)}")
     if not isinstance(parameter, DTensor):
@@ -64,6 +64,6 @@ def assign_(parameter: Tensor, full: Tensor) -> None:
 
 
 def shard_rows(rows: int, rank: int, world_size: int) -> slice:
-    """The rows of a Shard(0) DTensor (FSDP2's too) that `rank` holds: equal parts rounded up, so the last ranks may have none."""
+    """The rows of `rank` in a Shard(0) DTensor (as in FSDP2): equal parts rounded up; the last ranks may have none."""
     share = -(-rows // world_size)
     return slice(min(rank * share, rows), min((rank + 1) * share, rows))

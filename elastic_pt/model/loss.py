@@ -1,17 +1,17 @@
-"""Cross-entropy over a large vocabulary that never holds the logits of all tokens.
+"""Cross-entropy over a large vocabulary. It never holds the logits of all tokens.
 
-The plain implementation makes logits [N, V], their log-softmax and their gradient: three times N·V floats, the
-largest tensors of a small model's step by far. Here one chunk of rows at a time goes through all steps:
+The plain implementation holds the logits [N, V], their log-softmax and their gradient: three times N·V floats, by far
+the largest tensors in a step of a small model. Here all operations run on one chunk of rows at a time:
 
     logits_c = hidden_c · Wᵀ ─► log-sum-exp, loss ─► softmax − onehot, in place ─► hidden grad, weight grad +=
 
-so the gradients are ready when forward ends, and backward only scales them by the incoming factor.
+The gradients are ready when forward ends. Backward only multiplies them by the incoming factor.
 
 With z-loss weight z and s = log-sum-exp of a row, the loss of the row is  s − logit[target] + z·s², and its
-gradient by the logits is  softmax·(1 + 2·z·s) − onehot(target).
+gradient with respect to the logits is  softmax·(1 + 2·z·s) − onehot(target).
 
-The number of rows in a chunk depends on the shapes alone, and so do the bits of the result. Sums over
-tokens are float32, and so is the weight gradient while it accumulates, whatever the input type.
+The number of rows in a chunk depends only on the shapes, so the order of the sums does too. Sums over tokens and the
+accumulated weight gradient are float32 for any input type.
 
 Shapes: N tokens, D width, V vocabulary, C rows of a chunk.
 """
@@ -23,17 +23,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""A target that does not count, as in `torch.nn.functional.cross_entropy`."""
+"""The value of a target that does not count, as in `torch.nn.functional.cross_entropy`."""
 
 CHUNK_BYTES = 32 * 2**20
-"""Size of a chunk's float32 logits, where that leaves enough rows."""
+"""Size of a chunk's float32 logits, if this gives at least the minimum of rows."""
 
 ROWS_MULTIPLE = 128
-"""Fewer rows would read the whole weight matrix for too little work."""
+"""Minimum rows of a chunk: each chunk reads the whole weight matrix."""
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens of a call, float32 scalars. Only `total` carries gradients."""
+    """Sums over the tokens of a call, float32 scalars. Only `total` has gradients."""
 
     total: Tensor
     """Cross-entropy plus weighted z-loss."""
@@ -43,7 +43,7 @@ class LossSums(NamedTuple):
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows whose float32 logits take about `CHUNK_BYTES`; a positive multiple of 128."""
+    """Number of rows with about `CHUNK_BYTES` of float32 logits; a positive multiple of 128."""
     return max(1, CHUNK_BYTES // (4 * vocabulary * ROWS_MULTIPLE)) * ROWS_MULTIPLE
 
 
@@ -52,7 +52,7 @@ def cross_entropy_sums(
 ) -> LossSums:
     """Sums of cross-entropy and z-loss over N tokens. Targets equal to `IGNORED` do not count.
 
-    With gradients enabled, this call computes them, and one backward pass may follow.
+    With gradients enabled, this call computes the gradients, and one backward pass may follow.
     """
     wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     if wanted:
@@ -62,7 +62,7 @@ def cross_entropy_sums(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are computed in forward and handed out once in backward."""
+    """Computes the gradients in forward and returns them once in backward."""
 
     @staticmethod
     def forward(
@@ -84,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, scale: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # In place: a second [V, D] tensor would cost the memory that this function saves. So only one backward pass.
+        # In place, to avoid a second [V, D] tensor. So only one backward pass is possible.
         hidden_grad_ND, weight_grad_VD = ctx.hidden_grad_ND, ctx.weight_grad_VD
         if hidden_grad_ND is None and weight_grad_VD is None:
             raise RuntimeError("the gradients of this loss were already used by a backward pass")
@@ -104,7 +104,7 @@ def _forward(
     hidden_grad_ND: Tensor | None,
     weight_grad_VD: Tensor | None,
 ) -> LossSums:
-    """The loss sums; fills the gradients that are given (the weight's must come as zeros, float32)."""
+    """Compute the loss sums and fill the given gradients. The weight's gradient must be zeros in float32."""
     count, vocabulary = targets_N.shape[0], weight_VD.shape[0]
     rows = min(chunk_rows(vocabulary), max(count, 1))
     losses_N = torch.empty(count, dtype=torch.float32, device=hidden_ND.device)
@@ -132,7 +132,7 @@ def _forward(
 def _loss_of_chunk(
     logits_CV: Tensor, targets_C: Tensor, z_loss: float, losses_C: Tensor, penalties_C: Tensor
 ) -> Tensor:
-    """Write each row's loss and z-loss; turn the logits, in place, into their gradient and return it."""
+    """Write each row's loss and z-loss. Replaces the logits, in place, by their gradient and returns it."""
     counted_C1 = (targets_C != IGNORED).unsqueeze(1)
     index_C1 = targets_C.unsqueeze(1).where(counted_C1, 0)
     target_logits_C1 = logits_CV.gather(1, index_C1)
@@ -147,7 +147,7 @@ def _loss_of_chunk(
 
 
 def _add_product_(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """`sum += left · right`, accumulated in the sum's float32 also where the factors are narrower."""
+    """`sum += left · right`, accumulated in float32 even if the factors are narrower."""
     if left_VC.dtype == sum_VD.dtype:
         sum_VD.addmm_(left_VC, right_CD)
     else:

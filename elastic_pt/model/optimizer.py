@@ -1,18 +1,17 @@
-"""AdamW whose bits do not depend on how a parameter is cut into shards.
+"""AdamW with bits that do not depend on how a parameter is cut into shards.
 
-A rank updates its rows of each parameter, and where those rows begin and end changes with the number of
-ranks. The result of an element must therefore not depend on its place in the tensor. It would if one
-kernel did several operations at once: in a vector loop a multiply and an add may become one operation with a
-single rounding, and in the loop's scalar tail two (`addcmul`, `addcdiv`, `lerp`, `add` with
-alpha, fused optimizers). So every operation here is a single one that IEEE 754 rounds correctly: multiply,
-add, subtract, divide or square root of float32. Their result is the same on every code path.
+A rank updates its rows of each parameter, and the first and last row depend on the number of ranks. So the result of an
+element must not depend on its place in the tensor. A kernel that does several operations at once breaks this: a
+multiply and an add may become one operation with a single rounding in a vector loop, but two operations in the loop's
+scalar tail (`addcmul`, `addcdiv`, `lerp`, `add` with alpha, fused optimizers). So every operation here is a single
+operation that IEEE 754 rounds correctly: multiply, add, subtract, divide or square root of float32. Its result is the
+same on every code path.
 
     m ← m·β1 + g·(1−β1)        v ← v·β2 + (g·g)·(1−β2)
     p ← p·(1 − η·λ) − (m / (√v + ε·√c2)) · (η·√c2 / c1)          c1 = 1−β1ᵗ,  c2 = 1−β2ᵗ
 
-which is AdamW (Loshchilov & Hutter 2019), with the bias corrections moved into the two scalars. Fourteen
-passes over memory would be slow, so the work goes block by block: a block's numbers stay in the cache
-for all the passes.
+This is AdamW (Loshchilov & Hutter 2019), with the bias corrections moved into the two scalars. Fourteen
+passes over memory would be slow, so the update runs block by block: a block stays in the cache for all passes.
 """
 
 import math
@@ -26,15 +25,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 CPU_BLOCK_ELEMENTS = 48 * 1024
-"""Per thread: four arrays and a scratch one take 960 KiB, about the second-level cache of a core."""
+"""For each thread. Four arrays and a scratch array take 960 KiB, about the second-level cache of a core."""
 
 DEVICE_BLOCK_ELEMENTS = 16 * 1024 * 1024
-"""On an accelerator blocks bound the scratch memory only."""
+"""On an accelerator. There, blocks only limit the scratch memory."""
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """One parameter's rows on this rank. The moments have the shape of the rows."""
+    """One parameter's rows on this rank, and their moments in the same shape."""
 
     parameter: Tensor
     exp_avg: Tensor
@@ -45,8 +44,8 @@ class _Slot:
 class _Factors(NamedTuple):
     """The scalars of one step, rounded to float32 once.
 
-    They are tensors because a Python number is converted anew in each operation. They stay on the CPU, from
-    where kernels of any device take them as arguments.
+    They are tensors, because each operation would convert a Python number again. They stay on the CPU: kernels of any
+    device accept CPU scalars as arguments.
     """
 
     scale: Tensor | float
@@ -62,8 +61,8 @@ class _Factors(NamedTuple):
 class ExactAdamW:
     """AdamW over the float32 rows that this rank holds of each parameter.
 
-    Parameters are plain tensors or DTensors, contiguous and float32. Matrices (two dimensions or more) decay,
-    vectors do not. The state is `step_count` and two moments per name, which a checkpoint reads and writes in
+    Parameters are plain tensors or DTensors, contiguous and float32. Weight decay applies to matrices (two dimensions or
+    more) and not to vectors. The state is `step_count` and two moments per name. A checkpoint reads and writes them in
     place through `state`.
     """
 
@@ -91,15 +90,15 @@ class ExactAdamW:
             )
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
-        """`(exp_avg, exp_avg_sq)` of this rank's rows: the live tensors, to read or to overwrite in place."""
+        """`(exp_avg, exp_avg_sq)` of this rank's rows: the live tensors, which may be overwritten in place."""
         slot = self._slots[name]
         return slot.exp_avg, slot.exp_avg_sq
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update all parameters from their `.grad`, each gradient taken `gradient_scale` times (clipping).
+        """Update all parameters from their `.grad` times `gradient_scale` (clipping).
 
-        Parameters without a gradient stay as they are, moments too. Communicates nothing.
+        Parameters without a gradient and their moments do not change. Does not communicate.
         """
         self.step_count += 1
         factors = {
@@ -153,8 +152,8 @@ def _update(slot: _Slot, gradient: Tensor, factors: _Factors) -> None:
 
 
 def _square_root(x: Tensor, out: Tensor) -> Tensor:
-    # torch.sqrt on the CPU is off by one bit for every sixth number (measured with torch 2.13); numpy's is
-    # the processor's correctly rounded instruction, and several times as fast.
+    # torch.sqrt on the CPU is wrong in the last bit for every sixth number (measured with torch 2.13). numpy uses
+    # the processor's correctly rounded instruction, and is several times as fast.
     if x.device.type == "cpu":
         numpy.sqrt(x.numpy(), out=out.numpy())
         return out
@@ -162,7 +161,7 @@ def _square_root(x: Tensor, out: Tensor) -> Tensor:
 
 
 def local_rows(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the tensor itself; shares its memory."""
+    """This rank's part of a DTensor, or the tensor itself. Shares its memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     rows: Tensor = tensor.to_local()

@@ -1,10 +1,10 @@
-"""Where a worker computes, and how a plain model becomes one that recomputes, compiles and shards.
+"""Chooses a worker's device and types, and applies recomputation, compilation and sharding to a model.
 
-`parallelize` is one function; the model knows nothing of it.
+`parallelize` is a plain function. The model does not depend on it.
 
-The order matters: recomputation goes inside the compiled region, and FSDP2 outside of both, so that its
-gathering of weights happens around a compiled block. Parameter names stay as the model has them: blocks
-are not wrapped in modules, only their `forward` is replaced.
+The order matters. Recomputation is inside the compiled region. FSDP2 is outside of both, so that it gathers weights
+before a compiled block. Parameter names do not change: blocks are not wrapped in modules, only their `forward` is
+replaced.
 
 Untested so far: everything here on CUDA. `benchmarks/cuda/run.sh` runs it on a machine with one GPU.
 """
@@ -26,7 +26,7 @@ from elastic_pt.config import TrainSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.model.transformer import Transformer
 
-# Expensive to compute and cheap to keep: what selective checkpointing saves. The rest is recomputed.
+# Selective checkpointing saves these: they are expensive to compute and cheap to keep. The rest is recomputed.
 SAVED_OPERATIONS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
@@ -43,9 +43,9 @@ SAVED_OPERATIONS = frozenset(
 
 
 def resolve_device(train: TrainSection, local_rank: int = 0) -> torch.device:
-    """Where a worker computes. Raises `ConfigError` if CUDA is asked for and absent.
+    """The device of a worker. Raises `ConfigError` if the configuration requires CUDA and there is none.
 
-    With more workers than CUDA devices on this node, the workers share the devices.
+    If this node has more workers than CUDA devices, the workers share the devices.
     """
     available = torch.cuda.is_available()
     if train.device == "cuda" and not available:
@@ -58,10 +58,10 @@ def resolve_device(train: TrainSection, local_rank: int = 0) -> torch.device:
 
 
 def choose_backend(device: torch.device, store: Store, world_size: int) -> str:
-    """The collective library of a generation: NCCL if every worker has a CUDA device of its own, else gloo.
+    """The collective library of a generation: NCCL if every worker has its own CUDA device, else gloo.
 
-    NCCL refuses two ranks on one device. gloo copies CUDA tensors through host memory: slow, and enough for a test.
-    Communicates over `store`: on CUDA every worker of the generation must call it, once.
+    NCCL refuses two ranks on one device. gloo copies CUDA tensors through host memory: slow, but enough for a test.
+    Communicates over `store`: on CUDA every worker of the generation must call it once.
     """
     if device.type != "cuda":
         return "gloo"
@@ -70,7 +70,7 @@ def choose_backend(device: torch.device, store: Store, world_size: int) -> str:
 
 
 def any_shared(name: str, store: Store, world_size: int) -> bool:
-    """Whether two of `world_size` workers give the same `name`; the same answer for all. Communicates."""
+    """Whether two of `world_size` workers have the same `name`. All get the same answer. Communicates."""
     if store.add(f"device/{name}", 1) > 1:
         store.set("device-shared", "yes")
     # A worker is counted after it has reported a shared device, so the last one counted sees all reports.
@@ -115,12 +115,12 @@ def optimize_blocks(model: Transformer, train: TrainSection) -> None:
             options: dict[str, Any] = {}
             if train.activation_checkpointing == "selective":
                 options["context_fn"] = _selective_contexts
-            # There is no dropout, so there is no random state to preserve.
+            # There is no dropout, so there is no random state to save.
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
             )
         if train.compile:
-            # One kernel per shape. Otherwise the tiny pass of a worker without a slot would make the compiler
+            # One kernel per shape. Otherwise the tiny pass of a worker without a slot makes the compiler
             # generate one kernel for several shapes, and the bits could depend on the number of workers.
             block.compile(dynamic=False)
 

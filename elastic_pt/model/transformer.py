@@ -1,15 +1,15 @@
-"""A Llama-shape decoder that knows nothing of devices, sharding or training.
+"""A decoder like Llama, without code for devices, sharding or training.
 
     tokens ─► embedding ─► [ x + attention(norm(x)) ─► x + feed_forward(norm(x)) ] × layers ─► norm ─► hidden
                                                                             hidden, targets ─► loss sums
 
-The loss is part of `forward`: it needs the output weight, which FSDP2 gathers only while the root module
-runs, and it never builds the logits of more than a chunk of tokens (see `loss`). There is no dropout and
-no stored state beside the parameters: the rotary tables are computed from the configuration in each
-forward pass, so a model built on the meta device needs its parameters and nothing else.
+The loss is part of `forward`, because it needs the output weight, which FSDP2 gathers only while the root module runs.
+It never holds the logits of more than a chunk of tokens (see `loss`). There is no dropout. The parameters are the only
+stored state: each forward pass computes the rotary tables from the configuration. So a model built on the meta device
+needs only its parameters.
 
 The projections of queries, keys and values are one matrix, and so are those of gate and up: one large
-product is faster than several small ones. `export` takes them apart.
+product is faster than several small ones. `export` splits them.
 
 Shapes: B sequences, T tokens, D width, H query heads, K key/value heads, d head width, F inner width,
 V vocabulary, N = B·T.
@@ -24,7 +24,7 @@ from elastic_pt.model.loss import LossSums, cross_entropy_sums
 
 
 class Norm(nn.Module):
-    """RMSNorm with a gain, over the last dimension."""
+    """RMSNorm over the last dimension, with a gain."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A matrix without bias, in the layout of `torch.nn.Linear` but left uninitialised."""
+    """A matrix without bias, in the layout of `torch.nn.Linear`. Not initialised."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of token vectors, left uninitialised."""
+    """A table of token vectors. Not initialised."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def rotary_tables(length: int, head_width: int, theta: float, device: torch.devi
 
 
 def rotate(x_BTHd: Tensor, tables: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of each head by their position's angle; float32 inside, same type out."""
+    """Rotate the pairs (i, i + d/2) of each head by the angle of their position. Computes in float32, keeps the type."""
     cosines, sines = tables
     first, second = x_BTHd.chunk(2, dim=-1)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
@@ -78,7 +78,7 @@ def rotate(x_BTHd: Tensor, tables: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions and, on request, normalised queries and keys."""
+    """Causal grouped-query attention with rotary positions. Normalises queries and keys if `qk_norm` is set."""
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class FeedForward(nn.Module):
         self.down = Projection(config.inner_width, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Each token for itself; [B, T, D] in and out."""
+        """Computes each token independently; [B, T, D] in and out."""
         gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
         out: Tensor = self.down(F.silu(gate_BTF) * up_BTF)
         return out
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. Parameters are uninitialised: `initialize.fill_` or a checkpoint gives them values."""
+    """The decoder. Parameters are not initialised: use `initialize.fill_` or a checkpoint."""
 
     def __init__(self, config: ModelSection, vocabulary: int) -> None:
         super().__init__()
@@ -159,16 +159,16 @@ class Transformer(nn.Module):
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """The output layer's matrix [V, D]: the embedding's own where they are tied."""
+        """The output layer's matrix [V, D]. With tied embeddings it is the embedding's matrix."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor | LossSums:
-        """Final hidden states [B, T, D], or the loss sums over all tokens where targets are given.
+        """Final hidden states [B, T, D], or the loss sums over all tokens if there are targets.
 
-        Targets equal to `loss.IGNORED` do not count. With gradients enabled, the gradients of the loss
-        are computed here already. A pure function of weights and tokens: its bits depend on nothing else.
+        Targets equal to `loss.IGNORED` do not count. With gradients enabled, this call computes the gradients of the
+        loss. The result is a pure function of weights and tokens: its bits depend on nothing else.
         """
         tables = rotary_tables(
             tokens_BT.shape[1], self.config.head_width, self.config.rope_theta, tokens_BT.device
@@ -184,11 +184,11 @@ class Transformer(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]; for a few positions of an unsharded model."""
+        """Logits [..., V] of hidden states [..., D]. For a few positions of an unsharded model."""
         return F.linear(hidden, self.output_weight)
 
 
 def build_on_meta(config: ModelSection, vocabulary: int) -> Transformer:
-    """The model with shapes and names but without memory."""
+    """The model on the meta device: shapes and names without memory."""
     with torch.device("meta"):
         return Transformer(config, vocabulary)

@@ -31,7 +31,7 @@ from elastic_pt.runlog.records import (
 )
 
 _PLANNED: Final = frozenset({CauseKind.JOINED, CauseKind.LEFT, CauseKind.BARRED})
-"""Causes that do not break a world: its workers stop after the same step, and nothing is lost."""
+"""Causes that do not break a generation: its workers stop after the same step, and nothing is lost."""
 
 
 class FirstStep(StrEnum):
@@ -135,7 +135,7 @@ class End:
 
 
 def explain(records: Iterable[Record]) -> list[Change | End]:
-    """Every change of the world, oldest first, and the end of the run if it has one.
+    """Every change of the members, oldest first, and the end of the run if it has one.
 
     `records` are those of one log, from its first record on. The first generation is not a change.
     """
@@ -298,7 +298,7 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
     since = (
         "all members had stopped"
         if change.planned
-        else "the new nodes had formed a world"
+        else "the new nodes had formed a generation"
         if change.resumed_by_new_nodes
         else "it was noticed"
     )

@@ -46,7 +46,7 @@ def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
 
 
 def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, str]:
-    """The values that nodes of one world compare when one joins, by name.
+    """The values that members compare when a node joins, by name.
 
     In addition to the run's identity they include the code: a run may go on with newer code, but not with two versions
     at the same time.

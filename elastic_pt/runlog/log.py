@@ -233,7 +233,7 @@ class RunLog:
 
     def _gap(self, index: int, later: int) -> LogDamaged:
         return LogDamaged(
-            f"{self._store.url}/{record_key(index)}: missing from the middle of the log ({record_key(later)} is there)"
+            f"{self._store.url}/{record_key(index)}: missing from the middle of the log; expected it before {record_key(later)}"
         )
 
     def _open(self) -> RunView:
@@ -325,7 +325,8 @@ class RunLog:
         record = self._read(index)
         if record is None:
             raise LogDamaged(
-                f"{self._store.url}/{record_key(index)}: missing from the middle of the log"
+                f"{self._store.url}/{record_key(index)}: missing from the middle of the log; "
+                "expected a record of each index"
             )
         return record
 
@@ -335,5 +336,6 @@ def _check_link(record: Record, index: int, previous: str) -> None:
         raise LogDamaged(f"{record_key(index)}: has index {record.index}; expected {index}")
     if record.previous != previous:
         raise LogDamaged(
-            f"{record_key(index)}: does not follow from the record before it; the log was altered"
+            f"{record_key(index)}: does not follow from the record before it, so the log was altered; "
+            "expected the hash of that record"
         )

@@ -78,24 +78,24 @@ class Checkpoint:
 
 
 class CauseKind(StrEnum):
-    """Why a world changes."""
+    """Why the members change."""
 
     LOST = "lost"
     """A member is gone: its address refuses connections, or it is silent."""
     FAILED = "failed"
     """A member's own worker failed."""
     UNUSABLE = "unusable"
-    """A member could not read the checkpoint to resume from; the next world takes another one."""
+    """A member could not read the checkpoint to resume from. The next generation takes another one."""
     PARKED = "parked"
     """A member answers, but not all others can reach it."""
     GAVE_UP = "gave up"
-    """A member found the world broken, but then all members answered again."""
+    """A member found the generation broken, but then all members answered again."""
     LEFT = "left"
     """A member left in good order."""
     JOINED = "joined"
     """A newcomer joined."""
     BARRED = "barred"
-    """A member brought the world down too often and is kept out for some seconds."""
+    """A member broke the generation too often and is kept out for some seconds."""
 
 
 @dataclass(frozen=True)
@@ -348,8 +348,8 @@ class Record:
             document = json.loads(data)
             if document["schema"] not in (SCHEMA, SCHEMA_PERMANENT):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; "
-                    f"this version reads schemas {SCHEMA} and {SCHEMA_PERMANENT}"
+                    f"{key}: schema {document['schema']!r}; expected {SCHEMA} or {SCHEMA_PERMANENT}, "
+                    "which this version reads"
                 )
             return Record(
                 index=document["index"],
@@ -364,7 +364,7 @@ class Record:
             )
         except (ValueError, KeyError, TypeError) as error:
             why = " ".join(repr(error).split())
-            raise LogDamaged(f"{key}: not a record of a run's log: {why}") from error
+            raise LogDamaged(f"{key}: {why}; expected a record of a run's log") from error
 
 
 def _body_from(kind: Kind, body: dict[str, Any]) -> Body:

@@ -114,7 +114,7 @@ _INHERITED: list[Any] = []
 
 
 class Client:
-    """Sends requests to one URL through fsspec. Safe to share between threads, and to use after a fork."""
+    """Sends requests to one URL through fsspec. Safe to share between threads, and after a fork (not `memory://`)."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class NoAtomicCreate(ConfigError):
 
 
 class Store(Protocol):
-    """Bytes under keys below one URL. Safe to share between threads, and to use after a fork."""
+    """Bytes under keys below one URL. Safe to share between threads, and to use after a fork (not `memory://`)."""
 
     @property
     def url(self) -> str:

@@ -1,6 +1,6 @@
 """How a node spends its time: each second counts as exactly one activity, and the sums add up to the total.
 
-form        no generation: the node looks for peers and agrees with them on a world
+form        no generation: the node looks for peers and agrees with them on the members
 start       workers start, connect and build the model
 restore     workers load a checkpoint
 productive  steps beyond the last step that was done before

@@ -147,7 +147,7 @@ class Checkpoints:
             )
 
     def describe(self, state: TrainState) -> TrainingState:
-        """What a checkpoint or a snapshot says of a state besides its tensors."""
+        """The part of a state in a checkpoint or snapshot that is not a tensor."""
         return TrainingState(
             step=state.steps_done,
             optimizer_step=state.optimizer.step_count,
@@ -217,7 +217,7 @@ def _rows_of(state: TrainState) -> tuple[dict[str, RowRange], dict[str, Tensor]]
 
 
 def _holders(state: TrainState, wanted: Mapping[str, RowRange], world_size: int) -> list[int]:
-    """The ranks that hold these rows in a world of `world_size` workers."""
+    """The ranks that hold these rows, of `world_size` workers."""
     ranks: set[int] = set()
     shapes = {name: each.global_shape for name, each in state.slices()}
     for name, (first, end) in wanted.items():

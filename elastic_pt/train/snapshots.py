@@ -1,13 +1,13 @@
-"""When a worker copies its state into memory, and how all workers agree on it (worker process).
+"""Decides when a worker copies its state into memory. All workers agree on it (worker process).
 
     offer ──► the step's all-reduce ──► Agreed ──► due ──► take ──► the agent: CRCs, mirrors ──► offer of a later step
 
-A worker has two buffers. It writes over the older one only when the newer one is complete on all nodes and their
-mirrors, so one step always exists as a whole. What is complete on its own node each worker hears from its agent and
-offers in the all-reduce that every step has anyway. All workers then know the same, and take the same snapshots.
+A worker has two buffers. It overwrites the older one only when the newer one is complete on all nodes and their
+mirrors, so one complete step always exists. Each worker gets the newest complete step of its node from its agent, and
+sends it with the all-reduce of each step. So all workers have the same values and take the same snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
-measurements. If a copy takes longer to reach a mirror than the next snapshot takes to be due, that one waits.
+measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits.
 """
 
 import math
@@ -24,29 +24,29 @@ from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
 
 COST_MAX: Final = 0.01
-"""The share of a step that copying may take, averaged over the steps between two snapshots."""
+"""Maximum share of the step time for copies, averaged over the steps between two snapshots."""
 SHORT_STEP_S: Final = 0.1
 SHORT_INTERVAL_S: Final = 0.4
-"""Between two snapshots of steps shorter than `SHORT_STEP_S`: CRCs and mirrors cost the agents time for each of them."""
+"""Minimum time between two snapshots if steps are shorter than `SHORT_STEP_S`: each snapshot costs the agents time."""
 _EVERY_MAX: Final = 10_000
 _SMOOTHING: Final = 0.2
 
 
 class Agent(Protocol):
-    """What snapshots need of the node's agent (`workers.channel.WorkerSide`)."""
+    """The part of the agent's channel that snapshots need (`workers.channel.WorkerSide`)."""
 
     @property
     def complete_step(self) -> int:
-        """The newest step of this generation that this node holds whole, and its mirrors too; 0 if there is none."""
+        """The newest step of this generation that is complete on this node and its mirrors; 0 if there is none."""
 
     def send(self, kind: str, **content: object) -> None:
-        """Tell the agent something."""
+        """Send a message to the agent."""
 
 
 def adaptive_cadence(step_s: float, copy_s: float) -> int:
     """Steps between two snapshots, from the seconds that a step and a copy take.
 
-    Every step, if its copy takes no more than `COST_MAX` of it; for short steps at least `SHORT_INTERVAL_S` apart.
+    Every step, if a copy takes at most `COST_MAX` of a step. For short steps at least `SHORT_INTERVAL_S` apart.
     """
     if step_s <= 0.0:
         return 1
@@ -66,7 +66,7 @@ class MemorySnapshots:
         state: TrainState,
         describe: Callable[[TrainState], TrainingState],
     ) -> None:
-        """`every_steps` is the configured cadence, 0 for the adaptive one. Begins to allocate memory in a thread."""
+        """`every_steps` is the configured cadence, 0 for adaptive. Starts a thread that allocates memory."""
         self._configured = every_steps
         self._generation = generation
         self._agent = agent
@@ -78,7 +78,7 @@ class MemorySnapshots:
             {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
         )
         self._refused = ""
-        """Why there is no memory for buffers, until the agent has been told."""
+        """Why there is no memory for buffers; empty after the agent was told."""
         self._newest = 0
         """The step of the newest snapshot of this generation."""
         self._began_at = state.steps_done
@@ -87,7 +87,7 @@ class MemorySnapshots:
         threading.Thread(target=self._allocate, name="snapshot-memory", daemon=True).start()
 
     def offer(self) -> Offer:
-        """What this worker brings into the agreement of the next step."""
+        """This worker's values for the agreement in the next step."""
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
@@ -95,19 +95,19 @@ class MemorySnapshots:
         return Offer(complete, self._every)
 
     def measure(self, step_s: float) -> None:
-        """The last step took so long, without its snapshot. Chooses the cadence that this worker offers."""
+        """Note the seconds of the last step, without its snapshot. Chooses the cadence that this worker offers."""
         if not self._step_s:
             self._step_s = step_s
         self._step_s += _SMOOTHING * (step_s - self._step_s)
         if self._configured:
             return
         every = adaptive_cadence(self._step_s, self._copy_s)
-        # A cadence that changed with every little difference would say nothing.
+        # Ignore small differences, so that the cadence changes rarely.
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
 
     def due(self, step: int, agreed: Agreed) -> bool:
-        """Whether all workers take a snapshot of the state after `step` steps; the same on each of them."""
+        """Whether all workers take a snapshot of the state after `step` steps. The result is the same on all workers."""
         if agreed.complete_step is None or agreed.complete_step < self._newest:
             return False
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
@@ -134,5 +134,5 @@ class MemorySnapshots:
         try:
             self._buffers.allocate()
         except StagingFull as error:
-            # Training goes on without snapshots: the bucket has the checkpoints. The main thread tells the agent.
+            # Training continues without snapshots: the bucket has the checkpoints. The main thread tells the agent.
             self._refused = str(error)

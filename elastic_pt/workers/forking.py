@@ -109,8 +109,8 @@ def start_fork_server(
     """Fork the server from this process as it is now. Agent process, main thread, once, after `import_once`.
 
     It imports the `modules` that are not imported yet, then it waits for requests. If it dies, multiprocessing
-    starts a new interpreter that imports all of them: that is slower but works too. Its socket is in `scratch`,
-    and semaphores have the same name, so that a sweep finds them.
+    starts a new interpreter that imports all of them: that is slower but works too. Its socket is in `scratch`. The
+    names of semaphores begin with a prefix made from `scratch`, so that a sweep finds them.
     """
     # Private to multiprocessing, which would use TMPDIR, where a killed agent's socket is never swept. The path
     # of a socket may have 107 bytes. The path of scratch may be longer; the path of an open descriptor is short.

@@ -70,7 +70,7 @@ class Hang:
     def __str__(self) -> str:
         if self.standstill:
             where = _WORDS.get(self.state, f"state {self.state}")
-            return f"sent no heartbeat for {self.seconds:.1f} s at step {self.step} ({where})"
+            return f"wrote no heartbeat for {self.seconds:.1f} s at step {self.step} ({where})"
         return (
             f"made no progress for {self.seconds:.1f} s at step {self.step} "
             f"({self.phase.name.lower()}, limit {self.limit_s:.1f} s)"

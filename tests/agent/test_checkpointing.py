@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.shard_file import Staging, write_shard
 from elastic_pt.checkpoint.upload import StagedShard, refuse_node
@@ -91,6 +92,7 @@ def member_of(
         cast(Node, node),
         Metrics(),
         folder / "staging",
+        StepHistory(),
         release=released,
     )
 
@@ -174,7 +176,7 @@ def test_a_missing_notice_is_the_failure_of_its_node(
     lost = committing.lost()
     assert lost is not None
     assert lost.own == own
-    assert f"notice-0000{0 if own else 2}.json: not there after 1.0 s" in lost.why
+    assert f"notice-0000{0 if own else 2}.json: missing after 1.0 s" in lost.why
     assert (committing.failure() is None) != own
     committing.close(WAIT_S)
 

@@ -1,4 +1,4 @@
-"""Snapshots and mirrors of two real agents' halves, over real HTTP."""
+"""Snapshots and mirrors of two nodes, with the real agent code and real HTTP."""
 
 import asyncio
 import mmap
@@ -14,6 +14,7 @@ import torch
 from aiohttp import web
 
 from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import MemoryState
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
@@ -29,7 +30,7 @@ TOKEN = "token"
 
 @contextmanager
 def served(snapshots: Snapshots) -> Iterator[int]:
-    """Answer what peers ask, on a port of the loopback interface."""
+    """Answer the requests of peers, on a port of the loopback interface."""
     ready, ports = threading.Event(), []
     loop = asyncio.new_event_loop()
 
@@ -61,7 +62,7 @@ def served(snapshots: Snapshots) -> Iterator[int]:
 
 
 class Node:
-    """One node with one worker: its scratch directory, its agent's half, and the worker's buffers."""
+    """One node with one worker: its scratch directory, its agent's part, and the worker's buffers."""
 
     def __init__(self, directory: Path, rank: int, copies: int = 1) -> None:
         directory.mkdir()
@@ -75,6 +76,7 @@ class Node:
             TOKEN,
             copies=copies,
             timeout_s=5.0,
+            history=StepHistory(),
             on_complete=self._on_complete,
         )
         self.port = 0
@@ -155,7 +157,7 @@ def restored(node: Node, following: Generation) -> dict[str, torch.Tensor]:
 
 
 def test_state_survives_the_loss_of_either_node(pair: list[Node]) -> None:
-    """Each node copies what the other one holds: alone it has every row of the step, bit for bit."""
+    """Each node copies the other one's rows, so a single node has every row of the step, bit for bit."""
     first = generation(pair)
     for node in pair:
         node.begin(first)
@@ -184,11 +186,11 @@ def test_rows_are_read_from_a_peer(pair: list[Node]) -> None:
 
 
 def test_step_is_complete_only_when_its_mirror_has_it(pair: list[Node]) -> None:
-    """Until the mirror has copied the rows, the worker is not told that it may write over older ones."""
+    """The worker may overwrite older rows only after the mirror has copied the newer ones."""
     first = generation(pair)
     pair[0].begin(first)
     pair[0].write(1, 5)
-    # The other node has not begun: it copies nothing.
+    # The other node has not started, so it copies nothing.
     with pair[0]._changed:
         assert not pair[0]._changed.wait_for(lambda: pair[0].complete, 0.5)
     pair[1].begin(first)
@@ -196,7 +198,7 @@ def test_step_is_complete_only_when_its_mirror_has_it(pair: list[Node]) -> None:
 
 
 def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
-    """A bit that flips in a mapped file after its CRCs were computed never reaches a weight."""
+    """A bit that flips in a mapped file after its CRCs were computed is never copied into a weight."""
     first = generation(pair)
     for node in pair:
         node.snapshots._copies = 0
@@ -211,7 +213,7 @@ def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
 
 
 def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -> None:
-    """The state that a generation resumed from stays on its nodes until one of its own is complete everywhere."""
+    """The state that a generation resumed from stays on its nodes until it has a complete state on all nodes."""
     first = generation(pair)
     for node in pair:
         node.begin(first)
@@ -235,7 +237,7 @@ def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -
 
 
 def test_state_of_another_lineage_is_dropped(pair: list[Node]) -> None:
-    """A generation that resumes from the bucket starts with nothing in memory."""
+    """A generation that resumes from the bucket starts with no state in memory."""
     first = generation(pair)
     for node in pair:
         node.begin(first)
@@ -248,7 +250,7 @@ def test_state_of_another_lineage_is_dropped(pair: list[Node]) -> None:
 
 
 def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
-    """A missing state is an error that names the peer; a peer that is gone is another one, of the surroundings."""
+    """A missing state is an error that names the peer. A lost peer is another error, of the surroundings."""
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
     with pytest.raises(CheckpointError, match=f"{pair[0].port}.*does not hold it"):
         peer.read(snapshot_path(1, 5, 0), 0, 10)
@@ -259,8 +261,23 @@ def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
         gone.read(snapshot_path(1, 5, 0), 0, 10)
 
 
+def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]) -> None:
+    """Whichever node commits next can write a history without a hole, also one that was no member before."""
+    old, new = (node.snapshots for node in pair)
+    for step in range(1, 8):
+        old._history.add({"step": step, "loss": 0.5 * step})
+    formed = SimpleNamespace(generation=generation(pair, 2, InMemory(1, 6, (0, 0))), node_rank=1)
+    new.complete_history(cast(Formed, formed), committed_step=2)
+    assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
+    assert new._history.through(3) == old._history.through(3)[2:]
+    # Nothing is asked where nothing is missing.
+    before = new._history.text()
+    new.complete_history(cast(Formed, formed), committed_step=2)
+    assert new._history.text() == before
+
+
 def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
-    """A range that goes beyond the shard file is an error of the reader, and no byte of another file is sent."""
+    """A range that ends after the shard file is refused, and no byte of another file is sent."""
     first = generation(pair)
     for node in pair:
         node.begin(first)
@@ -277,7 +294,7 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
 
 
 def test_every_node_has_its_mirrors_on_other_nodes() -> None:
-    """A ring: each node is copied by the nodes before it, never by itself, and never by more than there are."""
+    """In the ring, the nodes before a node copy it. A node never copies itself, and never copies a node twice."""
     for nodes in range(1, 9):
         for copies in range(4):
             ring = mirrored_by(nodes, copies)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Quarantine
 from elastic_pt.store.open import open_store
@@ -19,7 +20,7 @@ WAIT_S = 20.0
 
 
 class DisturbedStore(WatchedStore):
-    """A store in which something happens just before a key of some kind is created or deleted."""
+    """A store that calls `before` before each create and delete."""
 
     before: Callable[[str, str], None] = staticmethod(lambda verb, key: None)  # type: ignore[assignment]
 
@@ -30,7 +31,7 @@ class DisturbedStore(WatchedStore):
 
 
 class World:
-    """A run of one node with one worker whose checkpoints are committed one by one."""
+    """A run of one node with one worker. It commits one checkpoint at a time."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class World:
         self.committer = Committer(
             self.store,
             self.log,
+            StepHistory(),
             keep=keep,
             keep_every_steps=keep_every_steps,
             last_step=100,
@@ -68,7 +70,7 @@ class World:
         )
 
     def upload(self, step: int) -> None:
-        """A worker's shard of a step reaches the bucket."""
+        """Upload a worker's shard of a step."""
         directory = directory_of(self.generation, step)
         run_id = self.log.view.run_id
         shards = stage(
@@ -77,14 +79,14 @@ class World:
         upload_nodes(self.store, shards)
 
     def commit(self, step: int) -> None:
-        """Take a step's checkpoint all the way; returns once the workers would be released."""
+        """Upload and commit a step's checkpoint. Returns when the workers are released."""
         self.upload(step)
         self.done[step] = threading.Event()
         self.committer.expect(step, self.generation)
         assert self.done[step].wait(WAIT_S)
 
     def there(self, step: int) -> bool:
-        """Whether the files of a checkpoint are in the bucket."""
+        """Whether files of a checkpoint are in the bucket."""
         return bool(self.store.keys(f"{directory_of(self.generation, step)}/"))
 
     def step_back(self) -> None:

@@ -1,4 +1,4 @@
-"""Commits and deletes: what is deleted follows from the COMMIT that is in the log."""
+"""Commits and deletes: the COMMIT in the log decides what is deleted."""
 
 import threading
 from pathlib import Path
@@ -20,7 +20,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> None:
-    """An append that is retried behind a QUARANTINE keeps, and does not delete, what its first attempt would have dropped."""
+    """The first try would drop a checkpoint. The retry after a QUARANTINE keeps it, and it is not deleted."""
     world.commit(1)
     world.commit(2)
     interfering = RunLog(open_store(world.store.url), writer="z")
@@ -41,7 +41,7 @@ def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> No
 
 
 def test_expired_checkpoints_are_removed_after_workers_are_released(world: World) -> None:
-    """The workers are released at the COMMIT; only then, and without them, the oldest checkpoint goes."""
+    """The workers are released at the COMMIT. The oldest checkpoint is deleted after that, while they train."""
     released = threading.Event()
 
     def before(verb: str, key: str) -> None:
@@ -60,7 +60,7 @@ def test_expired_checkpoints_are_removed_after_workers_are_released(world: World
 
 
 def test_a_failed_delete_fails_no_commit_and_is_retried(world: World) -> None:
-    """A failed delete has its own counter, and is done after a later commit."""
+    """A failed delete is reported as such, not as a failed commit, and is retried after a later commit."""
     refuse = [True]
 
     def before(verb: str, key: str) -> None:

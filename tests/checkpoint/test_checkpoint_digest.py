@@ -1,4 +1,4 @@
-"""One digest per training state, for any number of writers."""
+"""The digest depends on the training state and not on the number of writers."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def published(
 def test_the_digest_is_that_of_the_whole_tensors(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], world_size: int
 ) -> None:
-    """The digest follows from the tensors alone, as documented, whatever the number of files."""
+    """The digest is the documented function of the tensors, for any number of files."""
     store = memory_store()
     tensors = full_tensors(shapes)
     assert digest(store, published(store, tmp_path, tensors, world_size)) == expected_digest(
@@ -54,8 +54,8 @@ def test_the_digest_is_that_of_the_whole_tensors(
     )
 
 
-def test_the_digest_is_the_same_in_every_store_and_world(tmp_path: Path) -> None:
-    """With tensors of several blocks, W = 1, 2, 5 and 9 and a directory instead of memory agree."""
+def test_the_digest_does_not_depend_on_store_and_number_of_workers(tmp_path: Path) -> None:
+    """Tensors of several blocks have one digest for W = 1, 2, 5 and 9, in a directory and in memory."""
     tensors = full_tensors(SHAPES)
     found = set()
     for world_size in (1, 2, 5, 9):
@@ -66,7 +66,7 @@ def test_the_digest_is_the_same_in_every_store_and_world(tmp_path: Path) -> None
 
 
 def test_one_changed_bit_changes_the_digest(tmp_path: Path) -> None:
-    """Weights and both moments all count; the sign of a zero does, too."""
+    """A changed bit in the weights or in either moment changes the digest."""
     tensors = full_tensors({"w": (3, 2)})
     found = {expected_digest(tensors)}
     for name in tensors:
@@ -78,7 +78,7 @@ def test_one_changed_bit_changes_the_digest(tmp_path: Path) -> None:
 
 
 def test_the_order_is_weights_then_moments_by_parameter() -> None:
-    """Weights come first; then each parameter's exp_avg and exp_avg_sq side by side."""
+    """Weights come first, then exp_avg and exp_avg_sq of each parameter."""
     store = memory_store()
     names = ["model/b", "exp_avg_sq/a", "exp_avg/b", "model/a", "exp_avg/a", "exp_avg_sq/b"]
 
@@ -98,7 +98,7 @@ def test_the_order_is_weights_then_moments_by_parameter() -> None:
 
 
 def test_corrupt_bytes_have_no_digest(tmp_path: Path) -> None:
-    """A flipped bit is an error, never another digest."""
+    """A flipped bit raises an error and does not give another digest."""
     store = memory_store()
     manifest = published(store, tmp_path, full_tensors({"w": (3, 2)}), 2)
     for name in ("exp_avg/w", "model/w"):
@@ -111,7 +111,7 @@ def test_corrupt_bytes_have_no_digest(tmp_path: Path) -> None:
 
 
 def test_narrow_types_are_widened_and_others_refused(tmp_path: Path) -> None:
-    """bfloat16 counts as the float32 of the same value; what float32 cannot hold has no digest."""
+    """bfloat16 counts as the float32 of the same value. Types that float32 cannot represent have no digest."""
     store = memory_store()
     narrow = {"model/w": torch.randn(5, 3).to(torch.bfloat16)}
     assert digest(store, published(store, tmp_path, narrow, 2)) == expected_digest(narrow)
@@ -122,7 +122,7 @@ def test_narrow_types_are_widened_and_others_refused(tmp_path: Path) -> None:
 
 
 def test_whole_tensors_come_sorted_under_their_parameter_names(tmp_path: Path) -> None:
-    """Export and evaluation see each weight whole, without the prefix, bit for bit."""
+    """Export and evaluation get each whole weight, without the prefix, bit for bit."""
     store = memory_store()
     tensors = full_tensors(SHAPES)
     manifest = published(store, tmp_path, tensors, 4)

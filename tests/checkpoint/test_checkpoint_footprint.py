@@ -1,4 +1,4 @@
-"""What is planned is what is built."""
+"""The computed sizes are those of the real model."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from elastic_pt.model.transformer import build_on_meta
         ModelSection(ffn_width=100, kv_heads=4),
     ],
 )
-def test_parameters_are_counted_as_they_are_built(model: ModelSection) -> None:
+def test_footprint_equals_the_real_model(model: ModelSection) -> None:
     """The footprint's parameters and checkpoint bytes are those of the real model."""
     built = sum(parameter.numel() for parameter in build_on_meta(model, 1000).parameters())
     planned = footprint(model, 1000)

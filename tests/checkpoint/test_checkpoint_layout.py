@@ -1,4 +1,4 @@
-"""Records refuse what they should not hold, and their bytes refuse every change."""
+"""Records refuse wrong values. Their bytes do not decode after any change."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def share(first_rank: int, sizes: tuple[int, ...], rows: tuple[int, ...]) -> Nod
 
 
 def root(*nodes: NodeShare, **changes: Any) -> RootManifest:
-    """A manifest of two nodes of two workers and of one, or of others."""
+    """A manifest: by default of a node with two workers and a node with one."""
     values = {
         "run_id": RUN_ID,
         "directory": DIRECTORY,
@@ -96,7 +96,7 @@ def root(*nodes: NodeShare, **changes: Any) -> RootManifest:
 
 
 def documents() -> dict[str, StoredDocument]:
-    """One of each kind."""
+    """One document of each kind."""
     files = (shard(1, piece(0, 4)), shard(2, piece(4, 8)))
     state = training_state(40)
     table = fingerprint_of(TENSORS)
@@ -113,18 +113,18 @@ def documents() -> dict[str, StoredDocument]:
 
 
 EARLIER = json.loads(Path(__file__).with_name("earlier_documents.json").read_text())
-"""What the version before schema 3 wrote."""
+"""Documents that the version before schema 3 wrote."""
 
 
 def bytes_of(kind: str) -> bytes:
-    """The document as it is stored; of schema 1 as the earlier version wrote it."""
+    """The stored bytes of a document; of schema 1 as the earlier version wrote it."""
     document = documents()[kind]
     return document.to_bytes() if isinstance(document, Document) else EARLIER[kind].encode()
 
 
 @pytest.mark.parametrize("kind", documents())
 def test_documents_come_back_from_their_bytes(kind: str) -> None:
-    """Encoding and decoding a document changes nothing."""
+    """A document is equal after encoding and decoding."""
     document = documents()[kind]
     assert type(document).from_bytes(bytes_of(kind)) == document
     assert (whole().step, whole().generation) == (40, 1)
@@ -132,7 +132,7 @@ def test_documents_come_back_from_their_bytes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EARLIER)
 def test_documents_of_the_version_before_are_read(kind: str) -> None:
-    """The fields that states had until schema 2 are dropped; all else is as it was."""
+    """The fields of states up to schema 2 are dropped. All other values are unchanged."""
     document = documents()[kind.removesuffix(" of another node")]
     read = type(document).from_bytes(EARLIER[kind].encode())
     if kind == "notice of another node":
@@ -146,14 +146,14 @@ def test_documents_of_the_version_before_are_read(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["record", "refusal"])
 def test_documents_without_a_state_keep_their_bytes(kind: str) -> None:
-    """Only what holds a state has a new schema: other documents are written as before."""
+    """Only documents with a state have a new schema. The bytes of other documents do not change."""
     data = EARLIER[kind].encode()
     assert type(documents()[kind]).from_bytes(data).to_bytes() == data
 
 
 @pytest.mark.parametrize("schema", [2, 3])
 def test_each_schema_has_its_own_fields(schema: int) -> None:
-    """A state of schema 3 with a field of schema 2 is refused, and one of schema 2 without it."""
+    """A state of schema 3 with a field of schema 2 is refused, and a state of schema 2 without it."""
     content = json.loads(root().to_bytes() if schema == 3 else EARLIER["manifest"])
     for key in ("schema", "kind", "sha256"):
         del content[key]
@@ -168,7 +168,7 @@ def test_each_schema_has_its_own_fields(schema: int) -> None:
 
 
 def test_every_schema_of_a_manifest_is_read() -> None:
-    """The object `manifest.json` names its own schema; an unknown one is refused."""
+    """The object `manifest.json` holds its schema. An unknown schema is refused."""
     assert decode(EARLIER["manifest of schema 1"].encode(), RootManifest, FullManifest) == whole()
     assert decode(EARLIER["manifest"].encode(), RootManifest, FullManifest) == root()
     assert decode(root().to_bytes(), RootManifest, FullManifest) == root()
@@ -196,13 +196,13 @@ def test_every_schema_of_a_manifest_is_read() -> None:
     ],
 )
 def test_the_rows_of_nodes_must_tile_every_tensor(nodes: list[NodeShare], reason: str) -> None:
-    """A manifest whose nodes leave a gap, overlap, or are not side by side cannot exist."""
+    """A manifest is refused if the rows of its nodes have a gap or an overlap, or if its ranks do."""
     with pytest.raises(CheckpointError, match=reason):
         root(*nodes)
 
 
 def test_a_manifest_has_nodes_and_tensors() -> None:
-    """Without nodes, without tensors, or with tensors out of order there is no manifest."""
+    """A manifest without nodes, without tensors, or with unsorted tensors is refused."""
     for changes in ({"nodes": ()}, {"tensors": ()}, {"tensors": TENSORS[::-1]}):
         with pytest.raises(CheckpointError):
             root(**changes)
@@ -210,8 +210,8 @@ def test_a_manifest_has_nodes_and_tensors() -> None:
         root(state=training_state(41))
 
 
-def test_a_record_knows_its_nodes_rows() -> None:
-    """The rows of a node's workers are joined; a gap, another shape, and a tensor of no such state are refused."""
+def test_a_node_record_joins_the_rows_of_its_workers() -> None:
+    """The rows of a node's workers are joined. A gap, another shape, and an unknown tensor are refused."""
     record = documents()["record"]
     assert isinstance(record, NodeRecord)
     assert record.rows_of(TENSORS) == (0, 0, 0, 8)
@@ -223,7 +223,7 @@ def test_a_record_knows_its_nodes_rows() -> None:
     with pytest.raises(CheckpointError, match="rows 4 to 6 are missing"):
         torn.rows_of(TENSORS)
     for files in ((), record.files[::-1], record.files[1:]):
-        with pytest.raises(CheckpointError, match=r"not those of ranks 1, \.\.\."):
+        with pytest.raises(CheckpointError, match=r"expected those of ranks 1, \.\.\."):
             replace(record, files=files)
 
 
@@ -244,8 +244,8 @@ def test_only_the_first_notice_lists_all_tensors() -> None:
 
 
 @pytest.mark.parametrize("kind", documents())
-def test_every_flipped_bit_of_a_document_is_noticed(kind: str) -> None:
-    """A document with any single bit flipped, or cut anywhere, does not decode."""
+def test_every_flipped_bit_of_a_document_is_detected(kind: str) -> None:
+    """A document with one flipped bit, or truncated anywhere, does not decode."""
     document, data = documents()[kind], bytes_of(kind)
     for position in range(len(data)):
         for bit in range(8):
@@ -268,13 +268,13 @@ def test_every_flipped_bit_of_a_document_is_noticed(kind: str) -> None:
     ],
 )
 def test_slices_must_tile_every_tensor(files: list[tuple[int, int]], reason: str) -> None:
-    """A manifest whose slices leave a gap or overlap cannot exist."""
+    """A manifest is refused if its slices have a gap or an overlap."""
     with pytest.raises(CheckpointError, match=reason):
         manifest(*(shard(rank, piece(*rows)) for rank, rows in enumerate(files)))
 
 
-def test_slices_of_a_tensor_agree_on_what_it_is() -> None:
-    """Pieces of different dtype or shape are not one tensor."""
+def test_slices_of_a_tensor_must_have_one_dtype_and_shape() -> None:
+    """Pieces with different dtypes or shapes are refused."""
     with pytest.raises(CheckpointError, match="another dtype or shape"):
         manifest(shard(0, piece(0, 4)), shard(1, piece(4, 10, dtype="BF16")))
     with pytest.raises(CheckpointError, match="another dtype or shape"):
@@ -296,7 +296,7 @@ def test_slices_of_a_tensor_agree_on_what_it_is() -> None:
     ],
 )
 def test_a_manifest_is_bound_to_its_place(changes: dict[str, Any]) -> None:
-    """Files, directory, step and state of a manifest belong together."""
+    """A manifest is refused if its files, directory, step and state do not belong together."""
     with pytest.raises(CheckpointError):
         dataclasses.replace(whole(), **changes)
 
@@ -329,14 +329,14 @@ def test_a_manifest_is_bound_to_its_place(changes: dict[str, Any]) -> None:
     ],
 )
 def test_absurd_slices_are_refused(changes: dict[str, Any]) -> None:
-    """A slice with a name, shape, range or CRC list that cannot be is an error in one line."""
+    """A slice with an impossible name, shape, range or CRC list is an error in one line."""
     with pytest.raises(CheckpointError) as caught:
         piece(**changes)
     assert "\n" not in str(caught.value)
 
 
 def test_bytes_of_a_file_are_used_once() -> None:
-    """Slices that overlap in the file, reach beyond it, or come twice are refused."""
+    """Slices that overlap in the file, end after it, or occur twice are refused."""
     with pytest.raises(CheckpointError, match="overlap"):
         shard(0, piece(0, 4), piece(0, 4, name="model/b", offset=300))
     with pytest.raises(CheckpointError, match="outside"):
@@ -362,13 +362,13 @@ def test_bytes_of_a_file_are_used_once() -> None:
     ],
 )
 def test_absurd_training_states_are_refused(changes: dict[str, Any]) -> None:
-    """Resumable state outside its bounds is an error that names the field."""
+    """A training state with a value out of bounds is an error that names the field."""
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         training_state(**{"step": 40, **changes})
 
 
 def test_json_has_exactly_the_known_fields() -> None:
-    """A missing field, an unknown one, and a value that is no object are refused by name."""
+    """A missing field, an unknown field, and a value that is not an object are refused by name."""
     values = training_state(40).to_json()
     assert TrainingState.from_json(json.dumps(values)) == training_state(40)
     without = {key: values[key] for key in values if key != "optimizer_step"}
@@ -396,8 +396,8 @@ def test_documents_of_another_schema_are_refused(change: dict[str, Any]) -> None
         FullManifest.from_bytes(sealed(kind, schema, content))
 
 
-def test_a_document_of_a_later_version_is_no_damage() -> None:
-    """A schema that this version does not know yet must not get a good checkpoint quarantined: it is a `ConfigError`."""
+def test_a_document_of_a_later_version_is_a_config_error() -> None:
+    """A newer schema is a `ConfigError`, so that the agent does not quarantine a good checkpoint."""
     content = json.loads(root().to_bytes())
     del content["schema"], content["sha256"]
     kind = content.pop("kind")
@@ -409,7 +409,7 @@ def test_a_document_of_a_later_version_is_no_damage() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema":1}'])
 def test_bytes_that_are_no_document_are_refused(data: bytes) -> None:
-    """Any bytes under a manifest's key are a `CheckpointError` at worst."""
+    """Any bytes under a manifest's key decode or raise `CheckpointError`."""
     with pytest.raises(CheckpointError):
         FullManifest.from_bytes(data)
 
@@ -417,7 +417,7 @@ def test_bytes_that_are_no_document_are_refused(data: bytes) -> None:
 @settings(deadline=None)
 @given(st.integers(0, 9_999_999_999), st.integers(0, 9_999_999_999))
 def test_directory_names_say_step_and_generation(step: int, generation: int) -> None:
-    """A directory's name and its parts are two spellings of one thing."""
+    """A directory's name is made from step, generation and nonce, and parses to them."""
     name = parse_directory(checkpoint_directory(step, generation, "9f3c"))
     assert (name.step, name.generation, name.nonce) == (step, generation, "9f3c")
 
@@ -425,7 +425,7 @@ def test_directory_names_say_step_and_generation(step: int, generation: int) -> 
 @settings(deadline=None)
 @given(st.integers(1, 1 << 26), st.integers(1, 1 << 30))
 def test_blocks_are_bounded(row_bytes: int, rows: int) -> None:
-    """A block never exceeds 1 MiB unless it is a single row, and is never empty."""
+    """A block has at most 1 MiB, unless it is a single row, and at least one row."""
     block_rows = rows_per_block(row_bytes, rows)
     assert 1 <= block_rows <= rows
     assert block_rows == 1 or block_rows * row_bytes <= 1 << 20

@@ -1,4 +1,4 @@
-"""Restoring: any number of workers reads what any number wrote; the right bits, or an error that names the place."""
+"""Restore: any number of workers reads a checkpoint of any number of writers. It gets the right bits or an error."""
 
 import hashlib
 import itertools
@@ -57,7 +57,7 @@ def store() -> Store:
 
 
 def load_all(store: Store, manifest: FullManifest) -> None:
-    """Load every row of everything."""
+    """Load every row of every tensor."""
     load_world(store, manifest, 1)
 
 
@@ -71,7 +71,7 @@ def load_all(store: Store, manifest: FullManifest) -> None:
     read_by=worlds,
     seed=st.integers(0, 99),
 )
-def test_any_world_restores_what_any_world_wrote(
+def test_any_number_of_workers_restores_a_checkpoint_of_any_number(
     tmp_path: Path,
     shapes: dict[str, tuple[int, ...]],
     written_by: int,
@@ -79,7 +79,7 @@ def test_any_world_restores_what_any_world_wrote(
     read_by: int,
     seed: int,
 ) -> None:
-    """Resharding from W to W' workers gives back every bit, with odd sizes and fewer rows than workers."""
+    """Resharding from W to W' workers keeps every bit, also with odd sizes and fewer rows than workers."""
     store = memory_store()
     tensors = full_tensors(shapes, seed)
     reference = write_checkpoint(store, tmp_path, tensors, written_by, workers=workers)
@@ -95,7 +95,7 @@ def test_any_world_restores_what_any_world_wrote(
 def test_tensors_of_several_blocks_are_resharded(
     store: Store, tmp_path: Path, written_by: int, read_by: int
 ) -> None:
-    """Row ranges that begin and end inside blocks come back exactly."""
+    """Row ranges that begin and end inside blocks keep their bits."""
     tensors = full_tensors(SHAPES)
     manifest = read_manifest(store, write_checkpoint(store, tmp_path, tensors, written_by), RUN_ID)
     restored = load_world(store, manifest, read_by)
@@ -119,7 +119,7 @@ def test_special_values_and_types_survive(store: Store, tmp_path: Path) -> None:
 
 
 def test_parameters_and_views_are_filled_in_place(store: Store, tmp_path: Path) -> None:
-    """An autograd leaf and a strided view receive rows without a copy taking their place."""
+    """Rows are written into an autograd leaf and into a strided view, and neither is replaced by a copy."""
     tensors = full_tensors(SMALL)
     manifest = read_manifest(store, write_checkpoint(store, tmp_path, tensors, 2), RUN_ID)
     parameter = torch.nn.Parameter(torch.zeros(4, 2))
@@ -133,7 +133,7 @@ def test_parameters_and_views_are_filled_in_place(store: Store, tmp_path: Path) 
 
 
 def test_rows_that_do_not_exist_are_refused(store: Store, tmp_path: Path) -> None:
-    """Unknown tensors, rows that do not exist, and targets of another shape or type are errors."""
+    """Unknown tensors, unknown rows, and targets with another shape or type are errors."""
     manifest = read_manifest(
         store, write_checkpoint(store, tmp_path, full_tensors(SMALL), 2), RUN_ID
     )
@@ -151,7 +151,7 @@ def test_rows_that_do_not_exist_are_refused(store: Store, tmp_path: Path) -> Non
 
 @st.composite
 def planned(draw: st.DrawFn) -> tuple[FullManifest, dict[str, tuple[int, int]], int]:
-    """A manifest of random slices and block sizes, wanted rows, and a limit."""
+    """A manifest with random slices and block sizes, wanted rows, and a limit for requests."""
     files: list[list[TensorSlice]] = [[] for _ in range(draw(worlds))]
     offsets = [256] * len(files)
     wanted = {}
@@ -183,7 +183,7 @@ def planned(draw: st.DrawFn) -> tuple[FullManifest, dict[str, tuple[int, int]], 
 def test_a_plan_covers_the_wanted_rows_once(
     drawn: tuple[FullManifest, dict[str, tuple[int, int]], int],
 ) -> None:
-    """Every wanted row is in exactly one block, no block is useless, and requests are bounded and maximal."""
+    """Each wanted row is in exactly one block, each block has wanted rows, and requests are as large as allowed."""
     manifest, wanted, limit = drawn
     reads = plan_reads(manifest, wanted, limit)
     rows: dict[str, list[int]] = {name: [] for name in wanted}
@@ -206,7 +206,7 @@ def test_a_plan_covers_the_wanted_rows_once(
 
 
 def test_every_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:
-    """One bit flipped in any byte of any object of a checkpoint: `verify` names it, and a load that uses it fails."""
+    """After a bit flip in any byte of a checkpoint, `verify` names the object, and a load of this byte fails."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     manifest = read_manifest(store, reference, RUN_ID)
     assert verify(store, reference, RUN_ID) == []
@@ -267,10 +267,8 @@ def two_checkpoints(store: Store, folder: Path) -> tuple[Checkpoint, Checkpoint]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "grown", "manifest missing"])
-def test_damage_that_sizes_show_falls_back_before_loading(
-    store: Store, tmp_path: Path, damage: str
-) -> None:
-    """A truncated, empty, missing or grown object fails the quick check, and the checkpoint before is taken."""
+def test_wrong_sizes_fall_back_before_loading(store: Store, tmp_path: Path, damage: str) -> None:
+    """A truncated, empty, missing or longer object fails the quick check. The previous checkpoint is used."""
     new, old = two_checkpoints(store, tmp_path)
     key = shard_key(new.directory, 1)
     data = store.read(key)
@@ -292,7 +290,7 @@ def test_damage_that_sizes_show_falls_back_before_loading(
 
 
 def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> None:
-    """Shards of equal size swapped between two checkpoints pass no full check and no load."""
+    """Shards of equal size that were swapped between two checkpoints fail the full check and the load."""
     new, old = two_checkpoints(store, tmp_path)
     keys = shard_key(new.directory, 0), shard_key(old.directory, 0)
     left, right = store.read(keys[0]), store.read(keys[1])
@@ -311,7 +309,7 @@ def test_swapped_shards_are_found_by_reading(store: Store, tmp_path: Path) -> No
 
 
 def test_shards_swapped_between_ranks_are_found(store: Store, tmp_path: Path) -> None:
-    """The files of two ranks of one checkpoint cannot stand in for each other."""
+    """Swapped files of two ranks of one checkpoint are detected."""
     tensors = {"model/w": torch.randn(4, 2)}
     reference = write_checkpoint(store, tmp_path, tensors, 2)
     keys = [shard_key(reference.directory, rank) for rank in range(2)]
@@ -324,13 +322,13 @@ def test_shards_swapped_between_ranks_are_found(store: Store, tmp_path: Path) ->
 
 
 def test_replayed_and_foreign_manifests_are_refused(store: Store, tmp_path: Path) -> None:
-    """An older manifest under a newer name, one of another attempt, and one of another run do not count."""
+    """An older manifest under a newer name, one of another attempt, and one of another run are refused."""
     new, old = two_checkpoints(store, tmp_path)
     good = store.read(manifest_key(new.directory))
     store.write(manifest_key(new.directory), store.read(manifest_key(old.directory)))
     with pytest.raises(CheckpointError, match=r"SHA-256|size"):
         read_manifest(store, new, RUN_ID)
-    # Even a reference that vouches for the old bytes cannot make them those of another directory.
+    # The reference has the hash of the old bytes. They are still refused, because they name another directory.
     forged = replace(old, step=new.step, directory=new.directory)
     with pytest.raises(CheckpointError, match=f"written for {old.directory}"):
         read_manifest(store, forged, RUN_ID)
@@ -365,7 +363,7 @@ def test_only_the_committed_manifest_counts(store: Store, tmp_path: Path) -> Non
 def test_a_commit_that_contradicts_its_directory_is_refused(
     store: Store, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Step, generation, size and hash in the log must fit the directory's name and its manifest."""
+    """Step, generation, size and hash in the log must agree with the directory's name and its manifest."""
     checkpoint = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     with pytest.raises(CheckpointError):
         read_root(store, replace(checkpoint, **changes), RUN_ID)
@@ -388,7 +386,7 @@ def vouched_for(
 
 
 def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> None:
-    """A wrong CRC in a node record fails a load even if the bytes are right, so `verify` reports it."""
+    """A load with a wrong CRC in a node record fails even if the bytes are right, so `verify` reports it."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
 
     def wrong_crc(record: NodeRecord) -> NodeRecord:
@@ -399,14 +397,14 @@ def test_verify_checks_the_recorded_crcs_too(store: Store, tmp_path: Path) -> No
     problems = verify(store, vouched_for(store, reference, wrong_crc), RUN_ID)
     key = shard_key(reference.directory, 0)
     assert any(
-        problem.startswith(key) and "block 0: its CRC-32 is not" in problem for problem in problems
+        problem.startswith(key) and "block 0: wrong CRC-32" in problem for problem in problems
     )
 
 
-def test_a_node_record_must_have_the_rows_that_the_manifest_says(
+def test_a_node_record_that_differs_from_the_manifest_is_refused(
     store: Store, tmp_path: Path
 ) -> None:
-    """A record that lacks a slice, or is of another run, is refused even if its hash is in the manifest."""
+    """A record without a slice, or of another run, is refused even if its hash is in the manifest."""
     tensors = full_tensors(SMALL)
     for change in (
         lambda record: replace(
@@ -417,18 +415,16 @@ def test_a_node_record_must_have_the_rows_that_the_manifest_says(
         reference = write_checkpoint(store, tmp_path, tensors, 2)
         vouched = vouched_for(store, reference, change)
         key = node_key(reference.directory, 0)
-        with pytest.raises(CheckpointError, match=f"{key}: does not say what the manifest says"):
+        with pytest.raises(CheckpointError, match=f"{key}: differs from the manifest"):
             read_manifest(store, vouched, RUN_ID)
-        with pytest.raises(CheckpointError, match=f"{key}: does not say what the manifest says"):
+        with pytest.raises(CheckpointError, match=f"{key}: differs from the manifest"):
             read_index(store, vouched, RUN_ID, {"model/w": (0, 1)})
         for gone in store.keys(reference.directory):
             store.delete(gone)
 
 
-def test_a_reader_asks_only_for_the_records_of_the_rows_it_wants(
-    store: Store, tmp_path: Path
-) -> None:
-    """Rows of two nodes cost two records, though other tensors lie on other nodes; the rest may even be gone."""
+def test_a_reader_reads_only_the_records_of_its_rows(store: Store, tmp_path: Path) -> None:
+    """A reader of rows on two nodes reads two records. The records of other nodes may be missing."""
     tensors = full_tensors({"b": (3,), "w": (8, 2)})
     reference = write_checkpoint(store, tmp_path, tensors, 8, workers=2)
     store.delete(node_key(reference.directory, 2))
@@ -447,15 +443,15 @@ def test_a_reader_asks_only_for_the_records_of_the_rows_it_wants(
 
 
 def test_rows_outside_the_index_are_refused(store: Store, tmp_path: Path) -> None:
-    """A load of rows whose records were not read fails; it does not leave old values in the tensor."""
+    """A load fails if the records of its rows were not read. It does not leave old values in the tensor."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     index = read_index(store, reference, RUN_ID, {"model/w": (0, 2)})
     with pytest.raises(CheckpointError, match="model/w: 2 of rows 0 to 3 are in the index"):
         load_rows(store, index, {"model/w": (0, 3)}, {"model/w": torch.empty(3, 2)})
 
 
-def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
-    """If every checkpoint is bad, the error has all reasons; if there is none, it says so."""
+def test_the_error_has_all_reasons_if_no_checkpoint_is_usable(store: Store, tmp_path: Path) -> None:
+    """If every checkpoint is bad, the error has all reasons. If none was committed, it says that."""
     new, old = two_checkpoints(store, tmp_path)
     store.delete(shard_key(new.directory, 2))
     store.write(manifest_key(old.directory), b"")
@@ -466,7 +462,7 @@ def test_nothing_usable_says_why(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_store_error_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
-    """When access is denied, no checkpoint counts as bad: the store's error is raised."""
+    """If access is denied, no checkpoint counts as bad. The store's error is raised."""
     store = memory_store()
     references = two_checkpoints(store, tmp_path)
 
@@ -491,7 +487,7 @@ def test_a_store_error_is_not_a_bad_checkpoint(tmp_path: Path) -> None:
 
 
 def test_notices_are_not_needed_once_the_manifest_exists(store: Store, tmp_path: Path) -> None:
-    """Deleting the notices of a published checkpoint harms nothing."""
+    """A published checkpoint is usable without its notices."""
     reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
     for rank in range(2):
         store.delete(notice_key(reference.directory, rank))

@@ -1,4 +1,4 @@
-"""Retention deletes what is superseded and never what counts or still could."""
+"""Retention deletes old checkpoints and uploads, but never a kept checkpoint or an upload that may be committed."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def test_each_multiple_has_one_permanent_commit(steps: list[int], every: int) ->
 
 
 def test_after_a_fall_back_the_order_of_commits_counts() -> None:
-    """A commit of step 150 after one of step 200 that turned out bad is the newest."""
+    """If step 200 was bad, a later commit of step 150 is the newest."""
     log = [reference(150, 5), reference(140, 5), reference(200, 4), reference(100, 4)]
     assert expired(log, 1) == log[2:]
 
@@ -116,7 +116,7 @@ def test_keeping_no_checkpoint_is_refused() -> None:
 def test_only_uploads_that_nothing_can_commit_are_leftovers(
     attempts: list[tuple[int, int]], data: st.DataObject, generation: int, newest_step: int
 ) -> None:
-    """Kept directories, the current or a later generation's, and steps beyond the newest commit are never touched."""
+    """Kept directories, those of the current or a later generation, and steps beyond the newest commit stay."""
     names = {checkpoint_directory(*attempt, "beef"): attempt for attempt in attempts}
     committed = data.draw(st.sets(st.sampled_from(sorted(names)))) if names else set()
     torn = leftovers([*names, "ckpt/notes", "log"], committed, generation, newest_step)
@@ -178,8 +178,8 @@ def test_uploads_of_other_files_are_not_abandoned(key: str) -> None:
     assert abandoned([UnfinishedUpload(key, "id", 1e9)], 3, 50) == []
 
 
-def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -> None:
-    """A removal that dies after any deletion leaves no checkpoint that verifies, and a second one finishes."""
+def test_remove_deletes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -> None:
+    """If a removal crashes after any delete, the checkpoint does not verify. A second removal completes it."""
     for survived in range(8):
         store = memory_store()
         old = write_checkpoint(store, tmp_path, full_tensors(SMALL, seed=1), 2, step=40)
@@ -208,8 +208,8 @@ def test_removing_takes_the_manifest_first_and_can_be_repeated(tmp_path: Path) -
         assert verify(store, old, RUN_ID) == []
 
 
-def test_removing_does_not_depend_on_the_listing(tmp_path: Path) -> None:
-    """Files that a stale listing leaves out are deleted because the manifest names them."""
+def test_remove_does_not_depend_on_the_listing(tmp_path: Path) -> None:
+    """Files that are missing in a stale listing are deleted, because the manifest names them."""
     store = memory_store()
     gone = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2)
 
@@ -224,8 +224,8 @@ def test_removing_does_not_depend_on_the_listing(tmp_path: Path) -> None:
     assert store.keys("") == []
 
 
-def test_removing_is_confined_to_checkpoint_directories(tmp_path: Path) -> None:
-    """No other name is accepted, and a manifest copied from another directory deletes nothing there."""
+def test_remove_is_limited_to_checkpoint_directories(tmp_path: Path) -> None:
+    """Other names are refused. A manifest that was copied from another directory deletes nothing there."""
     store = memory_store()
     kept = write_checkpoint(store, tmp_path, full_tensors(SMALL), 2, step=40)
     for name in ("log", "ckpt", "ckpt/", "ckpt/../log", "", f"{kept.directory}/x"):

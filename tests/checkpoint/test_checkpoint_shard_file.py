@@ -1,4 +1,4 @@
-"""The file a worker stages: plain safetensors, whole or absent, and described block by block."""
+"""A worker's staged file: plain safetensors, complete or absent, with a CRC for each block."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ KEY = "ckpt/0000000040-g1-0a1b2c3d/shard-00001.safetensors"
 
 
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
-    """The safetensors library reads the rows, bit for bit, of every supported type and layout."""
+    """The safetensors library reads rows of every supported type and layout, bit for bit."""
     grid = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {
         "model/float32": LocalRows(grid, (12, 10), 6),
@@ -47,7 +47,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
+def test_a_description_matches_the_file(tmp_path: Path) -> None:
     """State, row ranges, SHA-256 and the CRC of every block are those of the bytes on disk."""
     path = tmp_path / "shard.safetensors"
     tensors = local_rows(full_tensors(), 1, 2)
@@ -70,7 +70,7 @@ def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
-    """With fewer rows than workers the last workers' files are empty, and valid."""
+    """If there are fewer rows than workers, the files of the last workers are empty and valid."""
     path = tmp_path / "shard.safetensors"
     write_shard(path, {"model/x": (torch.empty(0, 3), (2, 3), 4)}, training_state())
     file, state, tensors = describe_shard(path, KEY)
@@ -81,10 +81,8 @@ def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.lists(st.integers(0, 299), max_size=12), st.integers(1, 64))
-def test_hashes_do_not_depend_on_how_the_bytes_arrive(
-    data: bytes, cuts: list[int], chunk: int
-) -> None:
-    """CRCs and SHA-256 of a stream depend on its bytes alone, not on chunks or on gaps between blocks."""
+def test_hashes_do_not_depend_on_the_chunks(data: bytes, cuts: list[int], chunk: int) -> None:
+    """CRCs and SHA-256 of a stream depend only on its bytes, not on chunks or on gaps between blocks."""
     edges = sorted({cut for cut in cuts if cut <= len(data)})
     bounds = list(zip(edges[0::2], edges[1::2], strict=False))
     view = memoryview(data)
@@ -108,16 +106,16 @@ def test_hashes_do_not_depend_on_how_the_bytes_arrive(
 def test_rows_that_do_not_fit_are_refused(
     tmp_path: Path, rows: tuple[torch.Tensor, tuple[int, ...], int]
 ) -> None:
-    """A worker cannot stage rows that contradict the tensor they are said to be of."""
+    """A worker cannot stage rows that do not fit the description of their tensor."""
     with pytest.raises(CheckpointError, match="model/x"):
         write_shard(tmp_path / "shard", {"model/x": rows}, training_state())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_is_an_error_and_leaves_nothing(
+def test_no_room_is_an_error_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When staging memory is full, the worker gets an error, and no half file stays."""
+    """If staging memory is full, the worker gets an error, and no partial file stays."""
 
     def full(descriptor: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")
@@ -129,7 +127,7 @@ def test_no_room_is_an_error_and_leaves_nothing(
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may write fewer bytes than it was given; the file is still whole."""
+    """If the kernel writes fewer bytes than it was given, the file is still complete."""
     import os
 
     real = os.pwrite
@@ -139,8 +137,8 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same_bits(load_file(tmp_path / "shard")["model/x"], tensor)
 
 
-def test_foreign_files_are_not_described(tmp_path: Path) -> None:
-    """A file that is cut, grown, empty, foreign, or missing is a `CheckpointError`, not a description."""
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    """A file that is truncated, longer, empty, of another kind, or missing is a `CheckpointError`."""
     good = tmp_path / "good"
     write_shard(good, {"model/x": (torch.randn(8, 8), (8, 8), 0)}, training_state())
     data = good.read_bytes()
@@ -161,7 +159,7 @@ def test_foreign_files_are_not_described(tmp_path: Path) -> None:
 
 
 def test_damaged_headers_never_crash_the_agent(tmp_path: Path) -> None:
-    """Any byte of the header may be anything: the outcome is a description or a `CheckpointError`."""
+    """With any damaged byte in the header, the result is a description or a `CheckpointError`."""
     path = tmp_path / "shard"
     write_shard(path, {"model/x": (torch.randn(3, 2), (3, 2), 0)}, training_state())
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Uploading: the process may die at any step, and an unfinished upload never counts."""
+"""Upload: the process may die at any step. An incomplete upload never counts."""
 
 import hashlib
 import threading
@@ -55,11 +55,11 @@ WAIT_S = 20.0
 
 
 class Crash(Exception):
-    """The process ends here."""
+    """Simulates the end of the process."""
 
 
 class FailingStore:
-    """A store whose n-th change crashes, before or after it takes effect; `gate` runs before each change."""
+    """A store that crashes at the n-th change, before or after its effect. `gate` runs before each change."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ def attempt(store: Store, shards: list[StagedShard]) -> Checkpoint:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("crash_at", range(8))
-def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
+def test_a_crash_at_any_step_leaves_no_valid_checkpoint(
     tmp_path: Path, crash_at: int, after: bool
 ) -> None:
-    """Wherever the upload dies, the committed checkpoint stays the newest, a notice has its files, a retry works."""
+    """After a crash at any step the committed checkpoint is the newest, each notice has its files, a retry works."""
     store = memory_store()
     old = write_checkpoint(store, tmp_path, full_tensors(SMALL, seed=1), 2, step=40)
     tensors = full_tensors(SMALL, seed=2)
@@ -136,7 +136,7 @@ def test_a_crash_between_any_two_steps_leaves_nothing_that_counts(
 
 
 def test_the_crash_test_reaches_every_change(tmp_path: Path) -> None:
-    """Three shards, the record and the notice of two nodes, and a manifest are all the changes an attempt makes."""
+    """An attempt makes these changes: three shards, records and notices of two nodes, and a manifest."""
     store = FailingStore(memory_store())
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=2)
     attempt(store, shards)
@@ -144,7 +144,7 @@ def test_the_crash_test_reaches_every_change(tmp_path: Path) -> None:
 
 
 def test_publishing_twice_gives_the_same_checkpoint(tmp_path: Path) -> None:
-    """A committing agent that lost the response may do it again; a different manifest is refused."""
+    """A committing agent that did not get the answer may publish again. A different manifest is refused."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     reference = attempt(store, shards)
@@ -154,8 +154,8 @@ def test_publishing_twice_gives_the_same_checkpoint(tmp_path: Path) -> None:
         publish_manifest(store, [replace(notice, run_id="another") for notice in notices])
 
 
-def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
-    """Notices with another state, run or tensors, a missing node, or none at all are not published."""
+def test_notices_that_do_not_agree_are_not_published(tmp_path: Path) -> None:
+    """Notices with different states, runs or tensors, without a node, or no notices are not published."""
     store = memory_store()
     upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
     notices = collected(store, DIRECTORY, 2)
@@ -176,8 +176,8 @@ def test_notices_of_one_checkpoint_agree(tmp_path: Path) -> None:
     assert store.size(manifest_key(DIRECTORY)) is None
 
 
-def test_a_checkpoint_that_does_not_cover_the_state_is_not_committed(tmp_path: Path) -> None:
-    """Missing rows, rows of two nodes, and a missing tensor prevent the manifest; the error names the tensor."""
+def test_a_checkpoint_without_all_rows_is_not_published(tmp_path: Path) -> None:
+    """Missing rows, rows on two nodes, and a missing tensor are errors that name the tensor."""
     store = memory_store()
     upload_nodes(store, stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50)))
     notices = collected(store, DIRECTORY, 2)
@@ -196,8 +196,8 @@ def test_a_checkpoint_that_does_not_cover_the_state_is_not_committed(tmp_path: P
     assert store.size(manifest_key(DIRECTORY)) is None
 
 
-def test_a_tensor_that_no_worker_staged_is_found(tmp_path: Path) -> None:
-    """Each worker lists all tensors of the state, so a tensor without rows is found."""
+def test_a_tensor_that_no_worker_staged_is_detected(tmp_path: Path) -> None:
+    """Each worker lists all tensors of the state, so a tensor without rows is detected."""
     store = memory_store()
     path = tmp_path / "shard"
     rows = {
@@ -211,7 +211,7 @@ def test_a_tensor_that_no_worker_staged_is_found(tmp_path: Path) -> None:
 
 
 def test_a_node_record_needs_rows_that_join(tmp_path: Path) -> None:
-    """A gap between the workers of a node, another state, or a worker left out is found before its record is written."""
+    """A gap between a node's workers, another state, or a missing worker is detected before the record is written."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
     first, middle, last = (upload_shard(store, shard) for shard in shards)
@@ -220,8 +220,8 @@ def test_a_node_record_needs_rows_that_join(tmp_path: Path) -> None:
     for wrong, reason in (
         ([first, gap, last], "are missing"),
         ([first, other, last], "differ in their training state"),
-        ([first, last], "not all shards of ranks 0 to 2"),
-        ([middle, first, last], "not all shards"),
+        ([first, last], "expected all shards of ranks 0 to 2"),
+        ([middle, first, last], "expected all shards"),
     ):
         with pytest.raises(CheckpointError, match=reason):
             publish_node(store, wrong)
@@ -229,7 +229,7 @@ def test_a_node_record_needs_rows_that_join(tmp_path: Path) -> None:
     assert store.size(notice_key(DIRECTORY, 0)) is None
 
 
-def test_a_shard_that_was_not_stored_whole_stops_its_node(tmp_path: Path) -> None:
+def test_a_truncated_shard_in_the_store_stops_its_node(tmp_path: Path) -> None:
     """A node checks the size of each uploaded shard before it writes its record."""
 
     class Cutting(FailingStore):
@@ -242,7 +242,7 @@ def test_a_shard_that_was_not_stored_whole_stops_its_node(tmp_path: Path) -> Non
 
 
 class Clock:
-    """A clock that only waiting moves; `events` happen at their second."""
+    """A clock that advances only in `wait`. It runs `events` at their second."""
 
     def __init__(self, events: dict[float, Callable[[], object]] | None = None) -> None:
         self.now_s = 100.0
@@ -260,7 +260,7 @@ class Clock:
 def collect_by(
     clock: Clock, store: Store, *, ranks: int, timeout_s: float, stop_after_s: float = float("inf")
 ) -> list[NodeNotice] | None:
-    """Collect the notices of `DIRECTORY` on a clock that only waiting moves."""
+    """Collect the notices of `DIRECTORY` with a clock that advances only in `wait`."""
     return collect(
         store,
         DIRECTORY,
@@ -272,8 +272,8 @@ def collect_by(
     )
 
 
-def test_collecting_waits_for_late_notices(tmp_path: Path) -> None:
-    """Notices may come in any order and late; they are returned by rank."""
+def test_collect_waits_for_late_notices(tmp_path: Path) -> None:
+    """Notices may come late and in any order. They are returned in the order of ranks."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50))
     clock = Clock(
@@ -285,8 +285,8 @@ def test_collecting_waits_for_late_notices(tmp_path: Path) -> None:
     assert clock.now_s < 101.5
 
 
-def test_collecting_ends_when_a_node_refuses(tmp_path: Path) -> None:
-    """A node that cannot upload its shard writes a refusal, and collecting ends there instead of at its timeout."""
+def test_collect_ends_when_a_node_refuses(tmp_path: Path) -> None:
+    """A node that cannot upload its shard writes a refusal. Then `collect` ends before its timeout."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
@@ -306,13 +306,13 @@ def test_collecting_ends_when_a_node_refuses(tmp_path: Path) -> None:
     assert clock.now_s < 101.0
 
 
-def test_collecting_ends_at_its_timeout(tmp_path: Path) -> None:
-    """A notice that never comes is an error that names it and the limit; a stop request ends the wait at once."""
+def test_collect_ends_at_its_timeout(tmp_path: Path) -> None:
+    """A missing notice is an error with its key and the timeout. A stop request ends the wait at once."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
     clock = Clock()
-    with pytest.raises(ShareMissing, match=r"notice-00001.json: not there after 5.0 s") as missing:
+    with pytest.raises(ShareMissing, match=r"notice-00001.json: missing after 5.0 s") as missing:
         collect_by(clock, store, ranks=2, timeout_s=5.0)
     assert missing.value.first_rank == 1
     assert clock.now_s == pytest.approx(105.0, abs=0.3)
@@ -321,7 +321,7 @@ def test_collecting_ends_at_its_timeout(tmp_path: Path) -> None:
 
 
 def test_notices_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
-    """A notice that is damaged, of other workers, or was copied from another node or checkpoint is named and not used."""
+    """A notice that is damaged, of other workers, or copied from another node or checkpoint is an error with its key."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards)
@@ -343,7 +343,7 @@ def test_notices_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
-    """Two agents that claim one node's place in one checkpoint cannot both succeed."""
+    """Of two agents that write the record of the same ranks of a checkpoint, only one succeeds."""
     store = memory_store()
     ours = stage(tmp_path, full_tensors(SMALL, seed=1), 1, DIRECTORY, training_state(50))
     upload_nodes(store, ours)
@@ -354,7 +354,7 @@ def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
 
 
 class Heard:
-    """What the uploader said."""
+    """Collects the uploader's calls."""
 
     def __init__(self) -> None:
         self.uploaded: list[int] = []
@@ -368,8 +368,8 @@ class Heard:
         )
 
 
-def test_the_uploader_uploads_and_removes(tmp_path: Path) -> None:
-    """Every submitted shard arrives, the last one of a node with its record, is reported, and its local file is gone."""
+def test_the_uploader_uploads_and_removes_files(tmp_path: Path) -> None:
+    """Each shard is uploaded and reported, and its local file removed. After the last one the node's record follows."""
     store, heard = memory_store(), Heard()
     tensors = full_tensors(SMALL)
     shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50), workers=2)
@@ -384,8 +384,8 @@ def test_the_uploader_uploads_and_removes(tmp_path: Path) -> None:
     assert digest(store, manifest) == expected_digest(tensors)
 
 
-def test_failed_uploads_are_reported_and_make_room(tmp_path: Path) -> None:
-    """A store that gives up, a damaged file and even a bug are reported, memory is freed, the thread goes on."""
+def test_failed_uploads_are_reported_and_free_memory(tmp_path: Path) -> None:
+    """An error of the store, a damaged file and a bug are reported. Memory is freed, and the thread continues."""
     store, heard = memory_store(), Heard()
 
     def give_up() -> None:
@@ -404,7 +404,7 @@ def test_failed_uploads_are_reported_and_make_room(tmp_path: Path) -> None:
 
 
 def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
-    """Dropping the queue frees its files; the shard under way is finished; a closed uploader takes no shard."""
+    """Dropping the queue frees its files. The shard in progress is finished. A closed uploader accepts no shard."""
     store, heard = memory_store(), Heard()
     started, release = threading.Event(), threading.Event()
 
@@ -431,7 +431,7 @@ def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_room_becomes_a_refusal(tmp_path: Path) -> None:
-    """A worker's missing shard becomes its node's refusal; the node uploads nothing more of this checkpoint."""
+    """If a worker's shard is missing, its node writes a refusal and uploads nothing more of this checkpoint."""
     store, heard = memory_store(), Heard()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50), workers=3)
     uploader = heard.uploader(store)

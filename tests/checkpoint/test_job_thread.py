@@ -1,4 +1,4 @@
-"""One thread for one job after the other: bounded, and never in the way of the process's end."""
+"""A thread for one job after the other: the queue has a limit, and the thread never delays the end of the process."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ WAIT_S = 20.0
 
 
 class Held:
-    """Work that waits until it is let go."""
+    """Work that waits until it is released."""
 
     def __init__(self) -> None:
         self.done: list[int] = []
@@ -26,7 +26,7 @@ class Held:
 
 
 def test_jobs_are_done_in_order() -> None:
-    """Close waits for all jobs, which are done one after the other."""
+    """`close` waits for all jobs, which are done one after the other."""
     done: list[int] = []
     jobs = JobThread("test", done.append)
     for job in range(9):
@@ -37,7 +37,7 @@ def test_jobs_are_done_in_order() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    """A job beyond the limit is refused at once, with the limit in the error."""
+    """A job above the limit is refused at once, with the limit in the error."""
     held = Held()
     jobs = JobThread("test", held, queue_limit=2)
     jobs.submit(0)
@@ -51,8 +51,8 @@ def test_the_queue_is_bounded() -> None:
     assert held.done == [0, 1, 2]
 
 
-def test_close_ends_at_its_limit_and_hands_back_what_is_left() -> None:
-    """A job that hangs does not hold up close; jobs that have not begun never begin, and can be taken back."""
+def test_close_ends_at_its_timeout_and_waiting_jobs_can_be_taken_back() -> None:
+    """A hanging job does not delay `close`. Waiting jobs never start, and `discard` returns them."""
     held = Held()
     jobs = JobThread("test", held)
     for job in range(3):
@@ -68,8 +68,8 @@ def test_close_ends_at_its_limit_and_hands_back_what_is_left() -> None:
         jobs.submit(4)
 
 
-def test_a_job_that_hangs_does_not_keep_the_process_alive() -> None:
-    """The interpreter ends although a job is under way, unlike with an executor."""
+def test_a_hanging_job_does_not_keep_the_process_alive() -> None:
+    """The interpreter ends while a job is in progress, unlike with an executor."""
     program = (
         "import threading\n"
         "from elastic_pt.checkpoint.job_thread import JobThread\n"

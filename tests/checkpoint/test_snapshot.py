@@ -1,4 +1,4 @@
-"""Buffer files: what a worker writes in place, and what its agent finds in them."""
+"""Buffer files: a worker writes them in place, and its agent reads them."""
 
 import json
 import mmap
@@ -28,14 +28,14 @@ from tests.checkpoint.world import full_tensors, local_rows, training_state
 
 
 def buffers_of(directory: Path, tensors: dict[str, torch.Tensor], rank: int = 0) -> SnapshotBuffers:
-    """The buffers of one of two workers, in generation 3, with their memory."""
+    """The allocated buffers of one of two workers, in generation 3."""
     buffers = SnapshotBuffers(directory, 3, rank, local_rows(tensors, rank, 2))
     buffers.allocate()
     return buffers
 
 
 def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
-    """Behind the control page lies, byte for byte, a shard file with the live rows of that step."""
+    """After the control page there is, byte for byte, a shard file with the live rows of that step."""
     tensors = full_tensors()
     buffers = buffers_of(tmp_path, tensors)
     path = buffers.write(training_state(7))
@@ -49,7 +49,7 @@ def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
 
 
 def test_buffers_are_written_in_turn(tmp_path: Path) -> None:
-    """The state of the step before stays whole while a newer one is written over the one before that."""
+    """A new state overwrites the older buffer. The state of the previous step stays complete."""
     tensors = full_tensors()
     buffers = buffers_of(tmp_path, tensors)
     for step in (4, 5, 6):
@@ -65,7 +65,7 @@ def test_buffers_are_written_in_turn(tmp_path: Path) -> None:
 
 
 def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
-    """Peers get the record as bytes that refuse any changed bit."""
+    """The record decodes from its bytes. Any changed bit is refused."""
     buffers = buffers_of(tmp_path, full_tensors())
     buffers.write(training_state(7))
     found = describe_snapshot(Buffer(3, 0, 0), tmp_path)
@@ -80,7 +80,7 @@ def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
 
 
 def test_buffer_that_is_being_written_holds_nothing(tmp_path: Path) -> None:
-    """A worker killed in the middle of a copy leaves a buffer whose two words differ: no reader uses it."""
+    """If a worker is killed during a copy, the two control words differ, and no reader uses the buffer."""
     buffers = buffers_of(tmp_path, full_tensors())
     path = buffers.write(training_state(7))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
@@ -91,13 +91,13 @@ def test_buffer_that_is_being_written_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_fresh_buffer_holds_nothing(tmp_path: Path) -> None:
-    """A buffer that was only allocated is no state of step 0."""
+    """A buffer that was only allocated holds no state, not even of step 0."""
     buffers_of(tmp_path, full_tensors())
     assert describe_snapshot(Buffer(3, 0, 1), tmp_path) is None
 
 
 def test_state_outlives_a_killed_writer(tmp_path: Path) -> None:
-    """After a SIGKILL to the worker, the buffers that it had finished hold their states."""
+    """After a SIGKILL to the worker, its finished buffers hold their states."""
     program = (
         "import os, signal, sys; from pathlib import Path; "
         "from tests.checkpoint.test_snapshot import buffers_of; "
@@ -129,7 +129,7 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: Path) -> None:
-    """Space is reserved before any byte is written: a full memory file system is no SIGBUS in the middle of a step."""
+    """Space is reserved before any write, so a full memory file system is not a SIGBUS in a step."""
     buffers = SnapshotBuffers(small_memory, 3, 0, local_rows(full_tensors(), 0, 2))
     with pytest.raises(StagingFull, match="no room for a snapshot"):
         buffers.allocate()
@@ -139,7 +139,7 @@ def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, bytes(PAYLOAD_OFFSET + 8)])
 def test_file_that_is_no_buffer_is_refused(tmp_path: Path, content: bytes) -> None:
-    """A file of another kind or size is an error that names it, never data."""
+    """A file of another kind or size is an error that names the file."""
     path = Buffer(3, 0, 0).path(tmp_path)
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=path.name):
@@ -158,7 +158,7 @@ def test_damaged_header_is_refused(tmp_path: Path) -> None:
 
 
 def test_buffer_is_never_created_twice(tmp_path: Path) -> None:
-    """Two workers that took each other's name would write over each other: the second one is refused."""
+    """A second worker with the same name is refused, because it would overwrite the first one's buffer."""
     path = Buffer(3, 0, 0).path(tmp_path)
     make_buffer(path, 64).close()
     with pytest.raises(CheckpointError, match="File exists"):

@@ -31,7 +31,7 @@ SHAPES = {"head.weight": (7, 3), "norm.weight": (5,), "one.bias": (1, 2), "wide"
 
 
 def memory_store() -> Store:
-    """An empty store of its own."""
+    """A new empty store."""
     return open_store(f"memory://{uuid.uuid4().hex}/run", timeout_s=5.0)
 
 
@@ -51,7 +51,7 @@ def training_state(step: int = 40, **changes: object) -> TrainingState:
 def full_tensors(
     shapes: Mapping[str, tuple[int, ...]] = SHAPES, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Weights and both moments of every parameter, whole."""
+    """The whole weights and both moments of every parameter."""
     generator = torch.Generator().manual_seed(seed)
     return {
         f"{kind}/{name}": torch.randn(shape, generator=generator)
@@ -69,7 +69,7 @@ def row_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
 def local_rows(
     tensors: Mapping[str, torch.Tensor], rank: int, world_size: int
 ) -> dict[str, LocalRows]:
-    """What one rank holds."""
+    """The rows of one rank."""
     cut = {name: row_range(len(full), rank, world_size) for name, full in tensors.items()}
     return {
         name: LocalRows(full[slice(*cut[name])], tuple(full.shape), cut[name][0])
@@ -86,7 +86,7 @@ def stage(
     run_id: str = RUN_ID,
     workers: int = 1,
 ) -> list[StagedShard]:
-    """Write the shard file of every rank into a local folder; a node has `workers` of them, the last maybe fewer."""
+    """Write the shard file of every rank into a local folder. A node has `workers` ranks, the last node maybe fewer."""
     staged = []
     for rank in range(world_size):
         path = folder / f"{directory.rpartition('/')[2]}-{rank}.safetensors"
@@ -116,7 +116,7 @@ def upload_nodes(store: Store, shards: Sequence[StagedShard]) -> list[UploadedSh
 
 
 def collected(store: Store, directory: str, world_size: int, workers: int = 1) -> list[NodeNotice]:
-    """The notices of all nodes, which are there already."""
+    """The notices of all nodes, which already exist."""
     notices = collect(
         store,
         directory,
@@ -142,7 +142,7 @@ def write_checkpoint(
     run_id: str = RUN_ID,
     workers: int = 1,
 ) -> Checkpoint:
-    """All steps from tensors to the checkpoint that a COMMIT record would hold."""
+    """Write a checkpoint of these tensors. Returns it as in a COMMIT record."""
     directory = checkpoint_directory(step, generation, nonce)
     shards = stage(
         folder, tensors, world_size, directory, training_state(step), run_id, workers=workers
@@ -154,7 +154,7 @@ def write_checkpoint(
 
 
 def load_world(store: Store, manifest: FullManifest, world_size: int) -> dict[str, torch.Tensor]:
-    """Load as `world_size` ranks do, each its own rows, and join what they got."""
+    """Load the rows of each of `world_size` ranks, and join them."""
     pieces: dict[str, list[torch.Tensor]] = {name: [] for name in manifest.tensors}
     for rank in range(world_size):
         wanted, into = {}, {}
@@ -178,7 +178,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def expected_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest as its documentation defines it, from whole tensors."""
+    """The documented digest of whole tensors."""
     result = hashlib.sha256()
     names = sorted(name.removeprefix("model/") for name in tensors if name.startswith("model/"))
     order = [f"model/{name}" for name in names]
@@ -189,7 +189,7 @@ def expected_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def flip(store: Store, key: str, byte: int, bit: int) -> bytes:
-    """Flip one bit of an object; the bytes as they were before."""
+    """Flip one bit of an object. Returns the bytes before that."""
     data = store.read(key)
     store.write(key, data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :])
     return data

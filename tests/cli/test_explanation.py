@@ -1,4 +1,4 @@
-"""`log --explain`: each change of the world and the time of each phase, from the log alone."""
+"""`log --explain`: each change of the members and the time of each phase, from the log alone."""
 
 import dataclasses
 import json
@@ -107,7 +107,7 @@ def test_lost_node_is_explained_phase_by_phase() -> None:
 
 FAILED = Cause(CauseKind.FAILED, "b", "worker 1 killed by SIGKILL at step 412", 412)
 HUNG = Cause(
-    CauseKind.FAILED, "b", "worker 1 sent no heartbeat for 2.1 s at step 412 (stopped)", 412
+    CauseKind.FAILED, "b", "worker 1 wrote no heartbeat for 2.1 s at step 412 (stopped)", 412
 )
 UNUSABLE = Cause(CauseKind.UNUSABLE, "b", "worker 1 raised CheckpointError: cut short")
 PARKED = Cause(CauseKind.PARKED, "c", "no link to b", detect_s=9.0)
@@ -119,7 +119,7 @@ BARRED = Cause(CauseKind.BARRED, "b", "3 failures (kept out for 30 s)")
     ("cause", "words"),
     [
         (FAILED, "node b failed: worker 1 killed by SIGKILL at step 412"),
-        (HUNG, "node b failed: worker 1 sent no heartbeat for 2.1 s at step 412 (stopped)"),
+        (HUNG, "node b failed: worker 1 wrote no heartbeat for 2.1 s at step 412 (stopped)"),
         (
             UNUSABLE,
             "node b could not use the checkpoint: worker 1 raised CheckpointError: cut short",
@@ -221,7 +221,7 @@ def test_resume_by_new_nodes_claims_no_cause() -> None:
     assert str(found) == (
         "generation 2 (3 nodes, world 3): no member of generation 1 was left; resumed by new nodes; "
         "workers connected after 0.11 s, process group 0.09 s, restored step 410 from the bucket in 0.02 s, first step 0.11 s; "
-        "training again 0.54 s after the new nodes had formed a world; "
+        "training again 0.54 s after the new nodes had formed a generation; "
         "steps from 411 on done again, number unknown"
     )
 

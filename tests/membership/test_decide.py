@@ -83,7 +83,7 @@ def test_the_first_live_member_leads() -> None:
 
 
 def test_follower_proposes_after_leader_timeout() -> None:
-    """If nothing changes for long while another node leads, the next node in order proposes, then the one after it."""
+    """If the proposer changes nothing for long, the next node in order proposes, then the one after it."""
     world = generation("a", "b", "c")
     peers = {node: peer(status(node, broken=1)) for node in "abc"}
     for me, takeovers in (("b", 2), ("c", 4)):

@@ -9,20 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from elastic_pt.config import ElasticSection
 from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, Peer
 from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
-from elastic_pt.membership.resources import Resources
+from elastic_pt.membership.resources import Answer, NothingInMemory, Resources
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.open import open_store
@@ -70,6 +71,18 @@ class Agent:
         return peer is not None and peer.heard_s is not None
 
 
+class Secrets(NothingInMemory):
+    """A node that holds rows in memory."""
+
+    @property
+    def routes(self) -> Mapping[str, Answer]:
+        """One path."""
+        return {"/v1/rows": self._answer}
+
+    async def _answer(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(text="rows")
+
+
 @asynccontextmanager
 async def agent(
     name: str, directory: Path, *, limits: Limits = RARELY, address: str = "127.0.0.1"
@@ -87,6 +100,7 @@ async def agent(
             bind_store=lambda: pytest.fail("no generation starts here"),
             choose_resume=lambda _: None,
             on_drain=lambda _: None,
+            states=Secrets(),
         ),
     )
     news = asyncio.Event()
@@ -137,14 +151,16 @@ def bearer(token: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
 def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, str]) -> None:
-    """The status page and the link both answer 401 to a request without the run's token."""
+    """The status page, the link and the rows in memory answer 401 to a request without the run's token."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
-            for path in ("/v1/status", "/v1/link"):
+            for path in ("/v1/status", "/v1/link", "/v1/rows"):
                 async with stranger.get(url_of(a.member, path)) as answer:
                     assert answer.status == 401
-                    assert a.member.incarnation not in await answer.text()
+                    text = await answer.text()
+                    assert a.member.incarnation not in text
+                    assert "rows" not in text
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
                 await stranger.ws_connect(url_of(a.member, "/v1/link"))
             assert refused.value.status == 401

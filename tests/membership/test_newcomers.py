@@ -44,7 +44,7 @@ TIMEOUT_S = LIMITS.elastic.heartbeat_timeout_s
 
 
 def test_leaving_member_is_drained_first() -> None:
-    """If a member leaves, the leader asks for a drain. When all have stopped, the others continue without it."""
+    """If a member leaves, the proposer asks for a drain. When all have stopped, the others continue without it."""
     world = generation("a", "b", "c")
     going = {"b": peer(status("b", leaving=True)), "c": peer(status("c"))}
     assert decision(status("a"), going, of=world) == Drain("b leaves")
@@ -110,7 +110,7 @@ def test_a_newcomer_that_leaves_does_not_join() -> None:
 
 
 def test_newcomers_join_together_at_a_step_boundary() -> None:
-    """The leader asks for a drain when no more newcomers have appeared for the join window."""
+    """The proposer asks for a drain when no more newcomers have appeared for the join window."""
     world, window_s = generation("a", "b"), LIMITS.elastic.join_window_s
     peers = {"b": peer(status("b")), "c": peer(waiting("c")), "d": peer(waiting("d"))}
     early = NOW_S - window_s + 0.01
@@ -186,7 +186,7 @@ def test_a_newcomer_does_not_propose_while_a_member_answers() -> None:
 def test_new_nodes_take_over_when_all_members_are_gone(
     gone: Callable[[NodeStatus], Peer], quiet_s: float
 ) -> None:
-    """Newcomers that reach no member form a generation when log and pulse do not change; the first by name leads."""
+    """Newcomers that reach no member form a generation if log and pulse do not change. The first by name proposes."""
     world = generation("a", "b")
     members = {name: gone(status(name)) for name in "ab"}
     c, d = waiting("c"), waiting("d")

@@ -160,7 +160,7 @@ def test_nodes_that_start_together_form_one_generation(
 
 
 def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[..., Node]) -> None:
-    """When the leader is gone, the others form the next generation, on another store, with the reason."""
+    """If the proposer is gone, the others form the next generation, on another store, with the reason."""
     a, b, c = (make_node(name, nodes_min=3) for name in "abc")
     first = formed(a, b, c)[1]
     content_with_one(b, c)
@@ -179,13 +179,13 @@ def test_losing_rank_zero_leads_to_a_generation_without_it(make_node: Callable[.
 
 
 def test_a_newcomer_joins_after_a_drain(make_node: Callable[..., Node]) -> None:
-    """For a node that comes later the leader asks for a drain. It is a member when all have spent the generation."""
+    """The proposer asks for a drain for a later node. It is a member when all have spent the generation."""
     asked: list[str] = []
     a = make_node("a", on_drain=asked.append)
     first = formed(a)[0]
     b = make_node("b")
     # More than once: workers that were still starting must get the request too.
-    eventually(lambda: len(asked) > 3, "the leader keeps asking for a drain")
+    eventually(lambda: len(asked) > 3, "the proposer keeps asking for a drain")
     assert set(asked) == {"b joins"}
     assert not a.must_reform(first.generation.number)
     a.settling()

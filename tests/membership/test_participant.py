@@ -194,7 +194,7 @@ def test_the_card_of_a_node_that_died_waiting_is_removed(
 
 
 def test_a_newcomer_joins_after_the_leader_asks_for_a_drain(fleet: Fleet) -> None:
-    """Members ask a newcomer too. The leader asks for a drain in each turn until it is done."""
+    """Members ask a newcomer too. The proposer asks for a drain in each turn until it is done."""
     fleet.form("a", "b")
     fleet.start("c")
     fleet.pass_time(LIMITS.elastic.join_window_s + 6 * TICK_S)

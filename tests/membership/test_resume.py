@@ -1,4 +1,4 @@
-"""Which state in memory a new generation resumes from."""
+"""The choice of the state in memory from which a new generation resumes."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def held(step: int, rank: int, *, number: int = 3, end: int = 0) -> Held:
 
 
 def statuses(*told: tuple[Held, ...]) -> dict[str, NodeStatus]:
-    """What the members say that they hold, in their order."""
+    """The members' reports of the rows that they hold, in the order of members."""
     return {
         member.incarnation: dataclasses.replace(NodeStatus.first(member, {}), held=each)
         for member, each in zip(MEMBERS, told, strict=False)
@@ -37,7 +37,7 @@ RING = ((held(7, 0), held(7, 1)), (held(7, 1), held(7, 2)), (held(7, 2), held(7,
 
 @pytest.mark.parametrize("lost", range(4))
 def test_loss_of_any_node_leaves_the_state_in_memory(lost: int) -> None:
-    """With one copy in a ring every single node may be lost: the others hold all rows together."""
+    """With one copy in a ring any single node may be lost. The others hold all rows together."""
     others = [member for member in MEMBERS if member is not MEMBERS[lost]]
     found = newest_in_memory(generation(), others, statuses(*RING), 0)
     assert found is not None
@@ -49,13 +49,13 @@ def test_loss_of_any_node_leaves_the_state_in_memory(lost: int) -> None:
 
 
 def test_loss_of_a_node_with_its_mirror_needs_the_bucket() -> None:
-    """Two neighbours take the only two copies of a worker's rows along."""
+    """If two neighbours are lost, the only two copies of a worker's rows are lost."""
     assert newest_in_memory(generation(), MEMBERS[:2], statuses(*RING), 0) is None
     assert newest_in_memory(generation(), MEMBERS[::2], statuses(*RING), 0) is not None
 
 
 def test_newest_complete_step_is_chosen() -> None:
-    """A newer step of which rows are missing is passed over; two steps are never mixed."""
+    """A newer step with missing rows is not used. Rows of two steps are never mixed."""
     told = [(*each, held(8, rank)) for rank, each in enumerate(RING)]
     found = newest_in_memory(generation(), MEMBERS[1:], statuses(*told), 0)
     assert found is not None
@@ -66,14 +66,14 @@ def test_newest_complete_step_is_chosen() -> None:
 
 
 def test_snapshots_of_two_generations_are_never_mixed() -> None:
-    """Two generations' snapshots of one step are two states, whatever their bits are."""
+    """Snapshots of one step from two generations are two states, even with equal bits."""
     told = [(held(7, 0, number=2, end=2),), (held(7, 2, end=4),)]
     before = InMemory(2, 7, (0, 0, 0, 0))
     assert newest_in_memory(generation(3, before), MEMBERS[:2], statuses(*told), 0) is None
 
 
 def test_state_that_the_generation_resumed_from_counts() -> None:
-    """Until a new generation has a snapshot of its own, the one it resumed from is there; an older one is not."""
+    """Until a new generation has its own snapshot, the state that it resumed from counts. An older one does not."""
     told = statuses((held(7, 0, number=2, end=4),))
     assert newest_in_memory(generation(3), MEMBERS, told, 0) is None
     assert newest_in_memory(generation(3, InMemory(2, 6, (0,) * 4)), MEMBERS, told, 0) is None
@@ -82,13 +82,13 @@ def test_state_that_the_generation_resumed_from_counts() -> None:
 
 
 def test_newer_checkpoint_wins_over_memory() -> None:
-    """Memory is used for a step as new as the committed one or newer, never for an older one."""
+    """The state in memory is used if its step is not older than the committed one."""
     assert newest_in_memory(generation(), MEMBERS, statuses(*RING), 8) is None
     assert newest_in_memory(generation(), MEMBERS, statuses(*RING), 7) is not None
 
 
 def test_state_that_a_member_could_not_read_is_not_chosen_again() -> None:
-    """Otherwise each new generation would fail in the same way."""
+    """A state that a node could not read is not used again. Each new generation would fail in the same way."""
     told = statuses(*RING)
     reader = MEMBERS[2].incarnation
     told[reader] = dataclasses.replace(told[reader], unusable=((3, 7),))
@@ -106,7 +106,7 @@ def test_state_that_a_member_could_not_read_is_not_chosen_again() -> None:
     )
 )
 def test_chosen_state_is_always_held_whole(offers: list[list[tuple[int, int, int, int]]]) -> None:
-    """Whatever nodes say, each source of the chosen state says that it holds these rows of exactly that state."""
+    """For any reports, each source of the chosen state has reported these rows of exactly that state."""
     told = statuses(
         *(tuple(Held(number, step, first, end, 4) for number, step, first, end in each) for each in offers)
     )  # fmt: skip

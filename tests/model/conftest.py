@@ -1,4 +1,4 @@
-"""Small models, and their transformers counterparts loaded through our own export."""
+"""Small models, and the same models in transformers, loaded through our export."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ VOCABULARY = 211
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tests share the machine, and bits may depend on the number of threads."""
+    """Use one thread: tests share the machine, and bits may depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The exported directory, read by transformers and by ourselves."""
+"""The exported directory, read by transformers and by our code."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def write(model: Transformer, tokenizer_json: bytes, out: Path, shard_bytes: int
 def test_round_trip_keeps_the_bits(
     build: Build, tokenizer_json: bytes, tmp_path: Path, tied: bool, qk_norm: bool, shard_bytes: int
 ) -> None:
-    """transformers loads every weight bit for bit, with none missing and none left over, and so does `load_exported`."""
+    """transformers and `load_exported` load exactly the model's weights, bit for bit."""
     model = build(tied_embeddings=tied, qk_norm=qk_norm)
     out = tmp_path / "model"
     write(model, tokenizer_json, out, shard_bytes)
@@ -60,7 +60,7 @@ def test_round_trip_keeps_the_bits(
 
 
 def test_tokenizer_loads(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
-    """AutoTokenizer encodes as our tokenizer does and knows the end-of-text token; generation runs."""
+    """AutoTokenizer encodes like our tokenizer and has the end-of-text token. Generation runs."""
     out = tmp_path / "model"
     write(build(), tokenizer_json, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -77,7 +77,7 @@ def test_tokenizer_loads(build: Build, tokenizer_json: bytes, tmp_path: Path) ->
 def test_the_exported_tokenizer_adds_no_tokens(
     build: Build, tokenizer_json: bytes, tmp_path: Path, adds: bool
 ) -> None:
-    """A post-processor that adds tokens, which training never saw, is left out; another one stays."""
+    """A post-processor that adds tokens is left out, because training data has none. Another one stays."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     template = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 2)]
@@ -96,10 +96,10 @@ def test_a_used_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_pa
         write(build(), tokenizer_json, tmp_path)
 
 
-def test_a_failed_export_leaves_nothing(
+def test_a_failed_export_leaves_no_directory(
     build: Build, tokenizer_json: bytes, tmp_path: Path
 ) -> None:
-    """A directory appears whole or not at all, also when weights are missing or foreign."""
+    """If weights are missing or of another model, no directory appears."""
     model = build()
     weights = dict(model.named_parameters())
     del weights["blocks.1.attention.qkv.weight"]
@@ -119,14 +119,14 @@ def test_a_failed_export_leaves_nothing(
 
 @pytest.mark.parametrize("content", [b"not json", b"[]", b"{}"])
 def test_a_bad_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
-    """A broken tokenizer is refused in one line before anything is written."""
+    """A broken tokenizer is refused in one line, before any file is written."""
     with pytest.raises(ConfigError, match="tokenizer"):
         export({}, ModelSection(), 10, content, tmp_path / "out", context_length=8)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_directory_is_refused(build: Build, tokenizer_json: bytes, tmp_path: Path) -> None:
-    """Loading names the file that is missing, torn or incomplete."""
+    """The error of a load names the file that is missing, damaged or incomplete."""
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_exported(tmp_path)
     out = tmp_path / "model"

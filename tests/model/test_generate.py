@@ -11,8 +11,8 @@ from elastic_pt.model.transformer import Transformer
 Build = Callable[..., Transformer]
 
 
-def test_greedy_takes_the_likeliest(build: Build) -> None:
-    """At temperature 0 each token is the argmax of the logits after everything before it."""
+def test_greedy_takes_the_most_likely_token(build: Build) -> None:
+    """At temperature 0 each token is the argmax of the logits after all previous tokens."""
     model = build()
     context = [3, 1, 4]
     new = generate(model, context, max_new_tokens=4, temperature=0.0)
@@ -22,8 +22,8 @@ def test_greedy_takes_the_likeliest(build: Build) -> None:
         context.append(token)
 
 
-def test_the_seed_decides(build: Build) -> None:
-    """The same seed gives the same text, another seed another one, and top_k 1 is greedy."""
+def test_the_seed_determines_the_text(build: Build) -> None:
+    """The same seed gives the same text, another seed gives another text, and top_k 1 is greedy."""
     model = build()
     first = generate(model, [1], max_new_tokens=12, seed=1)
     assert first == generate(model, [1], max_new_tokens=12, seed=1)
@@ -33,7 +33,7 @@ def test_the_seed_decides(build: Build) -> None:
 
 
 def test_limits(build: Build) -> None:
-    """The stop token ends the text and is left out; no prompt is a bug."""
+    """The stop token ends the text and is not part of it. An empty prompt is a `ValueError`."""
     model = build()
     full = generate(model, [7, 8], max_new_tokens=6, temperature=0.0)
     assert generate(model, [7, 8], max_new_tokens=6, temperature=0.0, stop_token=full[0]) == []
@@ -42,11 +42,11 @@ def test_limits(build: Build) -> None:
 
 
 def test_the_context_limit_hides_earlier_tokens(build: Build) -> None:
-    """With a context limit, earlier tokens do not change the text; without one they do."""
+    """With a context limit, tokens before the context do not change the text. Without a limit they do."""
     model = build(tied_embeddings=False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(10)  # Initial weights hardly look at the context.
+            parameter.mul_(10)  # With initial weights the context has almost no effect.
     short = generate(model, [7, 8], max_new_tokens=1, temperature=0.0)
     texts = [
         generate(model, [first, 7, 8], max_new_tokens=1, temperature=0.0, context_length=limit)

@@ -18,7 +18,7 @@ FIRST_VALUES = ["0.0235638656", "0.00639445661", "-0.0402883142", "0.0056448644"
 
 
 def test_value_depends_on_seed_and_name_only() -> None:
-    """A parameter's value is a function of seed, name, shape and depth; another seed or name gives another."""
+    """A parameter's value is a function of seed, name, shape and depth. Another seed or name gives another value."""
     value = initial_value("blocks.0.attention.qkv.weight", (48, 16), layers=2, seed=1)
     again = initial_value("blocks.0.attention.qkv.weight", (48, 16), layers=2, seed=1)
     assert torch.equal(value, again)
@@ -27,13 +27,13 @@ def test_value_depends_on_seed_and_name_only() -> None:
 
 
 def test_bits_are_those_of_the_first_release() -> None:
-    """The first values never change, or old runs could not be repeated."""
+    """The first values never change, so that old runs can be repeated."""
     value = initial_value("embedding.weight", (2, 2), layers=2, seed=0)
     assert [f"{x:.9g}" for x in value.flatten().tolist()] == FIRST_VALUES
 
 
 def test_scales() -> None:
-    """Matrices have deviation 0.02, residual outputs 0.02 / sqrt(2 layers), norms are one."""
+    """The standard deviation is 0.02 for matrices and 0.02 / sqrt(2 layers) for residual outputs. Norms are one."""
     plain = initial_value("blocks.0.feed_forward.gate_up.weight", (500, 400), layers=8, seed=0)
     output = initial_value("blocks.0.feed_forward.down.weight", (500, 400), layers=8, seed=0)
     assert math.isclose(plain.std().item(), 0.02, rel_tol=0.01)
@@ -43,7 +43,7 @@ def test_scales() -> None:
 
 
 def test_shards_are_rows_of_the_full_value(build: Callable[..., Transformer]) -> None:
-    """Every rank of a sharded model gets its rows of the values that an unsharded model has."""
+    """Each rank of a sharded model gets its rows of the values of an unsharded model."""
     whole = build(seed=3, qk_norm=True)
     world = 3
     pieces: dict[str, list[torch.Tensor]] = {}

@@ -35,7 +35,7 @@ def plain(
     seed=st.integers(0, 1000),
 )
 def test_equals_plain(count: int, width: int, vocabulary: int, z_loss: float, seed: int) -> None:
-    """Values and both gradients are those of F.cross_entropy plus z-loss, for any number of chunks."""
+    """Values and both gradients equal those of F.cross_entropy plus z-loss, for any number of chunks."""
     hidden, weight, targets = case(count, width, vocabulary, seed)
     targets[::5] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def test_equals_plain(count: int, width: int, vocabulary: int, z_loss: float, se
 
 
 def test_evaluation_gives_the_same_bits() -> None:
-    """The path without gradients returns the sums of the path with gradients, bit for bit."""
+    """A call without gradients returns the same sums as a call with gradients, bit for bit."""
     hidden, weight, targets = case(70, 24, 50, 0)
     with torch.no_grad():
         without = cross_entropy_sums(hidden, weight, targets, 1e-3)
@@ -62,7 +62,7 @@ def test_evaluation_gives_the_same_bits() -> None:
 
 
 def test_only_the_inputs_that_need_it_get_a_gradient() -> None:
-    """A frozen output layer costs no gradient, and the other gradient is unchanged."""
+    """A frozen output layer gets no gradient. The other gradient is unchanged."""
     hidden, weight, targets = case(20, 8, 30, 0)
     both = torch.autograd.grad(cross_entropy_sums(hidden, weight, targets).total, [hidden, weight])
     sums = cross_entropy_sums(hidden, weight.detach(), targets)
@@ -98,7 +98,7 @@ def test_bfloat16_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_second_backward_is_refused() -> None:
-    """The gradients are used by one backward pass; a second one is an error, never a wrong number."""
+    """One backward pass uses the gradients. A second pass is an error and gives no wrong number."""
     hidden, weight, targets = case(5, 4, 6, 0)
     sums = cross_entropy_sums(hidden, weight, targets)
     sums.total.backward(retain_graph=True)
@@ -106,7 +106,7 @@ def test_a_second_backward_is_refused() -> None:
         sums.total.backward()
 
 
-def test_chunks_follow_from_the_vocabulary() -> None:
+def test_chunk_rows_depend_on_the_vocabulary() -> None:
     """A chunk's logits take at most 32 MiB, unless 128 rows take more."""
     assert chunk_rows(128_256) == 128
     assert chunk_rows(8192) == 1024

@@ -1,4 +1,4 @@
-"""ExactAdamW: the right numbers, and the same ones however a parameter is cut."""
+"""ExactAdamW: the right numbers, and the same bits for any cut of a parameter."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ SETTINGS = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
 
 def gradients(shape: tuple[int, ...], steps: int, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    # Magnitudes over many octaves, so that a double rounding has many chances to show.
+    # Magnitudes over many octaves, so that a double rounding is likely to change a bit.
     return [
         torch.randn(shape, generator=generator)
         * torch.exp(4 * torch.randn(shape, generator=generator))
@@ -26,7 +26,7 @@ def gradients(shape: tuple[int, ...], steps: int, seed: int) -> list[torch.Tenso
 
 
 def train(start: torch.Tensor, steps: list[torch.Tensor], clip: float) -> list[torch.Tensor]:
-    """Weights and moments after the given gradients; `start` and each gradient may be rows of a larger one."""
+    """Weights and moments after the given gradients. `start` and each gradient may be rows of a larger tensor."""
     parameter = start.clone().requires_grad_()
     optimizer = ExactAdamW([("p", parameter)], **SETTINGS)
     for number, gradient in enumerate(steps):
@@ -46,7 +46,7 @@ def train(start: torch.Tensor, steps: list[torch.Tensor], clip: float) -> list[t
 def test_bits_do_not_depend_on_the_cut(
     rows: int, width: int, cuts: list[int], clip: float, seed: int
 ) -> None:
-    """Updating a matrix whole or in any row splits gives the same bits, vector tails included."""
+    """An update of a whole matrix and of any row splits gives the same bits, also in vector tails."""
     start = gradients((rows, width), 1, seed + 1)[0]
     steps = gradients((rows, width), 5, seed)
     whole = train(start, steps, clip)
@@ -60,8 +60,8 @@ def test_bits_do_not_depend_on_the_cut(
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.37])
-def test_every_operation_rounds_alone(clip: float) -> None:
-    """The bits are those of the documented formula in numpy, one correctly rounded operation at a time."""
+def test_every_operation_is_rounded_separately(clip: float) -> None:
+    """The bits equal those of the documented formula in numpy, with one correctly rounded operation at a time."""
     start, steps = gradients((61, 53), 1, 5)[0], gradients((61, 53), 4, 6)
     f32 = numpy.float32
     p = start.numpy().copy()
@@ -78,7 +78,7 @@ def test_every_operation_rounds_alone(clip: float) -> None:
 
 
 def test_bits_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block size, and with it the number of threads, does not show in the bits."""
+    """The block size, and so the number of threads, does not change the bits."""
     start, steps = torch.randn(333, 701), gradients((333, 701), 3, 0)
     whole = train(start, steps, 0.5)
     monkeypatch.setattr(optimizer_module, "CPU_BLOCK_ELEMENTS", 1003)
@@ -88,7 +88,7 @@ def test_bits_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(37, 29), (53,)])
 def test_close_to_torch(shape: tuple[int, ...]) -> None:
-    """The weights follow torch.optim.AdamW within 1e-6; vectors do not decay."""
+    """The weights equal those of torch.optim.AdamW within 1e-6. Vectors do not decay."""
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     steps = [torch.randn(shape, generator=generator) for _ in range(30)]
@@ -110,7 +110,7 @@ def test_close_to_torch(shape: tuple[int, ...]) -> None:
 
 
 def test_state_restores() -> None:
-    """Weights, both moments and the step count are the whole state: a restored run goes on with the same bits."""
+    """Weights, both moments and the step count are the whole state: a restored run continues with the same bits."""
     start, steps = torch.randn(9, 5), gradients((9, 5), 6, 0)
     undisturbed = train(start, steps, 1.0)
     parameter = train(start, steps[:3], 1.0)
@@ -126,6 +126,6 @@ def test_state_restores() -> None:
 
 
 def test_masters_must_be_float32() -> None:
-    """A narrow master weight is refused instead of silently trained."""
+    """A master weight with a narrower type is refused."""
     with pytest.raises(ValueError, match="float32"):
         ExactAdamW([("p", torch.zeros(3, dtype=torch.bfloat16))], **SETTINGS)

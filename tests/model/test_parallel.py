@@ -1,4 +1,4 @@
-"""Recomputation, compilation and sharding change neither names nor losses."""
+"""Recomputation, compilation and sharding do not change names and losses."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,7 @@ def test_recomputation_changes_no_bit(build: Build, how: str) -> None:
 
 
 def kept_bytes(model: Transformer) -> int:
-    """Bytes that forward keeps for backward."""
+    """The number of bytes that forward keeps for backward."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def kept_bytes(model: Transformer) -> int:
 
 
 def test_recomputation_saves_memory(build: Build) -> None:
-    """Full checkpointing keeps less than a third of what is kept without."""
+    """Full activation checkpointing keeps less than a third of the bytes."""
     model = build(layers=4)
     without = kept_bytes(model)
     optimize_blocks(model, TrainSection(activation_checkpointing="full"))
@@ -76,7 +76,7 @@ def test_recomputation_saves_memory(build: Build) -> None:
 
 @pytest.mark.parametrize("how", ["none", "selective"])
 def test_compilation_keeps_the_loss(build: Build, how: str) -> None:
-    """A compiled block gives the loss and the gradients of an eager one within rounding."""
+    """A compiled block gives the loss and the gradients of an eager block, except for rounding."""
     expected_loss, expected = loss_and_gradients(build(layers=1))
     model = build(layers=1)
     optimize_blocks(
@@ -108,7 +108,7 @@ def test_sharding_changes_no_bit(build: Build, tied: bool) -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_bfloat16_computes_on_float32_masters(build: Build) -> None:
-    """With bfloat16 compute, weights and gradients stay float32 and the loss is that of float32 within 1 %."""
+    """With bfloat16 compute, weights and gradients stay float32. The loss equals that of float32 within 1 %."""
     plain = build()
     expected_loss, _ = loss_and_gradients(plain)
     model = build()
@@ -121,7 +121,7 @@ def test_bfloat16_computes_on_float32_masters(build: Build) -> None:
 
 
 def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto takes the device that is there; asking for an absent one is a `ConfigError`."""
+    """auto uses the available device. A device that is not available is a `ConfigError`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(TrainSection()) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"train\.device"):
@@ -140,8 +140,10 @@ def test_device_and_type_follow_the_configuration(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("names", "shared"), [("abc", False), ("aba", True), ("aaa", True), ("a", False)]
 )
-def test_all_workers_learn_whether_a_device_is_shared(names: str, shared: bool) -> None:
-    """Every worker gets the same answer: yes if two of them compute on one device, which NCCL would refuse."""
+def test_all_workers_get_the_same_answer_whether_a_device_is_shared(
+    names: str, shared: bool
+) -> None:
+    """Every worker gets the same answer: true if two of them use one device, which NCCL refuses."""
     store = dist.HashStore()
     with ThreadPoolExecutor(len(names)) as pool:
         answers = list(pool.map(lambda name: any_shared(name, store, len(names)), names))
@@ -149,7 +151,7 @@ def test_all_workers_learn_whether_a_device_is_shared(names: str, shared: bool) 
 
 
 def test_more_workers_than_devices_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers beyond the node's CUDA devices take the same devices again, from the first on."""
+    """If a node has more workers than CUDA devices, the devices are assigned again, from the first on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices = [resolve_device(TrainSection(), local_rank).index for local_rank in range(5)]

@@ -16,7 +16,7 @@ def rates(**fields: object) -> list[float]:
 
 
 def test_wsd() -> None:
-    """wsd rises linearly, stays at the peak, and falls linearly to the floor at the last step."""
+    """wsd rises linearly, stays at the peak, and falls linearly to the minimum at the last step."""
     got = rates(
         steps=10, warmup_steps=2, decay_share=0.4, min_learning_rate_ratio=0.2, schedule="wsd"
     )
@@ -24,7 +24,7 @@ def test_wsd() -> None:
 
 
 def test_cosine() -> None:
-    """cosine rises linearly, then falls along half a cosine to the floor at the last step."""
+    """cosine rises linearly, then falls along half a cosine to the minimum at the last step."""
     got = rates(steps=6, warmup_steps=2, min_learning_rate_ratio=0.0, schedule="cosine")
     assert got == pytest.approx(
         [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * i / 4) for i in (1, 2, 3, 4))]
@@ -41,7 +41,7 @@ def test_cosine() -> None:
 def test_any_configuration_gives_usable_rates(
     schedule: str, steps: int, warmup_steps: int, decay_share: float, floor: float
 ) -> None:
-    """Rates lie between zero and the peak, rise once and then fall, whatever the configuration."""
+    """For any configuration, rates are between zero and the peak. They rise first and then fall."""
     got = rates(
         steps=steps,
         schedule=schedule,
@@ -55,8 +55,8 @@ def test_any_configuration_gives_usable_rates(
     assert got[top:] == sorted(got[top:], reverse=True)
 
 
-def test_a_step_beyond_the_run_keeps_the_floor() -> None:
-    """A run that goes on after its last step stays at the floor; negative steps are a bug."""
+def test_a_step_after_the_last_one_has_the_minimum_rate() -> None:
+    """After the last step of the run the rate is the minimum. A negative step is a `ValueError`."""
     train = TrainSection(steps=10, warmup_steps=1, learning_rate=1.0)
     assert learning_rate(99, train) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="counted from 0"):

@@ -1,4 +1,4 @@
-"""The decoder against transformers' Llama and Qwen3."""
+"""The decoder compared with transformers' Llama and Qwen3."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def scatter_weights_(model: Transformer) -> None:
-    """Make norm gains differ from one, so that forgetting one shows."""
+    """Make norm gains differ from one, so that a missing gain changes the result."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def scatter_weights_(model: Transformer) -> None:
 def test_logits_equal_transformers(
     build: Build, counterpart: Counterpart, variant: dict[str, Any]
 ) -> None:
-    """With the same weights, every logit is that of transformers' Llama or Qwen3 within 1e-5."""
+    """With the same weights, every logit equals that of transformers' Llama or Qwen3 within 1e-5."""
     model = build(**variant)
     scatter_weights_(model)
     tokens_BT = tokens(2, 100)
@@ -50,7 +50,7 @@ def test_logits_equal_transformers(
 def test_fifty_steps_equal_a_plain_loop(
     build: Build, counterpart: Counterpart, variant: dict[str, Any]
 ) -> None:
-    """Fifty training steps have the losses of a plain torch loop over transformers' model within 1e-5."""
+    """The losses of fifty training steps equal those of a plain torch loop with transformers' model within 1e-5."""
     model = build(**variant)
     theirs = counterpart(model).train()
     ours_optimizer = ExactAdamW(
@@ -80,11 +80,11 @@ def test_fifty_steps_equal_a_plain_loop(
         theirs_optimizer.zero_grad()
         differences.append(abs(float(loss.detach() - their_loss.detach())))
     assert max(differences) <= 1e-5
-    assert float(loss.detach()) < 4.5, "nothing was learned, so equality shows nothing"
+    assert float(loss.detach()) < 4.5, "the loss did not fall, so the comparison proves nothing"
 
 
 def test_hidden_states_ignore_later_tokens(build: Build) -> None:
-    """A hidden state depends on its own and earlier tokens only."""
+    """A hidden state depends only on its own token and earlier tokens."""
     model = build()
     first, second = tokens(1, 20), tokens(1, 20)
     second[0, 10:] = 5
@@ -92,7 +92,7 @@ def test_hidden_states_ignore_later_tokens(build: Build) -> None:
         assert torch.equal(model(first)[:, :10], model(second)[:, :10])
 
 
-def test_no_state_beside_parameters(build: Build) -> None:
+def test_parameters_are_the_only_state(build: Build) -> None:
     """A model built on the meta device needs only its parameters."""
     model = build()
     rebuilt = build_on_meta(model.config, model.vocabulary).to_empty(device="cpu")
@@ -104,7 +104,7 @@ def test_no_state_beside_parameters(build: Build) -> None:
 
 
 def test_loss_is_pure(build: Build) -> None:
-    """The bits of a micro-batch's loss and gradients do not depend on what was computed before it."""
+    """The bits of a micro-batch's loss and gradients do not depend on earlier micro-batches."""
     model = build()
 
     def run(seed: int) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
     python -m tests.sim.scale [--nodes 1000]
 
 One fleet goes through everything in turn: it starts, all nodes at once; one node dies; one falls silent; a tenth
-falls silent; a fifth more come; the leader falls silent. Messages, turns and reading a record cost their agent
+falls silent; a fifth more join; the first leader falls silent. Messages, turns and reading a record cost their agent
 processor time, as measured (`COSTS`), so that a leader is as slow here as in reality.
 """
 
@@ -262,7 +262,7 @@ def cases(nodes: int) -> tuple[Case, ...]:
         Case("one node falls silent", lambda fleet: fleet.lose(some(fleet, 1))),
         Case("a tenth falls silent", lambda fleet: fleet.lose(some(fleet, nodes // 10))),
         Case("a fifth more nodes join", lambda fleet: fleet.join(nodes // 5)),
-        Case("the leader falls silent", lambda fleet: fleet.lose([fleet.members[0].node])),
+        Case("the first leader falls silent", lambda fleet: fleet.lose([fleet.members[0].node])),
         Case(
             "both leaders fall silent",
             lambda fleet: fleet.lose([each.node for each in fleet.members[:2]]),

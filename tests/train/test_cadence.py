@@ -31,39 +31,39 @@ def test_cadence_follows_from_cost(step_s: float, copy_s: float, every: int) -> 
 
 
 def snapshots(newest: int, began_at: int) -> MemorySnapshots:
-    """Those of a worker whose generation began at a step, without memory."""
+    """The snapshots of a worker whose generation began at a step, without memory."""
     made = MemorySnapshots.__new__(MemorySnapshots)
     made._newest, made._began_at = newest, began_at
     return made
 
 
 def agreed(complete_step: int | None, every: int = 1) -> Agreed:
-    """What the workers agree on after a step."""
+    """The workers' agreement after a step."""
     return Agreed(False, False, complete_step, every)
 
 
 def test_older_buffer_is_overwritten_only_when_the_newer_one_is_complete_everywhere() -> None:
-    """Otherwise there would be a moment in which no step exists as a whole on all nodes and their mirrors."""
+    """One step is always complete on all nodes and their mirrors."""
     taken = snapshots(newest=12, began_at=10)
     assert not taken.due(13, agreed(11))
     assert taken.due(13, agreed(12))
 
 
 def test_no_snapshot_is_due_while_a_worker_has_no_memory() -> None:
-    """A state of which one worker's rows are missing is of no use: nobody copies."""
+    """A state without one worker's rows is useless, so no worker takes a snapshot."""
     assert not snapshots(newest=0, began_at=0).due(5, agreed(None))
     assert snapshots(newest=0, began_at=0).due(5, agreed(0))
 
 
 def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
-    """A generation that resumed from step 100 has that state in memory or bucket already."""
+    """A generation that resumed from step 100 already has that state in memory or in the bucket."""
     taken = snapshots(newest=0, began_at=100)
     assert not taken.due(103, agreed(0, every=4))
     assert taken.due(104, agreed(0, every=4))
 
 
 def test_configured_cadence_is_offered(tmp_path: Path) -> None:
-    """A fixed cadence does not follow the measurements."""
+    """A configured cadence does not change with the measurements."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
     agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
     taken = MemorySnapshots(7, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]

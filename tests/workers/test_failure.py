@@ -170,7 +170,7 @@ def test_failures_of_the_program_are_recognised(evidence: Evidence) -> None:
         (
             Evidence(0, None, hang=STOPPED, step=12),
             "hang",
-            "worker 0 sent no heartbeat for 2.1 s at step 12 (stopped)",
+            "worker 0 wrote no heartbeat for 2.1 s at step 12 (stopped)",
             "",
         ),
         (

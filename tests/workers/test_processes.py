@@ -249,8 +249,13 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         ("exit", "exit", "exited with 3 at step 12", 2.0),
         ("exit_well_too_early", "exit", "exited with 0 at step 12", 2.0),
         ("abort_in_native_thread", "collective", "lost the others: aborted .*", 2.0),
-        ("stop", "hang", r"sent no heartbeat for 2\.\d s at step 12 \(stopped\)", 3.0),
-        ("keep_interpreter", "hang", r"sent no heartbeat for \d\.\d s at step 12 \(running\)", 6.0),
+        ("stop", "hang", r"wrote no heartbeat for 2\.\d s at step 12 \(stopped\)", 3.0),
+        (
+            "keep_interpreter",
+            "hang",
+            r"wrote no heartbeat for \d\.\d s at step 12 \(running\)",
+            6.0,
+        ),
     ],
 )
 def test_each_end_is_reported_and_the_next_attempt_completes(
@@ -348,7 +353,7 @@ def test_a_worker_that_cannot_be_killed_fails_the_node(
         assert process_state(pid) == "D"
         assert re.fullmatch(
             rf"worker 0 \(process {pid}, state D\) has not ended 5 s after SIGKILL "
-            r"\(worker 0 sent no heartbeat for \d\.\d s at step 12 \(uninterruptible sleep\)\)",
+            r"\(worker 0 wrote no heartbeat for \d\.\d s at step 12 \(uninterruptible sleep\)\)",
             str(caught.value),
         )
         assert 5.0 < seconds < 10.0

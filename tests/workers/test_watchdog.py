@@ -110,7 +110,9 @@ def test_a_stopped_worker_is_found_in_time(offset_s: float) -> None:
         assert hang is not None
         assert hang.standstill
         assert 1.9 <= worker.now_s - stopped_s <= 2.2
-        assert re.fullmatch(r"sent no heartbeat for 2\.[01] s at step 2[01] \(stopped\)", str(hang))
+        assert re.fullmatch(
+            r"wrote no heartbeat for 2\.[01] s at step 2[01] \(stopped\)", str(hang)
+        )
 
 
 @pytest.mark.parametrize(("state", "word"), [("R", "running"), ("D", "uninterruptible sleep")])
@@ -120,7 +122,7 @@ def test_a_worker_without_ticks_is_found_in_time(state: str, word: str) -> None:
     stopped_s = worker.now_s
     hang = worker.stay(5.0, state, ticks=False)
     assert hang is not None
-    assert re.fullmatch(rf"sent no heartbeat for 2\.[01] s at step 20 \({word}\)", str(hang))
+    assert re.fullmatch(rf"wrote no heartbeat for 2\.[01] s at step 20 \({word}\)", str(hang))
     assert worker.now_s - stopped_s <= 2.2
 
 
@@ -262,7 +264,7 @@ def test_a_stopped_sibling_is_reported_at_once() -> None:
     worker.stay(0.5, "T", ticks=False)
     hang = worker.detector.stopped("T")
     assert hang is not None
-    assert re.fullmatch(r"sent no heartbeat for 0\.[56] s at step 20 \(stopped\)", str(hang))
+    assert re.fullmatch(r"wrote no heartbeat for 0\.[56] s at step 20 \(stopped\)", str(hang))
     assert worker.detector.stopped("S") is None
 
 

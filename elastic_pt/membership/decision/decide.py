@@ -165,7 +165,7 @@ def _decide_next_world(
         )
     mine = view.me.member.incarnation
     position = next((n for n, each in enumerate(wanted) if each.incarnation == mine), len(wanted))
-    # The leader's view may differ, so that it waits for another node. Each next node in order proposes after a
+    # The proposer's view may differ, so that it waits for another node. Each next node in order proposes after a
     # longer timeout. The factor 2 leaves every other period to the other side of a split.
     if position == len(wanted) or quiet_s < (2 * position + others_first) * takeover_s:
         return Wait(f"{wanted[0].node} leads: {reason}", broken=True)

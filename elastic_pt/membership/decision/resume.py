@@ -1,11 +1,11 @@
-"""Which state in memory a new generation goes on from: a pure choice from what its members say that they hold.
+"""The state in memory from which a new generation resumes: a pure choice from the reports of its members.
 
-A state counts if the rows of all workers that wrote it are held by members of the new generation. Of those the newest
-step is taken, if it is at least that of the newest checkpoint in the bucket. Two steps are never mixed, nor the
-snapshots that two generations took of one step.
+A state counts if members of the new generation hold the rows of all workers that wrote it. The newest such step is
+taken, if it is not older than the newest checkpoint in the bucket. Rows of two steps are never mixed, and neither are
+the snapshots of one step from two generations.
 
-Only the newest generation's snapshots count, and the state that it went on from itself. A node that comes back with
-those of an older generation holds the past of another lineage.
+Only two kinds of states count: the newest generation's snapshots, and the state from which it resumed. Snapshots of an
+older generation may belong to another lineage.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ def newest_in_memory(
     statuses: Mapping[str, NodeStatus],
     committed_step: int,
 ) -> InMemory | None:
-    """The newest state that `members` hold together, by what `statuses` (by incarnation) say; None if the bucket's is newer."""
+    """The newest state that `members` hold together, by their `statuses` (by incarnation); None if the bucket's is newer."""
     if generation is None:
         return None
     told = [statuses.get(each.incarnation) for each in members]
