@@ -75,7 +75,7 @@ def export(
     json_files = _json_files(config, vocabulary, tokenizer_json, context_length, end_of_text)
     tokenizer_json = _as_trained(tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A unique name: no existing directory beside `out` may be touched.
+    # A unique name, so that no existing directory next to `out` is changed.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     partial.chmod(0o755)
     try:

@@ -364,7 +364,9 @@ class Record:
             )
         except (ValueError, KeyError, TypeError) as error:
             why = " ".join(repr(error).split())
-            raise LogDamaged(f"{key}: {why}; expected a record of a run's log") from error
+            raise LogDamaged(
+                f"{key}: not a record of a run's log: {why}; expected an unchanged record"
+            ) from error
 
 
 def _body_from(kind: Kind, body: dict[str, Any]) -> Body:

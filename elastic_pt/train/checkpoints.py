@@ -193,6 +193,11 @@ class Checkpoints:
             self.save(state)
 
     @property
+    def committed_step(self) -> int:
+        """The step of the newest checkpoint when this generation began; 0 if there was none."""
+        return 0 if self._assignment.resume is None else self._assignment.resume.step
+
+    @property
     def pending(self) -> bool:
         """Whether the agent still works on the checkpoint that was saved last."""
         return self._saved_step is not None and not self._agent.released(self._saved_step)

@@ -34,7 +34,7 @@ def train(
 
     `enter(phase, steps done)` informs the watchdog of the next phase.
     """
-    last_checkpoint = state.steps_done
+    last_checkpoint = checkpoints.committed_step
     while state.steps_done < config.train.steps:
         started_s = time.monotonic()
         enter(WorkerPhase.DATA, state.steps_done)
@@ -67,6 +67,10 @@ def train(
             last_checkpoint = state.steps_done
         if result.agreed.drain and not finished:
             return Outcome.DRAINED
+    if last_checkpoint < state.steps_done:
+        # All steps were done before, and their state was in memory only.
+        checkpoints.save(state)
+        checkpoints.wait(room_timeout_s(config))
     return Outcome.COMPLETED
 
 

@@ -38,7 +38,7 @@ def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
     """After the control page there is, byte for byte, a shard file with the live rows of that step."""
     tensors = full_tensors()
     buffers = buffers_of(tmp_path, tensors)
-    path = buffers.write(training_state(7))
+    path = buffers.write(training_state(7)).path(tmp_path)
     shard = tmp_path / "shard.safetensors"
     shard.write_bytes(path.read_bytes()[PAYLOAD_OFFSET:])
     file, state, _ = describe_shard(shard, "shard")
@@ -82,7 +82,7 @@ def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
 def test_buffer_that_is_being_written_holds_nothing(tmp_path: Path) -> None:
     """If a worker is killed during a copy, the two control words differ, and no reader uses the buffer."""
     buffers = buffers_of(tmp_path, full_tensors())
-    path = buffers.write(training_state(7))
+    path = buffers.write(training_state(7)).path(tmp_path)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
         buffer[8:16] = (9).to_bytes(8, "little")
     with open_buffer(path) as content:
@@ -149,7 +149,7 @@ def test_file_that_is_no_buffer_is_refused(tmp_path: Path, content: bytes) -> No
 def test_damaged_header_is_refused(tmp_path: Path) -> None:
     """A header that contradicts the buffer is an error, not a description of other rows."""
     buffers = buffers_of(tmp_path, full_tensors())
-    path = buffers.write(training_state(7))
+    path = buffers.write(training_state(7)).path(tmp_path)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
         at = buffer.find(json.dumps("model/wide").encode())
         buffer[at + 1 : at + 2] = b"\xff"

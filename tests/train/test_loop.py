@@ -136,6 +136,18 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("world_of_one")
+def test_the_last_state_is_staged_even_if_it_came_from_memory(tmp_path: Path) -> None:
+    """A generation that resumes after the last step, from memory, has no step to do, but its state is not committed."""
+    config = config_for(tmp_path, "train.steps=4")
+    state, batches = start(config)
+    train_in(tmp_path / "first", config, state, batches, FakeAgent())
+    agent = FakeAgent()
+    assert train_in(tmp_path / "second", config, state, batches, agent) is Outcome.COMPLETED
+    assert agent.staged() == [4]
+    assert agent.step == 0
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) -> None:
     """While the last checkpoint is still being uploaded the next one is put off; the final one is not."""
     config = config_for(tmp_path, "train.steps=9", "checkpoint.every_steps=2")
