@@ -12,6 +12,7 @@
     ├── FencedError                5   a newer generation owns the run; this writer may append nothing
     ├── NodeFailure                6   this node's workers keep failing without progress; the node leaves
     ├── RunFailed                  7   the run has ended without completing; starting it again changes nothing
+    ├── NotDone                    9   what was asked of the run is in its log, and was not done in time
     └── UnexpectedError            8   a bug, or a library's error that has no place here: start again, and report it
 
 An error's message is one line for a person. The command line prints it without a traceback and exits with
@@ -81,6 +82,12 @@ class RunFailed(ElasticPtError):
     """The run has ended without completing; starting it again changes nothing."""
 
     exit_code = 7
+
+
+class NotDone(ElasticPtError):
+    """What was asked of the run is recorded in its log, but was not done in time; it still holds."""
+
+    exit_code = 9
 
 
 class UnexpectedError(ElasticPtError):

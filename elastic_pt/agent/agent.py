@@ -8,7 +8,8 @@ training stack: the command that starts the agent hands over the function that i
                     Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
                     WorkerMessages   what workers say ─► metrics, status         (channel threads)
 
-SIGTERM and SIGINT ask the node to leave in good order. A second signal, or `elastic.leave_timeout_s`, ends it.
+SIGTERM and SIGINT ask the node to leave in good order, and so does a drain in the log. A second signal, or
+`elastic.leave_timeout_s`, ends it.
 """
 
 import os
@@ -33,7 +34,7 @@ from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.start import Prepared, prepare, read_data
 from elastic_pt.config import Config
-from elastic_pt.errors import FencedError, NodeFailure
+from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
 from elastic_pt.membership.decision.status import Limits, NodeStatus
@@ -41,7 +42,8 @@ from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
-from elastic_pt.runlog.records import Cause, CauseKind, Stop
+from elastic_pt.runlog.control import carried_out
+from elastic_pt.runlog.records import Cause, CauseKind, Request, Stop, Verb
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.events import EventSink, configure_events
@@ -121,6 +123,8 @@ class Agent:
                     choose_resume, store, run_log, incarnation=member.incarnation
                 ),
                 on_drain=self._channel.drain,
+                on_checkpoint=self._channel.checkpoint,
+                on_leave=self._drained,
                 platform=prepared.platform,
                 fenced_url=prepared.fenced_url,
             ),
@@ -135,6 +139,8 @@ class Agent:
             scratch,
             release=self._channel.release,
         )
+        self._signalled = False
+        """Whether a signal has asked this node to leave. A drain in the log counts as none."""
         self._progress = Progress()
         self._messages = WorkerMessages(
             run_log, self._node, self._checkpointing, self._observation, self._progress
@@ -166,14 +172,16 @@ class Agent:
             self._channel.listen(self._messages.handle)
             self._node.start()
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
-            while self._train_generation():
-                pass
+            try:
+                while self._train_generation():
+                    pass
+            except Left:
+                self._answer_drain()
+                log.info("agent_left")
+                return None
         except SignalException as caught:
             log.info("agent_stopped", signal=caught.sigval.name)
             raise SystemExit(128 + caught.sigval) from None
-        except Left:
-            log.info("agent_left")
-            return None
         finally:
             # From here on a further signal ends the process at once, and so does the alarm.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
@@ -190,10 +198,37 @@ class Agent:
 
     def _asked_to_leave(self, number: int, _: FrameType | None) -> None:
         """Signal handler: the first signal asks, a second one or the alarm ends the agent."""
-        if self._node.leaving:
+        if self._signalled or number == signal.SIGALRM:
             raise SignalException(f"signal {number}", signal.Signals(number))
+        self._signalled = True
+        self._leave_within(0.0)
+
+    def _drained(self, seconds: float) -> None:
+        """An operator asks this node to leave (membership thread)."""
+        log.info("drained", reason=str(self._drain_request()), seconds=seconds)
+        self._leave_within(seconds)
+
+    def _drain_request(self) -> Request | None:
+        return self._node.view.request(Verb.DRAIN, self._node.member.node)
+
+    def _leave_within(self, seconds: float) -> None:
+        """Leave in good order; the alarm ends the agent after so many seconds, or as configured for 0."""
         self._node.request_leave()
-        signal.alarm(max(1, round(self._config.elastic.leave_timeout_s)))
+        signal.alarm(max(1, round(seconds or self._config.elastic.leave_timeout_s)))
+
+    def _answer_drain(self) -> None:
+        """Say in the log that this node has left, if an operator asked for that there."""
+        request = self._drain_request()
+        if request is None:
+            return
+        number = self._node.view.generation_number
+        try:
+            self._log.append(lambda view: carried_out(view, request), generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind="Control", reason=str(error))
+        except StoreError as error:
+            # The next agent of this name leaves, too.
+            log.warning("drain_not_answered", cause=str(error))
 
     # ---- one generation ------------------------------------------------------------------------
 

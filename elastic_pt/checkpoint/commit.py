@@ -43,6 +43,8 @@ class _Due:
 
     step: int | None
     generation: Generation
+    request: int = -1
+    """The newest request for a checkpoint that it meets."""
 
 
 class Committer:
@@ -83,10 +85,10 @@ class Committer:
         with self._history_lock:
             self._history.add({"generation": generation} | message)
 
-    def expect(self, step: int, generation: Generation) -> None:
-        """A checkpoint of `step` is being uploaded by all nodes of `generation`."""
+    def expect(self, step: int, generation: Generation, request: int = -1) -> None:
+        """A checkpoint of `step` is being uploaded by all nodes of `generation`; it meets `request` and older ones."""
         self._newest = (generation.number, step)
-        self._jobs.submit(_Due(step, generation))
+        self._jobs.submit(_Due(step, generation, request))
 
     def finish(self, generation: Generation) -> None:
         """The workers of `generation` have done the last step: end the run once its checkpoint is committed."""
@@ -105,7 +107,7 @@ class Committer:
             if due.step is None:
                 self._stop(due.generation)
             else:
-                expired = self._commit(due.step, due.generation)
+                expired = self._commit(due.step, due.generation, due.request)
         except FencedError as error:
             log.info("commit_fenced", step=step, reason=str(error))
         # Every error: report it to the agent and keep the thread alive, or no commit would follow.
@@ -123,7 +125,7 @@ class Committer:
             )
             log.info("stop", reason=COMPLETED, step=self._last_step)
 
-    def _commit(self, step: int, generation: Generation) -> "_Expired | None":
+    def _commit(self, step: int, generation: Generation, request: int) -> "_Expired | None":
         directory = directory_of(generation, step)
         notices = collect(
             self._store,
@@ -155,7 +157,8 @@ class Committer:
             expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
             kept = tuple(each for each in candidates if each.directory not in gone)
-            return Commit(kept, _history_key(directory))
+            met = -1 if view.commit is None else view.commit.request
+            return Commit(kept, _history_key(directory), max(request, met))
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)

@@ -5,6 +5,8 @@
     status  log  checkpoints            what a run says of itself                   cli.reading
     digest  generate  eval  export      what can be made of its checkpoints         cli.weights
     reopen                              let a run go on that has failed             cli.control
+    checkpoint  pause  resume           steer a run through its log                 cli.control
+    drain  stop
     config  storage-check               before a run                                cli.setup
 
 Commands import what they need when they are called: torch takes two seconds, and `--help` or `status`
@@ -67,6 +69,11 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "generate": weights.generate,
     "eval": weights.evaluate,
     "export": weights.export,
+    "checkpoint": control.checkpoint,
+    "pause": control.pause,
+    "resume": control.resume,
+    "drain": control.drain,
+    "stop": control.stop,
     "reopen": control.reopen,
     "config": setup.config,
     "storage-check": setup.storage_check,

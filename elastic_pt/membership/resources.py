@@ -34,5 +34,9 @@ class Resources:
     """Tells this node's workers that all workers should stop after the same step."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """What computes on this node, as far as it decides the bits. Empty where no bits are promised."""
+    on_checkpoint: Callable[[int], None] = lambda _: None
+    """Tells this node's workers that all workers should checkpoint after the same step, for the request of that index."""
+    on_leave: Callable[[float], None] = lambda _: None
+    """Has this node leave in good order, within so many seconds (0: as configured). Called again until it leaves."""
     fenced_url: str = ""
     """The run directory's URL if this agent knows that its store is fenced; a GENERATION records it."""

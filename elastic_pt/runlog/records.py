@@ -6,6 +6,7 @@
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
     REOPEN       an operator lifted a STOP that was no completion, or accepted another platform
+    CONTROL      an operator asks something of the run, or an agent says that it is done; names all that is asked for
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
 of the record before, and the index of the newest record of each kind) around a body. With the pointers in
@@ -27,6 +28,8 @@ from pydantic import TypeAdapter
 from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
+CONTROL_SCHEMA: Final = 2
+"""The schema of CONTROL records and of all later ones in the same log: versions that do not know them say so."""
 ORIGIN: Final = "0" * 64
 """The SHA-256 that the first record names as that of the record before it."""
 COMPLETED: Final = "completed"
@@ -42,6 +45,21 @@ class Kind(StrEnum):
     QUARANTINE = "QUARANTINE"
     STOP = "STOP"
     REOPEN = "REOPEN"
+    CONTROL = "CONTROL"
+
+
+class Verb(StrEnum):
+    """What an operator may ask of a run."""
+
+    CHECKPOINT = "checkpoint"
+    """Commit a checkpoint as soon as a step is done, and train on."""
+    PAUSE = "pause"
+    """Commit a checkpoint and train no more until a RESUME. The agents stay."""
+    RESUME = "resume"
+    DRAIN = "drain"
+    """One node leaves in good order; the others go on."""
+    STOP = "stop"
+    """Commit a checkpoint and end the run."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +209,8 @@ class Commit:
     checkpoints: tuple[Checkpoint, ...]
     history: str
     """Key of the JSON lines about each step since the commit before."""
+    request: int = -1
+    """Index of the newest CONTROL record whose wish for a checkpoint has been met; -1 if none has."""
 
     @property
     def newest(self) -> Checkpoint:
@@ -248,7 +268,46 @@ class Reopen:
     """Steps done in the newest checkpoint. Up to it the bits are those of one platform."""
 
 
-Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen
+@dataclass(frozen=True)
+class Request:
+    """What an operator asks of a run."""
+
+    verb: Verb
+    by: str
+    """Who asked: user@host, for people."""
+    why: str = ""
+    node: str = ""
+    """The node to drain; empty for other verbs."""
+    seconds: float = 0.0
+    """How long that node may take; 0 leaves it to its configuration. It counts from when it reads the record."""
+    index: int = -1
+    """Of the CONTROL record that made the request; -1 before it is made."""
+    done: bool = False
+    """Whether it has been carried out. A pause that is done still holds."""
+
+    @property
+    def origin(self) -> str:
+        """Who asked, and why."""
+        return f"by {self.by}" + (f": {self.why}" if self.why else "")
+
+    def __str__(self) -> str:
+        node = f" of node {self.node}" if self.node else ""
+        limit = f" within {self.seconds:g} s" if self.seconds else ""
+        return f"{self.verb}{node}{limit} asked for {self.origin}"
+
+
+@dataclass(frozen=True)
+class Control:
+    """An operator asks something of the run, or an agent says that it is done (`request.done`)."""
+
+    request: Request
+    standing: tuple[Request, ...]
+    """All requests that hold from here on, oldest first. So the newest CONTROL tells everything."""
+    step: int
+    """Of the newest checkpoint."""
+
+
+Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen | Control
 
 _KIND_OF: Final[dict[type, Kind]] = {
     Generation: Kind.GENERATION,
@@ -257,6 +316,7 @@ _KIND_OF: Final[dict[type, Kind]] = {
     Quarantine: Kind.QUARANTINE,
     Stop: Kind.STOP,
     Reopen: Kind.REOPEN,
+    Control: Kind.CONTROL,
 }
 _BODIES: Final[dict[Kind, TypeAdapter[Any]]] = {
     kind: TypeAdapter(body) for body, kind in _KIND_OF.items()
@@ -283,10 +343,16 @@ class Record:
         """The body's kind."""
         return _KIND_OF[type(self.body)]
 
+    @property
+    def schema(self) -> int:
+        """The schema of the stored form."""
+        knows_control = Kind.CONTROL in (self.kind, *self.latest)
+        return CONTROL_SCHEMA if knows_control else SCHEMA
+
     def to_bytes(self) -> bytes:
         """The stored form."""
         document = {
-            "schema": SCHEMA,
+            "schema": self.schema,
             "index": self.index,
             "kind": self.kind,
             "generation": self.generation,
@@ -308,9 +374,9 @@ class Record:
         """Read a stored record. Raises `LogDamaged` naming `key` when it is not one."""
         try:
             document = json.loads(data)
-            if document["schema"] != SCHEMA:
+            if document["schema"] not in (SCHEMA, CONTROL_SCHEMA):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; this version reads schema {SCHEMA}"
+                    f"{key}: schema {document['schema']!r}; this version reads schemas {SCHEMA} to {CONTROL_SCHEMA}"
                 )
             return Record(
                 index=document["index"],

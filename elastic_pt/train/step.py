@@ -24,7 +24,7 @@ from elastic_pt.train.schedule import learning_rate
 from elastic_pt.train.state import TrainState
 
 _CLIP_EPSILON: Final = 1e-6
-_CONTROLS: Final = 2
+_CONTROLS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Control:
     drain: bool
     """Checkpoint and stop: the world is about to change."""
     checkpoint_pending: bool
-    """The previous checkpoint is still being uploaded, so a periodic one would have to wait."""
+    """The previous checkpoint is still being uploaded, so one that does not end the generation has to wait."""
+    checkpoint: bool = False
+    """Checkpoint as soon as none is pending: an operator asks for it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _agree_on_step(
         _CONTROLS + losses_2V.numel() + squares, dtype=torch.float64, device=state.device
     )
     vector[:_CONTROLS] = torch.tensor(
-        [control.drain, control.checkpoint_pending], dtype=torch.float64
+        [control.drain, control.checkpoint_pending, control.checkpoint], dtype=torch.float64
     )
     vector[_CONTROLS:-squares] = losses_2V.flatten()
     if exact:
@@ -121,5 +123,5 @@ def _agree_on_step(
         vector[-1] = norm.double().square()
     dist.all_reduce(vector)
     norm_value = RowSquares.norm(vector[-squares:])
-    drain, pending = (bool(value) for value in vector[:_CONTROLS].tolist())
-    return vector[_CONTROLS:-squares].view(2, -1), norm_value, Control(drain, pending)
+    agreed = Control(*(bool(value) for value in vector[:_CONTROLS].tolist()))
+    return vector[_CONTROLS:-squares].view(2, -1), norm_value, agreed

@@ -5,6 +5,7 @@
                       staged      a shard file lies in the staging directory
                       unusable    a committed checkpoint failed verification while it was read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
+                      checkpoint  checkpoint at such a step and go on
                       released    the agent is done with the checkpoint of a step, so the next one may come
 
 A worker whose agent is gone reads the end of the stream and exits at once.
@@ -62,6 +63,10 @@ class AgentSide:
     def drain(self, reason: str) -> None:
         """Ask all workers to checkpoint and stop at a step on which they agree."""
         self._broadcast({"kind": "drain", "reason": reason})
+
+    def checkpoint(self, request: int) -> None:
+        """Ask all workers for a checkpoint of a step on which they agree; `request` tells such wishes apart."""
+        self._broadcast({"kind": "checkpoint", "request": request})
 
     def release(self, step: int) -> None:
         """Tell all workers that the agent is done with the checkpoint of `step`."""
@@ -145,6 +150,7 @@ class WorkerSide:
         self._socket.settimeout(None)
         self._closing = False
         self._drain = False
+        self._checkpoint_request = -1
         self._released: set[int] = set()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
@@ -152,6 +158,11 @@ class WorkerSide:
     def drain_requested(self) -> bool:
         """Whether the agent wants the world to stop at a step boundary."""
         return self._drain
+
+    @property
+    def checkpoint_request(self) -> int:
+        """The newest request for a checkpoint that the agent has passed on; -1 if there was none."""
+        return self._checkpoint_request
 
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
@@ -183,5 +194,7 @@ class WorkerSide:
             message = json.loads(line)
             if message["kind"] == "drain":
                 self._drain = True
+            elif message["kind"] == "checkpoint":
+                self._checkpoint_request = max(self._checkpoint_request, message["request"])
             elif message["kind"] == "released":
                 self._released.add(message["step"])
