@@ -54,7 +54,7 @@ def checkpoint(
 
     Examples:
     elastic-pt checkpoint runs/live
-    elastic-pt checkpoint s3://bucket/live --wait --timeout 60 --json
+    elastic-pt checkpoint s3://bucket/live --json
     """
     from elastic_pt.runlog.records import Verb
 
@@ -77,7 +77,7 @@ def pause(
 
     Examples:
     elastic-pt pause runs/live --reason "the cluster is needed until noon"
-    elastic-pt pause s3://bucket/live --wait
+    elastic-pt pause s3://bucket/live --json
     """
     from elastic_pt.runlog.records import Verb
 

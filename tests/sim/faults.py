@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from elastic_pt.runlog.records import Request, Verb
+
 if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
 
@@ -273,6 +275,25 @@ def bucket_down(simulation: "Simulation", fault: Fault) -> Undo:
     return lambda: simulation.outage(-1)
 
 
+def ask_pause(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator pauses the run and lets it go on."""
+    simulation.operator.ask(Request(Verb.PAUSE, by="operator"))
+    return lambda: simulation.operator.ask(Request(Verb.RESUME, by="operator"))
+
+
+def ask_checkpoint(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator wants a checkpoint."""
+    simulation.operator.ask(Request(Verb.CHECKPOINT, by="operator"))
+    return lambda: None
+
+
+def ask_drain(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator has a node leave, whose agent is started again."""
+    for node in fault.nodes:
+        simulation.operator.ask(Request(Verb.DRAIN, by="operator", node=node))
+    return lambda: None
+
+
 KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "crash": (crash, 1, 3.0),
     "crash of two": (crash, 2, 1.5),
@@ -295,6 +316,9 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "bucket errors": (bucket_errors, 0, 3.0),
     "bucket slow": (bucket_slow, 0, 1.0),
     "bucket down": (bucket_down, 0, 1.0),
+    "ask pause": (ask_pause, 0, 1.5),
+    "ask checkpoint": (ask_checkpoint, 0, 1.0),
+    "ask drain": (ask_drain, 1, 1.0),
 }
 """How it is done, to how many nodes (0: to any number), and how often it is drawn."""
 

@@ -304,6 +304,13 @@ MUTATIONS: Final = (
         lambda failures, draw: 0.0,
     ),
     Mutation(
+        "pause not obeyed",
+        "the members of a run that trains do not stop for a pause",
+        decide,
+        "_SUSPENDING",
+        (),
+    ),
+    Mutation(
         "lone node gives up",
         "a node leaves after some failures, whether others can go on or not",
         Participant,
