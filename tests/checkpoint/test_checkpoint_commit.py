@@ -68,11 +68,11 @@ class World:
         )
         upload_nodes(self.store, shards)
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int, request: int = -1) -> None:
         """Take a step's checkpoint all the way; returns once the workers would be released."""
         self.upload(step)
         self.done[step] = threading.Event()
-        self.committer.expect(step, self.generation)
+        self.committer.expect(step, self.generation, request)
         assert self.done[step].wait(WAIT_S)
 
     def there(self, step: int) -> bool:
@@ -105,6 +105,15 @@ def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> No
     assert [each.step for each in world.log.view.checkpoints] == [3, 1]
     assert world.there(1)
     assert world.there(3)
+
+
+def test_a_commit_names_the_newest_request_that_was_met(world: World) -> None:
+    """Who asked for a checkpoint finds the answer in the newest COMMIT, also after later ones that met nothing."""
+    for step, request in ((1, -1), (2, 7), (3, -1)):
+        world.commit(step, request)
+        assert world.log.view.commit is not None
+        assert world.log.view.commit.request == (-1 if step == 1 else 7)
+    world.committer.close(WAIT_S)
 
 
 def test_expired_checkpoints_are_removed_after_workers_are_released(world: World) -> None:
