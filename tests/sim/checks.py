@@ -55,7 +55,7 @@ def detection_bound_s(limits: Limits) -> float:
 
     A member that proposes has given its workers up before; the others cannot make a step without them. So
     only newcomers can supersede a generation that trains. They act after `takeover_s` without a pulse; its
-    rank 0 beats the pulse every `takeover_s / 4`, and glances at the log every second time. To that come slow
+    rank 0 beats the pulse every `takeover_s / 4`, and looks at the log at least every second time. To that come slow
     requests and the time to kill.
     """
     return limits.elastic.takeover_s / 2 + 2.0
