@@ -96,7 +96,7 @@ def test_a_pause_outlives_every_agent(fleet: Fleet) -> None:
     assert {node.decision.reason for node in fleet.alive()} == {PAUSED}
     assert fleet.log.generation_number == 1
     request(fleet, Verb.RESUME)
-    pass_time(fleet, NOTICE_S)
+    pass_time(fleet, NOTICE_S + LIMITS.elastic.takeover_s / 2)
     assert names(fleet.log.generation) == ["c", "d"]
 
 
