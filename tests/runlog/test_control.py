@@ -144,6 +144,8 @@ def test_an_end_and_a_reopen_end_every_request(run: Run, verb: Verb) -> None:
     run.append(Reopen("again", False, 0))
     assert run.holds() == []
     run.append(run.generation(2))
+    run.ask(Verb.CHECKPOINT)
+    assert run.holds() == [(Verb.CHECKPOINT, "", False)]
 
 
 def test_a_request_is_told_with_who_asked() -> None:
