@@ -532,7 +532,7 @@ class Simulation:
 
     def _inject(self, fault: faults.Fault) -> None:
         self.note(f"fault: {fault.kind} {' '.join(fault.nodes)} for {fault.seconds:.2f} s")
-        undo = faults.KINDS[fault.kind][0](self, fault)
+        undo = (faults.WISHES.get(fault.kind) or faults.KINDS[fault.kind][0])(self, fault)
 
         def end() -> None:
             self.note(f"over: {fault.kind} {' '.join(fault.nodes)}")
