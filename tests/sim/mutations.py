@@ -94,6 +94,8 @@ _append = RunLog.append
 class _AnyCommit:
     """Equal to every commit."""
 
+    request = -1
+
     def __eq__(self, other: object) -> bool:
         return True
 
