@@ -277,7 +277,7 @@ def _aside(found: SetAside) -> str:
 def _how_it_went_on(change: Change) -> list[str]:
     clauses = []
     if change.planned and change.first_step is not FirstStep.UNKNOWN:
-        clauses.append(f"agreed {_seconds(change.agree_s)} after all members had stopped")
+        clauses.append(f"agreed {_seconds(change.agree_s)} after {_planned_since(change)}")
     elif not change.resumed_by_new_nodes:
         clauses.append(f"agreed after {_seconds(change.agree_s)}")
     match change.first_step:
@@ -299,7 +299,7 @@ def _how_it_went_on(change: Change) -> list[str]:
 def _phases(change: Change, recovery: Recovery) -> list[str]:
     state = f"restored step {change.resume_step}" if change.resume_step else "initialised weights"
     since = (
-        "all members had stopped"
+        _planned_since(change)
         if change.planned
         else "the new nodes had formed a world"
         if change.resumed_by_new_nodes
@@ -312,6 +312,11 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
         f"first step {_seconds(recovery.step_s)}",
         f"training again {_seconds(recovery.total_s)} after {since}",
     ]
+
+
+def _planned_since(change: Change) -> str:
+    resumed = any(each.verb is Verb.RESUME for each in change.requests)
+    return "the resume was noticed" if resumed else "all members had stopped"
 
 
 def _again(change: Change) -> str:

@@ -307,7 +307,8 @@ def test_a_change_that_an_operator_asked_for_tells_who_asked() -> None:
     assert second.requests == (wishes[0], wishes[3], wishes[4])
     assert (
         "): node b left after step 410; pause asked for by ann@desk: maintenance; "
-        "drain of node b asked for by bob@desk; resume asked for by ann@desk; agreed"
+        "drain of node b asked for by bob@desk; resume asked for by ann@desk; agreed 0.21 s "
+        "after the resume was noticed; "
     ) in str(second)
     assert "asked for" not in str(third)
     assert as_json(second)["requests"][0]["by"] == "ann@desk"

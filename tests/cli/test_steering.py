@@ -12,6 +12,7 @@ from command_line import CONFIG, Trained, assert_one_line_mistake, elastic_pt
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.runlog.log import RunLog, record_key
+from elastic_pt.runlog.records import Commit
 from elastic_pt.store.open import open_store
 
 WAIT_S = 120.0
@@ -96,8 +97,8 @@ def test_a_run_is_paused_resumed_checkpointed_and_drained_to_the_same_bits(
     text = elastic_pt("log", url).out
     assert f"drain of node b within 60 s asked for by {paused['by']}  (by elastic-pt)" in text
     assert f"done: drain of node b within 60 s asked for by {paused['by']}  (by b)" in text
-    commits = [each.body for each in RunLog(open_store(f"file://{url}"), writer="x").records()]
-    met = [each.request for each in commits if hasattr(each, "checkpoints")]
+    records = RunLog(open_store(f"file://{url}"), writer="x").records()
+    met = [each.body.request for each in records if isinstance(each.body, Commit)]
     assert wanted["index"] in met, "the checkpoint that was asked for in the pause was committed"
 
 
