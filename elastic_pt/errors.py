@@ -12,6 +12,7 @@
     ├── FencedError                5   a newer generation owns the run; this writer may append nothing
     ├── NodeFailure                6   this node's workers keep failing without progress; the node leaves
     ├── RunFailed                  7   the run has ended without completing; a restart does not help
+    ├── NotDone                    9   a request is in the run's log, but was not done in time
     └── UnexpectedError            8   a bug, or an unexpected error of a library: restart, and report it
 
 An error's message is one line for a person. The command line prints it without a traceback and exits with
@@ -81,6 +82,12 @@ class RunFailed(ElasticPtError):
     """The run has ended without completing; a restart does not help."""
 
     exit_code = 7
+
+
+class NotDone(ElasticPtError):
+    """What was asked of the run is recorded in its log, but was not done in time; it still holds."""
+
+    exit_code = 9
 
 
 class UnexpectedError(ElasticPtError):

@@ -51,6 +51,7 @@ class _SilentAgent:
     """An agent that ignores the messages of `Checkpoints.save`."""
 
     drain_requested = False
+    checkpoint_request = -1
 
     def released(self, step: int) -> bool:
         """Every checkpoint is released at once."""

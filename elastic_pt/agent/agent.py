@@ -9,8 +9,8 @@ training stack: the command that starts the agent passes the function that its w
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
-SIGTERM, SIGINT and a notice ask the node to leave in good order. A second signal, `elastic.leave_timeout_s`, or the
-deadline of the notice, ends it.
+SIGTERM, SIGINT, a notice, and a drain in the log ask the node to leave in good order. A second signal,
+`elastic.leave_timeout_s`, or the deadline of the notice or drain, ends it.
 """
 
 import os
@@ -38,7 +38,7 @@ from elastic_pt.agent.start import Prepared, prepare, read_data
 from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.config import Config
-from elastic_pt.errors import FencedError, NodeFailure
+from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
 from elastic_pt.membership.decision.status import Limits, NodeStatus
@@ -50,7 +50,8 @@ from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.notices.detect import chosen, read_machine, sources
 from elastic_pt.notices.signals import LEAVE_SIGNALS
 from elastic_pt.notices.watch import Watch
-from elastic_pt.runlog.records import Cause, CauseKind, Stop
+from elastic_pt.runlog.control import carried_out
+from elastic_pt.runlog.records import Cause, CauseKind, Request, Stop, Verb
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.events import EventSink, configure_events
@@ -140,6 +141,8 @@ class Agent:
                     choose_resume, store, run_log, incarnation=member.incarnation
                 ),
                 on_drain=self._channel.drain,
+                on_checkpoint=self._channel.checkpoint,
+                on_leave=self._drained,
                 platform=prepared.platform,
                 states=self._snapshots,
                 fenced_url=prepared.fenced_url,
@@ -204,8 +207,13 @@ class Agent:
             self._channel.listen(self._messages.handle)
             self._node.start()
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
-            while self._train_generation():
-                pass
+            try:
+                while self._train_generation():
+                    pass
+            except Left:
+                self._answer_drain()
+                log.info("agent_left")
+                return None
         except SignalException as caught:
             log.info("agent_stopped", signal=caught.sigval.name)
             raise SystemExit(128 + caught.sigval) from None
@@ -229,6 +237,31 @@ class Agent:
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
         self._channel.close()
         self._metrics_server.shutdown()
+
+    def _drained(self, seconds: float) -> None:
+        """An operator asks this node to leave (membership thread). Called again until it leaves."""
+        if not self._node.leaving:
+            log.info("drained", reason=str(self._drain_request()), seconds=seconds)
+        self._leaving.ask(
+            str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
+        )
+
+    def _drain_request(self) -> Request | None:
+        return self._node.view.request(Verb.DRAIN, self._node.member.node)
+
+    def _answer_drain(self) -> None:
+        """Append to the log that this node has left, if an operator asked for that there."""
+        request = self._drain_request()
+        if request is None:
+            return
+        number = self._node.view.generation_number
+        try:
+            self._log.append(lambda view: carried_out(view, request), generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind="Control", reason=str(error))
+        except StoreError as error:
+            # The next agent of this name leaves, too.
+            log.warning("drain_not_answered", cause=str(error))
 
     # ---- one generation ------------------------------------------------------------------------
 

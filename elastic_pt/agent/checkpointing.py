@@ -170,7 +170,7 @@ class Checkpointing:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
             self._uploader.submit(shard)
             if shard.rank == 0:
-                self._committer.expect(step, generation)
+                self._committer.expect(step, generation, int(message.get("request", -1)))
         except ElasticPtError as error:
             self._upload_failed(shard, error)
 

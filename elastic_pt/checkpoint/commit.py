@@ -48,6 +48,8 @@ class _Due:
 
     step: int | None
     generation: Generation
+    request: int = -1
+    """The newest request for a checkpoint that it meets."""
 
 
 class Committer:
@@ -90,10 +92,13 @@ class Committer:
         self._history.forget(committed_step(self._log.view))
         self._history.add({"generation": generation} | message)
 
-    def expect(self, step: int, generation: Generation) -> None:
-        """Commit the checkpoint of `step`, which all nodes of `generation` are uploading now."""
+    def expect(self, step: int, generation: Generation, request: int = -1) -> None:
+        """Commit the checkpoint of `step`, which all nodes of `generation` are uploading now.
+
+        It meets the operator's `request`, and older ones.
+        """
         self._newest = (generation.number, step)
-        self._jobs.submit(_Due(step, generation))
+        self._jobs.submit(_Due(step, generation, request))
 
     def finish(self, generation: Generation) -> None:
         """Append STOP if the checkpoint of the last step is committed. The workers of `generation` have done it."""
@@ -112,7 +117,7 @@ class Committer:
             if due.step is None:
                 self._stop(due.generation)
             else:
-                expired = self._commit(due.step, due.generation)
+                expired = self._commit(due.step, due.generation, due.request)
         except FencedError as error:
             log.info("commit_fenced", step=step, reason=str(error))
         # Any error: report it to the agent and keep the thread alive. Without the thread there are no more commits.
@@ -130,7 +135,7 @@ class Committer:
             )
             log.info("stop", reason=COMPLETED, step=self._last_step)
 
-    def _commit(self, step: int, generation: Generation) -> "_Expired | None":
+    def _commit(self, step: int, generation: Generation, request: int) -> "_Expired | None":
         directory = directory_of(generation, step)
         notices = collect(
             self._store,
@@ -162,7 +167,13 @@ class Committer:
             expired = retention.expired(candidates, self._keep)
             gone.update(each.directory for each in expired)
             kept = tuple(retention.kept(candidates, self._keep))
-            return Commit(kept, _history_key(directory), permanent_before=view.permanent_record)
+            met = -1 if view.commit is None else view.commit.request
+            return Commit(
+                kept,
+                _history_key(directory),
+                permanent_before=view.permanent_record,
+                request=max(request, met),
+            )
 
         view = self._log.append(commit, generation=generation.number)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)

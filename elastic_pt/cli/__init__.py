@@ -5,6 +5,8 @@
     status  log  checkpoints            read the state of a run                     cli.reading
     digest  generate  eval  export      use its checkpoints                         cli.weights
     reopen                              continue a failed run                       cli.control
+    checkpoint  pause  resume           steer a run through its log                 cli.control
+    drain  stop
     config  storage-check               checks before a run                         cli.setup
 
 Commands import what they need when they are called: importing torch takes two seconds, and `--help` and
@@ -67,6 +69,11 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "generate": weights.generate,
     "eval": weights.evaluate,
     "export": weights.export,
+    "checkpoint": control.checkpoint,
+    "pause": control.pause,
+    "resume": control.resume,
+    "drain": control.drain,
+    "stop": control.stop,
     "reopen": control.reopen,
     "config": setup.config,
     "storage-check": setup.storage_check,

@@ -1,4 +1,4 @@
-"""Appends a node's decisions to the run's log: GENERATION (with QUARANTINE), STOP, and RECOVERY."""
+"""Appends a node's decisions to the run's log: GENERATION (with QUARANTINE), STOP, RECOVERY, and CONTROL."""
 
 import structlog
 
@@ -12,9 +12,10 @@ from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
 from elastic_pt.membership.resources import BoundStore, Resources
+from elastic_pt.runlog.control import carried_out
 from elastic_pt.runlog.identity import require_platform_since_start
 from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Stop
+from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Request, Stop
 
 log = structlog.get_logger("elastic_pt.participant")
 
@@ -118,6 +119,16 @@ class Appender:
         steps = [each.step for each in view.checkpoints[:1]]
         log.error("stop", reason=decision.reason)
         self._append(Stop(decision.reason, max(steps, default=0)), view.generation_number)
+
+    def answer(self, request: Request) -> None:
+        """Append CONTROL: what an operator asked for is done."""
+        log.info("request_done", request=str(request))
+        try:
+            number = self._log.view.generation_number
+            self._log.append(lambda view: carried_out(view, request), generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind="Control", reason=str(error))
+        self._read()
 
     def report_recovery(self) -> None:
         """As the first member: append RECOVERY when all members have reported the times of the generation's start."""

@@ -1,7 +1,7 @@
 """One node's part in the membership: its messages, view, decisions and actions. No thread and no socket.
 
     received ──► PeerTable ─┐
-    turn:  read the log ────┼──► View ──► decide ──► Appender: GENERATION, STOP, RECOVERY | on_drain | nothing
+    turn:  read the log ────┼──► View ──► decide ──► Appender: GENERATION, STOP, RECOVERY, CONTROL | on_… | nothing
            PulseWatch ──────┘
 
 In production, the membership thread of `Node` drives this over real connections. The simulator drives the same
@@ -23,7 +23,9 @@ from elastic_pt.membership.decision.decide import (
     Drain,
     Ended,
     Halt,
+    Paused,
     Propose,
+    Save,
     Wait,
     decide,
 )
@@ -43,7 +45,7 @@ from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse, PulseWatch
 from elastic_pt.membership.resources import InMemoryStates, Resources
 from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Generation, Member
+from elastic_pt.runlog.records import Generation, Member, Verb
 
 _READ_INTERVAL_S: Final = 1.0
 """Seconds between two reads of the log while no member answers this node."""
@@ -170,8 +172,9 @@ class Participant:
         self._choose_contacts()
         self._read_log()
         self.appender.require_platform(self.log.view)
+        self._obey_drain()
         decision = self._decide()
-        if isinstance(decision, Propose | Halt):
+        if isinstance(decision, Propose | Halt | Paused):
             # Another node may have acted already, or this node itself in a turn that never got the bucket's
             # answer. The log has priority over the messages of peers.
             self._refresh()
@@ -191,7 +194,8 @@ class Participant:
         peers = list(self.table.peers.values())
         known = max((peer.status.log_length for peer in peers if peer.status), default=0)
         now_s = self._clock_s()
-        due = self._cut_off() and now_s - self._log_read_s >= _READ_INTERVAL_S
+        watching = isinstance(self.decision, Wait) and self.decision.watching
+        due = (self._cut_off() or watching) and now_s - self._log_read_s >= _READ_INTERVAL_S
         if self._pulse.log_has_grown or due:
             self._log_read_s, self._pulse.log_has_grown = now_s, False
             self._refresh()
@@ -200,6 +204,12 @@ class Participant:
         else:
             return
         self._choose_contacts()
+
+    def _obey_drain(self) -> None:
+        """Leave if an operator asks this node to. Repeated until it does."""
+        request = self.log.view.request(Verb.DRAIN, self.member.node)
+        if request is not None and not self.me.leaving:
+            self._resources.on_leave(request.seconds)
 
     def _decide(self) -> Decision:
         now_s = self._clock_s()
@@ -211,6 +221,12 @@ class Participant:
                 self.appender.propose(decision)
             case Halt():
                 self.appender.halt(decision)
+            case Paused():
+                self.appender.answer(decision.request)
+            case Save():
+                # Repeated like the drain below, until the checkpoint is committed.
+                self._resources.on_checkpoint(decision.request)
+                self.appender.report_recovery()
             case Drain():
                 # Repeated in each turn: workers that connect later need the request, too.
                 self._resources.on_drain(decision.reason)
@@ -253,12 +269,14 @@ class Participant:
             quiet_until_s=memory.quiet_until_s,
             barred=barred,
             halt=must_halt,
+            requests=run.requests,
         )
 
     def _note_broken(self, generation: Generation, found: Assessment, now_s: float) -> None:
         """Store when the generation was found broken or over. Kept once this node has stated it as broken."""
         memory, given_up = self.memory, self.broken >= generation.number
-        if not given_up:
+        paused = found.over and self.log.view.request(Verb.PAUSE) is not None
+        if not given_up and not paused:
             memory.broken_since_s = None
         if (found.broken or found.over) and memory.broken_since_s is None:
             memory.broken_since_s = now_s

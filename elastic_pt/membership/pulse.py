@@ -23,6 +23,8 @@ from elastic_pt.store.port import Store
 
 KEY: Final = "pulse.json"
 _PULSES_PER_TAKEOVER: Final = 4
+_LOOK_S: Final = 1.0
+"""Seconds, at most, between two looks of the first member at the end of the log: an operator may have asked for something."""
 
 log = structlog.get_logger("elastic_pt.participant")
 
@@ -85,12 +87,13 @@ class PulseWatch:
         """
         now_s, view = self._clock_s(), self._log.view
         try:
-            if self._leads(view) and now_s - self._written_s >= self._pause_s:
-                self._written_s = now_s
-                self._pulse.beat(view.generation_number)
-                if now_s - self._looked_s >= 2 * self._pause_s:
+            if self._leads(view):
+                if now_s - self._written_s >= self._pause_s:
+                    self._written_s = now_s
+                    self._pulse.beat(view.generation_number)
+                if now_s - self._looked_s >= min(2 * self._pause_s, _LOOK_S):
                     self._looked_s = now_s
-                    self._look_for_takeover(view)
+                    self._look_at_log(view)
             elif cut_off and now_s - self._read_s >= self._pause_s:
                 self._read_s = now_s
                 self._memory.pulse_read(self._pulse.feel(), now_s, self._clock_s())
@@ -109,8 +112,8 @@ class PulseWatch:
             and me.broken < generation.number
         )
 
-    def _look_for_takeover(self, view: RunView) -> None:
-        """Mark the generation as broken if the next record in the log is another GENERATION.
+    def _look_at_log(self, view: RunView) -> None:
+        """Detect a record of another writer. Mark the generation as broken if it is another GENERATION.
 
         `Participant.turn` may still wait for a request that was sent when the bucket did not answer. The workers must
         end before that.

@@ -76,5 +76,9 @@ class Resources:
     platform: Mapping[str, str] = field(default_factory=dict)
     """The platform of this node (docs/glossary.md). Empty with native numerics and with stock torchrun."""
     states: InMemoryStates = field(default_factory=NothingInMemory)
+    on_checkpoint: Callable[[int], None] = lambda _: None
+    """Asks this node's workers for a checkpoint after the same step on all workers, for the request of that index."""
+    on_leave: Callable[[float], None] = lambda _: None
+    """Asks this node to leave in good order, within so many seconds (0: as configured). Called again until it leaves."""
     fenced_url: str = ""
     """The run directory's URL if this agent has checked that its store is fenced; a GENERATION records it."""

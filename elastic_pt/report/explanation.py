@@ -3,6 +3,7 @@
     GENERATION   causes, frontier step, resume, time to agree ─┐
     RECOVERY     the phases up to its first step ──────────────┼─► Change   one per generation but the first
     QUARANTINE   a quarantined checkpoint, a node kept out ────┤
+    CONTROL      an operator's request ────────────────────────┤
     COMMIT       proof that it trained ────────────────────────┘
     STOP ────────────────────────────────────────────────────────► End
 
@@ -22,12 +23,15 @@ from elastic_pt.runlog.records import (
     CauseKind,
     Checkpoint,
     Commit,
+    Control,
     Generation,
     Quarantine,
     Record,
     Recovery,
     Reopen,
+    Request,
     Stop,
+    Verb,
 )
 
 _PLANNED: Final = frozenset({CauseKind.JOINED, CauseKind.LEFT, CauseKind.BARRED})
@@ -97,6 +101,8 @@ class Change:
     recovery: Recovery | None = None
     set_aside: tuple[SetAside, ...] = ()
     kept_out: tuple[KeptOut, ...] = ()
+    requests: tuple[Request, ...] = ()
+    """What operators had asked for since the generation before, as far as it changes the world."""
 
     @property
     def restored_from(self) -> str:
@@ -144,19 +150,24 @@ def explain(records: Iterable[Record]) -> list[Change | End]:
     members: set[str] = set()
     checkpoints: tuple[Checkpoint, ...] = ()
     set_aside: list[SetAside] = []
+    requests: list[Request] = []
     for record in records:
         body = record.body
         if isinstance(body, Generation):
             changes[-1:] = [
                 _over(each, FirstStep.REPLACED, body.frontier_step) for each in changes[-1:]
             ]
-            changes.append(_change(record.index, body, members, set_aside))
+            change = _change(record.index, body, members, set_aside)
+            changes.append(replace(change, requests=tuple(requests)))
             members, set_aside = {each.incarnation for each in body.members}, []
+            requests = []
         elif isinstance(body, Quarantine) and not body.node:
             steps = [each.step for each in checkpoints if each.directory == body.directory]
             set_aside.append(SetAside(body.directory, steps[0] if steps else None, body.why))
         elif isinstance(body, Reopen):
-            ends = []
+            ends, requests = [], []
+        elif isinstance(body, Control):
+            requests += [body.request] if _changes_world(body.request) else []
         elif changes:
             changes[-1] = _later(changes[-1], body)
         if isinstance(body, Commit):
@@ -197,6 +208,10 @@ def _change(
         first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
         set_aside=tuple(set_aside),
     )
+
+
+def _changes_world(request: Request) -> bool:
+    return request.verb is not Verb.CHECKPOINT and not request.done
 
 
 def _later(change: Change, body: Recovery | Commit | Quarantine | Stop) -> Change:
@@ -240,7 +255,8 @@ def _what_happened(change: Change) -> list[str]:
     ]
     if change.resumed_by_new_nodes:
         clauses.append(f"no member of generation {change.generation - 1} was left; {change.reason}")
-    return [*(clauses or [change.reason]), *map(_aside, change.set_aside)]
+    asked = map(str, change.requests)
+    return [*(clauses or [change.reason]), *asked, *map(_aside, change.set_aside)]
 
 
 def _trouble(kind: CauseKind, causes: list[Cause], detail: str, change: Change) -> str:
@@ -270,7 +286,7 @@ def _aside(found: SetAside) -> str:
 def _how_it_went_on(change: Change) -> list[str]:
     clauses = []
     if change.planned and change.first_step is not FirstStep.UNKNOWN:
-        clauses.append(f"agreed {_seconds(change.agree_s)} after all members had stopped")
+        clauses.append(f"agreed {_seconds(change.agree_s)} after {_planned_since(change)}")
     elif not change.resumed_by_new_nodes:
         clauses.append(f"agreed after {_seconds(change.agree_s)}")
     match change.first_step:
@@ -296,7 +312,7 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
         else "initialised weights"
     )
     since = (
-        "all members had stopped"
+        _planned_since(change)
         if change.planned
         else "the new nodes had formed a generation"
         if change.resumed_by_new_nodes
@@ -309,6 +325,11 @@ def _phases(change: Change, recovery: Recovery) -> list[str]:
         f"first step {_seconds(recovery.step_s)}",
         f"training again {_seconds(recovery.total_s)} after {since}",
     ]
+
+
+def _planned_since(change: Change) -> str:
+    resumed = any(each.verb is Verb.RESUME for each in change.requests)
+    return "the resume was noticed" if resumed else "all members had stopped"
 
 
 def _again(change: Change) -> str:

@@ -9,7 +9,7 @@ States of a run:
     new        no generation yet
     running    members train, or enough nodes are up and agree on the next generation
     paused     nodes are up, but fewer than elastic.nodes_min can train together; it continues by itself when more
-               nodes come, or when nodes have rested
+               nodes come, or when nodes have rested. Or an operator has paused it, whichever nodes are up
     down       no agent answers and the log has no STOP; a new agent resumes from the last commit
     completed  the last step is done and committed
     failed     the log has a STOP for another reason (in `reason`)
@@ -43,6 +43,7 @@ from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
     COMPLETED,
     Commit,
+    Control,
     Generation,
     Kind,
     Member,
@@ -51,6 +52,7 @@ from elastic_pt.runlog.records import (
     Recovery,
     Reopen,
     Stop,
+    Verb,
 )
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -193,7 +195,13 @@ def judge(
         state = State.COMPLETED if view.stop.reason == COMPLETED else State.FAILED
         return state, view.stop.reason
     if any(answer.phase is not NodePhase.WAITING for answer in answers):
-        return State.RUNNING, "" if view.generation is None else view.generation.reason
+        reason = "" if view.generation is None else view.generation.reason
+        return State.RUNNING, reason if view.suspension is None else str(view.suspension)
+    if (pause := view.request(Verb.PAUSE)) is not None:
+        clauses = [f"asked for {pause.origin}"]
+        clauses += [] if pause.done else ["not reached yet"]
+        clauses += [] if answers or waiting else ["no agent answers"]
+        return State.PAUSED, "; ".join(clauses)
     able, why_not = _able(view, answers)
     nodes = able + waiting
     if view.generation is None:
@@ -268,6 +276,8 @@ def describe(record: Record) -> str:
         case Reopen():
             platform = ", another platform is accepted" if body.platform else ""
             text = f"from step {body.step}{platform}: {body.why}"
+        case Control():
+            text = f"{'done: ' if body.request.done else ''}{body.request}"
     return f"{record.index:>5}  {record.time}  {record.kind:<10}  {text}  (by {record.writer})"
 
 

@@ -20,13 +20,16 @@ from elastic_pt.runlog.records import (
     Body,
     Checkpoint,
     Commit,
+    Control,
     Generation,
     Kind,
     Quarantine,
     Record,
     Recovery,
     Reopen,
+    Request,
     Stop,
+    Verb,
 )
 from elastic_pt.store.port import Store
 
@@ -55,6 +58,8 @@ class RunView:
     """The newest generation when the run was last reopened. Failures up to it no longer count."""
     waived_generation: int = -1
     """The newest generation when a REOPEN last accepted another platform; -1 if none did."""
+    control: Control | None = None
+    """The newest one since the last REOPEN."""
 
     @property
     def length(self) -> int:
@@ -99,6 +104,25 @@ class RunView:
             return self.head.latest[Kind.COMMIT]
         return self.commit.permanent_before
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What operators have asked for and still holds, oldest first."""
+        standing = () if self.control is None else self.control.standing
+        met = -1 if self.commit is None else self.commit.request
+        return tuple(
+            each for each in standing if each.verb is not Verb.CHECKPOINT or each.index > met
+        )
+
+    def request(self, verb: Verb, node: str = "") -> Request | None:
+        """The request of that verb (for a drain, of that node) that holds now."""
+        found = (each for each in self.requests if (each.verb, each.node) == (verb, node))
+        return next(found, None)
+
+    @property
+    def suspension(self) -> Request | None:
+        """Why no generation may begin: a stop or a pause that was asked for."""
+        return self.request(Verb.STOP) or self.request(Verb.PAUSE)
+
 
 def fold(view: RunView, record: Record) -> RunView:
     """The view after one more record."""
@@ -116,11 +140,14 @@ def fold(view: RunView, record: Record) -> RunView:
             return replace(seen, quarantined=seen.quarantined | {directory})
         case Stop():
             return replace(seen, stop=record.body)
+        case Control():
+            return replace(seen, control=record.body)
         case Reopen(platform=platform):
             number = record.generation
             return replace(
                 seen,
                 stop=None,
+                control=None,
                 reopened_generation=number,
                 waived_generation=number if platform else view.waived_generation,
             )
@@ -135,7 +162,12 @@ def check_allowed(view: RunView, body: Body, generation: int) -> None:
             raise FencedError("the run has not ended")
     elif view.stop is not None:
         raise FencedError(f"the run has ended: {view.stop.reason}")
+    if isinstance(body, Control):
+        # An operator belongs to no generation, and a request to all of them.
+        return
     if isinstance(body, Generation):
+        if view.suspension is not None:
+            raise FencedError(f"no generation may begin: {view.suspension}")
         if body.number != view.generation_number + 1:
             raise FencedError(
                 f"generation {view.generation_number} is there already; {body.number} lost the race"
@@ -250,12 +282,13 @@ class RunLog:
                 raise self._gap(index, newest)
         head = self._must_read(newest)
         view = RunView(run_id=self._must_read(0).nonce)
-        kinds = (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP)
+        kinds = (Kind.GENERATION, Kind.RECOVERY, Kind.COMMIT, Kind.STOP, Kind.CONTROL)
         for index in sorted(head.latest[kind] for kind in kinds if kind in head.latest):
             view = fold(view, self._must_read(index))
         for reopened in reversed(list(self.chain(head, Kind.REOPEN))):
             stop = view.stop if head.latest.get(Kind.STOP, -1) > reopened.index else None
-            view = replace(fold(view, reopened), stop=stop)
+            control = view.control if head.latest.get(Kind.CONTROL, -1) > reopened.index else None
+            view = replace(fold(view, reopened), stop=stop, control=control)
         for quarantine in reversed(list(self.chain(head, Kind.QUARANTINE))):
             view = fold(view, quarantine)
         return replace(view, head=head)

@@ -7,6 +7,7 @@
     QUARANTINE   a committed checkpoint turned out unusable, or a node is kept out for a while
     STOP         the run has ended
     REOPEN       an operator lifted a STOP other than completion, or accepted another platform
+    CONTROL      an operator's request, or an agent's answer that it is done; names all requests in force
 
 A record is one JSON object: an envelope (schema, index, kind, generation, writer, nonce, time, the SHA-256
 of the record before, and the index of the newest record of each kind) around a body. With the pointers in
@@ -28,9 +29,9 @@ from pydantic import TypeAdapter
 from elastic_pt.errors import LogDamaged
 
 SCHEMA: Final = 1
-SCHEMA_PERMANENT: Final = 2
-"""The schema of a COMMIT after which permanent checkpoints exist. A version that reads only schema 1 would delete them,
-so it must refuse such a log."""
+NEWER_SCHEMA: Final = 2
+"""The schema of a COMMIT after which permanent checkpoints exist, of CONTROL records, and of all later ones in the same
+log. A version that reads only schema 1 would delete permanent checkpoints and miss requests, so it must refuse the log."""
 ORIGIN: Final = "0" * 64
 """The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
@@ -46,6 +47,21 @@ class Kind(StrEnum):
     QUARANTINE = "QUARANTINE"
     STOP = "STOP"
     REOPEN = "REOPEN"
+    CONTROL = "CONTROL"
+
+
+class Verb(StrEnum):
+    """What an operator may ask of a run."""
+
+    CHECKPOINT = "checkpoint"
+    """Commit a checkpoint as soon as a step is done, and train on."""
+    PAUSE = "pause"
+    """Commit a checkpoint and train no more until a RESUME. The agents stay."""
+    RESUME = "resume"
+    DRAIN = "drain"
+    """One node leaves in good order; the others go on."""
+    STOP = "stop"
+    """Commit a checkpoint and end the run."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +236,8 @@ class Commit:
     permanent_before: int | None = None
     """Index of the newest COMMIT before this one whose own checkpoint is permanent; None if there is none. So
     permanent checkpoints form a chain and need not be in `checkpoints`."""
+    request: int = -1
+    """Index of the newest CONTROL record whose request for a checkpoint has been met; -1 if none has."""
 
     @property
     def newest(self) -> Checkpoint:
@@ -277,7 +295,46 @@ class Reopen:
     """Steps done in the newest checkpoint. Up to it the bits are those of one platform."""
 
 
-Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen
+@dataclass(frozen=True)
+class Request:
+    """What an operator asks of a run."""
+
+    verb: Verb
+    by: str
+    """Who asked: user@host, for people."""
+    why: str = ""
+    node: str = ""
+    """The node to drain; empty for other verbs."""
+    seconds: float = 0.0
+    """How long that node may take; 0 leaves it to its configuration. It counts from when it reads the record."""
+    index: int = -1
+    """Of the CONTROL record that made the request; -1 before it is made."""
+    done: bool = False
+    """Whether it has been carried out. A pause that is done still holds."""
+
+    @property
+    def origin(self) -> str:
+        """Who asked, and why."""
+        return f"by {self.by}" + (f": {self.why}" if self.why else "")
+
+    def __str__(self) -> str:
+        node = f" of node {self.node}" if self.node else ""
+        limit = f" within {self.seconds:g} s" if self.seconds else ""
+        return f"{self.verb}{node}{limit} asked for {self.origin}"
+
+
+@dataclass(frozen=True)
+class Control:
+    """An operator asks something of the run, or an agent says that it is done (`request.done`)."""
+
+    request: Request
+    standing: tuple[Request, ...]
+    """All requests that hold from here on, oldest first. So the newest CONTROL tells everything."""
+    step: int
+    """Of the newest checkpoint."""
+
+
+Body = Generation | Recovery | Commit | Quarantine | Stop | Reopen | Control
 
 _KIND_OF: Final[dict[type, Kind]] = {
     Generation: Kind.GENERATION,
@@ -286,6 +343,7 @@ _KIND_OF: Final[dict[type, Kind]] = {
     Quarantine: Kind.QUARANTINE,
     Stop: Kind.STOP,
     Reopen: Kind.REOPEN,
+    Control: Kind.CONTROL,
 }
 _BODIES: Final[dict[Kind, TypeAdapter[Any]]] = {
     kind: TypeAdapter(body) for body, kind in _KIND_OF.items()
@@ -319,7 +377,8 @@ class Record:
         permanent = isinstance(body, Commit) and (
             body.permanent_before is not None or any(each.permanent for each in body.checkpoints)
         )
-        return SCHEMA_PERMANENT if permanent else SCHEMA
+        knows_control = Kind.CONTROL in (self.kind, *self.latest)
+        return NEWER_SCHEMA if permanent or knows_control else SCHEMA
 
     def to_bytes(self) -> bytes:
         """The stored form."""
@@ -346,9 +405,9 @@ class Record:
         """Read a stored record. Raises `LogDamaged` with `key` if it is not one."""
         try:
             document = json.loads(data)
-            if document["schema"] not in (SCHEMA, SCHEMA_PERMANENT):
+            if document["schema"] not in (SCHEMA, NEWER_SCHEMA):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; expected {SCHEMA} or {SCHEMA_PERMANENT}, "
+                    f"{key}: schema {document['schema']!r}; expected {SCHEMA} or {NEWER_SCHEMA}, "
                     "which this version reads"
                 )
             return Record(

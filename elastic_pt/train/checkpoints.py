@@ -51,6 +51,10 @@ class Agent(Protocol):
     def drain_requested(self) -> bool:
         """Whether the agent wants all workers to stop at a step boundary."""
 
+    @property
+    def checkpoint_request(self) -> int:
+        """The newest request for a checkpoint; -1 if there was none."""
+
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
 
@@ -91,6 +95,7 @@ class Checkpoints:
         self._enter = enter
         self._provenance = Provenance(data.fingerprint, data.tokenizer_sha256, config.fingerprint())
         self._saved_step: int | None = None
+        self._request = -1
         self._without_room: TrainState | None = None
         """The state that the last `save` could not stage."""
         self._why = ""
@@ -157,9 +162,12 @@ class Checkpoints:
             config_fingerprint=self._provenance.config_fingerprint,
         )
 
-    def save(self, state: TrainState) -> None:
-        """Copy this worker's rows of the whole state into the staging directory. Call `wait` next."""
-        self._saved_step = state.steps_done
+    def save(self, state: TrainState, request: int = -1) -> None:
+        """Copy this worker's rows of the whole state into the staging directory. Call `wait` next.
+
+        `request` is the newest request for a checkpoint that this one meets.
+        """
+        self._saved_step, self._request = state.steps_done, request
         self._enter(WorkerPhase.STAGE, state.steps_done)
         started_s = time.monotonic()
         path = self._staging.path(state.steps_done, state.rank)
@@ -176,7 +184,8 @@ class Checkpoints:
             self._without_room, self._why = state, str(error)
             return
         self._without_room = None
-        self._tell("staged", state, path=str(path), seconds=time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        self._tell("staged", state, path=str(path), seconds=seconds, request=request)
 
     def wait(self, timeout_s: float) -> None:
         """Try again until the state of the last `save` is staged; after `timeout_s` tell the agent that it is skipped."""
@@ -190,7 +199,7 @@ class Checkpoints:
             self._tell("no_room", state, why=self._why)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_MAX_S)
-            self.save(state)
+            self.save(state, self._request)
 
     @property
     def committed_step(self) -> int:

@@ -35,19 +35,21 @@ def train(
     `enter(phase, steps done)` informs the watchdog of the next phase.
     """
     last_checkpoint = checkpoints.committed_step
+    request = -1
+    """The newest request for a checkpoint that a save of this worker has met."""
     while state.steps_done < config.train.steps:
         started_s = time.monotonic()
         enter(WorkerPhase.DATA, state.steps_done)
         batch = next(batches)
         assert batch.step == state.steps_done
         data_wait_s = time.monotonic() - started_s
-        pending = checkpoints.pending
+        pending, asked = checkpoints.pending, agent.checkpoint_request
         enter(WorkerPhase.COMPUTE, state.steps_done)
         tokens_SBT = batch.tokens_VBT.to(state.device, non_blocking=True)
         result = run_step(
             state,
             tokens_SBT,
-            Control(agent.drain_requested, pending),
+            Control(agent.drain_requested, pending, asked > request),
             snapshots.offer,
         )
         seconds = time.monotonic() - started_s
@@ -59,9 +61,11 @@ def train(
             snapshots.take(state, result.agreed)
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
+        due = due or result.agreed.checkpoint
         stops = finished or result.agreed.drain
         if stops or (due and not result.agreed.checkpoint_pending):
-            checkpoints.save(state)
+            request = asked
+            checkpoints.save(state, request)
             # A worker that stops has no later step to checkpoint, so it waits for room.
             checkpoints.wait(room_timeout_s(config) if stops else 0.0)
             last_checkpoint = state.steps_done

@@ -25,7 +25,7 @@ from elastic_pt.train.schedule import learning_rate
 from elastic_pt.train.state import TrainState
 
 _CLIP_EPSILON: Final = 1e-6
-_CONTROLS: Final = 3
+_CONTROLS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Control:
     drain: bool
     """Checkpoint and stop, because the members will change."""
     checkpoint_pending: bool
-    """The previous checkpoint is still being uploaded, so a periodic one would have to wait."""
+    """The previous checkpoint is still being uploaded, so one that does not end the generation has to wait."""
+    checkpoint: bool = False
+    """Checkpoint as soon as none is pending: an operator asks for it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Agreed:
     """Whether any worker asked for it."""
     checkpoint_pending: bool
     """Whether any worker still has one."""
+    checkpoint: bool
+    """Whether an operator asks for one."""
     complete_step: int | None
     """The newest step that all nodes and their mirrors hold whole, 0 for none; None if a worker takes no snapshots."""
     snapshot_every: int
@@ -158,7 +162,7 @@ def _agree_on_step(
 
 
 def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
-    """This worker's part of the vector's head: two control bits, the cadence, and an entry for each worker.
+    """This worker's part of the vector's head: three control bits, the cadence, and an entry for each worker.
 
     An entry is 1 more than the complete step, so that 0 says that this worker takes no snapshots.
     """
@@ -166,10 +170,17 @@ def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
     if offer.complete_step is not None:
         entries[state.rank] = 1.0 + offer.complete_step
     every = float(offer.snapshot_every) if state.rank == 0 else 0.0
-    return [float(control.drain), float(control.checkpoint_pending), every, *entries]
+    bits = (control.drain, control.checkpoint_pending, control.checkpoint)
+    return [*(float(each) for each in bits), every, *entries]
 
 
 def _agreed(head: list[float]) -> Agreed:
-    drain, pending, every, *entries = head
+    drain, pending, checkpoint, every, *entries = head
     oldest = int(min(entries))
-    return Agreed(bool(drain), bool(pending), oldest - 1 if oldest else None, int(every))
+    return Agreed(
+        drain=bool(drain),
+        checkpoint_pending=bool(pending),
+        checkpoint=bool(checkpoint),
+        complete_step=oldest - 1 if oldest else None,
+        snapshot_every=int(every),
+    )

@@ -7,6 +7,7 @@
                       no_snapshots  there is no memory for them
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
+                      checkpoint  checkpoint at such a step and go on
                       released    the agent is done with the checkpoint of a step, so the next one may come
                       complete    the node and its mirrors hold the state of a step whole
 
@@ -65,6 +66,10 @@ class AgentSide:
     def drain(self, reason: str) -> None:
         """Ask all workers to checkpoint and stop at a step on which they agree."""
         self._broadcast({"kind": "drain", "reason": reason})
+
+    def checkpoint(self, request: int) -> None:
+        """Ask all workers for a checkpoint of a step on which they agree; `request` tells such wishes apart."""
+        self._broadcast({"kind": "checkpoint", "request": request})
 
     def release(self, step: int) -> None:
         """Tell all workers that the agent is done with the checkpoint of `step`."""
@@ -153,6 +158,7 @@ class WorkerSide:
         self._socket.settimeout(None)
         self._closing = False
         self._drain = False
+        self._checkpoint_request = -1
         self._released: set[int] = set()
         self._complete = 0
         threading.Thread(target=self._read, name="channel", daemon=True).start()
@@ -161,6 +167,11 @@ class WorkerSide:
     def drain_requested(self) -> bool:
         """Whether the agent wants all workers to stop at a step boundary."""
         return self._drain
+
+    @property
+    def checkpoint_request(self) -> int:
+        """The newest request for a checkpoint that the agent has passed on; -1 if there was none."""
+        return self._checkpoint_request
 
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
@@ -197,6 +208,8 @@ class WorkerSide:
             message = json.loads(line)
             if message["kind"] == "drain":
                 self._drain = True
+            elif message["kind"] == "checkpoint":
+                self._checkpoint_request = max(self._checkpoint_request, message["request"])
             elif message["kind"] == "released":
                 self._released.add(message["step"])
             elif message["kind"] == "complete" and message["generation"] == self._generation:

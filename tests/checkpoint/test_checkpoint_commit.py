@@ -40,6 +40,15 @@ def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> No
     assert world.there(3)
 
 
+def test_a_commit_names_the_newest_request_that_was_met(world: World) -> None:
+    """Who asked for a checkpoint finds the answer in the newest COMMIT, also after later ones that met nothing."""
+    for step, request in ((1, -1), (2, 7), (3, -1)):
+        world.commit(step, request)
+        assert world.log.view.commit is not None
+        assert world.log.view.commit.request == (-1 if step == 1 else 7)
+    world.committer.close(WAIT_S)
+
+
 def test_expired_checkpoints_are_removed_after_workers_are_released(world: World) -> None:
     """The workers are released at the COMMIT. The oldest checkpoint is deleted after that, while they train."""
     released = threading.Event()

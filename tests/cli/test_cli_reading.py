@@ -19,7 +19,7 @@ from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.decision.status import NodePhase, NodeStatus
 from elastic_pt.report.status import State, judge, open_run, read_history
 from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Generation, Member, Stop
+from elastic_pt.runlog.records import Control, Generation, Member, Request, Stop, Verb
 
 WAIT_S = 60.0
 
@@ -146,6 +146,28 @@ def test_new_run_shows_how_many_nodes_are_missing() -> None:
     """Before the first generation the reason has the nodes that wait and `nodes_min`."""
     _, reason = judge(view_of(members=0), [], 2, 3)
     assert reason == "2 of at least 3 nodes wait for the start"
+
+
+PAUSE = Request(Verb.PAUSE, "ann@desk", "maintenance", index=7)
+REACHED = dataclasses.replace(PAUSE, done=True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "answers", "found"),
+    [
+        (REACHED, BOTH_WAIT, (State.PAUSED, "asked for by ann@desk: maintenance")),
+        (REACHED, [], (State.PAUSED, "asked for by ann@desk: maintenance; no agent answers")),
+        (PAUSE, BOTH_WAIT, (State.PAUSED, "asked for by ann@desk: maintenance; not reached yet")),
+        (PAUSE, RUNS, (State.RUNNING, "pause asked for by ann@desk: maintenance")),
+    ],
+)
+def test_a_run_that_an_operator_has_paused_tells_who_and_why(
+    request_: Request, answers: list[NodeStatus], found: tuple[State, str]
+) -> None:
+    """It is paused whether its agents are up or not, and running until its workers have stopped."""
+    view = dataclasses.replace(view_of(), control=Control(request_, (request_,), 0))
+    assert judge(view, answers, 0, 1) == found
+    assert judge(dataclasses.replace(view, generations=()), [], 0, 1)[0] is State.PAUSED
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The examples of `--help` are commands that work: each one is taken from the help text and run.
 
-They run in a working directory with what they name: texts, data, a configuration, a completed run. A bucket is a
-directory here, and the step of an example is one that the run keeps.
+They run in a working directory that has what they name: texts, data, a configuration, a completed run, and one that
+has not ended. A bucket is a directory here, and the step of an example is one that the run keeps.
 """
 
 import json
@@ -71,6 +71,10 @@ def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copy(tokenizer, root / "tokenizer.json")
     for run in ("runs/first", "bucket/run"):
         shutil.copytree(trained.run, root / run)
+    for run in ("runs/live", "bucket/live"):
+        shutil.copytree(trained.run, root / run)
+        log = RunLog(open_store(f"file://{root / run}"), writer="test")
+        (root / run / record_key(log.refresh().length - 1)).unlink()
     config = trained.config.read_text().replace(str(trained.run), "runs/new")
     (root / "run.toml").write_text(config.replace("steps = 240", "steps = 30"))
     (root / "shared").mkdir()

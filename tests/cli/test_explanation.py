@@ -19,13 +19,16 @@ from elastic_pt.runlog.records import (
     CauseKind,
     Checkpoint,
     Commit,
+    Control,
     Generation,
     InMemory,
     Member,
     Quarantine,
     Record,
     Recovery,
+    Request,
     Stop,
+    Verb,
 )
 from elastic_pt.store.open import open_store
 
@@ -297,6 +300,37 @@ def test_quarantines_appear_in_the_right_generation() -> None:
     assert "12 steps (401 to 412) done again" in second
     assert "kept out" not in third
     assert "quarantined" not in third
+
+
+def test_a_change_that_an_operator_asked_for_tells_who_asked() -> None:
+    """A pause, its resume and a drain are told with the change that they led to, and with none later; answers are not."""
+    pause = Request(Verb.PAUSE, "ann@desk", "maintenance", index=2)
+    reached = dataclasses.replace(pause, done=True)
+    wishes = (
+        pause,
+        Request(Verb.CHECKPOINT, "ann@desk", index=3),
+        reached,
+        Request(Verb.DRAIN, "bob@desk", node="b", index=5),
+        Request(Verb.RESUME, "ann@desk", index=6),
+    )
+    left = generation(2, "ac", Cause(CauseKind.LEFT, "b"), frontier=410)
+    bodies = (FIRST, COMMIT, *(Control(each, (), 410) for each in wishes), left, THIRD)
+    second, third = explain(records(*bodies))
+    assert isinstance(second, Change)
+    assert second.requests == (wishes[0], wishes[3], wishes[4])
+    assert (
+        "): node b left after step 410; pause asked for by ann@desk: maintenance; "
+        "drain of node b asked for by bob@desk; resume asked for by ann@desk; agreed 0.21 s "
+        "after the resume was noticed; "
+    ) in str(second)
+    assert "asked for" not in str(third)
+    assert as_json(second)["requests"][0]["by"] == "ann@desk"
+    (line, answer) = (
+        describe(each)
+        for each in records(FIRST, *(Control(each, (), 0) for each in (pause, reached)))[1:]
+    )
+    assert "CONTROL     pause asked for by ann@desk: maintenance" in line
+    assert "CONTROL     done: pause asked for by ann@desk: maintenance" in answer
 
 
 def test_quarantined_checkpoint_without_a_commit_is_named_by_directory() -> None:

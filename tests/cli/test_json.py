@@ -41,6 +41,7 @@ def arguments(trained: Trained, texts: Path, tmp_path: Path) -> dict[str, list[o
     (failed / record_key(log.refresh().length - 1)).unlink()
     log = RunLog(open_store(f"file://{failed}"), writer="test")
     number = log.refresh().generation_number
+    shutil.copytree(failed, live := tmp_path / "live")
     log.append(lambda _: Stop("diverged: loss is nan", 240), generation=number)
     return {
         "prepare": [texts, "--out", tmp_path / "data", "--vocab-size", 300],
@@ -51,6 +52,11 @@ def arguments(trained: Trained, texts: Path, tmp_path: Path) -> dict[str, list[o
         "generate": [trained.run, "--prompt", "abc", "--max-tokens", 3],
         "eval": [trained.run],
         "export": [trained.run, "--out", tmp_path / "model"],
+        "checkpoint": [live],
+        "pause": [live],
+        "resume": [live],
+        "drain": [live, "--node", "b"],
+        "stop": [live, "--reason", "a test"],
         "reopen": [failed, "--why", "a test"],
         "config": [trained.config],
         "storage-check": [tmp_path / "store"],

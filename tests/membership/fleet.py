@@ -1,6 +1,7 @@
 """Several participants of one run. The test moves their clock and delivers their messages."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from elastic_pt.membership.decision.status import Limits, NodePhase
@@ -38,6 +39,10 @@ class Fleet:
     """Nodes on lost machines: their addresses neither refuse nor answer."""
     cut: set[frozenset[str]] = dataclasses.field(default_factory=set)
     drains: list[str] = dataclasses.field(default_factory=list)
+    checkpoints: list[int] = dataclasses.field(default_factory=list)
+    """Requests for checkpoints that were passed on to workers."""
+    leaves: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    """Nodes that were asked to leave through the log, and within how many seconds."""
     now_s: float = 0.0
     bound: int = 0
     """Stores that were bound for generations."""
@@ -62,6 +67,8 @@ class Fleet:
                     bind_store=self._bind_store,
                     choose_resume=lambda view: self.choose_resume(view),
                     on_drain=self.drains.append,
+                    on_checkpoint=self.checkpoints.append,
+                    on_leave=functools.partial(self._leave, name),
                     platform=self.platform,
                     fenced_url=self.fenced_url,
                 ),
@@ -70,6 +77,10 @@ class Fleet:
     def clock_s(self) -> float:
         """The clock of all nodes."""
         return self.now_s
+
+    def _leave(self, name: str, seconds: float) -> None:
+        self.leaves.append((name, seconds))
+        self.nodes[name].me.leaving = True
 
     def _bind_store(self) -> BoundStore:
         self.bound += 1

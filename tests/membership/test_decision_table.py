@@ -1,6 +1,7 @@
 """The decision table of docs/membership.md, row by row against `decide`."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import sys
@@ -8,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from elastic_pt.membership.decision import decide as module
 from elastic_pt.membership.decision.decide import Decision, Propose, Wait
 from elastic_pt.membership.decision.status import NodePhase
-from elastic_pt.runlog.records import CauseKind, Stop
+from elastic_pt.runlog.records import CauseKind, Request, Stop, Verb
 from tests.membership.world import (
     LIMITS,
     NOTICED_S,
@@ -45,6 +46,10 @@ OUTSIDE_ALONE = {node: refusing(status(node)) for node in "abc"}
 TWO = changed(LIMITS, nodes_min=2)
 THREE = changed(LIMITS, nodes_min=3)
 D = {"d": peer(waiting("d"))}
+PAUSE = Request(Verb.PAUSE, "ann@desk", "maintenance", index=7)
+REACHED = dataclasses.replace(PAUSE, done=True)
+STOP = Request(Verb.STOP, "ann@desk", "too expensive", index=7)
+CHECKPOINT = Request(Verb.CHECKPOINT, "ann@desk", index=7)
 YOUNG = {"newcomers_changed_s": NOW_S}
 MOVED = {"quiet_since_s": NOW_S}
 
@@ -105,6 +110,19 @@ CASES: dict[int, Callable[[], Decision]] = {
     32: lambda: of_newcomer({"e": peer(waiting("e"))}, of=None, limits=THREE),
     33: lambda: of_newcomer({"c": peer(waiting("c"))}, of=None),
     34: lambda: of_newcomer({}, of=None, leaving=True),
+    35: lambda: of_member(HEALTHY, requests=(PAUSE,)),
+    36: lambda: of_member(HEALTHY, requests=(CHECKPOINT,)),
+    37: lambda: of_member(
+        {"a": peer(status("a")), "c": peer(status("c"))}, node="b", requests=(CHECKPOINT,)
+    ),
+    38: lambda: of_member(STOPPED, phase=NodePhase.WAITING, spent=1, requests=(PAUSE,)),
+    39: lambda: of_member(STOPPED, phase=NodePhase.WAITING, spent=1, requests=(REACHED,)),
+    40: lambda: of_member(LOST_C, requests=(PAUSE,)),
+    41: lambda: of_member(STOPPED, phase=NodePhase.WAITING, spent=1, requests=(STOP,)),
+    42: lambda: of_member(CUT_OFF, requests=(STOP,), **MOVED),
+    43: lambda: of_newcomer(HEALTHY | {"a": peer(status("a"))}, requests=(PAUSE,)),
+    44: lambda: of_newcomer(OUTSIDE_ALONE, requests=(REACHED,)),
+    45: lambda: of_newcomer({}, of=None, requests=(STOP,)),
 }  # fmt: skip
 """The facts of each row."""
 
@@ -154,7 +172,7 @@ def lines_of_decide(lines: set[int]) -> Iterator[None]:
 
 def test_each_decision_in_the_code_has_a_row() -> None:
     """Some row reaches each place where `decide` returns a decision: a new branch needs a new row."""
-    kinds = {"Propose", "Halt", "Drain", "Wait", "Ended"}
+    kinds = {each.__name__ for each in get_args(Decision)}
     places = {
         node.lineno
         for node in ast.walk(ast.parse(inspect.getsource(module)))

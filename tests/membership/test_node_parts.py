@@ -30,12 +30,15 @@ def test_messages_arrive_complete_and_in_order(tmp_path: Path) -> None:
         worker.send("step", step=number, padding="x" * 5000)
     assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
     agent.release(7)
+    assert worker.checkpoint_request == -1
+    agent.checkpoint(42)
     agent.drain("the world changes")
     waiting = threading.Event()
     while not worker.drain_requested:
         waiting.wait(0.01)
     assert worker.released(7)
     assert not worker.released(8)
+    assert worker.checkpoint_request == 42
     worker.send("last")
     worker.close()
     agent.drain_messages(5.0)

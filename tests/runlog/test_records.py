@@ -14,13 +14,16 @@ from elastic_pt.runlog.records import (
     CauseKind,
     Checkpoint,
     Commit,
+    Control,
     Generation,
     Kind,
     Member,
     Quarantine,
     Record,
     Recovery,
+    Request,
     Stop,
+    Verb,
 )
 
 CHECKPOINT = Checkpoint(150, 3, "ckpt/0000000150-g3-5f0c", 4711, "ab" * 32, 2.5)
@@ -47,6 +50,11 @@ BODIES: list[Body] = [
     Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
     Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
     Stop("completed", 200),
+    Control(
+        Request(Verb.DRAIN, "ann@desk", node="b", seconds=30.0, index=7),
+        (Request(Verb.PAUSE, "ann@desk", "maintenance", index=5, done=True),),
+        150,
+    ),
 ]
 
 
@@ -87,6 +95,19 @@ def test_records_without_the_newer_fields_are_still_read() -> None:
     assert Record.from_bytes(json.dumps(document).encode(), key="log/7").body == commit
     bad = Quarantine("ckpt/x", "bad")
     assert Record.from_bytes(without(bad, "node", "seconds"), key="log/7").body == bad
+
+
+def test_only_a_log_with_a_request_has_the_newer_schema() -> None:
+    """A version that knows no CONTROL reads every other log, and names the schema where it cannot."""
+    control = BODIES[-1]
+    assert isinstance(control, Control)
+    assert {json.loads(stored(each))["schema"] for each in BODIES[:-1]} == {1}
+    assert json.loads(stored(control))["schema"] == 2
+    later = Record(8, 4, "a", "n", "now", ORIGIN, {Kind.CONTROL: 7}, BODIES[5])
+    assert Record.from_bytes(later.to_bytes(), key="log/8").schema == 2
+    other = stored(control).replace(b'"schema": 2', b'"schema": 3')
+    with pytest.raises(LogDamaged, match="log/7: schema 3; this version reads schemas 1 to 2"):
+        Record.from_bytes(other, key="log/7")
 
 
 @pytest.mark.parametrize("name", ["number", "members", "store_port", "reason"])

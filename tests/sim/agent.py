@@ -12,6 +12,7 @@ order and with the same waits:
 import dataclasses
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
+from elastic_pt.runlog.control import ask, carried_out
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     COMPLETED,
@@ -33,7 +35,9 @@ from elastic_pt.runlog.records import (
     Generation,
     Member,
     Record,
+    Request,
     Stop,
+    Verb,
 )
 from tests.sim.bucket import Bucket
 from tests.sim.checks import Witness
@@ -48,6 +52,7 @@ _STORE_CONNECT_S: Final = 20.0
 _STORE_AGAIN_S: Final = 1.0
 _POLL_S: Final = 0.05
 _RETRIES_WITHOUT_PROGRESS: Final = 3
+_ASK_AGAIN_S: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class SimulatedStore:
 class WitnessedLog(RunLog):
     """The production log; the witness hears which agent appends what on whose behalf, and what came of it."""
 
-    def __init__(self, store: Any, process: "AgentProcess") -> None:
+    def __init__(self, store: Any, process: "AgentProcess | Operator") -> None:
         super().__init__(store, writer=process.name)
         self._lock = Lock(process)  # type: ignore[assignment]
         self._process = process
@@ -122,6 +127,40 @@ class WitnessedLog(RunLog):
         record = super()._next_record(view, body)
         self._attempt.tries(record)
         return record
+
+
+class Operator(Process):
+    """Who asks something of the run, from a machine that reaches only the bucket."""
+
+    def __init__(self, around: Surrounding) -> None:
+        super().__init__(around.scheduler, "operator")
+        self.around = around
+        store = around.bucket.store_for(self, self.name, _HINTS_DEADLINE_S)
+        self.log = WitnessedLog(store, self)
+        self._due: deque[Request] = deque()
+        self._asking = False
+
+    def ask(self, request: Request) -> None:
+        """Append the request, after those before it and as often as the bucket fails."""
+        self._due.append(request)
+        if not self._asking:
+            self._asking = True
+            self.spawn(self._ask_all)
+
+    def _ask_all(self) -> None:
+        while self._due:
+            request = self._due[0]
+            try:
+                number = self.log.view.generation_number
+                self.log.append(lambda view, request=request: ask(view, request), generation=number)  # type: ignore[misc]
+            except FencedError:
+                # The run has ended.
+                self._due.clear()
+            except StoreError:
+                self.sleep(_ASK_AGAIN_S)
+            else:
+                self._due.popleft()
+        self._asking = False
 
 
 class SimulatedDriver:
@@ -246,6 +285,8 @@ class AgentProcess(Process):
                 bind_store=self._bind_store,
                 choose_resume=self._choose_resume,
                 on_drain=self._drain,
+                on_checkpoint=self._checkpoint,
+                on_leave=lambda _: self.node.request_leave(),
             ),
         )
         self.node = SimulatedNode(self, SimulatedDriver(self))
@@ -382,6 +423,10 @@ class AgentProcess(Process):
         if self.generation is not None:
             self.around.training.drain(self.generation, self.incarnation)
 
+    def _checkpoint(self, request: int) -> None:
+        if self.generation is not None:
+            self.around.training.checkpoint(self.generation, self.incarnation, request)
+
     # ---- main thread -------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -392,11 +437,20 @@ class AgentProcess(Process):
                     break
                 self._train(found)
         except Left:
+            self._answer_drain()
             self.participant.depart()
             self.exit("left")
             return
         self.participant.depart()
         self.exit("run ended")
+
+    def _answer_drain(self) -> None:
+        request = self.log.view.request(Verb.DRAIN, self._member.node)
+        if request is None:
+            return
+        number = self.log.view.generation_number
+        with suppress(FencedError, StoreError):
+            self.log.append(lambda view: carried_out(view, request), generation=number)
 
     def _train(self, formed: Formed) -> None:
         generation, number = formed.generation, formed.generation.number
@@ -553,10 +607,13 @@ class AgentProcess(Process):
         named = checkpoint_of(world, step)
         self.store.write(f"{named['directory']}/manifest.json", b"manifest")
         checkpoint = Checkpoint(manifest_size=1, manifest_sha256="0" * 64, loss=None, **named)
-        self.log.append(
-            lambda view: Commit((checkpoint, *view.checkpoints)[:3], "history"),
-            generation=generation.number,
-        )
+        request = world.met[step]
+
+        def commit(view: RunView) -> Commit:
+            met = -1 if view.commit is None else view.commit.request
+            return Commit((checkpoint, *view.checkpoints)[:3], "history", max(request, met))
+
+        self.log.append(commit, generation=generation.number)
 
     def _stop(self, number: int) -> None:
         last_step = self.around.training.plan.steps

@@ -17,22 +17,25 @@ from elastic_pt.runlog.records import (
     ORIGIN,
     CauseKind,
     Commit,
+    Control,
     Generation,
-    Quarantine,
     Record,
     Recovery,
     Stop,
+    Verb,
 )
 from tests.sim.training import World
 
 if TYPE_CHECKING:
-    from tests.sim.agent import AgentProcess
+    from tests.sim.agent import AgentProcess, Operator
     from tests.sim.simulation import Simulation
 
 _KILL_S: Final = 0.5
 """What an agent that can run may take to end its workers once it knows that it must."""
 
 
+_PAUSE_S: Final = 3.5
+"""What a run may take to notice that it is paused, beyond the step at which it stops: two seconds, and slow requests."""
 _CLOCK_GRAIN_S: Final = 1e-6
 _FAILURES_WINDOW_S: Final = 4.0
 _FAILURES_MAX: Final = 5
@@ -52,7 +55,7 @@ def detection_bound_s(limits: Limits) -> float:
 
     A member that proposes has given its workers up before; the others cannot make a step without them. So
     only newcomers can supersede a generation that trains. They act after `takeover_s` without a pulse; its
-    rank 0 beats the pulse every `takeover_s / 4`, and glances at the log every second time. To that come slow
+    rank 0 beats the pulse every `takeover_s / 4`, and looks at the log at least every second time. To that come slow
     requests and the time to kill.
     """
     return limits.elastic.takeover_s / 2 + 2.0
@@ -61,7 +64,9 @@ def detection_bound_s(limits: Limits) -> float:
 class Attempt:
     """One append of one agent: its records are in the log exactly if it believes so."""
 
-    def __init__(self, witness: "Witness", process: "AgentProcess", generation: int) -> None:
+    def __init__(
+        self, witness: "Witness", process: "AgentProcess | Operator", generation: int
+    ) -> None:
         self._witness = witness
         self.process = process
         self.generation = generation
@@ -112,6 +117,9 @@ class Witness:
     stores: dict[tuple[str, int], int] = field(default_factory=dict)
     last_step_s: dict[int, float] = field(default_factory=dict)
     """When a generation did its newest step."""
+    first_step_s: dict[int, float] = field(default_factory=dict)
+    paused_s: float | None = None
+    """Since when the run is paused; None while it is not."""
     expected_stop: Callable[[Stop], bool] = lambda stop: False
     _words: dict[tuple[str, str], tuple[int, Message]] = field(default_factory=dict)
     _doomed_since_s: dict[str, float] = field(default_factory=dict)
@@ -150,7 +158,12 @@ class Witness:
             case Stop():
                 self._check_stop(record.body, before)
                 self.superseded_s[before.generation_number] = now_s
-            case Quarantine() | Recovery():
+            case Control(request=request) if not request.done:
+                if request.verb is Verb.PAUSE:
+                    self.paused_s = now_s
+                elif request.verb is Verb.RESUME:
+                    self.paused_s = None
+            case _:
                 pass
         self.simulation.appended(record)
 
@@ -158,7 +171,11 @@ class Witness:
         current, body = self.view.generation_number, record.body
         if self.view.stop is not None:
             raise Violation("nothing follows STOP", f"{record.kind} of {attempt.process.name}")
+        if isinstance(body, Control):
+            return
         if isinstance(body, Generation):
+            if self.paused_s is not None:
+                raise Violation("no generation begins in a pause", f"GENERATION {body.number}")
             if body.number != current + 1:
                 raise Violation(
                     "no fenced writer appends", f"GENERATION {body.number} behind {current}"
@@ -272,7 +289,7 @@ class Witness:
         if not self.expected_stop(stop):
             raise Violation("no run ends while a fit node exists", stop.reason)
 
-    def appending(self, process: "AgentProcess", generation: int) -> Attempt:
+    def appending(self, process: "AgentProcess | Operator", generation: int) -> Attempt:
         """An agent begins to append on behalf of a generation."""
         return Attempt(self, process, generation)
 
@@ -289,6 +306,8 @@ class Witness:
         """A generation has done a step."""
         number = world.generation.number
         now_s = self.last_step_s[number] = self.simulation.scheduler.now_s
+        self.first_step_s.setdefault(number, now_s)
+        self._check_pause(world, now_s)
         since_s = self.superseded_s.get(number)
         if since_s is None:
             return
@@ -299,6 +318,20 @@ class Witness:
             raise Violation(
                 "no node trains on in a superseded generation",
                 f"generation {number} did step {world.step} {now_s - since_s:.1f} s after it was replaced",
+            )
+
+    def _check_pause(self, world: World, now_s: float) -> None:
+        if self.paused_s is None or world.step <= world.drain_at:
+            return
+        simulation, number = self.simulation, world.generation.number
+        rank0 = simulation.agents[world.generation.members[0].incarnation]
+        # A request that was sent during a trouble may hold the agent up for long after it.
+        well_s = simulation.untroubled_since_s(rank0) + simulation.habits.store_deadline_s
+        known_s = max(self.paused_s, self.first_step_s[number], well_s)
+        if now_s - known_s > _PAUSE_S:
+            raise Violation(
+                "a paused run does not train",
+                f"generation {number} did step {world.step} {now_s - self.paused_s:.1f} s after the pause",
             )
 
     def failed(self, process: "AgentProcess", failures: int) -> None:

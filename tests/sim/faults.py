@@ -5,9 +5,12 @@ away it gives back itself, so that faults may overlap in any way.
 """
 
 import dataclasses
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from elastic_pt.runlog.records import Request, Verb
 
 if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
@@ -273,6 +276,25 @@ def bucket_down(simulation: "Simulation", fault: Fault) -> Undo:
     return lambda: simulation.outage(-1)
 
 
+def ask_pause(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator pauses the run and lets it go on."""
+    simulation.operator.ask(Request(Verb.PAUSE, by="operator"))
+    return lambda: simulation.operator.ask(Request(Verb.RESUME, by="operator"))
+
+
+def ask_checkpoint(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator wants a checkpoint."""
+    simulation.operator.ask(Request(Verb.CHECKPOINT, by="operator"))
+    return lambda: None
+
+
+def ask_drain(simulation: "Simulation", fault: Fault) -> Undo:
+    """An operator has a node leave, whose agent is started again."""
+    for node in fault.nodes:
+        simulation.operator.ask(Request(Verb.DRAIN, by="operator", node=node))
+    return lambda: None
+
+
 KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "crash": (crash, 1, 3.0),
     "crash of two": (crash, 2, 1.5),
@@ -297,6 +319,13 @@ KINDS: Final[dict[str, tuple[Injection, int, float]]] = {
     "bucket down": (bucket_down, 0, 1.0),
 }
 """How it is done, to how many nodes (0: to any number), and how often it is drawn."""
+
+WISHES: Final[dict[str, Injection]] = {
+    "ask pause": ask_pause,
+    "ask checkpoint": ask_checkpoint,
+    "ask drain": ask_drain,
+}
+"""What operators ask for, beside the faults."""
 
 _LAST_WORDS_S: Final = 0.8
 _LENGTHS_S: Final = (0.3, 1.0, 2.0, 4.0, 8.0)
@@ -328,4 +357,18 @@ def draw(simulation: "Simulation", from_s: float, until_s: float) -> list[Fault]
                 Fault(kind, min(until_s, at_s + again * (1.0 + 2 * source.random())), 0.0, chosen)
                 for again in range(1, 4)
             ]
-    return [each for each in faults if len(each.nodes) >= min(2, KINDS[each.kind][1])]
+    found = [each for each in faults if len(each.nodes) >= min(2, KINDS[each.kind][1])]
+    return [*found, *_draw_wishes(source, nodes, from_s, until_s)]
+
+
+def _draw_wishes(
+    source: random.Random, nodes: list[str], from_s: float, until_s: float
+) -> list[Fault]:
+    """What operators ask for, in half of the seeds. A pause lasts long enough for all to notice."""
+    wishes = []
+    for _ in range(source.randint(1, 3) if source.random() < 0.5 else 0):
+        kind = source.choice(("ask pause", "ask pause", "ask checkpoint", "ask drain"))
+        at_s = source.uniform(from_s, max(from_s, until_s - 5.0))
+        seconds = min(source.uniform(4.0, 12.0), until_s - at_s)
+        wishes.append(Fault(kind, at_s, seconds, (source.choice(nodes),)))
+    return wishes

@@ -96,6 +96,8 @@ _append = RunLog.append
 class _AnyCommit:
     """Equal to every commit."""
 
+    request = -1
+
     def __eq__(self, other: object) -> bool:
         return True
 
@@ -323,6 +325,14 @@ MUTATIONS: Final = (
         "rest_s",
         lambda failures, draw: 0.0,
         31,
+    ),
+    Mutation(
+        "pause not obeyed",
+        "the members of a run that trains do not stop for a pause",
+        decide,
+        "_SUSPENDING",
+        (),
+        42,
     ),
     Mutation(
         "lone node gives up",

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from elastic_pt.config import ElasticSection
 from elastic_pt.membership.decision.status import Limits
-from elastic_pt.runlog.records import Member, Quarantine, Record
+from elastic_pt.runlog.records import Member, Quarantine, Record, Verb
 from tests.sim import faults
-from tests.sim.agent import AgentProcess, Habits, Surrounding
+from tests.sim.agent import AgentProcess, Habits, Operator, Surrounding
 from tests.sim.bucket import Bucket, Pace
 from tests.sim.checks import Violation, Witness
 from tests.sim.hermetic import hermetic
@@ -166,6 +166,7 @@ class Simulation:
         self.around = Surrounding(
             scheduler, self.network, self.bucket, self.training, self.witness, self.habits
         )
+        self.operator = Operator(self.around)
         self.bucket.on_change = self.witness.changed
         self.training.on_step = self.witness.stepped
         if self.plan.plan.poison_step:
@@ -236,9 +237,9 @@ class Simulation:
 
     def clear(self) -> None:
         """End all threads that are left."""
-        for agent in self.agents.values():
-            agent.kill()
-            agent.unwind()
+        for each in (*self.agents.values(), self.operator):
+            each.kill()
+            each.unwind()
 
     def _converge(self) -> float:
         """Wait until all fit nodes have trained for a while; seconds from the last fault to the begin of that."""
@@ -279,6 +280,8 @@ class Simulation:
         while self._is_unfinished(number) and scheduler.now_s < until_s:
             scheduler.run(scheduler.now_s + 0.5)
         scheduler.run(scheduler.now_s + 1.0)
+        if witness.view.stop is None and witness.view.request(Verb.CHECKPOINT) is not None:
+            raise Violation("a checkpoint that is asked for is committed", self.describe())
         before = sum(self.bucket.requests.values())
         scheduler.run(scheduler.now_s + QUIET_S)
         if witness.view.stop is not None:
@@ -303,6 +306,7 @@ class Simulation:
         length = self.witness.view.length
         agents = [agent for agent in self.nodes.values() if agent is not None and agent.ready]
         behind = any(agent.log.view.length < length for agent in agents)
+        behind = behind or self.witness.view.request(Verb.CHECKPOINT) is not None
         return behind or self.training.worlds[number].staging
 
     def _is_converged(self) -> bool:
@@ -491,6 +495,10 @@ class Simulation:
             return float("inf")
         return self._ill_until_s.get(what, float("-inf"))
 
+    def untroubled_since_s(self, agent: AgentProcess) -> float:
+        """Since when neither an agent's machine nor the bucket has had a trouble."""
+        return max(self._since_s(agent.machine.name), self._since_s("bucket"))
+
     def well_since_s(self, agent: AgentProcess, now_s: float) -> float:
         """Since when an agent can run and reach the bucket; infinity if it cannot."""
         if agent.dead:
@@ -524,7 +532,7 @@ class Simulation:
 
     def _inject(self, fault: faults.Fault) -> None:
         self.note(f"fault: {fault.kind} {' '.join(fault.nodes)} for {fault.seconds:.2f} s")
-        undo = faults.KINDS[fault.kind][0](self, fault)
+        undo = (faults.WISHES.get(fault.kind) or faults.KINDS[fault.kind][0])(self, fault)
 
         def end() -> None:
             self.note(f"over: {fault.kind} {' '.join(fault.nodes)}")

@@ -80,6 +80,10 @@ class World:
     """Whether a checkpoint is on its way; the next one waits until it is committed or given up."""
     uploaded: dict[int, set[str]] = field(default_factory=dict)
     """Members whose shards of a step are in the bucket."""
+    request: int = -1
+    """The newest request for a checkpoint that the workers know of."""
+    met: dict[int, int] = field(default_factory=dict)
+    """The request that the checkpoint of a step meets."""
 
 
 class Training:
@@ -130,6 +134,13 @@ class Training:
         if world is not None and workers is not None and workers.state is State.READY:
             world.drain_at = world.drain_at or world.step + 1
 
+    def checkpoint(self, generation: Generation, incarnation: str, request: int) -> None:
+        """A member's agent asks its workers for a checkpoint; unheard while they are not connected."""
+        world = self.worlds.get(generation.number)
+        workers = None if world is None else world.workers.get(incarnation)
+        if world is not None and workers is not None and workers.state is State.READY:
+            world.request = max(world.request, request)
+
     # ---- inside ------------------------------------------------------------------------------------
 
     def _ready(self, world: World, workers: Workers) -> None:
@@ -167,7 +178,11 @@ class Training:
         self.steps_done += 1
         self.on_step(world)
         last = step >= self.plan.steps or step == world.drain_at
-        stage = last or (step % self.plan.checkpoint_every == 0 and not world.staging)
+        due = step % self.plan.checkpoint_every == 0
+        due = due or world.request > max(world.met.values(), default=-1)
+        stage = last or (due and not world.staging)
+        if stage:
+            world.met[step] = world.request
         world.staging = world.staging or stage
         for each in members:
             each.step = step

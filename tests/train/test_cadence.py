@@ -39,7 +39,7 @@ def snapshots(newest: int, began_at: int) -> MemorySnapshots:
 
 def agreed(complete_step: int | None, every: int = 1) -> Agreed:
     """The workers' agreement after a step."""
-    return Agreed(False, False, complete_step, every)
+    return Agreed(False, False, False, complete_step, every)
 
 
 def test_older_buffer_is_overwritten_only_when_the_newer_one_is_complete_everywhere() -> None:

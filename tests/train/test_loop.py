@@ -35,9 +35,16 @@ from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
 class FakeAgent:
     """An agent that asks for a drain at a step and whose uploads take some steps."""
 
-    def __init__(self, *, drain_at: int | None = None, upload_steps: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        drain_at: int | None = None,
+        upload_steps: int = 0,
+        checkpoint_at: tuple[int, ...] = (),
+    ) -> None:
         self.messages: list[tuple[str, dict[str, object]]] = []
         self._drain_at, self._upload_steps = drain_at, upload_steps
+        self._checkpoint_at = checkpoint_at
 
     @property
     def step(self) -> int:
@@ -55,6 +62,11 @@ class FakeAgent:
     def complete_step(self) -> int:
         """Every snapshot is complete at once."""
         return self.step
+
+    @property
+    def checkpoint_request(self) -> int:
+        """How many of the steps have come at which a checkpoint is asked for, from -1 on."""
+        return sum(self.step >= each for each in self._checkpoint_at) - 1
 
     def released(self, step: int) -> bool:
         """Whether enough steps have passed since."""
@@ -155,6 +167,20 @@ def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) ->
     agent = FakeAgent(upload_steps=4)
     train_in(tmp_path, config, state, batches, agent)
     assert agent.staged() == [2, 7, 9]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_checkpoint_that_is_asked_for_comes_once_and_training_goes_on(tmp_path: Path) -> None:
+    """It comes after the next step, or once the last upload has ended, and says which request it meets."""
+    config = config_for(tmp_path, "train.steps=12")
+    state, batches = start(config)
+    agent = FakeAgent(upload_steps=4, checkpoint_at=(2, 4))
+    outcome = train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+    assert outcome is Outcome.COMPLETED
+    # The second one is asked for while the first one is being uploaded.
+    assert agent.staged() == [3, 8, 12]
+    met = [content["request"] for kind, content in agent.messages if kind == "staged"]
+    assert met == [0, 1, 1]
 
 
 @pytest.mark.usefixtures("world_of_one")

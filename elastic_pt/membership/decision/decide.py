@@ -1,6 +1,6 @@
 """What one node should do now: a pure decision from the facts that it has, with its reason.
 
-    View, Limits, now_s ──► decide ──► Propose | Halt | Drain | Wait | Ended
+    View, Limits, now_s ──► decide ──► Propose | Halt | Paused | Drain | Save | Wait | Ended
 
 docs/membership.md has the table of all decisions. Every agent decides from its own view. Views differ, so
 several nodes may propose at once; the log accepts one proposal. A node takes part by the phase in its heartbeats:
@@ -21,6 +21,7 @@ replace each other's generations:
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from elastic_pt.membership.decision.admission import admit, joiners
 from elastic_pt.membership.decision.assessment import Assessment
@@ -32,7 +33,9 @@ from elastic_pt.membership.decision.status import (
     is_lost,
 )
 from elastic_pt.membership.decision.view import View
-from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member
+from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Request, Verb
+
+_SUSPENDING: Final = (Verb.PAUSE, Verb.STOP)
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,26 @@ class Halt:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Append CONTROL: the pause that was asked for has been reached."""
+
+    request: Request
+    reason: str
+
+
+@dataclass(frozen=True)
 class Drain:
     """Ask all workers to checkpoint and stop after the same step, so that the members can change."""
 
+    reason: str
+
+
+@dataclass(frozen=True)
+class Save:
+    """Have all workers checkpoint after the same step and go on."""
+
+    request: int
+    """Index of the CONTROL record that asked for it."""
     reason: str
 
 
@@ -67,6 +87,8 @@ class Wait:
     """Whether the generation of this node is broken: its workers must end."""
     asking: bool = False
     """Whether the next answer of a peer may end the wait."""
+    watching: bool = False
+    """Whether this node must watch the log for all others, because no generation trains."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class Ended:
     reason: str
 
 
-Decision = Propose | Halt | Drain | Wait | Ended
+Decision = Propose | Halt | Paused | Drain | Save | Wait | Ended
 
 
 def decide(view: View, limits: Limits, now_s: float) -> Decision:
@@ -93,12 +115,9 @@ def _decide_as_member(
 ) -> Decision:
     if found.broken or found.over:
         return _decide_next_world(view, generation, found, limits, now_s)
-    leaving = incarnations(found.leaving)
-    leads = next(
-        (each.incarnation for each in found.alive if each.incarnation not in leaving), ""
-    ) in (view.me.member.incarnation, "")
-    if leads and view.me.phase is NodePhase.RUNNING:
-        reasons = [str(_leaves(view, member)) for member in found.leaving]
+    if _leads(view, found) and view.me.phase is NodePhase.RUNNING:
+        reasons = [str(each) for each in view.requests if each.verb in _SUSPENDING]
+        reasons += [str(_leaves(view, member)) for member in found.leaving]
         waiting = _can_join(view, found.alive, view.barred)
         wanted = admit([*generation.members, *waiting], limits)
         joining = joiners(wanted, generation.members)
@@ -107,6 +126,8 @@ def _decide_as_member(
             reasons += [str(cause) for cause in joining]
         if reasons:
             return Drain("; ".join(reasons))
+        if (wish := view.asked(Verb.CHECKPOINT)) is not None:
+            return Save(wish.index, str(wish))
     stopping = any(
         peer.status is not None
         and peer.status.spent >= generation.number
@@ -114,6 +135,21 @@ def _decide_as_member(
         for peer in view.peers.values()
     )
     return Wait("waiting for all members to stop" if stopping else "training")
+
+
+def _leads(view: View, found: Assessment) -> bool:
+    """Whether this node is the first member that stays, or all leave."""
+    leaving = incarnations(found.leaving)
+    stay = (each.incarnation for each in found.alive if each.incarnation not in leaving)
+    return next(stay, "") in (view.me.member.incarnation, "")
+
+
+def _decide_paused(request: Request, *, reached: bool, leads: bool, broken: bool) -> Decision:
+    """No generation may begin. One node says so once all workers have stopped, and watches the log for the others."""
+    reason = f"paused {request.origin}"
+    if reached and leads and not request.done:
+        return Paused(request, reason)
+    return Wait(reason, broken=broken, watching=leads)
 
 
 def _decide_next_world(
@@ -153,6 +189,12 @@ def _decide_next_world(
     may_end = not others_first or (not too_few and quiet_s >= takeover_s)
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
+    stop, pause = view.asked(Verb.STOP), view.asked(Verb.PAUSE)
+    if stop is not None and (not others_first or quiet_s >= takeover_s):
+        return Halt(f"stopped {stop.origin}")
+    if pause is not None:
+        leads = _leads(view, found)
+        return _decide_paused(pause, reached=found.over, leads=leads, broken=found.broken)
     if too_few:
         resting = [said for each in found.resting if (said := _rest_of(view, each))]
         paused = f"paused: {len(wanted)} of at least {nodes_min} nodes"
@@ -295,6 +337,8 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
         missing = [member.node for member in members if member.incarnation in view.me.unreachable]
         if missing:
             return Wait(f"parked: no link to {', '.join(missing)}")
+        if (pause := view.asked(Verb.PAUSE)) is not None:
+            return Wait(f"paused {pause.origin}")
         return Wait(f"asked {reachable[0].node} to be admitted")
     if members:
         refused = all(
@@ -317,6 +361,11 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
         [view.me.member, *_can_join(view, (), ())],
         key=lambda member: (member.node, member.incarnation),
     )
+    if (stop := view.asked(Verb.STOP)) is not None:
+        return Halt(f"stopped {stop.origin}")
+    if (pause := view.asked(Verb.PAUSE)) is not None:
+        leads = everyone[0].incarnation == view.me.member.incarnation
+        return _decide_paused(pause, reached=True, leads=leads, broken=False)
     allowed = [member for member in everyone if member.node not in view.barred]
     candidates = everyone if len(admit(allowed, limits)) < elastic.nodes_min else allowed
     known = incarnations(candidates)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from elastic_pt.membership.decision.budgets import Moments
 from elastic_pt.runlog.log import RunView
+from elastic_pt.runlog.records import Verb
 
 
 class Memory:
@@ -29,6 +30,7 @@ class Memory:
         self._generations: dict[int, float] = {}
         self._quarantines: dict[int, float] = {}
         self._length = 0
+        self._paused = False
         self._pulse: bytes | None = None
 
     def begin(self, now_s: float) -> None:
@@ -40,8 +42,13 @@ class Memory:
     def log_read(self, view: RunView, now_s: float) -> None:
         """Note that this node has read the log to this length: a longer log ends the quiet.
 
-        The moments of records that the view has dropped are forgotten.
+        The moments of records that the view has dropped are forgotten. A trouble from before a pause counts from the
+        resume, so that the time to agree does not include the pause.
         """
+        paused = view.request(Verb.PAUSE) is not None
+        if self._paused and not paused and self.broken_since_s is not None:
+            self.broken_since_s = now_s
+        self._paused = paused
         if view.length != self._length:
             self._length, self.quiet_since_s = view.length, now_s
         known = self._generations

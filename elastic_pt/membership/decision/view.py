@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from elastic_pt.membership.decision.assessment import Assessment
 from elastic_pt.membership.decision.status import NodeStatus, Peer
-from elastic_pt.runlog.records import Generation, Stop
+from elastic_pt.runlog.records import Generation, Request, Stop, Verb
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,9 @@ class View:
     """Nodes that are kept out, by name, each with the reason."""
     halt: str = ""
     """Why the run must end, by its failures; empty if it need not."""
+    requests: tuple[Request, ...] = ()
+    """The requests of operators that are in force."""
+
+    def asked(self, verb: Verb) -> Request | None:
+        """The request of that verb, if there is one."""
+        return next((each for each in self.requests if each.verb is verb), None)
