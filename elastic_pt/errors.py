@@ -85,7 +85,7 @@ class RunFailed(ElasticPtError):
 
 
 class NotDone(ElasticPtError):
-    """What was asked of the run is recorded in its log, but was not done in time; it still holds."""
+    """A request is in the run's log, but was not done within `--timeout`. It stays in force."""
 
     exit_code = 9
 

@@ -51,7 +51,7 @@ class Run:
     def commit(self, step: int, request: int = -1) -> RunView:
         """Commit a checkpoint."""
         newest = Checkpoint(step, 1, f"ckpt/{step}", 1, "0" * 64, None)
-        return self.append(Commit((newest,), "history", request))
+        return self.append(Commit((newest,), "history", request=request))
 
     def ask(self, verb: Verb, node: str = "", by: str = "ann@desk") -> Request:
         """Ask for something; what the log makes of it."""

@@ -611,7 +611,7 @@ class AgentProcess(Process):
 
         def commit(view: RunView) -> Commit:
             met = -1 if view.commit is None else view.commit.request
-            return Commit((checkpoint, *view.checkpoints)[:3], "history", max(request, met))
+            return Commit((checkpoint, *view.checkpoints)[:3], "history", request=max(request, met))
 
         self.log.append(commit, generation=generation.number)
 

@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_asked_for_comes_once_and_training_goes_on(tmp_path
     config = config_for(tmp_path, "train.steps=12")
     state, batches = start(config)
     agent = FakeAgent(upload_steps=4, checkpoint_at=(2, 4))
-    outcome = train(config, state, batches, agent, checkpoints_in(tmp_path, config, agent))
+    outcome = train_in(tmp_path, config, state, batches, agent)
     assert outcome is Outcome.COMPLETED
     # The second one is asked for while the first one is being uploaded.
     assert agent.staged() == [3, 8, 12]
