@@ -180,7 +180,7 @@ MUTATIONS: Final = (
         log,
         "check_allowed",
         lambda view, body, generation: None,
-        6,
+        9,
     ),
     Mutation(
         "fence checked before the log is read",
@@ -188,7 +188,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
-        6,
+        8,
     ),
     Mutation(
         "commit during a proposal ignored",
@@ -196,7 +196,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_behind_commits,
-        49,
+        159,
     ),
     Mutation(
         "wall clock",
@@ -204,7 +204,7 @@ MUTATIONS: Final = (
         AgentProcess,
         "liveness_clock_s",
         AgentProcess.wall_clock_s,
-        1,
+        0,
     ),
     Mutation(
         "store used again",
@@ -220,7 +220,7 @@ MUTATIONS: Final = (
         s3,
         "holds",
         lambda store, key, data: False,
-        32,
+        8,
     ),
     Mutation(
         "another writer's record treated as its own",
@@ -228,7 +228,7 @@ MUTATIONS: Final = (
         s3,
         "holds",
         lambda store, key, data: True,
-        6,
+        9,
     ),
     Mutation(
         "last writer wins",
@@ -236,7 +236,7 @@ MUTATIONS: Final = (
         S3Store,
         "create",
         S3Store.write,
-        6,
+        8,
     ),
     Mutation(
         "generation formed without new answers",
@@ -252,7 +252,7 @@ MUTATIONS: Final = (
         decide,
         "_is_larger_side",
         lambda *_: True,
-        157,
+        90,
     ),
     Mutation(
         "no node parked",
@@ -276,7 +276,7 @@ MUTATIONS: Final = (
         Pulse,
         "feel",
         lambda self: b"",
-        188,
+        404,
     ),
     Mutation(
         "arrived message treated as proof of life",
@@ -284,7 +284,7 @@ MUTATIONS: Final = (
         PeerTable,
         "received",
         _hearing_is_proof,
-        156,
+        244,
     ),
     Mutation(
         "old messages accepted",
@@ -332,7 +332,7 @@ MUTATIONS: Final = (
         decide,
         "_SUSPENDING",
         (),
-        42,
+        41,
     ),
     Mutation(
         "lone node gives up",
@@ -340,6 +340,6 @@ MUTATIONS: Final = (
         Participant,
         "others_can_go_on",
         lambda self: True,
-        201,
+        31,
     ),
 )
