@@ -78,11 +78,11 @@ class World:
         )
         upload_nodes(self.store, shards)
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int, request: int = -1) -> None:
         """Upload and commit a step's checkpoint. Returns when the workers are released."""
         self.upload(step)
         self.done[step] = threading.Event()
-        self.committer.expect(step, self.generation)
+        self.committer.expect(step, self.generation, request)
         assert self.done[step].wait(WAIT_S)
 
     def there(self, step: int) -> bool:

@@ -41,7 +41,7 @@ def test_a_checkpoint_kept_after_a_quarantine_is_not_deleted(world: World) -> No
 
 
 def test_a_commit_names_the_newest_request_that_was_met(world: World) -> None:
-    """Who asked for a checkpoint finds the answer in the newest COMMIT, also after later ones that met nothing."""
+    """The operator of a request finds the answer in the newest COMMIT, also after later ones that met no request."""
     for step, request in ((1, -1), (2, 7), (3, -1)):
         world.commit(step, request)
         assert world.log.view.commit is not None

@@ -147,7 +147,7 @@ COMPLETE = """
 eval "$(elastic-pt --show-completion)"
 complete -p elastic-pt >/dev/null || exit 9
 answer() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _elastic_pt_completion elastic-pt; echo "${COMPREPLY[@]}"; }
-answer elastic-pt che
+answer elastic-pt checkpoints
 answer elastic-pt digest --st
 """
 
