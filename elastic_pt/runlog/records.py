@@ -233,10 +233,10 @@ class Commit:
     checkpoints: tuple[Checkpoint, ...]
     history: str
     """Key of the JSON lines about each step since the commit before."""
-    permanent_before: int | None = None
+    permanent_before: int | None = field(default=None, kw_only=True)
     """Index of the newest COMMIT before this one whose own checkpoint is permanent; None if there is none. So
     permanent checkpoints form a chain and need not be in `checkpoints`."""
-    request: int = -1
+    request: int = field(default=-1, kw_only=True)
     """Index of the newest CONTROL record whose request for a checkpoint has been met; -1 if none has."""
 
     @property

@@ -36,7 +36,7 @@ def commit(fleet: Fleet, step: int, met: int = -1) -> None:
     number = fleet.log.generation_number
     checkpoint = Checkpoint(step, number, f"ckpt/{step}", 1, "0" * 64, None)
     RunLog(fleet.bucket, writer="a").append(
-        lambda _: Commit((checkpoint,), "history", met), generation=number
+        lambda _: Commit((checkpoint,), "history", request=met), generation=number
     )
 
 
