@@ -144,6 +144,17 @@ def generation(nodes: list[Node], number: int = 1, memory: InMemory | None = Non
     return Generation(number, members, (1,) * len(nodes), "127.0.0.1", 1, None, "test", memory=memory)  # fmt: skip
 
 
+def hold_step_5(nodes: list[Node], copies: int = 1) -> None:
+    """Generation 1 of these nodes has a complete snapshot of step 5, with so many copies on other nodes."""
+    for node in nodes:
+        node.snapshots._copies = copies
+        node.begin(generation(nodes))
+    for node in nodes:
+        node.write(1, 5)
+    for node in nodes:
+        node.await_complete(1, 5)
+
+
 def restored(node: Node, following: Generation) -> dict[str, torch.Tensor]:
     """All rows of the state that a generation of this node alone resumes from."""
     places = node.snapshots.places(following)
@@ -158,13 +169,7 @@ def restored(node: Node, following: Generation) -> dict[str, torch.Tensor]:
 
 def test_state_survives_the_loss_of_either_node(pair: list[Node]) -> None:
     """Each node copies the other one's rows, so a single node has every row of the step, bit for bit."""
-    first = generation(pair)
-    for node in pair:
-        node.begin(first)
-    for node in pair:
-        node.write(1, 5)
-    for node in pair:
-        node.await_complete(1, 5)
+    hold_step_5(pair)
     for node in pair:
         ranks = [(each.first_rank, each.end_rank) for each in node.snapshots.held]
         assert ranks == [(0, 2)]
@@ -174,12 +179,7 @@ def test_state_survives_the_loss_of_either_node(pair: list[Node]) -> None:
 
 def test_rows_are_read_from_a_peer(pair: list[Node]) -> None:
     """A node without a copy of a row reads its byte ranges from the node that has it."""
-    first = generation(pair)
-    for node in pair:
-        node.snapshots._copies = 0
-        node.begin(first)
-        node.write(1, 5)
-        node.await_complete(1, 5)
+    hold_step_5(pair, copies=0)
     following = generation(pair, 2, InMemory(1, 5, (0, 1)))
     found = restored(pair[0], following)
     assert all(torch.equal(found[name], each) for name, each in pair[0].tensors.items())
@@ -199,12 +199,7 @@ def test_step_is_complete_only_when_its_mirror_has_it(pair: list[Node]) -> None:
 
 def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
     """A bit that flips in a mapped file after its CRCs were computed is never copied into a weight."""
-    first = generation(pair)
-    for node in pair:
-        node.snapshots._copies = 0
-        node.begin(first)
-        node.write(1, 5)
-        node.await_complete(1, 5)
+    hold_step_5(pair, copies=0)
     path = next(pair[1].directory.glob("snapshot-g1-rank-1-0"))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         content[-3] ^= 1

@@ -2,11 +2,9 @@
 
 import json
 import mmap
-import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,18 +112,6 @@ def test_state_outlives_a_killed_writer(tmp_path: Path) -> None:
     rows = local_rows(full_tensors(), 0, 2)["model/wide"][0]
     first = rows[: wide.block_rows].contiguous().numpy().tobytes()
     assert wide.block_crc32[0] == zlib.crc32(first)
-
-
-@pytest.fixture
-def small_memory(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB, in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: Path) -> None:

@@ -1,7 +1,5 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -277,18 +275,6 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     checkpoints_in(shard.parent, config, FakeAgent(), resume).load(state)
 
 
-@pytest.fixture
-def small_staging(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB, in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def fill(folder: Path) -> Path:
     """A file that fills the directory."""
     filler = folder / "filler"
@@ -300,11 +286,11 @@ def fill(folder: Path) -> Path:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_a_full_staging_directory_skips_checkpoints_and_fails_no_worker(
-    tmp_path: Path, small_staging: Path
+    tmp_path: Path, small_memory: Path
 ) -> None:
     """Without room a periodic checkpoint is skipped and leaves no file; the last one waits for room."""
     config = config_for(tmp_path, "train.steps=5", "checkpoint.every_steps=2")
-    filler = fill(small_staging)
+    filler = fill(small_memory)
 
     class Roomy(FakeAgent):
         """An agent whose machine gets room again once a worker says that it waits for it."""
@@ -316,22 +302,22 @@ def test_a_full_staging_directory_skips_checkpoints_and_fails_no_worker(
 
     agent = Roomy()
     state, batches = start(config)
-    assert train_in(small_staging, config, state, batches, agent) is Outcome.COMPLETED
+    assert train_in(small_memory, config, state, batches, agent) is Outcome.COMPLETED
     told = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
     kinds = [each for each in told if each != ("no_snapshots", None)]
     assert len(told) == len(kinds) + 1, "that there is no memory for snapshots is told once"
     assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
-    assert [path.name for path in small_staging.iterdir()] == ["0000000005-g1-rank-0.safetensors"]
+    assert [path.name for path in small_memory.iterdir()] == ["0000000005-g1-rank-0.safetensors"]
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_a_stop_without_room_ends_at_its_timeout(tmp_path: Path, small_staging: Path) -> None:
+def test_a_stop_without_room_ends_at_its_timeout(tmp_path: Path, small_memory: Path) -> None:
     """A worker that must checkpoint reports that it waits, and ends normally when there is no room in time."""
     config = config_for(tmp_path, "train.steps=1", "elastic.settle_timeout_s=0.5")
-    fill(small_staging)
+    fill(small_memory)
     agent = FakeAgent()
     state, batches = start(config)
-    assert train_in(small_staging, config, state, batches, agent) is Outcome.COMPLETED
+    assert train_in(small_memory, config, state, batches, agent) is Outcome.COMPLETED
     kinds = [kind for kind, _ in agent.messages if kind not in ("step", "no_snapshots")]
     assert set(kinds[:-1]) == {"no_room"}
     assert kinds[-1] == "skipped"
