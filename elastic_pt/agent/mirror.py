@@ -27,13 +27,14 @@ from elastic_pt.checkpoint.snapshot import (
     Snapshot,
     begin_buffer,
     end_buffer,
-    make_buffer,
+    make_buffers,
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, ElasticPtError
 from elastic_pt.runlog.records import Member
 
 _AGAIN_S: Final = 0.1
+_FULL_S: Final = 1.0
 _QUESTION_S: Final = 10.0
 _ANSWER_BYTES_MAX: Final = 4096
 
@@ -87,7 +88,9 @@ class Mirror:
                     continue
             except StagingFull as error:
                 self._tell(error)
+                # The neighbour continues without a copy here. Room is looked for again later.
                 self._has = dict.fromkeys(self._ranks, step or 0)
+                self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
                 self._tell(error)
@@ -128,18 +131,10 @@ class Mirror:
         """The buffer file to write next. Raises `StagingFull`."""
         if rank not in self._buffers:
             paths = [
-                Buffer(self._generation, rank, index).path(self._scratch)
-                for index in range(BUFFERS)
+                Buffer(self._generation, rank, number).path(self._scratch)
+                for number in range(BUFFERS)
             ]
-            made: list[tuple[Path, mmap.mmap]] = []
-            try:
-                for path in paths:
-                    made.append((path, make_buffer(path, size)))
-            except StagingFull:
-                for path, _ in made:
-                    path.unlink(missing_ok=True)
-                raise
-            self._buffers[rank] = made
+            self._buffers[rank] = list(zip(paths, make_buffers(paths, size), strict=True))
         return self._buffers[rank][0]
 
     def _tell(self, error: Exception) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import structlog
 from aiohttp import web
@@ -37,6 +37,9 @@ from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.channel import Message
 
+_SEND_S: Final = 10.0
+_SEND_BYTES_PER_S: Final = 1 << 20
+"""The slowest reader that is served to its end."""
 _POLL_S: Final = 5.0
 """Maximum time of a long poll for the next step."""
 
@@ -146,13 +149,14 @@ class Snapshots:
             goes_on = None if memory is None else (memory.generation, memory.step)
             self._generation = generation.number
             self._sizes[generation.number] = generation.world_size
-            self._drop(lambda state: state != goes_on)
+            unneeded = self._forget_states(lambda state: state != goes_on)
             self._own = generation.worker_ranks()[formed.node_rank]
             self._acknowledged = {
                 generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
             }
             self._complete = 0
             self._wake()
+        _remove(unneeded)
         self._mirrors = [
             Mirror(
                 self._scratch,
@@ -193,7 +197,7 @@ class Snapshots:
         """
         memory, members = formed.generation.memory, formed.generation.members
         first = committed_step + 1
-        if memory is None or memory.step < first or not self._history.misses(first):
+        if memory is None or memory.step < first or not self._history.misses(first, memory.step):
             return
         for index in sorted(set(memory.sources) - {formed.node_rank}):
             address = PeerAddress(members[index].address, members[index].port)
@@ -214,8 +218,7 @@ class Snapshots:
             return
         if message["complete_step"]:
             # All nodes and their mirrors hold a state of this generation. The state it resumed from is not needed any more.
-            with self._lock:
-                self._drop(lambda state: state[0] != buffer.generation)
+            _remove(self._forget_states(lambda state: state[0] != buffer.generation))
         if message["every_steps"] != self._every:
             self._every = message["every_steps"]
             log.info(
@@ -294,16 +297,20 @@ class Snapshots:
             self._complete = step
             self._on_complete(self._generation, step)
 
-    def _drop(self, unwanted: Callable[[State], bool]) -> None:
-        """Forget states, and remove the files of earlier generations that hold none of the others."""
-        for state in [state for state in self._kept if unwanted(state)]:
-            del self._kept[state]
-        held = {copy.path for copies in self._kept.values() for copy in copies.values()}
-        for path in self._scratch.glob("snapshot-g*-rank-*"):
-            if path not in held and not path.name.startswith(f"snapshot-g{self._generation}-"):
-                path.unlink(missing_ok=True)
-        kept = {generation for generation, _ in self._kept} | {self._generation}
-        self._sizes = {number: self._sizes[number] for number in kept}
+    def _forget_states(self, unwanted: Callable[[State], bool]) -> list[Path]:
+        """Forget states. Returns the files of earlier generations that hold none of the others; hold no lock to remove them."""
+        with self._lock:
+            for state in [state for state in self._kept if unwanted(state)]:
+                del self._kept[state]
+            held = {copy.path for copies in self._kept.values() for copy in copies.values()}
+            kept = {generation for generation, _ in self._kept} | {self._generation}
+            self._sizes = {number: self._sizes[number] for number in kept}
+            current = f"snapshot-g{self._generation}-"
+        return [
+            path
+            for path in self._scratch.glob("snapshot-g*-rank-*")
+            if path not in held and not path.name.startswith(current)
+        ]
 
     def _wake(self) -> None:
         for loop, event in self._waiting:
@@ -331,7 +338,7 @@ class Snapshots:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
-                    while generation == self._generation and self._newest_own() <= after:
+                    while self._has_nothing_after(generation, after):
                         await waiter[1].wait()
                         waiter[1].clear()
         finally:
@@ -343,6 +350,10 @@ class Snapshots:
                 return web.Response(status=204)
             return web.json_response({"step": step})
 
+    def _has_nothing_after(self, generation: int, after: int) -> bool:
+        with self._lock:
+            return generation == self._generation and self._newest_own() <= after
+
     async def _answer_steps(self, _: web.Request) -> web.StreamResponse:
         return web.Response(body=self._history.text(), content_type="application/jsonl")
 
@@ -353,7 +364,14 @@ class Snapshots:
         wanted = request.http_range
         if wanted.start is None or wanted.stop is None or wanted.start < 0:
             return web.Response(status=416, text="expected Range: bytes=FIRST-LAST\n")
-        return await _send_file(request, copy, wanted.start, min(wanted.stop, copy.record.size))
+        try:
+            file = copy.path.open("rb")
+        except OSError as error:
+            log.warning("snapshot_lost", path=str(copy.path), cause=str(error))
+            self._forget(copy.path)
+            return web.Response(status=404)
+        with file:
+            return await _send_file(request, file, wanted.start, min(wanted.stop, copy.record.size))
 
     async def _answer_record(self, request: web.Request) -> web.StreamResponse:
         copy = self._asked(request)
@@ -369,25 +387,29 @@ class Snapshots:
             return self._kept.get((generation, step), {}).get(rank)
 
 
-async def _send_file(request: web.Request, copy: _Copy, start: int, end: int) -> web.StreamResponse:
-    """Bytes `[start, end)` of a buffer's shard file, by the kernel, without a copy in this process."""
+async def _send_file(
+    request: web.Request, file: BinaryIO, start: int, end: int
+) -> web.StreamResponse:
+    """Send bytes `[start, end)` of an open buffer's shard file. The kernel copies them, not this process."""
     response = web.StreamResponse(status=206)
     response.content_length = max(0, end - start)
     await response.prepare(request)
     transport = request.transport
     if transport is None or end <= start:
         return response
-    try:
-        file = copy.path.open("rb")
-    except OSError:
-        transport.close()
-        return response
-    with file:
+    # A reader that stalls must not keep the file's memory for long.
+    async with asyncio.timeout(_SEND_S + (end - start) / _SEND_BYTES_PER_S):
         await asyncio.get_running_loop().sendfile(
             transport, file, PAYLOAD_OFFSET + start, end - start
         )
     await response.write_eof()
     return response
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove files. Freeing memory takes half a second per gigabyte."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def mirrored_by(nodes: int, copies: int) -> list[list[int]]:

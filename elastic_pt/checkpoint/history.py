@@ -65,10 +65,11 @@ class StepHistory:
         with self._lock:
             return b"".join(line.text for line in self._lines)
 
-    def misses(self, step: int) -> bool:
-        """Whether the line of `step` is missing at the beginning."""
+    def misses(self, first: int, last: int) -> bool:
+        """Whether lines of the steps from `first` to `last` are missing."""
         with self._lock:
-            return not self._lines or self._lines[0].step > step
+            steps = [line.step for line in self._lines if first <= line.step <= last]
+        return steps != list(range(first, last + 1))
 
     def adopt(self, text: bytes, first: int, last: int) -> bool:
         """Take the lines of another node for the steps from `first` to `last`, if it has them. Raises `ValueError`."""

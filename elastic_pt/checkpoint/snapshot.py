@@ -16,10 +16,10 @@ their mirrors.
 
 import mmap
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -52,6 +52,7 @@ _WORD: Final = struct.Struct("<Q")
 _BEGUN_AT, _DONE_AT, _SIZE_AT = 8, 16, 24
 _MADV_POPULATE_WRITE: Final = 23
 _PAGE: Final = 4096
+_TOUCH_BYTES: Final = 8 << 20
 
 
 @record
@@ -111,15 +112,8 @@ class SnapshotBuffers:
         return len(self._targets) == BUFFERS
 
     def allocate(self) -> None:
-        """Reserve, map and touch both files. Raises `StagingFull` if there is no room, and leaves no file then."""
-        maps: list[mmap.mmap] = []
-        try:
-            for path in self._paths:
-                maps.append(make_buffer(path, self.size))
-        except StagingFull:
-            for path in self._paths:
-                path.unlink(missing_ok=True)
-            raise
+        """Reserve, map and touch both files. Raises the errors of `make_buffers`, and leaves no file then."""
+        maps = make_buffers(self._paths, self.size)
         self._maps = maps
         self._targets = [self._views(each) for each in maps]
 
@@ -147,24 +141,51 @@ class SnapshotBuffers:
         return views
 
 
+def make_buffers(paths: Sequence[Path], size: int) -> list[mmap.mmap]:
+    """Create the buffers of one worker, for shard files of `size` bytes, and map them. Worker process, and mirrors.
+
+    Raises `StagingFull` if then there would be no room for a checkpoint's shard file of that size: without snapshots a
+    run loses steps, without checkpoints it cannot end. Raises `CheckpointError` for any other failure. Leaves no file
+    after an error.
+    """
+    needed, free = (
+        (len(paths) + 1) * (PAYLOAD_OFFSET + size),
+        shutil.disk_usage(paths[0].parent).free,
+    )
+    if free < needed:
+        raise StagingFull(
+            f"{paths[0].parent}: no room for a snapshot of {size} bytes: {free} bytes free, expected {needed}"
+        )
+    made: list[mmap.mmap] = []
+    try:
+        for path in paths:
+            made.append(make_buffer(path, size))
+    except CheckpointError:
+        for path in paths[: len(made)]:
+            path.unlink(missing_ok=True)
+        raise
+    return made
+
+
 def make_buffer(path: Path, size: int) -> mmap.mmap:
     """Create a buffer file for a shard file of `size` bytes, with all its pages in memory, and map it.
 
-    Worker process, and agents that mirror. Raises `StagingFull` if there is no room, and leaves no file then.
+    Raises `StagingFull` if there is no room, and leaves no file then; `CheckpointError` for any other failure.
     """
     total = PAYLOAD_OFFSET + size
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, total)
-            buffer = mmap.mmap(descriptor, total)
-        finally:
-            os.close(descriptor)
     except OSError as error:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be a snapshot buffer: {error.strerror}") from error
+    try:
+        os.posix_fallocate(descriptor, 0, total)
+        buffer = mmap.mmap(descriptor, total)
+    except OSError as error:
+        path.unlink(missing_ok=True)
         kind = StagingFull if error.errno in NO_ROOM else CheckpointError
         raise kind(f"{path}: no room for a snapshot of {size} bytes: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
     _touch(buffer)
     _CONTROL.pack_into(buffer, 0, _MAGIC, 0, 0, size)
     return buffer
@@ -181,9 +202,13 @@ def end_buffer(buffer: mmap.mmap, step: int) -> None:
 
 
 def _touch(buffer: mmap.mmap) -> None:
-    """Map every page now, so that no write waits for a page fault."""
+    """Map every page now, so that no write waits for a page fault.
+
+    In parts: `madvise` holds the interpreter's lock, and other threads answer peers and the watchdog.
+    """
     try:
-        buffer.madvise(_MADV_POPULATE_WRITE)
+        for offset in range(0, len(buffer), _TOUCH_BYTES):
+            buffer.madvise(_MADV_POPULATE_WRITE, offset, min(_TOUCH_BYTES, len(buffer) - offset))
     except OSError:  # Linux before 5.14
         for offset in range(0, len(buffer), _PAGE):
             buffer[offset] = 0

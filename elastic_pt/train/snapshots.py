@@ -13,13 +13,14 @@ measurements. If the copies on mirrors are not complete when the next snapshot i
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.checkpoint.snapshot import SnapshotBuffers
+from elastic_pt.errors import CheckpointError
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
 
@@ -30,6 +31,8 @@ SHORT_INTERVAL_S: Final = 0.4
 """Minimum time between two snapshots if steps are shorter than `SHORT_STEP_S`: each snapshot costs the agents time."""
 _EVERY_MAX: Final = 10_000
 _SMOOTHING: Final = 0.2
+_COPIES_KEPT: Final = 3
+_ALLOCATE_AGAIN_S: Final = 10.0
 
 
 class Agent(Protocol):
@@ -83,7 +86,9 @@ class MemorySnapshots:
         """The step of the newest snapshot of this generation."""
         self._began_at = state.steps_done
         self._every = every_steps or 1
-        self._step_s = self._copy_s = 0.0
+        self._step_s = 0.0
+        self._copies_s: deque[float] = deque(maxlen=_COPIES_KEPT)
+        """What the last copies took. The shortest counts: one that was stopped or swapped says nothing."""
         threading.Thread(target=self._allocate, name="snapshot-memory", daemon=True).start()
 
     def offer(self) -> Offer:
@@ -101,7 +106,7 @@ class MemorySnapshots:
         self._step_s += _SMOOTHING * (step_s - self._step_s)
         if self._configured:
             return
-        every = adaptive_cadence(self._step_s, self._copy_s)
+        every = adaptive_cadence(self._step_s, min(self._copies_s, default=0.0))
         # Ignore small differences, so that the cadence changes rarely.
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
@@ -116,7 +121,7 @@ class MemorySnapshots:
         """Copy the state into the older buffer."""
         started_s = time.monotonic()
         buffer = self._buffers.write(self._describe(state))
-        self._copy_s = time.monotonic() - started_s
+        self._copies_s.append(time.monotonic() - started_s)
         self._newest = state.steps_done
         self._agent.send(
             "snapshot",
@@ -124,15 +129,23 @@ class MemorySnapshots:
             rank=state.rank,
             step=state.steps_done,
             buffer=buffer.number,
-            seconds=self._copy_s,
+            seconds=self._copies_s[-1],
             every_steps=agreed.snapshot_every,
             step_seconds=self._step_s,
             complete_step=agreed.complete_step,
         )
 
     def _allocate(self) -> None:
-        try:
-            self._buffers.allocate()
-        except StagingFull as error:
-            # Training continues without snapshots: the bucket has the checkpoints. The main thread tells the agent.
-            self._refused = str(error)
+        """Allocate the buffers, and try again while there is no room. Thread of its own; ends with the process.
+
+        Training continues without snapshots: the bucket has the checkpoints. The main thread tells the agent why.
+        """
+        told = ""
+        while True:
+            try:
+                self._buffers.allocate()
+                return
+            except (CheckpointError, OSError) as error:
+                if str(error) != told:
+                    self._refused = told = str(error)
+            time.sleep(_ALLOCATE_AGAIN_S)

@@ -265,6 +265,12 @@ def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]
     new.complete_history(cast(Formed, formed), committed_step=2)
     assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
     assert new._history.through(3) == old._history.through(3)[2:]
+    # A node that was a member, then not, then again one, has a gap.
+    new._history.forget(100)
+    for step in (3, 6):
+        new._history.add({"step": step, "loss": 1.0})
+    new.complete_history(cast(Formed, formed), committed_step=2)
+    assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
     # Nothing is asked where nothing is missing.
     before = new._history.text()
     new.complete_history(cast(Formed, formed), committed_step=2)

@@ -147,5 +147,7 @@ def test_buffer_is_never_created_twice(tmp_path: Path) -> None:
     """A second worker with the same name is refused, because it would overwrite the first one's buffer."""
     path = Buffer(3, 0, 0).path(tmp_path)
     make_buffer(path, 64).close()
+    content = path.read_bytes()
     with pytest.raises(CheckpointError, match="File exists"):
         make_buffer(path, 64)
+    assert path.read_bytes() == content

@@ -111,6 +111,20 @@ def test_chosen_state_is_always_held_whole(offers: list[list[tuple[int, int, int
         *(tuple(Held(number, step, first, end, 4) for number, step, first, end in each) for each in offers)
     )  # fmt: skip
     found = newest_in_memory(generation(), MEMBERS, told, 0)
+    whole = {
+        step
+        for step in range(1, 4)
+        if all(
+            any(
+                (each.generation, each.step) == (3, step)
+                and each.first_rank <= rank < each.end_rank <= 4
+                for status in told.values()
+                for each in status.held
+            )
+            for rank in range(4)
+        )
+    }
+    assert (found.step if found else 0) == max(whole, default=0)
     if found is None:
         return
     assert len(found.sources) == 4

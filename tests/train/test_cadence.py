@@ -62,6 +62,17 @@ def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
     assert taken.due(104, agreed(0, every=4))
 
 
+def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
+    """A copy that was swapped or stopped for a second says nothing of the next one."""
+    state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
+    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    taken = MemorySnapshots(0, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
+    taken._copies_s.extend((0.001, 1.0))
+    for _ in range(20):
+        taken.measure(0.2)
+    assert taken.offer().snapshot_every == 1
+
+
 def test_configured_cadence_is_offered(tmp_path: Path) -> None:
     """A configured cadence does not change with the measurements."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
