@@ -294,22 +294,19 @@ def _lose_rank_zero(fleet: Fleet, show: Show, screen: Screen) -> Recovery:
         generation = show.run.log.view.generation
         return 0 if generation is None else generation.resume_step
 
-    # An old status, of the generation before, is at least `LOST_STEPS.start` steps beyond the checkpoint.
-    after = show.watch(
-        "the next generation's first step",
-        lambda status: (
-            status.generation > before.generation
-            and 0 < status.step - resumed_step() < LOST_STEPS.start
-        ),
-        _RECOVERY_POLL_S,
-    )
+    def recovered(status: RunStatus) -> bool:
+        # A status may still have the step of the generation before. The record says that the new one has done its first.
+        recovery = show.run.log.view.recovery
+        return recovery is not None and recovery.number == status.generation > before.generation
+
+    after = show.watch("the next generation's first step", recovered, _RECOVERY_POLL_S)
     first_step_s = time.monotonic() - killed_s
     resumed = resumed_step()
     screen.say(
         f"   generation {after.generation}: {after.reason}; resumed from step {resumed}, {first_step_s:.1f} s later"
     )
     fleet.start("node-4")
-    show.now = f"steps {resumed + 1} to {before.step} again"
+    show.now = f"steps from {resumed + 1} again"
     show.watch(
         "the steps that were lost", lambda status: status.step > before.step, _RECOVERY_POLL_S
     )
@@ -373,8 +370,8 @@ def _report(console: Console, results: list[Result], recovery: Recovery, text: s
         f"{undisturbed.held_out.bits_per_byte:.6f} bits per byte",
         f"recovery                {recovery.first_step_s:.1f} s from the SIGKILL of {recovery.node} "
         "to the first step of the others",
-        f"                        {recovery.caught_up_s:.1f} s until they had done the {lost_steps} lost "
-        "steps again, and the next",
+        f"                        {recovery.caught_up_s:.1f} s until they had done a new step "
+        f"(steps lost: {lost_steps})",
         f"training, start to end  {disturbed.seconds:.0f} s disturbed, {undisturbed.seconds:.0f} s undisturbed",
     ]
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
