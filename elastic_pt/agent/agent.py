@@ -211,15 +211,13 @@ class Agent:
                 while self._train_generation():
                     pass
             except Left:
+                # In here, so that a second signal can still end a node that waits for the bucket.
                 self._answer_drain()
-                log.info("agent_left")
+                log.info("agent_left", reason=self._node.leave_reason)
                 return None
         except SignalException as caught:
             log.info("agent_stopped", signal=caught.sigval.name)
             raise SystemExit(128 + caught.sigval) from None
-        except Left:
-            log.info("agent_left", reason=self._node.leave_reason)
-            return None
         finally:
             # From now on another signal ends the process at once, and so does the alarm.
             for number in (*LEAVE_SIGNALS, signal.SIGALRM):
@@ -310,7 +308,7 @@ class Agent:
             node_rank=formed.node_rank,
             world_size=generation.world_size,
             resume_step=generation.resume_step,
-            restored_from="bucket" if generation.memory is None else "memory",
+            restored_from=generation.restored_from,
         )
 
     def _after_stop(self) -> None:

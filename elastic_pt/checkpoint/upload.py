@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import (
@@ -41,12 +40,6 @@ from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.store.port import Store
-
-_THREADS: Final = 64
-"""Parallel requests of the committing agent."""
-_POLL_MAX_S: Final = 0.5
-_POLL_SHARE: Final = 0.1
-"""The pause between two polls, as a share of the time waited. So polling adds at most this share to the wait."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Appender:
             number=number,
             members=[each.node for each in proposal.members],
             resume_step=generation.resume_step,
-            restored_from="bucket" if memory is None else "memory",
+            restored_from=generation.restored_from,
             reason=proposal.reason,
         )
         self._append_quarantines(number)

@@ -93,8 +93,8 @@ class Change:
     """The newest step that a member had done before."""
     resume_step: int
     """The step from which it resumed; 0 is the start."""
-    memory_of: int
-    """The generation whose snapshots the members held together; 0 if the state came from the bucket."""
+    restored_from: str
+    """Where the state came from: `memory`, `bucket`, or `start` (the seed)."""
     agree_s: float
     """Seconds from when the change was noticed to the record."""
     first_step: FirstStep
@@ -103,13 +103,6 @@ class Change:
     kept_out: tuple[KeptOut, ...] = ()
     requests: tuple[Request, ...] = ()
     """What operators had asked for since the generation before, as far as it changes the world."""
-
-    @property
-    def restored_from(self) -> str:
-        """Where the state came from: `memory`, `bucket`, or `start` (the seed)."""
-        if self.memory_of:
-            return "memory"
-        return "bucket" if self.resume_step else "start"
 
     @property
     def lost_steps(self) -> int | None:
@@ -182,7 +175,6 @@ def as_json(found: Change | End) -> dict[str, Any]:
     fields = {"kind": type(found).__name__.lower(), **dataclasses.asdict(found)}
     if isinstance(found, Change):
         fields["lost_steps"] = found.lost_steps
-        fields["restored_from"] = found.restored_from
     return {**fields, "text": str(found)}
 
 
@@ -203,7 +195,7 @@ def _change(
         resumed_by_new_nodes=anew,
         frontier_step=generation.frontier_step,
         resume_step=generation.resume_step,
-        memory_of=0 if generation.memory is None else generation.memory.generation,
+        restored_from=generation.restored_from,
         agree_s=generation.agree_s,
         first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
         set_aside=tuple(set_aside),
@@ -307,7 +299,7 @@ def _how_it_went_on(change: Change) -> list[str]:
 
 def _phases(change: Change, recovery: Recovery) -> list[str]:
     state = (
-        f"restored step {change.resume_step} from {'memory' if change.memory_of else 'the bucket'}"
+        f"restored step {change.resume_step} from {'memory' if change.restored_from == 'memory' else 'the bucket'}"
         if change.resume_step
         else "initialised weights"
     )

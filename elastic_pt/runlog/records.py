@@ -197,6 +197,13 @@ class Generation:
         return 0 if self.resume is None else self.resume.step
 
     @property
+    def restored_from(self) -> str:
+        """Where that state is: `memory`, `bucket`, or `start` (made from the seed)."""
+        if self.memory is not None:
+            return "memory"
+        return "start" if self.resume is None else "bucket"
+
+    @property
     def world_size(self) -> int:
         """Workers over all members."""
         return sum(member.workers for member in self.members)

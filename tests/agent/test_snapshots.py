@@ -209,12 +209,7 @@ def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
 
 def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -> None:
     """The state that a generation resumed from stays on its nodes until it has a complete state on all nodes."""
-    first = generation(pair)
-    for node in pair:
-        node.begin(first)
-        node.write(1, 5)
-    for node in pair:
-        node.await_complete(1, 5)
+    hold_step_5(pair)
     second = generation(pair, 2, InMemory(1, 5, (0, 1)))
     for node in pair:
         node.begin(second)
@@ -233,12 +228,7 @@ def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -
 
 def test_state_of_another_lineage_is_dropped(pair: list[Node]) -> None:
     """A generation that resumes from the bucket starts with no state in memory."""
-    first = generation(pair)
-    for node in pair:
-        node.begin(first)
-        node.write(1, 5)
-    for node in pair:
-        node.await_complete(1, 5)
+    hold_step_5(pair)
     for node in pair:
         node.begin(generation(pair, 2))
         assert node.snapshots.held == ()
