@@ -54,8 +54,8 @@ class Mirror:
         token: str,
         *,
         timeout_s: float,
-        on_copy: Callable[[Path, Snapshot], None],
-        on_write: Callable[[Path], None],
+        on_copy: Callable[[Buffer, Snapshot], None],
+        on_write: Callable[[Buffer], None],
     ) -> None:
         """Copies `member`; `incarnation` is this node's. Calls `on_write` before it overwrites a buffer file, and
         `on_copy` after the file holds a whole state again, both in the mirror's thread."""
@@ -67,7 +67,7 @@ class Mirror:
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
         self._on_copy = on_copy
         self._on_write = on_write
-        self._buffers: dict[int, list[tuple[Path, mmap.mmap]]] = {}
+        self._buffers: dict[int, list[tuple[Buffer, mmap.mmap]]] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
         self._stop = threading.Event()
@@ -114,27 +114,25 @@ class Mirror:
             record = self._peer.record(path)
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
-            file, buffer = self._older_buffer(rank, record.size)
+            buffer, mapped = self._older_buffer(rank, record.size)
             if self._stop.is_set():
                 return
-            self._on_write(file)
-            begin_buffer(buffer, step)
-            content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
+            self._on_write(buffer)
+            begin_buffer(mapped, step)
+            content = memoryview(mapped)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
             self._peer.read_into(path, 0, content)
             require_crcs(record, content)
-            end_buffer(buffer, step)
+            end_buffer(mapped, step)
             self._buffers[rank].reverse()
             self._has[rank] = step
-            self._on_copy(file, record)
+            self._on_copy(buffer, record)
 
-    def _older_buffer(self, rank: int, size: int) -> tuple[Path, mmap.mmap]:
-        """The buffer file to write next. Raises `StagingFull`."""
+    def _older_buffer(self, rank: int, size: int) -> tuple[Buffer, mmap.mmap]:
+        """The buffer to write next. Raises `StagingFull`."""
         if rank not in self._buffers:
-            paths = [
-                Buffer(self._generation, rank, number).path(self._scratch)
-                for number in range(BUFFERS)
-            ]
-            self._buffers[rank] = list(zip(paths, make_buffers(paths, size), strict=True))
+            names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
+            maps = make_buffers([each.path(self._scratch) for each in names], size)
+            self._buffers[rank] = list(zip(names, maps, strict=True))
         return self._buffers[rank][0]
 
     def _tell(self, error: Exception) -> None:

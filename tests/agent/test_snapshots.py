@@ -13,7 +13,8 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.agent.holdings import mirrored_by
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import MemoryState
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
