@@ -11,13 +11,16 @@ nodes it mirrors. `agent.snapshots` calls this with its lock held.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from elastic_pt.checkpoint.snapshot import Buffer
-from elastic_pt.membership.decision.status import Held
-from elastic_pt.runlog.records import Generation
+from elastic_pt.membership.decision.status import Held, Unusable
+from elastic_pt.runlog.records import Generation, InMemory
 
 State = tuple[int, int]
 """A generation and a step of its workers."""
+_FAILURES: Final = 2
+"""Generations that could not read a copy, its node not answering, before it counts as unusable."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,15 @@ class Holdings:
         self._own = range(0)
         self._acknowledged: dict[str, int] = {}
         """The newest step of each mirror of this node, by the mirror's incarnation."""
+        self._without_room: set[str] = set()
+        """The mirrors that have acknowledged their newest step without a copy of it."""
         self._complete = 0
-        self._unusable: set[State] = set()
+        self._resumed: InMemory | None = None
+        """The state from which this generation has resumed."""
+        self._node_rank = 0
+        self._failures: dict[Unusable, set[int]] = {}
+        """The generations in which this node's workers could not read a copy. Whole once it is unusable."""
+        self._unusable: set[Unusable] = set()
 
     # ---- what it holds -----------------------------------------------------------------------------
 
@@ -68,8 +78,8 @@ class Holdings:
         )
 
     @property
-    def unusable(self) -> tuple[State, ...]:
-        """States that this node's workers could not read."""
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
         return tuple(sorted(self._unusable))
 
     @property
@@ -101,13 +111,23 @@ class Holdings:
 
         `mirrors` are the ranks of the nodes that copy this one's state.
         """
-        memory = generation.memory
+        memory = self._resumed = generation.memory
         goes_on = None if memory is None else (memory.generation, memory.step)
+        self._unusable = {
+            each for each in self._unusable if (each.generation, each.step) == goes_on
+        }
+        self._failures = {
+            each: found
+            for each, found in self._failures.items()
+            if (each.generation, each.step) == goes_on
+        }
         self.generation = generation.number
+        self._node_rank = node_rank
         self._sizes[generation.number] = generation.world_size
         self._forget(lambda state: state != goes_on)
         self._own = generation.worker_ranks()[node_rank]
         self._acknowledged = {generation.members[index].incarnation: 0 for index in mirrors}
+        self._without_room = set()
         self._complete = 0
 
     def add(self, copy: Copy) -> bool:
@@ -127,13 +147,22 @@ class Holdings:
             if not copies:
                 del self._kept[state]
 
-    def acknowledge(self, mirror: str, step: int) -> None:
-        """A mirror of this node has copied a step. Reports of other nodes, and of older steps, change nothing."""
-        if mirror in self._acknowledged:
-            self._acknowledged[mirror] = max(self._acknowledged[mirror], step)
+    def acknowledge(self, mirror: str, step: int, *, copied: bool) -> None:
+        """A mirror of this node has copied a step, or has no room for it. It holds the workers up no longer.
+
+        Reports of other nodes, and of older steps, change nothing.
+        """
+        if step > self._acknowledged.get(mirror, step):
+            self._acknowledged[mirror] = step
+            (self._without_room.discard if copied else self._without_room.add)(mirror)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether each mirror of this node has a copy of the newest step that it has acknowledged."""
+        return not self._without_room
 
     def take_complete(self) -> int | None:
-        """The newest step that this node and its mirrors hold whole, if it is newer than the last answer."""
+        """The newest step that this node holds whole, and its mirrors that have room, if newer than the last answer."""
         step = min([self.newest_own, *self._acknowledged.values()])
         if step <= self._complete:
             return None
@@ -144,9 +173,46 @@ class Holdings:
         """All nodes and their mirrors hold a state of this generation: the one it resumed from is not needed any more."""
         self._forget(lambda state: state[0] != self.generation)
 
+    def forget_before(self, committed_step: int) -> bool:
+        """The bucket has a step: older states that are not of this generation are of no use. Whether there was one."""
+        useless = [
+            state
+            for state in self._kept
+            if state[0] != self.generation and state[1] < committed_step
+        ]
+        self._forget(useless.__contains__)
+        return bool(useless)
+
+    def forget_spares(self) -> bool:
+        """There is no room for new buffers: forget copies of the state that this generation resumed from.
+
+        Only those that other members hold too, and from which these are read first: all nodes may do so at once.
+        Returns whether there was one.
+        """
+        if self._resumed is None:
+            return False
+        copies = self._kept.get((self._resumed.generation, self._resumed.step), {})
+        spares = [
+            copy for rank, copy in copies.items() if self._resumed.sources[rank] != self._node_rank
+        ]
+        for copy in spares:
+            self.drop(copy.buffer)
+        return bool(spares)
+
     def distrust(self, state: State) -> None:
-        """This node's workers could not read a state that the log says is in memory."""
-        self._unusable.add(state)
+        """The rows of a state in memory do not fit together."""
+        self._unusable.add(Unusable(*state, -1, ""))
+
+    def copy_failed(self, state: State, rank: int, holder: str, *, damaged: bool) -> None:
+        """This node's workers could not read a copy. It is unusable if it is damaged, or in the second such generation.
+
+        `holder` is the incarnation of its node.
+        """
+        copy = Unusable(*state, rank, holder)
+        generations = self._failures.setdefault(copy, set())
+        generations.add(self.generation)
+        if damaged or len(generations) >= _FAILURES:
+            self._unusable.add(copy)
 
     def _forget(self, unwanted: Callable[[State], bool]) -> None:
         for state in [state for state in self._kept if unwanted(state)]:

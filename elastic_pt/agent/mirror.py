@@ -70,6 +70,8 @@ class Mirror:
         self._buffers: dict[int, list[tuple[Buffer, mmap.mmap]]] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
+        self._full = False
+        """Whether there was no room for a copy of that step."""
         self._stop = threading.Event()
         self._told = ""
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
@@ -84,12 +86,12 @@ class Mirror:
                 step = self._ask()
                 if step is not None:
                     self._copy(step)
-                    self._told = ""
+                    self._told, self._full = "", False
                     continue
             except StagingFull as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
-                self._has = dict.fromkeys(self._ranks, step or 0)
+                self._has, self._full = dict.fromkeys(self._ranks, step or 0), True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
@@ -99,7 +101,10 @@ class Mirror:
     def _ask(self) -> int | None:
         """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
-        question = f"generation={self._generation}&after={has}&mirror={self._incarnation}"
+        copied = 0 if self._full else 1
+        question = (
+            f"generation={self._generation}&after={has}&copied={copied}&mirror={self._incarnation}"
+        )
         answer = self._peer.get(
             f"/v1/snapshots/next?{question}", _ANSWER_BYTES_MAX, timeout_s=_QUESTION_S
         )

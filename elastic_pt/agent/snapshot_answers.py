@@ -30,8 +30,8 @@ log = structlog.get_logger("elastic_pt.agent.snapshots")
 class Shared(Protocol):
     """The part of `Snapshots` that peers may ask for. Thread-safe."""
 
-    def acknowledge(self, generation: int, mirror: str, step: int) -> bool:
-        """A mirror has copied this step. False if the generation is not this node's."""
+    def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
+        """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
 
     def next_step(self, generation: int, after: int) -> int | None:
         """The newest step of this node's workers after `after`; None if there is none yet or the generation has ended."""
@@ -73,10 +73,10 @@ class SnapshotAnswers:
         """The newest step after `after`. The request also reports the newest step of the mirror."""
         try:
             generation, after = (int(request.query[name]) for name in ("generation", "after"))
-            mirror = request.query["mirror"]
+            mirror, copied = request.query["mirror"], request.query["copied"] == "1"
         except (KeyError, ValueError):
-            return web.Response(status=400, text="expected generation, after and mirror\n")
-        if not self._shared.acknowledge(generation, mirror, after):
+            return web.Response(status=400, text="expected generation, after, copied and mirror\n")
+        if not self._shared.acknowledge(generation, mirror, after, copied=copied):
             return web.Response(status=404)
         step = await self._await_next(generation, after)
         return web.Response(status=204) if step is None else web.json_response({"step": step})

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -31,11 +32,15 @@ from elastic_pt.checkpoint.memory import Place, Places
 from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
-from elastic_pt.membership.decision.status import Held
+from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.channel import Message
+
+_DESCRIBE_AGAIN_S: Final = 0.5
+_DESCRIBE_S: Final = 600.0
+"""Maximum time for the CRCs of a snapshot, with retries. Then this generation has no newer snapshots in memory."""
 
 log = structlog.get_logger("elastic_pt.agent.snapshots")
 
@@ -52,9 +57,9 @@ class Snapshots:
         copies: int,
         timeout_s: float,
         history: StepHistory,
-        on_complete: Callable[[int, int], None],
+        on_complete: Callable[[int, int, bool], None],
     ) -> None:
-        """`on_complete(generation, step)`: this node's workers may write over what is older than that step.
+        """`on_complete(generation, step, mirrored)`: this node's workers may write over what is older than that step.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -69,6 +74,7 @@ class Snapshots:
         self._holdings = Holdings()
         self._every = 0
         """The last cadence in the event log."""
+        self._closing = threading.Event()
         self._mirrors: list[Mirror] = []
         self._answers = SnapshotAnswers(self, scratch, history.text)
         self._jobs: JobThread[Buffer] = JobThread("snapshot", self._describe)
@@ -82,8 +88,8 @@ class Snapshots:
             return self._holdings.held(time.monotonic())
 
     @property
-    def unusable(self) -> tuple[State, ...]:
-        """States that this node's workers could not read."""
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
         with self._lock:
             return self._holdings.unusable
 
@@ -124,17 +130,21 @@ class Snapshots:
         memory = generation.memory
         if memory is None:
             return None
+        state = memory.generation, memory.step
         shards = []
-        for rank, source in enumerate(memory.sources):
-            copy = self.find((memory.generation, memory.step), rank)
-            member = generation.members[source]
-            if copy is not None:
+        for rank in range(len(memory.sources)):
+            holders = [generation.members[index] for index in memory.holders(rank)]
+            places = [
+                Place(each.incarnation, host=each.address, port=each.port)
+                for each in holders
+                if each.incarnation != self._incarnation
+            ]
+            copy = self.find(state, rank)
+            if copy is not None and Unusable(*state, rank, self._incarnation) not in self.unusable:
                 path = str(copy.buffer.path(self._scratch))
-                place = Place(rank, path, copy.record.decode())
-            else:
-                place = Place(rank, host=member.address, port=member.port)
-            shards.append(place)
-        return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
+                places.insert(0, Place(self._incarnation, path, copy.record.decode()))
+            shards.append(tuple(places))
+        return Places(*state, tuple(shards), self._token, self._timeout_s)
 
     def complete_history(self, formed: Formed, committed_step: int) -> None:
         """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
@@ -162,7 +172,7 @@ class Snapshots:
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
         if buffer.generation != self._holdings.generation:
             return
-        if message["complete_step"]:
+        if message["complete_step"] and message["mirrored"]:
             with self._lock:
                 self._holdings.forget_others()
             self._remove_unneeded()
@@ -178,9 +188,33 @@ class Snapshots:
             self._jobs.submit(buffer)
 
     def distrust(self, generation: int, step: int) -> None:
-        """This node's workers could not read a state that the log says is in memory."""
+        """The rows of a state in memory do not fit together."""
         with self._lock:
             self._holdings.distrust((generation, step))
+
+    def copy_failed(self, message: Message) -> None:
+        """A worker of this node could not read one copy of an old rank's rows."""
+        state, rank = (message["generation"], message["step"]), message["rank"]
+        log.warning(
+            "copy_failed", step=state[1], rank=rank, holder=message["holder"], cause=message["why"]
+        )
+        with self._lock:
+            self._holdings.copy_failed(state, rank, message["holder"], damaged=message["damaged"])
+
+    def committed(self, step: int) -> None:
+        """The bucket has the state of this step."""
+        with self._lock:
+            found = self._holdings.forget_before(step)
+        if found:
+            self._remove_unneeded()
+
+    def no_room(self) -> None:
+        """There is no room for the buffers of this node's workers."""
+        with self._lock:
+            found = self._holdings.forget_spares()
+        if found:
+            log.warning("copies_dropped", cause="no room for the snapshots of this node's workers")
+            self._remove_unneeded()
 
     def stop_mirrors(self) -> None:
         """Stop copying. Returns at once."""
@@ -191,17 +225,18 @@ class Snapshots:
     def close(self) -> None:
         """Stop all threads. The files are removed with the scratch directory."""
         self.stop_mirrors()
+        self._closing.set()
         self._jobs.discard()
         self._jobs.close(0.0)
 
     # ---- for the answers to peers ----------------------------------------------------------------
 
-    def acknowledge(self, generation: int, mirror: str, step: int) -> bool:
-        """A mirror has copied this step. False if the generation is not this node's."""
+    def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
+        """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
         with self._lock:
             if generation != self._holdings.generation:
                 return False
-            self._holdings.acknowledge(mirror, step)
+            self._holdings.acknowledge(mirror, step, copied=copied)
             self._look()
             return True
 
@@ -224,14 +259,22 @@ class Snapshots:
     # ---- on the threads of the jobs and the mirrors ----------------------------------------------
 
     def _describe(self, buffer: Buffer) -> None:
-        try:
-            found = describe_snapshot(buffer, self._scratch)
-        # Any error: keep the thread alive. A snapshot without a description counts as missing.
-        except Exception as error:
-            log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
-            return
-        if found is not None:
-            self._copied(buffer, found)
+        """Compute the CRCs of a buffer, and try again after an error: the workers take no newer snapshot before."""
+        told = ""
+        until_s = time.monotonic() + _DESCRIBE_S
+        while buffer.generation == self._holdings.generation and time.monotonic() < until_s:
+            try:
+                found = describe_snapshot(buffer, self._scratch)
+                if found is not None:
+                    self._copied(buffer, found)
+                return
+            # Any error: keep the thread alive.
+            except Exception as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("snapshot_unreadable", rank=buffer.rank, cause=told)
+            if self._closing.wait(_DESCRIBE_AGAIN_S):
+                return
 
     def _copied(self, buffer: Buffer, record: Snapshot) -> None:
         """Store the record of a buffer file of this node that holds a whole state."""
@@ -245,7 +288,7 @@ class Snapshots:
         """Tell the workers when a newer step is whole here and on all mirrors."""
         step = self._holdings.take_complete()
         if step is not None:
-            self._on_complete(self._holdings.generation, step)
+            self._on_complete(self._holdings.generation, step, self._holdings.mirrored)
 
     def _remove_unneeded(self) -> None:
         """Remove the files of earlier generations that hold nothing. Freeing memory takes half a second per gigabyte."""
