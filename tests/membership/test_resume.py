@@ -95,6 +95,28 @@ def test_state_that_a_member_could_not_read_is_not_chosen_again() -> None:
     assert newest_in_memory(generation(), MEMBERS, told, 0) is None
 
 
+def test_bad_copy_is_left_out_and_the_other_one_is_taken() -> None:
+    """One copy that a member could not read says nothing of the other copy of the same rows."""
+    told = statuses(*RING)
+    reader = MEMBERS[2].incarnation
+    told[reader] = dataclasses.replace(told[reader], unusable=(Unusable(3, 7, 1, "a-1"),))
+    found = newest_in_memory(generation(), MEMBERS, told, 0)
+    assert found is not None
+    assert found.holders(1) == (1,)
+    assert found.holders(2) == (1, 2)
+    # Both copies of a row are bad: an older whole state is taken, if there is one.
+    both = (Unusable(3, 7, 1, "a-1"), Unusable(3, 7, 1, "b-1"))
+    told[reader] = dataclasses.replace(told[reader], unusable=both)
+    assert newest_in_memory(generation(), MEMBERS, told, 0) is None
+    older = {
+        name: dataclasses.replace(each, held=(*each.held, Held(3, 6, 0, 4, 4)))
+        for name, each in told.items()
+    }
+    found = newest_in_memory(generation(), MEMBERS, older, 0)
+    assert found is not None
+    assert found.step == 6
+
+
 @given(
     st.lists(
         st.lists(
