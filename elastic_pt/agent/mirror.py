@@ -5,19 +5,22 @@
          └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 A buffer is overwritten only after the neighbour's newer step was copied completely. The neighbour's workers take no newer
-snapshot before that, so one complete step always exists on all nodes and their mirrors. If there is no room for a copy,
-the mirror reports that, and the neighbour continues without it.
+snapshot before that, so one complete step always exists on all nodes and their mirrors. So a slow link, or a bound for
+the bytes per second, makes snapshots rarer and nothing else. If there is no room for a copy, the mirror reports that,
+and the neighbour continues without it.
 """
 
 import json
 import mmap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.checkpoint.snapshot import (
@@ -54,6 +57,7 @@ class Mirror:
         token: str,
         *,
         timeout_s: float,
+        pace: Pace,
         on_copy: Callable[[Buffer, Snapshot], None],
         on_write: Callable[[Buffer], None],
     ) -> None:
@@ -65,6 +69,7 @@ class Mirror:
         self._ranks = ranks
         self._incarnation = incarnation
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
+        self._pace = pace
         self._on_copy = on_copy
         self._on_write = on_write
         self._buffers: dict[int, list[tuple[Buffer, mmap.mmap]]] = {}
@@ -77,10 +82,19 @@ class Mirror:
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop overwriting buffers. Returns at once. A request in progress ends by itself."""
+        """Stop overwriting buffers, and free their memory once their files are removed. Returns at once."""
         self._stop.set()
+        self._peer.close()
 
     def _run(self) -> None:
+        try:
+            self._mirror()
+        finally:
+            for _, mapped in (each for buffers in self._buffers.values() for each in buffers):
+                mapped.close()
+            self._buffers.clear()
+
+    def _mirror(self) -> None:
         while not self._stop.is_set():
             try:
                 step = self._ask()
@@ -124,13 +138,28 @@ class Mirror:
                 return
             self._on_write(buffer)
             begin_buffer(mapped, step)
-            content = memoryview(mapped)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
-            self._peer.read_into(path, 0, content)
-            require_crcs(record, content)
+            with (
+                memoryview(mapped) as whole,
+                whole[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size] as content,
+            ):
+                if not self._fill(path, content):
+                    return
+                require_crcs(record, content)
             end_buffer(mapped, step)
             self._buffers[rank].reverse()
             self._has[rank] = step
             self._on_copy(buffer, record)
+
+    def _fill(self, path: str, content: memoryview) -> bool:
+        """Read a shard file. False if this mirror was stopped."""
+        chunk = self._pace.chunk_bytes
+        for start in range(0, len(content), chunk):
+            size = min(chunk, len(content) - start)
+            if self._stop.wait(self._pace.wait_s(size, time.monotonic())):
+                return False
+            with content[start : start + size] as part:
+                self._peer.read_into(path, start, part)
+        return True
 
     def _older_buffer(self, rank: int, size: int) -> tuple[Buffer, mmap.mmap]:
         """The buffer to write next. Raises `StagingFull`."""

@@ -14,13 +14,18 @@ import structlog
 from aiohttp import web
 
 from elastic_pt.agent.holdings import Copy, State
-from elastic_pt.checkpoint.peer import STEPS_PATH
+from elastic_pt.checkpoint.peer import RANGE_BYTES_MAX, STEPS_PATH
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer
 from elastic_pt.membership.resources import Answer
 
 _SEND_S: Final = 10.0
 _SEND_BYTES_PER_S: Final = 1 << 20
 """The slowest reader that is served to its end."""
+_SENDS_MAX: Final = 16
+"""Most ranges that are sent at the same time."""
+_QUEUE_MAX: Final = 64
+_QUEUE_S: Final = 0.5
+"""Most ranges that wait for that, and for how long. A reader of any other one has to ask again."""
 _POLL_S: Final = 5.0
 """Maximum time of a long poll for the next step."""
 
@@ -51,6 +56,8 @@ class SnapshotAnswers:
         self._shared = shared
         self._scratch = scratch
         self._history = history
+        self._sends = asyncio.Semaphore(_SENDS_MAX)
+        self._queued = 0
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     @property
@@ -107,6 +114,31 @@ class SnapshotAnswers:
         wanted = request.http_range
         if wanted.start is None or wanted.stop is None or wanted.start < 0:
             return web.Response(status=416, text="expected Range: bytes=FIRST-LAST\n")
+        if wanted.stop - wanted.start > RANGE_BYTES_MAX:
+            return web.Response(status=416, text=f"expected at most {RANGE_BYTES_MAX} bytes\n")
+        if not await self._may_send():
+            return web.Response(status=503)
+        try:
+            return await self._send(request, copy, wanted.start, min(wanted.stop, copy.size))
+        finally:
+            self._sends.release()
+
+    async def _may_send(self) -> bool:
+        """Take one of the places for sending. False if too many readers want one."""
+        if self._queued >= _QUEUE_MAX:
+            return False
+        self._queued += 1
+        try:
+            async with asyncio.timeout(_QUEUE_S):
+                return await self._sends.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self._queued -= 1
+
+    async def _send(
+        self, request: web.Request, copy: Copy, start: int, end: int
+    ) -> web.StreamResponse:
         path = copy.buffer.path(self._scratch)
         try:
             file = path.open("rb")
@@ -115,7 +147,7 @@ class SnapshotAnswers:
             self._shared.lost(copy.buffer)
             return web.Response(status=404)
         with file:
-            return await _send_file(request, file, wanted.start, min(wanted.stop, copy.size))
+            return await _send_file(request, file, start, end)
 
     async def _answer_record(self, request: web.Request) -> web.StreamResponse:
         copy = self._asked(request)

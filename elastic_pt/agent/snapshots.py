@@ -25,6 +25,7 @@ import structlog
 
 from elastic_pt.agent.holdings import Copy, Holdings, State, mirrored_by
 from elastic_pt.agent.mirror import Mirror
+from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshot_answers import SnapshotAnswers
 from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
@@ -55,6 +56,7 @@ class Snapshots:
         token: str,
         *,
         copies: int,
+        mirror_bytes_per_s: int = 0,
         timeout_s: float,
         history: StepHistory,
         on_complete: Callable[[int, int, bool], None],
@@ -69,6 +71,7 @@ class Snapshots:
         self._token = token
         self._copies = copies
         self._timeout_s = timeout_s
+        self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
         self._lock = threading.RLock()
         self._holdings = Holdings()
@@ -118,6 +121,7 @@ class Snapshots:
                 self._incarnation,
                 self._token,
                 timeout_s=self._timeout_s,
+                pace=self._pace,
                 on_copy=self._copied,
                 on_write=self.lost,
             )
