@@ -125,6 +125,7 @@ class Agent:
             member.incarnation,
             run_token(store),
             copies=config.checkpoint.mirror_copies,
+            mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
             on_complete=self._channel.complete,
