@@ -105,7 +105,7 @@ class Agent:
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member = prepared.member
+        member, token = prepared.member, run_token(prepared.store)
         self._config = config
         self._scratch = scratch
         self._log = run_log
@@ -123,7 +123,7 @@ class Agent:
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
-            run_token(store),
+            token,
             copies=config.checkpoint.mirror_copies,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
@@ -147,7 +147,7 @@ class Agent:
                 states=self._snapshots,
                 fenced_url=prepared.fenced_url,
             ),
-            store,
+            token,
         )
         self._checkpointing = Checkpointing(
             config,
@@ -161,11 +161,7 @@ class Agent:
         )
         self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
         self._notices = Watch(
-            sources(
-                chosen(config.elastic.notices, read_machine()),
-                member.node,
-                lambda: run_token(store).encode(),
-            ),
+            sources(chosen(config.elastic.notices, read_machine()), member.node, token.encode()),
             self._leaving.heed,
             self._observation.metrics,
             usual_lead_s=config.elastic.leave_timeout_s,

@@ -23,7 +23,6 @@ from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Stop
-from elastic_pt.store.port import Store
 
 log = structlog.get_logger("elastic_pt.node")
 
@@ -46,10 +45,10 @@ def new_member(name: str, address: str, workers: int) -> Member:
     return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers)
 
 
-def new_node(first: NodeStatus, limits: Limits, resources: Resources, store: Store) -> "Node":
-    """A node of the run in `store`. It does nothing before `Node.start`."""
+def new_node(first: NodeStatus, limits: Limits, resources: Resources, token: str) -> "Node":
+    """A node of the run whose agents share `token`. It does nothing before `Node.start`."""
     participant = Participant(first, limits, resources)
-    return Node(participant, MembershipThread(participant, store, limits.elastic))
+    return Node(participant, MembershipThread(participant, token, limits.elastic))
 
 
 class Node:

@@ -47,7 +47,7 @@ def node(tmp_path: Path) -> Node:
             choose_resume=lambda _: None,
             on_drain=lambda _: None,
         ),
-        store,
+        "token",
     )
 
 
