@@ -202,6 +202,7 @@ class Agent:
             self._notices.start()
             self._channel.listen(self._messages.handle)
             self._node.start()
+            self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             try:
                 while self._train_generation():
@@ -388,7 +389,7 @@ class Agent:
                 log.warning("node_rests", seconds=round(seconds, 3), cause=failure.detail)
                 self._node.rest(failure.detail, seconds)
         self._node.spend(number, failure)
-        self._observation.enter(Activity.FORM)
+        self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
         too_many = progress.failures > self._config.elastic.retries_without_progress
         if counts and failure is not None and too_many and self._node.others_can_go_on():
             raise NodeFailure(

@@ -34,6 +34,10 @@ class Observation:
             self._ledger.enter(activity, now_s)
             self.metrics.account(self._ledger.snapshot(now_s))
 
+    def waits(self, *, paused: bool) -> None:
+        """This node has no workers: the run is `paused`, or the nodes look for the next generation."""
+        self.enter(Activity.PAUSED if paused else Activity.FORM)
+
     def starts(self, generation: Generation, known_s: float) -> None:
         """The workers of a generation, known to this node since `known_s`, are about to start."""
         with self._lock:
