@@ -29,6 +29,7 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
+from elastic_pt.agent.at_risk import AtRisk
 from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
@@ -127,7 +128,7 @@ class Agent:
             copies=config.checkpoint.mirror_copies,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
-            on_complete=self._channel.complete,
+            on_complete=self._held,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -157,16 +158,24 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._channel.release,
+            release=self._done_with,
         )
-        self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
+        self._progress = Progress()
+        estimates = self._observation.estimates
+        self._leaving = Leaving(
+            self._node,
+            config.elastic.leave_timeout_s,
+            times=lambda: estimates.times,
+            at_risk=AtRisk(
+                run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
+            ).heed,
+        )
         self._notices = Watch(
             sources(chosen(config.elastic.notices, read_machine()), member.node, token.encode()),
             self._leaving.heed,
             self._observation.metrics,
             usual_lead_s=config.elastic.leave_timeout_s,
         )
-        self._progress = Progress()
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -240,6 +249,15 @@ class Agent:
         self._leaving.ask(
             str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
         )
+
+    def _held(self, generation: int, step: int) -> None:
+        if self._config.checkpoint.mirror_copies:
+            self._observation.estimates.held(step)
+        self._channel.complete(generation, step)
+
+    def _done_with(self, step: int) -> None:
+        self._observation.estimates.uploaded(step)
+        self._channel.release(step)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)

@@ -129,6 +129,12 @@ class Node:
         """When this node first read that generation's record, on its monotonic clock."""
         return self._participant.read_at_s(generation)
 
+    @property
+    def alone(self) -> bool:
+        """Whether the newest generation has no other member."""
+        generation = self.view.generation
+        return generation is None or len(generation.members) < 2
+
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
         return self._participant.others_can_go_on()
