@@ -167,6 +167,14 @@ def test_malformed_requests_and_other_nodes_have_no_effect(
     assert isinstance(hook.heard.next(), CheckpointNow)
 
 
+def test_a_client_that_sends_no_body_delays_no_other(hook: Hook) -> None:
+    """F17: a request that hangs keeps only its own connection."""
+    with socket.create_connection(("127.0.0.1", hook.port)) as hanging:
+        hanging.sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n".encode())
+        assert hook.post(PREEMPT) == 200
+        assert isinstance(hook.heard.next(), Leave)
+
+
 def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> None:
     """The command line for the signature in docs/notices.md gives a valid signature."""
     page = Path(__file__).parents[2] / "docs" / "notices.md"
