@@ -131,9 +131,11 @@ class Node:
 
     @property
     def alone(self) -> bool:
-        """Whether the newest generation has no other member."""
+        """Whether no other node waits for this one: it is no member of the newest generation, or its only member."""
         generation = self.view.generation
-        return generation is None or len(generation.members) < 2
+        if generation is None or generation.rank_of(self.member.incarnation) is None:
+            return True
+        return len(generation.members) < 2
 
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
