@@ -5,7 +5,7 @@ training stack: the command that starts the agent passes the function that its w
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             listens to peers, decides, appends          (membership thread)
-                    Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
+                    Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
@@ -158,7 +158,8 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._done_with,
+            release=self._release,
+            kept=self._snapshots.checkpoints,
         )
         self._progress = Progress()
         estimates = self._observation.estimates
@@ -242,6 +243,13 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
+    def _release(self, generation: int, step: int) -> None:
+        """A checkpoint is in the bucket, or given up: its buffers are free (threads of upload and commit)."""
+        # First: afterwards a worker may overwrite its buffer.
+        self._snapshots.release(generation, step)
+        self._observation.estimates.uploaded(step)
+        self._channel.release(generation, step)
+
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
         if not self._node.leaving:
@@ -251,13 +259,10 @@ class Agent:
         )
 
     def _held(self, generation: int, step: int) -> None:
+        """The state of a step is whole on this node and on its mirrors, if it has any."""
         if self._config.checkpoint.mirror_copies:
             self._observation.estimates.held(step)
         self._channel.complete(generation, step)
-
-    def _done_with(self, step: int) -> None:
-        self._observation.estimates.uploaded(step)
-        self._channel.release(step)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)
@@ -338,7 +343,7 @@ class Agent:
         settled = self._checkpointing.wait(formed, completed=completed)
         log.info(
             "settled" if settled else "settle_failed",
-            step=self._checkpointing.staged_step,
+            step=self._checkpointing.saved_step,
             generation=formed.generation.number,
         )
         return settled
