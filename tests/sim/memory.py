@@ -69,7 +69,7 @@ def draw_habits(source: random.Random, nodes: tuple[str, ...]) -> SnapshotHabits
         copies=source.choice((1, 1, 1, 2)),
         every_steps=source.choice((1, 1, 1, 2, 5)),
         copy_s=source.choice((0.001, 0.01, 0.03)),
-        describe_s=source.choice((0.001, 0.02)),
+        describe_s=source.choice((0.001, 0.02, 0.15)),
         mirror_s=source.choice((0.005, 0.03, 0.2)),
         slow=some(0.15),
         without_mirror_room=some(0.08),
