@@ -54,8 +54,8 @@ class Mirror:
         token: str,
         *,
         timeout_s: float,
-        on_copy: Callable[[Path, Snapshot], None],
-        on_write: Callable[[Path], None],
+        on_copy: Callable[[Buffer, Snapshot], None],
+        on_write: Callable[[Buffer], None],
     ) -> None:
         """Copies `member`; `incarnation` is this node's. Calls `on_write` before it overwrites a buffer file, and
         `on_copy` after the file holds a whole state again, both in the mirror's thread."""
@@ -67,9 +67,11 @@ class Mirror:
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
         self._on_copy = on_copy
         self._on_write = on_write
-        self._buffers: dict[int, list[tuple[Path, mmap.mmap]]] = {}
+        self._buffers: dict[int, list[tuple[Buffer, mmap.mmap]]] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
+        self._full = False
+        """Whether there was no room for a copy of that step."""
         self._stop = threading.Event()
         self._told = ""
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
@@ -84,12 +86,12 @@ class Mirror:
                 step = self._ask()
                 if step is not None:
                     self._copy(step)
-                    self._told = ""
+                    self._told, self._full = "", False
                     continue
             except StagingFull as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
-                self._has = dict.fromkeys(self._ranks, step or 0)
+                self._has, self._full = dict.fromkeys(self._ranks, step or 0), True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
@@ -99,7 +101,10 @@ class Mirror:
     def _ask(self) -> int | None:
         """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
-        question = f"generation={self._generation}&after={has}&mirror={self._incarnation}"
+        copied = 0 if self._full else 1
+        question = (
+            f"generation={self._generation}&after={has}&copied={copied}&mirror={self._incarnation}"
+        )
         answer = self._peer.get(
             f"/v1/snapshots/next?{question}", _ANSWER_BYTES_MAX, timeout_s=_QUESTION_S
         )
@@ -114,27 +119,25 @@ class Mirror:
             record = self._peer.record(path)
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
-            file, buffer = self._older_buffer(rank, record.size)
+            buffer, mapped = self._older_buffer(rank, record.size)
             if self._stop.is_set():
                 return
-            self._on_write(file)
-            begin_buffer(buffer, step)
-            content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
+            self._on_write(buffer)
+            begin_buffer(mapped, step)
+            content = memoryview(mapped)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
             self._peer.read_into(path, 0, content)
             require_crcs(record, content)
-            end_buffer(buffer, step)
+            end_buffer(mapped, step)
             self._buffers[rank].reverse()
             self._has[rank] = step
-            self._on_copy(file, record)
+            self._on_copy(buffer, record)
 
-    def _older_buffer(self, rank: int, size: int) -> tuple[Path, mmap.mmap]:
-        """The buffer file to write next. Raises `StagingFull`."""
+    def _older_buffer(self, rank: int, size: int) -> tuple[Buffer, mmap.mmap]:
+        """The buffer to write next. Raises `StagingFull`."""
         if rank not in self._buffers:
-            paths = [
-                Buffer(self._generation, rank, number).path(self._scratch)
-                for number in range(BUFFERS)
-            ]
-            self._buffers[rank] = list(zip(paths, make_buffers(paths, size), strict=True))
+            names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
+            maps = make_buffers([each.path(self._scratch) for each in names], size)
+            self._buffers[rank] = list(zip(names, maps, strict=True))
         return self._buffers[rank][0]
 
     def _tell(self, error: Exception) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.agent.holdings import mirrored_by
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import MemoryState
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
@@ -82,8 +83,9 @@ class Node:
         self.port = 0
         self.tensors = full_tensors()
 
-    def _on_complete(self, generation: int, step: int) -> None:
+    def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
         with self._changed:
+            self.mirrored = mirrored
             self.complete.append((generation, step))
             self._changed.notify_all()
 
@@ -107,7 +109,9 @@ class Node:
         )
         self.buffers.allocate()
 
-    def write(self, generation: int, step: int, *, complete_step: int = 0) -> None:
+    def write(
+        self, generation: int, step: int, *, complete_step: int = 0, mirrored: bool = True
+    ) -> None:
         """The worker takes a snapshot."""
         buffer = self.buffers.write(training_state(step))
         self.snapshots.written(
@@ -120,6 +124,7 @@ class Node:
                 "every_steps": 1,
                 "step_seconds": 1.0,
                 "complete_step": complete_step,
+                "mirrored": mirrored,
             }
         )
 

@@ -65,7 +65,7 @@ def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
 def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
     """A copy that was swapped or stopped for a second says nothing of the next one."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
-    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    agent = SimpleNamespace(complete_step=0, unmirrored_step=0, send=lambda *_, **__: None)
     taken = MemorySnapshots(0, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
     taken._copies_s.extend((0.001, 1.0))
     for _ in range(20):
@@ -76,7 +76,7 @@ def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
 def test_configured_cadence_is_offered(tmp_path: Path) -> None:
     """A configured cadence does not change with the measurements."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
-    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    agent = SimpleNamespace(complete_step=0, unmirrored_step=0, send=lambda *_, **__: None)
     taken = MemorySnapshots(7, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
     for _ in range(20):
         taken.measure(0.001)

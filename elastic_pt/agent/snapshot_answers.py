@@ -1,0 +1,149 @@
+"""Answers what peers ask about the states in this node's memory, on the membership's event loop; see `checkpoint.peer`.
+
+routes ─► SnapshotAnswers ─► Shared (`agent.snapshots`): which step is next, where a copy lies
+               └─► the buffer's file ─► the kernel sends byte ranges of it
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+import structlog
+from aiohttp import web
+
+from elastic_pt.agent.holdings import Copy, State
+from elastic_pt.checkpoint.peer import STEPS_PATH
+from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer
+from elastic_pt.membership.resources import Answer
+
+_SEND_S: Final = 10.0
+_SEND_BYTES_PER_S: Final = 1 << 20
+"""The slowest reader that is served to its end."""
+_POLL_S: Final = 5.0
+"""Maximum time of a long poll for the next step."""
+
+log = structlog.get_logger("elastic_pt.agent.snapshots")
+
+
+class Shared(Protocol):
+    """The part of `Snapshots` that peers may ask for. Thread-safe."""
+
+    def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
+        """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
+
+    def next_step(self, generation: int, after: int) -> int | None:
+        """The newest step of this node's workers after `after`; None if there is none yet or the generation has ended."""
+
+    def find(self, state: State, rank: int) -> Copy | None:
+        """This node's copy of the rows of one worker; None if it has none."""
+
+    def lost(self, buffer: Buffer) -> None:
+        """The file of a buffer cannot be read."""
+
+
+class SnapshotAnswers:
+    """The handlers of peers' requests. Lives on one event loop; `wake` may be called from any thread."""
+
+    def __init__(self, shared: Shared, scratch: Path, history: Callable[[], bytes]) -> None:
+        """`history` returns the lines of the steps since the last commit."""
+        self._shared = shared
+        self._scratch = scratch
+        self._history = history
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+
+    @property
+    def routes(self) -> Mapping[str, Answer]:
+        """The handlers by path."""
+        return {
+            STEPS_PATH: self._answer_steps,
+            "/v1/snapshots/next": self._answer_next,
+            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}": self._answer_rows,
+            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}/record": self._answer_record,
+        }
+
+    def wake(self) -> None:
+        """Something has changed: look again for those that wait for the next step."""
+        for loop, event in list(self._waiting):
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(event.set)
+
+    async def _answer_next(self, request: web.Request) -> web.StreamResponse:
+        """The newest step after `after`. The request also reports the newest step of the mirror."""
+        try:
+            generation, after = (int(request.query[name]) for name in ("generation", "after"))
+            mirror, copied = request.query["mirror"], request.query["copied"] == "1"
+        except (KeyError, ValueError):
+            return web.Response(status=400, text="expected generation, after, copied and mirror\n")
+        if not self._shared.acknowledge(generation, mirror, after, copied=copied):
+            return web.Response(status=404)
+        step = await self._await_next(generation, after)
+        return web.Response(status=204) if step is None else web.json_response({"step": step})
+
+    async def _await_next(self, generation: int, after: int) -> int | None:
+        waiter = asyncio.get_running_loop(), asyncio.Event()
+        self._waiting.add(waiter)
+        try:
+            async with asyncio.timeout(_POLL_S):
+                while True:
+                    step = self._shared.next_step(generation, after)
+                    if step is not None:
+                        return step
+                    await waiter[1].wait()
+                    waiter[1].clear()
+        except TimeoutError:
+            return None
+        finally:
+            self._waiting.discard(waiter)
+
+    async def _answer_steps(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._history(), content_type="application/jsonl")
+
+    async def _answer_rows(self, request: web.Request) -> web.StreamResponse:
+        copy = self._asked(request)
+        if copy is None:
+            return web.Response(status=404)
+        wanted = request.http_range
+        if wanted.start is None or wanted.stop is None or wanted.start < 0:
+            return web.Response(status=416, text="expected Range: bytes=FIRST-LAST\n")
+        path = copy.buffer.path(self._scratch)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            log.warning("snapshot_lost", path=str(path), cause=str(error))
+            self._shared.lost(copy.buffer)
+            return web.Response(status=404)
+        with file:
+            return await _send_file(request, file, wanted.start, min(wanted.stop, copy.size))
+
+    async def _answer_record(self, request: web.Request) -> web.StreamResponse:
+        copy = self._asked(request)
+        if copy is None:
+            return web.Response(status=404)
+        return web.Response(body=copy.record, content_type="application/json")
+
+    def _asked(self, request: web.Request) -> Copy | None:
+        generation, step, rank = (
+            int(request.match_info[name]) for name in ("generation", "step", "rank")
+        )
+        return self._shared.find((generation, step), rank)
+
+
+async def _send_file(
+    request: web.Request, file: BinaryIO, start: int, end: int
+) -> web.StreamResponse:
+    """Send bytes `[start, end)` of an open buffer's shard file. The kernel copies them, not this process."""
+    response = web.StreamResponse(status=206)
+    response.content_length = max(0, end - start)
+    await response.prepare(request)
+    transport = request.transport
+    if transport is None or end <= start:
+        return response
+    # A reader that stalls must not keep the file's memory for long.
+    async with asyncio.timeout(_SEND_S + (end - start) / _SEND_BYTES_PER_S):
+        await asyncio.get_running_loop().sendfile(
+            transport, file, PAYLOAD_OFFSET + start, end - start
+        )
+    await response.write_eof()
+    return response
