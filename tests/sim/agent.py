@@ -509,6 +509,8 @@ class AgentProcess(Process):
 
     def _step_done(self, step: int, number: int) -> None:
         self.node.progress(step, None)
+        checkpoints = self.log.view.checkpoints
+        self.memory.committed(checkpoints[0].step if checkpoints else 0)
         if not self._told:
             self._told = True
             self.node.first_step(

@@ -5,17 +5,19 @@
     all acknowledged ─► complete_step ─► the next step's all-reduce ─► an older buffer may be overwritten
     GENERATION.memory ─► Memory.restore: own buffers, and those of the members that the record names
 
-`mirrored_by` (who copies whom) and `newest_in_memory` (which state a generation resumes from) are the production code.
+`Holdings` (what a node keeps, and what is complete), `mirrored_by` (who copies whom) and `newest_in_memory` (which state
+a generation resumes from) are the production code.
 The content of a buffer is what it says in its control words: whose rows they are, and of which step.
 """
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from elastic_pt.agent.snapshots import mirrored_by
-from elastic_pt.membership.decision.status import Held
+from elastic_pt.agent.holdings import Copy, Holdings, State, mirrored_by
+from elastic_pt.checkpoint.snapshot import Buffer
+from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
@@ -30,9 +32,6 @@ _FULL_S: Final = 1.0
 _QUESTION_S: Final = 10.0
 _RESTORE_S: Final = 0.02
 _RESTORE_TIMEOUT_S: Final = 3.0
-
-State = tuple[int, int]
-"""A generation and a step of its workers."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,18 @@ def draw_habits(source: random.Random, nodes: tuple[str, ...]) -> SnapshotHabits
 
 @dataclass(eq=False)
 class BufferFile:
-    """One buffer file: rows of one worker, by its generation and rank, as in `checkpoint.snapshot`."""
+    """One buffer file, as in `checkpoint.snapshot`: rows of one worker, by its generation and rank."""
 
-    generation: int
-    rank: int
+    name: Buffer
     begun: int = 0
     done: int = 0
     keepers: int = 0
     """Checkpoints that still need its content: it is not overwritten while there is one."""
+
+    @property
+    def generation(self) -> int:
+        """Whose workers wrote it."""
+        return self.name.generation
 
     @property
     def step(self) -> int:
@@ -94,10 +97,31 @@ class BufferFile:
         return self.done if self.begun == self.done else 0
 
 
-def next_buffer(files: list[BufferFile], before_step: int) -> BufferFile | None:
-    """The oldest buffer that may be overwritten, if states from `before_step` on are needed; None: wait."""
-    free = [each for each in files if not each.keepers and each.begun < max(1, before_step)]
+def new_files(generation: int, rank: int) -> list[BufferFile]:
+    """The buffers of one worker, all empty."""
+    return [BufferFile(Buffer(generation, rank, number)) for number in range(BUFFERS)]
+
+
+def file_to_write(files: list[BufferFile], complete_step: int) -> BufferFile | None:
+    """The buffer that the next state overwrites; None if all are needed.
+
+    Needed are those that a checkpoint keeps, and the newest one that is complete everywhere (up to `complete_step`). Of
+    the others, the oldest is overwritten.
+    """
+    complete = max((each.begun for each in files if each.begun <= complete_step), default=0)
+    free = [
+        each for each in files if not each.begun or (each.begun != complete and not each.keepers)
+    ]
     return min(free, key=lambda each: each.begun, default=None)
+
+
+class Complete(NamedTuple):
+    """What workers know of the states that their nodes hold."""
+
+    step: int
+    """The newest one that all nodes hold, and all mirrors that have room."""
+    mirrored: bool
+    """Whether all mirrors have room."""
 
 
 @dataclass(eq=False)
@@ -108,19 +132,23 @@ class Buffers:
     generation: int
     files: dict[int, list[BufferFile]]
     """By rank."""
-    complete_step: int = 0
-    """The newest one of which the agent has told its workers."""
+    complete: Complete = field(default_factory=lambda: Complete(0, mirrored=True))
+    """What the agent has told its workers."""
     _writing: list[BufferFile] = field(default_factory=list)
+
+    def hears(self, complete: Complete) -> None:
+        """The agent tells its workers."""
+        self.complete = complete
 
     def has_room(self, complete_step: int) -> bool:
         """Whether a state can be written now, if all workers know that `complete_step` is complete."""
-        return all(next_buffer(each, complete_step) is not None for each in self.files.values())
+        return all(file_to_write(each, complete_step) is not None for each in self.files.values())
 
     def begin(self, step: int, complete_step: int, *, keep: bool) -> None:
         """Begin to copy the state of this step."""
         self._writing = []
         for files in self.files.values():
-            file = next_buffer(files, complete_step)
+            file = file_to_write(files, complete_step)
             assert file is not None
             self.memory.begin(file, step)
             file.keepers += keep
@@ -138,16 +166,12 @@ class Memory:
     def __init__(self, process: "AgentProcess", habits: SnapshotHabits | None) -> None:
         self.process = process
         self.habits = habits
-        self.kept: dict[State, dict[int, BufferFile]] = {}
-        """Described states, by rank of their worker."""
-        self.generation = 0
+        self.holdings = Holdings()
         self.complete = 0
+        """The newest step of this generation that this node holds, and its mirrors that have room."""
         self.buffers: Buffers | None = None
         """Of the newest generation's workers; None if there is no room."""
-        self.own = range(0)
-        self.acknowledged: dict[str, int] = {}
-        self._sizes: dict[int, int] = {}
-        self._unusable: set[State] = set()
+        self._files: dict[Buffer, BufferFile] = {}
         self._mirrors: list[Mirror] = []
         self._waiting: list[Callable[[], None]] = []
 
@@ -156,18 +180,14 @@ class Memory:
     @property
     def held(self) -> tuple[Held, ...]:
         """The rows and states in this node's memory."""
-        held = tuple(
-            Held(generation, step, rank, rank + 1, self._sizes[generation])
-            for (generation, step), files in sorted(self.kept.items())
-            for rank in sorted(files)
-        )
+        held = self.holdings.held(self.process.clock_s())
         self.process.around.witness.memory.claims(self, held)
         return held
 
     @property
-    def unusable(self) -> tuple[State, ...]:
-        """States that this node's workers could not read."""
-        return tuple(sorted(self._unusable))
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
+        return self.holdings.unusable
 
     @property
     def routes(self) -> Mapping[str, Answer]:
@@ -182,41 +202,38 @@ class Memory:
         self.buffers = None
         if self.habits is None:
             return None
-        generation = formed.generation
-        number, members = generation.number, generation.members
-        goes_on = (
-            None
-            if generation.memory is None
-            else (generation.memory.generation, generation.memory.step)
-        )
+        generation, rank = formed.generation, formed.node_rank
+        number, members, ranks = generation.number, generation.members, generation.worker_ranks()
         ring = mirrored_by(len(members), self.habits.copies)
-        self.generation, self.complete = number, 0
-        self._sizes[number] = generation.world_size
-        self._forget_states(lambda state: state != goes_on)
-        self.own = generation.worker_ranks()[formed.node_rank]
-        self.acknowledged = {members[n].incarnation: 0 for n in ring[formed.node_rank]}
+        self.complete = 0
+        self._forgetting(lambda: self.holdings.starts(generation, rank, ring[rank]))
         self._wake()
         self._mirrors = [
-            Mirror(self, number, members[n].incarnation, generation.worker_ranks()[n])
+            Mirror(self, number, members[n].incarnation, ranks[n])
             for n, mirrors in enumerate(ring)
-            if formed.node_rank in mirrors
+            if rank in mirrors
         ]
         if self.process.machine.name not in self.habits.without_room:
-            files = {rank: _new_files(number, rank) for rank in self.own}
+            files = {each: new_files(number, each) for each in ranks[rank]}
             self.buffers = Buffers(self, number, files)
         return self.buffers
 
-    def written(self, buffers: Buffers, step: int, complete_step: int) -> None:
+    def written(self, buffers: Buffers, step: int, complete: Complete) -> None:
         """This node's workers have written the state of a step, and told what was complete everywhere."""
-        if buffers.generation != self.generation or self.habits is None:
+        if buffers.generation != self.holdings.generation or self.habits is None:
             return
-        if complete_step:
-            self._forget_states(lambda state: state[0] != buffers.generation)
+        if complete.step and complete.mirrored:
+            self._forgetting(self.holdings.forget_others)
         for count, files in enumerate(buffers.files.values()):
             found = [each for each in files if each.step == step]
             if found:
                 delay_s = self.habits.describe_s * (count + 1)
                 self.process.after(delay_s, lambda file=found[0]: self._describe(file, step))
+
+    def committed(self, step: int) -> None:
+        """The bucket has the state of this step."""
+        if self.habits is not None:
+            self._forgetting(lambda: self.holdings.forget_before(step))
 
     def stop_mirrors(self) -> None:
         """Copy no more."""
@@ -230,79 +247,63 @@ class Memory:
 
     def copied(self, file: BufferFile) -> None:
         """A buffer of this node holds a whole state whose CRCs are known."""
-        if file.generation != self.generation:
-            return
-        self._forget(file)
-        self.kept.setdefault((file.generation, file.step), {})[file.rank] = file
-        self._wake()
-        self._look()
+        if self.holdings.add(Copy(file.name, file.step, 1, b"", self.process.clock_s())):
+            self._files[file.name] = file
+            self._wake()
+            self._look()
 
     def begin(self, file: BufferFile, step: int) -> None:
         """A buffer is about to be overwritten by the state of a step."""
         self.process.around.witness.memory.overwrites(self, file)
-        self._forget(file)
+        self.holdings.drop(file.name)
         file.begun = step
 
-    def _forget(self, file: BufferFile) -> None:
-        for state, files in list(self.kept.items()):
-            if files.get(file.rank) is file:
-                del files[file.rank]
-            if not files:
-                del self.kept[state]
-
-    def newest_own(self) -> int:
-        """The newest step with described states of all workers of this node; 0 if there is none."""
-        own = set(self.own)
-        return max(
-            (
-                step
-                for (generation, step), files in self.kept.items()
-                if generation == self.generation and own <= files.keys()
-            ),
-            default=0,
-        )
-
     def _look(self) -> None:
-        step = min([self.newest_own(), *self.acknowledged.values()])
-        if step > self.complete:
+        step = self.holdings.take_complete()
+        if step is not None:
             self.complete = step
+            mirrored = self.holdings.mirrored
             self.process.around.witness.memory.completes(self)
             if self.buffers is not None:
-                self.buffers.complete_step = step
+                self.buffers.hears(Complete(step, mirrored))
 
-    def _forget_states(self, unwanted: Callable[[State], bool]) -> None:
-        for state in [state for state in self.kept if unwanted(state)]:
-            self.process.around.witness.memory.drops(self, state)
-            del self.kept[state]
+    def _forgetting(self, forget: Callable[[], object]) -> None:
+        """Forget states; files that hold none of the others are removed."""
+        before = self.holdings.buffers
+        forget()
+        for name in before - self.holdings.buffers:
+            file = self._files.pop(name)
+            self.process.around.witness.memory.drops(self, (file.generation, file.step))
 
     # ---- for mirrors and restores of other nodes -----------------------------------------------------
 
-    def asked(
-        self, generation: int, after: int, mirror: str, reply: Callable[[int | None], None]
-    ) -> None:
+    def asked(self, question: "Question", reply: Callable[[int | None], None]) -> None:
         """The next step for a mirror, once there is one; the question reports what the mirror has."""
-        if generation != self.generation:
+        if question.generation != self.holdings.generation:
             reply(None)
             return
-        if mirror in self.acknowledged and after > self.acknowledged[mirror]:
-            self.acknowledged[mirror] = after
-            self._look()
-        self._answer(generation, after, reply)
+        self.holdings.acknowledge(question.mirror, question.after, copied=question.copied)
+        self._look()
+        self._answer(question, reply)
 
-    def _answer(self, generation: int, after: int, reply: Callable[[int | None], None]) -> None:
-        if generation == self.generation and self.newest_own() <= after:
-            self._waiting.append(lambda: self._answer(generation, after, reply))
+    def _answer(self, question: "Question", reply: Callable[[int | None], None]) -> None:
+        newest = self.holdings.newest_own
+        if question.generation != self.holdings.generation:
+            reply(None)
+        elif newest > question.after:
+            reply(newest)
         else:
-            reply(self.newest_own() if generation == self.generation else None)
+            self._waiting.append(lambda: self._answer(question, reply))
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for look in waiting:
             look()
 
-    def find(self, generation: int, step: int, rank: int) -> BufferFile | None:
+    def find(self, state: State, rank: int) -> BufferFile | None:
         """The buffer with one worker's rows of one state, for who asks for it by name."""
-        return self.kept.get((generation, step), {}).get(rank)
+        copy = self.holdings.find(state, rank)
+        return None if copy is None else self._files[copy.buffer]
 
     # ---- for the workers of a new generation ----------------------------------------------------------
 
@@ -310,13 +311,17 @@ class Memory:
         """Read this node's rows of the state that its generation resumes from; `done` with what went wrong."""
         _Restore(self, formed, done).read()
 
-    def distrust(self, state: State) -> None:
-        """This node's workers could not read a state."""
-        self._unusable.add(state)
 
+@dataclass(frozen=True)
+class Question:
+    """What a mirror asks its neighbour."""
 
-def _new_files(generation: int, rank: int) -> list[BufferFile]:
-    return [BufferFile(generation, rank) for _ in range(BUFFERS)]
+    generation: int
+    after: int
+    """The newest step that it has, or has no room for."""
+    copied: bool
+    mirror: str
+    """Its incarnation."""
 
 
 def _peer_of(memory: Memory, incarnation: str) -> "AgentProcess | None":
@@ -346,6 +351,7 @@ class Mirror:
         self._asking = 0
         """Number of the question whose answer counts."""
         name = memory.process.machine.name
+        self._reported_full = False
         self._full = name in memory.habits.without_mirror_room
         self._copy_s = memory.habits.mirror_s * (_SLOWNESS if name in memory.habits.slow else 1.0)
         self._again(0.0)
@@ -375,10 +381,8 @@ class Mirror:
                 return
             process.after(delay_s, lambda: self._answered(number, step))
 
-        def arrives() -> None:
-            other.memory.asked(self.generation, after, process.incarnation, answered)
-
-        process.scheduler.after(delay_s, arrives, other)
+        question = Question(self.generation, after, not self._reported_full, process.incarnation)
+        process.scheduler.after(delay_s, lambda: other.memory.asked(question, answered), other)
         process.after(_QUESTION_S, lambda: self._ask() if number == self._asking else None)
 
     def _answered(self, number: int, step: int | None) -> None:
@@ -389,7 +393,7 @@ class Mirror:
             self._again(_AGAIN_S)
         elif self._full:
             # The neighbour goes on without a copy here.
-            self._has = dict.fromkeys(self._has, step)
+            self._has, self._reported_full = dict.fromkeys(self._has, step), True
             self._again(_FULL_S)
         else:
             self._copy(step)
@@ -401,8 +405,8 @@ class Mirror:
             self._again(0.0)
             return
         found = self._source(step, rank)
-        files = self._files.setdefault(rank, _new_files(self.generation, rank))
-        target = next_buffer(files, step)
+        files = self._files.setdefault(rank, new_files(self.generation, rank))
+        target = file_to_write(files, self._has[rank])
         if found is None or target is None:
             self._again(_AGAIN_S)
             return
@@ -424,7 +428,7 @@ class Mirror:
 
     def _source(self, step: int, rank: int) -> BufferFile | None:
         other = _peer_of(self.memory, self.neighbour)
-        return None if other is None else other.memory.find(self.generation, step, rank)
+        return None if other is None else other.memory.find((self.generation, step), rank)
 
 
 class _Restore:
@@ -443,45 +447,52 @@ class _Restore:
         """Find the buffers and read them. Tries again while a member does not answer."""
         files: list[BufferFile] = []
         for rank in self._ranks:
-            peer = self._memory.process
-            file = self._find(self._memory, rank)
+            file = self._find(self._memory, rank) or self._ask(rank)
             if file is None:
-                member = self._generation.members[self._wanted.sources[rank]]
-                found = _peer_of(self._memory, member.incarnation)
-                if found is None:
-                    self._try_again(f"{member.node} does not answer")
-                    return
-                peer = found
-                file = self._find(peer.memory, rank)
-            if file is None:
-                self._fail()
+                self._try_again(rank)
                 return
             files.append(file)
         steps = [each.step for each in files]
         self._memory.process.scheduler.after(_RESTORE_S, lambda: self._verify(files, steps))
 
+    def _ask(self, rank: int) -> BufferFile | None:
+        """The rows of one worker at the first member that has them and answers."""
+        for index in self._wanted.holders(rank):
+            member = self._generation.members[index]
+            peer = _peer_of(self._memory, member.incarnation)
+            file = None if peer is None else self._find(peer.memory, rank)
+            if file is not None:
+                return file
+            if peer is not None:
+                self._memory.holdings.copy_failed(
+                    self._state, rank, member.incarnation, damaged=True
+                )
+        return None
+
     def _verify(self, files: list[BufferFile], steps: list[int]) -> None:
         if 0 in steps or [each.step for each in files] != steps:
-            self._fail()
+            self._done(f"CheckpointError: a snapshot was overwritten while it was read: {steps}")
             return
         witness = self._memory.process.around.witness
         witness.memory.restores(self._memory, self._generation, files)
         self._done("")
 
     def _find(self, memory: Memory, rank: int) -> BufferFile | None:
-        return memory.find(self._wanted.generation, self._wanted.step, rank)
+        return memory.find(self._state, rank)
 
-    def _try_again(self, why: str) -> None:
+    @property
+    def _state(self) -> State:
+        return self._wanted.generation, self._wanted.step
+
+    def _try_again(self, rank: int) -> None:
         scheduler = self._memory.process.scheduler
         if scheduler.now_s < self._deadline_s:
             scheduler.after(_AGAIN_S, self.read)
-        else:
-            self._done(f"StoreError: {why}")
-
-    def _fail(self) -> None:
-        state = (self._wanted.generation, self._wanted.step)
-        self._memory.distrust(state)
-        self._done(f"CheckpointError: no snapshot of generation {state[0]}, step {state[1]}")
+            return
+        for index in self._wanted.holders(rank):
+            holder = self._generation.members[index].incarnation
+            self._memory.holdings.copy_failed(self._state, rank, holder, damaged=False)
+        self._done(f"CheckpointError: no snapshot of rank {rank} of {self._state}")
 
 
 def _needed(formed: Formed) -> list[int]:

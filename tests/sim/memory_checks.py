@@ -9,12 +9,12 @@ COMMIT              of a state through which the newest generation has come
 
 from typing import TYPE_CHECKING
 
-from elastic_pt.agent.snapshots import mirrored_by
+from elastic_pt.agent.holdings import State, mirrored_by
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Generation
-from tests.sim.memory import BufferFile, Memory, State, belongs, resumed_from
-from tests.sim.training import State as Workers_state
+from tests.sim.memory import BufferFile, Memory, belongs, resumed_from
+from tests.sim.training import State as WorkerState
 from tests.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class MemoryWitness:
         """A node says what it holds."""
         for each in held:
             for rank in range(each.first_rank, each.end_rank):
-                file = memory.find(each.generation, each.step, rank)
-                if file is None or (file.generation, file.step) != (each.generation, each.step):
+                if not _holds(memory, (each.generation, each.step), rank):
                     raise Violation(
                         "a node holds what it says",
                         f"{memory.process.name} has no whole rows of rank {rank}, generation {each.generation}, "
@@ -55,23 +54,24 @@ class MemoryWitness:
 
     def completes(self, memory: Memory) -> None:
         """A node and its mirrors hold a newer step, by what the mirrors have acknowledged."""
-        number, step = memory.generation, memory.complete
+        number, step = memory.holdings.generation, memory.complete
         generation = self.generations[number]
         index = generation.rank_of(memory.process.incarnation)
         assert index is not None
         for holder in (index, *self._mirrors(generation)[index]):
             copy = self._memory(generation, holder)
-            if copy.process.dead or copy.generation != number:
+            if copy.process.dead or copy.holdings.generation != number:
                 continue
             for rank in generation.worker_ranks()[index]:
-                file = copy.find(number, step, rank)
-                if file is None or file.step != step:
+                if not _holds(copy, (number, step), rank):
                     raise Violation(
                         "an acknowledged copy is there",
                         f"{copy.process.name} has no whole rows of rank {rank} of step {step}",
                     )
         each = [self._memory(generation, index) for index in range(len(generation.members))]
-        whole = min(memory.complete if memory.generation == number else 0 for memory in each)
+        whole = min(
+            memory.complete if memory.holdings.generation == number else 0 for memory in each
+        )
         if whole > self.complete.get(number, 0):
             self.complete[number] = whole
             moments = self._complete_s.setdefault(number, [])
@@ -143,7 +143,7 @@ class MemoryWitness:
         if not self._covered(generation, left):
             return
         memories = [self._memory(generation, index) for index in left]
-        steps = {step for each in memories for number_, step in each.kept if number_ == number}
+        steps = {held.step for each in memories for held in each.holdings.held(0.0)}
         if not any(
             step >= complete and self._is_whole(generation, step, memories) for step in steps
         ):
@@ -155,10 +155,7 @@ class MemoryWitness:
 
     def _is_whole(self, generation: Generation, step: int, memories: list[Memory]) -> bool:
         return all(
-            any(
-                (file := each.find(generation.number, step, rank)) is not None and file.step == step
-                for each in memories
-            )
+            any(_holds(each, (generation.number, step), rank) for each in memories)
             for rank in range(generation.world_size)
         )
 
@@ -190,12 +187,12 @@ class MemoryWitness:
         for rank, source in enumerate(() if memory is None else memory.sources):
             assert memory is not None
             held = self._memory(generation, source)
-            file = held.find(memory.generation, memory.step, rank)
-            if not held.process.dead and (file is None or file.step != memory.step):
+            state = (memory.generation, memory.step)
+            if not held.process.dead and not _holds(held, state, rank):
                 raise Violation(
                     "the members of a generation hold its state",
                     f"{held.process.name} has no rows of rank {rank}, generation {memory.generation}, step "
-                    f"{memory.step}; they are of step {file and file.step}",
+                    f"{memory.step}",
                 )
 
     def _check_losses(self, generation: Generation, last: Generation, noticed_s: float) -> None:
@@ -217,7 +214,7 @@ class MemoryWitness:
         world = self.simulation.training.worlds.get(last.number)
         if world is None or len(world.workers) < len(last.members):
             return
-        finished = all(each.state is Workers_state.FINISHED for each in world.workers.values())
+        finished = all(each.state is WorkerState.FINISHED for each in world.workers.values())
         planned = all(each.kind in (CauseKind.LEFT, CauseKind.JOINED) for each in generation.causes)
         if finished and planned and generation.resume_step < world.step:
             raise Violation(
@@ -259,3 +256,9 @@ class MemoryWitness:
 
     def _has_unusable(self, generation: Generation, left: list[int]) -> bool:
         return any(self._memory(generation, index).unusable for index in left)
+
+
+def _holds(memory: Memory, state: State, rank: int) -> bool:
+    """Whether a node has the whole rows of one worker at a step."""
+    file = memory.find(state, rank)
+    return file is not None and (file.generation, file.step) == state

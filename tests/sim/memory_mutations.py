@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from elastic_pt.agent.holdings import Holdings
+from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership import appender
 from elastic_pt.membership.decision import resume
 from elastic_pt.membership.decision.status import NodeStatus
@@ -11,24 +13,30 @@ from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.sim import agent, memory, training
 from tests.sim.agent import AgentProcess
-from tests.sim.memory import BufferFile, Buffers, Memory, Mirror
+from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror
 from tests.sim.mutation import Mutation
 from tests.sim.training import Workers
 
 _EVERY_STEP: Final = 10**9
 
 
-def _nothing_awaited(members: list[Workers]) -> int | None:
+def _nothing_awaited(members: list[Workers]) -> Complete | None:
     complete = _complete_everywhere(members)
-    return None if complete is None else _EVERY_STEP
+    return None if complete is None else Complete(_EVERY_STEP, complete.mirrored)
 
 
 _complete_everywhere = training.complete_everywhere
 
 
-def _any_buffer(files: list[BufferFile], before_step: int) -> BufferFile | None:
-    free = [each for each in files if each.begun < max(1, before_step)]
+def _any_file(files: list[BufferFile], complete_step: int) -> BufferFile | None:
+    complete = max((each.begun for each in files if each.begun <= complete_step), default=0)
+    free = [each for each in files if not each.begun or each.begun != complete]
     return min(free, key=lambda each: each.begun, default=None)
+
+
+def _oldest_but_one(files: list[BufferFile], complete_step: int) -> BufferFile | None:
+    free = [each for each in files if not each.keepers]
+    return max(free, key=lambda each: (not each.begun, each.begun), default=None)
 
 
 def _report_before_copy(self: Mirror, step: int) -> None:
@@ -43,34 +51,36 @@ _copy = Mirror._copy
 def _count_without_room(self: Mirror, number: int, step: int | None) -> None:
     if self._full and step is not None and number == self._asking:
         for rank in self._has:
-            file = BufferFile(self.generation, rank, begun=step)
-            self.memory.kept.setdefault((self.generation, step), {})[rank] = file
+            file = BufferFile(Buffer(self.generation, rank, 0), begun=step, done=step)
+            self.memory.copied(file)
+            file.done = 0
     _answered(self, number, step)
 
 
 _answered = Mirror._answered
 
 
-def _own_alone(self: Memory) -> None:
-    acknowledged, self.acknowledged = self.acknowledged, {}
-    _look(self)
-    self.acknowledged = acknowledged
+def _own_alone(self: Holdings) -> int | None:
+    acknowledged, self._acknowledged = self._acknowledged, {}
+    step = _take_complete(self)
+    self._acknowledged = acknowledged
+    return step
 
 
-_look = Memory._look
+_take_complete = Holdings.take_complete
 
 
 def _find_newest(self: memory._Restore, held: Memory, rank: int) -> BufferFile | None:
     steps = [
-        step
-        for (generation, step), files in held.kept.items()
-        if rank in files and generation == self._wanted.generation
+        each.step
+        for each in held.holdings.held(0.0)
+        if each.generation == self._wanted.generation and each.first_rank <= rank < each.end_rank
     ]
-    return held.find(self._wanted.generation, max(steps, default=0), rank)
+    return held.find((self._wanted.generation, max(steps, default=0)), rank)
 
 
-def _drop_at_first_snapshot(self: Memory, buffers: Buffers, step: int, complete_step: int) -> None:
-    _written(self, buffers, step, complete_step or 1)
+def _drop_at_first_snapshot(self: Memory, buffers: Buffers, step: int, complete: Complete) -> None:
+    _written(self, buffers, step, Complete(complete.step or 1, True))
 
 
 _written = Memory.written
@@ -129,8 +139,8 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "own copy counts as complete",
         "a node reports a state as complete before its mirrors have it",
-        Memory,
-        "_look",
+        Holdings,
+        "take_complete",
         _own_alone,
         0,
     ),
@@ -154,8 +164,16 @@ MEMORY_MUTATIONS: Final = (
         "checkpoint's buffer overwritten",
         "a buffer is overwritten while its checkpoint is being uploaded",
         memory,
-        "next_buffer",
-        _any_buffer,
+        "file_to_write",
+        _any_file,
+        0,
+    ),
+    Mutation(
+        "newest buffer overwritten",
+        "a state is written over the newest one, in place of the oldest",
+        memory,
+        "file_to_write",
+        _oldest_but_one,
         0,
     ),
     Mutation(

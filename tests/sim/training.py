@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from elastic_pt.runlog.records import Generation
-from tests.sim.memory import Buffers, SnapshotHabits
+from tests.sim.memory import Buffers, Complete, SnapshotHabits
 from tests.sim.network import Machine, Network
 from tests.sim.scheduler import Process, Scheduler
 
@@ -54,8 +54,8 @@ class Workers:
     on_change: Callable[[], None]
     on_step: Callable[[int], None]
     on_checkpoint: Callable[[int], None]
-    on_snapshot: Callable[[int, int], None] = lambda *_: None
-    """Called with its step, and with the step that was complete everywhere."""
+    on_snapshot: Callable[[int, Complete], None] = lambda *_: None
+    """Called with its step, and with what was complete everywhere."""
     buffers: Buffers | None = None
     restore: Callable[[Callable[[str], None]], None] | None = None
     """Reads the state from the memory of nodes, before the first step; None if there is none."""
@@ -218,13 +218,13 @@ class Training:
         if complete is None or habits is None:
             self._saved(world, members, last=last, stage=stage)
             return
-        room = all(each.buffers.has_room(complete) for each in members if each.buffers)
+        room = all(each.buffers.has_room(complete.step) for each in members if each.buffers)
         if last and not room:
             # A worker that stops has no later step to save, so it waits.
             self.scheduler.after(_ROOM_LOOK_S, lambda: self._save_last(world, members, stage=stage))
             return
         since = step - max(world.snapshot_step, world.generation.resume_step)
-        ready = room and complete >= world.snapshot_step
+        ready = room and complete.step >= world.snapshot_step
         stage = stage and (last or ready)
         if not stage and not (ready and since >= habits.every_steps):
             self._saved(world, members, last=last, stage=False)
@@ -232,7 +232,7 @@ class Training:
         world.snapshot_step = step
         for each in members:
             assert each.buffers is not None
-            each.buffers.begin(step, complete, keep=stage)
+            each.buffers.begin(step, complete.step, keep=stage)
 
         def copied() -> None:
             for each in members:
@@ -321,11 +321,12 @@ class Training:
         ]
 
 
-def complete_everywhere(members: list[Workers]) -> int | None:
+def complete_everywhere(members: list[Workers]) -> Complete | None:
     """What workers agree on in a step: the newest step that all nodes and their mirrors hold; None without snapshots."""
     if any(each.buffers is None for each in members):
         return None
-    return min(each.buffers.complete_step for each in members if each.buffers is not None)
+    told = [each.buffers.complete for each in members if each.buffers is not None]
+    return Complete(min(each.step for each in told), all(each.mirrored for each in told))
 
 
 def checkpoint_of(world: World, step: int) -> dict[str, Any]:
