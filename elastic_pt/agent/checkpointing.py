@@ -1,36 +1,38 @@
 """A node's share in checkpoints (agent process): the agent's side of the operations of `train.checkpoints`.
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
-    save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
+    save    take a shard that a worker staged ─► upload it; on one node also commit
     wait    after the workers' last step: until their last checkpoint is committed
     close   finish the commits that are due, within a bounded time
 
-    staged ─► Uploader ─► bucket        (every node)
-              Committer ─► COMMIT       (the node of rank 0)
+    staged ─► Uploads ───► bucket        (every node)
+              Committer ─► COMMIT        (the node that `checkpoint.in_flight` chooses)
     commit or upload ─► `released` ─► workers may stage the next one
 
+Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long.
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
-from collections import defaultdict
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.agent.uploads import Place, Uploads
+from elastic_pt.checkpoint import in_flight
+from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
-from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.publish import ShareMissing
 from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.upload import StagedShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Kind, Quarantine
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.workers.channel import Message
@@ -43,14 +45,15 @@ def choose_resume(
 ) -> Checkpoint | None:
     """The newest checkpoint with all its files; incomplete ones are quarantined with the reason.
 
-    A member of the newest generation (by `incarnation`) does not check a checkpoint that this generation has
-    committed: every file was checked at its commit, just before. None at the start of a run. Raises
+    A member of the newest generation (by `incarnation`) does not check a checkpoint that was committed since this
+    generation began: every file was checked at its commit, just before. None at the start of a run. Raises
     `CheckpointError` if checkpoints were committed and none is usable.
     """
-    generation = view.generation
+    generation, latest = view.generation, {} if view.head is None else view.head.latest
     inside = generation is not None and generation.rank_of(incarnation) is not None
+    since = latest.get(Kind.COMMIT, -1) > latest.get(Kind.GENERATION, -1)
     for checkpoint in run_log.usable(view):
-        if inside and checkpoint.generation == view.generation_number:
+        if inside and since and view.commit is not None and checkpoint == view.commit.newest:
             return checkpoint
         try:
             quick_check(store, checkpoint, view.run_id)
@@ -104,29 +107,34 @@ class Checkpointing:
     ) -> None:
         """`release(step)` lets the workers stage the next checkpoint."""
         self._node = node
+        self._log = run_log
         self._metrics = metrics
         self._staging = staging
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
-        self._workers = node.member.workers
-        self._uploads: dict[int, int] = defaultdict(int)
-        """Shards of this generation that are done, by step."""
         self._lost: Lost | None = None
         """The last checkpoint that cannot be committed, as far as this node knows."""
-        self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
+        self._lock = threading.Lock()
+        self._expected = Place(0, 0)
+        """The newest checkpoint that the committer expects."""
+        self._uploads = Uploads(
+            store,
+            on_uploaded=self._uploaded,
+            on_failed=self._upload_failed,
+            on_dropped=self._upload_dropped,
+        )
         self._committer = Committer(
             store,
             run_log,
             history,
-            keep=config.checkpoint.keep,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            last_step=config.train.steps,
-            timeout_s=config.elastic.settle_timeout_s,
-            superseded=node.must_reform,
-            on_commit=self._committed,
-            on_done=release,
-            on_failure=self._commit_failed,
-            on_untidy=self._untidy,
+            node.member.incarnation,
+            CommitRules(
+                keep=config.checkpoint.keep,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                last_step=config.train.steps,
+                timeout_s=config.elastic.settle_timeout_s,
+            ),
+            self,
         )
         self.staged_step = 0
         """Step of the newest shard that a worker of this node has staged."""
@@ -135,7 +143,6 @@ class Checkpointing:
 
     def starts(self) -> None:
         """Workers of a new generation are about to start."""
-        self._uploads.clear()
         self._sweep()
 
     def save(self, message: Message) -> None:
@@ -143,7 +150,7 @@ class Checkpointing:
         kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
-            # A worker of an earlier generation: its shard belongs to no checkpoint any more.
+            # A worker that outlived its generation. The others of its node have been written off.
             log.info("stale_shard_dropped", step=step, generation=message["generation"])
             if kind == "staged":
                 Path(message["path"]).unlink(missing_ok=True)
@@ -152,6 +159,7 @@ class Checkpointing:
             log.warning("staging_waits_for_room", step=step, cause=message["why"])
             return
         self.staged_step = step
+        place = Place(generation.number, step)
         shard = StagedShard(
             path=Path(message["path"]) if kind == "staged" else Path(),
             run_id=self._node.view.run_id,
@@ -165,22 +173,29 @@ class Checkpointing:
         else:
             self._metrics.checkpoint_skips.inc()
             log.warning("checkpoint_skipped", step=step, cause=shard.missing)
-            self._lose((generation.number, step), shard.missing, own=True)
+            self._lose(place, shard.missing, own=True)
         try:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
-            self._uploader.submit(shard)
-            if shard.rank == 0:
-                self._committer.expect(step, generation, int(message.get("request", -1)))
+            self._uploads.add(shard)
         except ElasticPtError as error:
-            self._upload_failed(shard, error)
+            self._upload_failed(place, error)
+        self._expect(place, generation, int(message.get("request", -1)))
+
+    def _expect(self, place: Place, generation: Generation, request: int) -> None:
+        """Have the checkpoint committed; once for all workers of this node."""
+        with self._lock:
+            if place <= self._expected:
+                return
+            self._expected = place
+        self._committer.expect(place.step, generation, request)
 
     def note_step(self, message: Message) -> None:
         """Note a step of this node's first worker for the history of the next commit. Any node may commit next."""
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
-        """The workers are gone: drop the shards that they staged and that are not being uploaded."""
-        self._uploader.discard()
+        """The workers are gone: what all of them have staged is uploaded all the same."""
+        self._uploads.stopped("a worker ended before it had staged its shard")
         self._sweep()
 
     def wait(self, formed: Formed, *, completed: bool) -> bool:
@@ -219,11 +234,11 @@ class Checkpointing:
     def close(self, timeout_s: float) -> None:
         """Finish the commits that are due, within a bounded time; drop shards that are not uploaded."""
         self._committer.close(timeout_s)
-        self._uploader.close(0.0)
+        self._uploads.close()
 
     def _sweep(self) -> None:
         """No worker is alive: remove the files of dead workers from the staging directory, complete or not."""
-        pending = self._uploader.pending()
+        pending = self._uploads.paths()
         try:
             for path in self._staging.iterdir():
                 if is_staged(path) and path not in pending:
@@ -235,41 +250,48 @@ class Checkpointing:
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
-    def _uploaded(self, shard: StagedShard) -> None:
-        formed, name = self._node.formed, parse_directory(shard.directory)
-        if name.generation != formed.generation.number:
-            return
-        self._uploads[name.step] += 1
+    def _uploaded(self, place: Place) -> None:
+        member = in_flight.committer(self._log.view, place.generation)
         # The committing node's workers wait for the commit, so that checkpoints are committed in order.
-        if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
-            self._release(name.step)
+        if member is None or member.incarnation != self._node.member.incarnation:
+            self._release(place.step)
 
-    def _upload_failed(self, shard: StagedShard, error: Exception) -> None:
+    def _upload_failed(self, place: Place, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
-        log.error("upload_failed", step=shard.step, cause=str(error))
-        self._uploaded(shard)
-        place = parse_directory(shard.directory).generation, shard.step
+        log.error("upload_failed", step=place.step, cause=str(error))
         self._lose(place, str(error), own=True)
 
-    def _committed(self, checkpoint: Checkpoint) -> None:
+    def _upload_dropped(self, place: Place, why: str) -> None:
+        self._metrics.checkpoint_skips.inc()
+        log.info("upload_dropped", step=place.step, generation=place.generation, reason=why)
+
+    def committed(self, checkpoint: Checkpoint) -> None:
+        """This node has appended a COMMIT."""
         self._metrics.checkpoint_commits.inc()
         self._metrics.checkpoint_committed_step.set(checkpoint.step)
         self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+
+    def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+        """A checkpoint is committed (by any node), given up, or has failed: its shards are not needed any more."""
+        place = Place(generation.number, step)
+        if failure is not None:
+            self._metrics.checkpoint_failures.inc()
+            log.error("commit_failed", step=step, cause=str(failure))
+            # The missing share may be that of the committing node itself.
+            rank = generation.rank_of(self._node.member.incarnation)
+            first_rank = -1 if rank is None else generation.first_worker_rank(rank)
+            own = not isinstance(failure, ShareMissing) or failure.first_rank == first_rank
+            self._lose(place, str(failure), own=own)
+        self._uploads.abandon(place, "it is committed or given up")
+        self._release(step)
         self._node.notice_log()
 
-    def _untidy(self, error: Exception) -> None:
+    def untidy(self, failure: Exception) -> None:
+        """Old checkpoints could not be removed."""
         self._metrics.checkpoint_tidy_failures.inc()
-        log.warning("tidy_failed", cause=str(error))
+        log.warning("tidy_failed", cause=str(failure))
 
-    def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
-        self._metrics.checkpoint_failures.inc()
-        log.error("commit_failed", step=step, cause=str(error))
-        # The missing share may be that of the committing node itself.
-        first_rank = generation.first_worker_rank(self._node.formed.node_rank)
-        own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
-        self._lose((generation.number, step), str(error), own=own)
-
-    def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
+    def _lose(self, place: Place, why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
         # Keep the reason that this node has for its own share.

@@ -184,7 +184,7 @@ class Uploader:
         """Drop the queued shards (not the one in progress) and their local files. Returns the number dropped."""
         dropped = self._jobs.discard()
         for shard in dropped:
-            _remove_staged(shard)
+            remove_staged(shard)
         return len(dropped)
 
     def close(self, timeout_s: float) -> bool:
@@ -212,14 +212,15 @@ class Uploader:
             node.refused = True
             with suppress(StoreError):
                 refuse_node(self._store, shard, str(error))
-        _remove_staged(shard)
+        remove_staged(shard)
         if failure is None:
             self._on_uploaded(shard)
         else:
             self._on_failed(shard, failure)
 
 
-def _remove_staged(shard: StagedShard) -> None:
+def remove_staged(shard: StagedShard) -> None:
+    """Free the memory of a shard that is not needed any more."""
     if not shard.missing:
         with suppress(OSError):
             shard.path.unlink()

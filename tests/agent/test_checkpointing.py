@@ -64,22 +64,18 @@ def member_of(
     settle_s: float = 5.0,
 ) -> Checkpointing:
     """The checkpoints of a node in generation 3 of two nodes with two workers each."""
+    members = tuple(replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab")
     formed = SimpleNamespace(
-        generation=replace(
-            generation(),
-            number=3,
-            members=tuple(
-                replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab"
-            ),
-        ),
-        node_rank=node_rank,
+        generation=replace(generation(), number=3, members=members), node_rank=node_rank
     )
     store = open_store(f"file://{folder}/run")
     run_log = RunLog(store, writer="a")
-    run_log.refresh()
+    if run_log.refresh().length == 0:
+        for number in (1, 2, 3):
+            found = replace(formed.generation, number=number)
+            run_log.append(lambda _, found=found: found, generation=number - 1)  # type: ignore[misc]
     node = SimpleNamespace(
-        member=member("ab"[node_rank], workers=2),
-        must_reform=lambda _: False,
+        member=members[node_rank],
         view=SimpleNamespace(run_id=RUN_ID),
         notice_log=lambda: None,
         formed=cast(Formed, formed),

@@ -13,7 +13,7 @@ from elastic_pt.checkpoint.layout import (
     checkpoint_directory,
 )
 from elastic_pt.checkpoint.nodes import NodeNotice
-from elastic_pt.checkpoint.publish import collect, publish_manifest
+from elastic_pt.checkpoint.publish import Collector, publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
 from elastic_pt.checkpoint.upload import (
@@ -117,17 +117,9 @@ def upload_nodes(store: Store, shards: Sequence[StagedShard]) -> list[UploadedSh
 
 def collected(store: Store, directory: str, world_size: int, workers: int = 1) -> list[NodeNotice]:
     """The notices of all nodes, which already exist."""
-    notices = collect(
-        store,
-        directory,
-        nodes_of(world_size, workers),
-        timeout_s=0.0,
-        now=lambda: 0.0,
-        wait=lambda _: None,
-        should_stop=lambda: False,
-    )
-    assert notices is not None
-    return notices
+    collector = Collector(store, directory, nodes_of(world_size, workers))
+    assert collector.read_more()
+    return collector.notices
 
 
 def write_checkpoint(
