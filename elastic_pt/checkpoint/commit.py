@@ -207,7 +207,7 @@ class Committer:
             failure = error
         if expired is None and failure is None and not why:
             return
-        if why:
+        if why and committed_step(view) != due.step:
             log.info("commit_abandoned", step=due.step, directory=due.directory, reason=why)
         self._listener.ended(due.generation, due.step, failure)
         if expired is not None:

@@ -17,10 +17,10 @@ def over(view: RunView, generation: int, step: int) -> str:
 
     COMMITs stay in the order of steps: a committed checkpoint of the same or a later step ends all attempts before it.
     """
-    if view.stop is not None:
-        return f"the run has ended: {view.stop.reason}"
     if view.checkpoints and view.checkpoints[0].step >= step:
         return f"step {view.checkpoints[0].step} is committed"
+    if view.stop is not None:
+        return f"the run has ended: {view.stop.reason}"
     if all(each.number != generation for each in view.generations):
         return f"the log as it was read has no generation {generation}"
     for each in view.generations:
