@@ -5,7 +5,7 @@ training stack: the command that starts the agent passes the function that its w
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             listens to peers, decides, appends          (membership thread)
-                    Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
+                    Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
@@ -157,7 +157,8 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._channel.release,
+            states=self._snapshots,
+            release=self._release,
         )
         self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
         self._notices = Watch(
@@ -236,6 +237,12 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
+    def _release(self, generation: int, step: int, ranks: range | None) -> None:
+        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
+        # First: afterwards a worker may overwrite its buffer.
+        self._snapshots.release(generation, step, ranks)
+        self._channel.release(generation, step)
+
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
         if not self._node.leaving:
@@ -288,7 +295,7 @@ class Agent:
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
-        self._checkpointing.starts()
+        self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
         self._snapshots.complete_history(formed, committed_step(view))
         write_assignment(
@@ -323,7 +330,7 @@ class Agent:
         settled = self._checkpointing.wait(formed, completed=completed)
         log.info(
             "settled" if settled else "settle_failed",
-            step=self._checkpointing.staged_step,
+            step=self._checkpointing.saved_step,
             generation=formed.generation.number,
         )
         return settled

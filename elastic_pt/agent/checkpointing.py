@@ -1,32 +1,33 @@
 """A node's share in checkpoints (agent process): the agent's side of the operations of `train.checkpoints`.
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
-    save    take a shard that a worker staged ─► upload it; on one node also commit
+    save    upload a state that a worker keeps in a buffer; on one node also commit
     wait    after the workers' last step: until their last checkpoint is committed
     close   finish the commits that are due, within a bounded time
 
-    staged ─► Uploads ───► bucket        (every node)
-              Committer ─► COMMIT        (the node that `checkpoint.in_flight` chooses)
-    commit or upload ─► `released` ─► workers may stage the next one
+    kept buffer ─► Uploads ───► bucket        (every node)
+                   Committer ─► COMMIT        (the node that `checkpoint.in_flight` chooses)
+    uploaded ─► `released` ─► workers may overwrite the buffer, and save the next one
 
-Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long.
+Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long. The part of a node that is no
+member any more is uploaded by its mirror.
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from elastic_pt.agent.uploads import Place, Uploads
-from elastic_pt.checkpoint import in_flight
 from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.publish import ShareMissing
-from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import StagedShard
+from elastic_pt.checkpoint.snapshot import Buffer, Snapshot
+from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
@@ -90,6 +91,16 @@ class Lost:
     """Whether this node could not upload its share; else another node could not."""
 
 
+class KeptStates(Protocol):
+    """The states in this node's memory that are kept for the bucket (`agent.snapshots`)."""
+
+    def checkpoints(self) -> tuple[tuple[int, int], ...]:
+        """Generation and step of each."""
+
+    def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
+        """The buffer files of one, by rank: of this node's workers, and copies of neighbours'."""
+
+
 class Checkpointing:
     """The operations `save`, `wait` and `close`, for one node and all its generations."""
 
@@ -100,16 +111,17 @@ class Checkpointing:
         run_log: RunLog,
         node: Node,
         metrics: Metrics,
-        staging: Path,
+        scratch: Path,
         history: StepHistory,
         *,
-        release: Callable[[int], None],
+        states: KeptStates,
+        release: Callable[[int, int, range | None], None],
     ) -> None:
-        """`release(step)` lets the workers stage the next checkpoint."""
+        """`release(generation, step, ranks)` frees the buffers of these ranks, or of all, and tells the workers."""
         self._node = node
-        self._log = run_log
         self._metrics = metrics
-        self._staging = staging
+        self._scratch = scratch
+        self._states = states
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
         self._lost: Lost | None = None
@@ -136,50 +148,62 @@ class Checkpointing:
             ),
             self,
         )
-        self.staged_step = 0
-        """Step of the newest shard that a worker of this node has staged."""
+        self.saved_step = 0
+        """Step of the newest checkpoint that a worker of this node has saved, or had no room for."""
 
     # ---- one generation ------------------------------------------------------------------------
 
-    def starts(self) -> None:
+    def starts(self, generation: Generation) -> None:
         """Workers of a new generation are about to start."""
-        self._sweep()
+        self._release_forgotten()
+        for before, step in self._committer.expected():
+            for rank, member in enumerate(before.members):
+                if generation.rank_of(member.incarnation) is None:
+                    self._adopt(before, step, before.worker_ranks()[rank])
 
     def save(self, message: Message) -> None:
-        """A worker's message `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
+        """A worker's message `snapshot` of a checkpoint, `no_room` or `skipped` (see `train.checkpoints`)."""
         kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
-            # A worker that outlived its generation. The others of its node have been written off.
+            # A worker that outlived its generation. Its node has written it off.
             log.info("stale_shard_dropped", step=step, generation=message["generation"])
-            if kind == "staged":
-                Path(message["path"]).unlink(missing_ok=True)
             return
         if kind == "no_room":
-            log.warning("staging_waits_for_room", step=step, cause=message["why"])
+            log.warning("checkpoint_waits_for_room", step=step, cause=message["why"])
             return
-        self.staged_step = step
+        self.saved_step = step
         place = Place(generation.number, step)
-        shard = StagedShard(
-            path=Path(message["path"]) if kind == "staged" else Path(),
-            run_id=self._node.view.run_id,
-            directory=directory_of(generation, step),
-            rank=message["rank"],
-            ranks=generation.worker_ranks()[formed.node_rank],
-            missing="" if kind == "staged" else message["why"],
-        )
-        if kind == "staged":
+        ranks = generation.worker_ranks()[formed.node_rank]
+        if kind == "snapshot":
             self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+            buffer = Buffer(message["generation"], message["rank"], message["buffer"])
+            path, missing = buffer.path(self._scratch), ""
         else:
+            path, missing = Path(), message["why"]
             self._metrics.checkpoint_skips.inc()
-            log.warning("checkpoint_skipped", step=step, cause=shard.missing)
-            self._lose(place, shard.missing, own=True)
+            log.warning("checkpoint_skipped", step=step, cause=missing)
+            self._lose(place, missing, own=True)
         try:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
-            self._uploads.add(shard)
+            self._uploads.add(self._shard(generation, step, path, message["rank"], ranks, missing))
         except ElasticPtError as error:
             self._upload_failed(place, error)
         self._expect(place, generation, int(message.get("request", -1)))
+
+    def _shard(
+        self, of: Generation, step: int, path: Path, rank: int, ranks: range, missing: str = ""
+    ) -> KeptShard:
+        return KeptShard(path, self._node.view.run_id, directory_of(of, step), rank, ranks, missing)
+
+    def _adopt(self, of: Generation, step: int, ranks: range) -> None:
+        """Upload the part of a node that is no member any more, if this node has copies of all its shards."""
+        copies = self._states.kept_state(of.number, step)
+        if all(rank in copies for rank in ranks):
+            log.info("upload_adopted", step=step, generation=of.number, first_rank=ranks.start)
+            self._uploads.adopt(
+                [self._shard(of, step, copies[rank][0], rank, ranks) for rank in ranks]
+            )
 
     def _expect(self, place: Place, generation: Generation, request: int) -> None:
         """Have the checkpoint committed; once for all workers of this node."""
@@ -194,9 +218,9 @@ class Checkpointing:
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
-        """The workers are gone: what all of them have staged is uploaded all the same."""
-        self._uploads.stopped("a worker ended before it had staged its shard")
-        self._sweep()
+        """The workers are gone: what all of them have kept is uploaded all the same."""
+        self._uploads.stopped("a worker ended before it had saved its state")
+        self._release_forgotten()
 
     def wait(self, formed: Formed, *, completed: bool) -> bool:
         """The workers stopped as planned: wait until their last checkpoint is committed.
@@ -210,24 +234,24 @@ class Checkpointing:
             return self.lost() is not None
 
         if not completed:
-            return self._node.await_settled(number, self.staged_step, timeout_s, given_up)
+            return self._node.await_settled(number, self.saved_step, timeout_s, given_up)
         if formed.node_rank == 0:
             self._committer.finish(formed.generation)
         return self._node.await_end(number, timeout_s, given_up)
 
     def lost(self) -> Lost | None:
-        """Why the checkpoint that was staged last cannot be committed; None while it may be."""
-        lost, due = self._lost, (self._node.formed.generation.number, self.staged_step)
+        """Why the checkpoint that was saved last cannot be committed; None while it may be."""
+        lost, due = self._lost, (self._node.formed.generation.number, self.saved_step)
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """The cause for the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
+        """The cause for the other nodes when the checkpoint saved last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None
         why = "no node said why" if lost is None else lost.why
         return self._node.failure(
-            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            f"the checkpoint of step {self.saved_step} was not committed: {why}",
             kind=CauseKind.GAVE_UP,
         )
 
@@ -236,34 +260,26 @@ class Checkpointing:
         self._committer.close(timeout_s)
         self._uploads.close()
 
-    def _sweep(self) -> None:
-        """No worker is alive: remove the files of dead workers from the staging directory, complete or not."""
-        pending = self._uploads.paths()
-        try:
-            for path in self._staging.iterdir():
-                if is_staged(path) and path not in pending:
-                    path.unlink(missing_ok=True)
-                    log.info("staging_swept", path=str(path))
-        except OSError as error:
-            # Sweeping only frees space. If the directory is broken, the next worker that stages reports it.
-            log.warning("staging_not_swept", cause=str(error))
+    def _release_forgotten(self) -> None:
+        """No worker is alive: free the buffers of checkpoints that nobody expects any more."""
+        expected = {Place(each.number, step) for each, step in self._committer.expected()}
+        for place in set(self._states.checkpoints()) - expected - self._uploads.places():
+            self._release(*place, None)
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
-    def _uploaded(self, place: Place) -> None:
-        member = in_flight.committer(self._log.view, place.generation)
-        # The committing node's workers wait for the commit, so that checkpoints are committed in order.
-        if member is None or member.incarnation != self._node.member.incarnation:
-            self._release(place.step)
+    def _uploaded(self, place: Place, ranks: range) -> None:
+        self._release(*place, ranks)
 
     def _upload_failed(self, place: Place, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("upload_failed", step=place.step, cause=str(error))
         self._lose(place, str(error), own=True)
 
-    def _upload_dropped(self, place: Place, why: str) -> None:
+    def _upload_dropped(self, place: Place, ranks: range, why: str) -> None:
         self._metrics.checkpoint_skips.inc()
         log.info("upload_dropped", step=place.step, generation=place.generation, reason=why)
+        self._release(*place, ranks)
 
     def committed(self, checkpoint: Checkpoint) -> None:
         """This node has appended a COMMIT."""
@@ -282,8 +298,8 @@ class Checkpointing:
             first_rank = -1 if rank is None else generation.first_worker_rank(rank)
             own = not isinstance(failure, ShareMissing) or failure.first_rank == first_rank
             self._lose(place, str(failure), own=own)
-        self._uploads.abandon(place, "it is committed or given up")
-        self._release(step)
+        self._uploads.abandon(place)
+        self._release(*place, None)
         self._node.notice_log()
 
     def untidy(self, failure: Exception) -> None:

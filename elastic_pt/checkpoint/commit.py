@@ -25,7 +25,7 @@ from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.nodes import notice_key
 from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.sweep import Sweeper
-from elastic_pt.errors import FencedError
+from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, StoreError
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.store.port import Store
@@ -115,6 +115,8 @@ class Committer:
         """Oldest first."""
         self._finishing: Generation | None = None
         """The generation whose workers have done the last step, until the run has ended."""
+        self._store_fails = False
+        """Whether a request of the last look failed."""
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="commit", daemon=True)
         self._thread.start()
@@ -138,6 +140,11 @@ class Committer:
             self._changed.notify_all()
         for due in dropped:
             self._listener.ended(due.generation, due.step, None)
+
+    def expected(self) -> list[tuple[Generation, int]]:
+        """Generation and step of the checkpoints that are due."""
+        with self._changed:
+            return [(each.generation, each.step) for each in self._due]
 
     def finish(self, generation: Generation) -> None:
         """Append STOP when the checkpoint of the last step is committed. The workers of `generation` have done it."""
@@ -165,6 +172,7 @@ class Committer:
                 if self._closed:
                     return
                 due = list(self._due)
+            self._store_fails = False
             # The newest first: once it is committed, the others are over.
             for each in reversed(due):
                 self._look_at(each)
@@ -185,6 +193,8 @@ class Committer:
         seconds = _POLL_SHARE * min(waited_s) if waited_s else _POLL_MAX_S
         if self._finishing is not None:
             seconds = 0.0
+        if self._store_fails:
+            seconds = _POLL_MAX_S
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._due != seen,
@@ -193,7 +203,8 @@ class Committer:
 
     def _look_at(self, due: _Due) -> None:
         """Commit a checkpoint if it is complete and this node's turn, and drop it when it is over."""
-        expired, failure = None, None
+        expired: _Expired | None = None
+        failure: Exception | None = None
         view = self._log.view
         why = self._over(view, due)
         try:
@@ -202,6 +213,13 @@ class Committer:
         except FencedError as error:
             # Another record came first. The next look decides again.
             log.info("commit_fenced", step=due.step, reason=str(error))
+        except StoreError as error:
+            # The workers do not wait for the commit, so it can wait for the store.
+            self._store_fails = True
+            if isinstance(error, AlreadyExists | LogDamaged) or self._is_late(due):
+                failure = error
+            else:
+                log.warning("commit_delayed", step=due.step, cause=str(error))
         # Any error: report it to the agent and keep the thread alive. Without the thread there are no more commits.
         except Exception as error:
             failure = error
@@ -230,9 +248,10 @@ class Committer:
                 log.info("stop", reason=COMPLETED, step=last_step)
             except FencedError as error:
                 log.info("stop_fenced", reason=str(error))
-            # Any error: the thread must live. The settling node gives up, and the next generation tries again.
-            except Exception as error:
-                log.error("stop_failed", cause=str(error))
+            except StoreError as error:
+                self._store_fails = True
+                log.warning("stop_delayed", cause=str(error))
+                return
         with self._changed:
             if self._finishing is generation:
                 self._finishing = None
@@ -292,9 +311,6 @@ class Committer:
         key = notice_key(due.directory, first_rank)
         if self._is_late(due):
             raise ShareMissing(f"{key}: missing after {self._rules.timeout_s} s", first_rank)
-        gone = in_flight.absent(view, due.generation, first_rank)
-        if gone is not None and any(each.step > due.step for each in self._due):
-            raise ShareMissing(f"{key}: its node {gone.node} is no member any more", first_rank)
         return False
 
     def _marked(self, checkpoint: Checkpoint, view: RunView) -> Checkpoint:

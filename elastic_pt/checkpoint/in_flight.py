@@ -9,7 +9,7 @@ numerics they are not. So each later generation must have resumed at or after th
 """
 
 from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Generation, Member
+from elastic_pt.runlog.records import Member
 
 
 def over(view: RunView, generation: int, step: int) -> str:
@@ -47,11 +47,3 @@ def committer(view: RunView, generation: int) -> Member | None:
     return next(
         (each for each in newest.members if before.rank_of(each.incarnation) is not None), None
     )
-
-
-def absent(view: RunView, generation: Generation, first_rank: int) -> Member | None:
-    """The member of `generation` whose workers begin at `first_rank`, if the newest generation is without it."""
-    ranks = [each.start for each in generation.worker_ranks()]
-    member = generation.members[ranks.index(first_rank)]
-    newest = view.generation
-    return None if newest is None or newest.rank_of(member.incarnation) is not None else member

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_pt.checkpoint.in_flight import absent, committer, over
+from elastic_pt.checkpoint.in_flight import committer, over
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Checkpoint, Commit, Generation, InMemory, Stop
 from tests.membership.world import generation, member
@@ -70,8 +70,6 @@ def test_the_first_member_that_was_there_commits() -> None:
     assert committer(view, 5) == member("d")
     assert committer(view, 3) is None
     assert committer(RunView(), 4) is None
-    gone = [absent(view, view.generations[0], rank) for rank in range(3)]
-    assert gone == [member("a"), None, None]
 
 
 @given(

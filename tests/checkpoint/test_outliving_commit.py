@@ -152,7 +152,7 @@ def test_a_newer_commit_ends_an_older_checkpoint_quietly(run: Run) -> None:
     b = Node(run, "b")
     b.committer.expect(10, first)
     run.upload(first, 10, 1)
-    second = run.begin(12, "b", "a")
+    second = run.begin(12, "b", "c")
     b.committer.expect(20, second)
     run.upload(second, 20, 0, 1)
     assert b.end_of(20) is None
@@ -162,25 +162,13 @@ def test_a_newer_commit_ends_an_older_checkpoint_quietly(run: Run) -> None:
     assert [commit.newest.step for _, commit in run.commits()] == [20]
 
 
-def test_a_lost_node_is_not_waited_for_when_a_newer_checkpoint_is_due(run: Run) -> None:
-    """The part of a node that is no member any more may still come, but not at the cost of a newer checkpoint."""
-    first = run.begin(0, "a", "b")
-    b = Node(run, "b")
-    b.committer.expect(10, first)
-    run.upload(first, 10, 1)
-    second = run.begin(12, "b")
-    assert b.ends == {}
-    b.committer.expect(20, second)
-    assert "its node a is no member any more" in str(b.end_of(10))
-
-
 def test_a_missing_notice_ends_the_checkpoint_at_its_timeout(run: Run) -> None:
     """The error names the key and the timeout; nodes that do not commit give the checkpoint up without an error."""
     first = run.begin(0, "a", "b")
+    run.upload(first, 10, 0)
     a, b = Node(run, "a", timeout_s=0.3), Node(run, "b", timeout_s=0.3)
     for node in (a, b):
         node.committer.expect(10, first)
-    run.upload(first, 10, 0)
     assert "notice-00001.json: missing after 0.3 s" in str(a.end_of(10))
     assert b.end_of(10) is None
 
