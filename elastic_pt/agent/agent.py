@@ -159,8 +159,8 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
+            states=self._snapshots,
             release=self._release,
-            kept=self._snapshots.checkpoints,
         )
         self._progress = Progress()
         estimates = self._observation.estimates
@@ -244,10 +244,10 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
-    def _release(self, generation: int, step: int) -> None:
-        """A checkpoint is in the bucket, or given up: its buffers are free (threads of upload and commit)."""
+    def _release(self, generation: int, step: int, ranks: range | None) -> None:
+        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
         # First: afterwards a worker may overwrite its buffer.
-        self._snapshots.release(generation, step)
+        self._snapshots.release(generation, step, ranks)
         self._observation.estimates.uploaded(step)
         self._channel.release(generation, step)
 
@@ -259,11 +259,11 @@ class Agent:
             str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
         )
 
-    def _held(self, generation: int, step: int) -> None:
+    def _held(self, generation: int, step: int, mirrored: bool) -> None:
         """The state of a step is whole on this node and on its mirrors, if it has any."""
-        if self._config.checkpoint.mirror_copies:
+        if mirrored and self._config.checkpoint.mirror_copies:
             self._observation.estimates.held(step)
-        self._channel.complete(generation, step)
+        self._channel.complete(generation, step, mirrored)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)
@@ -309,7 +309,7 @@ class Agent:
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
-        self._checkpointing.starts()
+        self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
         self._snapshots.complete_history(formed, committed_step(view))
         write_assignment(

@@ -191,10 +191,16 @@ class Holdings:
                     self.keep(copy.buffer, step)
                     self._described[copy.buffer] = copy
 
-    def release(self, state: State) -> None:
-        """The bucket has a state, or will never have it: its buffers are not kept any more. May be repeated."""
-        for buffer in self._checkpoints.pop(state, {}).values():
-            self._described.pop(buffer, None)
+    def release(self, state: State, ranks: range | None = None) -> None:
+        """The bucket has these ranks of a state (None: all of it), or will never have them: their buffers are free.
+
+        May be repeated.
+        """
+        buffers = self._checkpoints.get(state, {})
+        for rank in list(buffers) if ranks is None else set(ranks) & buffers.keys():
+            self._described.pop(buffers.pop(rank), None)
+        if not buffers:
+            self._checkpoints.pop(state, None)
 
     def drop(self, buffer: Buffer) -> None:
         """A buffer is about to be written again, or is lost."""

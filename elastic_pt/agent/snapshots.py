@@ -216,10 +216,13 @@ class Snapshots:
             for rank, copy in found.items()
         }
 
-    def release(self, generation: int, step: int) -> None:
-        """The bucket has a state, or will never have it: its files may be overwritten or removed. May be repeated."""
+    def release(self, generation: int, step: int, ranks: range | None = None) -> None:
+        """The bucket has a state, or will never have it: the files of these ranks, or of all, may be overwritten or removed.
+
+        May be repeated.
+        """
         with self._lock:
-            self._holdings.release((generation, step))
+            self._holdings.release((generation, step), ranks)
         self._remove_unneeded()
 
     def distrust(self, generation: int, step: int) -> None:

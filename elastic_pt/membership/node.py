@@ -237,10 +237,8 @@ class Node:
         """Block until the checkpoint of `step` is committed; False if `generation` is broken or it is given up."""
 
         def committed() -> bool:
-            return any(
-                each.generation == generation and each.step >= step
-                for each in self.view.checkpoints
-            )
+            # Of any generation: the upload of an earlier one may have been committed just now.
+            return any(each.step >= step for each in self.view.checkpoints)
 
         self._await(lambda: committed() or self.must_reform(generation) or given_up(), timeout_s)
         return committed()
