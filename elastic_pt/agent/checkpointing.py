@@ -2,7 +2,7 @@
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
     save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
-    wait    after the workers' last step: until their last checkpoint is committed
+    wait    after the workers' last step: until their last checkpoint is committed, or their last state is in memory
     close   finish the commits that are due, within a bounded time
 
     staged ─► Uploader ─► bucket        (every node)
@@ -28,6 +28,7 @@ from elastic_pt.checkpoint.upload import StagedShard, Uploader
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
@@ -108,6 +109,7 @@ class Checkpointing:
         self._staging = staging
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
+        self._mirror_timeout_s = config.elastic.heartbeat_timeout_s
         self._workers = node.member.workers
         self._uploads: dict[int, int] = defaultdict(int)
         """Shards of this generation that are done, by step."""
@@ -183,22 +185,38 @@ class Checkpointing:
         self._uploader.discard()
         self._sweep()
 
-    def wait(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their last checkpoint is committed.
+    def wait(self, formed: Formed, mirrored: Callable[[int], bool]) -> Settled:
+        """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
-        After the last step (`completed`) wait for the end of the run too. False if the generation is broken, if its
-        checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
+        after `elastic.settle_timeout_s`. `mirrored(step)`: this node's mirrors have its part.
         """
-        number, timeout_s = formed.generation.number, self._settle_timeout_s
+        generation, step = formed.generation, self.staged_step
 
-        def given_up() -> bool:
-            return self.lost() is not None
+        def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
+            return self._node.await_settled(
+                generation, step, timeout_s, given_up, lambda: mirrored(step)
+            )
 
-        if not completed:
-            return self._node.await_settled(number, self.staged_step, timeout_s, given_up)
+        settled = wait(self._settle_timeout_s, self._given_up)
+        if not settled and self._given_up() and not self._node.must_reform(generation.number):
+            # The bucket is out of the question. The mirrors may not have been asked yet.
+            settled = wait(self._mirror_timeout_s, lambda: False)
+        return settled
+
+    def await_end(self, formed: Formed) -> bool:
+        """The workers did the last step: wait until their last checkpoint is committed, and the run has ended.
+
+        False if the generation is broken, if the checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        """
         if formed.node_rank == 0:
             self._committer.finish(formed.generation)
-        return self._node.await_end(number, timeout_s, given_up)
+        return self._node.await_end(
+            formed.generation.number, self._settle_timeout_s, self._given_up
+        )
+
+    def _given_up(self) -> bool:
+        return self.lost() is not None
 
     def lost(self) -> Lost | None:
         """Why the checkpoint that was staged last cannot be committed; None while it may be."""

@@ -73,8 +73,11 @@ class Snapshots:
         timeout_s: float,
         history: StepHistory,
         on_complete: Callable[[int, int], None],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_complete(generation, step)`: this node's workers may write over what is older than that step.
+
+        `on_change()`: this node holds more, or its mirrors do.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -85,6 +88,7 @@ class Snapshots:
         self._copies = copies
         self._timeout_s = timeout_s
         self._on_complete = on_complete
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._kept: dict[State, dict[int, _Copy]] = {}
         """By state and rank."""
@@ -230,6 +234,10 @@ class Snapshots:
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
 
+    def mirrored(self, step: int) -> bool:
+        """Whether this node and all its mirrors hold a state of this generation at or after `step`."""
+        return self._complete >= step
+
     def distrust(self, generation: int, step: int) -> None:
         """This node's workers could not read a state that the log says is in memory."""
         self._unusable.add((generation, step))
@@ -268,6 +276,7 @@ class Snapshots:
             copies[record.rank] = _Copy(path, record, record.to_bytes(), time.monotonic())
             self._wake()
             self._look()
+        self._on_change()
 
     def _forget(self, path: Path) -> None:
         """A buffer file is about to be overwritten."""
@@ -296,6 +305,7 @@ class Snapshots:
         if step > self._complete:
             self._complete = step
             self._on_complete(self._generation, step)
+            self._on_change()
 
     def _forget_states(self, unwanted: Callable[[State], bool]) -> list[Path]:
         """Forget states. Returns the files of earlier generations that hold none of the others; hold no lock to remove them."""

@@ -60,6 +60,8 @@ def train(
         if snapshots.due(state.steps_done, result.agreed):
             snapshots.take(state, result.agreed)
         finished = state.steps_done == config.train.steps
+        if result.agreed.drain and not finished:
+            snapshots.take_last(state, result.agreed)
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         due = due or result.agreed.checkpoint
         stops = finished or result.agreed.drain

@@ -7,7 +7,8 @@ mirrors, so one complete step always exists. Each worker gets the newest complet
 sends it with the all-reduce of each step. So all workers have the same values and take the same snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
-measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits.
+measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits. When all
+workers stop because the members change, they take one of their last step (`take_last`).
 """
 
 import math
@@ -15,8 +16,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
+
+import torch
+import torch.distributed as dist
 
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.checkpoint.snapshot import SnapshotBuffers
@@ -29,10 +34,13 @@ COST_MAX: Final = 0.01
 SHORT_STEP_S: Final = 0.1
 SHORT_INTERVAL_S: Final = 0.4
 """Minimum time between two snapshots if steps are shorter than `SHORT_STEP_S`: each snapshot costs the agents time."""
+LAST_WAIT_S: Final = 2.0
+"""Maximum time that workers which stop wait for the mirrors of their newest snapshot."""
 _EVERY_MAX: Final = 10_000
 _SMOOTHING: Final = 0.2
 _COPIES_KEPT: Final = 3
 _ALLOCATE_AGAIN_S: Final = 10.0
+_POLL_S: Final = 0.005
 
 
 class Agent(Protocol):
@@ -134,6 +142,29 @@ class MemorySnapshots:
             step_seconds=self._step_s,
             complete_step=agreed.complete_step,
         )
+
+    def take_last(self, state: TrainState, agreed: Agreed) -> None:
+        """Copy the state with which all workers stop, so that the next generation can resume from memory. Communicates.
+
+        If the newest snapshot is not complete everywhere, all workers wait for that together, at most `LAST_WAIT_S`.
+        After that there is no copy, and the agents wait for the checkpoint.
+        """
+        if agreed.complete_step is None or self._newest == state.steps_done:
+            return
+        if agreed.complete_step < self._newest:
+            if not self._await_complete(state.device):
+                return
+            agreed = replace(agreed, complete_step=self._newest)
+        self.take(state, agreed)
+
+    def _await_complete(self, device: torch.device) -> bool:
+        """Whether the newest snapshot is complete on all nodes and their mirrors. The result is the same on all workers."""
+        give_up_at_s = time.monotonic() + LAST_WAIT_S
+        while self._agent.complete_step < self._newest and time.monotonic() < give_up_at_s:
+            time.sleep(_POLL_S)
+        complete = torch.tensor([self._agent.complete_step], dtype=torch.int64, device=device)
+        dist.all_reduce(complete, dist.ReduceOp.MIN)
+        return int(complete.item()) >= self._newest
 
     def _allocate(self) -> None:
         """Allocate the buffers, and try again while there is no room. Thread of its own; ends with the process.

@@ -532,7 +532,7 @@ class AgentProcess(Process):
                 self._commit_next()
             settled = node.await_end(number, timeout_s, self._given_up)
         else:
-            settled = node.await_settled(number, step, timeout_s, self._given_up)
+            settled = bool(node.await_settled(formed.generation, step, timeout_s, self._given_up))
         failure = None
         trouble = f"the checkpoint of step {step} was not committed"
         if not settled and not node.must_reform(number):

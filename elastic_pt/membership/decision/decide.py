@@ -7,7 +7,7 @@ several nodes may propose at once; the log accepts one proposal. A node takes pa
 
     WAITING   no workers; ready to be a member (`spent`: the newest generation that it has spent)
     RUNNING   workers of `generation` are up
-    SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
+    SETTLING  workers have stopped on purpose; their last state is being mirrored and uploaded
 
 A generation is broken when a member is gone, cannot be reached by another one, or has spent it without a drain. It
 is over, in good order, when all its members have spent it. Three rules prevent that two halves of a split network
@@ -25,6 +25,8 @@ from typing import Final
 
 from elastic_pt.membership.decision.admission import admit, joiners
 from elastic_pt.membership.decision.assessment import Assessment
+from elastic_pt.membership.decision.resume import newest_in_memory
+from elastic_pt.membership.decision.settled import needed
 from elastic_pt.membership.decision.status import (
     Limits,
     NodePhase,
@@ -158,7 +160,8 @@ def _decide_next_world(
     """The newest generation is broken or over: which nodes form the next one, and who proposes it."""
     nodes_min, takeover_s = limits.elastic.nodes_min, limits.elastic.takeover_s
     parked = park(found.broken_links, generation.members)
-    going = incarnations(found.leaving) | set(parked) | incarnations(found.resting)
+    leave = _may_leave(view, generation, found, parked)
+    going = incarnations(leave) | set(parked) | incarnations(found.resting)
     stay = [member for member in found.alive if member.incarnation not in going]
     allowed = [member for member in stay if member.node not in view.barred]
     # Prefer a node that fails often to a stopped run.
@@ -172,7 +175,7 @@ def _decide_next_world(
     causes = (
         *_losses(view, found, parked, generation, now_s),
         *found.failures,
-        *(_leaves(view, member) for member in found.leaving),
+        *(_leaves(view, member) for member in leave),
         *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
         *joiners(wanted, generation.members),
     )
@@ -190,6 +193,9 @@ def _decide_next_world(
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
     stop, pause = view.asked(Verb.STOP), view.asked(Verb.PAUSE)
+    if not too_few and found.over and not found.broken and _is_ahead(view, generation, found.alive):
+        # The request came after the workers had stopped for another reason. The next generation commits a step for it.
+        stop = pause = None
     if stop is not None and (not others_first or quiet_s >= takeover_s):
         return Halt(f"stopped {stop.origin}")
     if pause is not None:
@@ -219,6 +225,26 @@ def _decide_next_world(
             asking=True,
         )
     return Propose(wanted, reason, causes)
+
+
+def _may_leave(
+    view: View, generation: Generation, found: Assessment, parked: Sequence[str]
+) -> list[Member]:
+    """The members that leave now. One that the others need to resume from the newest state leaves later."""
+    leaving = incarnations(found.leaving)
+    out = leaving | set(parked) | incarnations(found.resting)
+    alive = [member for member in found.alive if member.incarnation in leaving]
+    stay = [member for member in found.alive if member.incarnation not in out]
+    statuses = _statuses_of(view, found.alive)
+    kept = incarnations(needed(generation, stay, alive, statuses, view.committed_step))
+    return [member for member in found.leaving if member.incarnation not in kept]
+
+
+def _is_ahead(view: View, generation: Generation, members: Sequence[Member]) -> bool:
+    """Whether members hold a newer state in memory than the bucket has."""
+    statuses = _statuses_of(view, members)
+    newest = newest_in_memory(generation, members, statuses, view.committed_step)
+    return newest is not None and newest.step > view.committed_step
 
 
 def _losses(
@@ -388,6 +414,11 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     if not full and now_s - view.newcomers_changed_s < elastic.join_window_s:
         return Wait("waiting for more nodes to arrive")
     return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
+
+
+def _statuses_of(view: View, members: Sequence[Member]) -> dict[str, NodeStatus]:
+    told = {member.incarnation: _status_of(view, member) for member in members}
+    return {each: said for each, said in told.items() if said is not None}
 
 
 def _status_of(view: View, member: Member) -> NodeStatus | None:

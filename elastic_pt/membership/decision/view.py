@@ -37,6 +37,8 @@ class View:
     """Why the run must end, by its failures; empty if it need not."""
     requests: tuple[Request, ...] = ()
     """The requests of operators that are in force."""
+    committed_step: int = 0
+    """The step of the newest checkpoint in the bucket; 0 if there is none."""
 
     def asked(self, verb: Verb) -> Request | None:
         """The request of that verb, if there is one."""
