@@ -4,6 +4,7 @@
     proxy.fault("PUT", Fault.lost_response())              the next PUT is carried out, its answer is lost
 
     proxy.cut()                                            from now on nobody gets an answer, until proxy.mend()
+    proxy.hold("shard-")                                   requests to write such keys wait, until proxy.release()
 
 Faults are used up in the order in which they were declared, one per request of their method.
 """
@@ -71,6 +72,8 @@ class FaultProxy:
         self.requests: dict[str, int] = defaultdict(int)
         self.closing = threading.Event()
         self._cut = threading.Event()
+        self._held = ""
+        self._released = threading.Event()
         self._faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self._lock = threading.Lock()
         proxy = self
@@ -102,6 +105,22 @@ class FaultProxy:
         """Let it come back."""
         self._cut.clear()
 
+    def hold(self, part: str) -> None:
+        """Let requests to write keys that contain `part` wait."""
+        self._released.clear()
+        self._held = part
+
+    def release(self) -> None:
+        """Let them pass, also those that wait."""
+        self._held = ""
+        self._released.set()
+
+    def wait_if_held(self, method: str, path: str) -> None:
+        """Wait while requests like this one are held, or until the proxy closes."""
+        while self._held and self._held in path and method in ("PUT", "POST"):
+            if self._released.wait(0.1) or self.closing.is_set():
+                return
+
     def take(self, method: str) -> Fault | None:
         """The fault of the request that has just arrived, if any; counts the request."""
         with self._lock:
@@ -132,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.owner.wait_if_held(self.command, self.path)
         fault = self.owner.take(self.command)
         if fault is None:
             self._reply(*self._forward(body))
