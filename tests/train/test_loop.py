@@ -1,5 +1,6 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -77,6 +78,24 @@ class FakeAgent:
     def staged(self) -> list[int]:
         """Steps of the checkpoints that were staged."""
         return [int(str(content["step"])) for kind, content in self.messages if kind == "staged"]
+
+
+class SlowMirror(FakeAgent):
+    """An agent whose mirrors have the newest snapshot only after the workers asked some times since their last step."""
+
+    def __init__(self, *, drain_at: int, complete_when_asked: int) -> None:
+        super().__init__(drain_at=drain_at)
+        self._complete_when_asked = complete_when_asked
+        self._last_step = drain_at + 1
+        self._asked = 0
+
+    @property
+    def complete_step(self) -> int:
+        """0 until then."""
+        if self.step < self._last_step:
+            return 0
+        self._asked += 1
+        return self._last_step - 2 if self._asked >= self._complete_when_asked else 0
 
 
 def checkpoints_in(
@@ -189,6 +208,35 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
     agent = FakeAgent(drain_at=3, upload_steps=99)
     assert train_in(tmp_path, config, state, batches, agent) is Outcome.DRAINED
     assert agent.staged() == [state.steps_done] == [4]
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize(
+    ("asked", "taken"), [(1, [2, 4]), (10_000, [2])], ids=["complete in time", "never complete"]
+)
+def test_a_drain_takes_a_snapshot_of_its_step(
+    asked: int, taken: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that stop take a snapshot, whatever the cadence, once the newest one is complete everywhere.
+
+    They wait for that for a short time. Without it they take none: it would overwrite the only complete state.
+    """
+    monkeypatch.setattr("elastic_pt.train.snapshots.LAST_WAIT_S", 0.05)
+    config = config_for(tmp_path, "train.steps=9", "checkpoint.snapshot_every_steps=2")
+    state, batches = start(config)
+    agent = SlowMirror(drain_at=3, complete_when_asked=asked)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    checkpoints = checkpoints_in(staging, config, agent)
+    snapshots = MemorySnapshots(2, 1, staging, agent, state, checkpoints.describe)
+    deadline_s = time.monotonic() + 20.0
+    while not snapshots._buffers.ready:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    assert train(config, state, batches, agent, checkpoints, snapshots) is Outcome.DRAINED
+    steps = [content["step"] for kind, content in agent.messages if kind == "snapshot"]
+    assert steps == taken
+    assert agent.staged() == [4]
 
 
 @pytest.mark.usefixtures("world_of_one")
