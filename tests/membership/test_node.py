@@ -54,8 +54,9 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
             address: str = "127.0.0.1",
             port: int = 0,
             states: InMemoryStates | None = None,
+            timeout_s: float = LIMITS.elastic.heartbeat_timeout_s,
         ) -> Node:
-            limits = changed(LIMITS, nodes_min=nodes_min, port=port)
+            limits = changed(LIMITS, nodes_min=nodes_min, port=port, heartbeat_timeout_s=timeout_s)
             node = new_node(
                 NodeStatus.first(new_member(name, address, workers=1), fingerprint),
                 limits,
@@ -105,7 +106,8 @@ def content_with_one(*nodes: Node) -> None:
 def without_heartbeats(*nodes: Node) -> None:
     """Let nodes send and decide only if there is a reason for it."""
     for node in nodes:
-        node._participant._limits = changed(LIMITS, heartbeat_interval_s=10 * DEADLINE_S)
+        limits = node._participant._limits
+        node._participant._limits = changed(limits, heartbeat_interval_s=10 * DEADLINE_S)
         node._driver._interval_s = 10 * DEADLINE_S  # type: ignore[attr-defined]
 
 
@@ -455,7 +457,10 @@ def test_settling_ends_when_a_member_that_stays_holds_the_state(
 ) -> None:
     """A node that leaves goes once its rows are on a node that stays. It learns this at once, not with a heartbeat."""
     rows = {name: Rows() for name in "ab"}
-    a, b = (make_node(name, nodes_min=2, states=rows[name]) for name in "ab")
+    # A link that is silent for longer is opened again, with news.
+    a, b = (
+        make_node(name, nodes_min=2, states=rows[name], timeout_s=10 * DEADLINE_S) for name in "ab"
+    )
     world = formed(a, b)[0].generation
     without_heartbeats(a, b)
     rows["a"].hold(0, 1)
@@ -471,11 +476,20 @@ def test_settling_ends_when_a_member_that_stays_holds_the_state(
             "each knows that b leaves",
         )
         assert not node.await_settled(world, 60, 0.1, lambda: False)
+    waits, found = threading.Event(), []
+    # `given_up` is called when the wait has found nothing yet.
+    b_waits = threading.Thread(
+        target=lambda: found.append(
+            b.await_settled(world, 60, DEADLINE_S, lambda: bool(waits.set()))
+        )
+    )
+    b_waits.start()
+    assert waits.wait(DEADLINE_S)
     rows["a"].hold(0, 2)
     a.states_changed()
-    for node in (a, b):
-        found = node.await_settled(world, 60, DEADLINE_S, lambda: False)
-        assert found == Settled("memory", "a hold step 60")
+    found.append(a.await_settled(world, 60, DEADLINE_S, lambda: False))
+    b_waits.join(DEADLINE_S / 2)
+    assert found == 2 * [Settled("memory", "a hold step 60")]
     # The rows of this node are not on its mirrors yet: a loss during the change would cost more than a step.
     assert not a.await_settled(world, 60, 0.1, lambda: False, mirrored=lambda: False)
 
