@@ -25,12 +25,10 @@ from typing import Final
 
 from elastic_pt.membership.decision.admission import admit, joiners
 from elastic_pt.membership.decision.assessment import Assessment
-from elastic_pt.membership.decision.resume import newest_in_memory
-from elastic_pt.membership.decision.settled import needed
+from elastic_pt.membership.decision.settled import is_ahead, needed
 from elastic_pt.membership.decision.status import (
     Limits,
     NodePhase,
-    NodeStatus,
     incarnations,
     is_lost,
 )
@@ -193,7 +191,8 @@ def _decide_next_world(
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
     stop, pause = view.asked(Verb.STOP), view.asked(Verb.PAUSE)
-    if not too_few and found.over and not found.broken and _is_ahead(view, generation, found.alive):
+    ahead = is_ahead(generation, found.alive, view.statuses_of(found.alive), view.committed_step)
+    if ahead and found.over and not found.broken and not too_few:
         # The request came after the workers had stopped for another reason. The next generation commits a step for it.
         stop = pause = None
     if stop is not None and (not others_first or quiet_s >= takeover_s):
@@ -235,16 +234,9 @@ def _may_leave(
     out = leaving | set(parked) | incarnations(found.resting)
     alive = [member for member in found.alive if member.incarnation in leaving]
     stay = [member for member in found.alive if member.incarnation not in out]
-    statuses = _statuses_of(view, found.alive)
+    statuses = view.statuses_of(found.alive)
     kept = incarnations(needed(generation, stay, alive, statuses, view.committed_step))
     return [member for member in found.leaving if member.incarnation not in kept]
-
-
-def _is_ahead(view: View, generation: Generation, members: Sequence[Member]) -> bool:
-    """Whether members hold a newer state in memory than the bucket has."""
-    statuses = _statuses_of(view, members)
-    newest = newest_in_memory(generation, members, statuses, view.committed_step)
-    return newest is not None and newest.step > view.committed_step
 
 
 def _losses(
@@ -289,13 +281,13 @@ def _losses(
 
 def _leaves(view: View, member: Member) -> Cause:
     """The cause that a member leaves, with the reason in its status."""
-    said = _status_of(view, member)
+    said = view.status_of(member)
     return Cause(CauseKind.LEFT, member.node, "" if said is None else said.leave_reason)
 
 
 def _rest_of(view: View, member: Member) -> str:
     """Why a member rests, as text."""
-    said = _status_of(view, member)
+    said = view.status_of(member)
     return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
 
 
@@ -397,9 +389,7 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     known = incarnations(candidates)
     links = {
         (min(speaker, other), max(speaker, other))
-        for speaker, said in (
-            (member.incarnation, _status_of(view, member)) for member in candidates
-        )
+        for speaker, said in ((member.incarnation, view.status_of(member)) for member in candidates)
         if said is not None
         for other in said.unreachable
         if other in known and other != speaker
@@ -414,15 +404,3 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     if not full and now_s - view.newcomers_changed_s < elastic.join_window_s:
         return Wait("waiting for more nodes to arrive")
     return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
-
-
-def _statuses_of(view: View, members: Sequence[Member]) -> dict[str, NodeStatus]:
-    told = {member.incarnation: _status_of(view, member) for member in members}
-    return {each: said for each, said in told.items() if said is not None}
-
-
-def _status_of(view: View, member: Member) -> NodeStatus | None:
-    if member.incarnation == view.me.member.incarnation:
-        return view.me
-    peer = view.peers.get(member.incarnation)
-    return None if peer is None else peer.status

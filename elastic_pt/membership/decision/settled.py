@@ -86,6 +86,17 @@ def needed(
     return tuple(each for each in leaving if each in sources)
 
 
+def is_ahead(
+    generation: Generation | None,
+    members: Sequence[Member],
+    statuses: Mapping[str, NodeStatus],
+    committed_step: int,
+) -> bool:
+    """Whether members hold a newer state in memory than the bucket has."""
+    newest = newest_in_memory(generation, members, statuses, committed_step)
+    return newest is not None and newest.step > committed_step
+
+
 def stays(status: NodeStatus) -> bool:
     """Whether a member with this status will be in the next generation."""
     return not status.leaving and not status.resting
