@@ -17,6 +17,7 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Held, Limits, NodeStatus, StartTimes
+from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.membership.resources import InMemoryStates, NothingInMemory, Resources
@@ -69,7 +70,7 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
                     on_drain=on_drain,
                     states=states or NothingInMemory(),
                 ),
-                bucket,
+                run_token(bucket),
             )
             node.start()
             stack.callback(node.leave)
