@@ -42,6 +42,7 @@ from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
@@ -130,6 +131,7 @@ class Agent:
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
             on_complete=self._held,
+            on_change=lambda: self._node.states_changed(),
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -260,7 +262,7 @@ class Agent:
         )
 
     def _held(self, generation: int, step: int, mirrored: bool) -> None:
-        """The state of a step is whole on this node and on its mirrors, if it has any."""
+        """The state of a step is whole on this node, and on its mirrors that have room (`mirrored`: all of them)."""
         if mirrored and self._config.checkpoint.mirror_copies:
             self._observation.estimates.held(step)
         self._channel.complete(generation, step, mirrored)
@@ -338,16 +340,27 @@ class Agent:
         self._checkpointing.stopped()
 
     def _settle(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their checkpoint is committed. False if it cannot be."""
+        """The workers stopped as planned: wait until nothing is lost with them. False if that cannot be.
+
+        After the last step that is the end of the run; before, a commit or a state in memory (`Node.await_settled`).
+        """
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
-        settled = self._checkpointing.wait(formed, completed=completed)
+        began_s = time.monotonic()
+        if completed:
+            ended = self._checkpointing.await_end(formed)
+            settled = Settled("bucket" if ended else "", self._node.reason)
+        else:
+            settled = self._checkpointing.wait(formed, self._snapshots.is_complete)
         log.info(
             "settled" if settled else "settle_failed",
             step=self._checkpointing.saved_step,
             generation=formed.generation.number,
+            tier=settled.tier,
+            reason=settled.reason,
+            seconds=round(time.monotonic() - began_s, 3),
         )
-        return settled
+        return bool(settled)
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: end the run with its last good checkpoint."""

@@ -2,7 +2,7 @@
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
     save    upload a state that a worker keeps in a buffer; on one node also commit
-    wait    after the workers' last step: until their last checkpoint is committed
+    wait    after the workers' last step: until their last checkpoint is committed, or their last state is in memory
     close   finish the commits that are due, within a bounded time
 
     kept buffer ─► Uploads ───► bucket        (every node)
@@ -31,6 +31,7 @@ from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Kind, Quarantine
@@ -124,6 +125,7 @@ class Checkpointing:
         self._states = states
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
+        self._mirror_timeout_s = config.elastic.heartbeat_timeout_s
         self._lost: Lost | None = None
         """The last checkpoint that cannot be committed, as far as this node knows."""
         self._lock = threading.Lock()
@@ -222,22 +224,38 @@ class Checkpointing:
         self._uploads.stopped("a worker ended before it had saved its state")
         self._release_forgotten()
 
-    def wait(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their last checkpoint is committed.
+    def wait(self, formed: Formed, mirrored: Callable[[int], bool]) -> Settled:
+        """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
-        After the last step (`completed`) wait for the end of the run too. False if the generation is broken, if its
-        checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
+        after `elastic.settle_timeout_s`. `mirrored(step)`: this node's mirrors have its part.
         """
-        number, timeout_s = formed.generation.number, self._settle_timeout_s
+        generation, step = formed.generation, self.saved_step
 
-        def given_up() -> bool:
-            return self.lost() is not None
+        def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
+            return self._node.await_settled(
+                generation, step, timeout_s, given_up, lambda: mirrored(step)
+            )
 
-        if not completed:
-            return self._node.await_settled(number, self.saved_step, timeout_s, given_up)
+        settled = wait(self._settle_timeout_s, self._given_up)
+        if not settled and self._given_up() and not self._node.must_reform(generation.number):
+            # The bucket is out of the question. The mirrors may not have been asked yet.
+            settled = wait(self._mirror_timeout_s, lambda: False)
+        return settled
+
+    def await_end(self, formed: Formed) -> bool:
+        """The workers did the last step: wait until their last checkpoint is committed, and the run has ended.
+
+        False if the generation is broken, if the checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        """
         if formed.node_rank == 0:
             self._committer.finish(formed.generation)
-        return self._node.await_end(number, timeout_s, given_up)
+        return self._node.await_end(
+            formed.generation.number, self._settle_timeout_s, self._given_up
+        )
+
+    def _given_up(self) -> bool:
+        return self.lost() is not None
 
     def lost(self) -> Lost | None:
         """Why the checkpoint that was saved last cannot be committed; None while it may be."""

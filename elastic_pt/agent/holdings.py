@@ -58,7 +58,8 @@ class Holdings:
         """The newest step of each mirror of this node, by the mirror's incarnation."""
         self._without_room: set[str] = set()
         """The mirrors that have acknowledged their newest step without a copy of it."""
-        self._complete = 0
+        self.complete_step = 0
+        """The newest step of this generation that `take_complete` has returned; 0 if there is none."""
         self._resumed: InMemory | None = None
         """The state from which this generation has resumed."""
         self._node_rank = 0
@@ -158,7 +159,7 @@ class Holdings:
         self._own = generation.worker_ranks()[node_rank]
         self._acknowledged = {generation.members[index].incarnation: 0 for index in mirrors}
         self._without_room = set()
-        self._complete = 0
+        self.complete_step = 0
 
     def add(self, copy: Copy) -> bool:
         """A buffer holds a whole state. False if it is of an older generation, which is not kept."""
@@ -227,9 +228,9 @@ class Holdings:
     def take_complete(self) -> int | None:
         """The newest step that this node holds whole, and its mirrors that have room, if newer than the last answer."""
         step = min([self.newest_own, *self._acknowledged.values()])
-        if step <= self._complete:
+        if step <= self.complete_step:
             return None
-        self._complete = step
+        self.complete_step = step
         return step
 
     def forget_others(self) -> None:

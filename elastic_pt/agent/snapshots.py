@@ -63,8 +63,11 @@ class Snapshots:
         timeout_s: float,
         history: StepHistory,
         on_complete: Callable[[int, int, bool], None],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_complete(generation, step, mirrored)`: this node's workers may write over what is older than that step.
+
+        `on_change()`: this node holds more, or its mirrors do.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -76,6 +79,7 @@ class Snapshots:
         self._timeout_s = timeout_s
         self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._holdings = Holdings()
         self._every = 0
@@ -225,6 +229,10 @@ class Snapshots:
             self._holdings.release((generation, step), ranks)
         self._remove_unneeded()
 
+    def is_complete(self, step: int) -> bool:
+        """Whether this node, and its mirrors that have room, hold a state of this generation at or after `step`."""
+        return self._holdings.complete_step >= step
+
     def distrust(self, generation: int, step: int) -> None:
         """The rows of a state in memory do not fit together."""
         with self._lock:
@@ -323,9 +331,11 @@ class Snapshots:
         """Store the record of a buffer file of this node that holds a whole state."""
         copy = Copy(buffer, record.step, record.size, record.to_bytes(), time.monotonic())
         with self._lock:
-            if self._holdings.add(copy):
-                self._answers.wake()
-                self._look()
+            if not self._holdings.add(copy):
+                return
+            self._answers.wake()
+            self._look()
+        self._on_change()
 
     def _mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
         with self._lock:
@@ -336,6 +346,7 @@ class Snapshots:
         step = self._holdings.take_complete()
         if step is not None:
             self._on_complete(self._holdings.generation, step, self._holdings.mirrored)
+            self._on_change()
 
     def _remove_unneeded(self) -> None:
         """Remove the files of earlier generations that hold nothing. Freeing memory takes half a second per gigabyte."""

@@ -15,6 +15,7 @@ from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.upload import KeptShard, refuse_node
 from elastic_pt.errors import CheckpointError
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Commit, InMemory
@@ -125,6 +126,35 @@ def test_a_node_without_room_is_the_cause_of_the_loss(tmp_path: Path) -> None:
     assert checkpointing.lost() == Lost(3, 7, "no space left", own=True)
     checkpointing.save(message | {"step": 8, "generation": 2})
     assert checkpointing.saved_step == 7
+    checkpointing.close(WAIT_S)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
+def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
+    held: bool, tmp_path: Path
+) -> None:
+    """A checkpoint that is given up fails the change only if the state does not get into memory either."""
+    checkpointing = member_of(tmp_path, node_rank=1)
+    node, waits = cast(SimpleNamespace, checkpointing._node), []
+
+    def await_settled(
+        generation: object,
+        step: int,
+        timeout_s: float,
+        given_up: Callable[[], bool],
+        mirrored: Callable[[], bool],
+    ) -> Settled:
+        """The first wait ends because the checkpoint is given up, before the mirrors have asked."""
+        assert step == 7
+        waits.append((timeout_s, given_up(), mirrored()))
+        return Settled("memory" if held and not given_up() else "", "")
+
+    node.await_settled = await_settled
+    message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
+    checkpointing.save(message)
+    assert bool(checkpointing.wait(node.formed, lambda step: step == 7)) == held
+    timeout_s = config_for(tmp_path).elastic.heartbeat_timeout_s
+    assert waits == [(5.0, True, True), (timeout_s, False, True)]
     checkpointing.close(WAIT_S)
 
 

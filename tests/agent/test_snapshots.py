@@ -71,6 +71,8 @@ class Node:
         self.directory = directory
         self.rank = rank
         self.complete: list[tuple[int, int]] = []
+        self.changes: list[set[tuple[int, int]]] = []
+        """The states that were held each time when the agent was woken."""
         self._changed = threading.Condition()
         self.snapshots = Snapshots(
             directory,
@@ -80,10 +82,14 @@ class Node:
             timeout_s=5.0,
             history=StepHistory(),
             on_complete=self._on_complete,
+            on_change=self._on_change,
         )
         self.port = 0
         self.tensors = full_tensors()
         self.kept: set[int] = set()
+
+    def _on_change(self) -> None:
+        self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
 
     def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
         with self._changed:
@@ -220,6 +226,15 @@ def test_step_is_complete_only_when_its_mirror_has_it(pair: list[Node]) -> None:
         assert not pair[0]._changed.wait_for(lambda: pair[0].complete, 0.5)
     pair[1].begin(first)
     pair[0].await_complete(1, 5)
+
+
+def test_step_is_complete_once_the_mirror_has_it(pair: list[Node]) -> None:
+    """A planned change waits for the mirror's copy, and the agent is woken when it is there."""
+    hold_step_5(pair)
+    for node in pair:
+        assert node.snapshots.is_complete(5)
+        assert not node.snapshots.is_complete(6)
+        assert node.changes[-1] == {(1, 5)}
 
 
 def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:

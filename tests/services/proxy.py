@@ -5,6 +5,7 @@
 
     proxy.cut()                                            from now on nobody gets an answer, until proxy.mend()
     proxy.trouble(lambda method, path: Fault.slow(2.0))    from now on each request is asked, until proxy.mend()
+    proxy.hold("shard-")                                   requests to write such keys wait, until proxy.release()
 
 Faults are used up in the order in which they were declared, one per request of their method.
 """
@@ -80,6 +81,8 @@ class FaultProxy:
         self.requests: dict[str, int] = defaultdict(int)
         self.closing = threading.Event()
         self._cut = threading.Event()
+        self._held = ""
+        self._released = threading.Event()
         self._faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self._trouble: Callable[[str, str], Fault | None] = lambda method, path: None
         self._lock = threading.Lock()
@@ -117,6 +120,22 @@ class FaultProxy:
         """Ask `fault_of(method, path)` for the fault of each request that has no declared one."""
         self._trouble = fault_of
 
+    def hold(self, part: str) -> None:
+        """Let requests to write keys that contain `part` wait."""
+        self._released.clear()
+        self._held = part
+
+    def release(self) -> None:
+        """Let them pass, also those that wait."""
+        self._held = ""
+        self._released.set()
+
+    def wait_if_held(self, method: str, path: str) -> None:
+        """Wait while requests like this one are held, or until the proxy closes."""
+        while self._held and self._held in path and method in ("PUT", "POST"):
+            if self._released.wait(0.1) or self.closing.is_set():
+                return
+
     def take(self, method: str, path: str) -> Fault | None:
         """The fault of the request that has just arrived, if any; counts the request."""
         with self._lock:
@@ -149,6 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.owner.wait_if_held(self.command, self.path)
         fault = self.owner.take(self.command, self.path)
         if fault is None:
             self._reply(*self._forward(body))

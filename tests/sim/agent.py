@@ -21,7 +21,6 @@ from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.membership.decision.budgets import rest_s
-from elastic_pt.membership.decision.resume import newest_in_memory
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
@@ -558,34 +557,20 @@ class AgentProcess(Process):
                 self._commit_next()
             settled = node.await_end(number, timeout_s, self._given_up)
         else:
-            settled = node.await_settled(
-                number,
+            found = node.await_settled(
+                formed.generation,
                 step,
                 timeout_s,
-                lambda: self._given_up() or self._is_in_memory(formed.generation, step),
-            ) or self._is_in_memory(formed.generation, step)
+                self._given_up,
+                lambda: self.memory.holdings.complete_step >= step,
+            )
+            settled = bool(found)
         failure = None
         trouble = f"the checkpoint of step {step} was not committed"
         if not settled and not node.must_reform(number):
             failure = node.failure(trouble, kind=CauseKind.GAVE_UP)
             self._rest_after(trouble)
         node.spend(number, failure)
-
-    def _is_in_memory(self, generation: Generation, step: int) -> bool:
-        """Whether the members that stay hold the whole state of a step: then a planned change waits for no upload."""
-        statuses = {
-            incarnation: peer.status
-            for incarnation, peer in self.participant.table.peers.items()
-            if peer.status is not None
-        }
-        statuses[self.incarnation] = self.participant.me.now
-        stay = [
-            each
-            for each in generation.members
-            if each.incarnation in statuses and not statuses[each.incarnation].leaving
-        ]
-        found = newest_in_memory(generation, stay, statuses, 0)
-        return found is not None and found.step >= step
 
     def _given_up(self) -> bool:
         return self.generation is not None and self._uncommitted == (

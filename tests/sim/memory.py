@@ -251,6 +251,7 @@ class Memory:
             self._files[file.name] = file
             self._wake()
             self._look()
+            self.process.node.states_changed()
 
     def begin(self, file: BufferFile, step: int) -> None:
         """A buffer is about to be overwritten by the state of a step."""
@@ -264,6 +265,7 @@ class Memory:
             self.complete = step
             mirrored = self.holdings.mirrored
             self.process.around.witness.memory.completes(self)
+            self.process.node.states_changed()
             if self.buffers is not None:
                 self.buffers.hears(Complete(step, mirrored))
 

@@ -168,8 +168,18 @@ def incarnations(members: Iterable[Member]) -> frozenset[str]:
 
 
 def is_news(said: NodeStatus, before: NodeStatus) -> bool:
-    """Whether a status differs in more than step, loss and what is held. Those change too often to wake every peer."""
-    return replace(said, step=before.step, loss=before.loss, held=before.held) != before
+    """Whether a status differs in more than step and loss, which change too often to wake every peer.
+
+    So does what is held while workers run. Once they have stopped, peers wait for it.
+    """
+    if replace(said, step=before.step, loss=before.loss, held=before.held) != before:
+        return True
+    return said.phase is NodePhase.SETTLING and _rows(said) != _rows(before)
+
+
+def _rows(status: NodeStatus) -> list[Held]:
+    """What is held, without the ages: these differ in each message."""
+    return [replace(each, age_s=0.0) for each in status.held]
 
 
 def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
