@@ -5,13 +5,17 @@ The judge is the same everywhere: the digest of the undisturbed run, and the ste
 
 import os
 import signal
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.noticed import Noticed, begun
+from chaos_tests.noticed import Aws, Noticed, begun
 from chaos_tests.test_notices import NOT_IN_TIME, WITH_A_LOST_NODE, WITH_NOTHING_LOST
+from elastic_pt.agent.at_risk import UNSAVED_MIN_S
+from elastic_pt.runlog.records import Commit, Control
 
 pytestmark = pytest.mark.chaos
 
@@ -136,3 +140,26 @@ def test_a_signal_after_a_notice(
         noticed.until_noticed("node-0")
         os.kill(run.fleet.pid("node-0"), signal.SIGTERM)
         finish(noticed, "node-0", 30.0, reference_digest)
+
+
+def test_a_rebalance_recommendation(start: StartScenario, tmp_path: Path) -> None:
+    """All nodes get one at once: the run commits one checkpoint, names the node that asked, and trains on."""
+    settings = ["train.steps=1000000", "checkpoint.every_steps=1000000"]
+    with begun(start, tmp_path, {"node-0": "aws", "node-1": "aws"}, *settings) as noticed:
+        run = noticed.run
+        run.until_step(1, nodes=2)
+        until_s = time.monotonic() + 2 * UNSAVED_MIN_S
+        run.until("training worth a checkpoint", lambda: time.monotonic() > until_s)
+        for each in noticed.sources.values():
+            assert isinstance(each, Aws)
+            each.advise()
+        run.until("a commit", lambda: run.view().commit is not None)
+        run.until_step(run.view().checkpoints[0].step + 3, nodes=2)
+        for node in noticed.sources:
+            run.until(f"{node} is at risk", partial(noticed.event, node, "machine_at_risk"))
+        bodies = [record.body for record in run._log.records()]
+        (asked,) = (each.request for each in bodies if isinstance(each, Control))
+        assert asked.by in {f"node {node}" for node in noticed.sources}
+        assert asked.why == "aws-rebalance rebalance"
+        (commit,) = (each for each in bodies if isinstance(each, Commit))
+        assert commit.request == asked.index

@@ -8,13 +8,22 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import Scenario
 from elastic_pt.report.explanation import as_json, explain
-from tests.notices.servers import PREEMPTED, AzureMetadata, GcpMetadata, Imds, scheduled
+from tests.notices.servers import (
+    PREEMPTED,
+    REBALANCE,
+    AzureMetadata,
+    Cloud,
+    GcpMetadata,
+    Imds,
+    scheduled,
+)
 
 STEP: Final = 9
 """The step after which a node in the midst of training gets its notice."""
@@ -44,6 +53,10 @@ class Aws:
     def notice(self, lead_s: float) -> None:
         """A spot interruption."""
         self._server.interrupt("terminate", lead_s)
+
+    def advise(self) -> None:
+        """A rebalance recommendation: the instance may be interrupted."""
+        self._server.tell(documents={REBALANCE: '{"noticeTime": "2026-11-27T13:00:00Z"}'})
 
     def withdraw(self) -> None:
         """No document any more."""
@@ -109,11 +122,12 @@ def source(kind: str, node: str, folder: Path) -> Iterator[Source]:
         yield File(folder / f"notice-{node}")
         return
     aws, gcp, azure = Imds(), GcpMetadata(), AzureMetadata(node)
-    server, found = {
+    clouds: dict[str, tuple[Cloud, Source]] = {
         "aws": (aws, Aws(aws)),
         "gcp": (gcp, Gcp(gcp)),
         "azure": (azure, Azure(azure)),
-    }[kind]
+    }
+    server, found = clouds[kind]
     with server.serving():
         yield found
 
@@ -133,9 +147,7 @@ class Noticed:
     def until_noticed(self, *nodes: str) -> None:
         """Wait until each of these agents has decided how to leave."""
         for node in nodes:
-            self.run.until(
-                f"{node} is noticed", lambda node=node: self.event(node, "leave_planned")
-            )
+            self.run.until(f"{node} is noticed", partial(self.event, node, "leave_planned"))
 
     def event(self, node: str, name: str) -> bool:
         """Whether a node has written an event."""
