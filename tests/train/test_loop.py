@@ -1,5 +1,6 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
-from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot
+from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot, open_buffer
 from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
@@ -300,12 +301,81 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     checkpoints_in(config, FakeAgent(), resume).load(state)
 
 
-def fill(folder: Path) -> Path:
-    """A file that fills the directory."""
+class Uploading(FakeAgent):
+    """An agent that looks at each kept buffer until it has released it, some steps later."""
+
+    def __init__(self, folder: Path, upload_steps: int) -> None:
+        super().__init__(upload_steps=upload_steps)
+        self._folder = folder
+        self.looks = 0
+
+    def send(self, kind: str, **content: object) -> None:
+        """Take a message, and check the buffers of the checkpoints that are not released."""
+        super().send(kind, **content)
+        for saved in self.saved():
+            step = int(str(saved["step"]))
+            if not self.released(step):
+                path = Buffer(1, 0, int(str(saved["buffer"]))).path(self._folder)
+                with open_buffer(path) as buffer:
+                    assert buffer.step() == step
+                self.looks += 1
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_snapshots_go_on_around_a_kept_buffer(tmp_path: Path) -> None:
+    """While a checkpoint is being uploaded, snapshots use the other two buffers. The last state finds one too."""
+    config = config_for(
+        tmp_path,
+        "train.steps=12",
+        "checkpoint.every_steps=3",
+        "checkpoint.snapshot_every_steps=1",
+    )
+    state, batches = start(config)
+    agent = Uploading(tmp_path, upload_steps=4)
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
+    assert agent.saved_steps() == [3, 8, 12]
+    assert agent.looks > 8
+    steps = [content["step"] for kind, content in agent.messages if kind == "snapshot"]
+    assert steps[-9:] == list(range(4, 13)), "each state is written once"
+    assert {content["buffer"] for kind, content in agent.messages if kind == "snapshot"} == {
+        0,
+        1,
+        2,
+    }
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_worker_with_room_for_one_buffer_still_checkpoints(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    """Without room for three buffers there are no snapshots. The last checkpoint waits until its buffer is released."""
+    config = config_for(
+        tmp_path, "train.steps=5", "checkpoint.every_steps=2", "checkpoint.snapshot_every_steps=1"
+    )
+    state, batches = start(config)
+    fill(small_memory, leave=int(1.5 * sum(each.rows.nbytes for _, each in state.slices())))
+
+    class Slow(FakeAgent):
+        """An agent that releases the checkpoint of step 4 once the worker says that it waits."""
+
+        def released(self, step: int) -> bool:
+            return step < 4 or any(kind == "no_room" for kind, _ in self.messages)
+
+    agent = Slow()
+    assert train_in(small_memory, config, state, batches, agent) is Outcome.COMPLETED
+    kinds = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
+    kinds.remove(("no_snapshots", None))
+    assert kinds == [("snapshot", 2), ("snapshot", 4), ("no_room", 5), ("snapshot", 5)]
+    assert agent.saved_steps() == [2, 4, 5]
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """A file that fills the directory, except for `leave` bytes."""
     filler = folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+    os.truncate(filler, filler.stat().st_size - leave)
     return filler
 
 
