@@ -24,8 +24,8 @@ from elastic_pt.store.open import open_store
 pytestmark = pytest.mark.chaos
 
 KILL_STEP = CHECKPOINT_STEPS + 3
-ROOM_BYTES = 24 << 10
-"""Room for the sockets and small files of an agent. The header of a buffer takes as much."""
+ROOM_BYTES = 12 << 10
+"""Room for the small files of an agent. The control page and the header of a buffer take more."""
 RESTS = 3
 """A node rests from its second failure on; this many rests show that no number of failures ends the run."""
 

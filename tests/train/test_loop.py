@@ -2,8 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from elastic_pt.checkpoint.copier import HostCopier
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot, open_buffer
@@ -342,6 +345,49 @@ def test_snapshots_go_on_around_a_kept_buffer(tmp_path: Path) -> None:
         1,
         2,
     }
+
+
+class HeldCopier(HostCopier):
+    """A copy in the background that a test lets go on, in place of a GPU's."""
+
+    in_background = True
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self._work: Callable[[], None] = lambda: None
+
+    def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
+        """Copy in `wait`."""
+        self._work = partial(super().start, targets, rows)
+
+    def wait(self) -> None:
+        """Copy once the test says so."""
+        assert self.go_on.wait(60.0)
+        self._work()
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_state_is_whole_and_told_only_when_its_copy_is_done(tmp_path: Path) -> None:
+    """A copy goes on after `take`. The next agreement, before which no weight changes, waits for its end."""
+    config = config_for(tmp_path)
+    state, _ = start(config)
+    state.steps_done = 5
+    agent, copier = FakeAgent(), HeldCopier()
+    describe = checkpoints_in(config, agent).describe
+    snapshots = MemorySnapshots(1, 1, tmp_path, agent, state, describe, copier)
+    snapshots.keep(state, None, -1)
+    assert agent.messages == []
+    with open_buffer(Buffer(1, 0, 0).path(tmp_path)) as buffer:
+        assert buffer.step() is None
+        offered = threading.Thread(target=snapshots.offer)
+        offered.start()
+        offered.join(0.2)
+        assert offered.is_alive()
+        copier.go_on.set()
+        offered.join(60.0)
+        assert not offered.is_alive()
+        assert buffer.step() == 5
+    assert agent.saved_steps() == [5]
 
 
 @pytest.mark.usefixtures("world_of_one")
