@@ -27,6 +27,7 @@ from typing import ClassVar, Final, NamedTuple
 
 import torch
 
+from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import (
     Count,
     FileBytes,
@@ -112,8 +113,10 @@ class SnapshotBuffers:
         generation: int,
         rank: int,
         tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+        copier: Copier | None = None,
     ) -> None:
         """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
+        self._copier = HostCopier() if copier is None else copier
         self._layout = ShardLayout(tensors)
         self._rows = [tensors[name][0] for name in self._layout.order]
         self._names = [Buffer(generation, rank, index) for index in range(BUFFERS)]
@@ -132,7 +135,15 @@ class SnapshotBuffers:
 
     def allocate(self, count: int = BUFFERS) -> None:
         """Reserve, map and touch files until there are `count`. Raises the errors of `make_buffers`; adds none then."""
-        maps = make_buffers(self._paths[len(self.steps) : count], self.size)
+        paths = self._paths[len(self.steps) : count]
+        maps = make_buffers(paths, self.size)
+        try:
+            for each in maps:
+                self._copier.register(each)
+        except CheckpointError:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
         self._maps += maps
         self._targets += [self._views(each) for each in maps]
         # Last: another thread may write as soon as a buffer is listed here.
@@ -145,6 +156,12 @@ class SnapshotBuffers:
 
         Raises `StagingFull` if there is none.
         """
+        return self.finish(self.start(state, kept=kept, complete_step=complete_step), state.step)
+
+    def start(
+        self, state: TrainingState, *, kept: Collection[int] = (), complete_step: int = 0
+    ) -> Buffer:
+        """Begin to `write`. The rows must not change, and nothing else be started, before the end of `finish`."""
         number = buffer_to_write(self.steps, kept, complete_step)
         if number is None:
             raise StagingFull(
@@ -155,12 +172,15 @@ class SnapshotBuffers:
         begin_buffer(buffer, state.step)
         header = self._layout.header(state)
         buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
-        with torch.no_grad():
-            for target, rows in zip(self._targets[number], self._rows, strict=True):
-                target.copy_(rows)
-        end_buffer(buffer, state.step)
-        self.steps[number] = state.step
+        self._copier.start(self._targets[number], self._rows)
         return self._names[number]
+
+    def finish(self, buffer: Buffer, step: int) -> Buffer:
+        """Wait until the copy is done, then mark the buffer as whole. Any thread may call it. Returns the buffer."""
+        self._copier.wait()
+        end_buffer(self._maps[buffer.number], step)
+        self.steps[buffer.number] = step
+        return buffer
 
     def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:
         """A tensor in the mapped file for each tensor of the layout."""

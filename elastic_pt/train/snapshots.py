@@ -8,6 +8,9 @@ overwritten, so one complete step always exists. One may be kept: the state of a
 it. One is free. Each worker gets the newest complete step of its node from its agent, and sends it with the all-reduce
 of each step. So all workers have the same values and take the same snapshots.
 
+On a GPU the copy runs on a stream of its own while the next step computes. `offer` waits for its end, because the
+optimizer's step comes next, and nothing else changes the state.
+
 A worker without room for three buffers has one, for checkpoints alone. Then no worker takes other snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
@@ -23,8 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.snapshot import BUFFERS, SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import BUFFERS, Buffer, SnapshotBuffers
 from elastic_pt.errors import CheckpointError
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
@@ -80,6 +84,7 @@ class MemorySnapshots:
         agent: Agent,
         state: TrainState,
         describe: Callable[[TrainState], TrainingState],
+        copier: Copier | None = None,
     ) -> None:
         """`every_steps` is the configured cadence, 0 for adaptive. Starts a thread that allocates memory."""
         self._configured = every_steps
@@ -91,7 +96,11 @@ class MemorySnapshots:
             generation,
             state.rank,
             {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
+            HostCopier() if copier is None else copier,
         )
+        self._background = copier is not None and copier.in_background
+        self._copying: threading.Thread | None = None
+        """Finishes the last copy."""
         self._allocating = threading.Lock()
         self._checkpoints: set[int] = set()
         """Steps that were kept for a checkpoint. The agent has released some of them."""
@@ -107,7 +116,8 @@ class MemorySnapshots:
         threading.Thread(target=self._allocate_all, name="snapshot-memory", daemon=True).start()
 
     def offer(self) -> Offer:
-        """This worker's values for the agreement in the next step."""
+        """This worker's values for the agreement in the next step. After it the optimizer may change the state."""
+        self.settle()
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
@@ -115,6 +125,12 @@ class MemorySnapshots:
             return Offer(None, self._every)
         complete = self._agent.complete_step
         return Offer(complete, self._every, mirrored=self._agent.unmirrored_step < max(1, complete))
+
+    def settle(self) -> None:
+        """Wait until the last copy is done, and the agent is told of it."""
+        if self._copying is not None:
+            self._copying.join()
+            self._copying = None
 
     def measure(self, step_s: float) -> None:
         """Note the seconds of the last step, without its snapshot. Chooses the cadence that this worker offers."""
@@ -150,29 +166,43 @@ class MemorySnapshots:
         self._checkpoints.add(state.steps_done)
 
     def _write(self, state: TrainState, agreed: Agreed | None, **checkpoint: int) -> None:
+        self.settle()
         complete_step = None if agreed is None else agreed.complete_step
         kept = {step for step in self._checkpoints if not self._agent.released(step)}
         started_s = time.monotonic()
-        buffer = self._buffers.write(
+        buffer = self._buffers.start(
             self._describe(state), kept=kept, complete_step=complete_step or 0
         )
+        if not self._background:
+            self._buffers.finish(buffer, state.steps_done)
         self._copies_s.append(time.monotonic() - started_s)
         if complete_step is not None:
             # Else some worker has no buffers: its node may never hold this step, and no snapshot may wait for that.
             self._newest = state.steps_done
-        self._agent.send(
-            "snapshot",
-            generation=self._generation,
-            rank=state.rank,
-            step=state.steps_done,
-            buffer=buffer.number,
-            seconds=self._copies_s[-1],
-            every_steps=self._every if agreed is None else agreed.snapshot_every,
-            step_seconds=self._step_s,
-            complete_step=complete_step or 0,
-            mirrored=agreed is not None and agreed.mirrored,
-            **({"checkpoint": False} | checkpoint),
+        message = {
+            "generation": self._generation,
+            "rank": state.rank,
+            "step": state.steps_done,
+            "buffer": buffer.number,
+            "seconds": self._copies_s[-1],
+            "every_steps": self._every if agreed is None else agreed.snapshot_every,
+            "step_seconds": self._step_s,
+            "complete_step": complete_step or 0,
+            "mirrored": agreed is not None and agreed.mirrored,
+            "checkpoint": False,
+        } | checkpoint
+        if not self._background:
+            self._agent.send("snapshot", **message)
+            return
+        self._copying = threading.Thread(
+            target=self._finish, args=(buffer, state.steps_done, message), daemon=True
         )
+        self._copying.start()
+
+    def _finish(self, buffer: Buffer, step: int, message: dict[str, object]) -> None:
+        """Finish a copy that goes on while the next step computes. Thread of its own."""
+        self._buffers.finish(buffer, step)
+        self._agent.send("snapshot", **message)
 
     def _allocate(self, count: int) -> None:
         """Allocate buffers until there are `count`. Raises the errors of `SnapshotBuffers.allocate`."""

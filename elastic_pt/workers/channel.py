@@ -162,6 +162,7 @@ class WorkerSide:
         with _short(path) as name:
             self._socket.connect(name)
         self._socket.settimeout(None)
+        self._sending = threading.Lock()
         self._closing = False
         self._drain = False
         self._checkpoint_request = -1
@@ -195,8 +196,9 @@ class WorkerSide:
         return self._unmirrored
 
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message to the agent."""
-        self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+        """Send a message to the agent. Any thread may call it."""
+        with self._sending:
+            self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def close(self) -> None:
         """Close the connection; the agent still reads what was sent before."""

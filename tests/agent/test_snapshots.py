@@ -20,7 +20,13 @@ from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import (
+    BUFFERS,
+    PAYLOAD_OFFSET,
+    SnapshotBuffers,
+    open_buffer,
+    require_crcs,
+)
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, InMemory, Member
@@ -357,6 +363,74 @@ def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
     gone = Peer(PeerAddress("127.0.0.1", 1), TOKEN, 5.0)
     with pytest.raises(StoreError, match="refused"):
         gone.read(snapshot_path(1, 5, 0), 0, 10)
+
+
+def keep_step_6(nodes: list[Node]) -> None:
+    """Both workers keep step 6 for a checkpoint, and take snapshots of 7, 8 and 9, each complete before the next."""
+    hold_step_5(nodes)
+    for step in range(6, 10):
+        for node in nodes:
+            node.write(1, step, complete_step=step - 1, checkpoint=step == 6)
+        for node in nodes:
+            node.await_complete(1, step)
+
+
+def held_steps(node: Node) -> dict[tuple[int, int], int | None]:
+    """What the buffer files on a node hold, by rank and number."""
+    found = {}
+    for path in node.directory.glob("snapshot-g1-rank-*"):
+        _, _, _, rank, number = path.name.split("-")
+        with open_buffer(path) as content:
+            found[int(rank), int(number)] = content.step()
+    return found
+
+
+def test_kept_step_is_held_by_its_node_and_its_mirror(pair: list[Node]) -> None:
+    """A node has the rows of a kept step of its own workers and of the neighbour that it mirrors, while newer steps come."""
+    keep_step_6(pair)
+    for node in pair:
+        kept = node.snapshots.kept_state(1, 6)
+        assert sorted(kept) == [0, 1]
+        for rank, (path, record) in kept.items():
+            assert (record.generation, record.step, record.rank) == (1, 6, rank)
+            with open_buffer(path) as content:
+                assert content.step() == 6
+                size = record.size
+                require_crcs(record, memoryview(content.read(0, size)))
+        assert node.snapshots.checkpoints() == ((1, 6),)
+        assert node.snapshots.kept_state(1, 7) == {}
+
+
+def test_released_step_is_overwritten_on_its_mirror_too(pair: list[Node]) -> None:
+    """After the owner has released a step, its mirror uses that buffer again, and keeps nothing of it."""
+    keep_step_6(pair)
+    for node in pair:
+        node.kept.clear()
+        node.snapshots.release(1, 6)
+        node.snapshots.release(1, 6)
+    for step in range(10, 14):
+        for node in pair:
+            node.write(1, step, complete_step=step - 1)
+        for node in pair:
+            node.await_complete(1, step)
+    for node in pair:
+        assert 6 not in held_steps(node).values()
+        assert node.snapshots.kept_state(1, 6) == {}
+
+
+def test_kept_step_outlives_its_generation_until_it_is_released(pair: list[Node]) -> None:
+    """A new generation, even one from the bucket, removes no file of a kept step. `release` does, and no other file."""
+    keep_step_6(pair)
+    before = {node.rank: node.snapshots.kept_state(1, 6) for node in pair}
+    for node in pair:
+        node.begin(generation(pair, 2))
+        assert node.snapshots.held == ()
+        assert node.snapshots.kept_state(1, 6) == before[node.rank]
+        left = set(node.directory.glob("snapshot-g1-*"))
+        assert left == {path for path, _ in before[node.rank].values()}
+        node.snapshots.release(1, 6)
+        assert not list(node.directory.glob("snapshot-g1-*"))
+        assert len(list(node.directory.glob("snapshot-g2-*"))) == BUFFERS
 
 
 def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]) -> None:
