@@ -11,7 +11,7 @@ block is compared with its CRC before a byte of it is copied into a tensor.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from elastic_pt.checkpoint.index import Index, Readable, in_order, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
-from elastic_pt.errors import CheckpointError
+from elastic_pt.errors import CheckpointError, StoreError
 
 READ_BYTES_MAX = 32 << 20
 _LOAD_THREADS = 8
@@ -103,13 +103,15 @@ def load_rows(
     index: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
+    other_copy: Callable[[str, Exception], bool] = lambda _key, _error: False,
 ) -> None:
     """Fill `into[name]` with rows `[first, end)` of every wanted tensor, bit for bit.
 
     `into[name]` has shape `(end - first, *global_shape[1:])` and the stored dtype, on any device. An
     autograd leaf is written in place. Holds at most 8 requests of 32 MiB in memory. Raises
     `CheckpointError` with file, tensor and block of the first bytes that are missing or wrong. The tensors
-    are then partly filled and must not be used.
+    are then partly filled and must not be used. After an error with a file, asks `other_copy(key, error)` whether the
+    store has another copy of it, and reads again if so.
     """
     for name, (first, end) in wanted.items():
         entry, target = _entry(index, name), into[name]
@@ -120,8 +122,14 @@ def load_rows(
             )
 
     def fetch(read: ReadRange) -> None:
-        for block, data in read_blocks(store, read):
-            _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
+        while True:
+            try:
+                for block, data in read_blocks(store, read):
+                    _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
+                return
+            except (CheckpointError, StoreError) as error:
+                if not other_copy(read.key, error):
+                    raise
 
     for _ in in_order(plan_reads(index, wanted), fetch, _LOAD_THREADS):
         pass

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from elastic_pt.membership.decision.status import Held
+from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -31,8 +31,8 @@ class InMemoryStates(Protocol):
         """Which rows of which states are here."""
 
     @property
-    def unusable(self) -> tuple[tuple[int, int], ...]:
-        """Generation and step of states that this node could not read."""
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
 
     @property
     def routes(self) -> Mapping[str, Answer]:
@@ -48,7 +48,7 @@ class NothingInMemory:
         return ()
 
     @property
-    def unusable(self) -> tuple[tuple[int, int], ...]:
+    def unusable(self) -> tuple[Unusable, ...]:
         """None."""
         return ()
 

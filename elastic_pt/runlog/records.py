@@ -159,6 +159,12 @@ class InMemory:
     step: int
     sources: tuple[int, ...]
     """For each of those workers, by rank: the member of the new generation that holds its rows."""
+    others: tuple[tuple[int, ...], ...] = ()
+    """For each of those workers, by rank: further members that hold its rows. Empty in older records."""
+
+    def holders(self, rank: int) -> tuple[int, ...]:
+        """The members that hold the rows of a worker, in the order in which to read from them."""
+        return (self.sources[rank], *(self.others[rank] if self.others else ()))
 
 
 @dataclass(frozen=True)

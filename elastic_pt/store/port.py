@@ -107,7 +107,7 @@ class UnfinishedUpload:
 class KeepsUnfinished(Protocol):
     """A store in which a killed writer leaves parts that cost money and that no listing of keys shows.
 
-    Not part of `Store`: only S3 is such a store, and only the sweep of one node uses it. A directory removes its own
+    Not part of `Store`: only S3 is such a store, and only the sweep of one node and the check at a start use it. A directory removes its own
     parts, Google and Azure delete them after a week.
     """
 
@@ -116,6 +116,9 @@ class KeepsUnfinished(Protocol):
 
     def abandon(self, upload: UnfinishedUpload) -> None:
         """End the upload: its parts are deleted, its writer fails. An upload that does not exist is no error."""
+
+    def expires_unfinished(self, prefix: str) -> bool:
+        """Whether a rule of the bucket ends unfinished uploads of all keys that start with `prefix` after some days."""
 
 
 def checked_key(key: str) -> str:

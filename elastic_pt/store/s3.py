@@ -330,6 +330,16 @@ class S3Store:
                 UploadId=upload.upload_id,
             )
 
+    def expires_unfinished(self, prefix: str) -> bool:
+        """See `KeepsUnfinished.expires_unfinished`. Needs GetLifecycleConfiguration on the bucket."""
+        what, root = "reading the lifecycle rules", self._root + checked_prefix(prefix)
+        try:
+            found = self._request(what, "get_bucket_lifecycle_configuration", Bucket=self._bucket)
+        except NotFound:
+            # The bucket has no rules at all.
+            return False
+        return any(_ends_uploads(rule, root) for rule in found.get("Rules", []))
+
     def _name(self, key: str) -> str:
         return self._root + checked_key(key)
 
@@ -382,6 +392,13 @@ class S3Store:
             self._call(
                 f"aborting the upload of {key}", "abort_multipart_upload", key, UploadId=upload
             )
+
+
+def _ends_uploads(rule: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a lifecycle rule ends unfinished uploads of all keys that start with `prefix`."""
+    below = rule.get("Filter", {}).get("Prefix", rule.get("Prefix", ""))
+    ends = rule.get("AbortIncompleteMultipartUpload", {}).get("DaysAfterInitiation")
+    return rule.get("Status") == "Enabled" and bool(ends) and prefix.startswith(below)
 
 
 def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:

@@ -50,6 +50,10 @@ class Agent(Protocol):
     def released(self, step: int) -> bool:
         """Whether the agent is done with the checkpoint of `step`."""
 
+    @property
+    def unmirrored_step(self) -> int:
+        """The newest complete step that a mirror of the node had no room for; 0 if there is none."""
+
     def send(self, kind: str, **content: object) -> None:
         """Send a message to the agent."""
 
@@ -107,8 +111,10 @@ class MemorySnapshots:
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
-        complete = self._agent.complete_step if self._buffers.ready else None
-        return Offer(complete, self._every)
+        if not self._buffers.ready:
+            return Offer(None, self._every)
+        complete = self._agent.complete_step
+        return Offer(complete, self._every, mirrored=self._agent.unmirrored_step < max(1, complete))
 
     def measure(self, step_s: float) -> None:
         """Note the seconds of the last step, without its snapshot. Chooses the cadence that this worker offers."""
@@ -164,6 +170,7 @@ class MemorySnapshots:
             every_steps=self._every if agreed is None else agreed.snapshot_every,
             step_seconds=self._step_s,
             complete_step=complete_step or 0,
+            mirrored=agreed is not None and agreed.mirrored,
             **({"checkpoint": False} | checkpoint),
         )
 

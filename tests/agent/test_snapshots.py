@@ -1,9 +1,10 @@
 """Snapshots and mirrors of two nodes, with the real agent code and real HTTP."""
 
 import asyncio
+import dataclasses
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.agent.holdings import mirrored_by
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
-from elastic_pt.checkpoint.memory import MemoryState
+from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
@@ -83,8 +85,9 @@ class Node:
         self.tensors = full_tensors()
         self.kept: set[int] = set()
 
-    def _on_complete(self, generation: int, step: int) -> None:
+    def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
         with self._changed:
+            self.mirrored = mirrored
             self.complete.append((generation, step))
             self._changed.notify_all()
 
@@ -109,7 +112,13 @@ class Node:
         self.buffers.allocate()
 
     def write(
-        self, generation: int, step: int, *, complete_step: int = 0, checkpoint: bool = False
+        self,
+        generation: int,
+        step: int,
+        *,
+        complete_step: int = 0,
+        mirrored: bool = True,
+        checkpoint: bool = False,
     ) -> None:
         """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
         if checkpoint:
@@ -128,6 +137,7 @@ class Node:
                 "step_seconds": 1.0,
                 "complete_step": complete_step,
                 "checkpoint": checkpoint,
+                "mirrored": mirrored,
             }
         )
 
@@ -167,11 +177,18 @@ def restored(node: Node, following: Generation) -> dict[str, torch.Tensor]:
     """All rows of the state that a generation of this node alone resumes from."""
     places = node.snapshots.places(following)
     assert places is not None
+    return read_all(node, places)
+
+
+def read_all(
+    node: Node, places: Places, on_failed: Callable[[FailedCopy], None] = lambda _: None
+) -> dict[str, torch.Tensor]:
+    """All rows of a state."""
     tensors = {name: torch.zeros_like(each) for name, each in node.tensors.items()}
     wanted = {name: (0, each.shape[0]) for name, each in tensors.items()}
-    with MemoryState(places, range(len(places.shards))) as memory:
+    with MemoryState(places, range(len(places.shards)), on_failed) as memory:
         assert memory.index.state.step == places.step
-        load_rows(memory, memory.index, wanted, tensors)
+        load_rows(memory, memory.index, wanted, tensors, memory.other_copy)
     return tensors
 
 
@@ -213,6 +230,79 @@ def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
         content[-3] ^= 1
     with pytest.raises(CheckpointError, match="CRC-32"):
         restored(pair[0], generation(pair, 2, InMemory(1, 5, (0, 1))))
+
+
+def test_after_a_bad_copy_the_good_one_is_read(pair: list[Node]) -> None:
+    """A wrong byte, a missing file and a peer without an answer cost nothing while another copy is good."""
+    hold_step_5(pair)
+    path = next(pair[0].directory.glob("snapshot-g1-rank-1-0"))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        content[-3] ^= 1
+    next(pair[0].directory.glob("snapshot-g1-rank-0-0")).unlink()
+    both = InMemory(1, 5, (0, 0), ((1,), (1,)))
+    places = pair[0].snapshots.places(generation(pair, 2, both))
+    assert places is not None
+    # A peer that is gone is asked first.
+    gone = Place("gone", host="127.0.0.1", port=1)
+    places = dataclasses.replace(places, shards=tuple((gone, *each) for each in places.shards))
+    failed: list[FailedCopy] = []
+    found = read_all(pair[0], places, failed.append)
+    assert all(torch.equal(found[name], each) for name, each in pair[0].tensors.items())
+    assert {(each.rank, each.holder, each.damaged) for each in failed} == {
+        (0, "gone", False),
+        (1, "gone", False),
+        (0, "node-0", True),
+        (1, "node-0", True),
+    }
+
+
+def test_own_copy_that_failed_is_not_offered_to_workers_again(pair: list[Node]) -> None:
+    """The next generation's workers read the peer's copy, not the bad one of their own node."""
+    hold_step_5(pair)
+    failed = {"generation": 1, "step": 5, "rank": 1, "holder": "node-0", "damaged": True, "why": ""}
+    pair[0].snapshots.copy_failed(failed)
+    places = pair[0].snapshots.places(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), ()))))
+    assert places is not None
+    assert [[each.holder for each in shard] for shard in places.shards] == [
+        ["node-0", "node-1"],
+        ["node-1"],
+    ]
+
+
+def test_failed_crcs_are_tried_again(pair: list[Node]) -> None:
+    """An error that passes, such as too many open files, does not end the snapshots of the generation."""
+    first = generation(pair)
+    for node in pair:
+        node.begin(first)
+    path = next(pair[0].directory.glob("snapshot-g1-rank-0-0"))
+    away = path.rename(path.with_name("away"))
+    for node in pair:
+        node.write(1, 5)
+    pair[1].await_complete(1, 5)
+    assert not pair[0].complete
+    away.rename(path)
+    pair[0].await_complete(1, 5)
+
+
+def test_mirror_without_room_says_so(pair: list[Node]) -> None:
+    """Its neighbour goes on, and keeps the state that the generation resumed from: the newer one has no copy."""
+    hold_step_5(pair)
+    pair[0].begin(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), (0,)))))
+    pair[0].write(2, 6)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
+    assert asked == b'{"step": 6, "kept": []}'
+    threading.Thread(
+        target=peer.get,
+        args=("/v1/snapshots/next?generation=2&after=6&copied=0&mirror=node-1", 100),
+        daemon=True,
+    ).start()
+    pair[0].await_complete(2, 6)
+    assert not pair[0].mirrored
+    pair[0].write(2, 7, complete_step=6, mirrored=False)
+    assert {each.generation for each in pair[0].snapshots.held} == {1, 2}
+    pair[0].snapshots.committed(6)
+    assert {each.generation for each in pair[0].snapshots.held} == {2}
 
 
 def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -> None:

@@ -8,7 +8,8 @@ from typing import cast
 import pytest
 
 from elastic_pt.train.snapshots import COST_MAX, MemorySnapshots, adaptive_cadence
-from elastic_pt.train.step import Agreed
+from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Agreed, Control, Offer, _agreed, _bits_of
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
 def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
     """A copy that was swapped or stopped for a second says nothing of the next one."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
-    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    agent = SimpleNamespace(complete_step=0, unmirrored_step=0, send=lambda *_, **__: None)
     taken = MemorySnapshots(0, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
     taken._copies_s.extend((0.001, 1.0))
     for _ in range(20):
@@ -76,7 +77,7 @@ def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
 def test_configured_cadence_is_offered(tmp_path: Path) -> None:
     """A configured cadence does not change with the measurements."""
     state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
-    agent = SimpleNamespace(complete_step=0, send=lambda *_, **__: None)
+    agent = SimpleNamespace(complete_step=0, unmirrored_step=0, send=lambda *_, **__: None)
     taken = MemorySnapshots(7, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
     for _ in range(20):
         taken.measure(0.001)
@@ -85,3 +86,21 @@ def test_configured_cadence_is_offered(tmp_path: Path) -> None:
     for _ in range(20):
         adaptive.measure(0.001)
     assert adaptive.offer().snapshot_every == 400
+
+
+def test_one_node_without_a_mirror_is_known_to_all_workers() -> None:
+    """The oldest complete step counts, and one mirror without room means that an older state is still needed."""
+
+    def agree(*offers: Offer) -> Agreed:
+        heads = []
+        for rank, offer in enumerate(offers):
+            state = SimpleNamespace(rank=rank, world_size=len(offers))
+            heads.append(_bits_of(cast(TrainState, state), Control(False, False), offer))
+        return _agreed([sum(each) for each in zip(*heads, strict=True)])
+
+    found = agree(Offer(12), Offer(10, mirrored=False), Offer(11))
+    assert (found.complete_step, found.mirrored) == (10, False)
+    found = agree(Offer(12), Offer(10), Offer(11))
+    assert (found.complete_step, found.mirrored) == (10, True)
+    assert agree(Offer(0), Offer(5)).complete_step == 0
+    assert agree(Offer(None), Offer(5, mirrored=False)).complete_step is None

@@ -57,6 +57,8 @@ class FakeAgent:
         """Whether the step has come."""
         return self._drain_at is not None and self.step >= self._drain_at
 
+    unmirrored_step = 0
+
     @property
     def complete_step(self) -> int:
         """Every snapshot is complete at once."""
