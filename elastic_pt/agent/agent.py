@@ -250,7 +250,8 @@ class Agent:
         """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
         # First: afterwards a worker may overwrite its buffer.
         self._snapshots.release(generation, step, ranks)
-        self._observation.estimates.uploaded(step)
+        if ranks is not None:
+            self._observation.estimates.uploaded(step)
         self._channel.release(generation, step)
 
     def _drained(self, seconds: float) -> None:

@@ -294,10 +294,10 @@ class Checkpointing:
         log.error("upload_failed", step=place.step, cause=str(error))
         self._lose(place, str(error), own=True)
 
-    def _upload_dropped(self, place: Place, ranks: range, why: str) -> None:
+    def _upload_dropped(self, place: Place, why: str) -> None:
         self._metrics.checkpoint_skips.inc()
         log.info("upload_dropped", step=place.step, generation=place.generation, reason=why)
-        self._release(*place, ranks)
+        self._release(*place, None)
 
     def committed(self, checkpoint: Checkpoint) -> None:
         """This node has appended a COMMIT."""

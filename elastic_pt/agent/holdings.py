@@ -198,7 +198,7 @@ class Holdings:
         May be repeated.
         """
         buffers = self._checkpoints.get(state, {})
-        for rank in list(buffers) if ranks is None else set(ranks) & buffers.keys():
+        for rank in [rank for rank in buffers if ranks is None or rank in ranks]:
             self._described.pop(buffers.pop(rank), None)
         if not buffers:
             self._checkpoints.pop(state, None)

@@ -57,9 +57,9 @@ class Uploads:
         *,
         on_uploaded: Callable[[Place, range], None],
         on_failed: Callable[[Place, Exception], None],
-        on_dropped: Callable[[Place, range, str], None],
+        on_dropped: Callable[[Place, str], None],
     ) -> None:
-        """`on_uploaded` and `on_dropped`: the buffers of these ranks are not needed any more."""
+        """`on_uploaded`: the part is uploaded, or has failed; `on_dropped`: a newer one has replaced it, for a reason."""
         self._on_uploaded = on_uploaded
         self._on_failed = on_failed
         self._on_dropped = on_dropped
@@ -82,7 +82,7 @@ class Uploads:
             if part is self._parts[0]:
                 self._uploader.submit(shard)
         for each in replaced:
-            self._on_dropped(each.place, each.ranks, f"step {part.place.step} has replaced it")
+            self._on_dropped(each.place, f"step {part.place.step} has replaced it")
 
     def adopt(self, shards: Sequence[KeptShard]) -> None:
         """Upload copies of all shards of a node that is no member any more."""

@@ -49,7 +49,7 @@ class Uploading:
             store,
             on_uploaded=lambda place, ranks: self._say("uploaded", place, ranks.start),
             on_failed=lambda place, _: self._say("failed", place, -1),
-            on_dropped=lambda place, ranks, _: self._say("dropped", place, ranks.start),
+            on_dropped=lambda place, _: self._say("dropped", place, -1),
         )
 
     def _say(self, what: str, place: Place, first_rank: int) -> None:
@@ -102,7 +102,7 @@ def test_one_is_in_flight_and_a_newer_one_replaces_the_pending_one(node: Uploadi
     first, second, third = Place(1, 10), Place(2, 20), Place(3, 30)
     for place in (first, second, third):
         node.save(place, 0, 1)
-    assert node.said == [("dropped", second, 0)]
+    assert node.said == [("dropped", second, -1)]
     assert node.uploads.places() == {first, third}
     node.store.gate.set()
     node.until("uploaded", third)
