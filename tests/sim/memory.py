@@ -102,16 +102,9 @@ def new_files(generation: int, rank: int) -> list[BufferFile]:
     return [BufferFile(Buffer(generation, rank, number)) for number in range(BUFFERS)]
 
 
-def file_to_write(files: list[BufferFile], complete_step: int) -> BufferFile | None:
-    """The buffer that the next state overwrites; None if all are needed.
-
-    Needed are those that a checkpoint keeps, and the newest one that is complete everywhere (up to `complete_step`). Of
-    the others, the oldest is overwritten.
-    """
-    complete = max((each.begun for each in files if each.begun <= complete_step), default=0)
-    free = [
-        each for each in files if not each.begun or (each.begun != complete and not each.keepers)
-    ]
+def file_to_write(files: list[BufferFile], needed: frozenset[int]) -> BufferFile | None:
+    """The buffer that the next state overwrites: the oldest whose step is not needed. None if all are."""
+    free = [each for each in files if not each.begun or each.begun not in needed]
     return min(free, key=lambda each: each.begun, default=None)
 
 
@@ -140,15 +133,26 @@ class Buffers:
         """The agent tells its workers."""
         self.complete = complete
 
+    @property
+    def kept(self) -> frozenset[int]:
+        """The steps that checkpoints keep."""
+        files = [each for files in self.files.values() for each in files]
+        return frozenset(each.begun for each in files if each.keepers)
+
+    def needed(self, complete_step: int) -> frozenset[int]:
+        """The steps that are not overwritten: those that a checkpoint keeps, and the one that is complete everywhere."""
+        return self.kept | {complete_step}
+
     def has_room(self, complete_step: int) -> bool:
         """Whether a state can be written now, if all workers know that `complete_step` is complete."""
-        return all(file_to_write(each, complete_step) is not None for each in self.files.values())
+        needed = self.needed(complete_step)
+        return all(file_to_write(each, needed) is not None for each in self.files.values())
 
     def begin(self, step: int, complete_step: int, *, keep: bool) -> None:
         """Begin to copy the state of this step."""
-        self._writing = []
+        self._writing, needed = [], self.needed(complete_step)
         for files in self.files.values():
-            file = file_to_write(files, complete_step)
+            file = file_to_write(files, needed)
             assert file is not None
             self.memory.begin(file, step)
             file.keepers += keep
@@ -169,6 +173,8 @@ class Memory:
         self.holdings = Holdings()
         self.complete = 0
         """The newest step of this generation that this node holds, and its mirrors that have room."""
+        self._complete_everywhere = 0
+        """The newest one that all nodes hold so, as this node's workers have agreed with the others."""
         self.buffers: Buffers | None = None
         """Of the newest generation's workers; None if there is no room."""
         self._files: dict[Buffer, BufferFile] = {}
@@ -205,7 +211,7 @@ class Memory:
         generation, rank = formed.generation, formed.node_rank
         number, members, ranks = generation.number, generation.members, generation.worker_ranks()
         ring = mirrored_by(len(members), self.habits.copies)
-        self.complete = 0
+        self.complete = self._complete_everywhere = 0
         self._forgetting(lambda: self.holdings.starts(generation, rank, ring[rank]))
         self._wake()
         self._mirrors = [
@@ -222,6 +228,7 @@ class Memory:
         """This node's workers have written the state of a step, and told what was complete everywhere."""
         if buffers.generation != self.holdings.generation or self.habits is None:
             return
+        self._complete_everywhere = complete.step
         if complete.step and complete.mirrored:
             self._forgetting(self.holdings.forget_others)
         for count, files in enumerate(buffers.files.values()):
@@ -279,7 +286,7 @@ class Memory:
 
     # ---- for mirrors and restores of other nodes -----------------------------------------------------
 
-    def asked(self, question: "Question", reply: Callable[[int | None], None]) -> None:
+    def asked(self, question: "Question", reply: "Reply") -> None:
         """The next step for a mirror, once there is one; the question reports what the mirror has."""
         if question.generation != self.holdings.generation:
             reply(None)
@@ -288,12 +295,13 @@ class Memory:
         self._look()
         self._answer(question, reply)
 
-    def _answer(self, question: "Question", reply: Callable[[int | None], None]) -> None:
+    def _answer(self, question: "Question", reply: "Reply") -> None:
         newest = self.holdings.newest_own
         if question.generation != self.holdings.generation:
             reply(None)
         elif newest > question.after:
-            reply(newest)
+            kept = frozenset[int]() if self.buffers is None else self.buffers.kept
+            reply(Next(newest, kept, self._complete_everywhere))
         else:
             self._waiting.append(lambda: self._answer(question, reply))
 
@@ -324,6 +332,19 @@ class Question:
     copied: bool
     mirror: str
     """Its incarnation."""
+
+
+class Next(NamedTuple):
+    """What the neighbour answers."""
+
+    step: int
+    kept: frozenset[int]
+    """The steps that checkpoints keep."""
+    complete_step: int
+    """The step that is complete everywhere, as the workers know. They do not overwrite it, so the mirror must not either."""
+
+
+Reply = Callable[[Next | None], None]
 
 
 def _peer_of(memory: Memory, incarnation: str) -> "AgentProcess | None":
@@ -373,7 +394,7 @@ class Mirror:
         after, source = min(self._has.values()), process.around.memory_random
         delay_s = process.around.network.latency.draw(source)
 
-        def answered(step: int | None) -> None:
+        def answered(found: Next | None) -> None:
             """On the neighbour's side: the answer travels, if it can."""
             if (
                 self.stopped
@@ -381,34 +402,35 @@ class Mirror:
                 or _peer_of(self.memory, self.neighbour) is None
             ):
                 return
-            process.after(delay_s, lambda: self._answered(number, step))
+            process.after(delay_s, lambda: self._answered(number, found))
 
         question = Question(self.generation, after, not self._reported_full, process.incarnation)
         process.scheduler.after(delay_s, lambda: other.memory.asked(question, answered), other)
         process.after(_QUESTION_S, lambda: self._ask() if number == self._asking else None)
 
-    def _answered(self, number: int, step: int | None) -> None:
+    def _answered(self, number: int, found: Next | None) -> None:
         if self.stopped or number != self._asking:
             return
         self._asking += 1
-        if step is None:
+        if found is None:
             self._again(_AGAIN_S)
         elif self._full:
             # The neighbour goes on without a copy here.
-            self._has, self._reported_full = dict.fromkeys(self._has, step), True
+            self._has, self._reported_full = dict.fromkeys(self._has, found.step), True
             self._again(_FULL_S)
         else:
-            self._copy(step)
+            self._copy(found)
 
-    def _copy(self, step: int) -> None:
+    def _copy(self, wanted: Next) -> None:
         """Copy the next rank of which there is no copy; ask again after the last one."""
+        step = wanted.step
         rank = next((rank for rank, has in self._has.items() if has < step), None)
         if self.stopped or rank is None:
             self._again(0.0)
             return
         found = self._source(step, rank)
         files = self._files.setdefault(rank, new_files(self.generation, rank))
-        target = file_to_write(files, self._has[rank])
+        target = file_to_write(files, self._needed(rank, wanted))
         if found is None or target is None:
             self._again(_AGAIN_S)
             return
@@ -423,10 +445,14 @@ class Mirror:
             target.done = step
             self._has[rank] = step
             self.memory.copied(target)
-            self._copy(step)
+            self._copy(wanted)
 
         spread = 0.5 + self.memory.process.around.memory_random.random()
         self.memory.process.after(self._copy_s * spread, end)
+
+    def _needed(self, rank: int, wanted: Next) -> frozenset[int]:
+        """The steps of a worker that are not overwritten."""
+        return wanted.kept | {wanted.complete_step}
 
     def _source(self, step: int, rank: int) -> BufferFile | None:
         other = _peer_of(self.memory, self.neighbour)

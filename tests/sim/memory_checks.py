@@ -28,7 +28,9 @@ class MemoryWitness:
         self.simulation = simulation
         self.generations: dict[int, Generation] = {}
         self.complete: dict[int, int] = {}
-        """The newest step that all nodes and their mirrors hold whole, by generation; it never falls."""
+        """The newest step of which all workers know that all nodes and their mirrors hold it whole, by generation."""
+        self._whole: dict[int, int] = {}
+        """The newest step that they do hold whole; known or not."""
         self._complete_s: dict[int, list[tuple[float, int]]] = {}
         """When each of those was complete."""
         self.committed_step = 0
@@ -58,6 +60,9 @@ class MemoryWitness:
         generation = self.generations[number]
         index = generation.rank_of(memory.process.incarnation)
         assert index is not None
+        if memory.holdings.newest_own > step:
+            # The workers have stopped with a newer state. No step follows in which they could agree on this one.
+            return
         for holder in (index, *self._mirrors(generation)[index]):
             copy = self._memory(generation, holder)
             if copy.process.dead or copy.holdings.generation != number:
@@ -72,10 +77,15 @@ class MemoryWitness:
         whole = min(
             memory.complete if memory.holdings.generation == number else 0 for memory in each
         )
-        if whole > self.complete.get(number, 0):
-            self.complete[number] = whole
+        self._whole[number] = max(whole, self._whole.get(number, 0))
+
+    def agrees(self, number: int, step: int) -> None:
+        """All workers of a generation have agreed that a step is complete."""
+        complete = min(step, self._whole.get(number, 0))
+        if complete > self.complete.get(number, 0):
+            self.complete[number] = complete
             moments = self._complete_s.setdefault(number, [])
-            moments.append((self.simulation.scheduler.now_s, whole))
+            moments.append((self.simulation.scheduler.now_s, complete))
 
     def overwrites(self, memory: Memory, file: BufferFile) -> None:
         """A node is about to overwrite a buffer."""
@@ -97,7 +107,7 @@ class MemoryWitness:
             return
         complete = self.complete.get(newest.number, 0)
         if state[0] == newest.number:
-            needed = state[1] >= complete
+            needed = state[1] == complete
         else:
             needed = not complete and newest.memory is not None and state == resumed_from(newest)
             needed = needed and self.committed_step < state[1]

@@ -13,7 +13,8 @@ from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.sim import agent, memory, training
-from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror
+from tests.sim.agent import AgentProcess
+from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror, Next
 from tests.sim.mutation import Mutation
 from tests.sim.training import Workers
 
@@ -28,33 +29,36 @@ def _nothing_awaited(members: list[Workers]) -> Complete | None:
 _complete_everywhere = training.complete_everywhere
 
 
-def _any_file(files: list[BufferFile], complete_step: int) -> BufferFile | None:
-    complete = max((each.begun for each in files if each.begun <= complete_step), default=0)
-    free = [each for each in files if not each.begun or each.begun != complete]
-    return min(free, key=lambda each: each.begun, default=None)
+def _kept_not_needed(self: Buffers, complete_step: int) -> frozenset[int]:
+    return frozenset({complete_step})
 
 
-def _oldest_but_one(files: list[BufferFile], complete_step: int) -> BufferFile | None:
+def _oldest_needed(files: list[BufferFile], needed: frozenset[int]) -> BufferFile | None:
     free = [each for each in files if not each.keepers]
     return max(free, key=lambda each: (not each.begun, each.begun), default=None)
 
 
-def _report_before_copy(self: Mirror, step: int) -> None:
-    _copy(self, step)
-    self._has = dict.fromkeys(self._has, step)
+def _own_newest_needed(self: Mirror, rank: int, wanted: Next) -> frozenset[int]:
+    return wanted.kept | {self._has[rank]}
+
+
+def _report_before_copy(self: Mirror, wanted: Next) -> None:
+    _copy(self, wanted)
+    self._has = dict.fromkeys(self._has, wanted.step)
     self._again(0.0)
 
 
 _copy = Mirror._copy
 
 
-def _count_without_room(self: Mirror, number: int, step: int | None) -> None:
-    if self._full and step is not None and number == self._asking:
+def _count_without_room(self: Mirror, number: int, found: Next | None) -> None:
+    if self._full and found is not None and number == self._asking:
         for rank in self._has:
-            file = BufferFile(Buffer(self.generation, rank, 0), begun=step, done=step)
+            name = Buffer(self.generation, rank, 0)
+            file = BufferFile(name, begun=found.step, done=found.step)
             self.memory.copied(file)
             file.done = 0
-    _answered(self, number, step)
+    _answered(self, number, found)
 
 
 _answered = Mirror._answered
@@ -145,6 +149,22 @@ MEMORY_MUTATIONS: Final = (
         0,
     ),
     Mutation(
+        "checkpoint overtakes mirrors",
+        "a checkpoint is written before the mirrors have the newest snapshot, so that they skip it",
+        training,
+        "may_checkpoint",
+        lambda world, complete, *, last: True,
+        0,
+    ),
+    Mutation(
+        "mirror keeps its own newest copy",
+        "a mirror keeps the newest state that it has, in place of those that its neighbour's workers keep",
+        Mirror,
+        "_needed",
+        _own_newest_needed,
+        0,
+    ),
+    Mutation(
         "copy acknowledged too early",
         "a mirror reports a step before it has copied it",
         Mirror,
@@ -163,9 +183,9 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "checkpoint's buffer overwritten",
         "a buffer is overwritten while its checkpoint is being uploaded",
-        memory,
-        "file_to_write",
-        _any_file,
+        Buffers,
+        "needed",
+        _kept_not_needed,
         0,
     ),
     Mutation(
@@ -173,7 +193,7 @@ MEMORY_MUTATIONS: Final = (
         "a state is written over the newest one, in place of the oldest",
         memory,
         "file_to_write",
-        _oldest_but_one,
+        _oldest_needed,
         0,
     ),
     Mutation(

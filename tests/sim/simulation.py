@@ -185,6 +185,7 @@ class Simulation:
         self.operator = Operator(self.around)
         self.bucket.on_change = self.witness.changed
         self.training.on_step = self.witness.stepped
+        self.training.on_agree = self.witness.memory.agrees
         if self.plan.plan.poison_step:
             # Ended by the count of the same failure, or by the job's budget where one node alone met it.
             what = f"ValueError at step {self.plan.plan.poison_step}"

@@ -113,6 +113,8 @@ class Training:
         self.unfit: Counter[str] = Counter()
         """Machines whose workers cannot start now, through no fault of the program: how many troubles each has."""
         self.on_step: Callable[[World], None] = lambda _: None
+        self.on_agree: Callable[[int, int], None] = lambda *_: None
+        """Called with a generation and the step of which its workers know that it is complete everywhere."""
         self.steps_done = 0
 
     def world(self, generation: Generation) -> World:
@@ -218,6 +220,7 @@ class Training:
         if complete is None or habits is None:
             self._saved(world, members, last=last, stage=stage)
             return
+        self.on_agree(world.generation.number, complete.step)
         room = all(each.buffers.has_room(complete.step) for each in members if each.buffers)
         if last and not room:
             # A worker that stops has no later step to save, so it waits.
@@ -225,7 +228,7 @@ class Training:
             return
         since = step - max(world.snapshot_step, world.generation.resume_step)
         ready = room and complete.step >= world.snapshot_step
-        stage = stage and (last or ready)
+        stage = stage and room and may_checkpoint(world, complete, last=last)
         if not stage and not (ready and since >= habits.every_steps):
             self._saved(world, members, last=last, stage=False)
             return
@@ -319,6 +322,14 @@ class Training:
         return [
             each for world in self.worlds.values() for each in world.workers.values() if each.up
         ]
+
+
+def may_checkpoint(world: World, complete: Complete, *, last: bool) -> bool:
+    """Whether a checkpoint's state may be written before the newest state is complete: only where no step follows.
+
+    Else a mirror could skip the newest state, and a step would count as complete that some mirror has never had.
+    """
+    return last or complete.step >= world.snapshot_step
 
 
 def complete_everywhere(members: list[Workers]) -> Complete | None:
