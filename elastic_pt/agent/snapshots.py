@@ -7,9 +7,10 @@
 
 `holdings` decides what is kept (pure), `mirror` copies, `snapshot_answers` answers peers. Files and threads are here.
 
-The members of a generation form a ring in rank order: a node copies the states of the next `checkpoint.mirror_copies`
-nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
-is kept until a state of this generation is complete on all nodes.
+The GENERATION says which node copies which others' states (`membership.decision.mirrors`). So no row is lost unless a
+node is lost together with all its mirrors. The state from which a generation resumed is kept until a state of this
+generation is complete on all nodes and their mirrors. A mirror without room is waited for by nobody, but until it has
+room nothing older is dropped, except what the bucket has.
 
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
@@ -23,7 +24,7 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.agent.holdings import Copy, Holdings, State, mirrored_by
+from elastic_pt.agent.holdings import Copy, Holdings, State
 from elastic_pt.agent.mirror import Mirror
 from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshot_answers import SnapshotAnswers
@@ -55,7 +56,6 @@ class Snapshots:
         incarnation: str,
         token: str,
         *,
-        copies: int,
         mirror_bytes_per_s: int = 0,
         timeout_s: float,
         history: StepHistory,
@@ -69,7 +69,6 @@ class Snapshots:
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
-        self._copies = copies
         self._timeout_s = timeout_s
         self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
@@ -107,9 +106,8 @@ class Snapshots:
         """Workers of a new generation are about to start: keep the state it resumes from, begin to mirror."""
         generation = formed.generation
         self.stop_mirrors()
-        ring = mirrored_by(len(generation.members), self._copies)
         with self._lock:
-            self._holdings.starts(generation, formed.node_rank, ring[formed.node_rank])
+            self._holdings.starts(generation, formed.node_rank)
         self._answers.wake()
         self._remove_unneeded()
         self._mirrors = [
@@ -125,7 +123,7 @@ class Snapshots:
                 on_copy=self._copied,
                 on_write=self.lost,
             )
-            for index, mirrors in enumerate(ring)
+            for index, mirrors in enumerate(generation.mirrors)
             if formed.node_rank in mirrors
         ]
 

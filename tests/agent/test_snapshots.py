@@ -14,7 +14,6 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.holdings import mirrored_by
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
@@ -22,6 +21,7 @@ from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.checkpoint.world import full_tensors, local_rows, training_state
@@ -66,7 +66,7 @@ def served(snapshots: Snapshots) -> Iterator[int]:
 class Node:
     """One node with one worker: its scratch directory, its agent's part, and the worker's buffers."""
 
-    def __init__(self, directory: Path, rank: int, copies: int = 1) -> None:
+    def __init__(self, directory: Path, rank: int) -> None:
         directory.mkdir()
         self.directory = directory
         self.rank = rank
@@ -76,7 +76,6 @@ class Node:
             directory,
             f"node-{rank}",
             TOKEN,
-            copies=copies,
             timeout_s=5.0,
             history=StepHistory(),
             on_complete=self._on_complete,
@@ -141,20 +140,25 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
         yield nodes
 
 
-def generation(nodes: list[Node], number: int = 1, memory: InMemory | None = None) -> Generation:
-    """A generation of these nodes."""
+def generation(
+    nodes: list[Node], number: int = 1, memory: InMemory | None = None, *, copies: int = 1
+) -> Generation:
+    """A generation of these nodes, each with so many copies of its state on others."""
     members = tuple(
         Member(f"node-{node.rank}", f"node-{node.rank}", "127.0.0.1", node.port, 1, 1)
         for node in nodes
     )
-    return Generation(number, members, (1,) * len(nodes), "127.0.0.1", 1, None, "test", memory=memory)  # fmt: skip
+    mirrors = mirrored_by([""] * len(nodes), copies, across_zones=False)
+    slots = (1,) * len(nodes)
+    return Generation(
+        number, members, slots, "127.0.0.1", 1, None, "test", memory=memory, mirrors=mirrors
+    )
 
 
 def hold_step_5(nodes: list[Node], copies: int = 1) -> None:
     """Generation 1 of these nodes has a complete snapshot of step 5, with so many copies on other nodes."""
     for node in nodes:
-        node.snapshots._copies = copies
-        node.begin(generation(nodes))
+        node.begin(generation(nodes, copies=copies))
     for node in nodes:
         node.write(1, 5)
     for node in nodes:
@@ -368,14 +372,3 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
     assert content == file.read_bytes()[PAYLOAD_OFFSET:]
     with pytest.raises(StoreError, match="expected"):
         peer.read(snapshot_path(1, 5, 0), size - 4, size + 4)
-
-
-def test_every_node_has_its_mirrors_on_other_nodes() -> None:
-    """In the ring, the nodes before a node copy it. A node never copies itself, and never copies a node twice."""
-    for nodes in range(1, 9):
-        for copies in range(4):
-            ring = mirrored_by(nodes, copies)
-            assert all(len(set(mirrors)) == min(copies, nodes - 1) for mirrors in ring)
-            assert all(index not in mirrors for index, mirrors in enumerate(ring))
-            work = [index for mirrors in ring for index in mirrors]
-            assert len({work.count(index) for index in range(nodes)}) == 1
