@@ -185,6 +185,7 @@ class Snapshots:
                 every_steps=self._every,
                 step_seconds=message["step_seconds"],
                 copy_seconds=message["seconds"],
+                complete_seconds=message["complete_seconds"],
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
