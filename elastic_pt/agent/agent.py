@@ -5,7 +5,7 @@ training stack: the command that starts the agent passes the function that its w
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             listens to peers, decides, appends          (membership thread)
-                    Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
+                    Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
@@ -29,6 +29,7 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
+from elastic_pt.agent.at_risk import AtRisk
 from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
@@ -106,7 +107,7 @@ class Agent:
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member = prepared.member
+        member, token = prepared.member, run_token(prepared.store)
         self._config = config
         self._scratch = scratch
         self._log = run_log
@@ -124,11 +125,11 @@ class Agent:
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
-            run_token(store),
+            token,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
-            on_complete=self._channel.complete,
+            on_complete=self._held,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -153,7 +154,7 @@ class Agent:
                 states=self._snapshots,
                 fenced_url=prepared.fenced_url,
             ),
-            store,
+            token,
         )
         self._checkpointing = Checkpointing(
             config,
@@ -163,20 +164,25 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._channel.release,
+            release=self._release,
+            kept=self._snapshots.checkpoints,
         )
-        self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
+        self._progress = Progress()
+        estimates = self._observation.estimates
+        self._leaving = Leaving(
+            self._node,
+            config.elastic.leave_timeout_s,
+            times=lambda: estimates.times,
+            at_risk=AtRisk(
+                run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
+            ).heed,
+        )
         self._notices = Watch(
-            sources(
-                chosen(config.elastic.notices, read_machine()),
-                member.node,
-                lambda: run_token(store).encode(),
-            ),
+            sources(chosen(config.elastic.notices, read_machine()), member.node, token.encode()),
             self._leaving.heed,
             self._observation.metrics,
             usual_lead_s=config.elastic.leave_timeout_s,
         )
-        self._progress = Progress()
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -212,6 +218,7 @@ class Agent:
             self._notices.start()
             self._channel.listen(self._messages.handle)
             self._node.start()
+            self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             try:
                 while self._train_generation():
@@ -242,6 +249,13 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
+    def _release(self, generation: int, step: int) -> None:
+        """A checkpoint is in the bucket, or given up: its buffers are free (threads of upload and commit)."""
+        # First: afterwards a worker may overwrite its buffer.
+        self._snapshots.release(generation, step)
+        self._observation.estimates.uploaded(step)
+        self._channel.release(generation, step)
+
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
         if not self._node.leaving:
@@ -249,6 +263,12 @@ class Agent:
         self._leaving.ask(
             str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
         )
+
+    def _held(self, generation: int, step: int, mirrored: bool) -> None:
+        """The state of a step is whole on this node and on its mirrors, if it has any and (`mirrored`) all have room."""
+        if self._config.checkpoint.mirror_copies and mirrored:
+            self._observation.estimates.held(step)
+        self._channel.complete(generation, step, mirrored)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)
@@ -329,7 +349,7 @@ class Agent:
         settled = self._checkpointing.wait(formed, completed=completed)
         log.info(
             "settled" if settled else "settle_failed",
-            step=self._checkpointing.staged_step,
+            step=self._checkpointing.saved_step,
             generation=formed.generation.number,
         )
         return settled
@@ -398,7 +418,7 @@ class Agent:
                 log.warning("node_rests", seconds=round(seconds, 3), cause=failure.detail)
                 self._node.rest(failure.detail, seconds)
         self._node.spend(number, failure)
-        self._observation.enter(Activity.FORM)
+        self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
         too_many = progress.failures > self._config.elastic.retries_without_progress
         if counts and failure is not None and too_many and self._node.others_can_go_on():
             raise NodeFailure(

@@ -4,12 +4,14 @@
     a mirror reports its newest step ────┼─► take_complete: the step that this node and its mirrors hold whole
     a buffer is written again ─► drop ───┘
     all nodes have a complete step ─► forget_others
+    a state is kept for the bucket ─► keep, mirror_keeps ─► release
 
 A state is the rows of all workers of a generation at a step. A node holds those of its own workers, and of those whose
-nodes it mirrors. `agent.snapshots` calls this with its lock held.
+nodes it mirrors. A checkpoint is a state that is kept for the bucket: its buffers are not overwritten or removed before
+`release`, in later generations too. `agent.snapshots` calls this with its lock held.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +47,10 @@ class Holdings:
         """The newest generation of which this node is a member."""
         self._kept: dict[State, dict[int, Copy]] = {}
         """By state and rank."""
+        self._checkpoints: dict[State, dict[int, Buffer]] = {}
+        """The buffers of states that are kept for the bucket, by state and rank."""
+        self._described: dict[Buffer, Copy] = {}
+        """What those buffers hold, once their CRCs are known."""
         self._sizes: dict[int, int] = {}
         """Number of workers of each generation with a kept state."""
         self._own = range(0)
@@ -85,7 +91,31 @@ class Holdings:
     @property
     def buffers(self) -> frozenset[Buffer]:
         """The buffers that hold something."""
-        return frozenset(copy.buffer for copies in self._kept.values() for copy in copies.values())
+        held = [copy.buffer for copies in self._kept.values() for copy in copies.values()]
+        kept = [buffer for buffers in self._checkpoints.values() for buffer in buffers.values()]
+        return frozenset([*held, *kept])
+
+    @property
+    def checkpoints(self) -> tuple[State, ...]:
+        """The states that are kept for the bucket: own ones, and copies of neighbours'."""
+        return tuple(sorted(self._checkpoints))
+
+    def checkpoint(self, state: State) -> Mapping[int, Copy]:
+        """This node's part of a state that is kept for the bucket, by rank, as far as its CRCs are known."""
+        return {
+            rank: self._described[buffer]
+            for rank, buffer in self._checkpoints.get(state, {}).items()
+            if buffer in self._described
+        }
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """The steps of this generation that this node's workers keep for the bucket, and whose CRCs are known."""
+        return [
+            state[1]
+            for state in self._checkpoints
+            if state[0] == self.generation and set(self._own) <= self.checkpoint(state).keys()
+        ]
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""
@@ -135,8 +165,35 @@ class Holdings:
             return False
         self.drop(copy.buffer)
         state = copy.buffer.generation, copy.step
+        if self._checkpoints.get(state, {}).get(copy.buffer.rank) == copy.buffer:
+            self._described[copy.buffer] = copy
         self._kept.setdefault(state, {})[copy.buffer.rank] = copy
         return True
+
+    def keep(self, buffer: Buffer, step: int) -> None:
+        """A worker of this node keeps a buffer for the bucket."""
+        self._checkpoints.setdefault((buffer.generation, step), {})[buffer.rank] = buffer
+
+    def mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        """A neighbour with these workers keeps these steps, of which this node has copies. Others are free again."""
+        if generation != self.generation:
+            return
+        for state, buffers in list(self._checkpoints.items()):
+            if state[0] == generation and state[1] not in steps:
+                for rank in set(ranks) & buffers.keys():
+                    self._described.pop(buffers.pop(rank), None)
+                if not buffers:
+                    del self._checkpoints[state]
+        for step in steps:
+            for rank, copy in self._kept.get((generation, step), {}).items():
+                if rank in ranks:
+                    self.keep(copy.buffer, step)
+                    self._described[copy.buffer] = copy
+
+    def release(self, state: State) -> None:
+        """The bucket has a state, or will never have it: its buffers are not kept any more. May be repeated."""
+        for buffer in self._checkpoints.pop(state, {}).values():
+            self._described.pop(buffer, None)
 
     def drop(self, buffer: Buffer) -> None:
         """A buffer is about to be written again, or is lost."""

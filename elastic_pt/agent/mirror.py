@@ -1,22 +1,23 @@
 """A copy of a neighbour's snapshots in this node's memory (agent process, a thread for each neighbour).
 
-    ask for the next step ─► its records ─► byte ranges into the older of two buffer files ─► CRCs ─► next request,
-         ▲                                                                                          which reports it
-         └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+    ask for the next step ─► its records ─► byte ranges into a free one of three buffer files ─► CRCs ─► next request,
+         ▲                                                                                             which reports it
+         └─────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A buffer is overwritten only after the neighbour's newer step was copied completely. The neighbour's workers take no newer
-snapshot before that, so one complete step always exists on all nodes and their mirrors. So a slow link, or a bound for
-the bytes per second, makes snapshots rarer and nothing else. If there is no room for a copy, the mirror reports that,
-and the neighbour continues without it.
+The newest copy is never overwritten. The neighbour's workers take no newer snapshot before it is complete, so one
+complete step always exists on all nodes and their mirrors. A step that the neighbour keeps for the bucket is copied
+first, and not overwritten while the neighbour keeps it: if the neighbour is lost, this node has its part of the
+checkpoint. So a slow link, or a bound for the bytes per second, makes snapshots rarer and nothing else. If there is no
+room for a copy, the mirror reports that, and the neighbour continues without it.
 """
 
 import json
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -29,6 +30,7 @@ from elastic_pt.checkpoint.snapshot import (
     Buffer,
     Snapshot,
     begin_buffer,
+    buffer_to_write,
     end_buffer,
     make_buffers,
     require_crcs,
@@ -42,6 +44,24 @@ _QUESTION_S: Final = 10.0
 _ANSWER_BYTES_MAX: Final = 4096
 
 log = structlog.get_logger("elastic_pt.agent.mirror")
+
+
+class _Next(NamedTuple):
+    """The answer of a neighbour."""
+
+    step: int
+    """The newest step of its workers."""
+    kept: frozenset[int]
+    """The steps that they keep for the bucket."""
+
+
+class _Buffers(NamedTuple):
+    """The buffers for one worker of the neighbour."""
+
+    names: list[Buffer]
+    maps: list[mmap.mmap]
+    steps: list[int]
+    """The step in each of them, 0 for none."""
 
 
 class Mirror:
@@ -60,9 +80,11 @@ class Mirror:
         pace: Pace,
         on_copy: Callable[[Buffer, Snapshot], None],
         on_write: Callable[[Buffer], None],
+        on_keep: Callable[[int, range, Collection[int]], None],
     ) -> None:
-        """Copies `member`; `incarnation` is this node's. Calls `on_write` before it overwrites a buffer file, and
-        `on_copy` after the file holds a whole state again, both in the mirror's thread."""
+        """Copies `member`; `incarnation` is this node's. Calls, in the mirror's thread, `on_write` before it overwrites a
+        buffer, `on_copy` after it holds a whole state again, and `on_keep(generation, ranks, steps)` with
+        the steps that the neighbour keeps for the bucket."""
         self._scratch = scratch
         self._generation = generation
         self._member = member
@@ -72,7 +94,8 @@ class Mirror:
         self._pace = pace
         self._on_copy = on_copy
         self._on_write = on_write
-        self._buffers: dict[int, list[tuple[Buffer, mmap.mmap]]] = {}
+        self._on_keep = on_keep
+        self._buffers: dict[int, _Buffers] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
         self._full = False
@@ -90,29 +113,33 @@ class Mirror:
         try:
             self._mirror()
         finally:
-            for _, mapped in (each for buffers in self._buffers.values() for each in buffers):
+            for mapped in (each for buffers in self._buffers.values() for each in buffers.maps):
                 mapped.close()
             self._buffers.clear()
 
     def _mirror(self) -> None:
+        following = None
         while not self._stop.is_set():
             try:
-                step = self._ask()
-                if step is not None:
-                    self._copy(step)
+                following = self._ask()
+                if following is not None:
+                    for step in sorted({*following.kept, following.step}):
+                        self._copy(step, following.kept)
+                    self._on_keep(self._generation, self._ranks, following.kept)
                     self._told, self._full = "", False
                     continue
             except StagingFull as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
-                self._has, self._full = dict.fromkeys(self._ranks, step or 0), True
+                self._has = dict.fromkeys(self._ranks, following.step if following else 0)
+                self._full = True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
                 self._tell(error)
             self._stop.wait(_AGAIN_S)
 
-    def _ask(self) -> int | None:
+    def _ask(self) -> _Next | None:
         """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
         copied = 0 if self._full else 1
@@ -122,21 +149,29 @@ class Mirror:
         answer = self._peer.get(
             f"/v1/snapshots/next?{question}", _ANSWER_BYTES_MAX, timeout_s=_QUESTION_S
         )
-        return None if answer is None else int(json.loads(answer)["step"])
+        if answer is None:
+            return None
+        found = json.loads(answer)
+        return _Next(int(found["step"]), frozenset(int(step) for step in found["kept"]))
 
-    def _copy(self, step: int) -> None:
-        """Copy all buffers of the neighbour that are not copied yet. Raises `ElasticPtError`."""
+    def _copy(self, step: int, kept: Collection[int]) -> None:
+        """Copy a step of all workers of the neighbour, if it is not copied yet. Raises `ElasticPtError`."""
         for rank in self._ranks:
-            if self._has[rank] >= step:
+            if rank in self._buffers and step in self._buffers[rank].steps:
                 continue
             path = snapshot_path(self._generation, step, rank)
             record = self._peer.record(path)
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
-            buffer, mapped = self._older_buffer(rank, record.size)
+            buffers = self._buffers_of(rank, record.size)
+            number = buffer_to_write(buffers.steps, kept, self._has[rank])
+            if number is None:
+                raise CheckpointError(f"{self._peer}{path}: all {BUFFERS} buffers are needed")
             if self._stop.is_set():
                 return
+            buffer, mapped = buffers.names[number], buffers.maps[number]
             self._on_write(buffer)
+            buffers.steps[number] = 0
             begin_buffer(mapped, step)
             with (
                 memoryview(mapped) as whole,
@@ -146,8 +181,8 @@ class Mirror:
                     return
                 require_crcs(record, content)
             end_buffer(mapped, step)
-            self._buffers[rank].reverse()
-            self._has[rank] = step
+            buffers.steps[number] = step
+            self._has[rank] = max(step, self._has[rank])
             self._on_copy(buffer, record)
 
     def _fill(self, path: str, content: memoryview) -> bool:
@@ -161,13 +196,13 @@ class Mirror:
                 self._peer.read_into(path, start, part)
         return True
 
-    def _older_buffer(self, rank: int, size: int) -> tuple[Buffer, mmap.mmap]:
-        """The buffer to write next. Raises `StagingFull`."""
+    def _buffers_of(self, rank: int, size: int) -> _Buffers:
+        """The buffers for a worker. Raises `StagingFull`: they must leave room for a checkpoint of this node."""
         if rank not in self._buffers:
             names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
-            maps = make_buffers([each.path(self._scratch) for each in names], size)
-            self._buffers[rank] = list(zip(names, maps, strict=True))
-        return self._buffers[rank][0]
+            maps = make_buffers([each.path(self._scratch) for each in names], size, spare=1)
+            self._buffers[rank] = _Buffers(names, maps, [0] * BUFFERS)
+        return self._buffers[rank]
 
     def _tell(self, error: Exception) -> None:
         """Log an error, but not the same error twice in a row."""

@@ -38,8 +38,11 @@ class Shared(Protocol):
     def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
         """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
 
-    def next_step(self, generation: int, after: int) -> int | None:
-        """The newest step of this node's workers after `after`; None if there is none yet or the generation has ended."""
+    def next_step(self, generation: int, after: int) -> tuple[int, list[int]] | None:
+        """The newest step of this node's workers after `after`, and the steps that they keep for the bucket.
+
+        None if there is none yet or the generation has ended.
+        """
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""
@@ -85,18 +88,20 @@ class SnapshotAnswers:
             return web.Response(status=400, text="expected generation, after, copied and mirror\n")
         if not self._shared.acknowledge(generation, mirror, after, copied=copied):
             return web.Response(status=404)
-        step = await self._await_next(generation, after)
-        return web.Response(status=204) if step is None else web.json_response({"step": step})
+        found = await self._await_next(generation, after)
+        if found is None:
+            return web.Response(status=204)
+        return web.json_response({"step": found[0], "kept": found[1]})
 
-    async def _await_next(self, generation: int, after: int) -> int | None:
+    async def _await_next(self, generation: int, after: int) -> tuple[int, list[int]] | None:
         waiter = asyncio.get_running_loop(), asyncio.Event()
         self._waiting.add(waiter)
         try:
             async with asyncio.timeout(_POLL_S):
                 while True:
-                    step = self._shared.next_step(generation, after)
-                    if step is not None:
-                        return step
+                    found = self._shared.next_step(generation, after)
+                    if found is not None:
+                        return found
                     await waiter[1].wait()
                     waiter[1].clear()
         except TimeoutError:

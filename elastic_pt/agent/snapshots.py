@@ -1,7 +1,7 @@
 """The states in a node's memory: the newest ones of its workers, and copies of its neighbours' (agent process).
 
     worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours copy it and report it ─► complete ─► the worker may
-                                                                                                overwrite its other buffer
+                                                                                                overwrite the others
     neighbour's buffer ─► Mirror (a thread for each neighbour) ─► buffer file of this node ─► held
     a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
 
@@ -12,12 +12,15 @@ node is lost together with all its mirrors. The state from which a generation re
 generation is complete on all nodes and their mirrors. A mirror without room is waited for by nobody, but until it has
 room nothing older is dropped, except what the bucket has.
 
+A checkpoint is a state that is kept for the bucket. `Snapshots` is the owner of these: `written` adds one, a mirror adds
+its copies of one that its neighbour keeps, `release` removes it. Until then its files stay, in later generations too.
+
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -122,6 +125,7 @@ class Snapshots:
                 pace=self._pace,
                 on_copy=self._copied,
                 on_write=self.lost,
+                on_keep=self._mirror_keeps,
             )
             for index, mirrors in enumerate(generation.mirrors)
             if formed.node_rank in mirrors
@@ -174,6 +178,9 @@ class Snapshots:
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
         if buffer.generation != self._holdings.generation:
             return
+        if message["checkpoint"]:
+            with self._lock:
+                self._holdings.keep(buffer, message["step"])
         if message["complete_step"] and message["mirrored"]:
             with self._lock:
                 self._holdings.forget_others()
@@ -189,6 +196,30 @@ class Snapshots:
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
+
+    def checkpoints(self) -> tuple[State, ...]:
+        """The states that are kept for the bucket: own ones, and copies of neighbours'."""
+        with self._lock:
+            return self._holdings.checkpoints
+
+    def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
+        """The buffer files of a state that is kept for the bucket, with their records, by rank.
+
+        They are of this node's workers and of neighbours that it mirrors, as far as their CRCs are known. Each file
+        holds this state until `release`.
+        """
+        with self._lock:
+            found = self._holdings.checkpoint((generation, step))
+        return {
+            rank: (copy.buffer.path(self._scratch), Snapshot.from_bytes(copy.record))
+            for rank, copy in found.items()
+        }
+
+    def release(self, generation: int, step: int) -> None:
+        """The bucket has a state, or will never have it: its files may be overwritten or removed. May be repeated."""
+        with self._lock:
+            self._holdings.release((generation, step))
+        self._remove_unneeded()
 
     def distrust(self, generation: int, step: int) -> None:
         """The rows of a state in memory do not fit together."""
@@ -243,11 +274,16 @@ class Snapshots:
             self._look()
             return True
 
-    def next_step(self, generation: int, after: int) -> int | None:
-        """The newest step of this node's workers after `after`; None if there is none yet or the generation has ended."""
+    def next_step(self, generation: int, after: int) -> tuple[int, list[int]] | None:
+        """The newest step of this node's workers after `after`, and the steps that they keep for the bucket.
+
+        None if there is none yet or the generation has ended.
+        """
         with self._lock:
             step = self._holdings.newest_own
-            return step if generation == self._holdings.generation and step > after else None
+            if generation != self._holdings.generation or step <= after:
+                return None
+            return step, self._holdings.kept_steps
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""
@@ -286,6 +322,10 @@ class Snapshots:
             if self._holdings.add(copy):
                 self._answers.wake()
                 self._look()
+
+    def _mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        with self._lock:
+            self._holdings.mirror_keeps(generation, ranks, steps)
 
     def _look(self) -> None:
         """Tell the workers when a newer step is whole here and on all mirrors."""

@@ -3,7 +3,8 @@
     GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a buffer; byte ranges
     GET /v1/snapshots/<generation>/<step>/<rank>/record    its `Snapshot`
     GET /v1/steps                                          the lines of the steps since the last commit
-    GET /v1/snapshots/next?generation=&after=&copied=&mirror=   long poll: the newest step of the peer's own workers
+    GET /v1/snapshots/next?generation=&after=&copied=&mirror=   long poll: the newest step of the peer's own workers,
+                                                           and the steps that they keep for the bucket
 
 All requests need the run's token. `agent.snapshot_answers` answers them: a range has at most `RANGE_BYTES_MAX` bytes, and
 a busy agent answers 503. A reader tries again then, at random moments. Every request has a timeout and a limit for the

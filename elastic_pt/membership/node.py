@@ -23,7 +23,6 @@ from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Stop
-from elastic_pt.store.port import Store
 
 log = structlog.get_logger("elastic_pt.node")
 
@@ -46,10 +45,10 @@ def new_member(name: str, address: str, workers: int, zone: str = "") -> Member:
     return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers, zone)
 
 
-def new_node(first: NodeStatus, limits: Limits, resources: Resources, store: Store) -> "Node":
-    """A node of the run in `store`. It does nothing before `Node.start`."""
+def new_node(first: NodeStatus, limits: Limits, resources: Resources, token: str) -> "Node":
+    """A node of the run whose agents share `token`. It does nothing before `Node.start`."""
     participant = Participant(first, limits, resources)
-    return Node(participant, MembershipThread(participant, store, limits.elastic))
+    return Node(participant, MembershipThread(participant, token, limits.elastic))
 
 
 class Node:
@@ -129,6 +128,14 @@ class Node:
     def read_at_s(self, generation: int) -> float:
         """When this node first read that generation's record, on its monotonic clock."""
         return self._participant.read_at_s(generation)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other node waits for this one: it is no member of the newest generation, or its only member."""
+        generation = self.view.generation
+        if generation is None or generation.rank_of(self.member.incarnation) is None:
+            return True
+        return len(generation.members) < 2
 
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""

@@ -6,6 +6,7 @@ restore     workers load a checkpoint
 productive  steps beyond the last step that was done before
 recompute   steps that were done before and lost
 settle      workers have stopped as planned; their checkpoint is being uploaded
+paused      no generation, because an operator has paused the run
 """
 
 from enum import StrEnum
@@ -20,6 +21,7 @@ class Activity(StrEnum):
     PRODUCTIVE = "productive"
     RECOMPUTE = "recompute"
     SETTLE = "settle"
+    PAUSED = "paused"
 
 
 class GoodputLedger:

@@ -92,6 +92,7 @@ class Node:
         )
         self.port = 0
         self.tensors = full_tensors()
+        self.kept: set[int] = set()
 
     def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
         with self._changed:
@@ -120,10 +121,20 @@ class Node:
         self.buffers.allocate()
 
     def write(
-        self, generation: int, step: int, *, complete_step: int = 0, mirrored: bool = True
+        self,
+        generation: int,
+        step: int,
+        *,
+        complete_step: int = 0,
+        mirrored: bool = True,
+        checkpoint: bool = False,
     ) -> None:
-        """The worker takes a snapshot."""
-        buffer = self.buffers.write(training_state(step))
+        """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
+        if checkpoint:
+            self.kept.add(step)
+        buffer = self.buffers.write(
+            training_state(step), kept=self.kept, complete_step=complete_step
+        )
         self.snapshots.written(
             {
                 "generation": generation,
@@ -135,6 +146,7 @@ class Node:
                 "step_seconds": 1.0,
                 "complete_seconds": 0.0,
                 "complete_step": complete_step,
+                "checkpoint": checkpoint,
                 "mirrored": mirrored,
             }
         )
@@ -335,7 +347,7 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     pair[0].write(2, 6)
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
     asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
-    assert asked == b'{"step": 6}'
+    assert asked == b'{"step": 6, "kept": []}'
     threading.Thread(
         target=peer.get,
         args=("/v1/snapshots/next?generation=2&after=6&copied=0&mirror=node-1", 100),

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes
+from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.membership.resources import Resources
@@ -65,7 +66,7 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
                     choose_resume=lambda _: None,
                     on_drain=on_drain,
                 ),
-                bucket,
+                run_token(bucket),
             )
             node.start()
             stack.callback(node.leave)

@@ -240,10 +240,10 @@ def _losses(
     for member in generation.members:
         silence_s = max(0.0, noticed_s - sign_of_life_s(member))
         if member.incarnation in dead:
-            detail = "its address refuses connections"
+            detail = "its address refuses connections" + _noticed(view, member)
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
         elif member.incarnation in silent or member.incarnation in deaf:
-            detail = f"silent for {silence_s:.1f} s"
+            detail = f"silent for {silence_s:.1f} s" + _noticed(view, member)
             if member.incarnation in deaf:
                 detail = "it does not read the log"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
@@ -265,6 +265,12 @@ def _leaves(view: View, member: Member) -> Cause:
     """The cause that a member leaves, with the reason in its status."""
     said = _status_of(view, member)
     return Cause(CauseKind.LEFT, member.node, "" if said is None else said.leave_reason)
+
+
+def _noticed(view: View, member: Member) -> str:
+    """What a lost member has said about its end."""
+    said = _status_of(view, member)
+    return f" (it was to leave: {said.leave_reason})" if said is not None and said.leaving else ""
 
 
 def _rest_of(view: View, member: Member) -> str:
