@@ -42,6 +42,7 @@ from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
@@ -126,7 +127,6 @@ class Agent:
             scratch,
             member.incarnation,
             token,
-            copies=config.checkpoint.mirror_copies,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
@@ -143,6 +143,11 @@ class Agent:
                 bind_store=partial(bind_store, member.address),
                 choose_resume=partial(
                     choose_resume, store, run_log, incarnation=member.incarnation
+                ),
+                choose_mirrors=partial(
+                    mirrored_by,
+                    copies=config.checkpoint.mirror_copies,
+                    across_zones=config.checkpoint.mirror_zones,
                 ),
                 on_drain=self._channel.drain,
                 on_checkpoint=self._channel.checkpoint,

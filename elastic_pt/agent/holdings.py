@@ -137,11 +137,8 @@ class Holdings:
 
     # ---- what happens ------------------------------------------------------------------------------
 
-    def starts(self, generation: Generation, node_rank: int, mirrors: Sequence[int]) -> None:
-        """Workers of a new generation are about to start: keep only the state that it resumes from.
-
-        `mirrors` are the ranks of the nodes that copy this one's state.
-        """
+    def starts(self, generation: Generation, node_rank: int) -> None:
+        """Workers of a new generation are about to start: keep only the state that it resumes from."""
         memory = self._resumed = generation.memory
         goes_on = None if memory is None else (memory.generation, memory.step)
         self._unusable = {
@@ -157,7 +154,9 @@ class Holdings:
         self._sizes[generation.number] = generation.world_size
         self._forget(lambda state: state != goes_on)
         self._own = generation.worker_ranks()[node_rank]
-        self._acknowledged = {generation.members[index].incarnation: 0 for index in mirrors}
+        self._acknowledged = {
+            generation.members[index].incarnation: 0 for index in generation.mirrors_of(node_rank)
+        }
         self._without_room = set()
         self.complete_step = 0
 
@@ -283,14 +282,6 @@ class Holdings:
             del self._kept[state]
         kept = {generation for generation, _ in self._kept} | {self.generation}
         self._sizes = {number: self._sizes[number] for number in kept}
-
-
-def mirrored_by(nodes: int, copies: int) -> list[list[int]]:
-    """For each node, by rank, the nodes that copy its snapshots: the ones before it in a ring."""
-    count = min(copies, nodes - 1)
-    return [
-        [(index - distance) % nodes for distance in range(1, count + 1)] for index in range(nodes)
-    ]
 
 
 def _runs(ranks: Sequence[int]) -> list[range]:

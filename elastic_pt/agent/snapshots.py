@@ -7,9 +7,10 @@
 
 `holdings` decides what is kept (pure), `mirror` copies, `snapshot_answers` answers peers. Files and threads are here.
 
-The members of a generation form a ring in rank order: a node copies the states of the next `checkpoint.mirror_copies`
-nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
-is kept until a state of this generation is complete on all nodes.
+The GENERATION says which node copies which others' states (`membership.decision.mirrors`). So no row is lost unless a
+node is lost together with all its mirrors. The state from which a generation resumed is kept until a state of this
+generation is complete on all nodes and their mirrors. A mirror without room is waited for by nobody, but until it has
+room nothing older is dropped, except what the bucket has.
 
 A checkpoint is a state that is kept for the bucket. `Snapshots` is the owner of these: `written` adds one, a mirror adds
 its copies of one that its neighbour keeps, `release` removes it. Until then its files stay, in later generations too.
@@ -26,7 +27,7 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.agent.holdings import Copy, Holdings, State, mirrored_by
+from elastic_pt.agent.holdings import Copy, Holdings, State
 from elastic_pt.agent.mirror import Mirror
 from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshot_answers import SnapshotAnswers
@@ -58,7 +59,6 @@ class Snapshots:
         incarnation: str,
         token: str,
         *,
-        copies: int,
         mirror_bytes_per_s: int = 0,
         timeout_s: float,
         history: StepHistory,
@@ -75,7 +75,6 @@ class Snapshots:
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
-        self._copies = copies
         self._timeout_s = timeout_s
         self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
@@ -114,9 +113,8 @@ class Snapshots:
         """Workers of a new generation are about to start: keep the state it resumes from, begin to mirror."""
         generation = formed.generation
         self.stop_mirrors()
-        ring = mirrored_by(len(generation.members), self._copies)
         with self._lock:
-            self._holdings.starts(generation, formed.node_rank, ring[formed.node_rank])
+            self._holdings.starts(generation, formed.node_rank)
         self._answers.wake()
         self._remove_unneeded()
         self._mirrors = [
@@ -133,7 +131,7 @@ class Snapshots:
                 on_write=self.lost,
                 on_keep=self._mirror_keeps,
             )
-            for index, mirrors in enumerate(ring)
+            for index, mirrors in enumerate(generation.mirrors)
             if formed.node_rank in mirrors
         ]
 
@@ -198,6 +196,7 @@ class Snapshots:
                 every_steps=self._every,
                 step_seconds=message["step_seconds"],
                 copy_seconds=message["seconds"],
+                complete_seconds=message["complete_seconds"],
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)

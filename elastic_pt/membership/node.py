@@ -41,9 +41,9 @@ class Left(Exception):
     """This node has left the run in good order."""
 
 
-def new_member(name: str, address: str, workers: int) -> Member:
+def new_member(name: str, address: str, workers: int, zone: str = "") -> Member:
     """This process as a member, with a new incarnation. Its port is 0 until it listens."""
-    return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers)
+    return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers, zone)
 
 
 def new_node(first: NodeStatus, limits: Limits, resources: Resources, token: str) -> "Node":

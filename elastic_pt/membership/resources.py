@@ -1,11 +1,12 @@
 """The dependencies of a participant: the log, the bucket, a clock, and functions of the rest of its agent."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiohttp import web
 
+from elastic_pt.membership.decision.mirrors import Mirrors
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint
@@ -73,6 +74,8 @@ class Resources:
     """Returns the checkpoint from which a new generation resumes."""
     on_drain: Callable[[str], None]
     """Asks this node's workers to stop all workers after the same step."""
+    choose_mirrors: Callable[[Sequence[str]], Mirrors] = lambda _: ()
+    """Chooses who copies whose state in memory, from the members' zones in rank order."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """The platform of this node (docs/glossary.md). Empty with native numerics and with stock torchrun."""
     states: InMemoryStates = field(default_factory=NothingInMemory)

@@ -14,7 +14,8 @@ optimizer's step comes next, and nothing else changes the state.
 A worker without room for three buffers has one, for checkpoints alone. Then no worker takes other snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
-measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits.
+measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits: on a slow
+link the steps in which a snapshot became complete are the cadence.
 """
 
 import math
@@ -62,15 +63,17 @@ class Agent(Protocol):
         """Send a message to the agent."""
 
 
-def adaptive_cadence(step_s: float, copy_s: float) -> int:
-    """Steps between two snapshots, from the seconds that a step and a copy take.
+def adaptive_cadence(step_s: float, copy_s: float, complete_steps: int = 1) -> int:
+    """Steps between two snapshots, from the seconds that a step and a copy take, and the steps until it is complete.
 
-    Every step, if a copy takes at most `COST_MAX` of a step. For short steps at least `SHORT_INTERVAL_S` apart.
+    Every step, if a copy takes at most `COST_MAX` of a step, and mirrors have it after one. For short steps at least
+    `SHORT_INTERVAL_S` apart.
     """
     if step_s <= 0.0:
         return 1
     interval_s = SHORT_INTERVAL_S if step_s < SHORT_STEP_S else 0.0
-    return min(_EVERY_MAX, max(1, math.ceil(max(copy_s / COST_MAX, interval_s) / step_s)))
+    by_cost = math.ceil(max(copy_s / COST_MAX, interval_s) / step_s)
+    return min(_EVERY_MAX, max(complete_steps, by_cost))
 
 
 class MemorySnapshots:
@@ -109,6 +112,12 @@ class MemorySnapshots:
         self._newest = 0
         """The step of the newest snapshot of this generation."""
         self._began_at = state.steps_done
+        self._taken_s: float | None = None
+        """When the newest snapshot was taken; None once it is complete."""
+        self._complete_s = 0.0
+        """What the last snapshot took until it was complete everywhere."""
+        self._complete_steps: deque[int] = deque(maxlen=_COPIES_KEPT)
+        """The same in steps, for the last snapshots. The shortest counts, as for `_copies_s`."""
         self._every = every_steps or 1
         self._step_s = 0.0
         self._copies_s: deque[float] = deque(maxlen=_COPIES_KEPT)
@@ -139,7 +148,8 @@ class MemorySnapshots:
         self._step_s += _SMOOTHING * (step_s - self._step_s)
         if self._configured:
             return
-        every = adaptive_cadence(self._step_s, min(self._copies_s, default=0.0))
+        copy_s = min(self._copies_s, default=0.0)
+        every = adaptive_cadence(self._step_s, copy_s, min(self._complete_steps, default=1))
         # Ignore small differences, so that the cadence changes rarely.
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
@@ -148,6 +158,10 @@ class MemorySnapshots:
         """Whether all workers take a snapshot of the state after `step` steps. The result is the same on all workers."""
         if agreed.complete_step is None or agreed.complete_step < self._newest:
             return False
+        if self._taken_s is not None:
+            self._complete_s = time.monotonic() - self._taken_s
+            self._complete_steps.append(step - self._newest)
+            self._taken_s = None
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
 
     def take(self, state: TrainState, agreed: Agreed) -> None:
@@ -178,7 +192,7 @@ class MemorySnapshots:
         self._copies_s.append(time.monotonic() - started_s)
         if complete_step is not None:
             # Else some worker has no buffers: its node may never hold this step, and no snapshot may wait for that.
-            self._newest = state.steps_done
+            self._newest, self._taken_s = state.steps_done, time.monotonic()
         message = {
             "generation": self._generation,
             "rank": state.rank,
@@ -187,6 +201,7 @@ class MemorySnapshots:
             "seconds": self._copies_s[-1],
             "every_steps": self._every if agreed is None else agreed.snapshot_every,
             "step_seconds": self._step_s,
+            "complete_seconds": self._complete_s,
             "complete_step": complete_step or 0,
             "mirrored": agreed is not None and agreed.mirrored,
             "checkpoint": False,

@@ -10,7 +10,17 @@ MEMBERS = tuple(Member(name, f"{name}-1", "127.0.0.1", 1, 1, 1) for name in "abc
 
 def generation(number: int, memory: InMemory | None = None) -> Generation:
     """A generation of three nodes with one worker each."""
-    return Generation(number, MEMBERS, (2, 2, 2), "127.0.0.1", 1, None, "test", memory=memory)
+    return Generation(
+        number,
+        MEMBERS,
+        (2, 2, 2),
+        "127.0.0.1",
+        1,
+        None,
+        "test",
+        memory=memory,
+        mirrors=((2,), (0,), (1,)),
+    )
 
 
 def copy(number: int, step: int, rank: int, *, file: int = 0) -> Copy:
@@ -21,10 +31,10 @@ def copy(number: int, step: int, rank: int, *, file: int = 0) -> Copy:
 def first_node(memory: InMemory | None = None, number: int = 2) -> Holdings:
     """Node a. It is mirrored by node c, and holds step 5 of generation 1: its own rows, and a copy of node b's."""
     holdings = Holdings()
-    holdings.starts(generation(1), 0, [2])
+    holdings.starts(generation(1), 0)
     for rank in (0, 1):
         assert holdings.add(copy(1, 5, rank))
-    holdings.starts(generation(number, memory or InMemory(1, 5, (0, 1, 2), ((), (0,), ()))), 0, [2])
+    holdings.starts(generation(number, memory or InMemory(1, 5, (0, 1, 2), ((), (0,), ()))), 0)
     return holdings
 
 
@@ -101,9 +111,9 @@ def test_node_that_does_not_answer_is_given_up_in_the_second_generation() -> Non
     for _ in range(8):
         node.copy_failed((1, 5), 1, "b-1", damaged=False)
     assert node.unusable == ()
-    node.starts(generation(3, memory), 0, [2])
+    node.starts(generation(3, memory), 0)
     node.copy_failed((1, 5), 1, "b-1", damaged=False)
     assert node.unusable == (Unusable(1, 5, 1, "b-1"),)
     # A generation that resumes from another state forgets it: the reports in heartbeats stay small.
-    node.starts(generation(4), 0, [2])
+    node.starts(generation(4), 0)
     assert node.unusable == ()

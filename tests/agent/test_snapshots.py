@@ -4,6 +4,9 @@ import asyncio
 import dataclasses
 import mmap
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,11 +17,11 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.holdings import mirrored_by
+from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
-from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
+from elastic_pt.checkpoint.peer import RANGE_BYTES_MAX, Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.snapshot import (
     BUFFERS,
@@ -28,6 +31,7 @@ from elastic_pt.checkpoint.snapshot import (
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.checkpoint.world import full_tensors, local_rows, training_state
@@ -58,6 +62,12 @@ def served(snapshots: Snapshots) -> Iterator[int]:
         runner = loop.run_until_complete(serve())
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
+        # Long polls of readers that are gone.
+        polls = asyncio.all_tasks(loop)
+        for poll in polls:
+            poll.cancel()
+        loop.run_until_complete(asyncio.gather(*polls, return_exceptions=True))
+        loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -72,7 +82,7 @@ def served(snapshots: Snapshots) -> Iterator[int]:
 class Node:
     """One node with one worker: its scratch directory, its agent's part, and the worker's buffers."""
 
-    def __init__(self, directory: Path, rank: int, copies: int = 1) -> None:
+    def __init__(self, directory: Path, rank: int) -> None:
         directory.mkdir()
         self.directory = directory
         self.rank = rank
@@ -84,7 +94,6 @@ class Node:
             directory,
             f"node-{rank}",
             TOKEN,
-            copies=copies,
             timeout_s=5.0,
             history=StepHistory(),
             on_complete=self._on_complete,
@@ -147,6 +156,7 @@ class Node:
                 "seconds": 0.0,
                 "every_steps": 1,
                 "step_seconds": 1.0,
+                "complete_seconds": 0.0,
                 "complete_step": complete_step,
                 "checkpoint": checkpoint,
                 "mirrored": mirrored,
@@ -165,20 +175,25 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
         yield nodes
 
 
-def generation(nodes: list[Node], number: int = 1, memory: InMemory | None = None) -> Generation:
-    """A generation of these nodes."""
+def generation(
+    nodes: list[Node], number: int = 1, memory: InMemory | None = None, *, copies: int = 1
+) -> Generation:
+    """A generation of these nodes, each with so many copies of its state on others."""
     members = tuple(
         Member(f"node-{node.rank}", f"node-{node.rank}", "127.0.0.1", node.port, 1, 1)
         for node in nodes
     )
-    return Generation(number, members, (1,) * len(nodes), "127.0.0.1", 1, None, "test", memory=memory)  # fmt: skip
+    mirrors = mirrored_by([""] * len(nodes), copies, across_zones=False)
+    slots = (1,) * len(nodes)
+    return Generation(
+        number, members, slots, "127.0.0.1", 1, None, "test", memory=memory, mirrors=mirrors
+    )
 
 
 def hold_step_5(nodes: list[Node], copies: int = 1) -> None:
     """Generation 1 of these nodes has a complete snapshot of step 5, with so many copies on other nodes."""
     for node in nodes:
-        node.snapshots._copies = copies
-        node.begin(generation(nodes))
+        node.begin(generation(nodes, copies=copies))
     for node in nodes:
         node.write(1, 5)
     for node in nodes:
@@ -303,6 +318,47 @@ def test_failed_crcs_are_tried_again(pair: list[Node]) -> None:
     assert not pair[0].complete
     away.rename(path)
     pair[0].await_complete(1, 5)
+
+
+def test_bound_for_bytes_spreads_a_copy_over_time(pair: list[Node]) -> None:
+    """A mirror with a bound takes as long as its bytes need. The workers wait for it with their next snapshot."""
+    first = generation(pair)
+    pair[1].snapshots._pace = Pace(8 << 20)
+    for node in pair:
+        node.begin(first)
+    began_s = time.monotonic()
+    pair[0].write(1, 5)
+    pair[0].await_complete(1, 5)
+    pair[0].write(1, 6)
+    pair[0].await_complete(1, 6)
+    # Two copies of 4.8 MB. The time of the last range does not count.
+    assert time.monotonic() - began_s >= 0.9
+
+
+def test_stopped_mirror_frees_its_memory(pair: list[Node]) -> None:
+    """A mapping of a removed file keeps its memory. A mirror that waits for its neighbour's next step ends at once."""
+    hold_step_5(pair)
+    mirrors = [thread for thread in threading.enumerate() if thread.name == "mirror"]
+    for node in pair:
+        node.snapshots.stop_mirrors()
+    for thread in mirrors:
+        thread.join(2.0)
+        assert not thread.is_alive()
+    # One mapping is left for each file: that of its worker.
+    maps = Path("/proc/self/maps").read_text()
+    for node in pair:
+        other = 1 - node.rank
+        assert f"{node.directory}/snapshot-g1-rank-{node.rank}-0" in maps
+        assert f"{node.directory}/snapshot-g1-rank-{other}-0" not in maps
+
+
+def test_range_that_is_too_large_is_refused(pair: list[Node]) -> None:
+    """A single request never keeps the server busy for long; `Peer` splits a longer read into several ranges."""
+    hold_step_5(pair)
+    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    request = urllib.request.Request(url, headers={"Range": f"bytes=0-{RANGE_BYTES_MAX}"})
+    with pytest.raises(urllib.error.HTTPError, match="416"):
+        urllib.request.urlopen(request, timeout=DEADLINE_S)
 
 
 def test_mirror_without_room_says_so(pair: list[Node]) -> None:
@@ -469,14 +525,3 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
     assert content == file.read_bytes()[PAYLOAD_OFFSET:]
     with pytest.raises(StoreError, match="expected"):
         peer.read(snapshot_path(1, 5, 0), size - 4, size + 4)
-
-
-def test_every_node_has_its_mirrors_on_other_nodes() -> None:
-    """In the ring, the nodes before a node copy it. A node never copies itself, and never copies a node twice."""
-    for nodes in range(1, 9):
-        for copies in range(4):
-            ring = mirrored_by(nodes, copies)
-            assert all(len(set(mirrors)) == min(copies, nodes - 1) for mirrors in ring)
-            assert all(index not in mirrors for index, mirrors in enumerate(ring))
-            work = [index for mirrors in ring for index in mirrors]
-            assert len({work.count(index) for index in range(nodes)}) == 1

@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
@@ -293,6 +295,11 @@ class AgentProcess(Process):
                 clock_s=self.liveness_clock_s,
                 bind_store=self._bind_store,
                 choose_resume=self._choose_resume,
+                choose_mirrors=partial(
+                    mirrored_by,
+                    copies=0 if around.habits.snapshots is None else around.habits.snapshots.copies,
+                    across_zones=False,
+                ),
                 states=self.memory,
                 on_drain=self._drain,
                 on_checkpoint=self._checkpoint,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from elastic_pt.agent.holdings import Copy, Holdings, State, mirrored_by
+from elastic_pt.agent.holdings import Copy, Holdings, State
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
@@ -210,13 +210,12 @@ class Memory:
             return None
         generation, rank = formed.generation, formed.node_rank
         number, members, ranks = generation.number, generation.members, generation.worker_ranks()
-        ring = mirrored_by(len(members), self.habits.copies)
         self.complete = self._complete_everywhere = 0
-        self._forgetting(lambda: self.holdings.starts(generation, rank, ring[rank]))
+        self._forgetting(lambda: self.holdings.starts(generation, rank))
         self._wake()
         self._mirrors = [
             Mirror(self, number, members[n].incarnation, ranks[n])
-            for n, mirrors in enumerate(ring)
+            for n, mirrors in enumerate(generation.mirrors)
             if rank in mirrors
         ]
         if self.process.machine.name not in self.habits.without_room:

@@ -9,7 +9,7 @@ COMMIT              of a state through which the newest generation has come
 
 from typing import TYPE_CHECKING
 
-from elastic_pt.agent.holdings import State, mirrored_by
+from elastic_pt.agent.holdings import State
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Generation
@@ -251,11 +251,10 @@ class MemoryWitness:
     def _mirrors(self, generation: Generation) -> list[list[int]]:
         """For each member the ones that copy its rows and have room for them."""
         habits = self.simulation.habits.snapshots
-        ring = mirrored_by(len(generation.members), 0 if habits is None else habits.copies)
         full = () if habits is None else habits.without_mirror_room
         return [
             [n for n in each if self._memory(generation, n).process.machine.name not in full]
-            for each in ring
+            for each in generation.mirrors
         ]
 
     def _covered(self, generation: Generation, left: list[int]) -> bool:

@@ -13,7 +13,6 @@ from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.sim import agent, memory, training
-from tests.sim.agent import AgentProcess
 from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror, Next
 from tests.sim.mutation import Mutation
 from tests.sim.training import Workers

@@ -34,7 +34,7 @@ def test_cadence_follows_from_cost(step_s: float, copy_s: float, every: int) -> 
 def snapshots(newest: int, began_at: int) -> MemorySnapshots:
     """The snapshots of a worker whose generation began at a step, without memory."""
     made = MemorySnapshots.__new__(MemorySnapshots)
-    made._newest, made._began_at = newest, began_at
+    made._newest, made._began_at, made._taken_s = newest, began_at, None
     return made
 
 
@@ -61,6 +61,22 @@ def test_first_snapshot_comes_a_cadence_after_the_start() -> None:
     taken = snapshots(newest=0, began_at=100)
     assert not taken.due(103, agreed(0, every=4))
     assert taken.due(104, agreed(0, every=4))
+
+
+def test_slow_link_makes_snapshots_rarer_and_a_fast_one_frequent_again(tmp_path: Path) -> None:
+    """The mirrors need three steps for a copy: no more than every third step has a snapshot, and the event says so."""
+    state = SimpleNamespace(rank=0, steps_done=0, slices=lambda: iter(()))
+    agent = SimpleNamespace(complete_step=0, unmirrored_step=0, send=lambda *_, **__: None)
+    taken = MemorySnapshots(0, 1, tmp_path, agent, cast("object", state), lambda _: None)  # type: ignore[arg-type]
+    for newest, complete_after, every in ((10, 3, 3), (20, 3, 3), (30, 1, 1), (40, 3, 1)):
+        taken._newest, taken._taken_s = newest, 0.0
+        for step in range(newest + 1, newest + complete_after):
+            taken.due(step, agreed(newest - 1))
+        taken.due(newest + complete_after, agreed(newest))
+        taken.due(newest + 5, agreed(newest))
+        taken.measure(1.0)
+        assert taken.offer().snapshot_every == every
+        assert taken._complete_s > 0.0
 
 
 def test_one_slow_copy_does_not_end_snapshots(tmp_path: Path) -> None:
