@@ -60,8 +60,9 @@ class MemoryWitness:
         generation = self.generations[number]
         index = generation.rank_of(memory.process.incarnation)
         assert index is not None
-        if memory.holdings.newest_own > step:
-            # The workers have stopped with a newer state. No step follows in which they could agree on this one.
+        stopped = self.simulation.training.worlds[number].stopping
+        if stopped and memory.holdings.newest_own > step:
+            # The last state may have overwritten this one. No step follows in which workers could agree on it.
             return
         for holder in (index, *self._mirrors(generation)[index]):
             copy = self._memory(generation, holder)

@@ -73,15 +73,6 @@ def _own_alone(self: Holdings) -> int | None:
 _take_complete = Holdings.take_complete
 
 
-def _find_newest(self: memory._Restore, held: Memory, rank: int) -> BufferFile | None:
-    steps = [
-        each.step
-        for each in held.holdings.held(0.0)
-        if each.generation == self._wanted.generation and each.first_rank <= rank < each.end_rank
-    ]
-    return held.find((self._wanted.generation, max(steps, default=0)), rank)
-
-
 def _drop_at_first_snapshot(self: Memory, buffers: Buffers, step: int, complete: Complete) -> None:
     _written(self, buffers, step, Complete(complete.step or 1, True))
 
@@ -107,6 +98,31 @@ def _not_whole(
         for incarnation, status in statuses.items()
     }
     return resume.newest_in_memory(generation, members, everywhere, committed_step)
+
+
+def _steps_mixed(
+    generation: Generation | None,
+    members: Sequence[Member],
+    statuses: Mapping[str, NodeStatus],
+    committed_step: int,
+) -> InMemory | None:
+    """All snapshots of a generation count as its newest one."""
+    number = 0 if generation is None else generation.number
+    own = [
+        each for status in statuses.values() for each in status.held if each.generation == number
+    ]
+    newest = max((each.step for each in own), default=0)
+    renamed = {
+        incarnation: dataclasses.replace(
+            status,
+            held=tuple(
+                dataclasses.replace(each, step=newest) if each in own else each
+                for each in status.held
+            ),
+        )
+        for incarnation, status in statuses.items()
+    }
+    return resume.newest_in_memory(generation, members, renamed, committed_step)
 
 
 def _steps_alone(
@@ -137,7 +153,7 @@ MEMORY_MUTATIONS: Final = (
         training,
         "complete_everywhere",
         _nothing_awaited,
-        0,
+        1,
     ),
     Mutation(
         "own copy counts as complete",
@@ -153,7 +169,7 @@ MEMORY_MUTATIONS: Final = (
         training,
         "may_checkpoint",
         lambda world, complete, *, last: True,
-        0,
+        261,
     ),
     Mutation(
         "mirror keeps its own newest copy",
@@ -185,7 +201,7 @@ MEMORY_MUTATIONS: Final = (
         Buffers,
         "needed",
         _kept_not_needed,
-        0,
+        8,
     ),
     Mutation(
         "newest buffer overwritten",
@@ -193,7 +209,7 @@ MEMORY_MUTATIONS: Final = (
         memory,
         "file_to_write",
         _oldest_needed,
-        0,
+        1,
     ),
     Mutation(
         "resumed state dropped early",
@@ -201,14 +217,14 @@ MEMORY_MUTATIONS: Final = (
         Memory,
         "written",
         _drop_at_first_snapshot,
-        0,
+        2,
     ),
     Mutation(
-        "restore mixes two steps",
-        "a node gives the newest rows that it has in place of those of the step that is asked for",
-        memory._Restore,
-        "_find",
-        _find_newest,
+        "rows of two steps mixed",
+        "a generation resumes from each worker's newest rows, whichever steps they are of",
+        appender,
+        "newest_in_memory",
+        _steps_mixed,
         0,
     ),
     Mutation(
@@ -225,7 +241,7 @@ MEMORY_MUTATIONS: Final = (
         appender,
         "newest_in_memory",
         _steps_alone,
-        0,
+        2,
     ),
     Mutation(
         "state of another lineage",
@@ -233,7 +249,7 @@ MEMORY_MUTATIONS: Final = (
         resume,
         "_is_of",
         lambda generation, held: True,
-        0,
+        26,
     ),
     Mutation(
         "planned change does not wait",
@@ -249,6 +265,6 @@ MEMORY_MUTATIONS: Final = (
         agent,
         "may_commit",
         _newer_alone,
-        0,
+        25,
     ),
 )

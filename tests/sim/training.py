@@ -93,6 +93,8 @@ class World:
     """The request that the checkpoint of a step meets."""
     snapshot_step: int = 0
     """The newest snapshot."""
+    stopping: bool = False
+    """Whether the last step has been done, before a drain or the end of the run."""
 
 
 class Training:
@@ -215,7 +217,7 @@ class Training:
 
     def _save(self, world: World, members: list[Workers], *, last: bool, stage: bool) -> None:
         """Take a snapshot of the step, if one is due and all nodes have room; a checkpoint is one whose buffer is kept."""
-        step, habits = world.step, self.snapshots
+        step, habits, world.stopping = world.step, self.snapshots, last
         complete = complete_everywhere(members)
         if complete is None or habits is None:
             self._saved(world, members, last=last, stage=stage)
