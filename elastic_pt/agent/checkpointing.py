@@ -12,6 +12,7 @@
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import structlog
 
+from elastic_pt.agent.snapshots import State
 from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import parse_directory
@@ -36,9 +38,6 @@ from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.workers.channel import Message
 
 log = structlog.get_logger("elastic_pt.agent.checkpointing")
-
-State = tuple[int, int]
-"""A generation and a step of its workers."""
 
 
 def choose_resume(
@@ -116,6 +115,11 @@ class Checkpointing:
         self._workers = node.member.workers
         self._uploads: dict[int, int] = defaultdict(int)
         """Shards of this generation that are done, by step."""
+        self._lock = threading.Lock()
+        self._in_flight: dict[State, int] = defaultdict(int)
+        """Shards that the uploader has, by state: their buffers must not be released."""
+        self._over: set[State] = set()
+        """States of this generation whose commit has ended, perhaps before this node's upload."""
         self._lost: Lost | None = None
         """The last checkpoint that cannot be committed, as far as this node knows."""
         self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
@@ -129,7 +133,7 @@ class Checkpointing:
             timeout_s=config.elastic.settle_timeout_s,
             superseded=node.must_reform,
             on_commit=self._committed,
-            on_done=release,
+            on_done=self._commit_over,
             on_failure=self._commit_failed,
             on_untidy=self._untidy,
         )
@@ -141,6 +145,7 @@ class Checkpointing:
     def starts(self) -> None:
         """Workers of a new generation are about to start."""
         self._uploads.clear()
+        self._over.clear()
         self._release_stopped()
 
     def save(self, message: Message) -> None:
@@ -169,6 +174,8 @@ class Checkpointing:
             self._metrics.checkpoint_skips.inc()
             log.warning("checkpoint_skipped", step=step, cause=shard.missing)
             self._lose((generation.number, step), shard.missing, own=True)
+        with self._lock:
+            self._in_flight[generation.number, step] += 1
         try:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
             self._uploader.submit(shard)
@@ -183,7 +190,8 @@ class Checkpointing:
 
     def stopped(self) -> None:
         """The workers are gone: drop the shards that they kept and that are not being uploaded."""
-        self._uploader.discard()
+        for shard in self._uploader.discard():
+            self._landed(shard)
         self._release_stopped()
 
     def wait(self, formed: Formed, *, completed: bool) -> bool:
@@ -229,25 +237,41 @@ class Checkpointing:
 
     def _release_stopped(self) -> None:
         """Free the buffers of workers that are gone, except those that are being uploaded."""
-        uploading = {parse_directory(shard.directory) for shard in self._uploader.pending()}
-        needed = {(name.generation, name.step) for name in uploading}
+        with self._lock:
+            needed = {state for state, count in self._in_flight.items() if count}
         for generation, step in set(self._kept()) - needed:
             self._release(generation, step)
+
+    def _landed(self, shard: KeptShard) -> bool:
+        """The uploader is done with a shard. Whether it was its last one of that state, and the commit has ended."""
+        name = parse_directory(shard.directory)
+        state = name.generation, name.step
+        with self._lock:
+            self._in_flight[state] -= 1
+            if self._in_flight[state]:
+                return False
+            del self._in_flight[state]
+            return state in self._over or name.generation != self._node.formed.generation.number
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
     def _uploaded(self, shard: KeptShard) -> None:
         formed, name = self._node.formed, parse_directory(shard.directory)
-        if name.generation != formed.generation.number:
-            # Of a stopped generation: the buffers are free after its last shard, which is this one.
-            left = [each.directory for each in self._uploader.pending()]
-            if left.count(shard.directory) <= 1:
-                self._release(name.generation, name.step)
-            return
-        self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit, so that checkpoints are committed in order.
-        if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
+        over = self._landed(shard)
+        if name.generation == formed.generation.number:
+            self._uploads[name.step] += 1
+            # The committing node's workers wait for the commit, so that checkpoints are committed in order.
+            over = over or (self._uploads[name.step] >= self._workers and formed.node_rank != 0)
+        if over:
             self._release(name.generation, name.step)
+
+    def _commit_over(self, generation: int, step: int) -> None:
+        """A commit has ended, done or given up. This node may still upload its share: then its end releases it."""
+        with self._lock:
+            self._over.add((generation, step))
+            if self._in_flight.get((generation, step)):
+                return
+        self._release(generation, step)
 
     def _upload_failed(self, shard: KeptShard, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()

@@ -202,3 +202,23 @@ def test_buffers_of_stopped_workers_are_freed(tmp_path: Path) -> None:
         act()
         assert sorted(released) == [(2, 7), (3, 8)]
     checkpointing.close(10)
+
+
+def test_buffer_is_not_released_while_it_is_uploaded(tmp_path: Path) -> None:
+    """A commit that is given up early, in this generation or a later one, leaves the buffers to the upload in progress."""
+    released: list[tuple[int, int]] = []
+    checkpointing = member_of(tmp_path, 0, lambda *state: released.append(state))
+    for state in ((2, 7), (3, 8)):
+        checkpointing._in_flight[state] = 2
+        checkpointing._commit_over(*state)
+        checkpointing._kept = lambda state=state: (state,)  # type: ignore[misc]
+        checkpointing.stopped()
+        shard = KeptShard(
+            tmp_path, RUN_ID, checkpoint_directory(state[1], state[0], "ab"), 0, range(2)
+        )
+        checkpointing._uploaded(shard)
+        assert state not in released
+        checkpointing._uploaded(shard)
+        assert released.pop() == state
+        released.clear()
+    checkpointing.close(10)
