@@ -214,7 +214,7 @@ def test_buffer_is_not_released_while_it_is_uploaded(tmp_path: Path) -> None:
         checkpointing._kept = lambda state=state: (state,)  # type: ignore[misc]
         checkpointing.stopped()
         shard = KeptShard(
-            tmp_path, RUN_ID, checkpoint_directory(state[1], state[0], "ab"), 0, range(2)
+            tmp_path, RUN_ID, checkpoint_directory(state[1], state[0], "abca"), 0, range(2)
         )
         checkpointing._uploaded(shard)
         assert state not in released
