@@ -286,7 +286,7 @@ class ElasticSection(Section):
 
 
 class CheckpointSection(Section):
-    """How often checkpoints are written, how many are kept, and where they are staged."""
+    """How often checkpoints are written, how many are kept, and where states are in memory."""
 
     every_steps: Count = 50
     """Steps between checkpoints; a checkpoint waits until the upload of the one before has ended."""
