@@ -120,6 +120,7 @@ class Checkpointing:
     ) -> None:
         """`release(generation, step, ranks)` frees the buffers of these ranks, or of all, and tells the workers."""
         self._node = node
+        self._log = run_log
         self._metrics = metrics
         self._scratch = scratch
         self._states = states
@@ -131,6 +132,8 @@ class Checkpointing:
         self._lock = threading.Lock()
         self._expected = Place(0, 0)
         """The newest checkpoint that the committer expects."""
+        self._newest: tuple[Checkpoint, ...] = ()
+        """The newest checkpoint that this node has seen committed."""
         self._uploads = Uploads(
             store,
             on_uploaded=self._uploaded,
@@ -302,12 +305,15 @@ class Checkpointing:
     def committed(self, checkpoint: Checkpoint) -> None:
         """This node has appended a COMMIT."""
         self._metrics.checkpoint_commits.inc()
-        self._metrics.checkpoint_committed_step.set(checkpoint.step)
-        self._metrics.checkpoint_commit_timestamp.set_to_current_time()
 
     def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
         """A checkpoint is committed (by any node), given up, or has failed: its shards are not needed any more."""
         place = Place(generation.number, step)
+        newest = self._log.view.checkpoints[:1]
+        if newest and newest != self._newest:
+            self._newest = newest
+            self._metrics.checkpoint_committed_step.set(newest[0].step)
+            self._metrics.checkpoint_commit_timestamp.set_to_current_time()
         if failure is not None:
             self._metrics.checkpoint_failures.inc()
             log.error("commit_failed", step=step, cause=str(failure))
