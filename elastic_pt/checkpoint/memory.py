@@ -4,7 +4,7 @@
               own buffer files: mapped, no network          peers: byte ranges over HTTP
 
 A worker asks for rows, for any number of writers and readers. Rows are verified as in a committed checkpoint: each
-block is compared with its CRC-32 before a byte of it is copied into a tensor.
+block is compared with its CRC-32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Places:
 
 
 class MemoryState:
-    """The state of one step in the memory of several nodes. `index` and `read` are for `load_rows`."""
+    """The state of one step in the memory of several nodes. `index` and `read_into` are for `load_rows`."""
 
     def __init__(self, places: Places, ranks: Sequence[int]) -> None:
         """Open the buffers of these old ranks and read their records.
@@ -66,14 +66,14 @@ class MemoryState:
         self.index = _index_of(list(in_order(ranks, self._record, REQUEST_THREADS)))
         """The training state, and the places of its rows."""
 
-    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `[start, end)` of the shard file of the old rank `key`."""
-        assert end is not None
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts with the bytes of the shard file of the old rank `key`, from `start` on. See `index.Memory`."""
         rank = int(key)
         buffer = self._buffers.get(rank)
         if buffer is not None:
-            return buffer.read(start, end)
-        return self._peer(rank).read(self._path(rank), start, end)
+            return buffer.read_into(start, parts)
+        self._peer(rank).read_into(self._path(rank), start, *parts)
+        return sum(len(part) for part in parts)
 
     def __enter__(self) -> "MemoryState":
         return self

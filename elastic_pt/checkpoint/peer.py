@@ -73,25 +73,28 @@ class Peer:
         self.read_into(path, start, memoryview(data))
         return bytes(data)
 
-    def read_into(self, path: str, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a shard file from `start` on.
+    def read_into(self, path: str, start: int, *targets: memoryview) -> None:
+        """Fill the targets, one after another, with the bytes of a shard file from `start` on, in one request.
 
         Raises `CheckpointError` if the peer no longer holds the file. Raises `StoreError` if the peer cannot be reached,
         answers with another error, or sends fewer bytes.
         """
-        end = start + len(target)
-        response = self._ask(path, {"Range": f"bytes={start}-{end - 1}"}, None)
+        size = sum(len(target) for target in targets)
+        response = self._ask(path, {"Range": f"bytes={start}-{start + size - 1}"}, None)
         try:
             if response.status == 404:
                 response.read()
                 raise CheckpointError(f"{self}{path}: the peer does not hold it any more")
-            filled = 0
-            while filled < len(target):
-                count = response.readinto(target[filled : filled + _CHUNK_BYTES])
-                if count == 0:
-                    self._drop()
-                    raise StoreError(f"{self}{path}: {filled} bytes, expected {len(target)}")
-                filled += count
+            total = 0
+            for target in targets:
+                filled = 0
+                while filled < len(target):
+                    count = response.readinto(target[filled : filled + _CHUNK_BYTES])
+                    if count == 0:
+                        self._drop()
+                        raise StoreError(f"{self}{path}: {total} bytes, expected {size}")
+                    filled += count
+                    total += count
         except (OSError, http.client.HTTPException) as error:
             raise self._failed(path, error) from error
 
