@@ -57,6 +57,9 @@ from elastic_pt.train.step import Control, StepResult, run_step
 BYTES_PER_PARAMETER: Final = 12
 """Weight and two moments in float32."""
 VOCABULARY: Final = 4096
+WIDTHS: Final = (64, 128, 256, 384, 512, 1024, 2048)
+LAYERS_MAX: Final = 8
+"""Of a model that is not of the largest width: few layers, so that a step consists of large operations."""
 UPLOAD_S_MAX: Final = 300.0
 MEMORY: Final = "/dev/shm"
 SLOWER_MAX: Final = 1.03
@@ -106,8 +109,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def shape_of(state_bytes: float, tokens: int, device: str) -> Shape:
     """A transformer whose state has about `state_bytes`, and a step of about `tokens`."""
     parameters = state_bytes / BYTES_PER_PARAMETER
-    width = next((each for each in (64, 384) if 12 * each**2 * 24 >= parameters), 2048)
-    layers = round((parameters - VOCABULARY * width) / (12 * width**2))
+    for width in WIDTHS:
+        layers = round((parameters - VOCABULARY * width) / (12 * width**2))
+        if layers <= LAYERS_MAX:
+            break
     length = 1024 if device == "cuda" else 64
     return Shape(
         "checkpoint",

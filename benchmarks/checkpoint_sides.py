@@ -70,6 +70,11 @@ class PlainCopy:
         for copy, rows in zip(self._copies, self._rows, strict=True):
             copy.copy_(rows)
 
+    def undo(self) -> None:
+        """Copy back."""
+        for copy, rows in zip(self._copies, self._rows, strict=True):
+            rows.copy_(copy)
+
     def busy(self) -> bool:
         """Never: nothing is uploaded."""
         return False
