@@ -6,7 +6,7 @@
 
 One process trains a small transformer. In turn it saves its state in three ways:
 
-    ours        a snapshot into a mapped buffer file; another process hashes and uploads it, as the agent does
+    ours        a copy into a mapped buffer file that is kept; another process hashes and uploads it, as the agent does
     dcp_async   torch.distributed.checkpoint.async_save to the same server: FsspecWriter on s3fs, one staging memory for
                 all saves, a process group of its own, upload in a thread (its default)
     copy        one plain copy of the same bytes into memory that was used before; no upload
@@ -43,16 +43,15 @@ from benchmarks.checkpoint_sides import (
     Ours,
     PlainCopy,
     Side,
+    Trainer,
     describe,
     place_other_threads,
 )
-from benchmarks.cuda.alone import process_group, random_tokens, synchronize, training_state
+from benchmarks.cuda.alone import process_group, training_state
 from benchmarks.cuda.sizes import Shape
 from benchmarks.s3_server import SERVERS, bucket, default_server
 from benchmarks.summary import machine, spread, write_json
 from elastic_pt.train.snapshots import MemorySnapshots
-from elastic_pt.train.state import TrainState
-from elastic_pt.train.step import Control, StepResult, run_step
 
 BYTES_PER_PARAMETER: Final = 12
 """Weight and two moments in float32."""
@@ -61,6 +60,7 @@ WIDTHS: Final = (64, 128, 256, 384, 512, 1024, 2048)
 LAYERS_MAX: Final = 8
 """Of a model that is not of the largest width: few layers, so that a step consists of large operations."""
 UPLOAD_S_MAX: Final = 300.0
+BUFFERS_S_MAX: Final = 120.0
 MEMORY: Final = "/dev/shm"
 SLOWER_MAX: Final = 1.03
 RATIO_TO_COPY_MAX: Final = 1.3
@@ -136,30 +136,6 @@ def choose_cores(options: argparse.Namespace) -> Cores:
     return Cores(both, both) if options.both_cores else Cores({here[0]}, {here[1]})
 
 
-class Trainer:
-    """Trains a state with random tokens."""
-
-    def __init__(self, state: TrainState, vocabulary: int) -> None:
-        self.state = state
-        self._tokens = random_tokens(state.config, vocabulary, state.device)
-
-    def step(self, snapshots: MemorySnapshots | None = None) -> tuple[float, StepResult]:
-        """Do a step. Returns its seconds and its result."""
-        synchronize(self.state.device)
-        started_s = time.perf_counter()
-        control = Control(False, False)
-        if snapshots is None:
-            result = run_step(self.state, self._tokens, control)
-        else:
-            result = run_step(self.state, self._tokens, control, snapshots.offer)
-        synchronize(self.state.device)
-        return time.perf_counter() - started_s, result
-
-    def seconds(self, count: int) -> list[float]:
-        """The seconds of some steps."""
-        return [self.step()[0] for _ in range(count)]
-
-
 def timed(work: Callable[[], object]) -> float:
     """The seconds of a call."""
     started_s = time.perf_counter()
@@ -217,19 +193,11 @@ def measure_saves(
     }
 
 
-def measure_snapshots(
-    trainer: Trainer, agent: AgentProcess, scratch: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure_snapshots(trainer: Trainer, options: argparse.Namespace) -> dict[str, Any]:
     """Blocks of steps in turn: without anything, with a plain copy after each, with a snapshot after each."""
-    state = trainer.state
-    snapshots = MemorySnapshots(1, 2, scratch, agent, state, describe)
-    copy = PlainCopy(state)
-    while snapshots.offer().complete_step is None:
-        trainer.step()
-    stalls: list[float] = []
-    copies: list[float] = []
-    ratios: list[float] = []
-    whole: list[float] = []
+    state, copy = trainer.state, PlainCopy(trainer.state)
+    assert trainer.snapshots is not None
+    stalls, copies, ratios, whole = [], [], [], []
     for repeat in range(options.repeats + 1):
         quiet = trainer.seconds(options.steps)
         copied = []
@@ -238,12 +206,11 @@ def measure_snapshots(
             copied.append(timed(copy.begin))
         steps, taken = [], []
         for _ in range(2 * options.steps):
-            seconds, result = trainer.step(snapshots)
-            steps.append(seconds)
-            if snapshots.due(state.steps_done, result.agreed):
-                # The agreement is that of the step, as in `train.loop`.
+            steps.append(trainer.step())
+            agreed = trainer.agreed
+            if agreed is not None and trainer.snapshots.due(state.steps_done, agreed):
                 started_s = time.perf_counter()
-                snapshots.take(state, result.agreed)
+                trainer.snapshots.take(state, agreed)
                 taken.append(time.perf_counter() - started_s)
         quiet += trainer.seconds(options.steps)
         stall_s, step_s = statistics.median(taken), statistics.median(quiet)
@@ -271,8 +238,8 @@ def tell(line: str, repeat: int) -> None:
 @contextmanager
 def prepared(
     options: argparse.Namespace, cores: Cores
-) -> Iterator[tuple[Trainer, AgentProcess, Path, str]]:
-    """A trainer on its cores, and the agent process and the server on theirs."""
+) -> Iterator[tuple[Trainer, dict[str, Side]]]:
+    """A trainer on its cores, the agent process and the server on theirs, and what is compared."""
     device = torch.device(options.device)
     with ExitStack() as stack:
         os.sched_setaffinity(0, cores.others)
@@ -290,13 +257,28 @@ def prepared(
         mesh = stack.enter_context(process_group(device))
         shape = shape_of(1e9 * options.state_gb, options.tokens, options.device)
         state = stack.enter_context(training_state(shape, VOCABULARY, mesh, device))
-        yield Trainer(state, VOCABULARY), agent, scratch, url
+        trainer = Trainer(state, VOCABULARY)
+        snapshots = MemorySnapshots(1, 1, scratch, agent, state, describe)
+        trainer.snapshots = snapshots
+        give_up_at_s = time.monotonic() + BUFFERS_S_MAX
+        while snapshots.offer().complete_step is None:
+            trainer.step()
+            if time.monotonic() > give_up_at_s:
+                sys.exit(
+                    f"{MEMORY}: no buffers after {BUFFERS_S_MAX:g} s; expected room for four states"
+                )
+        sides: dict[str, Side] = {
+            "copy": PlainCopy(state),
+            "ours": Ours(trainer, snapshots, agent),
+            "dcp_async": DcpAsync(state, url),
+        }
+        yield trainer, sides
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, as the report."""
     cores = choose_cores(options)
-    with prepared(options, cores) as (trainer, agent, scratch, url):
+    with prepared(options, cores) as (trainer, sides):
         state = trainer.state
         state_bytes = sum(each.rows.nbytes for _, each in state.slices())
         step_s = statistics.median(trainer.seconds(options.steps))
@@ -310,13 +292,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "other_cores": sorted(cores.others),
         }
         tell(f"{state_bytes / 1e6:.0f} MB, {1e3 * step_s:.0f} ms a step, {options.server}", 0)
-        sides: dict[str, Side] = {
-            "copy": PlainCopy(state),
-            "ours": Ours(state, agent, scratch, url),
-            "dcp_async": DcpAsync(state, url),
-        }
         report |= measure_saves(trainer, sides, options, cores)
-        report["snapshots"] = measure_snapshots(trainer, agent, scratch, options)
+        report["snapshots"] = measure_snapshots(trainer, options)
     report["targets"] = judge(report, alone=not cores.training & cores.others)
     return report
 

@@ -9,7 +9,7 @@ in a thread of the training process, as is its default.
 import multiprocessing
 import os
 import threading
-from collections.abc import Mapping
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,12 +22,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory, shard_key
-from elastic_pt.checkpoint.snapshot import Buffer, SnapshotBuffers, describe_snapshot
+from benchmarks.cuda.alone import random_tokens, synchronize
+from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
+from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot
+from elastic_pt.checkpoint.upload import KeptShard, Uploader
 from elastic_pt.store.open import open_store
-from elastic_pt.store.port import Store
+from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Agreed, Control, no_snapshots, run_step
 
+_START_S: Final = 60.0
 _END_S: Final = 10.0
 
 
@@ -53,6 +57,30 @@ def describe(state: TrainState) -> TrainingState:
 def rows_of(state: TrainState) -> dict[str, tuple[torch.Tensor, tuple[int, ...], int]]:
     """The tensors of a state, in the form for `SnapshotBuffers`."""
     return {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()}
+
+
+class Trainer:
+    """Trains a state with random tokens, and offers its snapshots as a worker does."""
+
+    def __init__(self, state: TrainState, vocabulary: int) -> None:
+        self.state = state
+        self.snapshots: MemorySnapshots | None = None
+        self.agreed: Agreed | None = None
+        """The agreement of the last step."""
+        self._tokens = random_tokens(state.config, vocabulary, state.device)
+
+    def step(self) -> float:
+        """Do a step. Returns its seconds."""
+        synchronize(self.state.device)
+        started_s = time.perf_counter()
+        offer = no_snapshots if self.snapshots is None else self.snapshots.offer
+        self.agreed = run_step(self.state, self._tokens, Control(False, False), offer).agreed
+        synchronize(self.state.device)
+        return time.perf_counter() - started_s
+
+    def seconds(self, count: int) -> list[float]:
+        """The seconds of some steps."""
+        return [self.step() for _ in range(count)]
 
 
 class PlainCopy:
@@ -84,29 +112,26 @@ class PlainCopy:
 
 
 class Ours:
-    """A snapshot into a mapped buffer, which another process uploads."""
+    """A state that a worker keeps in a mapped buffer, and that another process uploads."""
 
-    def __init__(self, state: TrainState, agent: "AgentProcess", scratch: Path, url: str) -> None:
-        self._state = state
+    def __init__(self, trainer: Trainer, snapshots: MemorySnapshots, agent: "AgentProcess") -> None:
+        self._trainer = trainer
+        self._snapshots = snapshots
         self._agent = agent
-        self._url = url
-        self._buffers = SnapshotBuffers(scratch, 1, 0, rows_of(state))
-        self._buffers.allocate()
-        self._directory = ""
+        self._step = 0
 
     def begin(self) -> None:
-        """Copy the state, and ask for the upload."""
-        buffer = self._buffers.write(describe(self._state))
-        self._directory = checkpoint_directory(self._state.steps_done, 1, "bench")
-        self._agent.upload(buffer, self._directory)
+        """Copy the state into a buffer that is kept, and tell the agent."""
+        self._step = self._trainer.state.steps_done
+        self._snapshots.keep(self._trainer.state, self._trainer.agreed, -1)
 
     def busy(self) -> bool:
-        """Until the agent process has uploaded the shard."""
-        return self._agent.uploading()
+        """Until the agent process has released the buffer."""
+        return not self._agent.released(self._step)
 
     def clear(self) -> None:
-        """Remove the shard."""
-        remove(f"{self._url}/{self._directory}")
+        """Remove the checkpoint."""
+        remove(f"{self._agent.url}/{_directory(self._step)}")
 
 
 class DcpAsync:
@@ -149,39 +174,43 @@ class DcpAsync:
 
 
 class AgentProcess:
-    """The agent's part in snapshots and checkpoints, in a process of its own."""
+    """The agent's part in snapshots and checkpoints, in a process of its own. Used like `workers.channel.WorkerSide`."""
 
     def __init__(self, scratch: Path, url: str) -> None:
+        self.url = url
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, scratch, url), daemon=True)
         self._process.start()
         theirs.close()
-        self._uploads = 0
         self._complete = 0
-        self.receive(timeout_s=60.0)
+        self._released: set[int] = set()
+        self._receive(timeout_s=_START_S)
 
     @property
     def complete_step(self) -> int:
         """The newest step of a snapshot that the agent has hashed."""
-        self.receive()
+        self._receive()
         return self._complete
 
+    def released(self, step: int) -> bool:
+        """Whether the checkpoint of a step is uploaded. Raises `RuntimeError` if the agent failed."""
+        self._receive()
+        return step in self._released
+
     def send(self, kind: str, **content: object) -> None:
-        """Send a message of the worker, such as `snapshot`."""
+        """Send a message of the worker."""
         self._pipe.send((kind, content))
 
-    def upload(self, buffer: Buffer, directory: str) -> None:
-        """Ask for the upload of a buffer."""
-        self._uploads += 1
-        self.send("upload", buffer=buffer, directory=directory)
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            self.send("end")
+        self._process.join(_END_S)
+        if self._process.is_alive():
+            self._process.kill()
 
-    def uploading(self) -> bool:
-        """Whether an upload is not done. Raises `RuntimeError` if one failed."""
-        self.receive()
-        return self._uploads > 0
-
-    def receive(self, timeout_s: float = 0.0) -> None:
+    def _receive(self, timeout_s: float = 0.0) -> None:
         """Read the agent's messages. With a timeout wait for the first one."""
         while self._pipe.poll(timeout_s):
             timeout_s = 0.0
@@ -190,22 +219,24 @@ class AgentProcess:
                 raise RuntimeError(f"the agent process: {value}")
             if kind == "complete":
                 self._complete = value
-            if kind == "uploaded":
-                self._uploads -= 1
-
-    def close(self) -> None:
-        """End the process."""
-        with suppress(OSError):
-            self._pipe.send(("end", {}))
-        self._process.join(_END_S)
-        if self._process.is_alive():
-            self._process.kill()
+            if kind == "released":
+                self._released.add(value)
 
 
 def _serve(pipe: Connection, scratch: Path, url: str) -> None:
-    """Agent process: hash snapshots and upload checkpoints, in the order of the messages."""
-    store = open_store(url)
-    pipe.send(("ready", os.getpid()))
+    """Agent process: hash each snapshot, and upload those of checkpoints, as an agent's threads do."""
+    lock = threading.Lock()
+
+    def tell(kind: str, value: object) -> None:
+        with lock:
+            pipe.send((kind, value))
+
+    uploader = Uploader(
+        open_store(url),
+        on_uploaded=lambda shard: tell("released", shard.step),
+        on_failed=lambda _, error: tell("failed", repr(error)),
+    )
+    tell("ready", os.getpid())
     while True:
         try:
             kind, content = pipe.recv()
@@ -213,24 +244,20 @@ def _serve(pipe: Connection, scratch: Path, url: str) -> None:
             return
         if kind == "end":
             return
-        try:
-            if kind == "snapshot":
-                buffer = Buffer(content["generation"], content["rank"], content["buffer"])
-                snapshot = describe_snapshot(buffer, scratch)
-                pipe.send(("complete", snapshot.step if snapshot is not None else 0))
-            if kind == "upload":
-                upload_buffer(store, content["buffer"], scratch, content["directory"])
-                pipe.send(("uploaded", content["directory"]))
-        # Any error: the benchmark shows it and ends.
-        except Exception as error:
-            pipe.send(("failed", repr(error)))
+        if kind != "snapshot":
+            tell("failed", f"{kind}: {content}")
+            return
+        buffer = Buffer(content["generation"], content["rank"], content["buffer"])
+        if content["checkpoint"]:
+            directory = _directory(content["step"])
+            path = buffer.path(scratch)
+            uploader.submit(KeptShard(path, "benchmark", directory, buffer.rank, range(1)))
+        snapshot = describe_snapshot(buffer, scratch)
+        tell("complete", snapshot.step if snapshot is not None else 0)
 
 
-def upload_buffer(store: Store, buffer: Buffer, scratch: Path, directory: str) -> None:
-    """Hash a buffer and upload it as a shard, as an agent does."""
-    snapshot = describe_snapshot(buffer, scratch)
-    assert snapshot is not None
-    store.write(shard_key(directory, buffer.rank), buffer.path(scratch))
+def _directory(step: int) -> str:
+    return checkpoint_directory(step, 1, "bench")
 
 
 def place_other_threads(cores: set[int]) -> None:
@@ -249,6 +276,3 @@ def remove(url: str) -> None:
     """Remove a directory of the bucket."""
     filesystem, path = fsspec.core.url_to_fs(url)
     filesystem.rm(path, recursive=True)
-
-
-Sides = Mapping[str, Side]

@@ -45,9 +45,8 @@ from elastic_pt.checkpoint.layout import RowRange, checkpoint_directory
 from elastic_pt.checkpoint.memory import MemoryState, Places
 from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.restore import load_rows, plan_reads
-from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.snapshot import Buffer, Snapshot, SnapshotBuffers, describe_snapshot
-from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
+from elastic_pt.checkpoint.snapshot import Snapshot, SnapshotBuffers, describe_snapshot
+from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -138,31 +137,27 @@ class Bench:
         """Put a state into all three places."""
         self._generation += 1
         buffers = SnapshotBuffers(self._scratch, self._generation, 0, rows_of(state))
-        buffers.allocate()
+        buffers.allocate(1)
         buffer = buffers.write(describe(state))
+        path = buffer.path(self._scratch)
         snapshot = describe_snapshot(buffer, self._scratch)
         assert snapshot is not None
         self._holder.hold(buffer, snapshot.step)
         yield Held(
             snapshot,
-            self._holder.places(snapshot, buffer.path(self._scratch)),
+            self._holder.places(snapshot, path),
             self._holder.places(snapshot, None),
             self._store,
-            self._commit(state),
+            self._commit(state, path),
         )
-        for number in (0, 1):
-            Buffer(self._generation, 0, number).path(self._scratch).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         for key in self._store.keys("ckpt/"):
             self._store.delete(key)
 
-    def _commit(self, state: TrainState) -> Checkpoint:
-        """A checkpoint of the state in the bucket."""
+    def _commit(self, state: TrainState, path: Path) -> Checkpoint:
+        """A checkpoint of the state in this buffer, in the bucket."""
         directory = checkpoint_directory(state.steps_done, self._generation, "bench")
-        path = self._scratch / "shard"
-        write_shard(path, rows_of(state), describe(state))
-        shard = StagedShard(path, RUN_ID, directory, 0, range(1))
-        uploaded = upload_shard(self._store, shard)
-        path.unlink()
+        uploaded = upload_shard(self._store, KeptShard(path, RUN_ID, directory, 0, range(1)))
         return publish_manifest(self._store, [publish_node(self._store, [uploaded])])
 
 

@@ -118,6 +118,7 @@ def _message(buffer: Buffer, step: int) -> dict[str, Any]:
         "every_steps": 0,
         "step_seconds": 1.0,
         "complete_step": 0,
+        "checkpoint": False,
     }
 
 

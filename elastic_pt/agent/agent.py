@@ -5,7 +5,7 @@ training stack: the command that starts the agent passes the function that its w
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             listens to peers, decides, appends          (membership thread)
-                    Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
+                    Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
@@ -157,7 +157,8 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._channel.release,
+            release=self._release,
+            kept=self._snapshots.checkpoints,
         )
         self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
         self._notices = Watch(
@@ -235,6 +236,12 @@ class Agent:
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
         self._channel.close()
         self._metrics_server.shutdown()
+
+    def _release(self, generation: int, step: int) -> None:
+        """A checkpoint is in the bucket, or given up: its buffers are free (threads of upload and commit)."""
+        # First: afterwards a worker may overwrite its buffer.
+        self._snapshots.release(generation, step)
+        self._channel.release(generation, step)
 
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
@@ -323,7 +330,7 @@ class Agent:
         settled = self._checkpointing.wait(formed, completed=completed)
         log.info(
             "settled" if settled else "settle_failed",
-            step=self._checkpointing.staged_step,
+            step=self._checkpointing.saved_step,
             generation=formed.generation.number,
         )
         return settled

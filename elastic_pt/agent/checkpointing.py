@@ -1,19 +1,19 @@
 """A node's share in checkpoints (agent process): the agent's side of the operations of `train.checkpoints`.
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
-    save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
+    save    upload a state that a worker keeps in a buffer; on the node of rank 0 also commit
     wait    after the workers' last step: until their last checkpoint is committed
     close   finish the commits that are due, within a bounded time
 
-    staged ─► Uploader ─► bucket        (every node)
-              Committer ─► COMMIT       (the node of rank 0)
-    commit or upload ─► `released` ─► workers may stage the next one
+    kept buffer ─► Uploader ─► bucket        (every node)
+                   Committer ─► COMMIT       (the node of rank 0)
+    commit or upload ─► `released` ─► workers may overwrite the buffer, and save the next one
 
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from elastic_pt.checkpoint.commit import Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.publish import ShareMissing
-from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.snapshot import Buffer
+from elastic_pt.checkpoint.upload import KeptShard, Uploader
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
@@ -36,6 +36,9 @@ from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.workers.channel import Message
 
 log = structlog.get_logger("elastic_pt.agent.checkpointing")
+
+State = tuple[int, int]
+"""A generation and a step of its workers."""
 
 
 def choose_resume(
@@ -97,16 +100,18 @@ class Checkpointing:
         run_log: RunLog,
         node: Node,
         metrics: Metrics,
-        staging: Path,
+        scratch: Path,
         history: StepHistory,
         *,
-        release: Callable[[int], None],
+        release: Callable[[int, int], None],
+        kept: Callable[[], Collection[State]],
     ) -> None:
-        """`release(step)` lets the workers stage the next checkpoint."""
+        """`release(generation, step)` frees the buffers of a checkpoint; those of the states `kept()` are not free."""
         self._node = node
         self._metrics = metrics
-        self._staging = staging
+        self._scratch = scratch
         self._release = release
+        self._kept = kept
         self._settle_timeout_s = config.elastic.settle_timeout_s
         self._workers = node.member.workers
         self._uploads: dict[int, int] = defaultdict(int)
@@ -128,39 +133,37 @@ class Checkpointing:
             on_failure=self._commit_failed,
             on_untidy=self._untidy,
         )
-        self.staged_step = 0
-        """Step of the newest shard that a worker of this node has staged."""
+        self.saved_step = 0
+        """Step of the newest checkpoint that a worker of this node has saved, or had no room for."""
 
     # ---- one generation ------------------------------------------------------------------------
 
     def starts(self) -> None:
         """Workers of a new generation are about to start."""
         self._uploads.clear()
-        self._sweep()
+        self._release_stopped()
 
     def save(self, message: Message) -> None:
-        """A worker's message `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
+        """A worker's message `snapshot` of a checkpoint, `no_room` or `skipped` (see `train.checkpoints`)."""
         kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
-            # A worker of an earlier generation: its shard belongs to no checkpoint any more.
+            # A worker of an earlier generation: its state belongs to no checkpoint any more.
             log.info("stale_shard_dropped", step=step, generation=message["generation"])
-            if kind == "staged":
-                Path(message["path"]).unlink(missing_ok=True)
             return
         if kind == "no_room":
-            log.warning("staging_waits_for_room", step=step, cause=message["why"])
+            log.warning("checkpoint_waits_for_room", step=step, cause=message["why"])
             return
-        self.staged_step = step
-        shard = StagedShard(
-            path=Path(message["path"]) if kind == "staged" else Path(),
+        self.saved_step = step
+        shard = KeptShard(
+            path=Path() if kind == "skipped" else self._buffer(message),
             run_id=self._node.view.run_id,
             directory=directory_of(generation, step),
             rank=message["rank"],
             ranks=generation.worker_ranks()[formed.node_rank],
-            missing="" if kind == "staged" else message["why"],
+            missing=message["why"] if kind == "skipped" else "",
         )
-        if kind == "staged":
+        if kind == "snapshot":
             self._metrics.checkpoint_stage_seconds.set(message["seconds"])
         else:
             self._metrics.checkpoint_skips.inc()
@@ -179,9 +182,9 @@ class Checkpointing:
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
-        """The workers are gone: drop the shards that they staged and that are not being uploaded."""
+        """The workers are gone: drop the shards that they kept and that are not being uploaded."""
         self._uploader.discard()
-        self._sweep()
+        self._release_stopped()
 
     def wait(self, formed: Formed, *, completed: bool) -> bool:
         """The workers stopped as planned: wait until their last checkpoint is committed.
@@ -195,24 +198,24 @@ class Checkpointing:
             return self.lost() is not None
 
         if not completed:
-            return self._node.await_settled(number, self.staged_step, timeout_s, given_up)
+            return self._node.await_settled(number, self.saved_step, timeout_s, given_up)
         if formed.node_rank == 0:
             self._committer.finish(formed.generation)
         return self._node.await_end(number, timeout_s, given_up)
 
     def lost(self) -> Lost | None:
-        """Why the checkpoint that was staged last cannot be committed; None while it may be."""
-        lost, due = self._lost, (self._node.formed.generation.number, self.staged_step)
+        """Why the checkpoint that was saved last cannot be committed; None while it may be."""
+        lost, due = self._lost, (self._node.formed.generation.number, self.saved_step)
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """The cause for the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
+        """The cause for the other nodes when the checkpoint saved last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None
         why = "no node said why" if lost is None else lost.why
         return self._node.failure(
-            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            f"the checkpoint of step {self.saved_step} was not committed: {why}",
             kind=CauseKind.GAVE_UP,
         )
 
@@ -221,30 +224,32 @@ class Checkpointing:
         self._committer.close(timeout_s)
         self._uploader.close(0.0)
 
-    def _sweep(self) -> None:
-        """No worker is alive: remove the files of dead workers from the staging directory, complete or not."""
-        pending = self._uploader.pending()
-        try:
-            for path in self._staging.iterdir():
-                if is_staged(path) and path not in pending:
-                    path.unlink(missing_ok=True)
-                    log.info("staging_swept", path=str(path))
-        except OSError as error:
-            # Sweeping only frees space. If the directory is broken, the next worker that stages reports it.
-            log.warning("staging_not_swept", cause=str(error))
+    def _buffer(self, message: Message) -> Path:
+        return Buffer(message["generation"], message["rank"], message["buffer"]).path(self._scratch)
+
+    def _release_stopped(self) -> None:
+        """Free the buffers of workers that are gone, except those that are being uploaded."""
+        uploading = {parse_directory(shard.directory) for shard in self._uploader.pending()}
+        needed = {(name.generation, name.step) for name in uploading}
+        for generation, step in set(self._kept()) - needed:
+            self._release(generation, step)
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
-    def _uploaded(self, shard: StagedShard) -> None:
+    def _uploaded(self, shard: KeptShard) -> None:
         formed, name = self._node.formed, parse_directory(shard.directory)
         if name.generation != formed.generation.number:
+            # Of a stopped generation: the buffers are free after its last shard, which is this one.
+            left = [each.directory for each in self._uploader.pending()]
+            if left.count(shard.directory) <= 1:
+                self._release(name.generation, name.step)
             return
         self._uploads[name.step] += 1
         # The committing node's workers wait for the commit, so that checkpoints are committed in order.
         if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
-            self._release(name.step)
+            self._release(name.generation, name.step)
 
-    def _upload_failed(self, shard: StagedShard, error: Exception) -> None:
+    def _upload_failed(self, shard: KeptShard, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
         log.error("upload_failed", step=shard.step, cause=str(error))
         self._uploaded(shard)

@@ -1,9 +1,10 @@
 """Dispatches the messages of this node's workers within the agent. Agent process, on the channel's threads.
 
 step                       ─► metrics, this node's status, the history of steps
-staged  no_room  skipped   ─► Checkpointing.save
+no_room  skipped           ─► Checkpointing.save
 activity                   ─► the goodput ledger
-snapshot  no_snapshots     ─► Snapshots
+snapshot                   ─► Snapshots; a checkpoint: Checkpointing.save too
+no_snapshots               ─► the event log
 unusable                   ─► QUARANTINE of the checkpoint; a state in memory is not taken again
 """
 
@@ -59,13 +60,16 @@ class WorkerMessages:
         match message["kind"]:
             case "step":
                 self._step_done(message)
-            case "staged" | "no_room" | "skipped":
+            case "no_room" | "skipped":
                 self._checkpointing.save(message)
             case "activity":
                 self._observation.activity(message["activity"])
             case "snapshot":
                 self._observation.metrics.snapshot_seconds.set(message["seconds"])
                 self._snapshots.written(message)
+                # Afterwards: its upload may end, and release the buffer, at once.
+                if message["checkpoint"]:
+                    self._checkpointing.save(message)
             case "no_snapshots":
                 log.warning("no_snapshots", cause=message["why"])
             case "unusable":

@@ -9,13 +9,16 @@ The members of a generation form a ring in rank order: a node copies the states 
 nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
 is kept until a state of this generation is complete on all nodes.
 
+A checkpoint is a state that is kept for the bucket. `Snapshots` is the owner of these: `written` adds one, a mirror adds
+its copies of one that its neighbour keeps, `release` removes it. Until then its files stay, in later generations too.
+
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +91,10 @@ class Snapshots:
         self._lock = threading.RLock()
         self._kept: dict[State, dict[int, _Copy]] = {}
         """By state and rank."""
+        self._checkpoints: dict[State, dict[int, Path]] = {}
+        """The files of states that are kept for the bucket, by state and rank. They are not overwritten or removed."""
+        self._records: dict[Path, Snapshot] = {}
+        """The records of those files, once they are known."""
         self._sizes: dict[int, int] = {}
         """Number of workers of each generation with a kept state."""
         self._generation = 0
@@ -168,6 +175,7 @@ class Snapshots:
                 timeout_s=self._timeout_s,
                 on_copy=self._copied,
                 on_write=self._forget,
+                on_keep=self._mirror_keeps,
             )
             for index, mirrors in enumerate(ring)
             if formed.node_rank in mirrors
@@ -216,6 +224,10 @@ class Snapshots:
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
         if buffer.generation != self._generation:
             return
+        if message["checkpoint"]:
+            with self._lock:
+                files = self._checkpoints.setdefault((buffer.generation, message["step"]), {})
+                files[buffer.rank] = buffer.path(self._scratch)
         if message["complete_step"]:
             # All nodes and their mirrors hold a state of this generation. The state it resumed from is not needed any more.
             _remove(self._forget_states(lambda state: state[0] != buffer.generation))
@@ -229,6 +241,33 @@ class Snapshots:
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
+
+    def checkpoints(self) -> tuple[State, ...]:
+        """The states that are kept for the bucket: own ones, and copies of neighbours'."""
+        with self._lock:
+            return tuple(sorted(self._checkpoints))
+
+    def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
+        """The buffer files of a state that is kept for the bucket, with their records, by rank.
+
+        They are of this node's workers and of neighbours that it mirrors, as far as their CRCs are known. Each file
+        holds this state until `release`.
+        """
+        with self._lock:
+            files = self._checkpoints.get((generation, step), {})
+            return {
+                rank: (path, self._records[path])
+                for rank, path in files.items()
+                if path in self._records
+            }
+
+    def release(self, generation: int, step: int) -> None:
+        """The bucket has a state, or will never have it: its files may be overwritten or removed. May be repeated."""
+        with self._lock:
+            for path in self._checkpoints.pop((generation, step), {}).values():
+                self._records.pop(path, None)
+            unneeded = self._unneeded_files()
+        _remove(unneeded)
 
     def distrust(self, generation: int, step: int) -> None:
         """This node's workers could not read a state that the log says is in memory."""
@@ -264,6 +303,8 @@ class Snapshots:
             if record.generation != self._generation:
                 return
             self._forget(path)
+            if self._checkpoints.get((record.generation, record.step), {}).get(record.rank) == path:
+                self._records[path] = record
             copies = self._kept.setdefault((record.generation, record.step), {})
             copies[record.rank] = _Copy(path, record, record.to_bytes(), time.monotonic())
             self._wake()
@@ -277,6 +318,34 @@ class Snapshots:
                     del copies[rank]
                 if not copies:
                     del self._kept[state]
+
+    def _mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        """The neighbour with these workers keeps these steps, of which this node has copies. Others are free again."""
+        with self._lock:
+            if generation != self._generation:
+                return
+            for state, files in list(self._checkpoints.items()):
+                if state[0] == generation and state[1] not in steps:
+                    for rank in ranks:
+                        self._records.pop(files.pop(rank, Path()), None)
+                    if not files:
+                        del self._checkpoints[state]
+            for step in steps:
+                copies = self._kept.get((generation, step), {})
+                files = self._checkpoints.setdefault((generation, step), {})
+                for rank in ranks:
+                    if rank in copies:
+                        files[rank] = copies[rank].path
+                        self._records[copies[rank].path] = copies[rank].record
+
+    def _kept_steps(self) -> list[int]:
+        """The steps that this node's workers keep for the bucket, and whose CRCs are known."""
+        return [
+            step
+            for (generation, step), files in self._checkpoints.items()
+            if generation == self._generation
+            and all(rank in files and files[rank] in self._records for rank in self._own)
+        ]
 
     def _newest_own(self) -> int:
         """The newest step with described states of all workers of this node; 0 if there is none."""
@@ -302,14 +371,19 @@ class Snapshots:
         with self._lock:
             for state in [state for state in self._kept if unwanted(state)]:
                 del self._kept[state]
-            held = {copy.path for copies in self._kept.values() for copy in copies.values()}
             kept = {generation for generation, _ in self._kept} | {self._generation}
             self._sizes = {number: self._sizes[number] for number in kept}
-            current = f"snapshot-g{self._generation}-"
+            return self._unneeded_files()
+
+    def _unneeded_files(self) -> list[Path]:
+        """Files of earlier generations that hold no state which is needed. Hold no lock to remove them."""
+        needed = {copy.path for copies in self._kept.values() for copy in copies.values()}
+        needed.update(path for files in self._checkpoints.values() for path in files.values())
+        current = f"snapshot-g{self._generation}-"
         return [
             path
             for path in self._scratch.glob("snapshot-g*-rank-*")
-            if path not in held and not path.name.startswith(current)
+            if path not in needed and not path.name.startswith(current)
         ]
 
     def _wake(self) -> None:
@@ -348,7 +422,7 @@ class Snapshots:
             step = self._newest_own()
             if generation != self._generation or step <= after:
                 return web.Response(status=204)
-            return web.json_response({"step": step})
+            return web.json_response({"step": step, "kept": self._kept_steps()})
 
     def _has_nothing_after(self, generation: int, after: int) -> bool:
         with self._lock:

@@ -53,7 +53,7 @@ class _Due:
 
 
 class Committer:
-    """Commits checkpoints whose first shard was staged on this node. Agent process, own thread."""
+    """Commits checkpoints whose first shard is of this node. Agent process, own thread."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Committer:
         timeout_s: float,
         superseded: Callable[[int], bool],
         on_commit: Callable[[Checkpoint], None],
-        on_done: Callable[[int], None],
+        on_done: Callable[[int, int], None],
         on_failure: Callable[[Generation, int, Exception], None],
         on_untidy: Callable[[Exception], None],
     ) -> None:
@@ -123,7 +123,7 @@ class Committer:
         # Any error: report it to the agent and keep the thread alive. Without the thread there are no more commits.
         except Exception as error:
             self._on_failure(due.generation, step, error)
-        self._on_done(step)
+        self._on_done(due.generation.number, step)
         if expired is not None:
             self._tidier.tidy(expired)
 

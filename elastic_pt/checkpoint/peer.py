@@ -3,7 +3,8 @@
     GET /v1/snapshots/<generation>/<step>/<rank>           the shard file of a buffer; byte ranges
     GET /v1/snapshots/<generation>/<step>/<rank>/record    its `Snapshot`
     GET /v1/steps                                          the lines of the steps since the last commit
-    GET /v1/snapshots/next?generation=&after=&mirror=      long poll: the newest step of the peer's own workers
+    GET /v1/snapshots/next?generation=&after=&mirror=      long poll: the newest step of the peer's own workers, and the
+                                                           steps that they keep for the bucket
 
 All requests need the run's token. `agent.snapshots` answers them. Every request has a timeout and a limit for the size
 of the answer. A reader compares the bytes with the CRCs of the record, because a worker may overwrite a buffer at any

@@ -1,8 +1,9 @@
-"""A worker's newest states, in two mapped files that outlive the worker. It writes them in turn, in place.
+"""A worker's newest states, in three mapped files that outlive the worker. It overwrites them in place.
 
     worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
-                                        │                 └──► Snapshot, the record that peers and readers get
-                                        └──► BufferContent.read_into     own workers and peers: verified by those CRCs
+                                        │  │              └──► Snapshot, the record that peers and readers get
+                                        │  └──► BufferContent.read_into  own workers and peers: verified by those CRCs
+                                        └──► shard_part                  `upload`: a kept state goes to the bucket
 
 A buffer file is one page of control words, then a shard file as in `shard_file`. All its pages exist before training
 begins, so a write is one memory copy. A new file would cost a page fault for every 4 KiB, three times the copy. Space is
@@ -10,8 +11,9 @@ reserved, so a full memory file system is an error at allocation and not a SIGBU
 
 The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content is
 valid only while the two are equal. A reader checks them before and after it reads, and compares CRCs in between.
-`train.snapshots` decides when: the older buffer may be overwritten after the newer one is complete on all nodes and
-their mirrors.
+
+A checkpoint is a state whose buffer is kept until the agent has uploaded it. `buffer_to_write` never chooses a kept
+buffer, nor the newest state that is complete on all nodes and their mirrors. `train.snapshots` decides when to write.
 """
 
 import mmap
@@ -19,7 +21,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -43,10 +45,11 @@ from elastic_pt.checkpoint.shard_file import (
     parse_shard_header,
 )
 from elastic_pt.errors import CheckpointError
+from elastic_pt.store.port import FilePart
 
-BUFFERS: Final = 2
-PAYLOAD_OFFSET: Final = 4096
-"""Offset of the shard file in a buffer file."""
+BUFFERS: Final = 3
+PAYLOAD_OFFSET: Final = mmap.ALLOCATIONGRANULARITY
+"""Offset of the shard file in a buffer file: a page, so that it can be mapped alone."""
 _MAGIC: Final = b"EPTSNAP1"
 _CONTROL: Final = struct.Struct("<8sQQQ")
 _WORD: Final = struct.Struct("<Q")
@@ -86,8 +89,23 @@ class Buffer(NamedTuple):
         return directory / f"snapshot-g{self.generation}-rank-{self.rank}-{self.number}"
 
 
+def buffer_to_write(steps: Sequence[int], kept: Collection[int], complete_step: int) -> int | None:
+    """The buffer that the next state overwrites; None if all are needed.
+
+    `steps` has the step in each buffer, 0 for none. Needed are the `kept` ones, and the newest one that is complete
+    everywhere (up to `complete_step`). Of the others, the oldest is overwritten.
+    """
+    complete = max((step for step in steps if step <= complete_step), default=0)
+    free = [
+        number
+        for number, step in enumerate(steps)
+        if step == 0 or (step != complete and step not in kept)
+    ]
+    return min(free, key=steps.__getitem__, default=None)
+
+
 class SnapshotBuffers:
-    """The two buffer files of one worker in one generation. Worker process; `allocate` may run in a thread."""
+    """The buffer files of one worker in one generation. Worker process; `allocate` may run in a thread."""
 
     def __init__(
         self,
@@ -103,24 +121,37 @@ class SnapshotBuffers:
         self._paths = [each.path(directory) for each in self._names]
         self._maps: list[mmap.mmap] = []
         self._targets: list[list[torch.Tensor]] = []
-        self._next = 0
+        self.steps: list[int] = []
+        """The step in each buffer that exists, 0 for none."""
         self.size = self._layout.header_bytes + self._layout.data_bytes
         """Bytes of the shard file in each buffer."""
 
     @property
     def ready(self) -> bool:
-        """Whether `allocate` has succeeded."""
-        return len(self._targets) == BUFFERS
+        """Whether all buffers exist."""
+        return len(self.steps) == BUFFERS
 
-    def allocate(self) -> None:
-        """Reserve, map and touch both files. Raises the errors of `make_buffers`, and leaves no file then."""
-        maps = make_buffers(self._paths, self.size)
-        self._maps = maps
-        self._targets = [self._views(each) for each in maps]
+    def allocate(self, count: int = BUFFERS) -> None:
+        """Reserve, map and touch files until there are `count`. Raises the errors of `make_buffers`; adds none then."""
+        maps = make_buffers(self._paths[len(self.steps) : count], self.size)
+        self._maps += maps
+        self._targets += [self._views(each) for each in maps]
+        # Last: another thread may write as soon as a buffer is listed here.
+        self.steps += [0] * len(maps)
 
-    def write(self, state: TrainingState) -> Buffer:
-        """Copy the live rows and the state of this step into the older buffer. Returns this buffer."""
-        number, self._next = self._next, (self._next + 1) % BUFFERS
+    def write(
+        self, state: TrainingState, *, kept: Collection[int] = (), complete_step: int = 0
+    ) -> Buffer:
+        """Copy the live rows and the state of this step into the buffer that `buffer_to_write` chooses. Returns it.
+
+        Raises `StagingFull` if there is none.
+        """
+        number = buffer_to_write(self.steps, kept, complete_step)
+        if number is None:
+            raise StagingFull(
+                f"step {state.step}: no buffer is free; steps {self.steps}, kept {sorted(kept)}, complete {complete_step}"
+            )
+        self.steps[number] = 0
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
         header = self._layout.header(state)
@@ -129,6 +160,7 @@ class SnapshotBuffers:
             for target, rows in zip(self._targets[number], self._rows, strict=True):
                 target.copy_(rows)
         end_buffer(buffer, state.step)
+        self.steps[number] = state.step
         return self._names[number]
 
     def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:
@@ -142,20 +174,19 @@ class SnapshotBuffers:
         return views
 
 
-def make_buffers(paths: Sequence[Path], size: int) -> list[mmap.mmap]:
-    """Create the buffers of one worker, for shard files of `size` bytes, and map them. Worker process, and mirrors.
+def make_buffers(paths: Sequence[Path], size: int, *, spare: int = 0) -> list[mmap.mmap]:
+    """Create buffers for shard files of `size` bytes, and map them. Worker process, and mirrors.
 
-    Raises `StagingFull` if then there would be no room for a checkpoint's shard file of that size: without snapshots a
-    run loses steps, without checkpoints it cannot end. Raises `CheckpointError` for any other failure. Leaves no file
-    after an error.
+    Raises `StagingFull` if there is no room for them and for `spare` more. Raises `CheckpointError` for any other
+    failure. Leaves no file after an error.
     """
-    needed, free = (
-        (len(paths) + 1) * (PAYLOAD_OFFSET + size),
-        shutil.disk_usage(paths[0].parent).free,
-    )
+    if not paths:
+        return []
+    needed = (len(paths) + spare) * (PAYLOAD_OFFSET + size)
+    free = shutil.disk_usage(paths[0].parent).free
     if free < needed:
         raise StagingFull(
-            f"{paths[0].parent}: no room for a snapshot of {size} bytes: {free} bytes free, expected {needed}"
+            f"{paths[0].parent}: no room for a state of {size} bytes: {free} bytes free, expected {needed}"
         )
     made: list[mmap.mmap] = []
     try:
@@ -184,7 +215,7 @@ def make_buffer(path: Path, size: int) -> mmap.mmap:
     except OSError as error:
         path.unlink(missing_ok=True)
         kind = StagingFull if error.errno in NO_ROOM else CheckpointError
-        raise kind(f"{path}: no room for a snapshot of {size} bytes: {error.strerror}") from error
+        raise kind(f"{path}: no room for a state of {size} bytes: {error.strerror}") from error
     finally:
         os.close(descriptor)
     _touch(buffer)
@@ -279,6 +310,13 @@ class BufferContent:
         (done,) = _WORD.unpack_from(self.mapped, _DONE_AT)
         return int(done) if begun == done > 0 else None
 
+    def require_step(self, step: int, what: str) -> None:
+        """Raise `CheckpointError` unless the buffer holds the whole state of this step."""
+        if self.step() != step:
+            raise CheckpointError(
+                f"{what}: overwritten while it was needed; expected the state of step {step}"
+            )
+
     def read_into(self, start: int, parts: Sequence[memoryview]) -> int:
         """Fill the parts, one after another, with the bytes of the shard file from `start` on. The caller compares CRCs.
 
@@ -311,3 +349,8 @@ def open_buffer(path: Path) -> BufferContent:
         mapped.close()
         raise CheckpointError(f"{path}: {found} bytes, expected a snapshot buffer")
     return BufferContent(mapped, size)
+
+
+def shard_part(path: Path, size: int) -> FilePart:
+    """The shard file in a buffer file, of `size` bytes: what goes to the bucket."""
+    return FilePart(path, PAYLOAD_OFFSET, size)

@@ -28,7 +28,9 @@ from fsspec.asyn import sync
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.port import (
+    Source,
     UnfinishedUpload,
+    as_part,
     checked_key,
     checked_prefix,
     checked_range,
@@ -261,13 +263,13 @@ class S3Store:
             if not holds(self, key, data):
                 raise
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         """See `Store.write`: one PUT, or a multipart upload above two parts."""
         size = checked_source(source)
         if size > 2 * PART_BYTES:
             self._write_parts(key, source, size)
         else:
-            body = source.read_bytes() if isinstance(source, Path) else source
+            body = _bytes_at(source, 0, size)
             self._call(f"writing {key}", "put_object", key, Body=body)
 
     def size(self, key: str) -> int | None:
@@ -340,7 +342,7 @@ class S3Store:
 
         return self._client.request(what, send)
 
-    def _write_parts(self, key: str, source: bytes | Path, size: int) -> None:
+    def _write_parts(self, key: str, source: Source, size: int) -> None:
         nonce = uuid.uuid4().hex
         what = f"writing {key}"
         part_bytes = max(PART_BYTES, -(-size // PARTS_LIMIT))
@@ -392,9 +394,7 @@ def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:
             raise
 
 
-def _bytes_at(source: bytes | Path, start: int, count: int) -> bytes:
+def _bytes_at(source: Source, start: int, count: int) -> bytes:
     if isinstance(source, bytes):
         return source[start : start + count]
-    with source.open("rb") as file:
-        file.seek(start)
-        return file.read(count)
+    return as_part(source).read(start, count)

@@ -1,10 +1,14 @@
 """Decides when a worker copies its state into memory. All workers agree on it (worker process).
 
     offer ──► the step's all-reduce ──► Agreed ──► due ──► take ──► the agent: CRCs, mirrors ──► offer of a later step
+                                           └──► a checkpoint is due ──► keep ──► the agent: the same, and the upload
 
-A worker has two buffers. It overwrites the older one only when the newer one is complete on all nodes and their
-mirrors, so one complete step always exists. Each worker gets the newest complete step of its node from its agent, and
-sends it with the all-reduce of each step. So all workers have the same values and take the same snapshots.
+A worker has three buffers. One holds the newest state that is complete on all nodes and their mirrors, and is never
+overwritten, so one complete step always exists. One may be kept: the state of a checkpoint, until the agent releases
+it. One is free. Each worker gets the newest complete step of its node from its agent, and sends it with the all-reduce
+of each step. So all workers have the same values and take the same snapshots.
+
+A worker without room for three buffers has one, for checkpoints alone. Then no worker takes other snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
 measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits.
@@ -15,11 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.snapshot import SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import BUFFERS, SnapshotBuffers
 from elastic_pt.errors import CheckpointError
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
@@ -42,6 +47,9 @@ class Agent(Protocol):
     def complete_step(self) -> int:
         """The newest step of this generation that is complete on this node and its mirrors; 0 if there is none."""
 
+    def released(self, step: int) -> bool:
+        """Whether the agent is done with the checkpoint of `step`."""
+
     def send(self, kind: str, **content: object) -> None:
         """Send a message to the agent."""
 
@@ -58,7 +66,7 @@ def adaptive_cadence(step_s: float, copy_s: float) -> int:
 
 
 class MemorySnapshots:
-    """One worker's snapshots in one generation. Worker process; `offer`, `due` and `take` from one thread."""
+    """One worker's states in memory, in one generation. Worker process; one thread calls the public methods."""
 
     def __init__(
         self,
@@ -80,6 +88,9 @@ class MemorySnapshots:
             state.rank,
             {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
         )
+        self._allocating = threading.Lock()
+        self._checkpoints: set[int] = set()
+        """Steps that were kept for a checkpoint. The agent has released some of them."""
         self._refused = ""
         """Why there is no memory for buffers; empty after the agent was told."""
         self._newest = 0
@@ -89,7 +100,7 @@ class MemorySnapshots:
         self._step_s = 0.0
         self._copies_s: deque[float] = deque(maxlen=_COPIES_KEPT)
         """What the last copies took. The shortest counts: one that was stopped or swapped says nothing."""
-        threading.Thread(target=self._allocate, name="snapshot-memory", daemon=True).start()
+        threading.Thread(target=self._allocate_all, name="snapshot-memory", daemon=True).start()
 
     def offer(self) -> Offer:
         """This worker's values for the agreement in the next step."""
@@ -118,11 +129,31 @@ class MemorySnapshots:
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
 
     def take(self, state: TrainState, agreed: Agreed) -> None:
-        """Copy the state into the older buffer."""
+        """Copy the state into a free buffer: there is one, because all workers agreed that a snapshot is `due`."""
+        self._write(state, agreed)
+
+    def keep(self, state: TrainState, agreed: Agreed | None, request: int) -> None:
+        """Copy the state into a free buffer, which is kept for a checkpoint until the agent releases this step.
+
+        `agreed` is None if no step was done in this generation. Waits for buffers that are being allocated. Raises
+        `StagingFull` if there is none, or none is free.
+        """
+        if not self._buffers.steps:
+            self._allocate(1)
+        self._write(state, agreed, checkpoint=True, request=request)
+        self._checkpoints.add(state.steps_done)
+
+    def _write(self, state: TrainState, agreed: Agreed | None, **checkpoint: int) -> None:
+        complete_step = None if agreed is None else agreed.complete_step
+        kept = {step for step in self._checkpoints if not self._agent.released(step)}
         started_s = time.monotonic()
-        buffer = self._buffers.write(self._describe(state))
+        buffer = self._buffers.write(
+            self._describe(state), kept=kept, complete_step=complete_step or 0
+        )
         self._copies_s.append(time.monotonic() - started_s)
-        self._newest = state.steps_done
+        if complete_step is not None:
+            # Else some worker has no buffers: its node may never hold this step, and no snapshot may wait for that.
+            self._newest = state.steps_done
         self._agent.send(
             "snapshot",
             generation=self._generation,
@@ -130,22 +161,31 @@ class MemorySnapshots:
             step=state.steps_done,
             buffer=buffer.number,
             seconds=self._copies_s[-1],
-            every_steps=agreed.snapshot_every,
+            every_steps=self._every if agreed is None else agreed.snapshot_every,
             step_seconds=self._step_s,
-            complete_step=agreed.complete_step,
+            complete_step=complete_step or 0,
+            **({"checkpoint": False} | checkpoint),
         )
 
-    def _allocate(self) -> None:
+    def _allocate(self, count: int) -> None:
+        """Allocate buffers until there are `count`. Raises the errors of `SnapshotBuffers.allocate`."""
+        # Held only while memory is reserved and touched, which takes as long as one write of it.
+        with self._allocating:
+            if len(self._buffers.steps) < count:
+                self._buffers.allocate(count)
+
+    def _allocate_all(self) -> None:
         """Allocate the buffers, and try again while there is no room. Thread of its own; ends with the process.
 
         Training continues without snapshots: the bucket has the checkpoints. The main thread tells the agent why.
         """
         told = ""
-        while True:
+        while not self._buffers.ready:
             try:
-                self._buffers.allocate()
-                return
+                self._allocate(BUFFERS)
             except (CheckpointError, OSError) as error:
                 if str(error) != told:
                     self._refused = told = str(error)
-            time.sleep(_ALLOCATE_AGAIN_S)
+                with suppress(CheckpointError, OSError):
+                    self._allocate(1)
+                time.sleep(_ALLOCATE_AGAIN_S)

@@ -61,7 +61,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     data_store = open_store(config.data.url, timeout_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
-    checkpoints = Checkpoints(config, manifest, assignment, agent, scratch, progress.enter)
+    checkpoints = Checkpoints(config, manifest, assignment, agent, progress.enter)
     agent.send("activity", activity="restore")
     progress.enter(WorkerPhase.RESTORE, resume_step)
     checkpoints.load(state)

@@ -2,9 +2,10 @@
 
     worker ─► agent   step        a step is done: numbers for metrics, status and the history
                       activity    what the worker does now (restore, train, ...), for the goodput ledger
-                      staged      a shard file is in the staging directory
-                      snapshot    a buffer holds the state of a step
+                      snapshot    a buffer holds the state of a step; `checkpoint`: it is kept for the bucket
                       no_snapshots  there is no memory for them
+                      no_room     there is no buffer for a checkpoint; the worker tries again
+                      skipped     there was none in time: no node waits for this checkpoint any more
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
                       checkpoint  checkpoint at such a step and go on
@@ -71,9 +72,9 @@ class AgentSide:
         """Ask all workers for a checkpoint of a step on which they agree; `request` tells such wishes apart."""
         self._broadcast({"kind": "checkpoint", "request": request})
 
-    def release(self, step: int) -> None:
-        """Tell all workers that the agent is done with the checkpoint of `step`."""
-        self._broadcast({"kind": "released", "step": step})
+    def release(self, generation: int, step: int) -> None:
+        """Tell all workers that the agent is done with their checkpoint of `step`: they may overwrite its buffer."""
+        self._broadcast({"kind": "released", "generation": generation, "step": step})
 
     def complete(self, generation: int, step: int) -> None:
         """Tell all workers that their node and its mirrors hold the state of `step` whole."""
@@ -210,7 +211,9 @@ class WorkerSide:
                 self._drain = True
             elif message["kind"] == "checkpoint":
                 self._checkpoint_request = max(self._checkpoint_request, message["request"])
+            elif message["generation"] != self._generation:
+                pass
             elif message["kind"] == "released":
                 self._released.add(message["step"])
-            elif message["kind"] == "complete" and message["generation"] == self._generation:
+            elif message["kind"] == "complete":
                 self._complete = message["step"]

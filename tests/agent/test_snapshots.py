@@ -81,6 +81,7 @@ class Node:
         )
         self.port = 0
         self.tensors = full_tensors()
+        self.kept: set[int] = set()
 
     def _on_complete(self, generation: int, step: int) -> None:
         with self._changed:
@@ -107,9 +108,15 @@ class Node:
         )
         self.buffers.allocate()
 
-    def write(self, generation: int, step: int, *, complete_step: int = 0) -> None:
-        """The worker takes a snapshot."""
-        buffer = self.buffers.write(training_state(step))
+    def write(
+        self, generation: int, step: int, *, complete_step: int = 0, checkpoint: bool = False
+    ) -> None:
+        """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
+        if checkpoint:
+            self.kept.add(step)
+        buffer = self.buffers.write(
+            training_state(step), kept=self.kept, complete_step=complete_step
+        )
         self.snapshots.written(
             {
                 "generation": generation,
@@ -120,6 +127,7 @@ class Node:
                 "every_steps": 1,
                 "step_seconds": 1.0,
                 "complete_step": complete_step,
+                "checkpoint": checkpoint,
             }
         )
 

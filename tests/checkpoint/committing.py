@@ -64,7 +64,7 @@ class World:
             timeout_s=WAIT_S,
             superseded=lambda _: False,
             on_commit=self.committed.append,
-            on_done=lambda step: self.done[step].set(),
+            on_done=lambda _, step: self.done[step].set(),
             on_failure=lambda generation, step, error: self.failed.append(step),
             on_untidy=self.untidy.append,
         )

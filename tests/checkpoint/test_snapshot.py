@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from elastic_pt.checkpoint.shard_file import StagingFull, describe_shard
 from elastic_pt.checkpoint.snapshot import (
@@ -20,6 +21,7 @@ from elastic_pt.checkpoint.snapshot import (
     describe_snapshot,
     make_buffer,
     open_buffer,
+    shard_part,
 )
 from elastic_pt.errors import CheckpointError
 from tests.checkpoint.world import full_tensors, local_rows, training_state
@@ -37,9 +39,8 @@ def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
     tensors = full_tensors()
     buffers = buffers_of(tmp_path, tensors)
     path = buffers.write(training_state(7)).path(tmp_path)
-    shard = tmp_path / "shard.safetensors"
-    shard.write_bytes(path.read_bytes()[PAYLOAD_OFFSET:])
-    file, state, _ = describe_shard(shard, "shard")
+    file, state, _ = describe_shard(shard_part(path, buffers.size), "shard")
+    assert load(path.read_bytes()[PAYLOAD_OFFSET:]).keys() == {each.name for each in file.slices}
     found = describe_snapshot(Buffer(3, 0, 0), tmp_path)
     assert found is not None
     assert (found.state, found.slices, found.size) == (state, file.slices, file.size)
@@ -47,15 +48,15 @@ def test_buffer_holds_the_shard_file_of_its_step(tmp_path: Path) -> None:
 
 
 def test_buffers_are_written_in_turn(tmp_path: Path) -> None:
-    """A new state overwrites the older buffer. The state of the previous step stays complete."""
+    """A new state overwrites the oldest buffer. The states of the previous steps stay complete."""
     tensors = full_tensors()
     buffers = buffers_of(tmp_path, tensors)
-    for step in (4, 5, 6):
+    for step in (4, 5, 6, 7):
         for each in tensors.values():
             each.add_(1)
         buffers.write(training_state(step))
     found = [describe_snapshot(Buffer(3, 0, index), tmp_path) for index in range(BUFFERS)]
-    assert [each and each.step for each in found] == [6, 5]
+    assert [each and each.step for each in found] == [7, 5, 6]
     weights = [
         next(piece for piece in each.slices if piece.name == "model/wide") for each in found if each
     ]
@@ -117,7 +118,7 @@ def test_state_outlives_a_killed_writer(tmp_path: Path) -> None:
 def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: Path) -> None:
     """Space is reserved before any write, so a full memory file system is not a SIGBUS in a step."""
     buffers = SnapshotBuffers(small_memory, 3, 0, local_rows(full_tensors(), 0, 2))
-    with pytest.raises(StagingFull, match="no room for a snapshot"):
+    with pytest.raises(StagingFull, match="no room for a state"):
         buffers.allocate()
     assert not buffers.ready
     assert list(small_memory.iterdir()) == []
