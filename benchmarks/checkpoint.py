@@ -22,6 +22,7 @@ The server is moto (`make services`), in a process of its own. Without it a dire
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -62,6 +63,8 @@ LAYERS_MAX: Final = 8
 UPLOAD_S_MAX: Final = 300.0
 BUFFERS_S_MAX: Final = 120.0
 MEMORY: Final = "/dev/shm"
+ROOM: Final = 4.5
+"""States that the buffers need room for: three, and one more that a run asks for."""
 SLOWER_MAX: Final = 1.03
 RATIO_TO_COPY_MAX: Final = 1.3
 
@@ -102,6 +105,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.steps < 1:
         parser.error("--repeats, --steps: expected at least 1")
+    options.buffers = memory_directory(1e9 * options.state_gb)
     options.tokens = options.tokens or (8192 if options.device == "cuda" else 128)
     return options
 
@@ -123,6 +127,12 @@ def shape_of(state_bytes: float, tokens: int, device: str) -> Shape:
         micro_batch=max(1, tokens // length),
         slots=1,
     )
+
+
+def memory_directory(state_bytes: float) -> Path:
+    """Where the buffers are: in memory as in a run, if there is room for them; else on disk."""
+    roomy = shutil.disk_usage(MEMORY).free > ROOM * state_bytes
+    return Path(MEMORY if roomy else tempfile.gettempdir())
 
 
 def choose_cores(options: argparse.Namespace) -> Cores:
@@ -245,7 +255,9 @@ def prepared(
         os.sched_setaffinity(0, cores.others)
         url = stack.enter_context(bucket(options.server))
         scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="checkpoint-", dir=MEMORY))
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="checkpoint-", dir=options.buffers)
+            )
         )
         agent = AgentProcess(scratch, url)
         stack.callback(agent.close)
@@ -265,7 +277,7 @@ def prepared(
             trainer.step()
             if time.monotonic() > give_up_at_s:
                 sys.exit(
-                    f"{MEMORY}: no buffers after {BUFFERS_S_MAX:g} s; expected room for four states"
+                    f"{scratch.parent}: no buffers after {BUFFERS_S_MAX:g} s; expected room for four states"
                 )
         sides: dict[str, Side] = {
             "copy": PlainCopy(state),
@@ -286,6 +298,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "machine": machine(),
             "server": options.server,
             "device": options.device,
+            "buffers": str(options.buffers),
             "state_bytes": state_bytes,
             "step_ms": round(1e3 * step_s, 2),
             "training_cores": sorted(cores.training),
@@ -318,7 +331,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     """The table."""
     print(
         f"{report['state_bytes'] / 1e6:.0f} MB of state on {report['device']}, "
-        f"{report['step_ms']:.0f} ms a step, server: {report['server']}, "
+        f"{report['step_ms']:.0f} ms a step, server: {report['server']}, buffers in {report['buffers']}, "
         f"training on cores {report['training_cores']}, agent and server on {report['other_cores']}"
     )
     print(

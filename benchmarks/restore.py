@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 # If this file is run as a script, Python searches modules in its folder. The imports start at the root of the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.checkpoint import MEMORY, VOCABULARY, shape_of, timed
+from benchmarks.checkpoint import VOCABULARY, memory_directory, shape_of, timed
 from benchmarks.checkpoint_sides import PlainCopy, describe, rows_of
 from benchmarks.cuda.alone import process_group, random_tokens, step, training_state
 from benchmarks.restore_holder import Holder
@@ -319,8 +319,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": machine(), "server": options.server}
     with ExitStack() as stack:
         url = stack.enter_context(bucket(options.server))
+        largest = 1e6 * max([options.state_mb, *options.sizes_mb])
         scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="restore-", dir=MEMORY))
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="restore-", dir=memory_directory(largest))
+            )
         )
         holder = Holder(scratch)
         stack.callback(holder.close)
