@@ -4,8 +4,8 @@
               own buffer files: mapped, no network          peers: byte ranges over HTTP
 
 A worker asks for rows, for any number of writers and readers. Rows are verified as in a committed checkpoint: each
-block is compared with its CRC-32 before a byte of it is copied into a tensor. All copies of a buffer are equal, so after
-a failed read of one copy the next one is read, and the agent learns which copy has failed.
+block is compared with its CRC-32. All copies of a buffer are equal, so after a failed read of one copy the next one is
+read, and the agent learns which copy has failed.
 """
 
 import threading
@@ -59,7 +59,7 @@ class FailedCopy:
 
 
 class MemoryState:
-    """The state of one step in the memory of several nodes. `index`, `read` and `other_copy` are for `load_rows`."""
+    """The state of one step in the memory of several nodes. `index`, `read_into` and `other_copy` are for `load_rows`."""
 
     def __init__(
         self,
@@ -87,14 +87,17 @@ class MemoryState:
             self.__exit__()
             raise
 
-    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `[start, end)` of the shard file of the old rank `key`, from the first copy that has not failed."""
-        assert end is not None
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts with the bytes of the shard file of the old rank `key`, from `start` on. See `index.Memory`.
+
+        The bytes are from the first copy that has not failed.
+        """
         rank = int(key)
         place = self._choose(rank)
         if place.path:
-            return self._buffer(place).read(start, end)
-        return self._peer(place).read(self._path(rank), start, end)
+            return self._buffer(place).read_into(start, parts)
+        self._peer(place).read_into(self._path(rank), start, *parts)
+        return sum(len(part) for part in parts)
 
     def other_copy(self, key: str, error: Exception) -> bool:
         """Never read again the copy that this thread has read last. Returns whether another copy is left."""

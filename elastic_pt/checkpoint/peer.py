@@ -17,6 +17,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -96,31 +97,46 @@ class Peer:
         self.read_into(path, start, memoryview(data))
         return bytes(data)
 
-    def read_into(self, path: str, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a shard file from `start` on.
+    def read_into(self, path: str, start: int, *targets: memoryview) -> None:
+        """Fill the targets, one after another, with the bytes of a shard file from `start` on.
 
-        Several requests if these are more than `RANGE_BYTES_MAX` bytes. Raises `CheckpointError` if the peer no longer holds the file. Raises `StoreError` if the peer cannot be reached,
-        answers with another error, or sends fewer bytes.
+        A request has at most `RANGE_BYTES_MAX` bytes. Raises `CheckpointError` if the peer no longer holds the file.
+        Raises `StoreError` if the peer cannot be reached, answers with another error, or sends fewer bytes.
         """
-        for offset in range(0, len(target), RANGE_BYTES_MAX):
-            self._read_range(path, start + offset, target[offset : offset + RANGE_BYTES_MAX])
+        wanted: list[memoryview] = []
+        room = RANGE_BYTES_MAX
+        for target in targets:
+            for offset in range(0, len(target), RANGE_BYTES_MAX):
+                part = target[offset : offset + RANGE_BYTES_MAX]
+                if len(part) > room:
+                    start += self._read_range(path, start, wanted)
+                    wanted, room = [], RANGE_BYTES_MAX
+                wanted.append(part)
+                room -= len(part)
+        if wanted:
+            self._read_range(path, start, wanted)
 
-    def _read_range(self, path: str, start: int, target: memoryview) -> None:
-        end = start + len(target)
-        response = self._ask(path, {"Range": f"bytes={start}-{end - 1}"}, None)
+    def _read_range(self, path: str, start: int, targets: Sequence[memoryview]) -> int:
+        """Fill the targets with one request. Returns their bytes."""
+        size = sum(len(target) for target in targets)
+        response = self._ask(path, {"Range": f"bytes={start}-{start + size - 1}"}, None)
         try:
             if response.status == 404:
                 response.read()
                 raise CheckpointError(f"{self}{path}: the peer does not hold it any more")
-            filled = 0
-            while filled < len(target):
-                count = response.readinto(target[filled : filled + _CHUNK_BYTES])
-                if count == 0:
-                    self._drop()
-                    raise StoreError(f"{self}{path}: {filled} bytes, expected {len(target)}")
-                filled += count
+            total = 0
+            for target in targets:
+                filled = 0
+                while filled < len(target):
+                    count = response.readinto(target[filled : filled + _CHUNK_BYTES])
+                    if count == 0:
+                        self._drop()
+                        raise StoreError(f"{self}{path}: {total} bytes, expected {size}")
+                    filled += count
+                    total += count
         except (OSError, http.client.HTTPException) as error:
             raise self._failed(path, error) from error
+        return size
 
     def _ask(
         self, path: str, headers: dict[str, str], timeout_s: float | None

@@ -2,7 +2,7 @@
 
     worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
                                         │  │              └──► Snapshot, the record that peers and readers get
-                                        │  └──► BufferContent.read       own workers and peers: verified by those CRCs
+                                        │  └──► BufferContent.read_into  own workers and peers: verified by those CRCs
                                         └──► shard_part                  `upload`: a kept state goes to the bucket
 
 A buffer file is one page of control words, then a shard file as in `shard_file`. All its pages exist before training
@@ -25,6 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
+import numpy
 import torch
 
 from elastic_pt.checkpoint.copier import Copier, HostCopier
@@ -336,10 +337,21 @@ class BufferContent:
                 f"{what}: overwritten while it was needed; expected the state of step {step}"
             )
 
-    def read(self, start: int, end: int) -> bytes:
-        """Bytes `[start, end)` of the shard file; fewer at its end. The caller compares CRCs."""
-        end = min(end, self.size)
-        return self.mapped[PAYLOAD_OFFSET + start : PAYLOAD_OFFSET + end]
+    def read_into(self, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts, one after another, with the bytes of the shard file from `start` on. The caller compares CRCs.
+
+        Returns the number of bytes. It is smaller than the parts if the file ends before.
+        """
+        shard = numpy.frombuffer(self.mapped, numpy.uint8, self.size, PAYLOAD_OFFSET)
+        position = start
+        for part in parts:
+            count = max(0, min(len(part), self.size - position))
+            # Not a slice assignment: it would hold the interpreter's lock, and other threads compare CRCs.
+            numpy.copyto(
+                numpy.frombuffer(part, numpy.uint8)[:count], shard[position : position + count]
+            )
+            position += count
+        return position - start
 
 
 def open_buffer(path: Path) -> BufferContent:

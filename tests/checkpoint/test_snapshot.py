@@ -211,3 +211,17 @@ def test_buffer_is_never_created_twice(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="File exists"):
         make_buffer(path, 64)
     assert path.read_bytes() == content
+
+
+def test_rows_are_read_into_memory_of_the_reader(tmp_path: Path) -> None:
+    """The parts get the bytes of the shard file one after another. At its end the count is smaller, and no byte is made up."""
+    buffers = buffers_of(tmp_path, full_tensors())
+    path = buffers.write(training_state(7)).path(tmp_path)
+    shard = path.read_bytes()[PAYLOAD_OFFSET:]
+    with open_buffer(path) as content:
+        parts = [memoryview(bytearray(count)) for count in (5, 0, 1000, 7)]
+        assert content.read_into(3, parts) == 1012
+        assert b"".join(parts) == shard[3:1015]
+        last = [memoryview(bytearray(4)) for _ in range(3)]
+        assert content.read_into(len(shard) - 6, last) == 6
+        assert b"".join(last) == shard[-6:] + bytes(6)
