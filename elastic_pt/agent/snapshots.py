@@ -140,7 +140,7 @@ class Snapshots:
         memory = generation.memory
         if memory is None:
             return None
-        state = memory.generation, memory.step
+        state, unusable = (memory.generation, memory.step), self.unusable
         shards = []
         for rank in range(len(memory.sources)):
             holders = [generation.members[index] for index in memory.holders(rank)]
@@ -150,7 +150,7 @@ class Snapshots:
                 if each.incarnation != self._incarnation
             ]
             copy = self.find(state, rank)
-            if copy is not None and Unusable(*state, rank, self._incarnation) not in self.unusable:
+            if copy is not None and Unusable(*state, rank, self._incarnation) not in unusable:
                 path = str(copy.buffer.path(self._scratch))
                 places.insert(0, Place(self._incarnation, path, copy.record.decode()))
             shards.append(tuple(places))
