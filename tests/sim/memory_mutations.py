@@ -11,9 +11,10 @@ from elastic_pt.membership.decision import resume
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
-from tests.sim import agent, memory, training
+from tests.sim import agent, buffers, training
 from tests.sim.agent import AgentProcess
-from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror, Next
+from tests.sim.buffers import BufferFile, Buffers, Complete
+from tests.sim.memory import Memory, Mirror, Next
 from tests.sim.mutation import Mutation
 from tests.sim.training import Workers
 
@@ -206,7 +207,7 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "newest buffer overwritten",
         "a state is written over the newest one, in place of the oldest",
-        memory,
+        buffers,
         "file_to_write",
         _oldest_needed,
         1,
