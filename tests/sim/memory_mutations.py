@@ -38,10 +38,6 @@ def _oldest_needed(files: list[BufferFile], needed: frozenset[int]) -> BufferFil
     return max(free, key=lambda each: (not each.begun, each.begun), default=None)
 
 
-def _own_newest_needed(self: Mirror, rank: int, wanted: Next) -> frozenset[int]:
-    return wanted.kept | {self._has[rank]}
-
-
 def _report_before_copy(self: Mirror, wanted: Next) -> None:
     _copy(self, wanted)
     self._has = dict.fromkeys(self._has, wanted.step)
@@ -171,14 +167,6 @@ MEMORY_MUTATIONS: Final = (
         "may_checkpoint",
         lambda world, complete, *, last: True,
         261,
-    ),
-    Mutation(
-        "mirror keeps its own newest copy",
-        "a mirror keeps the newest state that it has, in place of those that its neighbour's workers keep",
-        Mirror,
-        "_needed",
-        _own_newest_needed,
-        0,
     ),
     Mutation(
         "copy acknowledged too early",
