@@ -43,10 +43,12 @@ from elastic_pt.runlog.records import (
     Verb,
 )
 from tests.sim.bucket import Bucket
+from tests.sim.buffers import BufferFile, SnapshotHabits
 from tests.sim.checks import Witness
 from tests.sim.links import SimulatedLinks
-from tests.sim.memory import BufferFile, Memory, SnapshotHabits, belongs
+from tests.sim.memory import Memory
 from tests.sim.network import Machine, Network
+from tests.sim.restoring import belongs
 from tests.sim.scheduler import Condition, Event, Lock, Process, Scheduler
 from tests.sim.training import State as WorkerState
 from tests.sim.training import Training, Workers, checkpoint_of

@@ -13,7 +13,9 @@ from elastic_pt.agent.holdings import State
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Generation
-from tests.sim.memory import BufferFile, Memory, belongs, resumed_from
+from tests.sim.buffers import BufferFile
+from tests.sim.memory import Memory
+from tests.sim.restoring import belongs, resumed_from
 from tests.sim.training import State as WorkerState
 from tests.sim.violation import Violation
 

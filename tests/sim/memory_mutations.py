@@ -12,8 +12,9 @@ from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
-from tests.sim import agent, memory, training
-from tests.sim.memory import BufferFile, Buffers, Complete, Memory, Mirror, Next
+from tests.sim import agent, buffers, training
+from tests.sim.buffers import BufferFile, Buffers, Complete
+from tests.sim.memory import Memory, Mirror, Next
 from tests.sim.mutation import Mutation
 from tests.sim.training import Workers
 
@@ -35,10 +36,6 @@ def _kept_not_needed(self: Buffers, complete_step: int) -> frozenset[int]:
 def _oldest_needed(files: list[BufferFile], needed: frozenset[int]) -> BufferFile | None:
     free = [each for each in files if not each.keepers]
     return max(free, key=lambda each: (not each.begun, each.begun), default=None)
-
-
-def _own_newest_needed(self: Mirror, rank: int, wanted: Next) -> frozenset[int]:
-    return wanted.kept | {self._has[rank]}
 
 
 def _report_before_copy(self: Mirror, wanted: Next) -> None:
@@ -172,14 +169,6 @@ MEMORY_MUTATIONS: Final = (
         261,
     ),
     Mutation(
-        "mirror keeps its own newest copy",
-        "a mirror keeps the newest state that it has, in place of those that its neighbour's workers keep",
-        Mirror,
-        "_needed",
-        _own_newest_needed,
-        0,
-    ),
-    Mutation(
         "copy acknowledged too early",
         "a mirror reports a step before it has copied it",
         Mirror,
@@ -206,7 +195,7 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "newest buffer overwritten",
         "a state is written over the newest one, in place of the oldest",
-        memory,
+        buffers,
         "file_to_write",
         _oldest_needed,
         1,

@@ -145,7 +145,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
-        8,
+        9,
     ),
     Mutation(
         "commit during a proposal ignored",

@@ -19,9 +19,9 @@ from elastic_pt.runlog.records import Member, Quarantine, Record, Verb
 from tests.sim import faults
 from tests.sim.agent import AgentProcess, Habits, Operator, Surrounding
 from tests.sim.bucket import Bucket, Pace
+from tests.sim.buffers import draw_habits
 from tests.sim.checks import Witness
 from tests.sim.hermetic import hermetic
-from tests.sim.memory import draw_habits
 from tests.sim.network import Latency, Machine, Network
 from tests.sim.scheduler import Scheduler
 from tests.sim.training import Plan, State, Training

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from elastic_pt.runlog.records import Generation
-from tests.sim.memory import Buffers, Complete, SnapshotHabits
+from tests.sim.buffers import Buffers, Complete, SnapshotHabits
 from tests.sim.network import Machine, Network
 from tests.sim.scheduler import Process, Scheduler
 
