@@ -149,7 +149,7 @@ def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
         waits.append((timeout_s, given_up(), mirrored()))
         return Settled("memory" if held and not given_up() else "", "")
 
-    node.await_settled = await_settled
+    node.await_settled, node.must_reform = await_settled, lambda _: False
     message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
     checkpointing.save(message)
     assert bool(checkpointing.wait(node.formed, lambda step: step == 7)) == held
