@@ -318,5 +318,5 @@ def test_commits_resume_after_each_trouble_of_the_bucket(
                 threading.Event().wait(0.05)
         for node in nodes:
             node.close(WAIT_S)
-    manifest = read_manifest(direct, log.view.checkpoints[0], log.view.run_id)
+    manifest = read_manifest(direct, log.view.checkpoints[0], RUN_ID)
     assert digest(direct, manifest) == expected_digest(full_tensors())
