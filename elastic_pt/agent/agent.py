@@ -42,6 +42,8 @@ from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.mirrors import mirrored_by
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
@@ -125,10 +127,11 @@ class Agent:
             scratch,
             member.incarnation,
             token,
-            copies=config.checkpoint.mirror_copies,
+            mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
             on_complete=self._held,
+            on_change=lambda: self._node.states_changed(),
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -140,6 +143,11 @@ class Agent:
                 bind_store=partial(bind_store, member.address),
                 choose_resume=partial(
                     choose_resume, store, run_log, incarnation=member.incarnation
+                ),
+                choose_mirrors=partial(
+                    mirrored_by,
+                    copies=config.checkpoint.mirror_copies,
+                    across_zones=config.checkpoint.mirror_zones,
                 ),
                 on_drain=self._channel.drain,
                 on_checkpoint=self._channel.checkpoint,
@@ -158,8 +166,8 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
+            states=self._snapshots,
             release=self._release,
-            kept=self._snapshots.checkpoints,
         )
         self._progress = Progress()
         estimates = self._observation.estimates
@@ -243,11 +251,12 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
-    def _release(self, generation: int, step: int) -> None:
-        """A checkpoint is in the bucket, or given up: its buffers are free (threads of upload and commit)."""
+    def _release(self, generation: int, step: int, ranks: range | None) -> None:
+        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
         # First: afterwards a worker may overwrite its buffer.
-        self._snapshots.release(generation, step)
-        self._observation.estimates.uploaded(step)
+        self._snapshots.release(generation, step, ranks)
+        if ranks is not None:
+            self._observation.estimates.uploaded(step)
         self._channel.release(generation, step)
 
     def _drained(self, seconds: float) -> None:
@@ -258,11 +267,11 @@ class Agent:
             str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
         )
 
-    def _held(self, generation: int, step: int) -> None:
-        """The state of a step is whole on this node and on its mirrors, if it has any."""
-        if self._config.checkpoint.mirror_copies:
+    def _held(self, generation: int, step: int, mirrored: bool) -> None:
+        """The state of a step is whole on this node, and on its mirrors that have room (`mirrored`: all of them)."""
+        if mirrored and self._config.checkpoint.mirror_copies:
             self._observation.estimates.held(step)
-        self._channel.complete(generation, step)
+        self._channel.complete(generation, step, mirrored)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)
@@ -308,7 +317,7 @@ class Agent:
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
-        self._checkpointing.starts()
+        self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
         self._snapshots.complete_history(formed, committed_step(view))
         write_assignment(
@@ -337,16 +346,27 @@ class Agent:
         self._checkpointing.stopped()
 
     def _settle(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their checkpoint is committed. False if it cannot be."""
+        """The workers stopped as planned: wait until nothing is lost with them. False if that cannot be.
+
+        After the last step that is the end of the run; before, a commit or a state in memory (`Node.await_settled`).
+        """
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
-        settled = self._checkpointing.wait(formed, completed=completed)
+        began_s = time.monotonic()
+        if completed:
+            ended = self._checkpointing.await_end(formed)
+            settled = Settled("bucket" if ended else "", self._node.reason)
+        else:
+            settled = self._checkpointing.wait(formed, self._snapshots.is_complete)
         log.info(
             "settled" if settled else "settle_failed",
             step=self._checkpointing.saved_step,
             generation=formed.generation.number,
+            tier=settled.tier,
+            reason=settled.reason,
+            seconds=round(time.monotonic() - began_s, 3),
         )
-        return settled
+        return bool(settled)
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: end the run with its last good checkpoint."""

@@ -7,18 +7,21 @@
 The newest copy is never overwritten. The neighbour's workers take no newer snapshot before it is complete, so one
 complete step always exists on all nodes and their mirrors. A step that the neighbour keeps for the bucket is copied
 first, and not overwritten while the neighbour keeps it: if the neighbour is lost, this node has its part of the
-checkpoint. If there is no room for a copy, the mirror reports that, and the neighbour continues without it.
+checkpoint. So a slow link, or a bound for the bytes per second, makes snapshots rarer and nothing else. If there is no
+room for a copy, the mirror reports that, and the neighbour continues without it.
 """
 
 import json
 import mmap
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import structlog
 
+from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.checkpoint.snapshot import (
@@ -55,7 +58,7 @@ class _Next(NamedTuple):
 class _Buffers(NamedTuple):
     """The buffers for one worker of the neighbour."""
 
-    paths: list[Path]
+    names: list[Buffer]
     maps: list[mmap.mmap]
     steps: list[int]
     """The step in each of them, 0 for none."""
@@ -74,12 +77,13 @@ class Mirror:
         token: str,
         *,
         timeout_s: float,
-        on_copy: Callable[[Path, Snapshot], None],
-        on_write: Callable[[Path], None],
+        pace: Pace,
+        on_copy: Callable[[Buffer, Snapshot], None],
+        on_write: Callable[[Buffer], None],
         on_keep: Callable[[int, range, Collection[int]], None],
     ) -> None:
         """Copies `member`; `incarnation` is this node's. Calls, in the mirror's thread, `on_write` before it overwrites a
-        buffer file, `on_copy` after the file holds a whole state again, and `on_keep(generation, ranks, steps)` with
+        buffer, `on_copy` after it holds a whole state again, and `on_keep(generation, ranks, steps)` with
         the steps that the neighbour keeps for the bucket."""
         self._scratch = scratch
         self._generation = generation
@@ -87,21 +91,33 @@ class Mirror:
         self._ranks = ranks
         self._incarnation = incarnation
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
+        self._pace = pace
         self._on_copy = on_copy
         self._on_write = on_write
         self._on_keep = on_keep
         self._buffers: dict[int, _Buffers] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
+        self._full = False
+        """Whether there was no room for a copy of that step."""
         self._stop = threading.Event()
         self._told = ""
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop overwriting buffers. Returns at once. A request in progress ends by itself."""
+        """Stop overwriting buffers, and free their memory once their files are removed. Returns at once."""
         self._stop.set()
+        self._peer.close()
 
     def _run(self) -> None:
+        try:
+            self._mirror()
+        finally:
+            for mapped in (each for buffers in self._buffers.values() for each in buffers.maps):
+                mapped.close()
+            self._buffers.clear()
+
+    def _mirror(self) -> None:
         following = None
         while not self._stop.is_set():
             try:
@@ -110,12 +126,13 @@ class Mirror:
                     for step in sorted({*following.kept, following.step}):
                         self._copy(step, following.kept)
                     self._on_keep(self._generation, self._ranks, following.kept)
-                    self._told = ""
+                    self._told, self._full = "", False
                     continue
             except StagingFull as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
                 self._has = dict.fromkeys(self._ranks, following.step if following else 0)
+                self._full = True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
@@ -125,7 +142,10 @@ class Mirror:
     def _ask(self) -> _Next | None:
         """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
-        question = f"generation={self._generation}&after={has}&mirror={self._incarnation}"
+        copied = 0 if self._full else 1
+        question = (
+            f"generation={self._generation}&after={has}&copied={copied}&mirror={self._incarnation}"
+        )
         answer = self._peer.get(
             f"/v1/snapshots/next?{question}", _ANSWER_BYTES_MAX, timeout_s=_QUESTION_S
         )
@@ -149,27 +169,39 @@ class Mirror:
                 raise CheckpointError(f"{self._peer}{path}: all {BUFFERS} buffers are needed")
             if self._stop.is_set():
                 return
-            file, buffer = buffers.paths[number], buffers.maps[number]
-            self._on_write(file)
+            buffer, mapped = buffers.names[number], buffers.maps[number]
+            self._on_write(buffer)
             buffers.steps[number] = 0
-            begin_buffer(buffer, step)
-            content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
-            self._peer.read_into(path, 0, content)
-            require_crcs(record, content)
-            end_buffer(buffer, step)
+            begin_buffer(mapped, step)
+            with (
+                memoryview(mapped) as whole,
+                whole[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size] as content,
+            ):
+                if not self._fill(path, content):
+                    return
+                require_crcs(record, content)
+            end_buffer(mapped, step)
             buffers.steps[number] = step
             self._has[rank] = max(step, self._has[rank])
-            self._on_copy(file, record)
+            self._on_copy(buffer, record)
+
+    def _fill(self, path: str, content: memoryview) -> bool:
+        """Read a shard file. False if this mirror was stopped."""
+        chunk = self._pace.chunk_bytes
+        for start in range(0, len(content), chunk):
+            size = min(chunk, len(content) - start)
+            if self._stop.wait(self._pace.wait_s(size, time.monotonic())):
+                return False
+            with content[start : start + size] as part:
+                self._peer.read_into(path, start, part)
+        return True
 
     def _buffers_of(self, rank: int, size: int) -> _Buffers:
         """The buffers for a worker. Raises `StagingFull`: they must leave room for a checkpoint of this node."""
         if rank not in self._buffers:
-            paths = [
-                Buffer(self._generation, rank, number).path(self._scratch)
-                for number in range(BUFFERS)
-            ]
-            maps = make_buffers(paths, size, spare=1)
-            self._buffers[rank] = _Buffers(paths, maps, [0] * BUFFERS)
+            names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
+            maps = make_buffers([each.path(self._scratch) for each in names], size, spare=1)
+            self._buffers[rank] = _Buffers(names, maps, [0] * BUFFERS)
         return self._buffers[rank]
 
     def _tell(self, error: Exception) -> None:

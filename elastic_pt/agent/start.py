@@ -88,7 +88,7 @@ def prepare(
         config=config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
         store=store,
         log=run_log,
-        member=new_member(name, address, workers),
+        member=new_member(name, address, workers, config.elastic.zone),
         fingerprint=fingerprint(config, data, computes),
         platform=computes if config.train.numerics == "exact" else {},
         fenced_url=fenced_url,

@@ -2,7 +2,7 @@
 
     worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
                                         │  │              └──► Snapshot, the record that peers and readers get
-                                        │  └──► BufferContent.read       own workers and peers: verified by those CRCs
+                                        │  └──► BufferContent.read_into  own workers and peers: verified by those CRCs
                                         └──► shard_part                  `upload`: a kept state goes to the bucket
 
 A buffer file is one page of control words, then a shard file as in `shard_file`. All its pages exist before training
@@ -25,8 +25,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
+import numpy
 import torch
 
+from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import (
     Count,
     FileBytes,
@@ -112,8 +114,10 @@ class SnapshotBuffers:
         generation: int,
         rank: int,
         tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+        copier: Copier | None = None,
     ) -> None:
         """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
+        self._copier = HostCopier() if copier is None else copier
         self._layout = ShardLayout(tensors)
         self._rows = [tensors[name][0] for name in self._layout.order]
         self._names = [Buffer(generation, rank, index) for index in range(BUFFERS)]
@@ -132,7 +136,15 @@ class SnapshotBuffers:
 
     def allocate(self, count: int = BUFFERS) -> None:
         """Reserve, map and touch files until there are `count`. Raises the errors of `make_buffers`; adds none then."""
-        maps = make_buffers(self._paths[len(self.steps) : count], self.size)
+        paths = self._paths[len(self.steps) : count]
+        maps = make_buffers(paths, self.size)
+        try:
+            for each in maps:
+                self._copier.register(each)
+        except CheckpointError:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
         self._maps += maps
         self._targets += [self._views(each) for each in maps]
         # Last: another thread may write as soon as a buffer is listed here.
@@ -145,6 +157,12 @@ class SnapshotBuffers:
 
         Raises `StagingFull` if there is none.
         """
+        return self.finish(self.start(state, kept=kept, complete_step=complete_step), state.step)
+
+    def start(
+        self, state: TrainingState, *, kept: Collection[int] = (), complete_step: int = 0
+    ) -> Buffer:
+        """Begin to `write`. The rows must not change, and nothing else be started, before the end of `finish`."""
         number = buffer_to_write(self.steps, kept, complete_step)
         if number is None:
             raise StagingFull(
@@ -155,12 +173,15 @@ class SnapshotBuffers:
         begin_buffer(buffer, state.step)
         header = self._layout.header(state)
         buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
-        with torch.no_grad():
-            for target, rows in zip(self._targets[number], self._rows, strict=True):
-                target.copy_(rows)
-        end_buffer(buffer, state.step)
-        self.steps[number] = state.step
+        self._copier.start(self._targets[number], self._rows)
         return self._names[number]
+
+    def finish(self, buffer: Buffer, step: int) -> Buffer:
+        """Wait until the copy is done, then mark the buffer as whole. Any thread may call it. Returns the buffer."""
+        self._copier.wait()
+        end_buffer(self._maps[buffer.number], step)
+        self.steps[buffer.number] = step
+        return buffer
 
     def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:
         """A tensor in the mapped file for each tensor of the layout."""
@@ -316,10 +337,21 @@ class BufferContent:
                 f"{what}: overwritten while it was needed; expected the state of step {step}"
             )
 
-    def read(self, start: int, end: int) -> bytes:
-        """Bytes `[start, end)` of the shard file; fewer at its end. The caller compares CRCs."""
-        end = min(end, self.size)
-        return self.mapped[PAYLOAD_OFFSET + start : PAYLOAD_OFFSET + end]
+    def read_into(self, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts, one after another, with the bytes of the shard file from `start` on. The caller compares CRCs.
+
+        Returns the number of bytes. It is smaller than the parts if the file ends before.
+        """
+        shard = numpy.frombuffer(self.mapped, numpy.uint8, self.size, PAYLOAD_OFFSET)
+        position = start
+        for part in parts:
+            count = max(0, min(len(part), self.size - position))
+            # Not a slice assignment: it would hold the interpreter's lock, and other threads compare CRCs.
+            numpy.copyto(
+                numpy.frombuffer(part, numpy.uint8)[:count], shard[position : position + count]
+            )
+            position += count
+        return position - start
 
 
 def open_buffer(path: Path) -> BufferContent:

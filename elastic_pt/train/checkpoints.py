@@ -17,6 +17,7 @@ Between the two processes, over `workers.channel`:
     agent ─► worker   released   the agent is done with the checkpoint of a step: its buffer is free
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import RowRange, TrainingState
-from elastic_pt.checkpoint.memory import MemoryState, Places
+from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Places
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.config import Config
@@ -112,15 +113,29 @@ class Checkpoints:
     def _load_from_memory(self, state: TrainState, places: Places) -> None:
         wanted, into = _rows_of(state)
         wanted = {name: rows for name, rows in wanted.items() if rows[0] < rows[1]}
+        failed: list[FailedCopy] = []
         try:
-            with MemoryState(places, _holders(state, wanted, len(places.shards))) as memory:
+            ranks = _holders(state, wanted, len(places.shards))
+            with MemoryState(places, ranks, failed.append) as memory:
                 self._require_same_run(memory.index.state, f"snapshot of step {places.step}")
-                load_rows(memory, memory.index, wanted, into)
+                load_rows(memory, memory.index, wanted, into, memory.other_copy)
         except CheckpointError as error:
             self._agent.send(
-                "unusable", generation=places.generation, step=places.step, why=str(error)
+                "unusable",
+                generation=places.generation,
+                step=places.step,
+                why=str(error),
+                whole=not failed,
             )
             raise
+        finally:
+            for each in failed:
+                self._agent.send(
+                    "copy_failed",
+                    generation=places.generation,
+                    step=places.step,
+                    **dataclasses.asdict(each),
+                )
         _go_on_from(state, memory.index.state)
 
     def _load_from_bucket(self, state: TrainState, resume: Checkpoint) -> None:

@@ -151,7 +151,7 @@ def test_the_committer_sweeps_and_keeps_permanent_checkpoints(tmp_path: Path) ->
     assert torn not in found
     assert permanent in found
     assert len(found) == 3
-    assert world.untidy == []
+    assert world.untidied == []
 
 
 UPLOAD = """

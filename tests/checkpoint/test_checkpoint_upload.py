@@ -25,7 +25,7 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.publish import ShareMissing, collect, publish_manifest
+from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, begin_buffer
 from elastic_pt.checkpoint.upload import (
@@ -243,52 +243,25 @@ def test_a_truncated_shard_in_the_store_stops_its_node(tmp_path: Path) -> None:
         upload_shard(Cutting(memory_store()), shards[0])
 
 
-class Clock:
-    """A clock that advances only in `wait`. It runs `events` at their second."""
-
-    def __init__(self, events: dict[float, Callable[[], object]] | None = None) -> None:
-        self.now_s = 100.0
-        self._events = dict(events or {})
-
-    def now(self) -> float:
-        return self.now_s
-
-    def wait(self, seconds: float) -> None:
-        self.now_s += seconds
-        for due in [at for at in self._events if at <= self.now_s - 100.0]:
-            self._events.pop(due)()
-
-
-def collect_by(
-    clock: Clock, store: Store, *, ranks: int, timeout_s: float, stop_after_s: float = float("inf")
-) -> list[NodeNotice] | None:
-    """Collect the notices of `DIRECTORY` with a clock that advances only in `wait`."""
-    return collect(
-        store,
-        DIRECTORY,
-        nodes_of(ranks),
-        timeout_s=timeout_s,
-        now=clock.now,
-        wait=clock.wait,
-        should_stop=lambda: clock.now_s > stop_after_s,
-    )
-
-
-def test_collect_waits_for_late_notices(tmp_path: Path) -> None:
-    """Notices may come late and in any order. They are returned in the order of ranks."""
+def test_late_notices_are_read_in_order(tmp_path: Path) -> None:
+    """Notices may come late and in any order. They are returned in the order of ranks, and each is read once."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50))
-    clock = Clock(
-        {0.3 * (3 - n): lambda n=n: upload_nodes(store, shards[n : n + 1]) for n in range(3)}
-    )  # type: ignore[misc]
-    notices = collect_by(clock, store, ranks=3, timeout_s=5.0)
-    assert notices is not None
-    assert [notice.first_rank for notice in notices] == [0, 1, 2]
-    assert clock.now_s < 101.5
+    collector = Collector(store, DIRECTORY, nodes_of(3))
+    for number, missing in ((2, 0), (0, 1)):
+        assert not collector.read_more()
+        upload_nodes(store, shards[number : number + 1])
+        assert not collector.read_more()
+        assert collector.missing == range(missing, missing + 1)
+    upload_nodes(store, shards[1:2])
+    assert collector.read_more()
+    assert [notice.first_rank for notice in collector.notices] == [0, 1, 2]
+    assert not collector.missing
+    assert collector.read_more()
 
 
-def test_collect_ends_when_a_node_refuses(tmp_path: Path) -> None:
-    """A node that cannot upload its shard writes a refusal. Then `collect` ends before its timeout."""
+def test_a_refusal_ends_the_checkpoint(tmp_path: Path) -> None:
+    """A node that cannot upload its shard writes a refusal. The committing node waits no longer."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
@@ -301,26 +274,11 @@ def test_collect_ends_when_a_node_refuses(tmp_path: Path) -> None:
     uploader.submit(shards[1])
     assert uploader.close(WAIT_S)
     assert failures == [50]
-    clock = Clock()
     with pytest.raises(
         ShareMissing, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
-    ):
-        collect_by(clock, store, ranks=2, timeout_s=600.0)
-    assert clock.now_s < 101.0
-
-
-def test_collect_ends_at_its_timeout(tmp_path: Path) -> None:
-    """A missing notice is an error with its key and the timeout. A stop request ends the wait at once."""
-    store = memory_store()
-    shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
-    upload_nodes(store, shards[:1])
-    clock = Clock()
-    with pytest.raises(ShareMissing, match=r"notice-00001.json: missing after 5.0 s") as missing:
-        collect_by(clock, store, ranks=2, timeout_s=5.0)
+    ) as missing:
+        collected(store, DIRECTORY, 2)
     assert missing.value.first_rank == 1
-    assert clock.now_s == pytest.approx(105.0, abs=0.3)
-    stopped = collect_by(clock, store, ranks=2, timeout_s=5.0, stop_after_s=106.0)
-    assert stopped is None
 
 
 def test_notices_in_the_wrong_place_are_refused(tmp_path: Path) -> None:

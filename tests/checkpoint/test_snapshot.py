@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load
 
 from elastic_pt.checkpoint.shard_file import StagingFull, describe_shard
@@ -18,6 +20,7 @@ from elastic_pt.checkpoint.snapshot import (
     Buffer,
     Snapshot,
     SnapshotBuffers,
+    buffer_to_write,
     describe_snapshot,
     make_buffer,
     open_buffer,
@@ -61,6 +64,62 @@ def test_buffers_are_written_in_turn(tmp_path: Path) -> None:
         next(piece for piece in each.slices if piece.name == "model/wide") for each in found if each
     ]
     assert weights[0].block_crc32 != weights[1].block_crc32
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "complete_step", "chosen"),
+    [
+        ([0, 0, 0], set(), 0, 0),
+        ([5, 0, 0], set(), 5, 1),
+        ([5, 6, 7], set(), 6, 0),
+        ([5, 6, 7], {5}, 6, 2),
+        ([5, 6, 7], {5}, 7, 1),
+        ([5, 6, 7], {5, 7}, 6, None),
+        ([8, 6, 7], {6}, 7, 0),
+        ([5], {5}, 0, None),
+        ([5], set(), 0, 0),
+        ([], set(), 0, None),
+    ],
+)
+def test_oldest_buffer_that_nobody_needs_is_overwritten(
+    steps: list[int], kept: set[int], complete_step: int, chosen: int | None
+) -> None:
+    """Kept states and the newest complete one are never overwritten, even if that leaves no buffer."""
+    assert buffer_to_write(steps, kept, complete_step) == chosen
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), max_size=40))
+def test_three_buffers_always_have_a_free_one(
+    schedule: list[tuple[bool, bool, int]],
+) -> None:
+    """With one kept state and one complete one, a third can always be written, and both stay."""
+    steps, kept, complete = [0] * BUFFERS, set[int](), 0
+    for step, (released, checkpoint, behind) in enumerate(schedule, start=1):
+        complete = max(complete, step - 1 - behind)
+        if released:
+            kept.clear()
+        number = buffer_to_write(steps, kept, complete)
+        assert number is not None
+        needed = kept | {max((each for each in steps if each <= complete), default=0)} - {0}
+        steps[number] = step
+        assert needed <= set(steps)
+        if checkpoint and not kept:
+            kept.add(step)
+
+
+def test_buffers_that_come_later_join_the_first(tmp_path: Path) -> None:
+    """A worker with room for one buffer writes checkpoints into it; later ones leave its state alone."""
+    buffers = SnapshotBuffers(tmp_path, 3, 0, local_rows(full_tensors(), 0, 2))
+    buffers.allocate(1)
+    buffers.write(training_state(7), kept={7})
+    with pytest.raises(StagingFull, match="no buffer is free"):
+        buffers.write(training_state(8), kept={7})
+    assert not buffers.ready
+    buffers.allocate()
+    assert buffers.ready
+    assert buffers.write(training_state(8), kept={7}).number == 1
+    found = [describe_snapshot(Buffer(3, 0, number), tmp_path) for number in range(BUFFERS)]
+    assert [each and each.step for each in found] == [7, 8, None]
 
 
 def test_snapshot_record_survives_its_own_encoding(tmp_path: Path) -> None:
@@ -152,3 +211,17 @@ def test_buffer_is_never_created_twice(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="File exists"):
         make_buffer(path, 64)
     assert path.read_bytes() == content
+
+
+def test_rows_are_read_into_memory_of_the_reader(tmp_path: Path) -> None:
+    """The parts get the bytes of the shard file one after another. At its end the count is smaller, and no byte is made up."""
+    buffers = buffers_of(tmp_path, full_tensors())
+    path = buffers.write(training_state(7)).path(tmp_path)
+    shard = path.read_bytes()[PAYLOAD_OFFSET:]
+    with open_buffer(path) as content:
+        parts = [memoryview(bytearray(count)) for count in (5, 0, 1000, 7)]
+        assert content.read_into(3, parts) == 1012
+        assert b"".join(parts) == shard[3:1015]
+        last = [memoryview(bytearray(4)) for _ in range(3)]
+        assert content.read_into(len(shard) - 6, last) == 6
+        assert b"".join(last) == shard[-6:] + bytes(6)

@@ -14,7 +14,7 @@ from elastic_pt.checkpoint.layout import (
     parse_directory,
 )
 from elastic_pt.checkpoint.nodes import NodeNotice
-from elastic_pt.checkpoint.publish import collect, publish_manifest
+from elastic_pt.checkpoint.publish import Collector, publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.shard_file import LocalRows
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
@@ -143,17 +143,9 @@ def upload_nodes(store: Store, shards: Sequence[KeptShard]) -> list[UploadedShar
 
 def collected(store: Store, directory: str, world_size: int, workers: int = 1) -> list[NodeNotice]:
     """The notices of all nodes, which already exist."""
-    notices = collect(
-        store,
-        directory,
-        nodes_of(world_size, workers),
-        timeout_s=0.0,
-        now=lambda: 0.0,
-        wait=lambda _: None,
-        should_stop=lambda: False,
-    )
-    assert notices is not None
-    return notices
+    collector = Collector(store, directory, nodes_of(world_size, workers))
+    assert collector.read_more()
+    return collector.notices
 
 
 def write_checkpoint(

@@ -1,8 +1,11 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from elastic_pt.checkpoint.copier import HostCopier
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
-from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot
+from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot, open_buffer
 from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
@@ -56,6 +60,8 @@ class FakeAgent:
     def drain_requested(self) -> bool:
         """Whether the step has come."""
         return self._drain_at is not None and self.step >= self._drain_at
+
+    unmirrored_step = 0
 
     @property
     def complete_step(self) -> int:
@@ -300,12 +306,124 @@ def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
     checkpoints_in(config, FakeAgent(), resume).load(state)
 
 
-def fill(folder: Path) -> Path:
-    """A file that fills the directory."""
+class Uploading(FakeAgent):
+    """An agent that looks at each kept buffer until it has released it, some steps later."""
+
+    def __init__(self, folder: Path, upload_steps: int) -> None:
+        super().__init__(upload_steps=upload_steps)
+        self._folder = folder
+        self.looks = 0
+
+    def send(self, kind: str, **content: object) -> None:
+        """Take a message, and check the buffers of the checkpoints that are not released."""
+        super().send(kind, **content)
+        for saved in self.saved():
+            step = int(str(saved["step"]))
+            if not self.released(step):
+                path = Buffer(1, 0, int(str(saved["buffer"]))).path(self._folder)
+                with open_buffer(path) as buffer:
+                    assert buffer.step() == step
+                self.looks += 1
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_snapshots_go_on_around_a_kept_buffer(tmp_path: Path) -> None:
+    """While a checkpoint is being uploaded, snapshots use the other two buffers. The last state finds one too."""
+    config = config_for(
+        tmp_path,
+        "train.steps=12",
+        "checkpoint.every_steps=3",
+        "checkpoint.snapshot_every_steps=1",
+    )
+    state, batches = start(config)
+    agent = Uploading(tmp_path, upload_steps=4)
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
+    assert agent.saved_steps() == [3, 8, 12]
+    assert agent.looks > 8
+    steps = [content["step"] for kind, content in agent.messages if kind == "snapshot"]
+    assert steps[-9:] == list(range(4, 13)), "each state is written once"
+    assert {content["buffer"] for kind, content in agent.messages if kind == "snapshot"} == {
+        0,
+        1,
+        2,
+    }
+
+
+class HeldCopier(HostCopier):
+    """A copy in the background that a test lets go on, in place of a GPU's."""
+
+    in_background = True
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self._work: Callable[[], None] = lambda: None
+
+    def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
+        """Copy in `wait`."""
+        self._work = partial(super().start, targets, rows)
+
+    def wait(self) -> None:
+        """Copy once the test says so."""
+        assert self.go_on.wait(60.0)
+        self._work()
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_state_is_whole_and_told_only_when_its_copy_is_done(tmp_path: Path) -> None:
+    """A copy goes on after `take`. The next agreement, before which no weight changes, waits for its end."""
+    config = config_for(tmp_path)
+    state, _ = start(config)
+    state.steps_done = 5
+    agent, copier = FakeAgent(), HeldCopier()
+    describe = checkpoints_in(config, agent).describe
+    snapshots = MemorySnapshots(1, 1, tmp_path, agent, state, describe, copier)
+    snapshots.keep(state, None, -1)
+    assert agent.messages == []
+    with open_buffer(Buffer(1, 0, 0).path(tmp_path)) as buffer:
+        assert buffer.step() is None
+        offered = threading.Thread(target=snapshots.offer)
+        offered.start()
+        offered.join(0.2)
+        assert offered.is_alive()
+        copier.go_on.set()
+        offered.join(60.0)
+        assert not offered.is_alive()
+        assert buffer.step() == 5
+    assert agent.saved_steps() == [5]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_worker_with_room_for_one_buffer_still_checkpoints(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    """Without room for three buffers there are no snapshots. The last checkpoint waits until its buffer is released."""
+    config = config_for(
+        tmp_path, "train.steps=5", "checkpoint.every_steps=2", "checkpoint.snapshot_every_steps=1"
+    )
+    state, batches = start(config)
+    fill(small_memory, leave=int(1.5 * sum(each.rows.nbytes for _, each in state.slices())))
+
+    class Slow(FakeAgent):
+        """An agent that releases the checkpoint of step 4 once the worker says that it waits."""
+
+        def released(self, step: int) -> bool:
+            return step < 4 or any(kind == "no_room" for kind, _ in self.messages)
+
+    agent = Slow()
+    assert train_in(small_memory, config, state, batches, agent) is Outcome.COMPLETED
+    kinds = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
+    kinds.remove(("no_snapshots", None))
+    assert kinds == [("snapshot", 2), ("snapshot", 4), ("no_room", 5), ("snapshot", 5)]
+    assert agent.saved_steps() == [2, 4, 5]
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """A file that fills the directory, except for `leave` bytes."""
     filler = folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+    os.truncate(filler, filler.stat().st_size - leave)
     return filler
 
 
