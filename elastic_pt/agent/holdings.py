@@ -21,6 +21,8 @@ from elastic_pt.runlog.records import Generation, InMemory
 
 State = tuple[int, int]
 """A generation and a step of its workers."""
+MIRROR_S: Final = 600.0
+"""Maximum time for a mirror to copy a step."""
 _FAILURES: Final = 2
 """Generations that could not read a copy, its node not answering, before it counts as unusable."""
 
@@ -60,6 +62,8 @@ class Holdings:
         """The mirrors that have acknowledged their newest step without a copy of it."""
         self.complete_step = 0
         """The newest step of this generation that `take_complete` has returned; 0 if there is none."""
+        self.agreed_step = 0
+        """The newest step of this generation that is complete on all nodes, as its workers agreed; 0 if there is none."""
         self._resumed: InMemory | None = None
         """The state from which this generation has resumed."""
         self._node_rank = 0
@@ -158,7 +162,7 @@ class Holdings:
             generation.members[index].incarnation: 0 for index in generation.mirrors_of(node_rank)
         }
         self._without_room = set()
-        self.complete_step = 0
+        self.complete_step = self.agreed_step = 0
 
     def add(self, copy: Copy) -> bool:
         """A buffer holds a whole state. False if it is of an older generation, which is not kept."""
@@ -219,6 +223,20 @@ class Holdings:
             self._acknowledged[mirror] = step
             (self._without_room.discard if copied else self._without_room.add)(mirror)
 
+    def expire(self, now_s: float) -> list[str]:
+        """Wait no longer for mirrors that have not copied this node's newest step in `MIRROR_S`. Returns them.
+
+        Checkpoints wait for mirrors. A mirror that never ends must not keep a run from committing.
+        """
+        step = self.newest_own
+        copies = self._kept.get((self.generation, step), {})
+        late = [mirror for mirror, has in self._acknowledged.items() if has < step]
+        if not late or now_s - max(copies[rank].complete_s for rank in self._own) < MIRROR_S:
+            return []
+        for mirror in late:
+            self.acknowledge(mirror, step, copied=False)
+        return late
+
     @property
     def mirrored(self) -> bool:
         """Whether each mirror of this node has a copy of the newest step that it has acknowledged."""
@@ -227,7 +245,9 @@ class Holdings:
     def take_complete(self) -> int | None:
         """The newest step that this node holds whole, and its mirrors that have room, if newer than the last answer."""
         step = min([self.newest_own, *self._acknowledged.values()])
-        if step <= self.complete_step:
+        held = self._kept.get((self.generation, step), {})
+        # A stop may have overwritten the step that a mirror has.
+        if step <= self.complete_step or not set(self._own) <= held.keys():
             return None
         self.complete_step = step
         return step

@@ -62,6 +62,7 @@ class WorkerMessages:
         match message["kind"]:
             case "step":
                 self._step_done(message)
+                self._snapshots.note_step()
             case "no_room" | "skipped":
                 self._checkpointing.save(message)
             case "activity":

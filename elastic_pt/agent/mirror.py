@@ -4,11 +4,11 @@
          ▲                                                                                             which reports it
          └─────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-The newest copy is never overwritten. The neighbour's workers take no newer snapshot before it is complete, so one
-complete step always exists on all nodes and their mirrors. A step that the neighbour keeps for the bucket is copied
+The newest step that is complete on all nodes is never overwritten, and the neighbour's workers take no newer snapshot
+before the last one is complete. So one complete step always exists on all nodes and their mirrors, and a slow link, or a
+bound for the bytes per second, only makes snapshots rarer. A step that the neighbour keeps for the bucket is copied
 first, and not overwritten while the neighbour keeps it: if the neighbour is lost, this node has its part of the
-checkpoint. So a slow link, or a bound for the bytes per second, makes snapshots rarer and nothing else. If there is no
-room for a copy, the mirror reports that, and the neighbour continues without it.
+checkpoint. If there is no room for a copy, the mirror reports that, and the neighbour continues without it.
 """
 
 import json
@@ -53,6 +53,8 @@ class _Next(NamedTuple):
     """The newest step of its workers."""
     kept: frozenset[int]
     """The steps that they keep for the bucket."""
+    complete: int
+    """The newest step that is complete on all nodes, 0 for none."""
 
 
 class _Buffers(NamedTuple):
@@ -124,7 +126,7 @@ class Mirror:
                 following = self._ask()
                 if following is not None:
                     for step in sorted({*following.kept, following.step}):
-                        self._copy(step, following.kept)
+                        self._copy(step, following)
                     self._on_keep(self._generation, self._ranks, following.kept)
                     self._told, self._full = "", False
                     continue
@@ -152,9 +154,10 @@ class Mirror:
         if answer is None:
             return None
         found = json.loads(answer)
-        return _Next(int(found["step"]), frozenset(int(step) for step in found["kept"]))
+        kept = frozenset(int(step) for step in found["kept"])
+        return _Next(int(found["step"]), kept, int(found["complete"]))
 
-    def _copy(self, step: int, kept: Collection[int]) -> None:
+    def _copy(self, step: int, following: _Next) -> None:
         """Copy a step of all workers of the neighbour, if it is not copied yet. Raises `ElasticPtError`."""
         for rank in self._ranks:
             if rank in self._buffers and step in self._buffers[rank].steps:
@@ -164,7 +167,7 @@ class Mirror:
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
             buffers = self._buffers_of(rank, record.size)
-            number = buffer_to_write(buffers.steps, kept, self._has[rank])
+            number = buffer_to_write(buffers.steps, following.kept, following.complete)
             if number is None:
                 raise CheckpointError(f"{self._peer}{path}: all {BUFFERS} buffers are needed")
             if self._stop.is_set():

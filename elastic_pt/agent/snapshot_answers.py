@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import structlog
 from aiohttp import web
@@ -32,17 +32,25 @@ _POLL_S: Final = 5.0
 log = structlog.get_logger("elastic_pt.agent.snapshots")
 
 
+class NextStep(NamedTuple):
+    """The answer to a mirror."""
+
+    step: int
+    """The newest step of this node's workers."""
+    kept: list[int]
+    """The steps that they keep for the bucket."""
+    complete: int
+    """The newest step that is complete on all nodes, 0 for none. A mirror overwrites older and newer ones first."""
+
+
 class Shared(Protocol):
     """The part of `Snapshots` that peers may ask for. Thread-safe."""
 
     def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
         """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
 
-    def next_step(self, generation: int, after: int) -> tuple[int, list[int]] | None:
-        """The newest step of this node's workers after `after`, and the steps that they keep for the bucket.
-
-        None if there is none yet or the generation has ended.
-        """
+    def next_step(self, generation: int, after: int) -> NextStep | None:
+        """What a mirror copies after step `after`; None if there is nothing yet or the generation has ended."""
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""
@@ -91,9 +99,9 @@ class SnapshotAnswers:
         found = await self._await_next(generation, after)
         if found is None:
             return web.Response(status=204)
-        return web.json_response({"step": found[0], "kept": found[1]})
+        return web.json_response(found._asdict())
 
-    async def _await_next(self, generation: int, after: int) -> tuple[int, list[int]] | None:
+    async def _await_next(self, generation: int, after: int) -> NextStep | None:
         waiter = asyncio.get_running_loop(), asyncio.Event()
         self._waiting.add(waiter)
         try:

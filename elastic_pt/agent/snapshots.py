@@ -30,7 +30,7 @@ import structlog
 from elastic_pt.agent.holdings import Copy, Holdings, State
 from elastic_pt.agent.mirror import Mirror
 from elastic_pt.agent.pace import Pace
-from elastic_pt.agent.snapshot_answers import SnapshotAnswers
+from elastic_pt.agent.snapshot_answers import NextStep, SnapshotAnswers
 from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
@@ -185,6 +185,8 @@ class Snapshots:
         if message["checkpoint"]:
             with self._lock:
                 self._holdings.keep(buffer, message["step"])
+        with self._lock:
+            self._holdings.agreed_step = max(self._holdings.agreed_step, message["complete_step"])
         if message["complete_step"] and message["mirrored"]:
             with self._lock:
                 self._holdings.forget_others()
@@ -200,6 +202,14 @@ class Snapshots:
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
+
+    def note_step(self) -> None:
+        """A worker has done a step: look for mirrors that take too long."""
+        with self._lock:
+            late = self._holdings.expire(time.monotonic())
+            if late:
+                log.warning("mirror_too_slow", mirrors=late)
+                self._look()
 
     def checkpoints(self) -> tuple[State, ...]:
         """The states that are kept for the bucket: own ones, and copies of neighbours'."""
@@ -285,16 +295,13 @@ class Snapshots:
             self._look()
             return True
 
-    def next_step(self, generation: int, after: int) -> tuple[int, list[int]] | None:
-        """The newest step of this node's workers after `after`, and the steps that they keep for the bucket.
-
-        None if there is none yet or the generation has ended.
-        """
+    def next_step(self, generation: int, after: int) -> NextStep | None:
+        """What a mirror copies after step `after`; None if there is nothing yet or the generation has ended."""
         with self._lock:
             step = self._holdings.newest_own
             if generation != self._holdings.generation or step <= after:
                 return None
-            return step, self._holdings.kept_steps
+            return NextStep(step, self._holdings.kept_steps, self._holdings.agreed_step)
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""

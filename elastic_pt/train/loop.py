@@ -60,8 +60,9 @@ def train(
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         due = due or result.agreed.checkpoint
+        due = due and not result.agreed.checkpoint_pending and snapshots.mirrored(result.agreed)
         stops = finished or result.agreed.drain
-        if stops or (due and not result.agreed.checkpoint_pending):
+        if stops or due:
             request = asked
             # A worker that stops has no later step to checkpoint, so it waits for room.
             timeout_s = room_timeout_s(config) if stops else 0.0

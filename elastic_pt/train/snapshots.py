@@ -154,9 +154,16 @@ class MemorySnapshots:
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
 
+    def mirrored(self, agreed: Agreed) -> bool:
+        """Whether the newest snapshot is complete everywhere, or none are taken. The result is the same on all workers.
+
+        Before that only a stop writes another state: it overwrites one that a mirror may be copying.
+        """
+        return agreed.complete_step is None or agreed.complete_step >= self._newest
+
     def due(self, step: int, agreed: Agreed) -> bool:
         """Whether all workers take a snapshot of the state after `step` steps. The result is the same on all workers."""
-        if agreed.complete_step is None or agreed.complete_step < self._newest:
+        if agreed.complete_step is None or not self.mirrored(agreed):
             return False
         if self._taken_s is not None:
             self._complete_s = time.monotonic() - self._taken_s

@@ -1,6 +1,6 @@
 """What a node holds in memory and may forget: the pure rules."""
 
-from elastic_pt.agent.holdings import Copy, Holdings
+from elastic_pt.agent.holdings import MIRROR_S, Copy, Holdings
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
@@ -59,6 +59,27 @@ def test_mirror_without_room_holds_nobody_up_and_counts_as_no_copy() -> None:
     assert (node.take_complete(), node.mirrored) == (7, True)
     node.forget_others()
     assert states(node) == {(2, 6, 0, 1), (2, 7, 0, 1)}
+
+
+def test_step_that_was_overwritten_is_not_complete() -> None:
+    """A stop may overwrite the step that a mirror has: then no node may forget what came before it."""
+    node = first_node()
+    for step, file in ((6, 0), (7, 1), (8, 0)):
+        node.add(copy(2, step, 0, file=file))
+    node.acknowledge("c-1", 6, copied=True)
+    assert node.take_complete() is None
+    node.acknowledge("c-1", 7, copied=True)
+    assert node.take_complete() == 7
+
+
+def test_mirror_that_never_ends_is_waited_for_no_longer() -> None:
+    """Checkpoints wait for mirrors, so one that fails for ever must not keep the run from committing."""
+    node = first_node()
+    node.add(copy(2, 6, 0))
+    assert (node.expire(MIRROR_S - 1.0), node.take_complete()) == ([], None)
+    assert node.expire(MIRROR_S) == ["c-1"]
+    assert (node.take_complete(), node.mirrored) == (6, False)
+    assert node.expire(2 * MIRROR_S) == []
 
 
 def test_report_of_a_node_that_is_no_mirror_changes_nothing() -> None:

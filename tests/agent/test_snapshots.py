@@ -368,7 +368,7 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     pair[0].write(2, 6)
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
     asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
-    assert asked == b'{"step": 6, "kept": []}'
+    assert asked == b'{"step": 6, "kept": [], "complete": 0}'
     threading.Thread(
         target=peer.get,
         args=("/v1/snapshots/next?generation=2&after=6&copied=0&mirror=node-1", 100),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -181,6 +182,34 @@ def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) ->
     agent = FakeAgent(upload_steps=4)
     train_in(tmp_path, config, state, batches, agent)
     assert agent.saved_steps() == [2, 7, 9]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_checkpoint_waits_until_the_newest_snapshot_is_complete_everywhere(
+    tmp_path: Path,
+) -> None:
+    """It would overwrite a snapshot that a mirror still copies, and no newer one could be complete. The last one is not put off."""
+    config = config_for(
+        tmp_path, "train.steps=10", "checkpoint.every_steps=2", "checkpoint.snapshot_every_steps=1"
+    )
+    state, batches = start(config)
+
+    class SlowMirrors(FakeAgent):
+        """Each snapshot is complete three steps later."""
+
+        @property
+        def complete_step(self) -> int:
+            return max(0, self.step - 3)
+
+    agent = SlowMirrors()
+    checkpoints = checkpoints_in(config, agent)
+    snapshots = MemorySnapshots(1, 1, tmp_path, agent, state, checkpoints.describe)
+    deadline_s = time.monotonic() + 20.0
+    while snapshots.offer().complete_step is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    assert train(config, state, batches, agent, checkpoints, snapshots) is Outcome.COMPLETED
+    assert agent.saved_steps() == [5, 9, 10]
 
 
 @pytest.mark.usefixtures("world_of_one")
