@@ -2,7 +2,7 @@
 
             worker: `train.checkpoints.Checkpoints`       agent: `agent.checkpointing`
     load    read this worker's rows                       choose the newest checkpoint whose files are all there
-    save    copy this worker's rows into the staging      upload the shard; commit, on the node of rank 0
+    save    copy this worker's rows into the staging      upload the shard; commit, on one node
             directory
     wait    for room in the staging directory             for the COMMIT of the last checkpoint
     close   (staged shards belong to the agent)           finish the commits that are due, within a limit
@@ -12,7 +12,7 @@ The steps of each operation, and their functions:
     save, worker    shard_file.write_shard
     save, agent     upload.Uploader ─► shard_file.describe_shard ─► store.write
                     after the node's last worker: upload.publish_node (record, notice)
-    save, rank 0    commit.Committer ─► publish.collect ─► publish.publish_manifest ─► history ─► COMMIT
+    save, one node  commit.Committer ─► publish.Collector ─► publish.publish_manifest ─► history ─► COMMIT
                     then, while training continues: commit.Tidier ─► sweep.Sweeper ─► retention
     load, agent     verify.quick_check
     load, worker    index.read_index ─► restore.load_rows
