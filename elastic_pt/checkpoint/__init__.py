@@ -2,9 +2,9 @@
 
             worker: `train.checkpoints.Checkpoints`       agent: `agent.checkpointing`
     load    read this worker's rows                       choose the newest checkpoint whose files are all there
-    save    copy this worker's rows into a buffer,        upload the shard from there; commit, on the node of
-            which is kept; wait for a free one            rank 0
-    wait                                                  for the COMMIT of the last checkpoint
+    save    copy this worker's rows into a buffer,        upload the shard from there; commit, on the node that
+            which is kept; wait for a free one            `in_flight` chooses
+    wait                                                  until the last state is in memory, or committed
     close   (buffers belong to the agent)                 finish the commits that are due, within a limit
 
 The steps of each operation, and their functions:
@@ -12,7 +12,7 @@ The steps of each operation, and their functions:
     save, worker    snapshot.SnapshotBuffers.write
     save, agent     upload.Uploader ─► shard_file.describe_shard ─► store.write
                     after the node's last worker: upload.publish_node (record, notice)
-    save, rank 0    commit.Committer ─► publish.collect ─► publish.publish_manifest ─► history ─► COMMIT
+    save, one node  commit.Committer ─► publish.Collector ─► publish.publish_manifest ─► history ─► COMMIT
                     then, while training continues: commit.Tidier ─► sweep.Sweeper ─► retention
     load, agent     verify.quick_check
     load, worker    index.read_index ─► restore.load_rows

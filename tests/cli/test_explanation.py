@@ -240,6 +240,7 @@ def test_leave_of_the_last_member_is_planned() -> None:
 
 
 THIRD = generation(3, "a", dataclasses.replace(LOST_B, node="c"))
+OWN_COMMIT = Commit((dataclasses.replace(checkpoint(420), generation=2),), "history")
 FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
 
 
@@ -255,10 +256,12 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
         ),
         ((), FirstStep.AWAITED, "its first step is not on record yet"),
         (
-            (COMMIT, THIRD),
+            (OWN_COMMIT, THIRD),
             FirstStep.NOT_MEASURED,
             "resumed from step 410; its start is not on record",
         ),
+        # The upload of generation 1 has outlived it.
+        ((COMMIT, THIRD), FirstStep.REPLACED, "replaced before its first step was on record"),
         (
             (dataclasses.replace(THIRD, frontier_step=413),),
             FirstStep.NOT_MEASURED,
@@ -274,7 +277,7 @@ FAILED_AGAIN = Stop("the same failure 3 times at step 412", 410)
 def test_first_step_is_claimed_only_with_proof(
     later: Sequence[Body], expected: FirstStep, words: str
 ) -> None:
-    """A RECOVERY, a COMMIT or a later frontier prove that a generation trained. Without them the text does not claim it."""
+    """A RECOVERY, a COMMIT of its own or a later frontier prove that a generation trained. Without them the text does not claim it."""
     found, *_ = explain(records(FIRST, COMMIT, generation(2, "ac", LOST_B), *later))
     assert isinstance(found, Change)
     assert found.first_step is expected
