@@ -31,6 +31,7 @@ from elastic_pt.checkpoint.snapshot import (
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, ElasticPtError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import Member
 
 _AGAIN_S: Final = 0.1
@@ -119,10 +120,13 @@ class Mirror:
                 return
             self._on_write(file)
             begin_buffer(buffer, step)
+            failpoint(Failpoint.MIRROR_BEGUN)
             content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
             self._peer.read_into(path, 0, content)
+            failpoint(Failpoint.MIRROR_COPIED)
             require_crcs(record, content)
             end_buffer(buffer, step)
+            failpoint(Failpoint.MIRROR_DONE)
             self._buffers[rank].reverse()
             self._has[rank] = step
             self._on_copy(file, record)

@@ -31,6 +31,7 @@ from elastic_pt.checkpoint.memory import Place, Places
 from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
@@ -256,6 +257,7 @@ class Snapshots:
             log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
             return
         if found is not None:
+            failpoint(Failpoint.SNAPSHOT_DESCRIBED)
             self._copied(buffer.path(self._scratch), found)
 
     def _copied(self, path: Path, record: Snapshot) -> None:
@@ -331,6 +333,7 @@ class Snapshots:
                 return web.Response(status=404)
             if mirror in self._acknowledged and after > self._acknowledged[mirror]:
                 self._acknowledged[mirror] = after
+                failpoint(Failpoint.MIRROR_ACKNOWLEDGED)
                 self._look()
         waiter = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:

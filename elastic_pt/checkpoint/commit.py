@@ -23,6 +23,7 @@ from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import collect, publish_manifest
 from elastic_pt.checkpoint.sweep import Sweeper
 from elastic_pt.errors import FencedError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.store.port import Store
@@ -124,6 +125,7 @@ class Committer:
         except Exception as error:
             self._on_failure(due.generation, step, error)
         self._on_done(step)
+        failpoint(Failpoint.COMMIT_RELEASED)
         if expired is not None:
             self._tidier.tidy(expired)
 
@@ -133,6 +135,7 @@ class Committer:
             self._log.append(
                 lambda _: Stop(COMPLETED, self._last_step), generation=generation.number
             )
+            failpoint(Failpoint.STOP_APPENDED)
             log.info("stop", reason=COMPLETED, step=self._last_step)
 
     def _commit(self, step: int, generation: Generation, request: int) -> "_Expired | None":
@@ -153,8 +156,10 @@ class Committer:
         if notices is None:
             log.info("commit_abandoned", step=step, directory=directory)
             return None
+        failpoint(Failpoint.COMMIT_COLLECTED)
         checkpoint = publish_manifest(self._store, notices)
         history = self._write_history(directory, step)
+        failpoint(Failpoint.HISTORY_WRITTEN)
         if history:
             checkpoint = replace(checkpoint, loss=json.loads(history[-1].text)["loss"])
 
@@ -176,6 +181,7 @@ class Committer:
             )
 
         view = self._log.append(commit, generation=generation.number)
+        failpoint(Failpoint.COMMIT_APPENDED)
         log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
         self._history.forget(step)
         self._on_commit(checkpoint)

@@ -20,6 +20,7 @@ from elastic_pt.checkpoint.index import Index, Readable, in_order, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError
+from elastic_pt.failpoints import Failpoint, failpoint
 
 READ_BYTES_MAX = 32 << 20
 _LOAD_THREADS = 8
@@ -122,9 +123,12 @@ def load_rows(
     def fetch(read: ReadRange) -> None:
         for block, data in read_blocks(store, read):
             _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
+        failpoint(Failpoint.RESTORE_ROWS)
 
+    failpoint(Failpoint.RESTORE_INDEXED)
     for _ in in_order(plan_reads(index, wanted), fetch, _LOAD_THREADS):
         pass
+    failpoint(Failpoint.RESTORE_LOADED)
 
 
 def read_tensors(

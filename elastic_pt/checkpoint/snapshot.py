@@ -42,6 +42,7 @@ from elastic_pt.checkpoint.shard_file import (
     parse_shard_header,
 )
 from elastic_pt.errors import CheckpointError
+from elastic_pt.failpoints import Failpoint, failpoint
 
 BUFFERS: Final = 2
 PAYLOAD_OFFSET: Final = 4096
@@ -122,12 +123,15 @@ class SnapshotBuffers:
         number, self._next = self._next, (self._next + 1) % BUFFERS
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
+        failpoint(Failpoint.BUFFER_BEGUN)
         header = self._layout.header(state)
         buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
         with torch.no_grad():
             for target, rows in zip(self._targets[number], self._rows, strict=True):
                 target.copy_(rows)
+        failpoint(Failpoint.BUFFER_COPIED)
         end_buffer(buffer, state.step)
+        failpoint(Failpoint.BUFFER_DONE)
         return self._names[number]
 
     def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:

@@ -39,6 +39,7 @@ from elastic_pt.checkpoint.nodes import (
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
 
 
@@ -80,6 +81,7 @@ def upload_shard(store: Store, shard: StagedShard) -> UploadedShard:
     key = shard_key(shard.directory, shard.rank)
     file, state, tensors = describe_shard(shard.path, key)
     store.write(key, shard.path)
+    failpoint(Failpoint.SHARD_WRITTEN)
     size = store.size(key)
     if size != file.size:
         raise CheckpointError(f"{key}: {size} bytes in the store, expected {file.size}")
@@ -127,7 +129,9 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
         first.tensors if first_rank == 0 else (),
     )
     store.create(key, data)
+    failpoint(Failpoint.NODE_RECORDED)
     store.create(notice_key(staged.directory, first_rank), notice.to_bytes())
+    failpoint(Failpoint.NODE_NOTICED)
     return notice
 
 
