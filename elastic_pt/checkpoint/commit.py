@@ -132,11 +132,14 @@ class Committer:
     def _stop(self, generation: Generation) -> None:
         view = self._log.refresh()
         if view.checkpoints and view.checkpoints[0].step >= self._last_step:
-            self._log.append(
+            view = self._log.append(
                 lambda _: Stop(COMPLETED, self._last_step), generation=generation.number
             )
             failpoint(Failpoint.STOP_APPENDED)
             log.info("stop", reason=COMPLETED, step=self._last_step)
+            if view.checkpoints[0].generation != generation.number:
+                # The generation that committed the last step was killed, perhaps before it removed what expired.
+                self._tidier.tidy(_Expired(view, set(), last=True))
 
     def _commit(self, step: int, generation: Generation, request: int) -> "_Expired | None":
         directory = directory_of(generation, step)

@@ -43,7 +43,7 @@ class Sweeper:
         """When each attempt of the current generation was first seen to be overtaken."""
 
     def sweep(self, view: RunView, *, last: bool) -> None:
-        """Sweep, if it is time or this is the run's `last` commit. `view` ends with a COMMIT of this node.
+        """Sweep, if it is time or this is the run's `last` commit. `view` ends with a COMMIT or the STOP of this node.
 
         Raises `StoreError` if the store fails; the next sweep starts from the beginning.
         """

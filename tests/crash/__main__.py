@@ -1,15 +1,17 @@
 """The command of the campaigns."""
 
 import argparse
+import importlib
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from elastic_pt.failpoints import Failpoint
 from tests.crash.campaign import BucketCrashes, points_of
 from tests.crash.processes import silence
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
@@ -37,36 +39,64 @@ def s3_server(folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def main() -> None:
-    """Run the campaigns that the options name."""
-    silence()
+def main() -> int:
+    """Run the campaign that the options name. Returns the exit code."""
     options = argparse.ArgumentParser(prog="python -m tests.crash")
-    options.add_argument("--seeds", type=int, default=20)
-    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--seeds", type=int, default=20, help="how many seeds")
+    options.add_argument("--first", type=int, default=0, help="the first seed")
     options.add_argument("--store", choices=("local", "s3"), default="local")
-    options.add_argument("--points", default="")
-    options.add_argument("--random", type=int, default=5)
+    options.add_argument("--points", default="", help="only these failpoints, with commas")
+    options.add_argument("--random", type=int, default=2, help="kills at random moments, per seed")
     chosen = options.parse_args()
+    silence()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crash-", dir=MEMORY)))
-        url_of: Callable[[str], str] = lambda name: f"file://{folder}/run-{name}"  # noqa: E731
+        url = f"file://{folder}"
         if chosen.store == "s3":
             endpoint = stack.enter_context(s3_server(folder))
             os.environ.update(S3_SETTINGS, AWS_ENDPOINT_URL=endpoint)
+            importlib.import_module("s3fs")  # once, and not in each child
             make_bucket("crash")
-            url_of = lambda name: f"s3://crash/run-{name}"  # noqa: E731
-        started_s = time.monotonic()
+            url = "s3://crash"
+        points = [
+            each for each in points_of(chosen.store) if each.label in chosen.points.split(",")
+        ]
+        report = Report()
         for seed in range(chosen.first, chosen.first + chosen.seeds):
-            own = Path(folder) / str(seed)
-            own.mkdir()
-            crashes = BucketCrashes(seed, own, url_of)
-            for point in points_of(chosen.store):
-                if chosen.points and point.label not in chosen.points.split(","):
-                    continue
-                rule = crashes.kill_at(point)
-                print(seed, rule, round(time.monotonic() - started_s, 2), flush=True)
+            crashes = BucketCrashes(seed, folder, url)
+            for point in points or points_of(chosen.store):
+                report.add(point.label, f"seed {seed}", partial(crashes.kill_at, point))
             for number in range(chosen.random):
-                print(seed, round(crashes.kill_at_random(number), 3), flush=True)
+                report.add(
+                    "random moments", f"seed {seed}", partial(crashes.kill_at_random, number)
+                )
+        return report.end()
+
+
+class Report:
+    """Counts the cases of a campaign, and prints those that failed."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._passed: Counter[str] = Counter()
+        self._failed = 0
+
+    def add(self, kind: str, name: str, case: Callable[[], object]) -> None:
+        """Run one case."""
+        try:
+            case()
+            self._passed[kind] += 1
+        except AssertionError as error:
+            self._failed += 1
+            print(f"FAILED {kind}, {name}\n{error}", flush=True)
+
+    def end(self) -> int:
+        """Print the numbers. Returns the exit code."""
+        for kind, count in self._passed.items():
+            print(f"{kind:24} {count:6}")
+        total, seconds = sum(self._passed.values()), time.monotonic() - self._started_s
+        print(f"{total} passed, {self._failed} failed, {seconds:.0f} s")
+        return 1 if self._failed else 0
 
 
 def make_bucket(name: str) -> None:
@@ -82,4 +112,4 @@ def make_bucket(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

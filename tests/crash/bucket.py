@@ -8,7 +8,6 @@ All parts are the product's own: takeover, restore, uploaders, committer, tidier
 function of the seed and the step, so every checkpoint can be compared with it, bit for bit.
 """
 
-import faulthandler
 import os
 import random
 import threading
@@ -54,9 +53,11 @@ SHAPES: Final = {"head.weight": (7, 3), "norm.weight": (5,), "wide": (9, 40)}
 EVERY: Final = 2
 """Steps between two checkpoints."""
 BEFORE: Final = 4
-CRASH: Final = 10
-LAST: Final = 14
+CRASH: Final = 8
+LAST: Final = 10
 """The last steps of the three fleets."""
+TORN: Final = 3
+"""The step of an attempt that the first fleet never commits."""
 _WAIT_S: Final = 30.0
 _OLD_S: Final = 7200.0
 
@@ -196,8 +197,6 @@ class Fleet:
         committer.expect(step, generation)
         for shard in shards:
             uploaders[shard.rank // self._shape.workers_per_node].submit(shard)
-        if not self._done[step].wait(_WAIT_S):
-            faulthandler.dump_traceback(open("/tmp/crash_stall.txt", "w"))
         assert self._done[step].wait(_WAIT_S), self._failures
         with self._uploaded:
             assert self._uploaded.wait_for(lambda: self._left == 0, _WAIT_S), self._failures
@@ -277,7 +276,7 @@ def prepare(root: Path, shape: Shape, scratch: Path) -> None:
     fleet = Fleet(f"file://{root}", shape, 0, scratch, lambda _: None)
     generation = fleet.take_over()
     fleet.train(generation, BEFORE)
-    torn = fleet.staged(generation, BEFORE + 1)
+    torn = fleet.staged(generation, TORN)
     fleet.store.write(shard_key(torn[0].directory, 0), torn[0].path)
     if shape.damaged:
         fleet.store.delete(shard_key(fleet.log.view.checkpoints[0].directory, 0))
@@ -289,8 +288,11 @@ def attempt(root: Path, url: str, shape: Shape, scratch: Path, rules: str, say: 
     if isinstance(fleet.store, s3.S3Store):
         for path in (each for each in root.rglob("*") if each.is_file()):
             fleet.store.write(path.relative_to(root).as_posix(), path.read_bytes())
-        torn = next(iter(sorted((root / "ckpt").glob(f"{BEFORE + 1:010}-*"))))
-        fleet.store._call("test", "create_multipart_upload", shard_key(f"ckpt/{torn.name}", 1))
+        torn = next(iter(sorted((root / "ckpt").glob(f"{TORN:010}-*"))))
+        key = shard_key(f"ckpt/{torn.name}", 1)
+        upload = fleet.store._call("test", "create_multipart_upload", key)["UploadId"]
+        part = {"UploadId": upload, "PartNumber": 1, "Body": b"part"}
+        fleet.store._call("test", "upload_part", key, **part)
     failpoints.arm(rules)
     say("ready")
     fleet.train(fleet.take_over(), LAST if shape.completes else CRASH, finish=shape.completes)

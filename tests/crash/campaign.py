@@ -3,7 +3,6 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ def points_of(store: str) -> list[Failpoint]:
 class BucketCrashes:
     """The crashes of fleets with one seed and one store."""
 
-    def __init__(self, seed: int, folder: Path, url_of: Callable[[str], str]) -> None:
-        """`url_of(name)` is the URL of an empty run directory; `folder` is for files of this seed."""
+    def __init__(self, seed: int, folder: Path, url: str) -> None:
+        """Runs are below `url`; `folder` is for local files."""
         self._seed = seed
-        self._folder = folder
-        self._url_of = url_of
+        self._folder = folder / f"seed-{seed}"
+        self._folder.mkdir()
+        self._url = url
         self._known: dict[Shape, tuple[Counter[str], float]] = {}
         self._count = 0
 
@@ -67,9 +67,9 @@ class BucketCrashes:
 
     def _crash(self, shape: Shape, rule: str, kill_after_s: float | None) -> Ended:
         template = self._template(shape)
-        name = f"{self._seed}-{self._count}"
+        name = f"run-{self._seed}-{self._count}"
         self._count += 1
-        url = self._url_of(name)
+        url = f"{self._url}/{name}"
         if url.startswith("file://"):
             shutil.copytree(template, url.removeprefix("file://"))
         scratch = self._folder / f"scratch-{name}"
