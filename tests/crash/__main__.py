@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.crash.campaign import BucketCrashes, points_of
+from tests.crash import memory
+from tests.crash.campaign import OF_MEMORY, BucketCrashes, points_of
 from tests.crash.processes import silence
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 
@@ -64,8 +65,19 @@ def main() -> int:
         report = Report()
         for seed in range(chosen.first, chosen.first + chosen.seeds):
             crashes = BucketCrashes(seed, folder, url)
-            for point in points or points_of(chosen.store):
+            for point in points_of(chosen.store):
+                if points and point not in points:
+                    continue
                 report.add(point.label, f"seed {seed}", partial(crashes.kill_at, point))
+            for point in (each for each in OF_MEMORY if chosen.store == "local"):
+                if points and point not in points:
+                    continue
+                name = f"{seed}-{point.label}"
+                kill = partial(memory.kill_node_at, point, seed, folder / f"nodes-{name}")
+                report.add(point.label, f"seed {seed}", kill)
+                if point in memory.OF_WORKER:
+                    kill = partial(memory.kill_worker_at, point, seed, folder / f"worker-{name}")
+                    report.add(f"{point.label} (worker)", f"seed {seed}", kill)
             for number in range(chosen.random):
                 report.add(
                     "random moments", f"seed {seed}", partial(crashes.kill_at_random, number)
