@@ -8,8 +8,6 @@ import pytest
 
 _TIMEOUT_S: Final = 280.0
 ON_S3: Final = "shard.written,manifest.created,commit.appended,removal.manifest"
-    "shard.written,node.recorded,manifest.created,log.appended,commit.appended,removal.manifest"
-)
 
 
 def campaign(*options: str) -> str:
