@@ -37,7 +37,7 @@ def await_kill(run: Scenario, *nodes: str) -> str:
 
 
 def test_agent_killed_just_after_its_commit(start: StartScenario, reference_digest: str) -> None:
-    """The COMMIT counts, although its writer never knew: the others resume from it or from a later state, and nothing
+    """F33: the COMMIT counts, although its writer never knew: the others resume from it or from a later state, and nothing
     forks."""
     rule = "commit.appended@2:kill"
     run = start_armed(start, {"node-0": rule}, "checkpoint.snapshot_every_steps=1000")
@@ -52,7 +52,7 @@ def test_agent_killed_just_after_its_commit(start: StartScenario, reference_dige
 
 
 def test_agent_killed_while_it_mirrors(start: StartScenario, reference_digest: str) -> None:
-    """A copy that is in the buffer and not verified counts for nobody; the others have a whole state of the last two
+    """F33: a copy that is in the buffer and not verified counts for nobody; the others have a whole state of the last two
     steps in memory."""
     run = start_armed(
         start,

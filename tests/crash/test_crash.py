@@ -19,7 +19,7 @@ def campaign(*options: str) -> str:
 
 
 def test_kill_at_any_failpoint_leaves_a_whole_run() -> None:
-    """After SIGKILL at each point the newest commit has its bits, the log has one lineage, the next fleet completes the
+    """F33: after SIGKILL at each point the newest commit has its bits, the log has one lineage, the next fleet completes the
     run, and a lost node's peers hold a whole state."""
     found = campaign("--seeds", "1", "--first", "100", "--random", "2")
     assert " 0 failed" in found
@@ -28,7 +28,7 @@ def test_kill_at_any_failpoint_leaves_a_whole_run() -> None:
 
 @pytest.mark.ceph
 def test_kill_at_failpoints_on_s3_leaves_a_whole_run(ceph_url: str) -> None:
-    """The same on a real S3 server, for the points at which objects and records are created and removed."""
+    """F33: the same on a real S3 server, for the points at which objects and records are created and removed."""
     options = (
         "--store",
         "s3",
@@ -45,6 +45,6 @@ def test_kill_at_failpoints_on_s3_leaves_a_whole_run(ceph_url: str) -> None:
 
 
 def test_changed_bytes_never_become_weights() -> None:
-    """Flips, truncations, swaps and deletions of a checkpoint, a peer's snapshot and a mapped buffer are found, or
+    """F35: flips, truncations, swaps and deletions of a checkpoint, a peer's snapshot and a mapped buffer are found, or
     change no weight."""
     assert "seed 100: 1000 changes, 0 wrong" in campaign("--corruptions", "1000", "--first", "100")
