@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install services demo test check format lint types imports unit sim scale crash chaos clean
+.PHONY: help install services demo test check format lint types imports unit sim scale crash chaos notices clean
 
 help:  ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -61,6 +61,9 @@ crash: install services  ## Kill at each failpoint under SEEDS=20 seeds, locally
 
 chaos: install
 	$(BIN)/pytest chaos_tests --numprocesses 2 --durations 10
+
+notices: install  ## Give notices to real agents: all leads, phases and sources (`make test` runs a few)
+	$(BIN)/pytest chaos_tests/notice_matrix.py --numprocesses 2 --durations 10
 
 clean:  ## Remove everything that make created
 	rm -rf $(VENV) demo services build *.egg-info

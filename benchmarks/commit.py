@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import (
@@ -158,9 +158,17 @@ def main() -> None:
     committed = threading.Event()
     commits: list[Checkpoint] = []
 
-    def on_commit(checkpoint: Checkpoint) -> None:
-        commits.append(checkpoint)
-        committed.set()
+    class Listener:
+        def committed(self, checkpoint: Checkpoint) -> None:
+            commits.append(checkpoint)
+            committed.set()
+
+        def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+            if failure is not None:
+                print(f"the commit failed: {failure}")
+
+        def untidy(self, failure: Exception) -> None:
+            print(f"tidying failed: {failure}")
 
     store.latency_s, store.hides = options.latency_ms / 1000, True
     store.requests.clear()
@@ -168,15 +176,9 @@ def main() -> None:
         store,
         run_log,
         StepHistory(),
-        keep=2,
-        keep_every_steps=0,
-        last_step=10 * STEP,
-        timeout_s=600.0,
-        superseded=lambda _: False,
-        on_commit=on_commit,
-        on_done=lambda _: None,
-        on_failure=lambda _, __, error: print(f"the commit failed: {error}"),
-        on_untidy=lambda error: print(f"tidying failed: {error}"),
+        generation.members[0].incarnation,
+        CommitRules(keep=2, keep_every_steps=0, last_step=10 * STEP, timeout_s=600.0),
+        Listener(),
     )
     committer.note_step(1, {"step": STEP, "loss": 1.0})
     committer.expect(STEP, generation)

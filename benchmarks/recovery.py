@@ -15,9 +15,6 @@ disturbed in the same ways.
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import random
 import signal
 import sys
@@ -27,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 # If this file is run as a script, Python searches modules in its folder. The imports start at the root of the checkout.
@@ -37,6 +33,7 @@ from benchmarks.recovery_ours import measure_ours
 from benchmarks.recovery_peer import SETTINGS, measure_peer
 from benchmarks.recovery_report import KINDS, print_report
 from benchmarks.recovery_run import Plan, prepare_data
+from benchmarks.summary import machine, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,18 +61,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.nodes < 2:
         parser.error("--nodes: expected at least 2")
     return options
-
-
-def machine() -> dict[str, Any]:
-    """The machine of the measurement."""
-    return {
-        "processor": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_average": os.getloadavg(),
-    }
 
 
 @contextmanager
@@ -115,7 +100,7 @@ def main() -> None:
         )
         for kind in options.kinds:
             report["ours"][kind] = measure_ours(kind, plan, data_url)
-            write(report, options.json)
+            write_json(options.json, report)
         if options.peer is not None:
             plan = dataclasses.replace(
                 plan,
@@ -128,14 +113,8 @@ def main() -> None:
                 report["settings"][name] = dataclasses.asdict(setting)
                 for kind in options.kinds:
                     report[name][kind] = measure_peer(name, kind, plan)
-                    write(report, options.json)
+                    write_json(options.json, report)
     print_report(report, console)
-
-
-def write(report: dict[str, Any], path: Path | None) -> None:
-    """Write the results so far, so that a later failure does not lose them."""
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.summary import percentile
+
 PHASES: Final = ("detect", "agree", "fork", "process group", "restore", "first step")
 """The phases of a recovery, in order. They end when: a member detects it; the log has the new generation; its workers
 run; they are connected; they have the state; the first step is done."""
@@ -61,13 +63,6 @@ ROWS: Final = (
     Row("join", "join: joiner's first step", beside="joiner_s", p99_max_s=4.0),
     Row("leave", "leave: survivors' stall", p99_max_s=0.5),
 )
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest-rank percentile: the smallest value that at least `share` of all values do not exceed."""
-    assert values
-    assert 0.0 < share <= 1.0
-    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def summarize(samples: Sequence[Sample]) -> Summary:

@@ -1,6 +1,6 @@
 """Part `snapshot`: how long a checkpoint stops training, its parts, and the time of upload and restore.
 
-stall     `Checkpoints.save`: copy to host and write into the staging directory; the next step waits for it
+stall     `SnapshotBuffers.write`: copy to host, into a mapped buffer; the next step waits for it
 parts     device to host (pageable as in a run; pinned for comparison), host to staging, device to device
 upload    hash and copy to a store on the local disk; the agent does it while training continues
 restore   `load_rows` from that store into the device, with a cold and a warm page cache
@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Final, cast
+from typing import Final
 
 import torch
 
@@ -31,34 +30,17 @@ from benchmarks.cuda.alone import (
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import SIZES
 from elastic_pt.checkpoint.index import read_index
-from elastic_pt.checkpoint.layout import checkpoint_directory
+from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.shard_file import Staging
-from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
-from elastic_pt.data.manifest import Manifest
+from elastic_pt.checkpoint.snapshot import SnapshotBuffers
+from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.store.open import open_store
-from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.state import TrainState
-from elastic_pt.workers.assignment import Assignment
 
 _REPEATS: Final = 3
 _RUN_ID: Final = "benchmark"
 _MEMORY: Final = "/dev/shm"
-
-
-class _SilentAgent:
-    """An agent that ignores the messages of `Checkpoints.save`."""
-
-    drain_requested = False
-    checkpoint_request = -1
-
-    def released(self, step: int) -> bool:
-        """Every checkpoint is released at once."""
-        return True
-
-    def send(self, kind: str, **content: object) -> None:
-        """Ignore it."""
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -86,17 +68,12 @@ def run(options: argparse.Namespace, report: Report) -> None:
 def _stall(
     state: TrainState, staging: Path, state_bytes: int, step_s: float, report: Report
 ) -> Path:
-    data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="0" * 64)
-    seconds = []
-    for generation in range(1, _REPEATS + 1):
-        assignment = Assignment(_RUN_ID, generation, "127.0.0.1", 1, resume=None)
-        checkpoints = Checkpoints(
-            state.config, cast(Manifest, data), assignment, _SilentAgent(), staging
-        )
-        path = Staging(staging, generation).path(state.steps_done, state.rank)
-        seconds += _seconds(partial(checkpoints.save, state), state.device, repeats=1)
-        if generation < _REPEATS:
-            path.unlink()
+    rows = {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()}
+    buffers = SnapshotBuffers(staging, 1, state.rank, rows)
+    buffers.allocate(1)
+    described = TrainingState(max(1, state.steps_done), 0, 0, "0" * 64, "0" * 64, "0" * 64)
+    seconds = _seconds(partial(buffers.write, described), state.device)
+    path = buffers.write(described).path(staging)
     stall_s = statistics.median(seconds)
     report.row(
         "stall",
@@ -151,7 +128,7 @@ def _upload_and_restore(
     store = open_store(f"file://{disk}/store")
     directory = checkpoint_directory(state.steps_done, 1, "abcd")
     started_s = time.perf_counter()
-    uploaded = upload_shard(store, StagedShard(path, _RUN_ID, directory, 0, range(1)))
+    uploaded = upload_shard(store, KeptShard(path, _RUN_ID, directory, 0, range(1)))
     reference = publish_manifest(store, [publish_node(store, [uploaded])])
     seconds = time.perf_counter() - started_s
     rate = state_bytes / seconds

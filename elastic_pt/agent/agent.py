@@ -5,7 +5,7 @@ training stack: the command that starts the agent passes the function that its w
 
     run_agent ─► prepare ─► Agent.run ─► NodeProcesses.run   one generation after the other (main thread)
                     Node             listens to peers, decides, appends          (membership thread)
-                    Checkpointing    staged shards ─► bucket ─► COMMIT           (upload and commit threads)
+                    Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
 
@@ -29,6 +29,7 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
+from elastic_pt.agent.at_risk import AtRisk
 from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
@@ -41,6 +42,8 @@ from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure, StoreError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.mirrors import mirrored_by
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
@@ -105,7 +108,7 @@ class Agent:
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member = prepared.member
+        member, token = prepared.member, run_token(prepared.store)
         self._config = config
         self._scratch = scratch
         self._log = run_log
@@ -123,11 +126,12 @@ class Agent:
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
-            run_token(store),
-            copies=config.checkpoint.mirror_copies,
+            token,
+            mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
             history=history,
-            on_complete=self._channel.complete,
+            on_complete=self._held,
+            on_change=lambda: self._node.states_changed(),
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -140,6 +144,11 @@ class Agent:
                 choose_resume=partial(
                     choose_resume, store, run_log, incarnation=member.incarnation
                 ),
+                choose_mirrors=partial(
+                    mirrored_by,
+                    copies=config.checkpoint.mirror_copies,
+                    across_zones=config.checkpoint.mirror_zones,
+                ),
                 on_drain=self._channel.drain,
                 on_checkpoint=self._channel.checkpoint,
                 on_leave=self._drained,
@@ -147,7 +156,7 @@ class Agent:
                 states=self._snapshots,
                 fenced_url=prepared.fenced_url,
             ),
-            store,
+            token,
         )
         self._checkpointing = Checkpointing(
             config,
@@ -157,20 +166,25 @@ class Agent:
             self._observation.metrics,
             scratch,
             history,
-            release=self._channel.release,
+            states=self._snapshots,
+            release=self._release,
         )
-        self._leaving = Leaving(self._node, config.elastic.leave_timeout_s)
+        self._progress = Progress()
+        estimates = self._observation.estimates
+        self._leaving = Leaving(
+            self._node,
+            config.elastic.leave_timeout_s,
+            times=lambda: estimates.times,
+            at_risk=AtRisk(
+                run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
+            ).heed,
+        )
         self._notices = Watch(
-            sources(
-                chosen(config.elastic.notices, read_machine()),
-                member.node,
-                lambda: run_token(store).encode(),
-            ),
+            sources(chosen(config.elastic.notices, read_machine()), member.node, token.encode()),
             self._leaving.heed,
             self._observation.metrics,
             usual_lead_s=config.elastic.leave_timeout_s,
         )
-        self._progress = Progress()
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -206,6 +220,7 @@ class Agent:
             self._notices.start()
             self._channel.listen(self._messages.handle)
             self._node.start()
+            self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             try:
                 while self._train_generation():
@@ -236,6 +251,14 @@ class Agent:
         self._channel.close()
         self._metrics_server.shutdown()
 
+    def _release(self, generation: int, step: int, ranks: range | None) -> None:
+        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
+        # First: afterwards a worker may overwrite its buffer.
+        self._snapshots.release(generation, step, ranks)
+        if ranks is not None:
+            self._observation.estimates.uploaded(step)
+        self._channel.release(generation, step)
+
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
         if not self._node.leaving:
@@ -243,6 +266,12 @@ class Agent:
         self._leaving.ask(
             str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
         )
+
+    def _held(self, generation: int, step: int, mirrored: bool) -> None:
+        """The state of a step is whole on this node, and on its mirrors that have room (`mirrored`: all of them)."""
+        if mirrored and self._config.checkpoint.mirror_copies:
+            self._observation.estimates.held(step)
+        self._channel.complete(generation, step, mirrored)
 
     def _drain_request(self) -> Request | None:
         return self._node.view.request(Verb.DRAIN, self._node.member.node)
@@ -288,7 +317,7 @@ class Agent:
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
         self._observation.starts(generation, self._node.read_at_s(generation.number))
-        self._checkpointing.starts()
+        self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
         self._snapshots.complete_history(formed, committed_step(view))
         write_assignment(
@@ -317,16 +346,27 @@ class Agent:
         self._checkpointing.stopped()
 
     def _settle(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their checkpoint is committed. False if it cannot be."""
+        """The workers stopped as planned: wait until nothing is lost with them. False if that cannot be.
+
+        After the last step that is the end of the run; before, a commit or a state in memory (`Node.await_settled`).
+        """
         self._observation.enter(Activity.SETTLE)
         self._node.settling()
-        settled = self._checkpointing.wait(formed, completed=completed)
+        began_s = time.monotonic()
+        if completed:
+            ended = self._checkpointing.await_end(formed)
+            settled = Settled("bucket" if ended else "", self._node.reason)
+        else:
+            settled = self._checkpointing.wait(formed, self._snapshots.is_complete)
         log.info(
             "settled" if settled else "settle_failed",
-            step=self._checkpointing.staged_step,
+            step=self._checkpointing.saved_step,
             generation=formed.generation.number,
+            tier=settled.tier,
+            reason=settled.reason,
+            seconds=round(time.monotonic() - began_s, 3),
         )
-        return settled
+        return bool(settled)
 
     def _diverged(self, formed: Formed) -> None:
         """The loss stayed non-finite: end the run with its last good checkpoint."""
@@ -392,7 +432,7 @@ class Agent:
                 log.warning("node_rests", seconds=round(seconds, 3), cause=failure.detail)
                 self._node.rest(failure.detail, seconds)
         self._node.spend(number, failure)
-        self._observation.enter(Activity.FORM)
+        self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
         too_many = progress.failures > self._config.elastic.retries_without_progress
         if counts and failure is not None and too_many and self._node.others_can_go_on():
             raise NodeFailure(

@@ -1,37 +1,41 @@
 """A node's share in checkpoints (agent process): the agent's side of the operations of `train.checkpoints`.
 
     load    `choose_resume`: the newest checkpoint with all its files, for a new generation
-    save    take a shard that a worker staged ─► upload it; on the node of rank 0 also commit
-    wait    after the workers' last step: until their last checkpoint is committed
+    save    upload a state that a worker keeps in a buffer; on one node also commit
+    wait    after the workers' last step: until their last checkpoint is committed, or their last state is in memory
     close   finish the commits that are due, within a bounded time
 
-    staged ─► Uploader ─► bucket        (every node)
-              Committer ─► COMMIT       (the node of rank 0)
-    commit or upload ─► `released` ─► workers may stage the next one
+    kept buffer ─► Uploads ───► bucket        (every node)
+                   Committer ─► COMMIT        (the node that `checkpoint.in_flight` chooses)
+    uploaded ─► `released` ─► workers may overwrite the buffer, and save the next one
 
+Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long. The part of a node that is no
+member any more is uploaded by its mirror.
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.agent.uploads import Place, Uploads
+from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
-from elastic_pt.checkpoint.layout import parse_directory
 from elastic_pt.checkpoint.publish import ShareMissing
-from elastic_pt.checkpoint.shard_file import is_staged
-from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.snapshot import Buffer, Snapshot
+from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Kind, Quarantine
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.workers.channel import Message
@@ -44,14 +48,15 @@ def choose_resume(
 ) -> Checkpoint | None:
     """The newest checkpoint with all its files; incomplete ones are quarantined with the reason.
 
-    A member of the newest generation (by `incarnation`) does not check a checkpoint that this generation has
-    committed: every file was checked at its commit, just before. None at the start of a run. Raises
+    A member of the newest generation (by `incarnation`) does not check a checkpoint that was committed since this
+    generation began: every file was checked at its commit, just before. None at the start of a run. Raises
     `CheckpointError` if checkpoints were committed and none is usable.
     """
-    generation = view.generation
+    generation, latest = view.generation, {} if view.head is None else view.head.latest
     inside = generation is not None and generation.rank_of(incarnation) is not None
+    since = latest.get(Kind.COMMIT, -1) > latest.get(Kind.GENERATION, -1)
     for checkpoint in run_log.usable(view):
-        if inside and checkpoint.generation == view.generation_number:
+        if inside and since and view.commit is not None and checkpoint == view.commit.newest:
             return checkpoint
         try:
             quick_check(store, checkpoint, view.run_id)
@@ -89,6 +94,16 @@ class Lost:
     """Whether this node could not upload its share; else another node could not."""
 
 
+class KeptStates(Protocol):
+    """The states in this node's memory that are kept for the bucket (`agent.snapshots`)."""
+
+    def checkpoints(self) -> tuple[tuple[int, int], ...]:
+        """Generation and step of each."""
+
+    def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
+        """The buffer files of one, by rank: of this node's workers, and copies of neighbours'."""
+
+
 class Checkpointing:
     """The operations `save`, `wait` and `close`, for one node and all its generations."""
 
@@ -99,179 +114,226 @@ class Checkpointing:
         run_log: RunLog,
         node: Node,
         metrics: Metrics,
-        staging: Path,
+        scratch: Path,
         history: StepHistory,
         *,
-        release: Callable[[int], None],
+        states: KeptStates,
+        release: Callable[[int, int, range | None], None],
     ) -> None:
-        """`release(step)` lets the workers stage the next checkpoint."""
+        """`release(generation, step, ranks)` frees the buffers of these ranks, or of all, and tells the workers."""
         self._node = node
+        self._log = run_log
         self._metrics = metrics
-        self._staging = staging
+        self._scratch = scratch
+        self._states = states
         self._release = release
         self._settle_timeout_s = config.elastic.settle_timeout_s
-        self._workers = node.member.workers
-        self._uploads: dict[int, int] = defaultdict(int)
-        """Shards of this generation that are done, by step."""
+        self._mirror_timeout_s = config.elastic.heartbeat_timeout_s
         self._lost: Lost | None = None
         """The last checkpoint that cannot be committed, as far as this node knows."""
-        self._uploader = Uploader(store, on_uploaded=self._uploaded, on_failed=self._upload_failed)
+        self._lock = threading.Lock()
+        self._expected = Place(0, 0)
+        """The newest checkpoint that the committer expects."""
+        self._newest: tuple[Checkpoint, ...] = ()
+        """The newest checkpoint that this node has seen committed."""
+        self._uploads = Uploads(
+            store,
+            on_uploaded=self._uploaded,
+            on_failed=self._upload_failed,
+            on_dropped=self._upload_dropped,
+        )
         self._committer = Committer(
             store,
             run_log,
             history,
-            keep=config.checkpoint.keep,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            last_step=config.train.steps,
-            timeout_s=config.elastic.settle_timeout_s,
-            superseded=node.must_reform,
-            on_commit=self._committed,
-            on_done=release,
-            on_failure=self._commit_failed,
-            on_untidy=self._untidy,
+            node.member.incarnation,
+            CommitRules(
+                keep=config.checkpoint.keep,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                last_step=config.train.steps,
+                timeout_s=config.elastic.settle_timeout_s,
+            ),
+            self,
         )
-        self.staged_step = 0
-        """Step of the newest shard that a worker of this node has staged."""
+        self.saved_step = 0
+        """Step of the newest checkpoint that a worker of this node has saved, or had no room for."""
 
     # ---- one generation ------------------------------------------------------------------------
 
-    def starts(self) -> None:
+    def starts(self, generation: Generation) -> None:
         """Workers of a new generation are about to start."""
-        self._uploads.clear()
-        self._sweep()
+        self._release_forgotten()
+        for before, step in self._committer.expected():
+            for rank, member in enumerate(before.members):
+                if generation.rank_of(member.incarnation) is None:
+                    self._adopt(before, step, before.worker_ranks()[rank])
 
     def save(self, message: Message) -> None:
-        """A worker's message `staged`, `no_room` or `skipped` (see `train.checkpoints`)."""
+        """A worker's message `snapshot` of a checkpoint, `no_room` or `skipped` (see `train.checkpoints`)."""
         kind, step, formed = message["kind"], int(message["step"]), self._node.formed
         generation = formed.generation
         if message["generation"] != generation.number:
-            # A worker of an earlier generation: its shard belongs to no checkpoint any more.
+            # A worker that outlived its generation. Its node has written it off.
             log.info("stale_shard_dropped", step=step, generation=message["generation"])
-            if kind == "staged":
-                Path(message["path"]).unlink(missing_ok=True)
             return
         if kind == "no_room":
-            log.warning("staging_waits_for_room", step=step, cause=message["why"])
+            log.warning("checkpoint_waits_for_room", step=step, cause=message["why"])
             return
-        self.staged_step = step
-        shard = StagedShard(
-            path=Path(message["path"]) if kind == "staged" else Path(),
-            run_id=self._node.view.run_id,
-            directory=directory_of(generation, step),
-            rank=message["rank"],
-            ranks=generation.worker_ranks()[formed.node_rank],
-            missing="" if kind == "staged" else message["why"],
-        )
-        if kind == "staged":
+        self.saved_step = step
+        place = Place(generation.number, step)
+        ranks = generation.worker_ranks()[formed.node_rank]
+        if kind == "snapshot":
             self._metrics.checkpoint_stage_seconds.set(message["seconds"])
+            buffer = Buffer(message["generation"], message["rank"], message["buffer"])
+            path, missing = buffer.path(self._scratch), ""
         else:
+            path, missing = Path(), message["why"]
             self._metrics.checkpoint_skips.inc()
-            log.warning("checkpoint_skipped", step=step, cause=shard.missing)
-            self._lose((generation.number, step), shard.missing, own=True)
+            log.warning("checkpoint_skipped", step=step, cause=missing)
+            self._lose(place, missing, own=True)
         try:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
-            self._uploader.submit(shard)
-            if shard.rank == 0:
-                self._committer.expect(step, generation, int(message.get("request", -1)))
+            self._uploads.add(self._shard(generation, step, path, message["rank"], ranks, missing))
         except ElasticPtError as error:
-            self._upload_failed(shard, error)
+            self._upload_failed(place, error)
+        self._expect(place, generation, int(message.get("request", -1)))
+
+    def _shard(
+        self, of: Generation, step: int, path: Path, rank: int, ranks: range, missing: str = ""
+    ) -> KeptShard:
+        return KeptShard(path, self._node.view.run_id, directory_of(of, step), rank, ranks, missing)
+
+    def _adopt(self, of: Generation, step: int, ranks: range) -> None:
+        """Upload the part of a node that is no member any more, if this node has copies of all its shards."""
+        copies = self._states.kept_state(of.number, step)
+        if all(rank in copies for rank in ranks):
+            log.info("upload_adopted", step=step, generation=of.number, first_rank=ranks.start)
+            self._uploads.adopt(
+                [self._shard(of, step, copies[rank][0], rank, ranks) for rank in ranks]
+            )
+
+    def _expect(self, place: Place, generation: Generation, request: int) -> None:
+        """Have the checkpoint committed; once for all workers of this node."""
+        with self._lock:
+            if place <= self._expected:
+                return
+            self._expected = place
+        self._committer.expect(place.step, generation, request)
 
     def note_step(self, message: Message) -> None:
         """Note a step of this node's first worker for the history of the next commit. Any node may commit next."""
         self._committer.note_step(self._node.formed.generation.number, message)
 
     def stopped(self) -> None:
-        """The workers are gone: drop the shards that they staged and that are not being uploaded."""
-        self._uploader.discard()
-        self._sweep()
+        """The workers are gone: what all of them have kept is uploaded all the same."""
+        self._uploads.stopped("a worker ended before it had saved its state")
+        self._release_forgotten()
 
-    def wait(self, formed: Formed, *, completed: bool) -> bool:
-        """The workers stopped as planned: wait until their last checkpoint is committed.
+    def wait(self, formed: Formed, mirrored: Callable[[int], bool]) -> Settled:
+        """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
-        After the last step (`completed`) wait for the end of the run too. False if the generation is broken, if its
-        checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
+        after `elastic.settle_timeout_s`. `mirrored(step)`: this node's mirrors have its part.
         """
-        number, timeout_s = formed.generation.number, self._settle_timeout_s
+        generation, step = formed.generation, self.saved_step
 
-        def given_up() -> bool:
-            return self.lost() is not None
+        def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
+            return self._node.await_settled(
+                generation, step, timeout_s, given_up, lambda: mirrored(step)
+            )
 
-        if not completed:
-            return self._node.await_settled(number, self.staged_step, timeout_s, given_up)
+        settled = wait(self._settle_timeout_s, self._given_up)
+        if not settled and self._given_up() and not self._node.must_reform(generation.number):
+            # The bucket is out of the question. The mirrors may not have been asked yet.
+            settled = wait(self._mirror_timeout_s, lambda: False)
+        return settled
+
+    def await_end(self, formed: Formed) -> bool:
+        """The workers did the last step: wait until their last checkpoint is committed, and the run has ended.
+
+        False if the generation is broken, if the checkpoint cannot be committed, or after `elastic.settle_timeout_s`.
+        """
         if formed.node_rank == 0:
             self._committer.finish(formed.generation)
-        return self._node.await_end(number, timeout_s, given_up)
+        return self._node.await_end(
+            formed.generation.number, self._settle_timeout_s, self._given_up
+        )
+
+    def _given_up(self) -> bool:
+        return self.lost() is not None
 
     def lost(self) -> Lost | None:
-        """Why the checkpoint that was staged last cannot be committed; None while it may be."""
-        lost, due = self._lost, (self._node.formed.generation.number, self.staged_step)
+        """Why the checkpoint that was saved last cannot be committed; None while it may be."""
+        lost, due = self._lost, (self._node.formed.generation.number, self.saved_step)
         return lost if lost is not None and (lost.generation, lost.step) == due else None
 
     def failure(self) -> Cause | None:
-        """The cause for the other nodes when the checkpoint staged last is lost; None if another node is the cause."""
+        """The cause for the other nodes when the checkpoint saved last is lost; None if another node is the cause."""
         lost = self.lost()
         if lost is not None and not lost.own:
             return None
         why = "no node said why" if lost is None else lost.why
         return self._node.failure(
-            f"the checkpoint of step {self.staged_step} was not committed: {why}",
+            f"the checkpoint of step {self.saved_step} was not committed: {why}",
             kind=CauseKind.GAVE_UP,
         )
 
     def close(self, timeout_s: float) -> None:
         """Finish the commits that are due, within a bounded time; drop shards that are not uploaded."""
         self._committer.close(timeout_s)
-        self._uploader.close(0.0)
+        self._uploads.close()
 
-    def _sweep(self) -> None:
-        """No worker is alive: remove the files of dead workers from the staging directory, complete or not."""
-        pending = self._uploader.pending()
-        try:
-            for path in self._staging.iterdir():
-                if is_staged(path) and path not in pending:
-                    path.unlink(missing_ok=True)
-                    log.info("staging_swept", path=str(path))
-        except OSError as error:
-            # Sweeping only frees space. If the directory is broken, the next worker that stages reports it.
-            log.warning("staging_not_swept", cause=str(error))
+    def _release_forgotten(self) -> None:
+        """No worker is alive: free the buffers of checkpoints that nobody expects any more."""
+        expected = {Place(each.number, step) for each, step in self._committer.expected()}
+        for place in set(self._states.checkpoints()) - expected - self._uploads.places():
+            self._release(*place, None)
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
-    def _uploaded(self, shard: StagedShard) -> None:
-        formed, name = self._node.formed, parse_directory(shard.directory)
-        if name.generation != formed.generation.number:
-            return
-        self._uploads[name.step] += 1
-        # The committing node's workers wait for the commit, so that checkpoints are committed in order.
-        if self._uploads[name.step] >= self._workers and formed.node_rank != 0:
-            self._release(name.step)
+    def _uploaded(self, place: Place, ranks: range) -> None:
+        self._release(*place, ranks)
 
-    def _upload_failed(self, shard: StagedShard, error: Exception) -> None:
+    def _upload_failed(self, place: Place, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
-        log.error("upload_failed", step=shard.step, cause=str(error))
-        self._uploaded(shard)
-        place = parse_directory(shard.directory).generation, shard.step
+        log.error("upload_failed", step=place.step, cause=str(error))
         self._lose(place, str(error), own=True)
 
-    def _committed(self, checkpoint: Checkpoint) -> None:
+    def _upload_dropped(self, place: Place, why: str) -> None:
+        self._metrics.checkpoint_skips.inc()
+        log.info("upload_dropped", step=place.step, generation=place.generation, reason=why)
+        self._release(*place, None)
+
+    def committed(self, checkpoint: Checkpoint) -> None:
+        """This node has appended a COMMIT."""
         self._metrics.checkpoint_commits.inc()
-        self._metrics.checkpoint_committed_step.set(checkpoint.step)
-        self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+
+    def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+        """A checkpoint is committed (by any node), given up, or has failed: its shards are not needed any more."""
+        place = Place(generation.number, step)
+        newest = self._log.view.checkpoints[:1]
+        if newest and newest != self._newest:
+            self._newest = newest
+            self._metrics.checkpoint_committed_step.set(newest[0].step)
+            self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+        if failure is not None:
+            self._metrics.checkpoint_failures.inc()
+            log.error("commit_failed", step=step, cause=str(failure))
+            # The missing share may be that of the committing node itself.
+            rank = generation.rank_of(self._node.member.incarnation)
+            first_rank = -1 if rank is None else generation.first_worker_rank(rank)
+            own = not isinstance(failure, ShareMissing) or failure.first_rank == first_rank
+            self._lose(place, str(failure), own=own)
+        self._uploads.abandon(place)
+        self._release(*place, None)
         self._node.notice_log()
 
-    def _untidy(self, error: Exception) -> None:
+    def untidy(self, failure: Exception) -> None:
+        """Old checkpoints could not be removed."""
         self._metrics.checkpoint_tidy_failures.inc()
-        log.warning("tidy_failed", cause=str(error))
+        log.warning("tidy_failed", cause=str(failure))
 
-    def _commit_failed(self, generation: Generation, step: int, error: Exception) -> None:
-        self._metrics.checkpoint_failures.inc()
-        log.error("commit_failed", step=step, cause=str(error))
-        # The missing share may be that of the committing node itself.
-        first_rank = generation.first_worker_rank(self._node.formed.node_rank)
-        own = not isinstance(error, ShareMissing) or error.first_rank == first_rank
-        self._lose((generation.number, step), str(error), own=own)
-
-    def _lose(self, place: tuple[int, int], why: str, *, own: bool) -> None:
+    def _lose(self, place: Place, why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
         # Keep the reason that this node has for its own share.

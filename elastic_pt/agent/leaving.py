@@ -4,23 +4,28 @@
     notice (thread of notices.watch) ───┴─► Node.request_leave, and an alarm at the deadline
 
 A signal cannot be taken back. A notice counts as long as it is in force: if it is withdrawn in time, the node stays.
+If nothing can be saved before a notice's deadline (`estimates.plan_leave`), the alarm comes at once.
 """
 
 import math
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
 import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from elastic_pt.agent.estimates import Times, Way, plan_leave
 from elastic_pt.membership.node import Node
-from elastic_pt.notices.notice import CheckpointNow, Decision, Leave, Stay
+from elastic_pt.notices.notice import CheckpointNow, Decision, Leave, Notice, Stay
 from elastic_pt.notices.signals import ENDING_SIGNALS, LEAVE_SIGNALS, leave_reason
 
 _TIME_MIN_S: Final = 1.0
 """Minimum time to leave, also after the deadline of a notice: the machine may exist a moment longer."""
+_TELL_S: Final = 0.1
+"""Time to tell the other nodes why this node ends, if it does not try to leave in good order."""
 
 log = structlog.get_logger("elastic_pt.agent.leaving")
 
@@ -28,12 +33,22 @@ log = structlog.get_logger("elastic_pt.agent.leaving")
 class Leaving:
     """Makes the node leave. `signalled` runs on the main thread, `heed` on the notices thread."""
 
-    def __init__(self, node: Node, leave_timeout_s: float) -> None:
+    def __init__(
+        self,
+        node: Node,
+        leave_timeout_s: float,
+        times: Callable[[], Times],
+        at_risk: Callable[[Notice], None],
+    ) -> None:
+        """`times()`: what this node has measured. `at_risk(notice)` has a checkpoint made soon and returns at once."""
         self._node = node
         self._leave_timeout_s = leave_timeout_s
+        self._times = times
+        self._at_risk = at_risk
         # No lock: a signal handler must not wait for one.
         self._asked_deadline_s = math.inf
         self._notice_deadline_s = math.inf
+        self._time_min_s = _TIME_MIN_S
         self._to_end = False
         """Whether one of `ENDING_SIGNALS` has arrived: the next one ends the agent."""
 
@@ -63,21 +78,38 @@ class Leaving:
         """Act on the decision about the notices in force."""
         match decision:
             case Leave(notice):
-                latest_s = time.monotonic() + self._leave_timeout_s
-                self._notice_deadline_s = min(notice.deadline_s, latest_s)
-                self._node.request_leave(str(notice))
-                self._set_alarm()
+                self._leave(notice, time.monotonic())
             case CheckpointNow(notice):
-                # Checkpoints are committed every `checkpoint.every_steps`. Nothing here can request another one.
                 log.warning("machine_at_risk", source=notice.source, detail=notice.detail)
                 self._stay()
+                self._at_risk(notice)
             case Stay():
                 self._stay()
+
+    def _leave(self, notice: Notice, now_s: float) -> None:
+        deadline_s = min(notice.deadline_s, now_s + self._leave_timeout_s)
+        left_s = max(0.0, deadline_s - now_s)
+        times = self._times()
+        plan = plan_leave(left_s, times, alone=self._node.alone)
+        log.warning(
+            "leave_planned",
+            source=notice.source,
+            lead_s=round(notice.lead_s, 3),
+            within_s=round(left_s, 3),
+            way=plan.way,
+            reason=plan.reason,
+            **{name: value and round(value, 3) for name, value in vars(times).items()},
+        )
+        at_once = plan.way is Way.AT_ONCE
+        self._time_min_s = _TELL_S if at_once else _TIME_MIN_S
+        self._notice_deadline_s = now_s if at_once else deadline_s
+        self._node.request_leave(str(notice))
+        self._set_alarm()
 
     def _stay(self) -> None:
         if self._notice_deadline_s == math.inf:
             return
-        self._notice_deadline_s = math.inf
+        self._notice_deadline_s, self._time_min_s = math.inf, _TIME_MIN_S
         if self._asked_deadline_s == math.inf:
             log.warning("leave_cancelled", in_time=self._node.cancel_leave())
         if self._asked_deadline_s != math.inf:
@@ -90,5 +122,5 @@ class Leaving:
         deadline_s = -math.inf
         while deadline_s != (earlier_s := min(self._asked_deadline_s, self._notice_deadline_s)):
             deadline_s = earlier_s
-            left_s = max(_TIME_MIN_S, deadline_s - time.monotonic())
+            left_s = max(self._time_min_s, deadline_s - time.monotonic())
             signal.setitimer(signal.ITIMER_REAL, 0.0 if deadline_s == math.inf else left_s)

@@ -1,9 +1,11 @@
 """Dispatches the messages of this node's workers within the agent. Agent process, on the channel's threads.
 
 step                       ─► metrics, this node's status, the history of steps
-staged  no_room  skipped   ─► Checkpointing.save
+no_room  skipped           ─► Checkpointing.save
 activity                   ─► the goodput ledger
-snapshot  no_snapshots     ─► Snapshots
+snapshot                   ─► Snapshots; a checkpoint: Checkpointing.save too
+no_snapshots               ─► Snapshots
+copy_failed                ─► Snapshots: after a second failure this copy is not read again
 unusable                   ─► QUARANTINE of the checkpoint; a state in memory is not taken again
 """
 
@@ -14,6 +16,7 @@ import structlog
 from elastic_pt.agent.checkpointing import Checkpointing, quarantine
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.snapshots import Snapshots
+from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.membership.node import Node
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.workers.channel import Message
@@ -59,15 +62,21 @@ class WorkerMessages:
         match message["kind"]:
             case "step":
                 self._step_done(message)
-            case "staged" | "no_room" | "skipped":
+            case "no_room" | "skipped":
                 self._checkpointing.save(message)
             case "activity":
                 self._observation.activity(message["activity"])
             case "snapshot":
                 self._observation.metrics.snapshot_seconds.set(message["seconds"])
                 self._snapshots.written(message)
+                # Afterwards: its upload may end, and release the buffer, at once.
+                if message["checkpoint"]:
+                    self._checkpointing.save(message)
             case "no_snapshots":
                 log.warning("no_snapshots", cause=message["why"])
+                self._snapshots.no_room()
+            case "copy_failed":
+                self._snapshots.copy_failed(message)
             case "unusable":
                 self._unusable(message)
 
@@ -77,7 +86,8 @@ class WorkerMessages:
             quarantine(self._log, number, message["directory"], message["why"])
         else:
             log.error("snapshot_unusable", step=message["step"], cause=message["why"])
-            self._snapshots.distrust(message["generation"], message["step"])
+            if message["whole"]:
+                self._snapshots.distrust(message["generation"], message["step"])
 
     def _step_done(self, message: Message) -> None:
         formed, step = self._node.formed, int(message["step"])
@@ -87,6 +97,7 @@ class WorkerMessages:
                 self._node.first_step(times)
                 log.info("first_step", step=step, **vars(times))
             self._node.progress(step, message["loss"])
+            self._snapshots.committed(committed_step(self._log.view))
             self._checkpointing.note_step(message)
             if step > self._progress.step:
                 self._progress.step, self._progress.failures = step, 0

@@ -1,23 +1,27 @@
 """A copy of a neighbour's snapshots in this node's memory (agent process, a thread for each neighbour).
 
-    ask for the next step ─► its records ─► byte ranges into the older of two buffer files ─► CRCs ─► next request,
-         ▲                                                                                          which reports it
-         └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+    ask for the next step ─► its records ─► byte ranges into a free one of three buffer files ─► CRCs ─► next request,
+         ▲                                                                                             which reports it
+         └─────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A buffer is overwritten only after the neighbour's newer step was copied completely. The neighbour's workers take no newer
-snapshot before that, so one complete step always exists on all nodes and their mirrors. If there is no room for a copy,
-the mirror reports that, and the neighbour continues without it.
+The newest copy is never overwritten. The neighbour's workers take no newer snapshot before it is complete, so one
+complete step always exists on all nodes and their mirrors. A step that the neighbour keeps for the bucket is copied
+first, and not overwritten while the neighbour keeps it: if the neighbour is lost, this node has its part of the
+checkpoint. So a slow link, or a bound for the bytes per second, makes snapshots rarer and nothing else. If there is no
+room for a copy, the mirror reports that, and the neighbour continues without it.
 """
 
 import json
 import mmap
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
+from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.checkpoint.snapshot import (
@@ -26,6 +30,7 @@ from elastic_pt.checkpoint.snapshot import (
     Buffer,
     Snapshot,
     begin_buffer,
+    buffer_to_write,
     end_buffer,
     make_buffers,
     require_crcs,
@@ -42,6 +47,24 @@ _ANSWER_BYTES_MAX: Final = 4096
 log = structlog.get_logger("elastic_pt.agent.mirror")
 
 
+class _Next(NamedTuple):
+    """The answer of a neighbour."""
+
+    step: int
+    """The newest step of its workers."""
+    kept: frozenset[int]
+    """The steps that they keep for the bucket."""
+
+
+class _Buffers(NamedTuple):
+    """The buffers for one worker of the neighbour."""
+
+    names: list[Buffer]
+    maps: list[mmap.mmap]
+    steps: list[int]
+    """The step in each of them, 0 for none."""
+
+
 class Mirror:
     """Copies the snapshots of one other node's workers, in its own thread, until it is stopped."""
 
@@ -55,91 +78,135 @@ class Mirror:
         token: str,
         *,
         timeout_s: float,
-        on_copy: Callable[[Path, Snapshot], None],
-        on_write: Callable[[Path], None],
+        pace: Pace,
+        on_copy: Callable[[Buffer, Snapshot], None],
+        on_write: Callable[[Buffer], None],
+        on_keep: Callable[[int, range, Collection[int]], None],
     ) -> None:
-        """Copies `member`; `incarnation` is this node's. Calls `on_write` before it overwrites a buffer file, and
-        `on_copy` after the file holds a whole state again, both in the mirror's thread."""
+        """Copies `member`; `incarnation` is this node's. Calls, in the mirror's thread, `on_write` before it overwrites a
+        buffer, `on_copy` after it holds a whole state again, and `on_keep(generation, ranks, steps)` with
+        the steps that the neighbour keeps for the bucket."""
         self._scratch = scratch
         self._generation = generation
         self._member = member
         self._ranks = ranks
         self._incarnation = incarnation
         self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
+        self._pace = pace
         self._on_copy = on_copy
         self._on_write = on_write
-        self._buffers: dict[int, list[tuple[Path, mmap.mmap]]] = {}
+        self._on_keep = on_keep
+        self._buffers: dict[int, _Buffers] = {}
         self._has = dict.fromkeys(ranks, 0)
         """The newest copied step, by rank."""
+        self._full = False
+        """Whether there was no room for a copy of that step."""
         self._stop = threading.Event()
         self._told = ""
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop overwriting buffers. Returns at once. A request in progress ends by itself."""
+        """Stop overwriting buffers, and free their memory once their files are removed. Returns at once."""
         self._stop.set()
+        self._peer.close()
 
     def _run(self) -> None:
+        try:
+            self._mirror()
+        finally:
+            for mapped in (each for buffers in self._buffers.values() for each in buffers.maps):
+                mapped.close()
+            self._buffers.clear()
+
+    def _mirror(self) -> None:
+        following = None
         while not self._stop.is_set():
             try:
-                step = self._ask()
-                if step is not None:
-                    self._copy(step)
-                    self._told = ""
+                following = self._ask()
+                if following is not None:
+                    for step in sorted({*following.kept, following.step}):
+                        self._copy(step, following.kept)
+                    self._on_keep(self._generation, self._ranks, following.kept)
+                    self._told, self._full = "", False
                     continue
             except StagingFull as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
-                self._has = dict.fromkeys(self._ranks, step or 0)
+                self._has = dict.fromkeys(self._ranks, following.step if following else 0)
+                self._full = True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
             except (ElasticPtError, ValueError, OSError) as error:
                 self._tell(error)
             self._stop.wait(_AGAIN_S)
 
-    def _ask(self) -> int | None:
+    def _ask(self) -> _Next | None:
         """The neighbour's next step; None if there is none yet. Reports the step that this node has."""
         has = min(self._has.values())
-        question = f"generation={self._generation}&after={has}&mirror={self._incarnation}"
+        copied = 0 if self._full else 1
+        question = (
+            f"generation={self._generation}&after={has}&copied={copied}&mirror={self._incarnation}"
+        )
         answer = self._peer.get(
             f"/v1/snapshots/next?{question}", _ANSWER_BYTES_MAX, timeout_s=_QUESTION_S
         )
-        return None if answer is None else int(json.loads(answer)["step"])
+        if answer is None:
+            return None
+        found = json.loads(answer)
+        return _Next(int(found["step"]), frozenset(int(step) for step in found["kept"]))
 
-    def _copy(self, step: int) -> None:
-        """Copy all buffers of the neighbour that are not copied yet. Raises `ElasticPtError`."""
+    def _copy(self, step: int, kept: Collection[int]) -> None:
+        """Copy a step of all workers of the neighbour, if it is not copied yet. Raises `ElasticPtError`."""
         for rank in self._ranks:
-            if self._has[rank] >= step:
+            if rank in self._buffers and step in self._buffers[rank].steps:
                 continue
             path = snapshot_path(self._generation, step, rank)
             record = self._peer.record(path)
             if (record.generation, record.step, record.rank) != (self._generation, step, rank):
                 raise CheckpointError(f"{self._peer}{path}: the record of another snapshot")
-            file, buffer = self._older_buffer(rank, record.size)
+            buffers = self._buffers_of(rank, record.size)
+            number = buffer_to_write(buffers.steps, kept, self._has[rank])
+            if number is None:
+                raise CheckpointError(f"{self._peer}{path}: all {BUFFERS} buffers are needed")
             if self._stop.is_set():
                 return
-            self._on_write(file)
-            begin_buffer(buffer, step)
+            buffer, mapped = buffers.names[number], buffers.maps[number]
+            self._on_write(buffer)
+            buffers.steps[number] = 0
+            begin_buffer(mapped, step)
             failpoint(Failpoint.MIRROR_BEGUN)
-            content = memoryview(buffer)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size]
-            self._peer.read_into(path, 0, content)
-            failpoint(Failpoint.MIRROR_COPIED)
-            require_crcs(record, content)
-            end_buffer(buffer, step)
+            with (
+                memoryview(mapped) as whole,
+                whole[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size] as content,
+            ):
+                if not self._fill(path, content):
+                    return
+                failpoint(Failpoint.MIRROR_COPIED)
+                require_crcs(record, content)
+            end_buffer(mapped, step)
             failpoint(Failpoint.MIRROR_DONE)
-            self._buffers[rank].reverse()
-            self._has[rank] = step
-            self._on_copy(file, record)
+            buffers.steps[number] = step
+            self._has[rank] = max(step, self._has[rank])
+            self._on_copy(buffer, record)
 
-    def _older_buffer(self, rank: int, size: int) -> tuple[Path, mmap.mmap]:
-        """The buffer file to write next. Raises `StagingFull`."""
+    def _fill(self, path: str, content: memoryview) -> bool:
+        """Read a shard file. False if this mirror was stopped."""
+        chunk = self._pace.chunk_bytes
+        for start in range(0, len(content), chunk):
+            size = min(chunk, len(content) - start)
+            if self._stop.wait(self._pace.wait_s(size, time.monotonic())):
+                return False
+            with content[start : start + size] as part:
+                self._peer.read_into(path, start, part)
+        return True
+
+    def _buffers_of(self, rank: int, size: int) -> _Buffers:
+        """The buffers for a worker. Raises `StagingFull`: they must leave room for a checkpoint of this node."""
         if rank not in self._buffers:
-            paths = [
-                Buffer(self._generation, rank, number).path(self._scratch)
-                for number in range(BUFFERS)
-            ]
-            self._buffers[rank] = list(zip(paths, make_buffers(paths, size), strict=True))
-        return self._buffers[rank][0]
+            names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
+            maps = make_buffers([each.path(self._scratch) for each in names], size, spare=1)
+            self._buffers[rank] = _Buffers(names, maps, [0] * BUFFERS)
+        return self._buffers[rank]
 
     def _tell(self, error: Exception) -> None:
         """Log an error, but not the same error twice in a row."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from elastic_pt.agent.estimates import Estimates
 from elastic_pt.membership.decision.status import StartTimes
 from elastic_pt.runlog.records import Generation
 from elastic_pt.telemetry.catalogue import Metrics
@@ -19,6 +20,7 @@ class Observation:
 
     def __init__(self, metrics: Metrics, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.metrics = metrics
+        self.estimates = Estimates(clock_s)
         self._clock_s = clock_s
         self._ledger = GoodputLedger(clock_s())
         self._lock = threading.Lock()
@@ -33,6 +35,10 @@ class Observation:
             now_s = self._clock_s()
             self._ledger.enter(activity, now_s)
             self.metrics.account(self._ledger.snapshot(now_s))
+
+    def waits(self, *, paused: bool) -> None:
+        """This node has no workers: the run is `paused`, or the nodes look for the next generation."""
+        self.enter(Activity.PAUSED if paused else Activity.FORM)
 
     def starts(self, generation: Generation, known_s: float) -> None:
         """The workers of a generation, known to this node since `known_s`, are about to start."""
@@ -55,6 +61,7 @@ class Observation:
     def step_done(self, message: Message) -> StartTimes | None:
         """A worker of this node has done a step; returns the times of the start after the first step."""
         self.metrics.step_done(message)
+        self.estimates.step_done(int(message["step"]), message["seconds"])
         with self._lock:
             now_s = self._clock_s()
             self._ledger.step_done(int(message["step"]), now_s)

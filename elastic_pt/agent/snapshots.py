@@ -1,64 +1,54 @@
 """The states in a node's memory: the newest ones of its workers, and copies of its neighbours' (agent process).
 
     worker writes a buffer ─► written ─► CRCs ─► held ─► neighbours copy it and report it ─► complete ─► the worker may
-                                                                                                overwrite its other buffer
+                                                                                                overwrite the others
     neighbour's buffer ─► Mirror (a thread for each neighbour) ─► buffer file of this node ─► held
     a new generation ─► `places`: own files, and the peers that hold the rest ─► workers
 
-The members of a generation form a ring in rank order: a node copies the states of the next `checkpoint.mirror_copies`
-nodes. So no row is lost unless a node is lost together with all its mirrors. The state from which a generation resumed
-is kept until a state of this generation is complete on all nodes.
+`holdings` decides what is kept (pure), `mirror` copies, `snapshot_answers` answers peers. Files and threads are here.
+
+The GENERATION says which node copies which others' states (`membership.decision.mirrors`). So no row is lost unless a
+node is lost together with all its mirrors. The state from which a generation resumed is kept until a state of this
+generation is complete on all nodes and their mirrors. A mirror without room is waited for by nobody, but until it has
+room nothing older is dropped, except what the bucket has.
+
+A checkpoint is a state that is kept for the bucket. `Snapshots` is the owner of these: `written` adds one, a mirror adds
+its copies of one that its neighbour keeps, `release` removes it. Until then its files stay, in later generations too.
 
 Called from the threads of the channel and the membership, from the main thread, and from the membership's event loop.
 """
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import structlog
-from aiohttp import web
 
+from elastic_pt.agent.holdings import Copy, Holdings, State
 from elastic_pt.agent.mirror import Mirror
+from elastic_pt.agent.pace import Pace
+from elastic_pt.agent.snapshot_answers import SnapshotAnswers
 from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
 from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
-from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot, describe_snapshot
+from elastic_pt.checkpoint.snapshot import Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.failpoints import Failpoint, failpoint
-from elastic_pt.membership.decision.status import Held
+from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
 from elastic_pt.workers.channel import Message
 
-_SEND_S: Final = 10.0
-_SEND_BYTES_PER_S: Final = 1 << 20
-"""The slowest reader that is served to its end."""
-_POLL_S: Final = 5.0
-"""Maximum time of a long poll for the next step."""
+_DESCRIBE_AGAIN_S: Final = 0.5
+_DESCRIBE_S: Final = 600.0
+"""Maximum time for the CRCs of a snapshot, with retries. Then this generation has no newer snapshots in memory."""
 
 log = structlog.get_logger("elastic_pt.agent.snapshots")
-
-State = tuple[int, int]
-"""A generation and a step of its workers."""
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A buffer file with a whole state, and its record in the form for peers."""
-
-    path: Path
-    record: Snapshot
-    encoded: bytes
-    complete_s: float
-    """When it was complete, on this machine's monotonic clock."""
 
 
 class Snapshots:
@@ -70,12 +60,15 @@ class Snapshots:
         incarnation: str,
         token: str,
         *,
-        copies: int,
+        mirror_bytes_per_s: int = 0,
         timeout_s: float,
         history: StepHistory,
-        on_complete: Callable[[int, int], None],
+        on_complete: Callable[[int, int, bool], None],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_complete(generation, step)`: this node's workers may write over what is older than that step.
+        """`on_complete(generation, step, mirrored)`: this node's workers may write over what is older than that step.
+
+        `on_change()`: this node holds more, or its mirrors do.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -83,24 +76,17 @@ class Snapshots:
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
-        self._copies = copies
         self._timeout_s = timeout_s
+        self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
+        self._on_change = on_change
         self._lock = threading.RLock()
-        self._kept: dict[State, dict[int, _Copy]] = {}
-        """By state and rank."""
-        self._sizes: dict[int, int] = {}
-        """Number of workers of each generation with a kept state."""
-        self._generation = 0
+        self._holdings = Holdings()
         self._every = 0
         """The last cadence in the event log."""
-        self._own = range(0)
-        self._acknowledged: dict[str, int] = {}
-        """The newest step of each mirror of this node, by the mirror's incarnation."""
-        self._complete = 0
-        self._unusable: set[State] = set()
+        self._closing = threading.Event()
         self._mirrors: list[Mirror] = []
-        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._answers = SnapshotAnswers(self, scratch, history.text)
         self._jobs: JobThread[Buffer] = JobThread("snapshot", self._describe)
 
     # ---- for the membership --------------------------------------------------------------------
@@ -109,34 +95,18 @@ class Snapshots:
     def held(self) -> tuple[Held, ...]:
         """The rows and states in this node's memory."""
         with self._lock:
-            now_s = time.monotonic()
-            return tuple(
-                Held(
-                    generation,
-                    step,
-                    ranks.start,
-                    ranks.stop,
-                    self._sizes[generation],
-                    now_s - max(copies[rank].complete_s for rank in ranks),
-                )
-                for (generation, step), copies in sorted(self._kept.items())
-                for ranks in _runs(sorted(copies))
-            )
+            return self._holdings.held(time.monotonic())
 
     @property
-    def unusable(self) -> tuple[State, ...]:
-        """States that this node's workers could not read."""
-        return tuple(sorted(self._unusable))
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
+        with self._lock:
+            return self._holdings.unusable
 
     @property
     def routes(self) -> Mapping[str, Answer]:
-        """The handlers of peers' requests, by path; see `checkpoint.peer`."""
-        return {
-            STEPS_PATH: self._answer_steps,
-            "/v1/snapshots/next": self._answer_next,
-            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}": self._answer_rows,
-            r"/v1/snapshots/{generation:\d+}/{step:\d+}/{rank:\d+}/record": self._answer_record,
-        }
+        """The handlers of peers' requests, by path."""
+        return self._answers.routes
 
     # ---- one generation ------------------------------------------------------------------------
 
@@ -144,20 +114,10 @@ class Snapshots:
         """Workers of a new generation are about to start: keep the state it resumes from, begin to mirror."""
         generation = formed.generation
         self.stop_mirrors()
-        ring = mirrored_by(len(generation.members), self._copies)
         with self._lock:
-            memory = generation.memory
-            goes_on = None if memory is None else (memory.generation, memory.step)
-            self._generation = generation.number
-            self._sizes[generation.number] = generation.world_size
-            unneeded = self._forget_states(lambda state: state != goes_on)
-            self._own = generation.worker_ranks()[formed.node_rank]
-            self._acknowledged = {
-                generation.members[index].incarnation: 0 for index in ring[formed.node_rank]
-            }
-            self._complete = 0
-            self._wake()
-        _remove(unneeded)
+            self._holdings.starts(generation, formed.node_rank)
+        self._answers.wake()
+        self._remove_unneeded()
         self._mirrors = [
             Mirror(
                 self._scratch,
@@ -167,10 +127,12 @@ class Snapshots:
                 self._incarnation,
                 self._token,
                 timeout_s=self._timeout_s,
+                pace=self._pace,
                 on_copy=self._copied,
-                on_write=self._forget,
+                on_write=self.lost,
+                on_keep=self._mirror_keeps,
             )
-            for index, mirrors in enumerate(ring)
+            for index, mirrors in enumerate(generation.mirrors)
             if formed.node_rank in mirrors
         ]
 
@@ -179,17 +141,21 @@ class Snapshots:
         memory = generation.memory
         if memory is None:
             return None
-        with self._lock:
-            here = self._kept.get((memory.generation, memory.step), {})
-            shards = []
-            for rank, source in enumerate(memory.sources):
-                copy, member = here.get(rank), generation.members[source]
-                if copy is not None:
-                    place = Place(rank, str(copy.path), copy.encoded.decode())
-                else:
-                    place = Place(rank, host=member.address, port=member.port)
-                shards.append(place)
-        return Places(memory.generation, memory.step, tuple(shards), self._token, self._timeout_s)
+        state, unusable = (memory.generation, memory.step), self.unusable
+        shards = []
+        for rank in range(len(memory.sources)):
+            holders = [generation.members[index] for index in memory.holders(rank)]
+            places = [
+                Place(each.incarnation, host=each.address, port=each.port)
+                for each in holders
+                if each.incarnation != self._incarnation
+            ]
+            copy = self.find(state, rank)
+            if copy is not None and Unusable(*state, rank, self._incarnation) not in unusable:
+                path = str(copy.buffer.path(self._scratch))
+                places.insert(0, Place(self._incarnation, path, copy.record.decode()))
+            shards.append(tuple(places))
+        return Places(*state, tuple(shards), self._token, self._timeout_s)
 
     def complete_history(self, formed: Formed, committed_step: int) -> None:
         """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
@@ -215,11 +181,15 @@ class Snapshots:
     def written(self, message: Message) -> None:
         """A worker of this node has written a buffer."""
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
-        if buffer.generation != self._generation:
+        if buffer.generation != self._holdings.generation:
             return
-        if message["complete_step"]:
-            # All nodes and their mirrors hold a state of this generation. The state it resumed from is not needed any more.
-            _remove(self._forget_states(lambda state: state[0] != buffer.generation))
+        if message["checkpoint"]:
+            with self._lock:
+                self._holdings.keep(buffer, message["step"])
+        if message["complete_step"] and message["mirrored"]:
+            with self._lock:
+                self._holdings.forget_others()
+            self._remove_unneeded()
         if message["every_steps"] != self._every:
             self._every = message["every_steps"]
             log.info(
@@ -227,13 +197,70 @@ class Snapshots:
                 every_steps=self._every,
                 step_seconds=message["step_seconds"],
                 copy_seconds=message["seconds"],
+                complete_seconds=message["complete_seconds"],
             )
         with suppress(ElasticPtError):
             self._jobs.submit(buffer)
 
+    def checkpoints(self) -> tuple[State, ...]:
+        """The states that are kept for the bucket: own ones, and copies of neighbours'."""
+        with self._lock:
+            return self._holdings.checkpoints
+
+    def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
+        """The buffer files of a state that is kept for the bucket, with their records, by rank.
+
+        They are of this node's workers and of neighbours that it mirrors, as far as their CRCs are known. Each file
+        holds this state until `release`.
+        """
+        with self._lock:
+            found = self._holdings.checkpoint((generation, step))
+        return {
+            rank: (copy.buffer.path(self._scratch), Snapshot.from_bytes(copy.record))
+            for rank, copy in found.items()
+        }
+
+    def release(self, generation: int, step: int, ranks: range | None = None) -> None:
+        """The bucket has a state, or will never have it: the files of these ranks, or of all, may be overwritten or removed.
+
+        May be repeated.
+        """
+        with self._lock:
+            self._holdings.release((generation, step), ranks)
+        self._remove_unneeded()
+
+    def is_complete(self, step: int) -> bool:
+        """Whether this node, and its mirrors that have room, hold a state of this generation at or after `step`."""
+        return self._holdings.complete_step >= step
+
     def distrust(self, generation: int, step: int) -> None:
-        """This node's workers could not read a state that the log says is in memory."""
-        self._unusable.add((generation, step))
+        """The rows of a state in memory do not fit together."""
+        with self._lock:
+            self._holdings.distrust((generation, step))
+
+    def copy_failed(self, message: Message) -> None:
+        """A worker of this node could not read one copy of an old rank's rows."""
+        state, rank = (message["generation"], message["step"]), message["rank"]
+        log.warning(
+            "copy_failed", step=state[1], rank=rank, holder=message["holder"], cause=message["why"]
+        )
+        with self._lock:
+            self._holdings.copy_failed(state, rank, message["holder"], damaged=message["damaged"])
+
+    def committed(self, step: int) -> None:
+        """The bucket has the state of this step."""
+        with self._lock:
+            found = self._holdings.forget_before(step)
+        if found:
+            self._remove_unneeded()
+
+    def no_room(self) -> None:
+        """There is no room for the buffers of this node's workers."""
+        with self._lock:
+            found = self._holdings.forget_spares()
+        if found:
+            log.warning("copies_dropped", cause="no room for the snapshots of this node's workers")
+            self._remove_unneeded()
 
     def stop_mirrors(self) -> None:
         """Stop copying. Returns at once."""
@@ -244,191 +271,91 @@ class Snapshots:
     def close(self) -> None:
         """Stop all threads. The files are removed with the scratch directory."""
         self.stop_mirrors()
+        self._closing.set()
         self._jobs.discard()
         self._jobs.close(0.0)
+
+    # ---- for the answers to peers ----------------------------------------------------------------
+
+    def acknowledge(self, generation: int, mirror: str, step: int, *, copied: bool) -> bool:
+        """A mirror has copied this step, or has no room for it. False if the generation is not this node's."""
+        with self._lock:
+            if generation != self._holdings.generation:
+                return False
+            self._holdings.acknowledge(mirror, step, copied=copied)
+            if step:
+                failpoint(Failpoint.MIRROR_ACKNOWLEDGED)
+            self._look()
+            return True
+
+    def next_step(self, generation: int, after: int) -> tuple[int, list[int]] | None:
+        """The newest step of this node's workers after `after`, and the steps that they keep for the bucket.
+
+        None if there is none yet or the generation has ended.
+        """
+        with self._lock:
+            step = self._holdings.newest_own
+            if generation != self._holdings.generation or step <= after:
+                return None
+            return step, self._holdings.kept_steps
+
+    def find(self, state: State, rank: int) -> Copy | None:
+        """This node's copy of the rows of one worker; None if it has none."""
+        with self._lock:
+            return self._holdings.find(state, rank)
+
+    def lost(self, buffer: Buffer) -> None:
+        """A buffer is about to be overwritten, or its file cannot be read."""
+        with self._lock:
+            self._holdings.drop(buffer)
 
     # ---- on the threads of the jobs and the mirrors ----------------------------------------------
 
     def _describe(self, buffer: Buffer) -> None:
-        try:
-            found = describe_snapshot(buffer, self._scratch)
-        # Any error: keep the thread alive. A snapshot without a description counts as missing.
-        except Exception as error:
-            log.warning("snapshot_unreadable", rank=buffer.rank, cause=str(error))
-            return
-        if found is not None:
-            failpoint(Failpoint.SNAPSHOT_DESCRIBED)
-            self._copied(buffer.path(self._scratch), found)
-
-    def _copied(self, path: Path, record: Snapshot) -> None:
-        """Store the record of a buffer file of this node that holds a whole state."""
-        with self._lock:
-            if record.generation != self._generation:
+        """Compute the CRCs of a buffer, and try again after an error: the workers take no newer snapshot before."""
+        told = ""
+        until_s = time.monotonic() + _DESCRIBE_S
+        while buffer.generation == self._holdings.generation and time.monotonic() < until_s:
+            try:
+                found = describe_snapshot(buffer, self._scratch)
+                if found is not None:
+                    failpoint(Failpoint.SNAPSHOT_DESCRIBED)
+                    self._copied(buffer, found)
                 return
-            self._forget(path)
-            copies = self._kept.setdefault((record.generation, record.step), {})
-            copies[record.rank] = _Copy(path, record, record.to_bytes(), time.monotonic())
-            self._wake()
-            self._look()
+            # Any error: keep the thread alive.
+            except Exception as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("snapshot_unreadable", rank=buffer.rank, cause=told)
+            if self._closing.wait(_DESCRIBE_AGAIN_S):
+                return
 
-    def _forget(self, path: Path) -> None:
-        """A buffer file is about to be overwritten."""
+    def _copied(self, buffer: Buffer, record: Snapshot) -> None:
+        """Store the record of a buffer file of this node that holds a whole state."""
+        copy = Copy(buffer, record.step, record.size, record.to_bytes(), time.monotonic())
         with self._lock:
-            for state, copies in list(self._kept.items()):
-                for rank in [rank for rank, copy in copies.items() if copy.path == path]:
-                    del copies[rank]
-                if not copies:
-                    del self._kept[state]
+            if not self._holdings.add(copy):
+                return
+            self._answers.wake()
+            self._look()
+        self._on_change()
 
-    def _newest_own(self) -> int:
-        """The newest step with described states of all workers of this node; 0 if there is none."""
-        own = set(self._own)
-        return max(
-            (
-                step
-                for (generation, step), copies in self._kept.items()
-                if generation == self._generation and own <= copies.keys()
-            ),
-            default=0,
-        )
+    def _mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        with self._lock:
+            self._holdings.mirror_keeps(generation, ranks, steps)
 
     def _look(self) -> None:
         """Tell the workers when a newer step is whole here and on all mirrors."""
-        step = min([self._newest_own(), *self._acknowledged.values()])
-        if step > self._complete:
-            self._complete = step
-            self._on_complete(self._generation, step)
+        step = self._holdings.take_complete()
+        if step is not None:
+            self._on_complete(self._holdings.generation, step, self._holdings.mirrored)
+            self._on_change()
 
-    def _forget_states(self, unwanted: Callable[[State], bool]) -> list[Path]:
-        """Forget states. Returns the files of earlier generations that hold none of the others; hold no lock to remove them."""
+    def _remove_unneeded(self) -> None:
+        """Remove the files of earlier generations that hold nothing. Freeing memory takes half a second per gigabyte."""
         with self._lock:
-            for state in [state for state in self._kept if unwanted(state)]:
-                del self._kept[state]
-            held = {copy.path for copies in self._kept.values() for copy in copies.values()}
-            kept = {generation for generation, _ in self._kept} | {self._generation}
-            self._sizes = {number: self._sizes[number] for number in kept}
-            current = f"snapshot-g{self._generation}-"
-        return [
-            path
-            for path in self._scratch.glob("snapshot-g*-rank-*")
-            if path not in held and not path.name.startswith(current)
-        ]
-
-    def _wake(self) -> None:
-        for loop, event in self._waiting:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
-
-    # ---- answers to peers, on the membership's event loop ----------------------------------------
-
-    async def _answer_next(self, request: web.Request) -> web.StreamResponse:
-        """The newest step after `after`. The request also reports the newest step of the mirror."""
-        try:
-            generation, after = (int(request.query[name]) for name in ("generation", "after"))
-            mirror = request.query["mirror"]
-        except (KeyError, ValueError):
-            return web.Response(status=400, text="expected generation, after and mirror\n")
-        with self._lock:
-            if generation != self._generation:
-                return web.Response(status=404)
-            if mirror in self._acknowledged and after > self._acknowledged[mirror]:
-                self._acknowledged[mirror] = after
-                failpoint(Failpoint.MIRROR_ACKNOWLEDGED)
-                self._look()
-        waiter = asyncio.get_running_loop(), asyncio.Event()
-        with self._lock:
-            self._waiting.add(waiter)
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_S):
-                    while self._has_nothing_after(generation, after):
-                        await waiter[1].wait()
-                        waiter[1].clear()
-        finally:
-            with self._lock:
-                self._waiting.discard(waiter)
-        with self._lock:
-            step = self._newest_own()
-            if generation != self._generation or step <= after:
-                return web.Response(status=204)
-            return web.json_response({"step": step})
-
-    def _has_nothing_after(self, generation: int, after: int) -> bool:
-        with self._lock:
-            return generation == self._generation and self._newest_own() <= after
-
-    async def _answer_steps(self, _: web.Request) -> web.StreamResponse:
-        return web.Response(body=self._history.text(), content_type="application/jsonl")
-
-    async def _answer_rows(self, request: web.Request) -> web.StreamResponse:
-        copy = self._asked(request)
-        if copy is None:
-            return web.Response(status=404)
-        wanted = request.http_range
-        if wanted.start is None or wanted.stop is None or wanted.start < 0:
-            return web.Response(status=416, text="expected Range: bytes=FIRST-LAST\n")
-        try:
-            file = copy.path.open("rb")
-        except OSError as error:
-            log.warning("snapshot_lost", path=str(copy.path), cause=str(error))
-            self._forget(copy.path)
-            return web.Response(status=404)
-        with file:
-            return await _send_file(request, file, wanted.start, min(wanted.stop, copy.record.size))
-
-    async def _answer_record(self, request: web.Request) -> web.StreamResponse:
-        copy = self._asked(request)
-        if copy is None:
-            return web.Response(status=404)
-        return web.Response(body=copy.encoded, content_type="application/json")
-
-    def _asked(self, request: web.Request) -> _Copy | None:
-        generation, step, rank = (
-            int(request.match_info[name]) for name in ("generation", "step", "rank")
-        )
-        with self._lock:
-            return self._kept.get((generation, step), {}).get(rank)
-
-
-async def _send_file(
-    request: web.Request, file: BinaryIO, start: int, end: int
-) -> web.StreamResponse:
-    """Send bytes `[start, end)` of an open buffer's shard file. The kernel copies them, not this process."""
-    response = web.StreamResponse(status=206)
-    response.content_length = max(0, end - start)
-    await response.prepare(request)
-    transport = request.transport
-    if transport is None or end <= start:
-        return response
-    # A reader that stalls must not keep the file's memory for long.
-    async with asyncio.timeout(_SEND_S + (end - start) / _SEND_BYTES_PER_S):
-        await asyncio.get_running_loop().sendfile(
-            transport, file, PAYLOAD_OFFSET + start, end - start
-        )
-    await response.write_eof()
-    return response
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    """Remove files. Freeing memory takes half a second per gigabyte."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def mirrored_by(nodes: int, copies: int) -> list[list[int]]:
-    """For each node, by rank, the nodes that copy its snapshots: the ones before it in a ring."""
-    count = min(copies, nodes - 1)
-    return [
-        [(index - distance) % nodes for distance in range(1, count + 1)] for index in range(nodes)
-    ]
-
-
-def _runs(ranks: Sequence[int]) -> list[range]:
-    """Ascending ranks as ranges without gaps."""
-    runs: list[range] = []
-    for rank in ranks:
-        if runs and runs[-1].stop == rank:
-            runs[-1] = range(runs[-1].start, rank + 1)
-        else:
-            runs.append(range(rank, rank + 1))
-    return runs
+            held = {buffer.path(self._scratch) for buffer in self._holdings.buffers}
+            current = f"snapshot-g{self._holdings.generation}-"
+        for path in self._scratch.glob("snapshot-g*-rank-*"):
+            if path not in held and not path.name.startswith(current):
+                path.unlink(missing_ok=True)

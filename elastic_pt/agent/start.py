@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import torch
@@ -24,8 +25,10 @@ from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.check import is_fenced
 from elastic_pt.store.open import open_store
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import KeepsUnfinished, Store
 from elastic_pt.workers.forking import ForkedCall, await_fork_server
+
+_RULES_TIMEOUT_S: Final = 2.0
 
 log = structlog.get_logger("elastic_pt.agent.start")
 
@@ -74,6 +77,7 @@ def prepare(
     fenced_url = require_fencing(store, config, run_log.refresh().fenced_url)
     require_staging_space(config, data.vocab_size)
     require_work(config, data, workers)
+    warn_of_unfinished(open_store(config.run.url, timeout_s=_RULES_TIMEOUT_S))
     require_cache(config, data)
     computes = platform.wait(config.elastic.startup_timeout_s)
     # A node must not join before it can start workers, or all others would wait for it.
@@ -84,7 +88,7 @@ def prepare(
         config=config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
         store=store,
         log=run_log,
-        member=new_member(name, address, workers),
+        member=new_member(name, address, workers, config.elastic.zone),
         fingerprint=fingerprint(config, data, computes),
         platform=computes if config.train.numerics == "exact" else {},
         fenced_url=fenced_url,
@@ -109,6 +113,28 @@ def require_fencing(store: Store, config: Config, checked_url: str) -> str:
             "for several nodes, or elastic.nodes_max = 1"
         )
     return store.url
+
+
+def warn_of_unfinished(store: Store) -> None:
+    """Warn if the bucket has no rule that removes the parts of uploads that are never finished.
+
+    A run removes such parts while it trains. Without a rule, those of a run that does not continue remain, cost money
+    and appear in no listing. `store` has a short deadline: some servers do not know such rules.
+    """
+    if not isinstance(store, KeepsUnfinished):
+        return
+    try:
+        expires = store.expires_unfinished("ckpt/")
+    except StoreError as error:
+        log.info("lifecycle_not_read", cause=str(error))
+        return
+    if not expires:
+        log.warning(
+            "no_lifecycle_rule",
+            directory=store.url,
+            cause="no rule of the bucket removes unfinished uploads; "
+            "expected AbortIncompleteMultipartUpload after one or two days",
+        )
 
 
 def require_work(config: Config, data: Manifest, workers: int) -> None:

@@ -2,14 +2,14 @@
 
             worker: `train.checkpoints.Checkpoints`       agent: `agent.checkpointing`
     load    read this worker's rows                       choose the newest checkpoint whose files are all there
-    save    copy this worker's rows into the staging      upload the shard; commit, on the node of rank 0
-            directory
-    wait    for room in the staging directory             for the COMMIT of the last checkpoint
-    close   (staged shards belong to the agent)           finish the commits that are due, within a limit
+    save    copy this worker's rows into a buffer,        upload the shard from there; commit, on the node of
+            which is kept; wait for a free one            rank 0
+    wait                                                  for the COMMIT of the last checkpoint
+    close   (buffers belong to the agent)                 finish the commits that are due, within a limit
 
 The steps of each operation, and their functions:
 
-    save, worker    shard_file.write_shard
+    save, worker    snapshot.SnapshotBuffers.write
     save, agent     upload.Uploader ─► shard_file.describe_shard ─► store.write
                     after the node's last worker: upload.publish_node (record, notice)
     save, rank 0    commit.Committer ─► publish.collect ─► publish.publish_manifest ─► history ─► COMMIT

@@ -1,34 +1,42 @@
 """Commits the uploaded shards of a step as a checkpoint.
 
-    collect notices ─► publish manifest ─► history ─► COMMIT ─► release the workers ─► Tidier: delete what expired
+    expect ─► due ─► read notices ─► publish manifest ─► history ─► COMMIT ─► release the workers ─► Tidier: delete what expired
 
-The node of rank 0 commits, in a thread of its agent. If a newer generation has started by then, the log's fence
-refuses the COMMIT, and nothing is appended. The node reads a few KB per node and nothing per worker. Another
-thread deletes, after the workers were released. Nothing waits for a delete. A failed delete is retried after a
-later commit.
+Every node that saves a checkpoint expects it. `in_flight` decides which of them commits, from the log alone, and whether
+the checkpoint may still be committed. So the upload of a checkpoint may take longer than its generation lives: when the
+members change, another node takes over. The COMMIT is fenced with the newest generation, and it never follows one of a
+later step. The node reads a few KB per node and nothing per worker. Another thread deletes, after the workers were
+released. Nothing waits for a delete. A failed delete is retried after a later commit.
 """
 
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 
-from elastic_pt.checkpoint import retention
+from elastic_pt.checkpoint import in_flight, retention
 from elastic_pt.checkpoint.history import Line, StepHistory, write_history
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.publish import collect, publish_manifest
+from elastic_pt.checkpoint.nodes import notice_key
+from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.sweep import Sweeper
-from elastic_pt.errors import FencedError
+from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.store.port import Store
 
-_POLL_INTERVAL_S: Final = 0.05
+_DUE_MAX: Final = 8
+"""More checkpoints than a node can have in flight, also if the members change while commits fail."""
+_POLL_MIN_S: Final = 0.05
+_POLL_MAX_S: Final = 0.5
+_POLL_SHARE: Final = 0.1
+"""The pause between two polls, as a share of the time waited. So polling adds at most this share to the wait."""
 
 log = structlog.get_logger("elastic_pt.checkpoint.commit")
 
@@ -44,49 +52,75 @@ def committed_step(view: RunView) -> int:
 
 
 @dataclass(frozen=True)
-class _Due:
-    """A job: commit the checkpoint of `step`, or append STOP if `step` is None."""
+class CommitRules:
+    """What a run's configuration says about commits."""
 
-    step: int | None
+    keep: int
+    keep_every_steps: int
+    last_step: int
+    timeout_s: float
+    """How long a node's notice may be missing."""
+
+
+class CommitListener(Protocol):
+    """Called in the committer's threads."""
+
+    def committed(self, checkpoint: Checkpoint) -> None:
+        """This node has appended a COMMIT."""
+
+    def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+        """A checkpoint that was expected is no longer due: committed (by any node), given up, or failed."""
+
+    def untidy(self, failure: Exception) -> None:
+        """Old checkpoints could not be removed."""
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A checkpoint to commit."""
+
+    step: int
     generation: Generation
-    request: int = -1
+    request: int
     """The newest request for a checkpoint that it meets."""
+    since_s: float
+    collector: Collector
+
+    @property
+    def directory(self) -> str:
+        return directory_of(self.generation, self.step)
 
 
 class Committer:
-    """Commits checkpoints whose first shard was staged on this node. Agent process, own thread."""
+    """Commits the checkpoints of which this node has a part, if it is this node's turn. Agent process, own thread."""
 
     def __init__(
         self,
         store: Store,
         run_log: RunLog,
         history: StepHistory,
-        *,
-        keep: int,
-        keep_every_steps: int,
-        last_step: int,
-        timeout_s: float,
-        superseded: Callable[[int], bool],
-        on_commit: Callable[[Checkpoint], None],
-        on_done: Callable[[int], None],
-        on_failure: Callable[[Generation, int, Exception], None],
-        on_untidy: Callable[[Exception], None],
+        incarnation: str,
+        rules: CommitRules,
+        listener: CommitListener,
     ) -> None:
+        """`incarnation` is this node's."""
         self._store = store
         self._log = run_log
-        self._keep = keep
-        self._keep_every_steps = keep_every_steps
-        self._last_step = last_step
-        self._timeout_s = timeout_s
-        self._superseded = superseded
-        self._on_commit = on_commit
-        self._on_done = on_done
-        self._on_failure = on_failure
-        self._tidier = Tidier(store, run_log, on_failure=on_untidy)
         self._history = history
-        self._newest = (0, 0)
-        """Generation and step of the newest checkpoint that is due."""
-        self._jobs = JobThread("commit", self._do)
+        self._incarnation = incarnation
+        self._rules = rules
+        self._listener = listener
+        self._tidier = Tidier(store, run_log, on_failure=listener.untidy)
+        self._changed = threading.Condition()
+        self._due: list[_Due] = []
+        """Oldest first."""
+        self._finishing: Generation | None = None
+        """The generation whose workers have done the last step, until the run has ended."""
+        self._store_fails = False
+        """Whether a request of the last look failed."""
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="commit", daemon=True)
+        self._thread.start()
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit. Every node does so: any node may commit next."""
@@ -94,112 +128,214 @@ class Committer:
         self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation, request: int = -1) -> None:
-        """Commit the checkpoint of `step`, which all nodes of `generation` are uploading now.
+        """The nodes of `generation` are uploading the checkpoint of `step`: commit it if it is this node's turn.
 
         It meets the operator's `request`, and older ones.
         """
-        self._newest = (generation.number, step)
-        self._jobs.submit(_Due(step, generation, request))
+        collector = Collector(
+            self._store, directory_of(generation, step), generation.worker_ranks()
+        )
+        with self._changed:
+            dropped, self._due = self._due[: 1 - _DUE_MAX], self._due[1 - _DUE_MAX :]
+            self._due.append(_Due(step, generation, request, time.monotonic(), collector))
+            self._changed.notify_all()
+        for due in dropped:
+            self._listener.ended(due.generation, due.step, None)
+
+    def expected(self) -> list[tuple[Generation, int]]:
+        """Generation and step of the checkpoints that are due."""
+        with self._changed:
+            return [(each.generation, each.step) for each in self._due]
 
     def finish(self, generation: Generation) -> None:
-        """Append STOP if the checkpoint of the last step is committed. The workers of `generation` have done it."""
-        self._jobs.submit(_Due(None, generation))
+        """Append STOP when the checkpoint of the last step is committed. The workers of `generation` have done it."""
+        with self._changed:
+            self._finishing = generation
+            self._changed.notify_all()
 
     def close(self, timeout_s: float) -> None:
-        """Finish the jobs that are due, for at most `timeout_s`."""
+        """Finish the commits that are this node's, for at most `timeout_s`."""
         give_up_at_s = time.monotonic() + timeout_s
-        self._jobs.close(timeout_s)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._acts(), timeout_s)
+            self._closed = True
+            self._changed.notify_all()
         self._tidier.close(max(0.0, give_up_at_s - time.monotonic()))
 
-    def _do(self, due: _Due) -> None:
-        step = self._last_step if due.step is None else due.step
+    # ---- in the committer's thread --------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._due or self._finishing is not None or self._closed
+                )
+                if self._closed:
+                    return
+                due = list(self._due)
+            self._store_fails = False
+            # The newest first: once it is committed, the others are over.
+            for each in reversed(due):
+                self._look_at(each)
+            self._finish()
+            self._pause(due)
+
+    def _acts(self) -> bool:
+        return any(self._is_mine(self._log.view, each) for each in self._due)
+
+    def _is_mine(self, view: RunView, due: _Due) -> bool:
+        member = in_flight.committer(view, due.generation.number)
+        return member is not None and member.incarnation == self._incarnation
+
+    def _pause(self, seen: list[_Due]) -> None:
+        """Wait until the next look. Without a checkpoint of its own this node looks only into its memory."""
+        view, now_s = self._log.view, time.monotonic()
+        waited_s = [now_s - each.since_s for each in seen if self._is_mine(view, each)]
+        seconds = _POLL_SHARE * min(waited_s) if waited_s else _POLL_MAX_S
+        if self._finishing is not None:
+            seconds = 0.0
+        if self._store_fails:
+            seconds = _POLL_MAX_S
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or self._due != seen,
+                max(_POLL_MIN_S, min(seconds, _POLL_MAX_S)),
+            )
+
+    def _look_at(self, due: _Due) -> None:
+        """Commit a checkpoint if it is complete and this node's turn, and drop it when it is over."""
         expired: _Expired | None = None
+        failure: Exception | None = None
+        view = self._log.view
+        why = self._over(view, due)
         try:
-            if due.step is None:
-                self._stop(due.generation)
-            else:
-                expired = self._commit(due.step, due.generation, due.request)
+            if not why:
+                expired = self._commit(view, due)
         except FencedError as error:
-            log.info("commit_fenced", step=step, reason=str(error))
+            # Another record came first. The next look decides again.
+            log.info("commit_fenced", step=due.step, reason=str(error))
+        except StoreError as error:
+            # The workers do not wait for the commit, so it can wait for the store.
+            self._store_fails = True
+            if isinstance(error, AlreadyExists | LogDamaged) or self._is_late(due):
+                failure = error
+            else:
+                log.warning("commit_delayed", step=due.step, cause=str(error))
         # Any error: report it to the agent and keep the thread alive. Without the thread there are no more commits.
         except Exception as error:
-            self._on_failure(due.generation, step, error)
-        self._on_done(step)
-        failpoint(Failpoint.COMMIT_RELEASED)
+            failure = error
+        if expired is None and failure is None and not why:
+            return
+        if why and committed_step(view) != due.step:
+            log.info("commit_abandoned", step=due.step, directory=due.directory, reason=why)
+        self._listener.ended(due.generation, due.step, failure)
         if expired is not None:
+            failpoint(Failpoint.COMMIT_RELEASED)
             self._tidier.tidy(expired)
+        # At last: `close` waits for it.
+        with self._changed:
+            self._due.remove(due)
+            self._changed.notify_all()
 
-    def _stop(self, generation: Generation) -> None:
-        view = self._log.refresh()
-        if view.checkpoints and view.checkpoints[0].step >= self._last_step:
-            view = self._log.append(
-                lambda _: Stop(COMPLETED, self._last_step), generation=generation.number
-            )
-            failpoint(Failpoint.STOP_APPENDED)
-            log.info("stop", reason=COMPLETED, step=self._last_step)
-            if view.checkpoints[0].generation != generation.number:
-                # The generation that committed the last step was killed, perhaps before it removed what expired.
-                self._tidier.tidy(_Expired(view, set(), last=True))
+    def _finish(self) -> None:
+        generation = self._finishing
+        if generation is None:
+            return
+        view, last_step = self._log.view, self._rules.last_step
+        if view.stop is None and view.generation_number == generation.number:
+            if committed_step(view) < last_step:
+                return
+            try:
+                view = self._log.append(
+                    lambda _: Stop(COMPLETED, last_step), generation=generation.number
+                )
+                failpoint(Failpoint.STOP_APPENDED)
+                log.info("stop", reason=COMPLETED, step=last_step)
+                if view.checkpoints[0].generation != generation.number:
+                    # Its committer was perhaps killed before it removed what had expired.
+                    self._tidier.tidy(_Expired(view, set(), last=True))
+            except FencedError as error:
+                log.info("stop_fenced", reason=str(error))
+            except StoreError as error:
+                self._store_fails = True
+                log.warning("stop_delayed", cause=str(error))
+                return
+        with self._changed:
+            if self._finishing is generation:
+                self._finishing = None
+        self._listener.ended(generation, last_step, None)
 
-    def _commit(self, step: int, generation: Generation, request: int) -> "_Expired | None":
-        directory = directory_of(generation, step)
-        notices = collect(
-            self._store,
-            directory,
-            generation.worker_ranks(),
-            timeout_s=self._timeout_s,
-            now=time.monotonic,
-            wait=time.sleep,
-            poll_interval_s=_POLL_INTERVAL_S,
-            # Do not wait for missing notices once a newer checkpoint is due.
-            should_stop=lambda: (
-                self._superseded(generation.number) or self._newest > (generation.number, step)
-            ),
-        )
-        if notices is None:
-            log.info("commit_abandoned", step=step, directory=directory)
+    def _commit(self, view: RunView, due: _Due) -> "_Expired | None":
+        """Append the COMMIT if it is this node's turn and all notices are there; None if not yet."""
+        if not self._is_mine(view, due) or not self._is_complete(view, due):
             return None
         failpoint(Failpoint.COMMIT_COLLECTED)
-        checkpoint = publish_manifest(self._store, notices)
-        history = self._write_history(directory, step)
+        checkpoint = publish_manifest(self._store, due.collector.notices)
+        before = self._log.refresh()
+        if self._over(before, due) or not self._is_mine(before, due):
+            return None
+        lines = self._write_history(before, due)
         failpoint(Failpoint.HISTORY_WRITTEN)
-        if history:
-            checkpoint = replace(checkpoint, loss=json.loads(history[-1].text)["loss"])
+        history = _history_key(due.directory, before.length)
+        if lines:
+            checkpoint = replace(checkpoint, loss=json.loads(lines[-1].text)["loss"])
 
         gone: set[str] = set()
 
         def commit(view: RunView) -> Commit:
+            if view.commit != before.commit:
+                raise FencedError("another checkpoint was committed first")
             # The log calls this again after each lost race. Only checkpoints that the last call drops may be deleted.
             gone.clear()
             candidates = (self._marked(checkpoint, view), *view.checkpoints)
-            expired = retention.expired(candidates, self._keep)
+            expired = retention.expired(candidates, self._rules.keep)
             gone.update(each.directory for each in expired)
-            kept = tuple(retention.kept(candidates, self._keep))
+            kept = tuple(retention.kept(candidates, self._rules.keep))
             met = -1 if view.commit is None else view.commit.request
             return Commit(
                 kept,
-                _history_key(directory),
+                history,
                 permanent_before=view.permanent_record,
-                request=max(request, met),
+                request=max(due.request, met),
             )
 
-        view = self._log.append(commit, generation=generation.number)
+        after = self._log.append(commit, generation=before.generation_number)
         failpoint(Failpoint.COMMIT_APPENDED)
-        log.info("commit", step=step, directory=directory, loss=checkpoint.loss)
-        self._history.forget(step)
-        self._on_commit(checkpoint)
-        return _Expired(view, gone, last=step >= self._last_step)
+        log.info("commit", step=due.step, directory=due.directory, loss=checkpoint.loss)
+        self._history.forget(due.step)
+        self._listener.committed(checkpoint)
+        return _Expired(after, gone, last=due.step >= self._rules.last_step)
+
+    def _over(self, view: RunView, due: _Due) -> str:
+        why = in_flight.over(view, due.generation.number, due.step)
+        late = self._is_late(due) and not self._is_mine(view, due)
+        return why or ("no other node has committed it in time" if late else "")
+
+    def _is_late(self, due: _Due) -> bool:
+        return time.monotonic() - due.since_s >= self._rules.timeout_s
+
+    def _is_complete(self, view: RunView, due: _Due) -> bool:
+        """Whether all notices are there. Raises `ShareMissing` if one does not come."""
+        if due.collector.read_more():
+            return True
+        first_rank = due.collector.missing.start
+        key = notice_key(due.directory, first_rank)
+        if self._is_late(due):
+            raise ShareMissing(f"{key}: missing after {self._rules.timeout_s} s", first_rank)
+        return False
 
     def _marked(self, checkpoint: Checkpoint, view: RunView) -> Checkpoint:
         """The checkpoint as a COMMIT after `view` records it: permanent or not."""
         previous = next(self._log.usable(view), None)
         previous_step = 0 if previous is None else previous.step
-        permanent = retention.is_permanent(checkpoint.step, previous_step, self._keep_every_steps)
+        permanent = retention.is_permanent(
+            checkpoint.step, previous_step, self._rules.keep_every_steps
+        )
         return replace(checkpoint, permanent=permanent)
 
-    def _write_history(self, directory: str, step: int) -> list[Line]:
-        lines = self._history.through(step)
-        write_history(self._store, _history_key(directory), lines)
+    def _write_history(self, view: RunView, due: _Due) -> Sequence[Line]:
+        lines = self._history.through(due.step, after=committed_step(view))
+        write_history(self._store, _history_key(due.directory, view.length), lines)
         return lines
 
 
@@ -258,5 +394,6 @@ class Tidier:
             log.info("checkpoint_removed", directory=directory)
 
 
-def _history_key(directory: str) -> str:
-    return f"history/{directory.removeprefix('ckpt/')}.jsonl"
+def _history_key(directory: str, record: int) -> str:
+    """The key of a history. Another attempt, by any node, would be another record and has other lines."""
+    return f"history/{directory.removeprefix('ckpt/')}-{record}.jsonl"

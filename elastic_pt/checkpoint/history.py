@@ -50,10 +50,10 @@ class StepHistory:
             if self._bytes > self._bytes_max:
                 self._thin()
 
-    def through(self, step: int) -> list[Line]:
-        """The lines up to and with `step`."""
+    def through(self, step: int, after: int = 0) -> list[Line]:
+        """The lines of the steps after `after`, up to and with `step`."""
         with self._lock:
-            return [line for line in self._lines if line.step <= step]
+            return [line for line in self._lines if after < line.step <= step]
 
     def forget(self, step: int) -> None:
         """Drop the lines up to and with `step`: they are written with a commit."""

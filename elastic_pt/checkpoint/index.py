@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from elastic_pt.checkpoint.layout import (
     FullManifest,
@@ -41,10 +41,18 @@ Result = TypeVar("Result")
 
 
 class Readable(Protocol):
-    """A source of rows: a `Store`, or the memory of nodes."""
+    """A source of rows that returns bytes: a `Store`."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `[start, end)` of a file."""
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A source of rows that fills the caller's memory, without a copy of its own."""
+
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts, one after another, with the bytes of a file from `start` on. Returns the number of bytes."""
 
 
 class Index(Protocol):

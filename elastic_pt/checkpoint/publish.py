@@ -1,14 +1,15 @@
 """Collects the notices of all nodes and writes the manifest that can be committed (committing agent).
 
-    collect (all notices) ─► publish_manifest ─► Checkpoint ─► COMMIT, by the caller
+    Collector (all notices) ─► publish_manifest ─► Checkpoint ─► COMMIT, by the caller
 
 The committing node reads one notice of a few KB per node. A notice holds size and SHA-256 of the node's record, and the
 node's rows of each tensor. That is enough to check that the checkpoint is complete, for thousands of nodes.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Final
 
 from elastic_pt.checkpoint.index import read_root
@@ -22,61 +23,58 @@ from elastic_pt.store.port import Store
 
 _THREADS: Final = 64
 """Parallel requests of the committing agent."""
-_POLL_MAX_S: Final = 0.5
-_POLL_SHARE: Final = 0.1
-"""The pause between two polls, as a share of the time waited. So polling adds at most this share to the wait."""
 
 
 class ShareMissing(CheckpointError):
-    """A node's share of a checkpoint is missing: the node wrote a refusal, or no notice before the timeout."""
+    """A node's share of a checkpoint is missing: the node wrote a refusal, or no notice in time."""
 
     def __init__(self, text: str, first_rank: int) -> None:
         super().__init__(text)
         self.first_rank = first_rank
 
 
-def collect(
-    store: Store,
-    directory: str,
-    nodes: Sequence[range],
-    *,
-    timeout_s: float,
-    now: Callable[[], float],
-    wait: Callable[[float], object],
-    should_stop: Callable[[], bool],
-    poll_interval_s: float = 0.2,
-) -> list[NodeNotice] | None:
-    """Wait for the notice of every node and return them in order (committing agent).
+class Collector:
+    """Reads the notices of all nodes of one checkpoint as they appear (committing agent). Not thread-safe."""
 
-    `nodes` are the ranks of each node's workers, in order. Reads keys by name and never lists. While a notice is
-    missing, it polls only that one, since all are needed; then it reads many in parallel. `now()` is a monotonic clock
-    in seconds, and `wait(seconds)` waits. Returns None when `should_stop()` is true. Raises `ShareMissing` after a
-    node's refusal or after `timeout_s` seconds, and another `CheckpointError` for a wrong notice.
-    """
-    started_s = now()
-    found: list[NodeNotice] = []
-    at_once = 1
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while len(found) < len(nodes):
-            if should_stop():
-                return None
-            asked = nodes[len(found) : len(found) + at_once]
-            looks = list(pool.map(lambda ranks: _read_notice(store, directory, ranks), asked))
-            there = [notice for notice in looks if notice is not None]
-            if None not in looks:
-                found += there
-                at_once = _THREADS
-                continue
-            first_missing = looks.index(None)
-            found += there[:first_missing]
-            at_once = 1
-            waited_s = now() - started_s
-            if waited_s >= timeout_s:
-                first_rank = asked[first_missing].start
-                key = notice_key(directory, first_rank)
-                raise ShareMissing(f"{key}: missing after {timeout_s} s", first_rank)
-            wait(max(poll_interval_s, min(_POLL_SHARE * waited_s, _POLL_MAX_S)))
-    return found
+    def __init__(self, store: Store, directory: str, nodes: Sequence[range]) -> None:
+        """`nodes` are the ranks of each node's workers, in order."""
+        self._store = store
+        self._directory = directory
+        self._nodes = nodes
+        self.notices: list[NodeNotice] = []
+        """Those that have been read, in order."""
+
+    @property
+    def missing(self) -> range:
+        """The ranks of the first node whose notice has not been read; empty once all are there."""
+        return next(iter(self._nodes[len(self.notices) :]), range(0))
+
+    def read_more(self) -> bool:
+        """Read the notices that have appeared. Returns whether all have been read.
+
+        Reads keys by name and never lists. While a notice is missing, it asks only for that one, since all are needed;
+        then it reads many in parallel. Raises `ShareMissing` after a node's refusal, and another `CheckpointError` for
+        a wrong notice.
+        """
+        if self.missing and not self._read(1):
+            return False
+        while self.missing:
+            if not self._read(_THREADS):
+                return False
+        return True
+
+    def _read(self, count: int) -> bool:
+        """Read the next `count` notices. Returns False if one of them is not there yet."""
+        asked = self._nodes[len(self.notices) : len(self.notices) + count]
+        if len(asked) == 1:
+            looks = [_read_notice(self._store, self._directory, asked[0])]
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(asked))) as pool:
+                looks = list(
+                    pool.map(lambda ranks: _read_notice(self._store, self._directory, ranks), asked)
+                )
+        self.notices += [each for each in takewhile(lambda each: each is not None, looks) if each]
+        return None not in looks
 
 
 def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:

@@ -4,25 +4,30 @@
                └────────── read_tensors ── bytes      whole tensors, for a digest
 
 A reader asks for row ranges. The number of workers that wrote the files does not matter. The ranges are extended to
-whole blocks, because a CRC-32 covers a block. Adjacent blocks of a file become one request of at most 32 MiB. A
-block is compared with its CRC before a byte of it is copied into a tensor.
+whole blocks, because a CRC-32 covers a block. Adjacent blocks of a file become one request of at most 32 MiB.
+
+`load_rows` reads a block straight into the tensor's memory, if all its rows are wanted there, and compares it with its
+CRC in place: another copy would take as long as the comparison saves. The bytes of a request that fails are wiped, so
+no byte that was not verified stays in a tensor.
 
 `index` describes the errors.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from elastic_pt.checkpoint.index import Index, Readable, in_order, read_bytes
+from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
-from elastic_pt.errors import CheckpointError
+from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 
 READ_BYTES_MAX = 32 << 20
+_MEMORY_READ_BYTES_MAX = 8 << 20
+"""Memory answers at once, so small requests share the work among the threads more evenly."""
 _LOAD_THREADS = 8
 _READ_THREADS = 4
 
@@ -100,17 +105,19 @@ def coalesce(
 
 
 def load_rows(
-    store: Readable,
+    source: Readable | Memory,
     index: Index,
     wanted: Mapping[str, RowRange],
     into: Mapping[str, torch.Tensor],
+    other_copy: Callable[[str, Exception], bool] = lambda _key, _error: False,
 ) -> None:
     """Fill `into[name]` with rows `[first, end)` of every wanted tensor, bit for bit.
 
     `into[name]` has shape `(end - first, *global_shape[1:])` and the stored dtype, on any device. An
     autograd leaf is written in place. Holds at most 8 requests of 32 MiB in memory. Raises
     `CheckpointError` with file, tensor and block of the first bytes that are missing or wrong. The tensors
-    are then partly filled and must not be used.
+    are then partly filled and must not be used. After an error with a file, asks `other_copy(key, error)` whether the
+    store has another copy of it, and reads again if so.
     """
     for name, (first, end) in wanted.items():
         entry, target = _entry(index, name), into[name]
@@ -119,14 +126,35 @@ def load_rows(
             raise CheckpointError(
                 f"{name}: {entry.dtype} rows of shape {shape} do not fit {target.dtype} {tuple(target.shape)}"
             )
+    memory = {name: _memory_of(into[name]) for name in wanted}
 
     def fetch(read: ReadRange) -> None:
-        for block, data in read_blocks(store, read):
-            _copy_rows(block, data, wanted[block.tensor], into[block.tensor])
+        rows = [wanted[block.tensor] for block in read.blocks]
+        parts = [
+            _place(block, each, memory[block.tensor])
+            for block, each in zip(read.blocks, rows, strict=True)
+        ]
+        while True:
+            try:
+                _read_into(source, read, [part for part, _ in parts])
+                for block, (part, _) in zip(read.blocks, parts, strict=True):
+                    _require_crc(read.key, block, part)
+                break
+            except BaseException as error:
+                for part, _ in parts:
+                    part[:] = bytes(len(part))
+                if not isinstance(error, CheckpointError | StoreError):
+                    raise
+                if not other_copy(read.key, error):
+                    raise
+        for block, each, (part, in_place) in zip(read.blocks, rows, parts, strict=True):
+            if not in_place:
+                _copy_rows(block, part, each, into[block.tensor])
         failpoint(Failpoint.RESTORE_ROWS)
 
     failpoint(Failpoint.RESTORE_INDEXED)
-    for _ in in_order(plan_reads(index, wanted), fetch, _LOAD_THREADS):
+    limit = _MEMORY_READ_BYTES_MAX if isinstance(source, Memory) else READ_BYTES_MAX
+    for _ in in_order(plan_reads(index, wanted, limit), fetch, _LOAD_THREADS):
         pass
     failpoint(Failpoint.RESTORE_LOADED)
 
@@ -155,15 +183,39 @@ def read_blocks(store: Readable, read: ReadRange) -> Iterator[tuple[Block, memor
     """Fetch one request and yield its blocks. Compares each block with its CRC-32 first."""
     data = memoryview(read_bytes(store, read.key, read.start, read.end))
     for block in read.blocks:
+        _require_end(read, block, len(data))
         part = data[block.start - read.start : block.end - read.start]
-        where = f"{read.key}: {block.tensor} block {block.index} (rows {block.first_row} to {block.end_row})"
-        if len(part) != block.end - block.start:
-            raise CheckpointError(
-                f"{where}: the file ends before it; expected at least {block.end} bytes"
-            )
-        if zlib.crc32(part) != block.crc32:
-            raise CheckpointError(f"{where}: wrong CRC-32; expected that of its record")
+        _require_crc(read.key, block, part)
         yield block, part
+
+
+def _read_into(source: Readable | Memory, read: ReadRange, parts: Sequence[memoryview]) -> None:
+    """Fill the memory of each block of a request. Raises `CheckpointError` if the file is too short."""
+    if isinstance(source, Memory):
+        count = source.read_into(read.key, read.start, parts)
+    else:
+        data = memoryview(read_bytes(source, read.key, read.start, read.end))
+        count = len(data)
+    for block, part in zip(read.blocks, parts, strict=True):
+        _require_end(read, block, count)
+        if not isinstance(source, Memory):
+            part[:] = data[block.start - read.start : block.end - read.start]
+
+
+def _require_end(read: ReadRange, block: Block, count: int) -> None:
+    if block.end - read.start > count:
+        raise CheckpointError(
+            f"{_where(read.key, block)}: the file ends before it; expected at least {block.end} bytes"
+        )
+
+
+def _require_crc(key: str, block: Block, part: memoryview) -> None:
+    if zlib.crc32(part) != block.crc32:
+        raise CheckpointError(f"{_where(key, block)}: wrong CRC-32; expected that of its record")
+
+
+def _where(key: str, block: Block) -> str:
+    return f"{key}: {block.tensor} block {block.index} (rows {block.first_row} to {block.end_row})"
 
 
 def _entry(index: Index, name: str) -> TensorEntry:
@@ -196,13 +248,26 @@ def _blocks(piece: TensorSlice, first: int, end: int) -> list[Block]:
     return blocks
 
 
+def _memory_of(tensor: torch.Tensor) -> memoryview | None:
+    """The bytes of a tensor; None if they are not in this process's memory, one row after another."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _place(block: Block, rows: RowRange, memory: memoryview | None) -> tuple[memoryview, bool]:
+    """Where to read a block, and whether that is in the tensor. Its memory holds `rows`."""
+    size = block.end - block.start
+    if memory is None or not rows[0] <= block.first_row <= block.end_row <= rows[1]:
+        return memoryview(bytearray(size)), False
+    start = (block.first_row - rows[0]) * (size // (block.end_row - block.first_row))
+    return memory[start : start + size], True
+
+
 def _copy_rows(block: Block, data: memoryview, rows: RowRange, target: torch.Tensor) -> None:
     low, high = max(block.first_row, rows[0]), min(block.end_row, rows[1])
-    row_bytes = len(data) // (block.end_row - block.first_row)
-    # torch needs writable memory, so copy the used rows once more.
-    used = bytearray(
-        data[(low - block.first_row) * row_bytes : (high - block.first_row) * row_bytes]
-    )
-    source = torch.frombuffer(used, dtype=target.dtype).view(high - low, *target.shape[1:])
+    source = torch.frombuffer(data, dtype=target.dtype).view(-1, *target.shape[1:])
     with torch.no_grad():  # per thread, so it must be here and not around the pool
-        target[low - rows[0] : high - rows[0]].copy_(source)
+        target[low - rows[0] : high - rows[0]].copy_(
+            source[low - block.first_row : high - block.first_row]
+        )

@@ -1,9 +1,7 @@
-"""One worker's rows as a safetensors file. The worker writes it; its agent hashes it later.
+"""One worker's rows as a safetensors file: the content of a buffer in memory, and of an object in the bucket.
 
-The training step waits for `write_shard`, so it only copies bytes: the header, then one `pwrite` per tensor into the
-staging directory (memory). This is as fast as one memory copy. A mapped file was half as fast, because every new page
-faults. A full disk would also be a SIGBUS instead of an error. The agent hashes the file in one pass,
-`describe_shard`.
+The worker copies its rows into a buffer (`snapshot`), at the places of `ShardLayout`. The training step waits for that,
+so everything else is the agent's: it hashes the file in one pass (`describe_shard`) and uploads it.
 
 The file describes its content: `__metadata__` of the safetensors header holds the training state, the global shape and
 first row of each tensor in the file, and the names, types and shapes of all tensors of the state. Any safetensors
@@ -13,13 +11,9 @@ reader can open it. There is no pickle.
 import errno
 import hashlib
 import json
-import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -35,6 +29,7 @@ from elastic_pt.checkpoint.layout import (
 )
 from elastic_pt.checkpoint.record import canonical
 from elastic_pt.errors import CheckpointError
+from elastic_pt.store.port import FilePart
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "F64": torch.float64,
@@ -44,11 +39,8 @@ TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _HEADER_SCHEMA = "3"
-_STAGED_NAME = re.compile(r"\.?\d{10}-g\d+-rank-\d+\.safetensors(\.\d+\.tmp)?")
 _TENSORS = TypeAdapter(tuple[Tensor, ...])
 _HEADER_BYTES_MAX = 100_000_000
-_COPY_BYTES = 64 << 20
-_READ_BYTES = 1 << 20
 _STATE_BYTES_MAX = 512
 """Limit for the JSON text of a training state, quoted as a JSON string."""
 _DATA_ALIGNMENT = 64
@@ -58,23 +50,7 @@ NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOM
 
 
 class StagingFull(CheckpointError):
-    """The staging directory has no room now. It may have room later."""
-
-
-class Staging(NamedTuple):
-    """The names of the staged shards of one generation."""
-
-    directory: Path
-    generation: int
-
-    def path(self, step: int, rank: int) -> Path:
-        """The file of one worker. The name is unique among generations."""
-        return self.directory / f"{step:010d}-g{self.generation}-rank-{rank}.safetensors"
-
-
-def is_staged(path: Path) -> bool:
-    """Whether this is a staged shard of any generation, complete or not."""
-    return _STAGED_NAME.fullmatch(path.name) is not None
+    """There is no room for a state now: not in the staging directory, or not in the buffers. There may be later."""
 
 
 class LocalRows(NamedTuple):
@@ -125,53 +101,22 @@ class ShardLayout:
         return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def write_shard(
-    path: Path,
-    tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
-    state: TrainingState,
-) -> None:
-    """Write one worker's rows and the training state as a safetensors file (worker process).
-
-    `tensors` is the argument of `ShardLayout`. The file appears under `path` atomically (temporary name, then rename).
-    There is no fsync: the staging directory is memory. Raises `StagingFull` if the staging directory has no room, and
-    leaves no file then. Raises another `CheckpointError` if a tensor does not fit its description.
-    """
-    layout = ShardLayout(tensors)
-    header = layout.header(state)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            offset = _write_at(descriptor, memoryview(header), 0)
-            for name in layout.order:
-                offset = _write_at(descriptor, _bytes_of(tensors[name][0]), offset)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        kind = StagingFull if error.errno in NO_ROOM else CheckpointError
-        raise kind(f"{path}: the shard cannot be staged: {error.strerror}") from error
-
-
-def describe_shard(path: Path, key: str) -> tuple[ShardFile, TrainingState, tuple[Tensor, ...]]:
-    """Hash a staged shard file in one pass: SHA-256 of the file, CRC-32 of every block (agent process).
+def describe_shard(part: FilePart, key: str) -> tuple[ShardFile, TrainingState, tuple[Tensor, ...]]:
+    """Hash a shard file in one pass: SHA-256 of the file, CRC-32 of every block (agent process).
 
     `key` is the file's key in the bucket. Returns the file's description, the training state and all its tensors. Raises
-    `CheckpointError` if the file is not a complete file of `write_shard`.
+    `CheckpointError` if it is not a complete shard file.
     """
+    path = str(part.path)
     try:
-        with path.open("rb", buffering=0) as file:
-            header_bytes = _header_bytes(file.read(8), str(path))
-            header = _decoded(file.read(header_bytes), str(path))
-            state, tensors, slices = _parse_header(header, 8 + header_bytes, str(path))
-            file.seek(0)
-            bounds = [bound for piece in slices for bound in block_bounds(piece)]
-            size, sha256, crcs = hash_blocks(_chunks(file), bounds)
+        header_bytes = _header_bytes(part.read(0, 8), path)
+        header = _decoded(part.read(8, header_bytes), path)
+        state, tensors, slices = _parse_header(header, 8 + header_bytes, path)
+        bounds = [bound for piece in slices for bound in block_bounds(piece)]
+        size, sha256, crcs = hash_blocks(part.chunks(), bounds)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; expected a staged shard"
+            f"{path}: cannot be read: {error.strerror}; expected a shard file"
         ) from error
     end = slices[-1].end_offset if slices else 8 + header_bytes
     if size != end:
@@ -264,24 +209,11 @@ def _entries(
     return entries, whole, offset
 
 
-def _bytes_of(rows: torch.Tensor) -> memoryview:
-    flat = rows.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
-    # One pwrite writes at most 2 GiB, and may write less than it was given.
-    while data:
-        written = os.pwrite(descriptor, data[:_COPY_BYTES], offset)
-        data, offset = data[written:], offset + written
-    return offset
-
-
 def _header_bytes(first: bytes | memoryview, path: str) -> int:
     """Length of the header's text in bytes, from the first eight bytes of a file."""
     length = int.from_bytes(first[:8], "little")
     if not 2 <= length <= _HEADER_BYTES_MAX:
-        raise CheckpointError(f"{path}: not a safetensors file; expected a staged shard")
+        raise CheckpointError(f"{path}: not a safetensors file; expected a shard file")
     return length
 
 
@@ -343,13 +275,6 @@ def _parse_header(
         AttributeError,
     ) as error:
         raise CheckpointError(
-            f"{path}: its safetensors header was not written by this project; expected a staged shard"
+            f"{path}: its safetensors header was not written by this project; expected a shard file"
         ) from error
     return state, tensors, slices
-
-
-def _chunks(file: BinaryIO) -> Iterable[memoryview]:
-    # Reading into one warm buffer is faster than a mapping. A truncated file is then an error, not a SIGBUS.
-    buffer = memoryview(bytearray(_READ_BYTES))
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
-        yield buffer[:count]

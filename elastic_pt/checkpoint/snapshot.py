@@ -1,8 +1,9 @@
-"""A worker's newest states, in two mapped files that outlive the worker. It writes them in turn, in place.
+"""A worker's newest states, in three mapped files that outlive the worker. It overwrites them in place.
 
     worker   SnapshotBuffers.write ──► buffer file ──► describe_snapshot   agent: CRC-32 of every block
-                                        │                 └──► Snapshot, the record that peers and readers get
-                                        └──► BufferContent.read          own workers and peers: verified by those CRCs
+                                        │  │              └──► Snapshot, the record that peers and readers get
+                                        │  └──► BufferContent.read_into  own workers and peers: verified by those CRCs
+                                        └──► shard_part                  `upload`: a kept state goes to the bucket
 
 A buffer file is one page of control words, then a shard file as in `shard_file`. All its pages exist before training
 begins, so a write is one memory copy. A new file would cost a page fault for every 4 KiB, three times the copy. Space is
@@ -10,8 +11,9 @@ reserved, so a full memory file system is an error at allocation and not a SIGBU
 
 The control words are `begun` and `done`, both a step. `write` sets `begun` first and `done` last, so the content is
 valid only while the two are equal. A reader checks them before and after it reads, and compares CRCs in between.
-`train.snapshots` decides when: the older buffer may be overwritten after the newer one is complete on all nodes and
-their mirrors.
+
+A checkpoint is a state whose buffer is kept until the agent has uploaded it. `buffer_to_write` never chooses a kept
+buffer, nor the newest state that is complete on all nodes and their mirrors. `train.snapshots` decides when to write.
 """
 
 import mmap
@@ -19,12 +21,14 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
+import numpy
 import torch
 
+from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import (
     Count,
     FileBytes,
@@ -43,10 +47,11 @@ from elastic_pt.checkpoint.shard_file import (
 )
 from elastic_pt.errors import CheckpointError
 from elastic_pt.failpoints import Failpoint, failpoint
+from elastic_pt.store.port import FilePart
 
-BUFFERS: Final = 2
-PAYLOAD_OFFSET: Final = 4096
-"""Offset of the shard file in a buffer file."""
+BUFFERS: Final = 3
+PAYLOAD_OFFSET: Final = mmap.ALLOCATIONGRANULARITY
+"""Offset of the shard file in a buffer file: a page, so that it can be mapped alone."""
 _MAGIC: Final = b"EPTSNAP1"
 _CONTROL: Final = struct.Struct("<8sQQQ")
 _WORD: Final = struct.Struct("<Q")
@@ -86,8 +91,23 @@ class Buffer(NamedTuple):
         return directory / f"snapshot-g{self.generation}-rank-{self.rank}-{self.number}"
 
 
+def buffer_to_write(steps: Sequence[int], kept: Collection[int], complete_step: int) -> int | None:
+    """The buffer that the next state overwrites; None if all are needed.
+
+    `steps` has the step in each buffer, 0 for none. Needed are the `kept` ones, and the newest one that is complete
+    everywhere (up to `complete_step`). Of the others, the oldest is overwritten.
+    """
+    complete = max((step for step in steps if step <= complete_step), default=0)
+    free = [
+        number
+        for number, step in enumerate(steps)
+        if step == 0 or (step != complete and step not in kept)
+    ]
+    return min(free, key=steps.__getitem__, default=None)
+
+
 class SnapshotBuffers:
-    """The two buffer files of one worker in one generation. Worker process; `allocate` may run in a thread."""
+    """The buffer files of one worker in one generation. Worker process; `allocate` may run in a thread."""
 
     def __init__(
         self,
@@ -95,44 +115,77 @@ class SnapshotBuffers:
         generation: int,
         rank: int,
         tensors: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+        copier: Copier | None = None,
     ) -> None:
         """`tensors` maps names to `(local rows, global shape, first row)` of the live memory; see `ShardLayout`."""
+        self._copier = HostCopier() if copier is None else copier
         self._layout = ShardLayout(tensors)
         self._rows = [tensors[name][0] for name in self._layout.order]
         self._names = [Buffer(generation, rank, index) for index in range(BUFFERS)]
         self._paths = [each.path(directory) for each in self._names]
         self._maps: list[mmap.mmap] = []
         self._targets: list[list[torch.Tensor]] = []
-        self._next = 0
+        self.steps: list[int] = []
+        """The step in each buffer that exists, 0 for none."""
         self.size = self._layout.header_bytes + self._layout.data_bytes
         """Bytes of the shard file in each buffer."""
 
     @property
     def ready(self) -> bool:
-        """Whether `allocate` has succeeded."""
-        return len(self._targets) == BUFFERS
+        """Whether all buffers exist."""
+        return len(self.steps) == BUFFERS
 
-    def allocate(self) -> None:
-        """Reserve, map and touch both files. Raises the errors of `make_buffers`, and leaves no file then."""
-        maps = make_buffers(self._paths, self.size)
-        self._maps = maps
-        self._targets = [self._views(each) for each in maps]
+    def allocate(self, count: int = BUFFERS) -> None:
+        """Reserve, map and touch files until there are `count`. Raises the errors of `make_buffers`; adds none then."""
+        paths = self._paths[len(self.steps) : count]
+        maps = make_buffers(paths, self.size)
+        try:
+            for each in maps:
+                self._copier.register(each)
+        except CheckpointError:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
+        self._maps += maps
+        self._targets += [self._views(each) for each in maps]
+        # Last: another thread may write as soon as a buffer is listed here.
+        self.steps += [0] * len(maps)
 
-    def write(self, state: TrainingState) -> Buffer:
-        """Copy the live rows and the state of this step into the older buffer. Returns this buffer."""
-        number, self._next = self._next, (self._next + 1) % BUFFERS
+    def write(
+        self, state: TrainingState, *, kept: Collection[int] = (), complete_step: int = 0
+    ) -> Buffer:
+        """Copy the live rows and the state of this step into the buffer that `buffer_to_write` chooses. Returns it.
+
+        Raises `StagingFull` if there is none.
+        """
+        return self.finish(self.start(state, kept=kept, complete_step=complete_step), state.step)
+
+    def start(
+        self, state: TrainingState, *, kept: Collection[int] = (), complete_step: int = 0
+    ) -> Buffer:
+        """Begin to `write`. The rows must not change, and nothing else be started, before the end of `finish`."""
+        number = buffer_to_write(self.steps, kept, complete_step)
+        if number is None:
+            raise StagingFull(
+                f"step {state.step}: no buffer is free; steps {self.steps}, kept {sorted(kept)}, complete {complete_step}"
+            )
+        self.steps[number] = 0
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
         failpoint(Failpoint.BUFFER_BEGUN)
         header = self._layout.header(state)
         buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
-        with torch.no_grad():
-            for target, rows in zip(self._targets[number], self._rows, strict=True):
-                target.copy_(rows)
-        failpoint(Failpoint.BUFFER_COPIED)
-        end_buffer(buffer, state.step)
-        failpoint(Failpoint.BUFFER_DONE)
+        self._copier.start(self._targets[number], self._rows)
         return self._names[number]
+
+    def finish(self, buffer: Buffer, step: int) -> Buffer:
+        """Wait until the copy is done, then mark the buffer as whole. Any thread may call it. Returns the buffer."""
+        self._copier.wait()
+        failpoint(Failpoint.BUFFER_COPIED)
+        end_buffer(self._maps[buffer.number], step)
+        failpoint(Failpoint.BUFFER_DONE)
+        self.steps[buffer.number] = step
+        return buffer
 
     def _views(self, buffer: mmap.mmap) -> list[torch.Tensor]:
         """A tensor in the mapped file for each tensor of the layout."""
@@ -145,20 +198,19 @@ class SnapshotBuffers:
         return views
 
 
-def make_buffers(paths: Sequence[Path], size: int) -> list[mmap.mmap]:
-    """Create the buffers of one worker, for shard files of `size` bytes, and map them. Worker process, and mirrors.
+def make_buffers(paths: Sequence[Path], size: int, *, spare: int = 0) -> list[mmap.mmap]:
+    """Create buffers for shard files of `size` bytes, and map them. Worker process, and mirrors.
 
-    Raises `StagingFull` if then there would be no room for a checkpoint's shard file of that size: without snapshots a
-    run loses steps, without checkpoints it cannot end. Raises `CheckpointError` for any other failure. Leaves no file
-    after an error.
+    Raises `StagingFull` if there is no room for them and for `spare` more. Raises `CheckpointError` for any other
+    failure. Leaves no file after an error.
     """
-    needed, free = (
-        (len(paths) + 1) * (PAYLOAD_OFFSET + size),
-        shutil.disk_usage(paths[0].parent).free,
-    )
+    if not paths:
+        return []
+    needed = (len(paths) + spare) * (PAYLOAD_OFFSET + size)
+    free = shutil.disk_usage(paths[0].parent).free
     if free < needed:
         raise StagingFull(
-            f"{paths[0].parent}: no room for a snapshot of {size} bytes: {free} bytes free, expected {needed}"
+            f"{paths[0].parent}: no room for a state of {size} bytes: {free} bytes free, expected {needed}"
         )
     made: list[mmap.mmap] = []
     try:
@@ -187,7 +239,7 @@ def make_buffer(path: Path, size: int) -> mmap.mmap:
     except OSError as error:
         path.unlink(missing_ok=True)
         kind = StagingFull if error.errno in NO_ROOM else CheckpointError
-        raise kind(f"{path}: no room for a snapshot of {size} bytes: {error.strerror}") from error
+        raise kind(f"{path}: no room for a state of {size} bytes: {error.strerror}") from error
     finally:
         os.close(descriptor)
     _touch(buffer)
@@ -282,10 +334,28 @@ class BufferContent:
         (done,) = _WORD.unpack_from(self.mapped, _DONE_AT)
         return int(done) if begun == done > 0 else None
 
-    def read(self, start: int, end: int) -> bytes:
-        """Bytes `[start, end)` of the shard file; fewer at its end. The caller compares CRCs."""
-        end = min(end, self.size)
-        return self.mapped[PAYLOAD_OFFSET + start : PAYLOAD_OFFSET + end]
+    def require_step(self, step: int, what: str) -> None:
+        """Raise `CheckpointError` unless the buffer holds the whole state of this step."""
+        if self.step() != step:
+            raise CheckpointError(
+                f"{what}: overwritten while it was needed; expected the state of step {step}"
+            )
+
+    def read_into(self, start: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts, one after another, with the bytes of the shard file from `start` on. The caller compares CRCs.
+
+        Returns the number of bytes. It is smaller than the parts if the file ends before.
+        """
+        shard = numpy.frombuffer(self.mapped, numpy.uint8, self.size, PAYLOAD_OFFSET)
+        position = start
+        for part in parts:
+            count = max(0, min(len(part), self.size - position))
+            # Not a slice assignment: it would hold the interpreter's lock, and other threads compare CRCs.
+            numpy.copyto(
+                numpy.frombuffer(part, numpy.uint8)[:count], shard[position : position + count]
+            )
+            position += count
+        return position - start
 
 
 def open_buffer(path: Path) -> BufferContent:
@@ -303,3 +373,8 @@ def open_buffer(path: Path) -> BufferContent:
         mapped.close()
         raise CheckpointError(f"{path}: {found} bytes, expected a snapshot buffer")
     return BufferContent(mapped, size)
+
+
+def shard_part(path: Path, size: int) -> FilePart:
+    """The shard file in a buffer file, of `size` bytes: what goes to the bucket."""
+    return FilePart(path, PAYLOAD_OFFSET, size)

@@ -1,7 +1,7 @@
-"""Uploads staged shard files, and writes the node's record and notice.
+"""Uploads kept states from their buffers, and writes the node's record and notice.
 
-    worker: write_shard ──► staging directory (memory)
-    agent:  Uploader    ──► describe_shard ─► shard-<rank>.safetensors ─► local file removed
+    worker: SnapshotBuffers.write ──► buffer (memory), kept
+    agent:  Uploader    ──► describe_shard ─► shard-<rank>.safetensors ─► the worker may overwrite the buffer
                             after the last worker of the node: node-<rank>.json ─► notice-<rank>.json
 
 A node record holds about 80 KB of slices per worker, so only its node and readers handle it. A notice has a few KB.
@@ -38,14 +38,15 @@ from elastic_pt.checkpoint.nodes import (
 )
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
+from elastic_pt.checkpoint.snapshot import open_buffer, shard_part
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
 
 
 @dataclass(frozen=True)
-class StagedShard:
-    """A file that `write_shard` finished, and its place in the checkpoint."""
+class KeptShard:
+    """A buffer with the state of a step, kept for this upload, and its place in the checkpoint."""
 
     path: Path
     run_id: str
@@ -54,7 +55,7 @@ class StagedShard:
     ranks: range
     """The ranks of all workers of its node."""
     missing: str = ""
-    """Why the file is missing; empty if it exists."""
+    """Why there is no buffer; empty if there is one."""
 
     @property
     def step(self) -> int:
@@ -66,22 +67,31 @@ class StagedShard:
 class UploadedShard:
     """A shard in the store, and the content of its header."""
 
-    staged: StagedShard
+    kept: KeptShard
     file: ShardFile
     state: TrainingState
     tensors: tuple[Tensor, ...]
     """All tensors of the state, sorted by name."""
 
 
-def upload_shard(store: Store, shard: StagedShard) -> UploadedShard:
-    """Hash one staged file, upload it, and check its size in the store. Does not change the local file.
+def upload_shard(store: Store, shard: KeptShard) -> UploadedShard:
+    """Hash the shard file in a kept buffer, upload it, and check its size in the store.
 
-    Raises `CheckpointError` for a wrong file, and `StoreError` if the store fails.
+    Raises `CheckpointError` if the buffer does not hold the state of this step from begin to end, and `StoreError` if
+    the store fails.
     """
     key = shard_key(shard.directory, shard.rank)
-    file, state, tensors = describe_shard(shard.path, key)
-    store.write(key, shard.path)
-    failpoint(Failpoint.SHARD_WRITTEN)
+    with open_buffer(shard.path) as buffer:
+        buffer.require_step(shard.step, str(shard.path))
+        part = shard_part(shard.path, buffer.size)
+        file, state, tensors = describe_shard(part, key)
+        # Before the upload too: it may take minutes.
+        buffer.require_step(shard.step, str(shard.path))
+        store.write(key, part)
+        failpoint(Failpoint.SHARD_WRITTEN)
+        buffer.require_step(shard.step, str(shard.path))
+    if state.step != shard.step:
+        raise CheckpointError(f"{key}: the state of step {state.step}, expected step {shard.step}")
     size = store.size(key)
     if size != file.size:
         raise CheckpointError(f"{key}: {size} bytes in the store, expected {file.size}")
@@ -95,27 +105,27 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
     each tensor join. Raises `AlreadyExists` if another agent has written for the same ranks. May be repeated.
     """
     first = shards[0]
-    staged = first.staged
-    if [each.staged.rank for each in shards] != list(staged.ranks):
-        ranks = f"{staged.ranks.start} to {staged.ranks.stop - 1}"
+    kept = first.kept
+    if [each.kept.rank for each in shards] != list(kept.ranks):
+        ranks = f"{kept.ranks.start} to {kept.ranks.stop - 1}"
         raise CheckpointError(f"{first.file.key}: expected all shards of ranks {ranks}")
     for each in shards:
         if (each.state, each.tensors) != (first.state, first.tensors):
             raise CheckpointError(
                 f"{each.file.key} and {first.file.key} differ in their training state; expected equal states"
             )
-    first_rank = staged.ranks.start
+    first_rank = kept.ranks.start
     record = NodeRecord(
-        staged.run_id, staged.directory, first_rank, tuple(each.file for each in shards)
+        kept.run_id, kept.directory, first_rank, tuple(each.file for each in shards)
     )
     rows = record.rows_of(first.tensors)
     data = record.to_bytes()
-    key = node_key(staged.directory, first_rank)
+    key = node_key(kept.directory, first_rank)
     if len(data) > DOCUMENT_BYTES_MAX:
         raise CheckpointError(f"{key}: {len(data)} bytes, expected at most {DOCUMENT_BYTES_MAX}")
     notice = NodeNotice(
-        staged.run_id,
-        staged.directory,
+        kept.run_id,
+        kept.directory,
         first_rank,
         NodeShare(
             key,
@@ -130,12 +140,12 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
     )
     store.create(key, data)
     failpoint(Failpoint.NODE_RECORDED)
-    store.create(notice_key(staged.directory, first_rank), notice.to_bytes())
+    store.create(notice_key(kept.directory, first_rank), notice.to_bytes())
     failpoint(Failpoint.NODE_NOTICED)
     return notice
 
 
-def refuse_node(store: Store, shard: StagedShard, why: str) -> None:
+def refuse_node(store: Store, shard: KeptShard, why: str) -> None:
     """Write a refusal, which tells the committing node that this node cannot upload its share."""
     first_rank = shard.ranks.start
     # A path in the text may hold bytes that are not UTF-8.
@@ -155,20 +165,20 @@ class _NodeShards:
 
 
 class Uploader:
-    """Uploads staged shards one after another in its own thread (agent process).
+    """Uploads kept shards one after another in its own thread (agent process).
 
     After the last shard of the node it writes the node's record and notice. After a shard that is missing or
     cannot be uploaded, it writes a refusal and drops the node's other shards of this checkpoint.
-    It calls `on_uploaded(shard)` or `on_failed(shard, error)` once per shard, in that thread, after it has removed the
-    local file. So a failed upload also makes room for the next checkpoint.
+    It calls `on_uploaded(shard)` or `on_failed(shard, error)` once per shard, in that thread: it needs the buffer no
+    more, so a failed upload also makes room for the next checkpoint.
     """
 
     def __init__(
         self,
         store: Store,
         *,
-        on_uploaded: Callable[[StagedShard], None],
-        on_failed: Callable[[StagedShard, Exception], None],
+        on_uploaded: Callable[[KeptShard], None],
+        on_failed: Callable[[KeptShard, Exception], None],
     ) -> None:
         self._store = store
         self._on_uploaded = on_uploaded
@@ -176,20 +186,17 @@ class Uploader:
         self._node = _NodeShards("", range(0))
         self._jobs = JobThread("checkpoint-upload", self._upload)
 
-    def submit(self, shard: StagedShard) -> None:
+    def submit(self, shard: KeptShard) -> None:
         """Queue a shard. Raises `CheckpointError` if the queue is full or the uploader is closed."""
         self._jobs.submit(shard)
 
-    def pending(self) -> set[Path]:
-        """The local files that are not uploaded yet, with the one in progress."""
-        return {shard.path for shard in self._jobs.pending()}
+    def pending(self) -> list[KeptShard]:
+        """The shards that are not uploaded yet, with the one in progress: their buffers must stay as they are."""
+        return self._jobs.pending()
 
-    def discard(self) -> int:
-        """Drop the queued shards (not the one in progress) and their local files. Returns the number dropped."""
-        dropped = self._jobs.discard()
-        for shard in dropped:
-            _remove_staged(shard)
-        return len(dropped)
+    def discard(self) -> list[KeptShard]:
+        """Drop the queued shards (not the one in progress), and return them."""
+        return self._jobs.discard()
 
     def close(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` for the pending shards, then drop the rest. Returns False if not all were done."""
@@ -197,8 +204,8 @@ class Uploader:
         self.discard()
         return done
 
-    def _upload(self, shard: StagedShard) -> None:
-        # Workers stage a checkpoint only after the previous one was released, so shards of two checkpoints never mix.
+    def _upload(self, shard: KeptShard) -> None:
+        # Workers keep a state for a checkpoint only after the previous one was released, so shards of two checkpoints never mix.
         if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
             self._node = _NodeShards(shard.directory, shard.ranks)
         node, failure = self._node, None
@@ -216,14 +223,7 @@ class Uploader:
             node.refused = True
             with suppress(StoreError):
                 refuse_node(self._store, shard, str(error))
-        _remove_staged(shard)
         if failure is None:
             self._on_uploaded(shard)
         else:
             self._on_failed(shard, failure)
-
-
-def _remove_staged(shard: StagedShard) -> None:
-    if not shard.missing:
-        with suppress(OSError):
-            shard.path.unlink()

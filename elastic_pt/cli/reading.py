@@ -75,6 +75,9 @@ def _member_line(title: str, member: "MemberReport") -> str:
         f"{title:<11} {member.node}: {phase}, pid {member.pid} at {member.address}:{member.port}, "
         f"{member.workers} workers, {member.slots} slots"
     )
+    line += f", zone {member.zone}" if member.zone else ""
+    if member.slots:
+        line += f", copy on {', '.join(member.mirrors)}" if member.mirrors else ", no copy"
     return line + (f", {member.metrics_url}" if member.metrics_url else "")
 
 

@@ -248,6 +248,8 @@ class ElasticSection(Section):
     """Seconds that a leaving node (SIGTERM) may take for its last checkpoint."""
     notices: Notices = "auto"
     """Sources of notices that this machine will be taken away: auto (its cloud), off, or a list of sources."""
+    zone: Annotated[str, Field(max_length=100)] = ""
+    """This node's zone, such as us-east-1a: nodes that may be lost together. Empty: unknown, which is a zone of its own."""
     port: Port = 0
     """Port on which this node's agent answers its peers; 0 takes a free one. Other ports are always free ones."""
     retries_without_progress: Count = 3
@@ -284,7 +286,7 @@ class ElasticSection(Section):
 
 
 class CheckpointSection(Section):
-    """How often checkpoints are written, how many are kept, and where they are staged."""
+    """How often checkpoints are written, how many are kept, and where states are in memory."""
 
     every_steps: Count = 50
     """Steps between checkpoints; a checkpoint waits until the upload of the one before has ended."""
@@ -292,6 +294,10 @@ class CheckpointSection(Section):
     """Steps between copies of the state into memory, from which the others resume when a node is lost; 0 chooses by their cost."""
     mirror_copies: Copies = 1
     """Other nodes that hold a copy of each node's state in memory; 0 makes no copies."""
+    mirror_zones: bool = False
+    """Copy to other zones (`elastic.zone`), which clouds bill; false copies within a zone, and a node alone in its zone has no copy."""
+    mirror_bytes_per_s: Annotated[int, Field(ge=0, le=2**50)] = 0
+    """Most bytes per second that this node reads for those copies; 0 sets no bound."""
     keep: Count = 3
     """Number of newest commits that are kept; at least two are always kept."""
     keep_every_steps: CountOrZero = 0

@@ -49,16 +49,25 @@ class Fleet:
     ) -> None:
         self.close()
 
-    def start(self, node: str, *, address: str = LOOPBACK, prefix: Sequence[str] = ()) -> int:
+    def start(
+        self,
+        node: str,
+        *,
+        address: str = LOOPBACK,
+        prefix: Sequence[str] = (),
+        settings: Sequence[str] = (),
+    ) -> int:
         """Start a node's agent, which its peers find at `address`; returns its process id.
 
         `prefix` goes before the command, for example to enter a namespace (`nsenter ...`); it must become the agent
-        under the same process id.
+        under the same process id. `settings` override keys of the configuration (`section.key=value`) for this node.
         """
         command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
+        command += ["--node", node, "--address", address]
+        command += [word for each in settings for word in ("--set", each)]
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(
-                [*command, "--node", node, "--address", address],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -83,6 +83,7 @@ class Appender:
             platform=self._resources.platform,
             fenced_url=self._resources.fenced_url or before.fenced_url,
             memory=memory,
+            mirrors=self._resources.choose_mirrors([each.zone for each in proposal.members]),
         )
 
         def make(view: RunView) -> Generation:

@@ -158,7 +158,8 @@ class Links:
     # ---- answering -------------------------------------------------------------------------------
 
     def _authorized(self, request: web.Request) -> bool:
-        given = request.headers.get("Authorization", "").encode()
+        # The bytes as they were sent: they need not be UTF-8.
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         return hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     async def _status(self, request: web.Request) -> web.Response:

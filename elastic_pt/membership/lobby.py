@@ -3,7 +3,7 @@
 A waiting node creates its card, an empty object below `lobby/`. The key has all that others need, so one listing
 shows a thousand nodes:
 
-    lobby/<node>!<incarnation>!<address>!<port>!<pid>!<workers>
+    lobby/<node>!<incarnation>!<address>!<port>!<pid>!<workers>[!<zone>]
 
 Cards are hints. A dead node's card costs one refused connection, and no decision uses a listing.
 """
@@ -32,7 +32,8 @@ log = structlog.get_logger("elastic_pt.lobby")
 
 def card_key(member: Member) -> str:
     """The key of a node's card."""
-    fields = (urllib.parse.quote(str(each), safe="") for each in astuple(member))
+    told = astuple(member) if member.zone else astuple(member)[:-1]
+    fields = (urllib.parse.quote(str(each), safe="") for each in told)
     return LOBBY + _SEPARATOR.join(fields)
 
 
@@ -41,10 +42,11 @@ def members_in(keys: Iterable[str]) -> list[Member]:
     found = []
     for key in keys:
         with suppress(ValueError):
-            node, incarnation, address, port, pid, workers = (
+            node, incarnation, address, port, pid, workers, *zone = (
                 urllib.parse.unquote(each) for each in key.removeprefix(LOBBY).split(_SEPARATOR)
             )
-            found.append(Member(node, incarnation, address, int(port), int(pid), int(workers)))
+            numbers = int(port), int(pid), int(workers)
+            found.append(Member(node, incarnation, address, *numbers, *zone))
     return found
 
 

@@ -16,6 +16,7 @@ import structlog
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, NodeFailure
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, StartTimes
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
@@ -23,7 +24,6 @@ from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Stop
-from elastic_pt.store.port import Store
 
 log = structlog.get_logger("elastic_pt.node")
 
@@ -41,15 +41,15 @@ class Left(Exception):
     """This node has left the run in good order."""
 
 
-def new_member(name: str, address: str, workers: int) -> Member:
+def new_member(name: str, address: str, workers: int, zone: str = "") -> Member:
     """This process as a member, with a new incarnation. Its port is 0 until it listens."""
-    return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers)
+    return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers, zone)
 
 
-def new_node(first: NodeStatus, limits: Limits, resources: Resources, store: Store) -> "Node":
-    """A node of the run in `store`. It does nothing before `Node.start`."""
+def new_node(first: NodeStatus, limits: Limits, resources: Resources, token: str) -> "Node":
+    """A node of the run whose agents share `token`. It does nothing before `Node.start`."""
     participant = Participant(first, limits, resources)
-    return Node(participant, MembershipThread(participant, store, limits.elastic))
+    return Node(participant, MembershipThread(participant, token, limits.elastic))
 
 
 class Node:
@@ -130,6 +130,14 @@ class Node:
         """When this node first read that generation's record, on its monotonic clock."""
         return self._participant.read_at_s(generation)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other node waits for this one: it is no member of the newest generation, or its only member."""
+        generation = self.view.generation
+        if generation is None or generation.rank_of(self.member.incarnation) is None:
+            return True
+        return len(generation.members) < 2
+
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
         return self._participant.others_can_go_on()
@@ -141,7 +149,7 @@ class Node:
         self._say(phase=NodePhase.RUNNING)
 
     def settling(self) -> None:
-        """The workers have stopped as planned; their checkpoint is being uploaded and committed."""
+        """The workers have stopped as planned; their last state is being mirrored and uploaded."""
         self._say(phase=NodePhase.SETTLING)
 
     def spend(self, generation: int, failure: Cause | None) -> None:
@@ -178,6 +186,11 @@ class Node:
         """The workers of a generation have done their first step."""
         self._say(start_times=times)
 
+    def states_changed(self) -> None:
+        """This node holds more in memory, or its mirrors do. Peers get it at once if they wait for it."""
+        if self._participant.me.stated.phase is NodePhase.SETTLING:
+            self._driver.wake()
+
     def notice_log(self) -> None:
         """Another thread of this process has appended to the log: take a turn now."""
         self._driver.wake()
@@ -201,7 +214,8 @@ class Node:
     def await_generation(self) -> Formed | Stop:
         """Block until the log has a generation with this node that it has not spent, or the end of the run.
 
-        Raises `Left` when this node has asked to leave and may leave, and `ConfigError` when the run refuses it.
+        Raises `Left` when this node has asked to leave and the others can resume from the newest state without it, and
+        `ConfigError` when the run refuses it.
         """
         while True:
             with self._changed:
@@ -225,18 +239,29 @@ class Node:
                 self.spend(found.number, self.failure(detail, kind=CauseKind.GAVE_UP))
 
     def await_settled(
-        self, generation: int, step: int, timeout_s: float, given_up: Callable[[], bool]
-    ) -> bool:
-        """Block until the checkpoint of `step` is committed; False if `generation` is broken or it is given up."""
+        self,
+        generation: Generation,
+        step: int,
+        timeout_s: float,
+        given_up: Callable[[], bool],
+        mirrored: Callable[[], bool] = lambda: True,
+    ) -> Settled:
+        """Block until the state of `step` is safe in memory or in the bucket, or the checkpoint is given up.
 
-        def committed() -> bool:
-            return any(
-                each.generation == generation and each.step >= step
-                for each in self.view.checkpoints
-            )
+        In memory it is safe if the members that stay hold it, and this node's mirrors have its part (`mirrored`).
+        Returns where it is safe. In neither if `generation` is broken, if the checkpoint is given up, or in the end.
+        """
 
-        self._await(lambda: committed() or self.must_reform(generation) or given_up(), timeout_s)
-        return committed()
+        def settled() -> Settled:
+            found = self._participant.settled(generation, step)
+            if found.tier == "memory" and not mirrored():
+                return Settled("", f"step {step} is neither committed nor mirrored")
+            return found
+
+        self._await(
+            lambda: bool(settled()) or self.must_reform(generation.number) or given_up(), timeout_s
+        )
+        return settled()
 
     def await_end(self, generation: int, timeout_s: float, given_up: Callable[[], bool]) -> bool:
         """Block until the log has a STOP; False if `generation` is broken or its last checkpoint is given up."""
@@ -256,7 +281,7 @@ class Node:
             self._driver.crash is not None
             or self._participant.refusal is not None
             or self._next() is not None
-            or self.leaving
+            or (self.leaving and not self._participant.is_needed())
         )
 
     def _next(self) -> Generation | Stop | None:

@@ -30,6 +30,7 @@ from elastic_pt.membership.decision.decide import (
     decide,
 )
 from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.settled import Settled, needed, settled, stays
 from elastic_pt.membership.decision.status import (
     Limits,
     NodeStatus,
@@ -156,6 +157,32 @@ class Participant:
         ]
         return len(fit) >= self._limits.elastic.nodes_min
 
+    def settled(self, generation: Generation, step: int) -> Settled:
+        """Where the state of `step` is safe, with which the workers of `generation` stopped as planned."""
+        view = self.log.view
+        return settled(generation, step, self._live_statuses(), view.checkpoints, view.requests)
+
+    def is_needed(self) -> bool:
+        """Whether the other members cannot resume from the newest state without this node, which leaves."""
+        generation, statuses = self.log.view.generation, self._live_statuses()
+        if generation is None or generation.rank_of(self.member.incarnation) is None:
+            return False
+        told = [(each, statuses.get(each.incarnation)) for each in generation.members]
+        stay = [each for each, said in told if said is not None and stays(said)]
+        leaving = [each for each, said in told if said is not None and said.leaving]
+        required = needed(generation, stay, leaving, statuses, _committed_step(self.log.view))
+        return self.member.incarnation in incarnations(required)
+
+    def _live_statuses(self) -> dict[str, NodeStatus]:
+        """The newest status of each node that is not gone, this one included, by incarnation."""
+        now_s, silence_s = self._clock_s(), self.silence_s()
+        me = self.me.now
+        return {
+            incarnation: peer.status
+            for incarnation, peer in dict(self.table.peers).items()
+            if peer.status is not None and not is_lost(peer, now_s, silence_s)
+        } | {me.member.incarnation: me}
+
     def read_at_s(self, generation: int) -> float:
         """When this node first read that generation's record; now if it has not."""
         read_s = self.memory.read_at_s(generation)
@@ -270,6 +297,7 @@ class Participant:
             barred=barred,
             halt=must_halt,
             requests=run.requests,
+            committed_step=_committed_step(run),
         )
 
     def _note_broken(self, generation: Generation, found: Assessment, now_s: float) -> None:
@@ -326,3 +354,7 @@ class Participant:
     def _world(self) -> int:
         generation = self.log.view.generation
         return 1 if generation is None else len(generation.members)
+
+
+def _committed_step(run: RunView) -> int:
+    return run.checkpoints[0].step if run.checkpoints else 0

@@ -29,6 +29,7 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.membership.address import local_address
 from elastic_pt.membership.decision.status import Limits, NodeStatus
+from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Node, new_member, new_node
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
@@ -165,7 +166,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
             choose_resume=lambda _: None,
             on_drain=make_room,
         ),
-        store,
+        run_token(store),
     )
     node.start()
     return TorchrunRendezvous(node, run_id=parameters.run_id)

@@ -1,12 +1,13 @@
 """The dependencies of a participant: the log, the bucket, a clock, and functions of the rest of its agent."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiohttp import web
 
-from elastic_pt.membership.decision.status import Held
+from elastic_pt.membership.decision.mirrors import Mirrors
+from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -31,8 +32,8 @@ class InMemoryStates(Protocol):
         """Which rows of which states are here."""
 
     @property
-    def unusable(self) -> tuple[tuple[int, int], ...]:
-        """Generation and step of states that this node could not read."""
+    def unusable(self) -> tuple[Unusable, ...]:
+        """Copies that this node's workers could not read."""
 
     @property
     def routes(self) -> Mapping[str, Answer]:
@@ -48,7 +49,7 @@ class NothingInMemory:
         return ()
 
     @property
-    def unusable(self) -> tuple[tuple[int, int], ...]:
+    def unusable(self) -> tuple[Unusable, ...]:
         """None."""
         return ()
 
@@ -73,6 +74,8 @@ class Resources:
     """Returns the checkpoint from which a new generation resumes."""
     on_drain: Callable[[str], None]
     """Asks this node's workers to stop all workers after the same step."""
+    choose_mirrors: Callable[[Sequence[str]], Mirrors] = lambda _: ()
+    """Chooses who copies whose state in memory, from the members' zones in rank order."""
     platform: Mapping[str, str] = field(default_factory=dict)
     """The platform of this node (docs/glossary.md). Empty with native numerics and with stock torchrun."""
     states: InMemoryStates = field(default_factory=NothingInMemory)

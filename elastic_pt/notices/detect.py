@@ -9,7 +9,7 @@ chooses no source: they send a signal when the cloud gives a notice, and they re
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -83,8 +83,8 @@ def _detect(machine: Machine) -> list[str]:
     return found
 
 
-def sources(wanted: tuple[str, ...], node: str, key: Callable[[], bytes]) -> list[Source]:
-    """The sources of these names. `key` reads the key for the webhook's signatures, and may block on the bucket."""
+def sources(wanted: tuple[str, ...], node: str, key: bytes) -> list[Source]:
+    """The sources of these names. `key` is that of the webhook's signatures."""
     found: list[Source] = []
     for each in wanted:
         name, _, argument = each.partition(":")

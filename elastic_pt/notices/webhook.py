@@ -56,15 +56,14 @@ class Webhook:
         address: str,
         port: int,
         node: str,
-        key: Callable[[], bytes],
+        key: bytes,
         unix_time_s: Callable[[], float] = time.time,
     ) -> None:
-        """`key` may block on the bucket; it is called once, in a thread."""
+        """`key` is that of the signatures."""
         self._address = address
         self._port = port
         self._node = node
-        self._read_key = key
-        self._key = b""
+        self._key = key
         self._unix_time_s = unix_time_s
         self._events: dict[str, Announcement] = {}
         self._seen: dict[str, float] = {}
@@ -86,7 +85,6 @@ class Webhook:
         return list(self._events.values())
 
     async def _listen(self) -> None:
-        self._key = self._key or await asyncio.to_thread(self._read_key)
         application = web.Application(client_max_size=_BODY_BYTES_MAX)
         application.add_routes([web.post(PATH, self._take)])
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)

@@ -211,7 +211,10 @@ def _later(change: Change, body: Recovery | Commit | Quarantine | Stop) -> Chang
     match body:
         case Recovery():
             return replace(change, recovery=body, first_step=FirstStep.DONE)
-        case Commit() if change.first_step is FirstStep.AWAITED:
+        # An older generation's checkpoint may be committed before the first step of this one.
+        case Commit() if change.first_step is FirstStep.AWAITED and (
+            body.newest.generation == change.generation
+        ):
             return replace(change, first_step=FirstStep.NOT_MEASURED)
         case Quarantine():
             kept_out = KeptOut(body.node, body.seconds, body.why)

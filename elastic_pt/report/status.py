@@ -92,6 +92,9 @@ class MemberReport:
     leaving: str
     """Why it is about to leave, such as a notice of its platform; empty if it stays."""
     metrics_url: str
+    zone: str
+    mirrors: tuple[str, ...]
+    """The nodes that copy its state into their memory; empty for one that waits."""
 
 
 @dataclass(frozen=True)
@@ -366,14 +369,22 @@ def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float
 def _member_reports(
     generation: Generation, answers: dict[str, NodeStatus]
 ) -> tuple[MemberReport, ...]:
-    slots = generation.slots or (0,) * len(generation.members)
+    members = generation.members
+    slots = generation.slots or (0,) * len(members)
     return tuple(
-        _member_report(member, count, answers.get(member.incarnation))
-        for member, count in zip(generation.members, slots, strict=True)
+        _member_report(
+            member,
+            slots[rank],
+            answers.get(member.incarnation),
+            tuple(members[index].node for index in generation.mirrors_of(rank)),
+        )
+        for rank, member in enumerate(members)
     )
 
 
-def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> MemberReport:
+def _member_report(
+    member: Member, slots: int, answer: NodeStatus | None, mirrors: tuple[str, ...] = ()
+) -> MemberReport:
     return MemberReport(
         node=member.node,
         pid=member.pid,
@@ -385,6 +396,8 @@ def _member_report(member: Member, slots: int, answer: NodeStatus | None) -> Mem
         resting="" if answer is None else answer.resting,
         leaving="" if answer is None else _leaving(answer),
         metrics_url="" if answer is None else answer.metrics_url,
+        zone=member.zone,
+        mirrors=mirrors,
     )
 
 

@@ -77,6 +77,8 @@ class Member:
     pid: int
     """Process id of its agent."""
     workers: int
+    zone: str = ""
+    """`elastic.zone` of the node; empty if unknown, and in older records."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,12 @@ class InMemory:
     step: int
     sources: tuple[int, ...]
     """For each of those workers, by rank: the member of the new generation that holds its rows."""
+    others: tuple[tuple[int, ...], ...] = ()
+    """For each of those workers, by rank: further members that hold its rows. Empty in older records."""
+
+    def holders(self, rank: int) -> tuple[int, ...]:
+        """The members that hold the rows of a worker, in the order in which to read from them."""
+        return (self.sources[rank], *(self.others[rank] if self.others else ()))
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,12 @@ class Generation:
     no agent has, and in older records."""
     memory: InMemory | None = None
     """The state from which training resumes, if the members hold one that is as new as `resume` or newer."""
+    mirrors: tuple[tuple[int, ...], ...] = ()
+    """For each member, by rank: the members that copy its state into their memory. Empty in older records."""
+
+    def mirrors_of(self, rank: int) -> tuple[int, ...]:
+        """The members that copy the state of the member of this rank."""
+        return self.mirrors[rank] if self.mirrors else ()
 
     @property
     def resume_step(self) -> int:

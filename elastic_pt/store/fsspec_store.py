@@ -9,6 +9,7 @@ refuses to create: it can hold prepared data, but not a run's log.
     abfs     If-None-Match: * (adlfs maps mode="create" to it)
 """
 
+import mmap
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from elastic_pt.errors import AlreadyExists, NotFound
 from elastic_pt.store.client import BeyondEnd, Client
 from elastic_pt.store.port import (
+    FilePart,
     NoAtomicCreate,
+    Source,
     checked_key,
     checked_prefix,
     checked_range,
@@ -78,7 +81,7 @@ class FsspecStore:
             if not holds(self, key, data):
                 raise
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         """See `Store.write`; as atomic as the protocol's own upload of a whole object."""
         checked_key(key)
         checked_source(source)
@@ -86,6 +89,9 @@ class FsspecStore:
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:
             if isinstance(source, Path):
                 filesystem.put_file(str(source), f"{root}/{key}", **timeout)
+            elif isinstance(source, FilePart):
+                with _mapped(source) as content:
+                    filesystem.pipe_file(f"{root}/{key}", content, **timeout)
             else:
                 filesystem.pipe_file(f"{root}/{key}", source, **timeout)
 
@@ -129,3 +135,9 @@ class FsspecStore:
             self._client.request(f"deleting {key}", send)
         except NotFound:
             return
+
+
+def _mapped(part: FilePart) -> mmap.mmap:
+    """The part in memory without a copy. Filesystems slice it, or read it as a file: gcsfs, adlfs, memory."""
+    with part.path.open("rb") as file:
+        return mmap.mmap(file.fileno(), part.size, offset=part.offset, prot=mmap.PROT_READ)

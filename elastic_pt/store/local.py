@@ -8,7 +8,6 @@ Deleting a key also removes the directories that become empty, because object st
 import contextlib
 import errno
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import (
     NoAtomicCreate,
+    Source,
+    as_part,
     checked_key,
     checked_prefix,
     checked_range,
@@ -68,7 +69,7 @@ class LocalStore:
             if not holds(self, key, data):
                 raise
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         """See `Store.write`."""
         checked_source(source)
         self._publish(f"writing {key}", key, source, os.replace)
@@ -112,7 +113,7 @@ class LocalStore:
         return self._root / key
 
     def _publish(
-        self, what: str, key: str, source: bytes | Path, publish: Callable[[Path, Path], None]
+        self, what: str, key: str, source: Source, publish: Callable[[Path, Path], None]
     ) -> None:
         path = self._path(key)
         with self._errors(what), self._finished(source) as finished:
@@ -144,7 +145,7 @@ class LocalStore:
             ) from error
 
     @contextlib.contextmanager
-    def _finished(self, source: bytes | Path) -> Iterator[Path]:
+    def _finished(self, source: Source) -> Iterator[Path]:
         """Yield a synced file with the content of `source`; remove it afterwards unless it was renamed."""
         making = self._root / UNFINISHED
         making.mkdir(parents=True, exist_ok=True)
@@ -154,11 +155,11 @@ class LocalStore:
         path = making / uuid.uuid4().hex
         try:
             with path.open("xb") as file:
-                if isinstance(source, Path):
-                    with source.open("rb") as original:
-                        shutil.copyfileobj(original, file, 2**20)
-                else:
+                if isinstance(source, bytes):
                     file.write(source)
+                else:
+                    for chunk in as_part(source).chunks():
+                        file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             failpoint(Failpoint.OBJECT_PREPARED)

@@ -6,6 +6,7 @@ come from this project and never from a user. Only `create` decides between writ
 be atomic. All other bytes are verified after reading.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,10 +14,44 @@ from typing import Protocol, runtime_checkable
 from elastic_pt.errors import ConfigError, NotFound
 
 CREATE_LIMIT_BYTES = 64 * 2**20
+_READ_BYTES = 2**20
 
 
 class NoAtomicCreate(ConfigError):
     """The protocol or file system has no atomic create: several writers of one key could all succeed."""
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Bytes `[offset, offset + size)` of a local file. Nothing here reads more than a chunk of it into memory."""
+
+    path: Path
+    offset: int
+    """A multiple of `mmap.ALLOCATIONGRANULARITY`, so that it can be mapped."""
+    size: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes in order. Each chunk is valid until the next one: all use one buffer.
+
+        Fewer bytes come if the file is too short. Reading into one warm buffer is faster than a mapping.
+        """
+        buffer = memoryview(bytearray(min(_READ_BYTES, self.size)))
+        left = self.size
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while left and (count := file.readinto(buffer[:left])):
+                yield buffer[:count]
+                left -= count
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes `[start, start + count)` of the part; fewer at its end."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start)
+            return file.read(max(0, min(count, self.size - start)))
+
+
+Source = bytes | Path | FilePart
+"""What an object is written from: memory, a local file, or a part of one."""
 
 
 class Store(Protocol):
@@ -42,8 +77,8 @@ class Store(Protocol):
         atomic create. `data` is a record of at most `CREATE_LIMIT_BYTES` (else `ValueError`).
         """
 
-    def write(self, key: str, source: bytes | Path) -> None:
-        """Write the whole object from memory or from a local file. Readers get the old or the new one, whole.
+    def write(self, key: str, source: Source) -> None:
+        """Write the whole object from memory, a local file or a part of one. Readers get the old or the new one, whole.
 
         Raises `FileNotFoundError` for a missing local file, and the errors of `read`.
         """
@@ -72,7 +107,7 @@ class UnfinishedUpload:
 class KeepsUnfinished(Protocol):
     """A store in which a killed writer leaves parts that cost money and that no listing of keys shows.
 
-    Not part of `Store`: only S3 is such a store, and only the sweep of one node uses it. A directory removes its own
+    Not part of `Store`: only S3 is such a store, and only the sweep of one node and the check at a start use it. A directory removes its own
     parts, Google and Azure delete them after a week.
     """
 
@@ -81,6 +116,9 @@ class KeepsUnfinished(Protocol):
 
     def abandon(self, upload: UnfinishedUpload) -> None:
         """End the upload: its parts are deleted, its writer fails. An upload that does not exist is no error."""
+
+    def expires_unfinished(self, prefix: str) -> bool:
+        """Whether a rule of the bucket ends unfinished uploads of all keys that start with `prefix` after some days."""
 
 
 def checked_key(key: str) -> str:
@@ -114,9 +152,21 @@ def checked_record(data: bytes) -> bytes:
     return data
 
 
-def checked_source(source: bytes | Path) -> int:
-    """Size of `source` in bytes. Raises `FileNotFoundError` for a missing local file."""
-    return source.stat().st_size if isinstance(source, Path) else len(source)
+def checked_source(source: Source) -> int:
+    """Size of `source` in bytes. Raises `FileNotFoundError` for a missing local file, `ValueError` for a short one."""
+    if isinstance(source, bytes):
+        return len(source)
+    if isinstance(source, Path):
+        return source.stat().st_size
+    found, end = source.path.stat().st_size, source.offset + source.size
+    if found < end:
+        raise ValueError(f"{source.path}: {found} bytes; expected at least {end}")
+    return source.size
+
+
+def as_part(source: Path | FilePart) -> FilePart:
+    """The whole of a local file, or the part itself."""
+    return source if isinstance(source, FilePart) else FilePart(source, 0, source.stat().st_size)
 
 
 def holds(store: Store, key: str, data: bytes) -> bool:

@@ -29,7 +29,9 @@ from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.port import (
+    Source,
     UnfinishedUpload,
+    as_part,
     checked_key,
     checked_prefix,
     checked_range,
@@ -262,13 +264,13 @@ class S3Store:
             if not holds(self, key, data):
                 raise
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         """See `Store.write`: one PUT, or a multipart upload above two parts."""
         size = checked_source(source)
         if size > 2 * PART_BYTES:
             self._write_parts(key, source, size)
         else:
-            body = source.read_bytes() if isinstance(source, Path) else source
+            body = _bytes_at(source, 0, size)
             self._call(f"writing {key}", "put_object", key, Body=body)
 
     def size(self, key: str) -> int | None:
@@ -329,6 +331,16 @@ class S3Store:
                 UploadId=upload.upload_id,
             )
 
+    def expires_unfinished(self, prefix: str) -> bool:
+        """See `KeepsUnfinished.expires_unfinished`. Needs GetLifecycleConfiguration on the bucket."""
+        what, root = "reading the lifecycle rules", self._root + checked_prefix(prefix)
+        try:
+            found = self._request(what, "get_bucket_lifecycle_configuration", Bucket=self._bucket)
+        except NotFound:
+            # The bucket has no rules at all.
+            return False
+        return any(_ends_uploads(rule, root) for rule in found.get("Rules", []))
+
     def _name(self, key: str) -> str:
         return self._root + checked_key(key)
 
@@ -341,7 +353,7 @@ class S3Store:
 
         return self._client.request(what, send)
 
-    def _write_parts(self, key: str, source: bytes | Path, size: int) -> None:
+    def _write_parts(self, key: str, source: Source, size: int) -> None:
         nonce = uuid.uuid4().hex
         what = f"writing {key}"
         part_bytes = max(PART_BYTES, -(-size // PARTS_LIMIT))
@@ -385,6 +397,13 @@ class S3Store:
             )
 
 
+def _ends_uploads(rule: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a lifecycle rule ends unfinished uploads of all keys that start with `prefix`."""
+    below = rule.get("Filter", {}).get("Prefix", rule.get("Prefix", ""))
+    ends = rule.get("AbortIncompleteMultipartUpload", {}).get("DaysAfterInitiation")
+    return rule.get("Status") == "Enabled" and bool(ends) and prefix.startswith(below)
+
+
 def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:
     with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="store-part") as pool:
         sent = [pool.submit(send, number) for number in numbers]
@@ -395,9 +414,7 @@ def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:
             raise
 
 
-def _bytes_at(source: bytes | Path, start: int, count: int) -> bytes:
+def _bytes_at(source: Source, start: int, count: int) -> bytes:
     if isinstance(source, bytes):
         return source[start : start + count]
-    with source.open("rb") as file:
-        file.seek(start)
-        return file.read(count)
+    return as_part(source).read(start, count)

@@ -61,7 +61,8 @@ class Metrics:
             "checkpoint_failures", "Checkpoints that could not be uploaded or committed."
         )
         self.checkpoint_skips = self._counter(
-            "checkpoint_skips", "Shards that were not written because staging had no room."
+            "checkpoint_skips",
+            "Shards that had no room in memory, and uploads that a newer checkpoint replaced.",
         )
         self.checkpoint_tidy_failures = self._counter(
             "checkpoint_tidy_failures",

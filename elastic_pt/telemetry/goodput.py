@@ -5,7 +5,8 @@ start       workers start, connect and build the model
 restore     workers load a checkpoint
 productive  steps beyond the last step that was done before
 recompute   steps that were done before and lost
-settle      workers have stopped as planned; their checkpoint is being uploaded
+settle      workers have stopped as planned; their last step is being mirrored and uploaded
+paused      no generation, because an operator has paused the run
 """
 
 from enum import StrEnum
@@ -20,6 +21,7 @@ class Activity(StrEnum):
     PRODUCTIVE = "productive"
     RECOMPUTE = "recompute"
     SETTLE = "settle"
+    PAUSED = "paused"
 
 
 class GoodputLedger:

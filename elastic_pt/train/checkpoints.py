@@ -2,41 +2,43 @@
 
     load   fill this worker's rows from the state that its generation resumes from: in the memory of its members,
            in the bucket, or made from the seed
-    save   copy this worker's rows into the staging directory (memory); the agent uploads and commits them
-    wait   if `save` found no room: try again for a while, then give this checkpoint up
+    save   copy this worker's rows into a buffer that is kept (`snapshots`); the agent uploads and commits them.
+           Without room: try again for a while, then give this checkpoint up
 
-There is no `close`: staged shards belong to the agent, which may outlive this process. `agent.checkpointing` is the
-agent's side of the same operations. The package `checkpoint` defines the files.
+There is no `close`: the buffers outlive this process. `agent.checkpointing` is the agent's side of the same operations.
+The package `checkpoint` defines the files.
 
 Between the two processes, over `workers.channel`:
 
-    worker ─► agent   staged     a shard is in the staging directory
+    worker ─► agent   snapshot   with `checkpoint`: a buffer holds the state, and is kept
                       no_room    there is no room for it; this worker tries again
                       skipped    there was no room: no node waits for this checkpoint any more
                       unusable   the checkpoint to resume from does not verify: the agent quarantines it
-    agent ─► worker   released   the agent is done with the checkpoint of a step
+    agent ─► worker   released   the agent is done with the checkpoint of a step: its buffer is free
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol
 
 from torch import Tensor
 
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import RowRange, TrainingState
-from elastic_pt.checkpoint.memory import MemoryState, Places
+from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Places
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.shard_file import Staging, StagingFull, write_shard
+from elastic_pt.checkpoint.shard_file import StagingFull
 from elastic_pt.config import Config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import CheckpointError, ConfigError
 from elastic_pt.model.initialize import shard_rows
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
+from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Agreed
 from elastic_pt.workers.assignment import Assignment
 from elastic_pt.workers.heartbeat import WorkerPhase
 
@@ -84,21 +86,15 @@ class Checkpoints:
         data: Manifest,
         assignment: Assignment,
         agent: Agent,
-        scratch: Path,
         enter: Callable[[WorkerPhase, int], None] = unwatched,
     ) -> None:
-        """`scratch` is the agent's staging directory; `enter(phase, steps done)` informs the watchdog."""
+        """`enter(phase, steps done)` informs the watchdog."""
         self._config = config
         self._assignment = assignment
         self._agent = agent
-        self._staging = Staging(scratch, assignment.generation)
         self._enter = enter
         self._provenance = Provenance(data.fingerprint, data.tokenizer_sha256, config.fingerprint())
         self._saved_step: int | None = None
-        self._request = -1
-        self._without_room: TrainState | None = None
-        """The state that the last `save` could not stage."""
-        self._why = ""
 
     def load(self, state: TrainState) -> None:
         """Fill this worker's rows; does not communicate with other workers.
@@ -117,15 +113,29 @@ class Checkpoints:
     def _load_from_memory(self, state: TrainState, places: Places) -> None:
         wanted, into = _rows_of(state)
         wanted = {name: rows for name, rows in wanted.items() if rows[0] < rows[1]}
+        failed: list[FailedCopy] = []
         try:
-            with MemoryState(places, _holders(state, wanted, len(places.shards))) as memory:
+            ranks = _holders(state, wanted, len(places.shards))
+            with MemoryState(places, ranks, failed.append) as memory:
                 self._require_same_run(memory.index.state, f"snapshot of step {places.step}")
-                load_rows(memory, memory.index, wanted, into)
+                load_rows(memory, memory.index, wanted, into, memory.other_copy)
         except CheckpointError as error:
             self._agent.send(
-                "unusable", generation=places.generation, step=places.step, why=str(error)
+                "unusable",
+                generation=places.generation,
+                step=places.step,
+                why=str(error),
+                whole=not failed,
             )
             raise
+        finally:
+            for each in failed:
+                self._agent.send(
+                    "copy_failed",
+                    generation=places.generation,
+                    step=places.step,
+                    **dataclasses.asdict(each),
+                )
         _go_on_from(state, memory.index.state)
 
     def _load_from_bucket(self, state: TrainState, resume: Checkpoint) -> None:
@@ -162,44 +172,37 @@ class Checkpoints:
             config_fingerprint=self._provenance.config_fingerprint,
         )
 
-    def save(self, state: TrainState, request: int = -1) -> None:
-        """Copy this worker's rows of the whole state into the staging directory. Call `wait` next.
+    def save(
+        self,
+        state: TrainState,
+        snapshots: MemorySnapshots,
+        agreed: Agreed | None,
+        *,
+        request: int = -1,
+        timeout_s: float = 0.0,
+    ) -> None:
+        """Copy this worker's rows of the whole state into a kept buffer. The agent uploads them from there.
 
-        `request` is the newest request for a checkpoint that this one meets.
+        `agreed` is what all workers agreed on in the last step, None if this generation has done no step. `request` is
+        the newest request for a checkpoint that this one meets. Tries for `timeout_s` while there is no room, or no
+        buffer is free; then tells the agent that this checkpoint is skipped.
         """
-        self._saved_step, self._request = state.steps_done, request
-        self._enter(WorkerPhase.STAGE, state.steps_done)
-        started_s = time.monotonic()
-        path = self._staging.path(state.steps_done, state.rank)
-        try:
-            write_shard(
-                path,
-                {
-                    name: (each.rows, each.global_shape, each.first_row)
-                    for name, each in state.slices()
-                },
-                self.describe(state),
-            )
-        except StagingFull as error:
-            self._without_room, self._why = state, str(error)
-            return
-        self._without_room = None
-        seconds = time.monotonic() - started_s
-        self._tell("staged", state, path=str(path), seconds=seconds, request=request)
-
-    def wait(self, timeout_s: float) -> None:
-        """Try again until the state of the last `save` is staged; after `timeout_s` tell the agent that it is skipped."""
+        self._saved_step = state.steps_done
         give_up_at_s = time.monotonic() + timeout_s
         pause_s = _PAUSE_MIN_S
-        while (state := self._without_room) is not None:
-            if time.monotonic() + pause_s > give_up_at_s:
-                self._without_room = None
-                self._tell("skipped", state, why=self._why)
+        while True:
+            self._enter(WorkerPhase.STAGE, state.steps_done)
+            try:
+                snapshots.keep(state, agreed, request)
                 return
-            self._tell("no_room", state, why=self._why)
+            except StagingFull as error:
+                why = str(error)
+            if time.monotonic() + pause_s > give_up_at_s:
+                self._tell("skipped", state, why=why)
+                return
+            self._tell("no_room", state, why=why)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_MAX_S)
-            self.save(state, self._request)
 
     @property
     def committed_step(self) -> int:
@@ -216,7 +219,7 @@ class Checkpoints:
             kind,
             step=state.steps_done,
             rank=state.rank,
-            generation=self._staging.generation,
+            generation=self._assignment.generation,
             **content,
         )
 

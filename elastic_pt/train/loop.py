@@ -1,10 +1,10 @@
 """The training loop: every decision of a worker between its first and its last step.
 
-    batch ─► run_step ─► report ─► snapshot due? ─► checkpoint due? ─► stop requested? ─► next step
+    batch ─► run_step ─► report ─► checkpoint or snapshot due? ─► stop requested? ─► next step
 
-A snapshot is one copy into memory that survives this process. A checkpoint is staged (copied into the agent's memory)
-here, between two steps. The agent hashes and uploads it. All workers make the same decisions, because they decide from
-the values that `run_step` agreed on.
+A snapshot is one copy of the state into memory that survives this process. A checkpoint is a snapshot whose memory is
+kept until the agent has hashed and uploaded it. All workers make the same decisions, because they decide from the
+values that `run_step` agreed on.
 """
 
 import time
@@ -57,24 +57,23 @@ def train(
         if result.verdict.rung is Rung.STOP:
             return Outcome.DIVERGED
         snapshots.measure(seconds)
-        if snapshots.due(state.steps_done, result.agreed):
-            snapshots.take(state, result.agreed)
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         due = due or result.agreed.checkpoint
         stops = finished or result.agreed.drain
         if stops or (due and not result.agreed.checkpoint_pending):
             request = asked
-            checkpoints.save(state, request)
             # A worker that stops has no later step to checkpoint, so it waits for room.
-            checkpoints.wait(room_timeout_s(config) if stops else 0.0)
+            timeout_s = room_timeout_s(config) if stops else 0.0
+            checkpoints.save(state, snapshots, result.agreed, request=request, timeout_s=timeout_s)
             last_checkpoint = state.steps_done
+        elif snapshots.due(state.steps_done, result.agreed):
+            snapshots.take(state, result.agreed)
         if result.agreed.drain and not finished:
             return Outcome.DRAINED
     if last_checkpoint < state.steps_done:
         # All steps were done before, and their state was in memory only.
-        checkpoints.save(state)
-        checkpoints.wait(room_timeout_s(config))
+        checkpoints.save(state, snapshots, None, timeout_s=room_timeout_s(config))
     return Outcome.COMPLETED
 
 

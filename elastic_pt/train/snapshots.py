@@ -1,13 +1,21 @@
 """Decides when a worker copies its state into memory. All workers agree on it (worker process).
 
     offer ──► the step's all-reduce ──► Agreed ──► due ──► take ──► the agent: CRCs, mirrors ──► offer of a later step
+                                           └──► a checkpoint is due ──► keep ──► the agent: the same, and the upload
 
-A worker has two buffers. It overwrites the older one only when the newer one is complete on all nodes and their
-mirrors, so one complete step always exists. Each worker gets the newest complete step of its node from its agent, and
-sends it with the all-reduce of each step. So all workers have the same values and take the same snapshots.
+A worker has three buffers. One holds the newest state that is complete on all nodes and their mirrors, and is never
+overwritten, so one complete step always exists. One may be kept: the state of a checkpoint, until the agent releases
+it. One is free. Each worker gets the newest complete step of its node from its agent, and sends it with the all-reduce
+of each step. So all workers have the same values and take the same snapshots.
+
+On a GPU the copy runs on a stream of its own while the next step computes. `offer` waits for its end, because the
+optimizer's step comes next, and nothing else changes the state.
+
+A worker without room for three buffers has one, for checkpoints alone. Then no worker takes other snapshots.
 
 How often: every `checkpoint.snapshot_every_steps` steps. 0 means adaptive (`adaptive_cadence`), by the first worker's
-measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits.
+measurements. If the copies on mirrors are not complete when the next snapshot is due, that snapshot waits: on a slow
+link the steps in which a snapshot became complete are the cadence.
 """
 
 import math
@@ -15,11 +23,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import TrainingState
-from elastic_pt.checkpoint.snapshot import SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import BUFFERS, Buffer, SnapshotBuffers
 from elastic_pt.errors import CheckpointError
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Agreed, Offer
@@ -42,23 +52,32 @@ class Agent(Protocol):
     def complete_step(self) -> int:
         """The newest step of this generation that is complete on this node and its mirrors; 0 if there is none."""
 
+    def released(self, step: int) -> bool:
+        """Whether the agent is done with the checkpoint of `step`."""
+
+    @property
+    def unmirrored_step(self) -> int:
+        """The newest complete step that a mirror of the node had no room for; 0 if there is none."""
+
     def send(self, kind: str, **content: object) -> None:
         """Send a message to the agent."""
 
 
-def adaptive_cadence(step_s: float, copy_s: float) -> int:
-    """Steps between two snapshots, from the seconds that a step and a copy take.
+def adaptive_cadence(step_s: float, copy_s: float, complete_steps: int = 1) -> int:
+    """Steps between two snapshots, from the seconds that a step and a copy take, and the steps until it is complete.
 
-    Every step, if a copy takes at most `COST_MAX` of a step. For short steps at least `SHORT_INTERVAL_S` apart.
+    Every step, if a copy takes at most `COST_MAX` of a step, and mirrors have it after one. For short steps at least
+    `SHORT_INTERVAL_S` apart.
     """
     if step_s <= 0.0:
         return 1
     interval_s = SHORT_INTERVAL_S if step_s < SHORT_STEP_S else 0.0
-    return min(_EVERY_MAX, max(1, math.ceil(max(copy_s / COST_MAX, interval_s) / step_s)))
+    by_cost = math.ceil(max(copy_s / COST_MAX, interval_s) / step_s)
+    return min(_EVERY_MAX, max(complete_steps, by_cost))
 
 
 class MemorySnapshots:
-    """One worker's snapshots in one generation. Worker process; `offer`, `due` and `take` from one thread."""
+    """One worker's states in memory, in one generation. Worker process; one thread calls the public methods."""
 
     def __init__(
         self,
@@ -68,6 +87,7 @@ class MemorySnapshots:
         agent: Agent,
         state: TrainState,
         describe: Callable[[TrainState], TrainingState],
+        copier: Copier | None = None,
     ) -> None:
         """`every_steps` is the configured cadence, 0 for adaptive. Starts a thread that allocates memory."""
         self._configured = every_steps
@@ -79,25 +99,47 @@ class MemorySnapshots:
             generation,
             state.rank,
             {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
+            HostCopier() if copier is None else copier,
         )
+        self._background = copier is not None and copier.in_background
+        self._copying: threading.Thread | None = None
+        """Finishes the last copy."""
+        self._allocating = threading.Lock()
+        self._checkpoints: set[int] = set()
+        """Steps that were kept for a checkpoint. The agent has released some of them."""
         self._refused = ""
         """Why there is no memory for buffers; empty after the agent was told."""
         self._newest = 0
         """The step of the newest snapshot of this generation."""
         self._began_at = state.steps_done
+        self._taken_s: float | None = None
+        """When the newest snapshot was taken; None once it is complete."""
+        self._complete_s = 0.0
+        """What the last snapshot took until it was complete everywhere."""
+        self._complete_steps: deque[int] = deque(maxlen=_COPIES_KEPT)
+        """The same in steps, for the last snapshots. The shortest counts, as for `_copies_s`."""
         self._every = every_steps or 1
         self._step_s = 0.0
         self._copies_s: deque[float] = deque(maxlen=_COPIES_KEPT)
         """What the last copies took. The shortest counts: one that was stopped or swapped says nothing."""
-        threading.Thread(target=self._allocate, name="snapshot-memory", daemon=True).start()
+        threading.Thread(target=self._allocate_all, name="snapshot-memory", daemon=True).start()
 
     def offer(self) -> Offer:
-        """This worker's values for the agreement in the next step."""
+        """This worker's values for the agreement in the next step. After it the optimizer may change the state."""
+        self.settle()
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
-        complete = self._agent.complete_step if self._buffers.ready else None
-        return Offer(complete, self._every)
+        if not self._buffers.ready:
+            return Offer(None, self._every)
+        complete = self._agent.complete_step
+        return Offer(complete, self._every, mirrored=self._agent.unmirrored_step < max(1, complete))
+
+    def settle(self) -> None:
+        """Wait until the last copy is done, and the agent is told of it."""
+        if self._copying is not None:
+            self._copying.join()
+            self._copying = None
 
     def measure(self, step_s: float) -> None:
         """Note the seconds of the last step, without its snapshot. Chooses the cadence that this worker offers."""
@@ -106,7 +148,8 @@ class MemorySnapshots:
         self._step_s += _SMOOTHING * (step_s - self._step_s)
         if self._configured:
             return
-        every = adaptive_cadence(self._step_s, min(self._copies_s, default=0.0))
+        copy_s = min(self._copies_s, default=0.0)
+        every = adaptive_cadence(self._step_s, copy_s, min(self._complete_steps, default=1))
         # Ignore small differences, so that the cadence changes rarely.
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
@@ -115,37 +158,86 @@ class MemorySnapshots:
         """Whether all workers take a snapshot of the state after `step` steps. The result is the same on all workers."""
         if agreed.complete_step is None or agreed.complete_step < self._newest:
             return False
+        if self._taken_s is not None:
+            self._complete_s = time.monotonic() - self._taken_s
+            self._complete_steps.append(step - self._newest)
+            self._taken_s = None
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
 
     def take(self, state: TrainState, agreed: Agreed) -> None:
-        """Copy the state into the older buffer."""
-        started_s = time.monotonic()
-        buffer = self._buffers.write(self._describe(state))
-        self._copies_s.append(time.monotonic() - started_s)
-        self._newest = state.steps_done
-        self._agent.send(
-            "snapshot",
-            generation=self._generation,
-            rank=state.rank,
-            step=state.steps_done,
-            buffer=buffer.number,
-            seconds=self._copies_s[-1],
-            every_steps=agreed.snapshot_every,
-            step_seconds=self._step_s,
-            complete_step=agreed.complete_step,
-        )
+        """Copy the state into a free buffer: there is one, because all workers agreed that a snapshot is `due`."""
+        self._write(state, agreed)
 
-    def _allocate(self) -> None:
+    def keep(self, state: TrainState, agreed: Agreed | None, request: int) -> None:
+        """Copy the state into a free buffer, which is kept for a checkpoint until the agent releases this step.
+
+        `agreed` is None if no step was done in this generation. Waits for buffers that are being allocated. Raises
+        `StagingFull` if there is none, or none is free.
+        """
+        if not self._buffers.steps:
+            self._allocate(1)
+        self._write(state, agreed, checkpoint=True, request=request)
+        self._checkpoints.add(state.steps_done)
+
+    def _write(self, state: TrainState, agreed: Agreed | None, **checkpoint: int) -> None:
+        self.settle()
+        complete_step = None if agreed is None else agreed.complete_step
+        kept = {step for step in self._checkpoints if not self._agent.released(step)}
+        started_s = time.monotonic()
+        buffer = self._buffers.start(
+            self._describe(state), kept=kept, complete_step=complete_step or 0
+        )
+        if not self._background:
+            self._buffers.finish(buffer, state.steps_done)
+        self._copies_s.append(time.monotonic() - started_s)
+        if complete_step is not None:
+            # Else some worker has no buffers: its node may never hold this step, and no snapshot may wait for that.
+            self._newest, self._taken_s = state.steps_done, time.monotonic()
+        message = {
+            "generation": self._generation,
+            "rank": state.rank,
+            "step": state.steps_done,
+            "buffer": buffer.number,
+            "seconds": self._copies_s[-1],
+            "every_steps": self._every if agreed is None else agreed.snapshot_every,
+            "step_seconds": self._step_s,
+            "complete_seconds": self._complete_s,
+            "complete_step": complete_step or 0,
+            "mirrored": agreed is not None and agreed.mirrored,
+            "checkpoint": False,
+        } | checkpoint
+        if not self._background:
+            self._agent.send("snapshot", **message)
+            return
+        self._copying = threading.Thread(
+            target=self._finish, args=(buffer, state.steps_done, message), daemon=True
+        )
+        self._copying.start()
+
+    def _finish(self, buffer: Buffer, step: int, message: dict[str, object]) -> None:
+        """Finish a copy that goes on while the next step computes. Thread of its own."""
+        self._buffers.finish(buffer, step)
+        self._agent.send("snapshot", **message)
+
+    def _allocate(self, count: int) -> None:
+        """Allocate buffers until there are `count`. Raises the errors of `SnapshotBuffers.allocate`."""
+        # Held only while memory is reserved and touched, which takes as long as one write of it.
+        with self._allocating:
+            if len(self._buffers.steps) < count:
+                self._buffers.allocate(count)
+
+    def _allocate_all(self) -> None:
         """Allocate the buffers, and try again while there is no room. Thread of its own; ends with the process.
 
         Training continues without snapshots: the bucket has the checkpoints. The main thread tells the agent why.
         """
         told = ""
-        while True:
+        while not self._buffers.ready:
             try:
-                self._buffers.allocate()
-                return
+                self._allocate(BUFFERS)
             except (CheckpointError, OSError) as error:
                 if str(error) != told:
                     self._refused = told = str(error)
-            time.sleep(_ALLOCATE_AGAIN_S)
+                with suppress(CheckpointError, OSError):
+                    self._allocate(1)
+                time.sleep(_ALLOCATE_AGAIN_S)

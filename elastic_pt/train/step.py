@@ -48,6 +48,8 @@ class Offer:
     """The newest step of this generation that its node and its mirrors hold whole, 0 for none; None if it takes none."""
     snapshot_every: int = 1
     """The cadence that it would choose. That of the first worker counts."""
+    mirrored: bool = True
+    """Whether none of the node's mirrors had no room for that step."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Agreed:
     complete_step: int | None
     """The newest step that all nodes and their mirrors hold whole, 0 for none; None if a worker takes no snapshots."""
     snapshot_every: int
+    mirrored: bool = True
+    """Whether all mirrors of all nodes have room: then no older state is needed."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,12 @@ def _agree_on_step(
 def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
     """This worker's part of the vector's head: three control bits, the cadence, and an entry for each worker.
 
-    An entry is 1 more than the complete step, so that 0 says that this worker takes no snapshots.
+    An entry is twice 1 more than the complete step, and 1 more if a mirror had no room for it. 0 says that this worker
+    takes no snapshots.
     """
     entries = [0.0] * state.world_size
     if offer.complete_step is not None:
-        entries[state.rank] = 1.0 + offer.complete_step
+        entries[state.rank] = 2.0 * (1 + offer.complete_step) + (not offer.mirrored)
     every = float(offer.snapshot_every) if state.rank == 0 else 0.0
     bits = (control.drain, control.checkpoint_pending, control.checkpoint)
     return [*(float(each) for each in bits), every, *entries]
@@ -176,11 +181,12 @@ def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
 
 def _agreed(head: list[float]) -> Agreed:
     drain, pending, checkpoint, every, *entries = head
-    oldest = int(min(entries))
+    oldest = int(min(entries)) // 2
     return Agreed(
         drain=bool(drain),
         checkpoint_pending=bool(pending),
         checkpoint=bool(checkpoint),
         complete_step=oldest - 1 if oldest else None,
         snapshot_every=int(every),
+        mirrored=not any(int(each) % 2 for each in entries),
     )

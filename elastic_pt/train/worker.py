@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from elastic_pt.checkpoint.copier import copier_for
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.loader import SlotLoader
@@ -61,7 +62,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     data_store = open_store(config.data.url, timeout_s=config.store.deadline_s)
     manifest = read_data_manifest(data_store)
     state = TrainState(config, manifest.vocab_size, mesh, device)
-    checkpoints = Checkpoints(config, manifest, assignment, agent, scratch, progress.enter)
+    checkpoints = Checkpoints(config, manifest, assignment, agent, progress.enter)
     agent.send("activity", activity="restore")
     progress.enter(WorkerPhase.RESTORE, resume_step)
     checkpoints.load(state)
@@ -73,6 +74,7 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
         agent,
         state,
         checkpoints.describe,
+        copier_for(device),
     )
     plan = DataPlan(
         manifest,
@@ -99,6 +101,8 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     )
     with loader:
         outcome = train(config, state, iter(loader), agent, checkpoints, snapshots, progress.enter)
+        # The copy of the last state may still go on, on a GPU.
+        snapshots.settle()
         progress.enter(WorkerPhase.END, state.steps_done)
     # No worker closes connections while another worker may still read from them.
     dist.barrier()

@@ -22,7 +22,7 @@ class Outcome(StrEnum):
 
     COMPLETED = "completed"
     DRAINED = "drained"
-    """It stopped at a step because the members change; a checkpoint of that step is staged."""
+    """It stopped at a step because the members change; a checkpoint of that step is saved."""
     DIVERGED = "diverged"
     """The loss stayed non-finite."""
 

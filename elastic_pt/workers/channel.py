@@ -2,10 +2,12 @@
 
     worker ─► agent   step        a step is done: numbers for metrics, status and the history
                       activity    what the worker does now (restore, train, ...), for the goodput ledger
-                      staged      a shard file is in the staging directory
-                      snapshot    a buffer holds the state of a step
+                      snapshot    a buffer holds the state of a step; `checkpoint`: it is kept for the bucket
                       no_snapshots  there is no memory for them
+                      no_room     there is no buffer for a checkpoint; the worker tries again
+                      skipped     there was none in time: no node waits for this checkpoint any more
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
+                      copy_failed  one copy of a worker's rows in memory could not be read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
                       checkpoint  checkpoint at such a step and go on
                       released    the agent is done with the checkpoint of a step, so the next one may come
@@ -71,13 +73,17 @@ class AgentSide:
         """Ask all workers for a checkpoint of a step on which they agree; `request` tells such wishes apart."""
         self._broadcast({"kind": "checkpoint", "request": request})
 
-    def release(self, step: int) -> None:
-        """Tell all workers that the agent is done with the checkpoint of `step`."""
-        self._broadcast({"kind": "released", "step": step})
+    def release(self, generation: int, step: int) -> None:
+        """Tell all workers that the agent is done with their checkpoint of `step`: they may overwrite its buffer."""
+        self._broadcast({"kind": "released", "generation": generation, "step": step})
 
-    def complete(self, generation: int, step: int) -> None:
-        """Tell all workers that their node and its mirrors hold the state of `step` whole."""
-        self._broadcast({"kind": "complete", "generation": generation, "step": step})
+    def complete(self, generation: int, step: int, mirrored: bool) -> None:
+        """Tell all workers that their node holds the state of `step` whole, and so do its mirrors that have room.
+
+        `mirrored`: all of its mirrors have room.
+        """
+        content = {"generation": generation, "step": step, "mirrored": mirrored}
+        self._broadcast({"kind": "complete", **content})
 
     def _broadcast(self, message: Message) -> None:
         """Send to all workers that are connected."""
@@ -156,11 +162,13 @@ class WorkerSide:
         with _short(path) as name:
             self._socket.connect(name)
         self._socket.settimeout(None)
+        self._sending = threading.Lock()
         self._closing = False
         self._drain = False
         self._checkpoint_request = -1
         self._released: set[int] = set()
         self._complete = 0
+        self._unmirrored = 0
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
     @property
@@ -182,9 +190,15 @@ class WorkerSide:
         """The newest step of this generation that the node and its mirrors hold whole; 0 if there is none."""
         return self._complete
 
+    @property
+    def unmirrored_step(self) -> int:
+        """The newest complete step that a mirror of the node had no room for; 0 if there is none."""
+        return self._unmirrored
+
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message to the agent."""
-        self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+        """Send a message to the agent. Any thread may call it."""
+        with self._sending:
+            self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def close(self) -> None:
         """Close the connection; the agent still reads what was sent before."""
@@ -210,7 +224,12 @@ class WorkerSide:
                 self._drain = True
             elif message["kind"] == "checkpoint":
                 self._checkpoint_request = max(self._checkpoint_request, message["request"])
+            elif message["generation"] != self._generation:
+                pass
             elif message["kind"] == "released":
                 self._released.add(message["step"])
-            elif message["kind"] == "complete" and message["generation"] == self._generation:
+            elif message["kind"] == "complete":
+                # First: a step must never look mirrored to a thread that reads both.
+                if not message["mirrored"]:
+                    self._unmirrored = message["step"]
                 self._complete = message["step"]

@@ -1,11 +1,11 @@
 """The agent's checkpoints: where a new generation resumes, and which node is the cause of a lost checkpoint."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import cast
 
 import pytest
@@ -13,20 +13,21 @@ import pytest
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.layout import checkpoint_directory
-from elastic_pt.checkpoint.shard_file import Staging, write_shard
-from elastic_pt.checkpoint.upload import StagedShard, refuse_node
+from elastic_pt.checkpoint.upload import KeptShard, refuse_node
 from elastic_pt.errors import CheckpointError
+from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog
-from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Commit
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Commit, InMemory
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
-from tests.checkpoint.world import RUN_ID, full_tensors, local_rows, training_state
+from tests.checkpoint.world import RUN_ID, full_tensors, local_rows, training_state, write_buffer
 from tests.membership.bucket import WatchedStore
 from tests.membership.world import generation, member
 from tests.train.world import config_for
 
 WAIT_S = 20.0
+State = tuple[int, int]
 COMMITTED = Checkpoint(7, 1, "ckpt/0000000007-g1-abcd", 1, "0" * 64, 1.0)
 
 
@@ -60,26 +61,23 @@ def test_new_nodes_check_every_file_first(bucket: WatchedStore) -> None:
 def member_of(
     folder: Path,
     node_rank: int,
-    released: Callable[[int], None] = lambda _: None,
+    released: Callable[[int, int, range | None], object] = lambda *_: None,
     settle_s: float = 5.0,
+    states: Mapping[State, Mapping[int, tuple[Path, None]]] = MappingProxyType({}),
 ) -> Checkpointing:
     """The checkpoints of a node in generation 3 of two nodes with two workers each."""
+    members = tuple(replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab")
     formed = SimpleNamespace(
-        generation=replace(
-            generation(),
-            number=3,
-            members=tuple(
-                replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab"
-            ),
-        ),
-        node_rank=node_rank,
+        generation=replace(generation(), number=3, members=members), node_rank=node_rank
     )
     store = open_store(f"file://{folder}/run")
     run_log = RunLog(store, writer="a")
-    run_log.refresh()
+    if run_log.refresh().length == 0:
+        for number in (1, 2, 3):
+            found = replace(formed.generation, number=number)
+            run_log.append(lambda _, found=found: found, generation=number - 1)  # type: ignore[misc]
     node = SimpleNamespace(
-        member=member("ab"[node_rank], workers=2),
-        must_reform=lambda _: False,
+        member=members[node_rank],
         view=SimpleNamespace(run_id=RUN_ID),
         notice_log=lambda: None,
         formed=cast(Formed, formed),
@@ -93,16 +91,30 @@ def member_of(
         Metrics(),
         folder / "staging",
         StepHistory(),
-        release=released,
+        states=SimpleNamespace(
+            checkpoints=lambda: tuple(states), kept_state=lambda *state: states.get(state, {})
+        ),
+        release=lambda generation, step, ranks: (released(generation, step, ranks), None)[1],
     )
 
 
-def stage(checkpointing: Checkpointing, folder: Path, rank: int) -> None:
-    """A worker of generation 3 stages its shard of step 7."""
-    path = Staging(folder / "staging", 3).path(7, rank)
-    write_shard(path, local_rows(full_tensors(), rank, 4), training_state(7))
-    message = {"kind": "staged", "step": 7, "rank": rank, "generation": 3}
-    checkpointing.save(message | {"path": str(path), "seconds": 0.1})
+def ends(event: threading.Event) -> Callable[[int, int, range | None], object]:
+    """Sets the event when a checkpoint is over: all of its buffers are released."""
+    return lambda generation, step, ranks: event.set() if ranks is None else None
+
+
+def stage(checkpointing: Checkpointing, folder: Path, rank: int) -> Path:
+    """A worker of generation 3 keeps its state of step 7 for a checkpoint."""
+    rows = local_rows(full_tensors(), rank, 4)
+    path = write_buffer(folder / "staging", rank, rows, training_state(7), generation=3)
+    checkpointing.save(kept(3, rank))
+    return path
+
+
+def kept(generation: int, rank: int) -> dict[str, object]:
+    """The message of a worker that keeps its state of step 7 in its first buffer."""
+    message = {"kind": "snapshot", "checkpoint": True, "step": 7, "rank": rank}
+    return message | {"generation": generation, "buffer": 0, "seconds": 0.1}
 
 
 def test_a_node_without_room_is_the_cause_of_the_loss(tmp_path: Path) -> None:
@@ -113,7 +125,36 @@ def test_a_node_without_room_is_the_cause_of_the_loss(tmp_path: Path) -> None:
     checkpointing.save(message)
     assert checkpointing.lost() == Lost(3, 7, "no space left", own=True)
     checkpointing.save(message | {"step": 8, "generation": 2})
-    assert checkpointing.staged_step == 7
+    assert checkpointing.saved_step == 7
+    checkpointing.close(WAIT_S)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
+def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
+    held: bool, tmp_path: Path
+) -> None:
+    """A checkpoint that is given up fails the change only if the state does not get into memory either."""
+    checkpointing = member_of(tmp_path, node_rank=1)
+    node, waits = cast(SimpleNamespace, checkpointing._node), []
+
+    def await_settled(
+        generation: object,
+        step: int,
+        timeout_s: float,
+        given_up: Callable[[], bool],
+        mirrored: Callable[[], bool],
+    ) -> Settled:
+        """The first wait ends because the checkpoint is given up, before the mirrors have asked."""
+        assert step == 7
+        waits.append((timeout_s, given_up(), mirrored()))
+        return Settled("memory" if held and not given_up() else "", "")
+
+    node.await_settled = await_settled
+    message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
+    checkpointing.save(message)
+    assert bool(checkpointing.wait(node.formed, lambda step: step == 7)) == held
+    timeout_s = config_for(tmp_path).elastic.heartbeat_timeout_s
+    assert waits == [(5.0, True, True), (timeout_s, False, True)]
     checkpointing.close(WAIT_S)
 
 
@@ -121,7 +162,7 @@ def test_a_refusal_of_another_node_is_not_the_committing_nodes_failure(tmp_path:
     """A node without room loses the checkpoint for all nodes, but only that node is the cause."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
-    committing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
+    committing = member_of(tmp_path, node_rank=0, released=ends(released))
     full = member_of(tmp_path, node_rank=1)
     full.save({"kind": "skipped", "step": 7, "rank": 2, "generation": 3, "why": "no space left"})
     for rank in (0, 1):
@@ -143,18 +184,14 @@ def test_a_refusal_of_the_committing_node_is_its_own_failure(tmp_path: Path) -> 
     """The committing node may read its own refusal before its upload thread reports it: it is still the cause."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
-    checkpointing = member_of(tmp_path, node_rank=0, released=lambda _: released.set())
-    path = Staging(tmp_path / "staging", 3).path(7, 0)
-    write_shard(path, local_rows(full_tensors(), 0, 4), training_state(7))
+    checkpointing = member_of(tmp_path, node_rank=0, released=ends(released))
     directory = checkpoint_directory(7, 3, "abca")
     refuse_node(
         open_store(f"file://{tmp_path}/run"),
-        StagedShard(path, RUN_ID, directory, 1, range(2)),
+        KeptShard(tmp_path, RUN_ID, directory, 1, range(2)),
         "the store failed",
     )
-    checkpointing.save(
-        {"kind": "staged", "step": 7, "rank": 0, "generation": 3, "path": str(path), "seconds": 0.1}
-    )
+    stage(checkpointing, tmp_path, 0)
     assert released.wait(WAIT_S)
     failure = checkpointing.failure()
     assert failure is not None
@@ -169,7 +206,7 @@ def test_a_missing_notice_is_the_failure_of_its_node(
     """When a notice does not come in time, the committing node is the cause only if the notice is its own."""
     (tmp_path / "staging").mkdir()
     released = threading.Event()
-    committing = member_of(tmp_path, 0, lambda _: released.set(), settle_s=1.0)
+    committing = member_of(tmp_path, 0, ends(released), settle_s=1.0)
     for rank in staged:
         stage(committing, tmp_path, rank)
     assert released.wait(WAIT_S)
@@ -182,30 +219,52 @@ def test_a_missing_notice_is_the_failure_of_its_node(
 
 
 def test_a_shard_of_an_earlier_generation_is_dropped(tmp_path: Path) -> None:
-    """A file of the same step from a worker of an earlier generation is dropped; its name is different."""
+    """A state of the same step from a worker of an earlier generation is not uploaded."""
     (tmp_path / "staging").mkdir()
     checkpointing = member_of(tmp_path, node_rank=1)
-    old, new = (Staging(tmp_path / "staging", number).path(7, 2) for number in (2, 3))
-    assert old != new
-    for path in (old, new):
-        path.write_bytes(b"x")
-    checkpointing.save(
-        {"kind": "staged", "step": 7, "rank": 2, "generation": 2, "path": str(old), "seconds": 0.1}
-    )
-    assert checkpointing.staged_step == 0
-    assert [path.name for path in (tmp_path / "staging").iterdir()] == [new.name]
+    checkpointing.save(kept(generation=2, rank=2))
+    assert checkpointing.saved_step == 0
     checkpointing.close(WAIT_S)
 
 
-def test_files_of_dead_workers_are_swept_from_staging(tmp_path: Path) -> None:
-    """At a stop and at a start all shards that are not being uploaded are removed; other files stay."""
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    checkpointing = member_of(tmp_path, node_rank=0)
-    for act in (checkpointing.stopped, checkpointing.starts):
-        left = ("0000000007-g2-rank-0.safetensors", ".0000000008-g3-rank-1.safetensors.4711.tmp")
-        for name in (*left, "agent.sock", "assignment.json"):
-            (staging / name).write_bytes(b"x")
+def test_buffers_that_nobody_expects_are_freed(tmp_path: Path) -> None:
+    """At a stop and at a start all kept states are released, except those that may still be committed."""
+    (tmp_path / "staging").mkdir()
+    released: list[State] = []
+    states: dict[State, dict[int, tuple[Path, None]]] = {(2, 7): {}, (3, 7): {}, (3, 8): {}}
+    checkpointing = member_of(
+        tmp_path, 0, lambda generation, step, _: released.append((generation, step)), states=states
+    )
+    checkpointing.save(kept(3, 0))
+    for act in (checkpointing.stopped, lambda: checkpointing.starts(generation("a"))):
+        released.clear()
         act()
-        assert {path.name for path in staging.iterdir()} == {"agent.sock", "assignment.json"}
-    checkpointing.close(10)
+        assert sorted(released) == [(2, 7), (3, 8)]
+    checkpointing.close(0.1)
+
+
+def test_the_mirror_of_a_lost_node_uploads_its_part(tmp_path: Path) -> None:
+    """Node a and its mirror b saved step 7. Node a is lost before it has uploaded anything: b uploads both, and commits."""
+    (tmp_path / "staging").mkdir()
+    states: dict[State, dict[int, tuple[Path, None]]] = {(3, 7): {}}
+    over = threading.Event()
+    mirror = member_of(tmp_path, 1, ends(over), states=states)
+    for rank in (2, 3):
+        stage(mirror, tmp_path, rank)
+    for rank in (0, 1):
+        rows = local_rows(full_tensors(), rank, 4)
+        path = write_buffer(tmp_path / "staging", rank, rows, training_state(7), generation=3)
+        states[3, 7][rank] = (path, None)
+    run_log = mirror._committer._log
+    alone = replace(
+        generation(),
+        number=4,
+        members=run_log.view.generations[-1].members[1:],
+        memory=InMemory(3, 9, ()),
+    )
+    run_log.append(lambda _: alone, generation=3)
+    mirror.starts(alone)
+    assert over.wait(WAIT_S)
+    assert [(each.generation, each.step) for each in run_log.view.checkpoints] == [(3, 7)]
+    assert mirror.lost() is None
+    mirror.close(WAIT_S)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from elastic_pt.agent.estimates import Times
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.config import ElasticSection
 from elastic_pt.membership.decision.status import Limits, NodeStatus
@@ -47,14 +49,20 @@ def node(tmp_path: Path) -> Node:
             choose_resume=lambda _: None,
             on_drain=lambda _: None,
         ),
-        store,
+        "token",
     )
 
 
 @pytest.fixture
-def leaving(node: Node) -> Leaving:
-    """The object under test, for that node."""
-    return Leaving(node, LEAVE_TIMEOUT_S)
+def at_risk() -> list[Notice]:
+    """The notices for which a checkpoint was wanted."""
+    return []
+
+
+@pytest.fixture
+def leaving(node: Node, at_risk: list[Notice]) -> Leaving:
+    """The object under test, for that node. Nothing has been measured, and the node is alone."""
+    return Leaving(node, LEAVE_TIMEOUT_S, Times, at_risk.append)
 
 
 def notice(lead_s: float, kind: NoticeKind = NoticeKind.PREEMPT) -> Notice:
@@ -94,11 +102,37 @@ def test_a_withdrawn_notice_lets_the_node_stay(node: Node, leaving: Leaving) -> 
     assert 4.0 < alarm_s() <= 5.0
 
 
-def test_advice_does_not_make_a_node_leave(node: Node, leaving: Leaving) -> None:
-    """A node at risk continues; if a notice to leave becomes advice, the node stays."""
+@pytest.mark.parametrize("lead_s", [120.0, 5.0, 0.0])
+def test_a_node_that_cannot_save_its_state_in_time_ends_at_once(
+    node: Node, at_risk: list[Notice], monkeypatch: pytest.MonkeyPatch, lead_s: float
+) -> None:
+    """F16: if a step and a copy do not fit in the lead, the node tells the others why and ends; the event has the estimates."""
+    monkeypatch.setattr(Node, "alone", False)
+    slow = Leaving(node, LEAVE_TIMEOUT_S, lambda: Times(10.0, 8.0, 60.0), at_risk.append)
+    with structlog.testing.capture_logs() as events:
+        slow.heed(Leave(notice(lead_s)))
+    assert node.leaving
+    assert alarm_s() <= 0.1
+    (event,) = (each for each in events if each["event"] == "leave_planned")
+    assert (event["way"], event["lead_s"], event["step_s"], event["snapshot_s"]) == (
+        "at_once",
+        lead_s,
+        10.0,
+        8.0,
+    )
+    assert "needs about 28.0 s" in event["reason"]
+    slow.heed(Stay())
+    assert alarm_s() == 0.0
+
+
+def test_advice_asks_for_a_checkpoint_and_does_not_make_a_node_leave(
+    node: Node, leaving: Leaving, at_risk: list[Notice]
+) -> None:
+    """A node at risk continues and wants a checkpoint; if a notice to leave becomes advice, the node stays."""
     advice = CheckpointNow(notice(0.0, NoticeKind.REBALANCE))
     leaving.heed(advice)
     assert not node.leaving
+    assert at_risk == [advice.notice]
     leaving.heed(Leave(notice(30.0)))
     leaving.heed(advice)
     assert not node.leaving

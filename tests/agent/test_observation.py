@@ -27,6 +27,7 @@ def test_concurrent_messages_count_each_second_once() -> None:
             for _ in range(300):
                 observation.activity(name)
                 observation.enter(Activity.SETTLE)
+                observation.waits(paused=name == "train")
         except BaseException as error:
             failures.append(error)
 

@@ -1,9 +1,13 @@
 """Snapshots and mirrors of two nodes, with the real agent code and real HTTP."""
 
 import asyncio
+import dataclasses
 import mmap
 import threading
-from collections.abc import Iterator
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +17,21 @@ import pytest
 import torch
 from aiohttp import web
 
-from elastic_pt.agent.snapshots import Snapshots, mirrored_by
+from elastic_pt.agent.pace import Pace
+from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
-from elastic_pt.checkpoint.memory import MemoryState
-from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
+from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
+from elastic_pt.checkpoint.peer import RANGE_BYTES_MAX, Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import (
+    BUFFERS,
+    PAYLOAD_OFFSET,
+    SnapshotBuffers,
+    open_buffer,
+    require_crcs,
+)
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.checkpoint.world import full_tensors, local_rows, training_state
@@ -50,6 +62,12 @@ def served(snapshots: Snapshots) -> Iterator[int]:
         runner = loop.run_until_complete(serve())
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
+        # Long polls of readers that are gone.
+        polls = asyncio.all_tasks(loop)
+        for poll in polls:
+            poll.cancel()
+        loop.run_until_complete(asyncio.gather(*polls, return_exceptions=True))
+        loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -64,26 +82,33 @@ def served(snapshots: Snapshots) -> Iterator[int]:
 class Node:
     """One node with one worker: its scratch directory, its agent's part, and the worker's buffers."""
 
-    def __init__(self, directory: Path, rank: int, copies: int = 1) -> None:
+    def __init__(self, directory: Path, rank: int) -> None:
         directory.mkdir()
         self.directory = directory
         self.rank = rank
         self.complete: list[tuple[int, int]] = []
+        self.changes: list[set[tuple[int, int]]] = []
+        """The states that were held each time when the agent was woken."""
         self._changed = threading.Condition()
         self.snapshots = Snapshots(
             directory,
             f"node-{rank}",
             TOKEN,
-            copies=copies,
             timeout_s=5.0,
             history=StepHistory(),
             on_complete=self._on_complete,
+            on_change=self._on_change,
         )
         self.port = 0
         self.tensors = full_tensors()
+        self.kept: set[int] = set()
 
-    def _on_complete(self, generation: int, step: int) -> None:
+    def _on_change(self) -> None:
+        self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
+
+    def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
         with self._changed:
+            self.mirrored = mirrored
             self.complete.append((generation, step))
             self._changed.notify_all()
 
@@ -107,9 +132,21 @@ class Node:
         )
         self.buffers.allocate()
 
-    def write(self, generation: int, step: int, *, complete_step: int = 0) -> None:
-        """The worker takes a snapshot."""
-        buffer = self.buffers.write(training_state(step))
+    def write(
+        self,
+        generation: int,
+        step: int,
+        *,
+        complete_step: int = 0,
+        mirrored: bool = True,
+        checkpoint: bool = False,
+    ) -> None:
+        """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
+        if checkpoint:
+            self.kept.add(step)
+        buffer = self.buffers.write(
+            training_state(step), kept=self.kept, complete_step=complete_step
+        )
         self.snapshots.written(
             {
                 "generation": generation,
@@ -119,7 +156,10 @@ class Node:
                 "seconds": 0.0,
                 "every_steps": 1,
                 "step_seconds": 1.0,
+                "complete_seconds": 0.0,
                 "complete_step": complete_step,
+                "checkpoint": checkpoint,
+                "mirrored": mirrored,
             }
         )
 
@@ -135,20 +175,25 @@ def pair(tmp_path: Path) -> Iterator[list[Node]]:
         yield nodes
 
 
-def generation(nodes: list[Node], number: int = 1, memory: InMemory | None = None) -> Generation:
-    """A generation of these nodes."""
+def generation(
+    nodes: list[Node], number: int = 1, memory: InMemory | None = None, *, copies: int = 1
+) -> Generation:
+    """A generation of these nodes, each with so many copies of its state on others."""
     members = tuple(
         Member(f"node-{node.rank}", f"node-{node.rank}", "127.0.0.1", node.port, 1, 1)
         for node in nodes
     )
-    return Generation(number, members, (1,) * len(nodes), "127.0.0.1", 1, None, "test", memory=memory)  # fmt: skip
+    mirrors = mirrored_by([""] * len(nodes), copies, across_zones=False)
+    slots = (1,) * len(nodes)
+    return Generation(
+        number, members, slots, "127.0.0.1", 1, None, "test", memory=memory, mirrors=mirrors
+    )
 
 
 def hold_step_5(nodes: list[Node], copies: int = 1) -> None:
     """Generation 1 of these nodes has a complete snapshot of step 5, with so many copies on other nodes."""
     for node in nodes:
-        node.snapshots._copies = copies
-        node.begin(generation(nodes))
+        node.begin(generation(nodes, copies=copies))
     for node in nodes:
         node.write(1, 5)
     for node in nodes:
@@ -159,11 +204,18 @@ def restored(node: Node, following: Generation) -> dict[str, torch.Tensor]:
     """All rows of the state that a generation of this node alone resumes from."""
     places = node.snapshots.places(following)
     assert places is not None
+    return read_all(node, places)
+
+
+def read_all(
+    node: Node, places: Places, on_failed: Callable[[FailedCopy], None] = lambda _: None
+) -> dict[str, torch.Tensor]:
+    """All rows of a state."""
     tensors = {name: torch.zeros_like(each) for name, each in node.tensors.items()}
     wanted = {name: (0, each.shape[0]) for name, each in tensors.items()}
-    with MemoryState(places, range(len(places.shards))) as memory:
+    with MemoryState(places, range(len(places.shards)), on_failed) as memory:
         assert memory.index.state.step == places.step
-        load_rows(memory, memory.index, wanted, tensors)
+        load_rows(memory, memory.index, wanted, tensors, memory.other_copy)
     return tensors
 
 
@@ -197,6 +249,15 @@ def test_step_is_complete_only_when_its_mirror_has_it(pair: list[Node]) -> None:
     pair[0].await_complete(1, 5)
 
 
+def test_step_is_complete_once_the_mirror_has_it(pair: list[Node]) -> None:
+    """A planned change waits for the mirror's copy, and the agent is woken when it is there."""
+    hold_step_5(pair)
+    for node in pair:
+        assert node.snapshots.is_complete(5)
+        assert not node.snapshots.is_complete(6)
+        assert node.changes[-1] == {(1, 5)}
+
+
 def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
     """A bit that flips in a mapped file after its CRCs were computed is never copied into a weight."""
     hold_step_5(pair, copies=0)
@@ -205,6 +266,120 @@ def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:
         content[-3] ^= 1
     with pytest.raises(CheckpointError, match="CRC-32"):
         restored(pair[0], generation(pair, 2, InMemory(1, 5, (0, 1))))
+
+
+def test_after_a_bad_copy_the_good_one_is_read(pair: list[Node]) -> None:
+    """A wrong byte, a missing file and a peer without an answer cost nothing while another copy is good."""
+    hold_step_5(pair)
+    path = next(pair[0].directory.glob("snapshot-g1-rank-1-0"))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        content[-3] ^= 1
+    next(pair[0].directory.glob("snapshot-g1-rank-0-0")).unlink()
+    both = InMemory(1, 5, (0, 0), ((1,), (1,)))
+    places = pair[0].snapshots.places(generation(pair, 2, both))
+    assert places is not None
+    # A peer that is gone is asked first.
+    gone = Place("gone", host="127.0.0.1", port=1)
+    places = dataclasses.replace(places, shards=tuple((gone, *each) for each in places.shards))
+    failed: list[FailedCopy] = []
+    found = read_all(pair[0], places, failed.append)
+    assert all(torch.equal(found[name], each) for name, each in pair[0].tensors.items())
+    assert {(each.rank, each.holder, each.damaged) for each in failed} == {
+        (0, "gone", False),
+        (1, "gone", False),
+        (0, "node-0", True),
+        (1, "node-0", True),
+    }
+
+
+def test_own_copy_that_failed_is_not_offered_to_workers_again(pair: list[Node]) -> None:
+    """The next generation's workers read the peer's copy, not the bad one of their own node."""
+    hold_step_5(pair)
+    failed = {"generation": 1, "step": 5, "rank": 1, "holder": "node-0", "damaged": True, "why": ""}
+    pair[0].snapshots.copy_failed(failed)
+    places = pair[0].snapshots.places(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), ()))))
+    assert places is not None
+    assert [[each.holder for each in shard] for shard in places.shards] == [
+        ["node-0", "node-1"],
+        ["node-1"],
+    ]
+
+
+def test_failed_crcs_are_tried_again(pair: list[Node]) -> None:
+    """An error that passes, such as too many open files, does not end the snapshots of the generation."""
+    first = generation(pair)
+    for node in pair:
+        node.begin(first)
+    path = next(pair[0].directory.glob("snapshot-g1-rank-0-0"))
+    away = path.rename(path.with_name("away"))
+    for node in pair:
+        node.write(1, 5)
+    pair[1].await_complete(1, 5)
+    assert not pair[0].complete
+    away.rename(path)
+    pair[0].await_complete(1, 5)
+
+
+def test_bound_for_bytes_spreads_a_copy_over_time(pair: list[Node]) -> None:
+    """A mirror with a bound takes as long as its bytes need. The workers wait for it with their next snapshot."""
+    first = generation(pair)
+    pair[1].snapshots._pace = Pace(8 << 20)
+    for node in pair:
+        node.begin(first)
+    began_s = time.monotonic()
+    pair[0].write(1, 5)
+    pair[0].await_complete(1, 5)
+    pair[0].write(1, 6)
+    pair[0].await_complete(1, 6)
+    # Two copies of 4.8 MB. The time of the last range does not count.
+    assert time.monotonic() - began_s >= 0.9
+
+
+def test_stopped_mirror_frees_its_memory(pair: list[Node]) -> None:
+    """A mapping of a removed file keeps its memory. A mirror that waits for its neighbour's next step ends at once."""
+    hold_step_5(pair)
+    mirrors = [thread for thread in threading.enumerate() if thread.name == "mirror"]
+    for node in pair:
+        node.snapshots.stop_mirrors()
+    for thread in mirrors:
+        thread.join(2.0)
+        assert not thread.is_alive()
+    # One mapping is left for each file: that of its worker.
+    maps = Path("/proc/self/maps").read_text()
+    for node in pair:
+        other = 1 - node.rank
+        assert f"{node.directory}/snapshot-g1-rank-{node.rank}-0" in maps
+        assert f"{node.directory}/snapshot-g1-rank-{other}-0" not in maps
+
+
+def test_range_that_is_too_large_is_refused(pair: list[Node]) -> None:
+    """A single request never keeps the server busy for long; `Peer` splits a longer read into several ranges."""
+    hold_step_5(pair)
+    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    request = urllib.request.Request(url, headers={"Range": f"bytes=0-{RANGE_BYTES_MAX}"})
+    with pytest.raises(urllib.error.HTTPError, match="416"):
+        urllib.request.urlopen(request, timeout=DEADLINE_S)
+
+
+def test_mirror_without_room_says_so(pair: list[Node]) -> None:
+    """Its neighbour goes on, and keeps the state that the generation resumed from: the newer one has no copy."""
+    hold_step_5(pair)
+    pair[0].begin(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), (0,)))))
+    pair[0].write(2, 6)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
+    assert asked == b'{"step": 6, "kept": []}'
+    threading.Thread(
+        target=peer.get,
+        args=("/v1/snapshots/next?generation=2&after=6&copied=0&mirror=node-1", 100),
+        daemon=True,
+    ).start()
+    pair[0].await_complete(2, 6)
+    assert not pair[0].mirrored
+    pair[0].write(2, 7, complete_step=6, mirrored=False)
+    assert {each.generation for each in pair[0].snapshots.held} == {1, 2}
+    pair[0].snapshots.committed(6)
+    assert {each.generation for each in pair[0].snapshots.held} == {2}
 
 
 def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -> None:
@@ -246,6 +421,75 @@ def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
         gone.read(snapshot_path(1, 5, 0), 0, 10)
 
 
+def keep_step_6(nodes: list[Node]) -> None:
+    """Both workers keep step 6 for a checkpoint, and take snapshots of 7, 8 and 9, each complete before the next."""
+    hold_step_5(nodes)
+    for step in range(6, 10):
+        for node in nodes:
+            node.write(1, step, complete_step=step - 1, checkpoint=step == 6)
+        for node in nodes:
+            node.await_complete(1, step)
+
+
+def held_steps(node: Node) -> dict[tuple[int, int], int | None]:
+    """What the buffer files on a node hold, by rank and number."""
+    found = {}
+    for path in node.directory.glob("snapshot-g1-rank-*"):
+        _, _, _, rank, number = path.name.split("-")
+        with open_buffer(path) as content:
+            found[int(rank), int(number)] = content.step()
+    return found
+
+
+def test_kept_step_is_held_by_its_node_and_its_mirror(pair: list[Node]) -> None:
+    """A node has the rows of a kept step of its own workers and of the neighbour that it mirrors, while newer steps come."""
+    keep_step_6(pair)
+    for node in pair:
+        kept = node.snapshots.kept_state(1, 6)
+        assert sorted(kept) == [0, 1]
+        for rank, (path, record) in kept.items():
+            assert (record.generation, record.step, record.rank) == (1, 6, rank)
+            with open_buffer(path) as content:
+                assert content.step() == 6
+                found = bytearray(record.size)
+                content.read_into(0, [memoryview(found)])
+                require_crcs(record, memoryview(found))
+        assert node.snapshots.checkpoints() == ((1, 6),)
+        assert node.snapshots.kept_state(1, 7) == {}
+
+
+def test_released_step_is_overwritten_on_its_mirror_too(pair: list[Node]) -> None:
+    """After the owner has released a step, its mirror uses that buffer again, and keeps nothing of it."""
+    keep_step_6(pair)
+    for node in pair:
+        node.kept.clear()
+        node.snapshots.release(1, 6)
+        node.snapshots.release(1, 6)
+    for step in range(10, 14):
+        for node in pair:
+            node.write(1, step, complete_step=step - 1)
+        for node in pair:
+            node.await_complete(1, step)
+    for node in pair:
+        assert 6 not in held_steps(node).values()
+        assert node.snapshots.kept_state(1, 6) == {}
+
+
+def test_kept_step_outlives_its_generation_until_it_is_released(pair: list[Node]) -> None:
+    """A new generation, even one from the bucket, removes no file of a kept step. `release` does, and no other file."""
+    keep_step_6(pair)
+    before = {node.rank: node.snapshots.kept_state(1, 6) for node in pair}
+    for node in pair:
+        node.begin(generation(pair, 2))
+        assert node.snapshots.held == ()
+        assert node.snapshots.kept_state(1, 6) == before[node.rank]
+        left = set(node.directory.glob("snapshot-g1-*"))
+        assert left == {path for path, _ in before[node.rank].values()}
+        node.snapshots.release(1, 6)
+        assert not list(node.directory.glob("snapshot-g1-*"))
+        assert len(list(node.directory.glob("snapshot-g2-*"))) == BUFFERS
+
+
 def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]) -> None:
     """Whichever node commits next can write a history without a hole, also one that was no member before."""
     old, new = (node.snapshots for node in pair)
@@ -282,14 +526,3 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
     assert content == file.read_bytes()[PAYLOAD_OFFSET:]
     with pytest.raises(StoreError, match="expected"):
         peer.read(snapshot_path(1, 5, 0), size - 4, size + 4)
-
-
-def test_every_node_has_its_mirrors_on_other_nodes() -> None:
-    """In the ring, the nodes before a node copy it. A node never copies itself, and never copies a node twice."""
-    for nodes in range(1, 9):
-        for copies in range(4):
-            ring = mirrored_by(nodes, copies)
-            assert all(len(set(mirrors)) == min(copies, nodes - 1) for mirrors in ring)
-            assert all(index not in mirrors for index, mirrors in enumerate(ring))
-            work = [index for mirrors in ring for index in mirrors]
-            assert len({work.count(index) for index in range(nodes)}) == 1

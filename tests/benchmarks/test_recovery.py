@@ -11,7 +11,6 @@ from benchmarks.recovery_report import (
     Row,
     Sample,
     judge,
-    percentile,
     summarize,
     unavailable,
     words,
@@ -27,6 +26,7 @@ from benchmarks.recovery_watch import (
     parse_event,
     phases_of,
 )
+from benchmarks.summary import percentile
 
 WORKER = next(row for row in ROWS if row.kind == "worker")
 DETECTION = next(row for row in ROWS if row.beside == "detection_s")

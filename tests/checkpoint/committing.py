@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Quarantine
@@ -51,23 +51,31 @@ class World:
         )
         self.log.append(lambda _: self.generation, generation=generation_number - 1)
         self.done: dict[int, threading.Event] = {}
-        self.committed: list[Checkpoint] = []
+        self.commits: list[Checkpoint] = []
         self.failed: list[int] = []
-        self.untidy: list[Exception] = []
+        self.untidied: list[Exception] = []
         self.committer = Committer(
             self.store,
             self.log,
             StepHistory(),
-            keep=keep,
-            keep_every_steps=keep_every_steps,
-            last_step=100,
-            timeout_s=WAIT_S,
-            superseded=lambda _: False,
-            on_commit=self.committed.append,
-            on_done=lambda step: self.done[step].set(),
-            on_failure=lambda generation, step, error: self.failed.append(step),
-            on_untidy=self.untidy.append,
+            self.generation.members[0].incarnation,
+            CommitRules(keep, keep_every_steps, last_step=100, timeout_s=WAIT_S),
+            self,
         )
+
+    def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+        """See `CommitListener`."""
+        if failure is not None:
+            self.failed.append(step)
+        self.done[step].set()
+
+    def untidy(self, failure: Exception) -> None:
+        """See `CommitListener`."""
+        self.untidied.append(failure)
+
+    def committed(self, checkpoint: Checkpoint) -> None:
+        """See `CommitListener`."""
+        self.commits.append(checkpoint)
 
     def upload(self, step: int) -> None:
         """Upload a worker's shard of a step."""

@@ -65,7 +65,7 @@ def test_expired_checkpoints_are_removed_after_workers_are_released(world: World
     world.committer.close(WAIT_S)
     assert not world.there(1)
     assert world.there(2)
-    assert world.untidy == []
+    assert world.untidied == []
 
 
 def test_a_failed_delete_fails_no_commit_and_is_retried(world: World) -> None:
@@ -79,10 +79,10 @@ def test_a_failed_delete_fails_no_commit_and_is_retried(world: World) -> None:
     world.store.before = before  # type: ignore[method-assign]
     for step in (1, 2, 3):
         world.commit(step)
-    while not world.untidy:
+    while not world.untidied:
         threading.Event().wait(0.01)
     assert world.failed == []
-    assert [each.step for each in world.committed] == [1, 2, 3]
+    assert [each.step for each in world.commits] == [1, 2, 3]
     refuse[0] = False
     world.commit(4)
     world.committer.close(WAIT_S)

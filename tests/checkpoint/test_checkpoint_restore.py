@@ -259,6 +259,21 @@ def test_rows_are_verified_before_they_are_used(store: Store, tmp_path: Path) ->
     assert torch.equal(into, torch.zeros(4, 2))
 
 
+def test_bytes_of_a_failed_request_are_wiped(store: Store, tmp_path: Path) -> None:
+    """Blocks are read into the tensor's memory; after a wrong CRC or a file that is too short nothing of them is left."""
+    reference = write_checkpoint(store, tmp_path, full_tensors(SMALL), 1)
+    manifest = read_manifest(store, reference, RUN_ID)
+    (key, piece), *_ = manifest.tensors["model/w"].pieces
+    flip(store, key, piece.offset + 5, 3)
+    wrong = store.read(key)
+    for content in (wrong, wrong[: piece.offset + 7]):
+        store.write(key, content)
+        into = torch.ones(4, 2)
+        with pytest.raises(CheckpointError):
+            load_rows(store, manifest, {"model/w": (0, 4)}, {"model/w": into})
+        assert torch.equal(into, torch.zeros(4, 2))
+
+
 def two_checkpoints(store: Store, folder: Path) -> tuple[Checkpoint, Checkpoint]:
     """Step 50 and step 40, of the same shapes, written by three ranks."""
     old = write_checkpoint(store, folder, full_tensors(SMALL, seed=1), 3, step=40)

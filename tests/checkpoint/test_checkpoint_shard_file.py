@@ -1,4 +1,4 @@
-"""A worker's staged file: plain safetensors, complete or absent, with a CRC for each block."""
+"""A worker's shard file: plain safetensors, with a CRC for each block."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,24 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elastic_pt.checkpoint.layout import Tensor
+from elastic_pt.checkpoint.layout import ShardFile, Tensor, TrainingState
 from elastic_pt.checkpoint.shard_file import (
     LocalRows,
     block_bounds,
     describe_shard,
     hash_blocks,
-    write_shard,
 )
 from elastic_pt.errors import CheckpointError
-from tests.checkpoint.world import full_tensors, local_rows, same_bits, training_state
+from elastic_pt.store.port import FilePart
+from tests.checkpoint.world import full_tensors, local_rows, same_bits, training_state, write_shard
 
 KEY = "ckpt/0000000040-g1-0a1b2c3d/shard-00001.safetensors"
+
+
+def described(path: Path) -> tuple[ShardFile, TrainingState, tuple[Tensor, ...]]:
+    """The description of a whole file; of 8 bytes if it is missing."""
+    size = path.stat().st_size if path.exists() else 8
+    return describe_shard(FilePart(path, 0, size), KEY)
 
 
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
@@ -52,7 +58,7 @@ def test_a_description_matches_the_file(tmp_path: Path) -> None:
     path = tmp_path / "shard.safetensors"
     tensors = local_rows(full_tensors(), 1, 2)
     write_shard(path, tensors, training_state())
-    file, state, _ = describe_shard(path, KEY)
+    file, state, _ = described(path)
     data = path.read_bytes()
     assert (file.key, file.size, state) == (KEY, len(data), training_state())
     assert file.sha256 == hashlib.sha256(data).hexdigest()
@@ -73,7 +79,7 @@ def test_a_worker_without_rows_still_reports_the_state(tmp_path: Path) -> None:
     """If there are fewer rows than workers, the files of the last workers are empty and valid."""
     path = tmp_path / "shard.safetensors"
     write_shard(path, {"model/x": (torch.empty(0, 3), (2, 3), 4)}, training_state())
-    file, state, tensors = describe_shard(path, KEY)
+    file, state, tensors = described(path)
     assert (file.slices, state) == ((), training_state())
     assert tensors == (Tensor("model/x", "F32", (2, 3)),)
     assert load_file(path) == {}
@@ -106,35 +112,10 @@ def test_hashes_do_not_depend_on_the_chunks(data: bytes, cuts: list[int], chunk:
 def test_rows_that_do_not_fit_are_refused(
     tmp_path: Path, rows: tuple[torch.Tensor, tuple[int, ...], int]
 ) -> None:
-    """A worker cannot stage rows that do not fit the description of their tensor."""
+    """A worker cannot save rows that do not fit the description of their tensor."""
     with pytest.raises(CheckpointError, match="model/x"):
         write_shard(tmp_path / "shard", {"model/x": rows}, training_state())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_no_room_is_an_error_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If staging memory is full, the worker gets an error, and no partial file stays."""
-
-    def full(descriptor: int, data: bytes, offset: int) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        write_shard(tmp_path / "shard", {"model/x": (torch.ones(2), (2,), 0)}, training_state())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the kernel writes fewer bytes than it was given, the file is still complete."""
-    import os
-
-    real = os.pwrite
-    monkeypatch.setattr("os.pwrite", lambda fd, data, offset: real(fd, data[:100], offset))
-    tensor = torch.randn(50, 9)
-    write_shard(tmp_path / "shard", {"model/x": (tensor, (50, 9), 0)}, training_state())
-    assert same_bits(load_file(tmp_path / "shard")["model/x"], tensor)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
@@ -146,16 +127,16 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     for changed in (b"", data[:4], data[:40], data[:-1], data + b"x", b"\xff" * 64, b"[]" * 40):
         bad.write_bytes(changed)
         with pytest.raises(CheckpointError):
-            describe_shard(bad, KEY)
+            described(bad)
     bad.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        describe_shard(bad, KEY)
+        described(bad)
     save_file({"model/x": torch.ones(3)}, bad)
     with pytest.raises(CheckpointError, match="not written by this project"):
-        describe_shard(bad, KEY)
+        described(bad)
     save_file({"model/x": torch.ones(3)}, bad, {"elastic_pt_schema": "9"})
     with pytest.raises(CheckpointError, match="schema"):
-        describe_shard(bad, KEY)
+        described(bad)
 
 
 def test_damaged_headers_never_crash_the_agent(tmp_path: Path) -> None:
@@ -167,4 +148,4 @@ def test_damaged_headers_never_crash_the_agent(tmp_path: Path) -> None:
         for value in (0x00, 0x22, 0x2D, 0x39, data[position] ^ 1):
             path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
             with contextlib.suppress(CheckpointError):
-                describe_shard(path, KEY)
+                described(path)

@@ -13,7 +13,9 @@ from typing import Any
 
 import fsspec
 import pytest
+import structlog
 
+from elastic_pt.agent.start import warn_of_unfinished
 from elastic_pt.checkpoint.commit import directory_of
 from elastic_pt.checkpoint.layout import checkpoint_directory, shard_key
 from elastic_pt.checkpoint.retention import listed_directories
@@ -149,7 +151,7 @@ def test_the_committer_sweeps_and_keeps_permanent_checkpoints(tmp_path: Path) ->
     assert torn not in found
     assert permanent in found
     assert len(found) == 3
-    assert world.untidy == []
+    assert world.untidied == []
 
 
 UPLOAD = """
@@ -248,6 +250,10 @@ class Forbidding:
         """See `KeepsUnfinished`."""
         raise AssertionError
 
+    def expires_unfinished(self, prefix: str) -> bool:
+        """See `KeepsUnfinished`."""
+        raise AssertionError
+
 
 def test_a_missing_permission_to_list_uploads_does_not_fail_the_sweep(tmp_path: Path) -> None:
     """Attempts are still removed. Only the bucket's lifecycle rule then removes the parts of uploads."""
@@ -255,3 +261,55 @@ def test_a_missing_permission_to_list_uploads_does_not_fail_the_sweep(tmp_path: 
     assert isinstance(swept.store, KeepsUnfinished)
     torn = swept.attempt(40, 1)
     assert torn not in swept.sweep()
+
+
+RULE = {
+    "ID": "parts",
+    "Status": "Enabled",
+    "Filter": {"Prefix": ""},
+    "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expires"),
+    [
+        ({}, True),
+        ({"Filter": {"Prefix": "run/"}}, True),
+        ({"Filter": {"Prefix": "other/"}}, False),
+        ({"Status": "Disabled"}, False),
+        (None, False),
+    ],
+    ids=["the whole bucket", "the run", "another prefix", "disabled", "no rules"],
+)
+def test_a_start_warns_without_a_rule_for_unfinished_uploads(
+    bucket: str, changes: dict[str, Any] | None, expires: bool
+) -> None:
+    """F34: an agent warns at its start if no rule of the bucket removes unfinished uploads of the run's checkpoints."""
+    if changes is not None:
+        filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+        filesystem.call_s3(
+            "put_bucket_lifecycle_configuration",
+            Bucket=bucket.removeprefix("s3://").partition("/")[0],
+            LifecycleConfiguration={"Rules": [RULE | changes]},
+        )
+    with structlog.testing.capture_logs() as events:
+        warn_of_unfinished(open_store(bucket))
+    assert [each["event"] for each in events] == ([] if expires else ["no_lifecycle_rule"])
+
+
+@pytest.mark.moto
+@pytest.mark.parametrize("status", [403, 501], ids=["not permitted", "not known to the server"])
+def test_unreadable_rules_do_not_stop_a_start(
+    moto_url: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """F34: if the rules cannot be read, the agent says so in an event and starts."""
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.fault("GET", *[Fault.status(status, "Refused")] * 99)
+        with structlog.testing.capture_logs() as events:
+            warn_of_unfinished(open_store(f"{moto_url}/run", timeout_s=1.0))
+    assert [each["event"] for each in events if each["event"] != "store_retry"] == [
+        "lifecycle_not_read"
+    ]
+    assert proxy.requests["GET"] >= 1

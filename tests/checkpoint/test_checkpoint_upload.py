@@ -1,6 +1,7 @@
 """Upload: the process may die at any step. An incomplete upload never counts."""
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic_pt.checkpoint import upload
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import (
@@ -23,11 +25,11 @@ from elastic_pt.checkpoint.nodes import (
     node_key,
     notice_key,
 )
-from elastic_pt.checkpoint.publish import ShareMissing, collect, publish_manifest
+from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.retention import leftovers, listed_directories, remove
-from elastic_pt.checkpoint.shard_file import write_shard
+from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, begin_buffer
 from elastic_pt.checkpoint.upload import (
-    StagedShard,
+    KeptShard,
     Uploader,
     publish_node,
     upload_shard,
@@ -35,7 +37,7 @@ from elastic_pt.checkpoint.upload import (
 from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
 from elastic_pt.runlog.records import Checkpoint
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import FilePart, Source, Store
 from tests.checkpoint.world import (
     RUN_ID,
     collected,
@@ -46,6 +48,7 @@ from tests.checkpoint.world import (
     stage,
     training_state,
     upload_nodes,
+    write_buffer,
     write_checkpoint,
 )
 
@@ -85,14 +88,14 @@ class FailingStore:
     def create(self, key: str, data: bytes) -> None:
         self._change(lambda: self._store.create(key, data))
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         self._change(lambda: self._store.write(key, source))
 
     def delete(self, key: str) -> None:
         self._change(lambda: self._store.delete(key))
 
 
-def attempt(store: Store, shards: list[StagedShard]) -> Checkpoint:
+def attempt(store: Store, shards: list[KeptShard]) -> Checkpoint:
     """Upload all shards and publish, as agents do, in one thread."""
     upload_nodes(store, shards)
     nodes = list(dict.fromkeys(shard.ranks for shard in shards))
@@ -199,13 +202,12 @@ def test_a_checkpoint_without_all_rows_is_not_published(tmp_path: Path) -> None:
 def test_a_tensor_that_no_worker_staged_is_detected(tmp_path: Path) -> None:
     """Each worker lists all tensors of the state, so a tensor without rows is detected."""
     store = memory_store()
-    path = tmp_path / "shard"
     rows = {
         "model/w": (torch.ones(4, 2), (4, 2), 0),
         "model/b": (torch.ones(0), (3,), 3),
     }
-    write_shard(path, rows, training_state(50))
-    upload_nodes(store, [StagedShard(path, RUN_ID, DIRECTORY, 0, range(1))])
+    path = write_buffer(tmp_path, 0, rows, training_state(50))
+    upload_nodes(store, [KeptShard(path, RUN_ID, DIRECTORY, 0, range(1))])
     with pytest.raises(CheckpointError, match="model/b: rows 0 to 3 are missing"):
         publish_manifest(store, collected(store, DIRECTORY, 1))
 
@@ -233,7 +235,7 @@ def test_a_truncated_shard_in_the_store_stops_its_node(tmp_path: Path) -> None:
     """A node checks the size of each uploaded shard before it writes its record."""
 
     class Cutting(FailingStore):
-        def write(self, key: str, source: bytes | Path) -> None:
+        def write(self, key: str, source: Source) -> None:
             self._store.write(key, b"short")
 
     shards = stage(tmp_path, full_tensors(SMALL), 1, DIRECTORY, training_state(50))
@@ -241,56 +243,30 @@ def test_a_truncated_shard_in_the_store_stops_its_node(tmp_path: Path) -> None:
         upload_shard(Cutting(memory_store()), shards[0])
 
 
-class Clock:
-    """A clock that advances only in `wait`. It runs `events` at their second."""
-
-    def __init__(self, events: dict[float, Callable[[], object]] | None = None) -> None:
-        self.now_s = 100.0
-        self._events = dict(events or {})
-
-    def now(self) -> float:
-        return self.now_s
-
-    def wait(self, seconds: float) -> None:
-        self.now_s += seconds
-        for due in [at for at in self._events if at <= self.now_s - 100.0]:
-            self._events.pop(due)()
-
-
-def collect_by(
-    clock: Clock, store: Store, *, ranks: int, timeout_s: float, stop_after_s: float = float("inf")
-) -> list[NodeNotice] | None:
-    """Collect the notices of `DIRECTORY` with a clock that advances only in `wait`."""
-    return collect(
-        store,
-        DIRECTORY,
-        nodes_of(ranks),
-        timeout_s=timeout_s,
-        now=clock.now,
-        wait=clock.wait,
-        should_stop=lambda: clock.now_s > stop_after_s,
-    )
-
-
-def test_collect_waits_for_late_notices(tmp_path: Path) -> None:
-    """Notices may come late and in any order. They are returned in the order of ranks."""
+def test_late_notices_are_read_in_order(tmp_path: Path) -> None:
+    """Notices may come late and in any order. They are returned in the order of ranks, and each is read once."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 3, DIRECTORY, training_state(50))
-    clock = Clock(
-        {0.3 * (3 - n): lambda n=n: upload_nodes(store, shards[n : n + 1]) for n in range(3)}
-    )  # type: ignore[misc]
-    notices = collect_by(clock, store, ranks=3, timeout_s=5.0)
-    assert notices is not None
-    assert [notice.first_rank for notice in notices] == [0, 1, 2]
-    assert clock.now_s < 101.5
+    collector = Collector(store, DIRECTORY, nodes_of(3))
+    for number, missing in ((2, 0), (0, 1)):
+        assert not collector.read_more()
+        upload_nodes(store, shards[number : number + 1])
+        assert not collector.read_more()
+        assert collector.missing == range(missing, missing + 1)
+    upload_nodes(store, shards[1:2])
+    assert collector.read_more()
+    assert [notice.first_rank for notice in collector.notices] == [0, 1, 2]
+    assert not collector.missing
+    assert collector.read_more()
 
 
-def test_collect_ends_when_a_node_refuses(tmp_path: Path) -> None:
-    """A node that cannot upload its shard writes a refusal. Then `collect` ends before its timeout."""
+def test_a_refusal_ends_the_checkpoint(tmp_path: Path) -> None:
+    """A node that cannot upload its shard writes a refusal. The committing node waits no longer."""
     store = memory_store()
     shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
     upload_nodes(store, shards[:1])
-    shards[1].path.write_bytes(b"not a shard")
+    content = shards[1].path.read_bytes()
+    shards[1].path.write_bytes(content[:PAYLOAD_OFFSET] + b"\xff" * (len(content) - PAYLOAD_OFFSET))
     failures: list[int] = []
     uploader = Uploader(
         store, on_uploaded=lambda _: None, on_failed=lambda shard, _: failures.append(shard.step)
@@ -298,26 +274,11 @@ def test_collect_ends_when_a_node_refuses(tmp_path: Path) -> None:
     uploader.submit(shards[1])
     assert uploader.close(WAIT_S)
     assert failures == [50]
-    clock = Clock()
     with pytest.raises(
         ShareMissing, match=r"notice-00001.json: its node could not upload it: .*not a safetensors"
-    ):
-        collect_by(clock, store, ranks=2, timeout_s=600.0)
-    assert clock.now_s < 101.0
-
-
-def test_collect_ends_at_its_timeout(tmp_path: Path) -> None:
-    """A missing notice is an error with its key and the timeout. A stop request ends the wait at once."""
-    store = memory_store()
-    shards = stage(tmp_path, full_tensors(SMALL), 2, DIRECTORY, training_state(50))
-    upload_nodes(store, shards[:1])
-    clock = Clock()
-    with pytest.raises(ShareMissing, match=r"notice-00001.json: missing after 5.0 s") as missing:
-        collect_by(clock, store, ranks=2, timeout_s=5.0)
+    ) as missing:
+        collected(store, DIRECTORY, 2)
     assert missing.value.first_rank == 1
-    assert clock.now_s == pytest.approx(105.0, abs=0.3)
-    stopped = collect_by(clock, store, ranks=2, timeout_s=5.0, stop_after_s=106.0)
-    assert stopped is None
 
 
 def test_notices_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
@@ -353,6 +314,40 @@ def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
         upload_nodes(store, theirs)
 
 
+@pytest.mark.parametrize("moment", ["before", "hashing", "upload"])
+def test_overwritten_buffer_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """If a worker writes into a kept buffer before, while it is hashed, or while it is uploaded, no record is written."""
+    shard = stage(tmp_path, full_tensors(SMALL), 1, DIRECTORY, training_state(50))[0]
+
+    def overwrite() -> None:
+        with shard.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as buffer:
+            begin_buffer(buffer, 51)
+
+    gate = overwrite if moment == "upload" else lambda: None
+    store = FailingStore(memory_store(), gate=gate)
+    if moment == "before":
+        overwrite()
+    if moment == "hashing":
+        hash_it = upload.describe_shard
+
+        def described(part: FilePart, key: str) -> object:
+            overwrite()
+            return hash_it(part, key)
+
+        monkeypatch.setattr(upload, "describe_shard", described)
+    heard = Heard()
+    uploader = heard.uploader(store)
+    uploader.submit(shard)
+    assert uploader.close(WAIT_S)
+    assert ["overwritten" in str(error) for _, error in heard.failed] == [True]
+    assert store.size(node_key(DIRECTORY, 0)) is None
+    assert (store.size(shard_key(DIRECTORY, 0)) is None) == (moment != "upload")
+    refusal = NodeRefusal.from_bytes(store.read(notice_key(DIRECTORY, 0)))
+    assert "expected the state of step 50" in refusal.why
+
+
 class Heard:
     """Collects the uploader's calls."""
 
@@ -368,24 +363,25 @@ class Heard:
         )
 
 
-def test_the_uploader_uploads_and_removes_files(tmp_path: Path) -> None:
-    """Each shard is uploaded and reported, and its local file removed. After the last one the node's record follows."""
+def test_the_uploader_uploads_every_shard(tmp_path: Path) -> None:
+    """Each shard is uploaded and reported, and its buffer stays as it was. After the last one the node's record follows."""
     store, heard = memory_store(), Heard()
     tensors = full_tensors(SMALL)
     shards = stage(tmp_path, tensors, 3, DIRECTORY, training_state(50), workers=2)
+    before = [shard.path.read_bytes() for shard in shards]
     uploader = heard.uploader(store)
     for shard in shards:
         uploader.submit(shard)
     assert uploader.close(WAIT_S)
     assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
-    assert list(tmp_path.iterdir()) == []
+    assert [shard.path.read_bytes() for shard in shards] == before
     reference = publish_manifest(store, collected(store, DIRECTORY, 3, 2))
     manifest = read_manifest(store, reference, RUN_ID)
     assert digest(store, manifest) == expected_digest(tensors)
 
 
-def test_failed_uploads_are_reported_and_free_memory(tmp_path: Path) -> None:
-    """An error of the store, a damaged file and a bug are reported. Memory is freed, and the thread continues."""
+def test_failed_uploads_are_reported(tmp_path: Path) -> None:
+    """An error of the store and a damaged buffer are reported, once for each shard, and the thread continues."""
     store, heard = memory_store(), Heard()
 
     def give_up() -> None:
@@ -400,11 +396,10 @@ def test_failed_uploads_are_reported_and_free_memory(tmp_path: Path) -> None:
     assert uploader.close(WAIT_S)
     assert [type(error) for _, error in heard.failed] == [StoreError, CheckpointError]
     assert heard.uploaded == [50]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
-    """Dropping the queue frees its files. The shard in progress is finished. A closed uploader accepts no shard."""
+    """Dropping the queue returns its shards. The shard in progress is finished. A closed uploader accepts no shard."""
     store, heard = memory_store(), Heard()
     started, release = threading.Event(), threading.Event()
 
@@ -418,14 +413,13 @@ def test_queued_shards_can_be_dropped(tmp_path: Path) -> None:
     assert started.wait(WAIT_S)
     uploader.submit(shards[1])
     uploader.submit(shards[2])
-    assert uploader.pending() == {shard.path for shard in shards[:3]}
-    assert uploader.discard() == 2
-    assert uploader.pending() == {shards[0].path}
+    assert uploader.pending() == shards[:3]
+    assert uploader.discard() == shards[1:3]
+    assert uploader.pending() == shards[:1]
     assert not uploader.close(0.0)
     release.set()
     assert uploader.close(WAIT_S)
     assert heard.uploaded == [50]
-    assert [path.name for path in tmp_path.iterdir()] == [shards[3].path.name]
     with pytest.raises(CheckpointError, match="ended"):
         uploader.submit(shards[3])
 
@@ -440,7 +434,6 @@ def test_a_shard_without_room_becomes_a_refusal(tmp_path: Path) -> None:
     uploader.submit(shards[2])
     assert uploader.close(WAIT_S)
     assert (heard.uploaded, heard.failed) == ([50, 50, 50], [])
-    assert not shards[2].path.exists()
     assert store.size(shard_key(DIRECTORY, 2)) is None
     refusal = NodeRefusal.from_bytes(store.read(notice_key(DIRECTORY, 0)))
     assert (refusal.first_rank, refusal.why) == (0, "no room")

@@ -11,13 +11,15 @@ from elastic_pt.checkpoint.layout import (
     FullManifest,
     TrainingState,
     checkpoint_directory,
+    parse_directory,
 )
 from elastic_pt.checkpoint.nodes import NodeNotice
-from elastic_pt.checkpoint.publish import collect, publish_manifest
+from elastic_pt.checkpoint.publish import Collector, publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.shard_file import LocalRows, write_shard
+from elastic_pt.checkpoint.shard_file import LocalRows
+from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, SnapshotBuffers
 from elastic_pt.checkpoint.upload import (
-    StagedShard,
+    KeptShard,
     UploadedShard,
     publish_node,
     upload_shard,
@@ -77,6 +79,30 @@ def local_rows(
     }
 
 
+def write_buffer(
+    folder: Path,
+    rank: int,
+    rows: Mapping[str, tuple[torch.Tensor, Sequence[int], int]],
+    state: TrainingState,
+    generation: int = 1,
+) -> Path:
+    """The buffer file in which a worker keeps this state for a checkpoint."""
+    buffers = SnapshotBuffers(folder, generation, rank, rows)
+    for old in folder.glob(f"snapshot-g{generation}-rank-{rank}-*"):
+        old.unlink()
+    buffers.allocate(1)
+    return buffers.write(state).path(folder)
+
+
+def write_shard(
+    path: Path, rows: Mapping[str, tuple[torch.Tensor, Sequence[int], int]], state: TrainingState
+) -> None:
+    """The shard file of a worker, as it is in the bucket."""
+    buffer = write_buffer(path.parent, 0, rows, state, generation=99)
+    path.write_bytes(buffer.read_bytes()[PAYLOAD_OFFSET:])
+    buffer.unlink()
+
+
 def stage(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -85,18 +111,18 @@ def stage(
     state: TrainingState,
     run_id: str = RUN_ID,
     workers: int = 1,
-) -> list[StagedShard]:
-    """Write the shard file of every rank into a local folder. A node has `workers` ranks, the last node maybe fewer."""
-    staged = []
+) -> list[KeptShard]:
+    """Keep the state of every rank in a buffer in a local folder. A node has `workers` ranks, the last maybe fewer."""
+    kept = []
+    generation, home = parse_directory(directory).generation, folder / directory.rpartition("/")[2]
+    home.mkdir(exist_ok=True)
     for rank in range(world_size):
-        path = folder / f"{directory.rpartition('/')[2]}-{rank}.safetensors"
-        write_shard(path, local_rows(tensors, rank, world_size), state)
-        staged.append(
-            StagedShard(
-                path, run_id, directory, rank, nodes_of(world_size, workers)[rank // workers]
-            )
+        rows = local_rows(tensors, rank, world_size)
+        path = write_buffer(home, rank, rows, state, generation)
+        kept.append(
+            KeptShard(path, run_id, directory, rank, nodes_of(world_size, workers)[rank // workers])
         )
-    return staged
+    return kept
 
 
 def nodes_of(world_size: int, workers: int = 1) -> list[range]:
@@ -105,7 +131,7 @@ def nodes_of(world_size: int, workers: int = 1) -> list[range]:
     return [range(first, min(first + workers, world_size)) for first in firsts]
 
 
-def upload_nodes(store: Store, shards: Sequence[StagedShard]) -> list[UploadedShard]:
+def upload_nodes(store: Store, shards: Sequence[KeptShard]) -> list[UploadedShard]:
     """Upload all shards and write the record and the notice of each node, as agents do, in one thread."""
     uploaded: list[UploadedShard] = []
     for shard in shards:
@@ -117,17 +143,9 @@ def upload_nodes(store: Store, shards: Sequence[StagedShard]) -> list[UploadedSh
 
 def collected(store: Store, directory: str, world_size: int, workers: int = 1) -> list[NodeNotice]:
     """The notices of all nodes, which already exist."""
-    notices = collect(
-        store,
-        directory,
-        nodes_of(world_size, workers),
-        timeout_s=0.0,
-        now=lambda: 0.0,
-        wait=lambda _: None,
-        should_stop=lambda: False,
-    )
-    assert notices is not None
-    return notices
+    collector = Collector(store, directory, nodes_of(world_size, workers))
+    assert collector.read_more()
+    return collector.notices
 
 
 def write_checkpoint(

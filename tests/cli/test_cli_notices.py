@@ -64,8 +64,7 @@ def test_a_node_leaves_after_a_notice_and_the_other_continues(
     assert [each.node for each in newest.members] == ["b"]
     assert [(each.kind, each.node) for each in newest.causes] == [(CauseKind.LEFT, "a")]
     assert newest.causes[0].detail == "file preempt, 120 s ahead"
-    assert newest.resume is not None
-    assert newest.resume.step == newest.frontier_step
+    assert newest.resume_step == newest.frontier_step
     explained = elastic_pt("log", url, "--explain").out
     assert "node a left after step" in explained
     assert ": file preempt, 120 s ahead;" in explained

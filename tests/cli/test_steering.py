@@ -2,6 +2,7 @@
 
 import shutil
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,18 @@ def done(*arguments: object) -> Any:
     return result.json
 
 
+def seconds_in(metrics_url: str, state: str) -> float:
+    """How long a node was in a state of the time ledger."""
+    with urllib.request.urlopen(metrics_url, timeout=WAIT_S) as answer:
+        text = answer.read().decode()
+    prefix = f'elastic_pt_time_seconds_total{{state="{state}"}} '
+    return float(next(line for line in text.splitlines() if line.startswith(prefix)).split()[1])
+
+
 def test_a_run_is_paused_resumed_checkpointed_and_drained_to_the_same_bits(
     prepared: Trained, undisturbed: str, tmp_path: Path
 ) -> None:
-    """A pause outlives its agents, a drained agent ends with 0, and the digest is that of the undisturbed run."""
+    """A pause outlives its agents and counts as such in their time, a drained agent ends with 0, and the digest is that of the undisturbed run."""
     path, url = configuration(prepared, tmp_path, "steered"), tmp_path / "steered"
     config = load_config(path, ["elastic.join_window_s=3.0"])
     with Fleet(config, tmp_path / "output") as fleet:
@@ -87,6 +96,8 @@ def test_a_run_is_paused_resumed_checkpointed_and_drained_to_the_same_bits(
 
         until(lambda: sorted(waiting()) == ["a", "b"], fleet.tail("a"))
         done("resume", url)
+        for member in elastic_pt("status", url, "--json").json["members"]:
+            assert seconds_in(member["metrics_url"], "paused") > 0.0
         done("drain", url, "--node", "b", "--deadline", 60)
         assert elastic_pt("log", url, "--json").out.count('"STOP"') == 0, "the run was too short"
         assert fleet.wait(WAIT_S) == {"a": 0, "b": 0}

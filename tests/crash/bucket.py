@@ -20,11 +20,11 @@ import torch
 
 from elastic_pt import failpoints
 from elastic_pt.agent.checkpointing import choose_resume
-from elastic_pt.checkpoint.commit import Committer, directory_of
+from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory, read_history
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import shard_key
-from elastic_pt.checkpoint.upload import StagedShard, Uploader
+from elastic_pt.checkpoint.upload import KeptShard, Uploader
 from elastic_pt.checkpoint.verify import verify
 from elastic_pt.membership.appender import Appender
 from elastic_pt.membership.decision.decide import Propose
@@ -157,20 +157,9 @@ class Fleet:
     def train(self, generation: Generation, until: int, *, finish: bool = False) -> None:
         """Do the steps up to `until`, with a checkpoint every `EVERY` steps."""
         history = StepHistory()
-        committer = Committer(
-            self.store,
-            self.log,
-            history,
-            keep=self._shape.keep,
-            keep_every_steps=self._shape.keep_every_steps,
-            last_step=LAST,
-            timeout_s=_WAIT_S,
-            superseded=lambda _: False,
-            on_commit=lambda checkpoint: self._say(f"committed {checkpoint.step}"),
-            on_done=lambda step: self._done[step].set(),
-            on_failure=lambda _, step, error: self._failures.append(f"commit {step}: {error}"),
-            on_untidy=lambda error: self._failures.append(f"tidy: {error}"),
-        )
+        rules = CommitRules(self._shape.keep, self._shape.keep_every_steps, LAST, _WAIT_S)
+        first = self._members[0].incarnation
+        committer = Committer(self.store, self.log, history, first, rules, self)
         uploaders = [
             Uploader(self.store, on_uploaded=self._note_upload, on_failed=self._note_failure)
             for _ in self._nodes
@@ -202,7 +191,7 @@ class Fleet:
             assert self._uploaded.wait_for(lambda: self._left == 0, _WAIT_S), self._failures
         assert not self._failures, self._failures
 
-    def staged(self, generation: Generation, step: int) -> list[StagedShard]:
+    def staged(self, generation: Generation, step: int) -> list[KeptShard]:
         """The shards of all workers of a step."""
         return stage(
             self._scratch,
@@ -214,14 +203,28 @@ class Fleet:
             workers=self._shape.workers_per_node,
         )
 
-    def _note_upload(self, _: StagedShard) -> None:
+    def _note_upload(self, _: KeptShard) -> None:
         with self._uploaded:
             self._left -= 1
             self._uploaded.notify_all()
 
-    def _note_failure(self, shard: StagedShard, error: Exception) -> None:
+    def _note_failure(self, shard: KeptShard, error: Exception) -> None:
         self._failures.append(f"upload {shard.rank}: {error}")
         self._note_upload(shard)
+
+    def committed(self, checkpoint: Checkpoint) -> None:
+        """See `CommitListener`."""
+        self._say(f"committed {checkpoint.step}")
+
+    def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
+        """See `CommitListener`."""
+        if failure is not None:
+            self._failures.append(f"commit {step}: {failure}")
+        self._done[step].set()
+
+    def untidy(self, failure: Exception) -> None:
+        """See `CommitListener`."""
+        self._failures.append(f"tidy: {failure}")
 
     # ---- what must hold ------------------------------------------------------------------------
 

@@ -205,7 +205,7 @@ def _mapped(folder: Path, truth: Mapping[str, torch.Tensor]) -> Target:
     def read(into: dict[str, torch.Tensor]) -> None:
         try:
             shards = tuple(
-                Place(rank, str(path), text.read_bytes().decode())
+                (Place(rank, str(path), text.read_bytes().decode()),)
                 for rank, (path, text) in enumerate(files)
             )
         except (OSError, UnicodeDecodeError) as error:  # the record is text in the product
@@ -232,7 +232,7 @@ def _of_peers(folder: Path, truth: Mapping[str, torch.Tensor]) -> Iterator[Targe
         for node in nodes:
             node.await_complete(1, STEP)
         shards = tuple(
-            Place(rank, host="127.0.0.1", port=node.port) for rank, node in enumerate(nodes)
+            (Place(rank, host="127.0.0.1", port=node.port),) for rank, node in enumerate(nodes)
         )
         places = Places(1, STEP, shards, TOKEN, _PEER_TIMEOUT_S)
         own = [

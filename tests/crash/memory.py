@@ -23,7 +23,12 @@ import torch
 from elastic_pt import failpoints
 from elastic_pt.checkpoint.memory import MemoryState
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.snapshot import Buffer, SnapshotBuffers, describe_snapshot, open_buffer
+from elastic_pt.checkpoint.snapshot import (
+    PAYLOAD_OFFSET,
+    Buffer,
+    SnapshotBuffers,
+    describe_snapshot,
+)
 from elastic_pt.failpoints import Failpoint
 from elastic_pt.membership.decision.resume import newest_in_memory
 from elastic_pt.membership.decision.status import Held
@@ -149,7 +154,7 @@ def _write_buffers(folder: Path, seed: int, rules: str, say: Say) -> None:
     for step in range(1, STEPS + 1):
         for name, each in state_of(seed, step).items():
             live[name].copy_(each)
-        buffers.write(training_state(step))
+        buffers.write(training_state(step), complete_step=step - 1)
 
 
 def _check_buffers(folder: Path, seed: int, last: int) -> None:
@@ -160,10 +165,10 @@ def _check_buffers(folder: Path, seed: int, last: int) -> None:
         record = describe_snapshot(buffer, folder)
         if record is None:
             continue
-        with open_buffer(path) as content:
-            for piece in record.slices:
-                data = content.read(piece.offset, piece.end_offset)
-                assert data == state_of(seed, record.step)[piece.name].numpy().tobytes()
+        data = path.read_bytes()[PAYLOAD_OFFSET:]
+        for piece in record.slices:
+            rows = state_of(seed, record.step)[piece.name].numpy().tobytes()
+            assert data[piece.offset : piece.end_offset] == rows
         found[record.step] = path
     assert max(found, default=0) == last, f"{sorted(found)}, expected {last}"
 

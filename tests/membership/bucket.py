@@ -2,11 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from elastic_pt.errors import StoreError
-from elastic_pt.store.port import Store
+from elastic_pt.store.port import Source, Store
 
 
 @dataclass
@@ -32,7 +31,7 @@ class WatchedStore:
         """See `Store`."""
         self._ask("create", key, data)
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         """See `Store`."""
         self._ask("write", key, source)
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from elastic_pt.membership.decision.mirrors import Mirrors
 from elastic_pt.membership.decision.status import Limits, NodePhase
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import BoundStore, Resources
@@ -49,6 +50,12 @@ class Fleet:
     choose_resume: Callable[[RunView], Checkpoint | None] = lambda _: None
     platform: dict[str, str] = dataclasses.field(default_factory=dict)
     """The platform of the nodes that are started next."""
+    zones: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The zones of the nodes that are started next, by name."""
+    choose_mirrors: dict[str, Callable[[Sequence[str]], Mirrors]] = dataclasses.field(
+        default_factory=dict
+    )
+    """How the nodes that are started next choose mirrors, by name."""
     fenced_url: str = ""
     """The `fenced_url` of the nodes that are started next."""
 
@@ -57,8 +64,10 @@ class Fleet:
         for name in names:
             log = RunLog(self.bucket, writer=name)
             log.refresh()
+            status = waiting(name, generation=0, log_length=0, **changes)
+            member = dataclasses.replace(status.member, zone=self.zones.get(name, ""))
             self.nodes[name] = Participant(
-                waiting(name, generation=0, log_length=0, **changes),
+                dataclasses.replace(status, member=member),
                 self.limits,
                 Resources(
                     log=log,
@@ -69,6 +78,7 @@ class Fleet:
                     on_drain=self.drains.append,
                     on_checkpoint=self.checkpoints.append,
                     on_leave=functools.partial(self._leave, name),
+                    choose_mirrors=self.choose_mirrors.get(name, lambda _: ()),
                     platform=self.platform,
                     fenced_url=self.fenced_url,
                 ),

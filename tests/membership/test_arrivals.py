@@ -1,9 +1,14 @@
 """Nodes that arrive: for which of them the others wait, and what happens to the cards of dead nodes."""
 
+import dataclasses
+import functools
+
 import pytest
 
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.status import MESH_NODES_MAX
-from elastic_pt.membership.lobby import LOBBY, card_key
+from elastic_pt.membership.lobby import LOBBY, card_key, members_in
+from elastic_pt.runlog.records import Member
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import TICK_S, Fleet, names
 from tests.membership.world import LIMITS, changed
@@ -58,6 +63,28 @@ def test_each_fit_newcomer_extends_the_join_window(fleet: Fleet) -> None:
     assert set(fleet.drains) == {"; ".join(everyone)}
 
 
+def test_all_nodes_have_the_mirrors_that_the_proposer_chose(fleet: Fleet) -> None:
+    """Nodes with other values of `checkpoint.mirror_zones` must not wait for each other's copies. The record decides."""
+    fleet.limits = changed(LIMITS, nodes_min=4)
+    fleet.zones = {"a": "x", "b": "x", "c": "y", "d": "y"}
+    fleet.choose_mirrors = {
+        name: functools.partial(mirrored_by, copies=1, across_zones=name in "ab") for name in "abcd"
+    }
+    fleet.start("a", "b", "c", "d")
+    fleet.pass_time(2.0)
+    for node in fleet.alive():
+        generation = node.log.view.generation
+        assert generation is not None
+        zones = [each.zone for each in generation.members]
+        assert zones == ["x", "x", "y", "y"]
+        assert all(
+            zones[mirror] != zones[rank]
+            for rank in range(4)
+            for mirror in generation.mirrors_of(rank)
+        )
+        assert generation.mirrors == ((2,), (3,), (0,), (1,))
+
+
 # ---- the lobby ---------------------------------------------------------------------------------------
 
 
@@ -86,3 +113,11 @@ def test_cards_of_dead_nodes_do_not_hide_waiting_nodes(fleet: Fleet, bucket: Wat
     fleet.start("y", "z")
     fleet.pass_time(3 * LIMITS.elastic.heartbeat_timeout_s + LIMITS.elastic.join_window_s)
     assert names(fleet.log.generation) == ["y", "z"]
+
+
+def test_card_has_the_zone_and_cards_without_one_are_read() -> None:
+    """Nodes of an earlier version write cards without a zone, and read no others."""
+    here = Member("a", "a1", "10.0.0.1", 4000, 17, 2)
+    there = dataclasses.replace(here, zone="eu/1!a")
+    assert card_key(here) == "lobby/a!a1!10.0.0.1!4000!17!2"
+    assert members_in([card_key(here), card_key(there)]) == [here, there]

@@ -50,8 +50,13 @@ def test_members_wait_while_all_answer() -> None:
         (peer(status("b"), silent_s=TIMEOUT_S + 0.1), "silent for 1.6 s", 1.6),
         (peer(status("b"), silent_s=0.7, refused=True), "its address refuses connections", 0.2),
         (Peer(None, NOW_S - TIMEOUT_S - 0.1, None, False), "silent for 0.0 s", 0.0),
+        (
+            refusing(status("b", leaving=True, leave_reason="aws stop, 0 s ahead")),
+            "its address refuses connections (it was to leave: aws stop, 0 s ahead)",
+            0.0,
+        ),
     ],
-    ids=["silent", "refused", "never heard"],
+    ids=["silent", "refused", "never heard", "noticed"],
 )
 def test_a_lost_member_is_not_in_the_next_generation(
     gone: Peer, detail: str, detect_s: float

@@ -15,7 +15,7 @@ import pytest
 
 from elastic_pt.membership.decision import decide as module
 from elastic_pt.membership.decision.decide import Decision, Propose, Wait
-from elastic_pt.membership.decision.status import NodePhase
+from elastic_pt.membership.decision.status import Held, NodePhase
 from elastic_pt.runlog.records import CauseKind, Request, Stop, Verb
 from tests.membership.world import (
     LIMITS,
@@ -58,7 +58,7 @@ def of_member(
     peers: dict[str, Any], *, node: str = "a", phase: NodePhase = NodePhase.RUNNING, **facts: Any
 ) -> Decision:
     """The decision of a member of the generation a, b, c."""
-    said = {key: facts.pop(key) for key in ("spent", "unreachable") if key in facts}
+    said = {key: facts.pop(key) for key in ("spent", "unreachable", "held") if key in facts}
     return decision(status(node, phase, **said), peers, of=WORLD, **facts)
 
 
@@ -66,6 +66,20 @@ def of_newcomer(peers: dict[str, Any], *, of: Any = WORLD, **facts: Any) -> Deci
     """The decision of node d, which waits outside the generation."""
     said = {key: facts.pop(key) for key in ("unreachable", "resting", "leaving") if key in facts}
     return decision(waiting("d", **said), peers, of=of, **facts)
+
+
+def rows(step: int, first_rank: int, end_rank: int | None = None) -> tuple[Held, ...]:
+    """Rows of the generation a, b, c: of one worker, or up to `end_rank`."""
+    return (Held(1, step, first_rank, end_rank or first_rank + 1, 3),)
+
+
+def b_leaves(held_by_b: tuple[int, int, int]) -> dict[str, Any]:
+    """After a drain b leaves with these rows of a step; c holds those of the workers 1 and 2 or of 2 alone."""
+    first_rank = 2 if held_by_b[1] == 1 else 1
+    return {
+        "b": peer(waiting("b", spent=1, leaving=True, held=rows(*held_by_b))),
+        "c": peer(waiting("c", spent=1, held=rows(7, first_rank, 3))),
+    }
 
 
 CASES: dict[int, Callable[[], Decision]] = {
@@ -123,6 +137,11 @@ CASES: dict[int, Callable[[], Decision]] = {
     43: lambda: of_newcomer(HEALTHY | {"a": peer(status("a"))}, requests=(PAUSE,)),
     44: lambda: of_newcomer(OUTSIDE_ALONE, requests=(REACHED,)),
     45: lambda: of_newcomer({}, of=None, requests=(STOP,)),
+    46: lambda: of_member(b_leaves((7, 1, 2)), phase=NodePhase.WAITING, spent=1, held=rows(7, 0)),
+    47: lambda: of_member(b_leaves((7, 2, 3)), phase=NodePhase.WAITING, spent=1, held=rows(7, 0)),
+    48: lambda: of_member(
+        STOPPED, phase=NodePhase.WAITING, spent=1, requests=(PAUSE,), held=rows(7, 0, 3)
+    ),
 }  # fmt: skip
 """The facts of each row."""
 

@@ -169,6 +169,22 @@ def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, s
     run(scenario())
 
 
+@pytest.mark.parametrize("path", ["/v1/status", "/v1/link", "/v1/rows"])
+def test_a_token_that_is_not_utf_8_gets_401(tmp_path: Path, path: str) -> None:
+    """Any bytes in place of the token are refused like a wrong token."""
+
+    async def scenario() -> None:
+        async with agent("a", tmp_path) as a:
+            reader, writer = await asyncio.open_connection(a.member.address, a.member.port)
+            head = f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer ".encode()
+            writer.write(head + b"\xff\xfe\r\n\r\n")
+            status = await reader.readline()
+            assert b" 401 " in status
+            writer.close()
+
+    run(scenario())
+
+
 def test_status_page_with_the_token(tmp_path: Path) -> None:
     """`/v1/status` has the node's status in the form that `STATUS` reads."""
 

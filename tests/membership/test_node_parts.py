@@ -29,7 +29,8 @@ def test_messages_arrive_complete_and_in_order(tmp_path: Path) -> None:
     for number in range(100):
         worker.send("step", step=number, padding="x" * 5000)
     assert [heard.get(timeout=5)["step"] for _ in range(100)] == list(range(100))
-    agent.release(7)
+    agent.release(2, 8)
+    agent.release(1, 7)
     assert worker.checkpoint_request == -1
     agent.checkpoint(42)
     agent.drain("the world changes")
@@ -62,7 +63,7 @@ def test_a_worker_that_reads_nothing_is_disconnected(tmp_path: Path) -> None:
         nonlocal told
         while len(agent._connections) > 1 and told < 10_000:
             told += 1
-            agent.release(told)
+            agent.release(1, told)
             while not worker.released(told):
                 threading.Event().wait(0.001)
 

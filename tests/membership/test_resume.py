@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_pt.membership.decision.resume import newest_in_memory
-from elastic_pt.membership.decision.status import Held, NodeStatus
+from elastic_pt.membership.decision.status import Held, NodeStatus, Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
 
 MEMBERS = tuple(Member(name, f"{name}-1", "127.0.0.1", 1, 1, 1) for name in "abcd")
@@ -78,7 +78,7 @@ def test_state_that_the_generation_resumed_from_counts() -> None:
     assert newest_in_memory(generation(3), MEMBERS, told, 0) is None
     assert newest_in_memory(generation(3, InMemory(2, 6, (0,) * 4)), MEMBERS, told, 0) is None
     found = newest_in_memory(generation(3, InMemory(2, 7, (0,) * 4)), MEMBERS, told, 0)
-    assert found == InMemory(2, 7, (0, 0, 0, 0))
+    assert found == InMemory(2, 7, (0, 0, 0, 0), ((), (), (), ()))
 
 
 def test_newer_checkpoint_wins_over_memory() -> None:
@@ -91,8 +91,30 @@ def test_state_that_a_member_could_not_read_is_not_chosen_again() -> None:
     """A state that a node could not read is not used again. Each new generation would fail in the same way."""
     told = statuses(*RING)
     reader = MEMBERS[2].incarnation
-    told[reader] = dataclasses.replace(told[reader], unusable=((3, 7),))
+    told[reader] = dataclasses.replace(told[reader], unusable=(Unusable(3, 7, -1, ""),))
     assert newest_in_memory(generation(), MEMBERS, told, 0) is None
+
+
+def test_bad_copy_is_left_out_and_the_other_one_is_taken() -> None:
+    """One copy that a member could not read says nothing of the other copy of the same rows."""
+    told = statuses(*RING)
+    reader = MEMBERS[2].incarnation
+    told[reader] = dataclasses.replace(told[reader], unusable=(Unusable(3, 7, 1, "a-1"),))
+    found = newest_in_memory(generation(), MEMBERS, told, 0)
+    assert found is not None
+    assert found.holders(1) == (1,)
+    assert found.holders(2) == (1, 2)
+    # Both copies of a row are bad: an older whole state is taken, if there is one.
+    both = (Unusable(3, 7, 1, "a-1"), Unusable(3, 7, 1, "b-1"))
+    told[reader] = dataclasses.replace(told[reader], unusable=both)
+    assert newest_in_memory(generation(), MEMBERS, told, 0) is None
+    older = {
+        name: dataclasses.replace(each, held=(*each.held, Held(3, 6, 0, 4, 4)))
+        for name, each in told.items()
+    }
+    found = newest_in_memory(generation(), MEMBERS, older, 0)
+    assert found is not None
+    assert found.step == 6
 
 
 @given(

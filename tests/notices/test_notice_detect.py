@@ -74,7 +74,7 @@ def test_mithrils_directory_is_found() -> None:
 def test_configured_sources_are_watched(value: str, names: list[str], tmp_path: Path) -> None:
     """`off`, one source, or a list of sources that may contain `auto`; the value survives a round trip through TOML."""
     found = chosen(wanted(value), machine(CLOUDS["aws"], tmp_path))
-    assert [each.name for each in sources(found, "a", lambda: b"")] == names
+    assert [each.name for each in sources(found, "a", b"")] == names
     config = parse_config(TEXT, source="t", overrides=[f"elastic.notices={value}"])
     assert parse_config(config.to_toml(comments=True), source="t") == config
 
@@ -93,5 +93,5 @@ def test_an_unknown_source_is_an_error_with_its_name(value: str) -> None:
 
 def test_a_trailing_slash_of_a_base_url_is_dropped(tmp_path: Path) -> None:
     """A slash at the end of a base URL does not change the requested path."""
-    (first, _) = sources(("gcp:http://127.0.0.1:1338/",), "a", lambda: b"")
+    (first, _) = sources(("gcp:http://127.0.0.1:1338/",), "a", b"")
     assert first._url.startswith("http://127.0.0.1:1338/computeMetadata/")  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ class Hook:
 def hook() -> Iterator[Hook]:
     """The webhook of node a, with a fixed clock."""
     port, clock = free_port(), [float(NOW_S)]
-    source = Webhook("127.0.0.1", port, "a", lambda: KEY, lambda: clock[0])
+    source = Webhook("127.0.0.1", port, "a", KEY, lambda: clock[0])
     with structlog.testing.capture_logs(), watched(source, often=False) as heard:
         wait_for(port)
         yield Hook(port, heard, clock)
@@ -167,6 +167,14 @@ def test_malformed_requests_and_other_nodes_have_no_effect(
     assert isinstance(hook.heard.next(), CheckpointNow)
 
 
+def test_a_client_that_sends_no_body_delays_no_other(hook: Hook) -> None:
+    """F17: a request that hangs keeps only its own connection."""
+    with socket.create_connection(("127.0.0.1", hook.port)) as hanging:
+        hanging.sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n".encode())
+        assert hook.post(PREEMPT) == 200
+        assert isinstance(hook.heard.next(), Leave)
+
+
 def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> None:
     """The command line for the signature in docs/notices.md gives a valid signature."""
     page = Path(__file__).parents[2] / "docs" / "notices.md"
@@ -178,23 +186,14 @@ def test_the_command_of_the_documentation_works(hook: Hook, tmp_path: Path) -> N
 
 
 def test_a_port_in_use_is_retried() -> None:
-    """If the port is in use or the bucket does not return the key, the webhook is retried, and the node trains."""
-    calls = []
-
-    def key() -> bytes:
-        calls.append(1)
-        if len(calls) == 1:
-            raise ConnectionError("the bucket is away")
-        return KEY
-
+    """If the port is in use, the webhook is retried, and the node trains."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        source = Webhook("127.0.0.1", taken.getsockname()[1], "a", key)
+        source = Webhook("127.0.0.1", taken.getsockname()[1], "a", KEY)
         with structlog.testing.capture_logs() as events, watched(source) as heard:
             heard.until_up("webhook", 0)
             taken.close()
             heard.until_up("webhook", 1)
     causes = [each["cause"] for each in events if each["event"] == "notice_source_failed"]
     assert len(causes) == 1
-    assert len(calls) == 2

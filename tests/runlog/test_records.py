@@ -16,6 +16,7 @@ from elastic_pt.runlog.records import (
     Commit,
     Control,
     Generation,
+    InMemory,
     Kind,
     Member,
     Quarantine,
@@ -45,6 +46,12 @@ GENERATION = Generation(
 PERMANENT = Commit((replace(CHECKPOINT, permanent=True),), "history/x", permanent_before=4)
 BODIES: list[Body] = [
     GENERATION,
+    replace(
+        GENERATION,
+        members=tuple(replace(each, zone="eu-1") for each in GENERATION.members),
+        memory=InMemory(3, 171, (0, 1), ((1,), ())),
+        mirrors=((1,), (0,)),
+    ),
     Recovery(4, start_s=0.1, group_s=0.2, restore_s=0.3, step_s=0.4, total_s=1.25),
     Commit((CHECKPOINT,), "history/0000000150-g3-5f0c.jsonl"),
     PERMANENT,

@@ -4,6 +4,8 @@
     proxy.fault("PUT", Fault.lost_response())              the next PUT is carried out, its answer is lost
 
     proxy.cut()                                            from now on nobody gets an answer, until proxy.mend()
+    proxy.trouble(lambda method, path: Fault.slow(2.0))    from now on each request is asked, until proxy.mend()
+    proxy.hold("shard-")                                   requests to write such keys wait, until proxy.release()
 
 Faults are used up in the order in which they were declared, one per request of their method.
 """
@@ -11,6 +13,7 @@ Faults are used up in the order in which they were declared, one per request of 
 import http.client
 import threading
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -31,6 +34,8 @@ class Fault:
     answer: tuple[int, str] | None
     hang_s: float = 0.0
     body: str = ""
+    passes: bool = False
+    """Whether it is passed on as usual, after `hang_s`."""
 
     @classmethod
     def passed(cls) -> None:
@@ -62,6 +67,11 @@ class Fault:
         """Say nothing for that long (or until the proxy closes), then cut the connection."""
         return cls(forward=False, answer=None, hang_s=hang_s)
 
+    @classmethod
+    def slow(cls, seconds: float) -> "Fault":
+        """Pass it on after that long."""
+        return cls(forward=False, answer=None, hang_s=seconds, passes=True)
+
 
 class FaultProxy:
     """Use as a context manager; `endpoint` is what clients should talk to."""
@@ -71,7 +81,10 @@ class FaultProxy:
         self.requests: dict[str, int] = defaultdict(int)
         self.closing = threading.Event()
         self._cut = threading.Event()
+        self._held = ""
+        self._released = threading.Event()
         self._faults: dict[str, deque[Fault | None]] = defaultdict(deque)
+        self._trouble: Callable[[str, str], Fault | None] = lambda method, path: None
         self._lock = threading.Lock()
         proxy = self
 
@@ -99,16 +112,39 @@ class FaultProxy:
         self._cut.set()
 
     def mend(self) -> None:
-        """Let it come back."""
+        """Let it come back, and end the trouble."""
         self._cut.clear()
+        self._trouble = lambda method, path: None
 
-    def take(self, method: str) -> Fault | None:
+    def trouble(self, fault_of: Callable[[str, str], Fault | None]) -> None:
+        """Ask `fault_of(method, path)` for the fault of each request that has no declared one."""
+        self._trouble = fault_of
+
+    def hold(self, part: str) -> None:
+        """Let requests to write keys that contain `part` wait."""
+        self._released.clear()
+        self._held = part
+
+    def release(self) -> None:
+        """Let them pass, also those that wait."""
+        self._held = ""
+        self._released.set()
+
+    def wait_if_held(self, method: str, path: str) -> None:
+        """Wait while requests like this one are held, or until the proxy closes."""
+        while self._held and self._held in path and method in ("PUT", "POST"):
+            if self._released.wait(0.1) or self.closing.is_set():
+                return
+
+    def take(self, method: str, path: str) -> Fault | None:
         """The fault of the request that has just arrived, if any; counts the request."""
         with self._lock:
             self.requests[method] += 1
             if self._cut.is_set():
                 return Fault(forward=False, answer=None)
-            return self._faults[method].popleft() if self._faults[method] else None
+            if self._faults[method]:
+                return self._faults[method].popleft()
+        return self._trouble(method, path)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -132,13 +168,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.owner.take(self.command)
+        self.owner.wait_if_held(self.command, self.path)
+        fault = self.owner.take(self.command, self.path)
         if fault is None:
             self._reply(*self._forward(body))
             return
         if fault.forward:
             self._forward(body)
         self.owner.closing.wait(fault.hang_s)
+        if fault.passes:
+            self._reply(*self._forward(body))
+            return
         if fault.answer is None:
             self.close_connection = True
             return

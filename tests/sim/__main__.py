@@ -4,7 +4,8 @@ import argparse
 import sys
 import time
 
-from tests.sim.mutations import MUTATIONS, find
+from tests.sim.mutation import find
+from tests.sim.mutations import MUTATIONS
 from tests.sim.simulation import simulate
 
 

@@ -10,16 +10,19 @@ order and with the same waits:
 """
 
 import dataclasses
+import random
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
 from elastic_pt.membership.decision.budgets import rest_s
+from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, is_news
 from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
@@ -40,11 +43,15 @@ from elastic_pt.runlog.records import (
     Verb,
 )
 from tests.sim.bucket import Bucket
+from tests.sim.buffers import BufferFile, SnapshotHabits
 from tests.sim.checks import Witness
 from tests.sim.links import SimulatedLinks
+from tests.sim.memory import Memory
 from tests.sim.network import Machine, Network
+from tests.sim.restoring import belongs
 from tests.sim.scheduler import Condition, Event, Lock, Process, Scheduler
-from tests.sim.training import State, Training, Workers, checkpoint_of
+from tests.sim.training import State as WorkerState
+from tests.sim.training import Training, Workers, checkpoint_of
 
 _HINTS_DEADLINE_S: Final = 2.0
 _MONITOR_INTERVAL_S: Final = 0.1
@@ -77,6 +84,7 @@ class Habits:
     store_deadline_s: float
     settle_timeout_s: float
     costs: Costs = field(default_factory=Costs)
+    snapshots: SnapshotHabits | None = None
 
 
 @dataclass
@@ -89,6 +97,10 @@ class Surrounding:
     training: Training
     witness: Witness
     habits: Habits
+    memory_random: random.Random
+    """For what the states in memory draw."""
+    agents: dict[str, "AgentProcess"]
+    """Every agent there ever was, by incarnation."""
 
 
 @dataclass(eq=False)
@@ -273,6 +285,7 @@ class AgentProcess(Process):
         self.news = Event(self)
         self.ready = False
         self.workers: Workers | None = None
+        self.memory = Memory(self, around.habits.snapshots)
         self.generation: Generation | None = None
         """Whose workers this agent has started last."""
         self.participant = Participant(
@@ -284,6 +297,12 @@ class AgentProcess(Process):
                 clock_s=self.liveness_clock_s,
                 bind_store=self._bind_store,
                 choose_resume=self._choose_resume,
+                choose_mirrors=partial(
+                    mirrored_by,
+                    copies=0 if around.habits.snapshots is None else around.habits.snapshots.copies,
+                    across_zones=False,
+                ),
+                states=self.memory,
                 on_drain=self._drain,
                 on_checkpoint=self._checkpoint,
                 on_leave=lambda _: self.node.request_leave(),
@@ -301,7 +320,9 @@ class AgentProcess(Process):
         self.links.receive_s = around.habits.costs.receive_s
         self.links.send_s = around.habits.costs.send_s
         self._parsed = 0
-        self._due: deque[tuple[int, Generation]] = deque()
+        self._due: deque[tuple[int, Generation, int]] = deque()
+        """Step and generation of checkpoints, and the generation on whose behalf to commit them."""
+        self._staged: tuple[int, Generation] | None = None
         self._committing = False
         self._uncommitted = (0, 0)
         self._staged_step = 0
@@ -343,6 +364,7 @@ class AgentProcess(Process):
         if self.generation is not None:
             self.around.training.kill(self.generation, self.incarnation)
         self.kill()
+        self.around.witness.memory.lost(self.memory)
         self._on_exit(self, why)
 
     def _guarded(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -468,6 +490,14 @@ class AgentProcess(Process):
             on_step=lambda step: self._step_done(step, number),
             on_checkpoint=lambda step: self._stage(step, generation),
         )
+        buffers = workers.buffers = self.memory.starts(formed)
+        if buffers is not None:
+            workers.on_snapshot = lambda step, complete: self.memory.written(
+                buffers, step, complete
+            )
+        if generation.memory is not None:
+            workers.restore = lambda done: self.memory.restore(formed, done)
+        self._collect(generation)
         self.around.training.start(generation, workers, start_s)
         while workers.up:
             # A short timeout: a membership thread that waits for the bucket notifies no waiter.
@@ -476,9 +506,9 @@ class AgentProcess(Process):
             )
             if self.node.must_reform(number):
                 break
-        if workers.state is State.FAILED:
+        if workers.state is WorkerState.FAILED:
             self._worker_failed(workers, number)
-        elif workers.state is State.FINISHED:
+        elif workers.state is WorkerState.FINISHED:
             self._settle(formed, workers)
         else:
             self.around.training.kill(generation, self.incarnation)
@@ -487,6 +517,8 @@ class AgentProcess(Process):
 
     def _step_done(self, step: int, number: int) -> None:
         self.node.progress(step, None)
+        checkpoints = self.log.view.checkpoints
+        self.memory.committed(checkpoints[0].step if checkpoints else 0)
         if not self._told:
             self._told = True
             self.node.first_step(
@@ -500,13 +532,15 @@ class AgentProcess(Process):
         collateral = workers.collateral and node.await_reform(
             number, 2 * limits.elastic.heartbeat_timeout_s
         )
+        unusable = workers.detail.startswith("CheckpointError")
         own = node.failure(
             workers.detail,
+            kind=CauseKind.UNUSABLE if unusable else CauseKind.FAILED,
             step=workers.step,
             signature=workers.signature,
             surroundings=not workers.signature,
         )
-        own_fault = not (collateral or node.must_reform(number))
+        own_fault = not (collateral or unusable or node.must_reform(number))
         if own_fault:
             self._rest_after(workers.detail)
         node.spend(number, None if collateral else own)
@@ -532,7 +566,14 @@ class AgentProcess(Process):
                 self._commit_next()
             settled = node.await_end(number, timeout_s, self._given_up)
         else:
-            settled = node.await_settled(number, step, timeout_s, self._given_up)
+            found = node.await_settled(
+                formed.generation,
+                step,
+                timeout_s,
+                self._given_up,
+                lambda: self.memory.holdings.complete_step >= step,
+            )
+            settled = bool(found)
         failure = None
         trouble = f"the checkpoint of step {step} was not committed"
         if not settled and not node.must_reform(number):
@@ -549,20 +590,46 @@ class AgentProcess(Process):
     # ---- commit thread -----------------------------------------------------------------------------
 
     def _stage(self, step: int, generation: Generation) -> None:
-        self._staged_step = step
+        self._staged_step, self._staged = step, (step, generation)
         self.spawn(lambda: self._upload(step, generation))
         if generation.rank_of(self.incarnation) == 0:
-            self._due.append((step, generation))
+            self._due.append((step, generation, generation.number))
+            self._commit_next()
+
+    def _collect(self, newest: Generation) -> None:
+        """A checkpoint of an earlier generation is on its way: the first member that was one then commits it."""
+        if self._staged is None:
+            return
+        step, generation = self._staged
+        first = next(
+            (each for each in newest.members if generation.rank_of(each.incarnation) is not None),
+            None,
+        )
+        if first is not None and first.incarnation == self.incarnation:
+            self._due.append((step, generation, newest.number))
             self._commit_next()
 
     def _upload(self, step: int, generation: Generation) -> None:
         world = self.around.training.world(generation)
         directory = checkpoint_of(world, step)["directory"]
+        state = (generation.number, step)
+        files = self._kept_files(state)
         try:
             self.store.write(f"{directory}/{self.incarnation}", b"shard")
+            self.around.witness.memory.uploaded(self.memory, files, state)
         except StoreError:
             return
+        finally:
+            for each in files:
+                each.keepers -= 1
         world.uploaded.setdefault(step, set()).add(self.incarnation)
+
+    def _kept_files(self, state: tuple[int, int]) -> list[BufferFile]:
+        buffers = self.memory.buffers
+        if buffers is None or buffers.generation != state[0]:
+            return []
+        files = [each for files in buffers.files.values() for each in files]
+        return [each for each in files if each.step == state[1] and each.keepers]
 
     def _commit_next(self) -> None:
         if not self._committing:
@@ -572,13 +639,13 @@ class AgentProcess(Process):
     def _commit_all(self) -> None:
         while self._due or self._finish is not None:
             if self._due:
-                step, generation = self._due.popleft()
+                step, generation, number = self._due.popleft()
                 try:
-                    self._commit(step, generation)
+                    self._commit(step, generation, number)
                 except FencedError:
                     pass
                 except ElasticPtError:
-                    self._uncommitted = (generation.number, step)
+                    self._uncommitted = (number, step)
                 self.around.training.world(generation).staging = False
                 self.node.notice_log()
             else:
@@ -593,13 +660,13 @@ class AgentProcess(Process):
         self._committing = False
         return
 
-    def _commit(self, step: int, generation: Generation) -> None:
+    def _commit(self, step: int, generation: Generation, number: int) -> None:
         around = self.around
         world = around.training.world(generation)
         deadline_s = self.clock_s() + around.habits.settle_timeout_s
         members = {each.incarnation for each in generation.members}
         while not members <= world.uploaded.get(step, set()):
-            if self.node.must_reform(generation.number) or self._due:
+            if self.node.must_reform(number) or self._due:
                 return
             if self.clock_s() >= deadline_s:
                 raise StoreError(f"shards of step {step} are missing")
@@ -610,16 +677,25 @@ class AgentProcess(Process):
         request = world.met[step]
 
         def commit(view: RunView) -> Commit:
+            if not may_commit(view, (generation.number, step)):
+                raise FencedError(f"step {step} of generation {generation.number} is obsolete")
             met = -1 if view.commit is None else view.commit.request
             return Commit((checkpoint, *view.checkpoints)[:3], "history", request=max(request, met))
 
-        self.log.append(commit, generation=generation.number)
+        self.log.append(commit, generation=number)
 
     def _stop(self, number: int) -> None:
         last_step = self.around.training.plan.steps
         view = self.log.refresh()
         if view.checkpoints and view.checkpoints[0].step >= last_step:
             self.log.append(lambda _: Stop(COMPLETED, last_step), generation=number)
+
+
+def may_commit(view: RunView, state: tuple[int, int]) -> bool:
+    """Whether a checkpoint may be committed, also after its generation: it is newer, and training has come through it."""
+    newer = view.commit is None or state[1] > view.commit.newest.step
+    generations = {each.number: each for each in view.generations}
+    return newer and belongs(generations, view.generation_number, state)
 
 
 class _Answering:

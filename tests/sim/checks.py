@@ -24,7 +24,9 @@ from elastic_pt.runlog.records import (
     Stop,
     Verb,
 )
+from tests.sim.memory_checks import MemoryWitness
 from tests.sim.training import World
+from tests.sim.violation import Violation
 
 if TYPE_CHECKING:
     from tests.sim.agent import AgentProcess, Operator
@@ -40,14 +42,6 @@ _CLOCK_GRAIN_S: Final = 1e-6
 _FAILURES_WINDOW_S: Final = 4.0
 _FAILURES_MAX: Final = 5
 """Failures of one node without a new step within that window, at the most."""
-
-
-class Violation(Exception):
-    """An invariant does not hold; `rule` names it."""
-
-    def __init__(self, rule: str, detail: str) -> None:
-        super().__init__(f"{rule}: {detail}")
-        self.rule = rule
 
 
 def detection_bound_s(limits: Limits) -> float:
@@ -121,9 +115,13 @@ class Witness:
     paused_s: float | None = None
     """Since when the run is paused; None while it is not."""
     expected_stop: Callable[[Stop], bool] = lambda stop: False
+    memory: MemoryWitness = field(init=False)
     _words: dict[tuple[str, str], tuple[int, Message]] = field(default_factory=dict)
     _doomed_since_s: dict[str, float] = field(default_factory=dict)
     _failed_s: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.memory = MemoryWitness(self.simulation)
 
     # ---- the log -----------------------------------------------------------------------------------
 
@@ -182,9 +180,7 @@ class Witness:
                 )
             return
         acting = attempt.generation
-        if isinstance(body, Commit):
-            acting = body.newest.generation
-        elif isinstance(body, Recovery):
+        if isinstance(body, Recovery):
             acting = body.number
         if acting != current or attempt.generation != current:
             raise Violation(
@@ -210,6 +206,8 @@ class Witness:
         incarnations = [each.incarnation for each in generation.members]
         if len(set(incarnations)) < len(incarnations):
             raise Violation("members are distinct", str(incarnations))
+        noticed_s = attempt.began_s - generation.agree_s / attempt.process.clock_rate
+        self.memory.begins(generation, before, noticed_s)
         if any(each in self.simulation.strangers for each in incarnations):
             raise Violation("a node that differs is never taken in", str(incarnations))
         if before.generation is not None:
@@ -280,6 +278,7 @@ class Witness:
                 "committed steps are one sequence",
                 f"step {step} is committed after {before.commit.newest.step}",
             )
+        self.memory.commits(commit.newest)
 
     def _check_stop(self, stop: Stop, before: RunView) -> None:
         last_step = self.simulation.training.plan.steps

@@ -5,11 +5,8 @@ engineer who has not understood the rule might write it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
-from unittest.mock import patch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from elastic_pt.errors import AlreadyExists, FencedError
 from elastic_pt.membership import participant
@@ -28,49 +25,8 @@ from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim import agent
 from tests.sim.agent import AgentProcess, SimulatedStore
-from tests.sim.simulation import Outcome, simulate
-
-SEEDS_MAX: Final = 500
-"""A planted bug must be found within this many seeds."""
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A planted bug: what is replaced, and by what."""
-
-    name: str
-    what: str
-    target: Any
-    attribute: str
-    replacement: Any
-    seed: int
-    """The first one that found it: the tests begin there. After a change of the protocol it may be another."""
-
-    @contextmanager
-    def planted(self) -> Iterator[None]:
-        """With the bug in place."""
-        with patch.object(self.target, self.attribute, self.replacement):
-            yield
-
-
-@dataclass(frozen=True)
-class Found:
-    """Which seed found a mutation, if any did."""
-
-    mutation: Mutation
-    outcome: Outcome | None
-    seeds: int
-
-
-def find(mutation: Mutation, first_seed: int = 0) -> Found:
-    """Simulate seeds with the bug in place until one finds it."""
-    with mutation.planted():
-        for count in range(SEEDS_MAX):
-            outcome = simulate(first_seed + count)
-            if outcome.violation is not None:
-                return Found(mutation, outcome, count + 1)
-    return Found(mutation, None, SEEDS_MAX)
-
+from tests.sim.memory_mutations import MEMORY_MUTATIONS
+from tests.sim.mutation import Mutation
 
 # ---- the planted bugs ------------------------------------------------------------------------------
 
@@ -174,6 +130,7 @@ def _halt_after_three(
 
 
 MUTATIONS: Final = (
+    *MEMORY_MUTATIONS,
     Mutation(
         "no fence",
         "an append does not check whether the writer's generation is the newest",
@@ -188,7 +145,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_unchecked,
-        8,
+        9,
     ),
     Mutation(
         "commit during a proposal ignored",

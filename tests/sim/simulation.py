@@ -6,6 +6,7 @@ converged     nothing happens any more          ─► no new generation, few re
 """
 
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from elastic_pt.runlog.records import Member, Quarantine, Record, Verb
 from tests.sim import faults
 from tests.sim.agent import AgentProcess, Habits, Operator, Surrounding
 from tests.sim.bucket import Bucket, Pace
-from tests.sim.checks import Violation, Witness
+from tests.sim.buffers import draw_habits
+from tests.sim.checks import Witness
 from tests.sim.hermetic import hermetic
 from tests.sim.network import Latency, Machine, Network
 from tests.sim.scheduler import Scheduler
 from tests.sim.training import Plan, State, Training
+from tests.sim.violation import Violation
 
 CONVERGENCE_S: Final = 40.0
 """Simulated seconds after the last fault within which all nodes train together, and what one request to the
@@ -150,7 +153,13 @@ class Simulation:
     ) -> None:
         self.seed = seed
         self.scheduler = scheduler = Scheduler(seed)
-        self.plan = plan or scenario(scheduler)
+        memory_random = random.Random(f"memory of {seed}")
+        if plan is None:
+            plan = scenario(scheduler)
+            snapshots = draw_habits(memory_random, plan.nodes)
+            habits = dataclasses.replace(plan.habits, snapshots=snapshots)
+            plan = dataclasses.replace(plan, habits=habits)
+        self.plan = plan
         self.habits = self.plan.habits
         self.nodes: dict[str, AgentProcess | None] = {}
         """Which life of its agent a node runs, if any."""
@@ -161,14 +170,22 @@ class Simulation:
         self.strangers: set[str] = set()
         self.network = Network(scheduler, latency or Latency())
         self.bucket = Bucket(scheduler, pace or Pace())
-        self.training = Training(scheduler, self.network, self.plan.plan)
+        self.training = Training(scheduler, self.network, self.plan.plan, self.habits.snapshots)
         self.witness = Witness(self)
         self.around = Surrounding(
-            scheduler, self.network, self.bucket, self.training, self.witness, self.habits
+            scheduler,
+            self.network,
+            self.bucket,
+            self.training,
+            self.witness,
+            self.habits,
+            memory_random,
+            self.agents,
         )
         self.operator = Operator(self.around)
         self.bucket.on_change = self.witness.changed
         self.training.on_step = self.witness.stepped
+        self.training.on_agree = self.witness.memory.agrees
         if self.plan.plan.poison_step:
             # Ended by the count of the same failure, or by the job's budget where one node alone met it.
             what = f"ValueError at step {self.plan.plan.poison_step}"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.sim.mutations import MUTATIONS, Mutation, find
+from tests.sim.mutation import Mutation, find
+from tests.sim.mutations import MUTATIONS
 from tests.sim.simulation import simulate
 
 SEEDS = 200

@@ -14,10 +14,12 @@ from enum import StrEnum
 from typing import Any, Final
 
 from elastic_pt.runlog.records import Generation
+from tests.sim.buffers import Buffers, Complete, SnapshotHabits
 from tests.sim.network import Machine, Network
 from tests.sim.scheduler import Process, Scheduler
 
 _STALL_LOOK_S: Final = 0.1
+_ROOM_LOOK_S: Final = 0.05
 
 
 class State(StrEnum):
@@ -52,6 +54,11 @@ class Workers:
     on_change: Callable[[], None]
     on_step: Callable[[int], None]
     on_checkpoint: Callable[[int], None]
+    on_snapshot: Callable[[int, Complete], None] = lambda *_: None
+    """Called with its step, and with what was complete everywhere."""
+    buffers: Buffers | None = None
+    restore: Callable[[Callable[[str], None]], None] | None = None
+    """Reads the state from the memory of nodes, before the first step; None if there is none."""
     state: State = State.STARTING
     detail: str = ""
     signature: str = ""
@@ -84,19 +91,32 @@ class World:
     """The newest request for a checkpoint that the workers know of."""
     met: dict[int, int] = field(default_factory=dict)
     """The request that the checkpoint of a step meets."""
+    snapshot_step: int = 0
+    """The newest snapshot."""
+    stopping: bool = False
+    """Whether the last step has been done, before a drain or the end of the run."""
 
 
 class Training:
     """All worlds there ever were."""
 
-    def __init__(self, scheduler: Scheduler, network: Network, plan: Plan) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        network: Network,
+        plan: Plan,
+        snapshots: SnapshotHabits | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.network = network
         self.plan = plan
+        self.snapshots = snapshots
         self.worlds: dict[int, World] = {}
         self.unfit: Counter[str] = Counter()
         """Machines whose workers cannot start now, through no fault of the program: how many troubles each has."""
         self.on_step: Callable[[World], None] = lambda _: None
+        self.on_agree: Callable[[int, int], None] = lambda *_: None
+        """Called with a generation and the step of which its workers know that it is complete everywhere."""
         self.steps_done = 0
 
     def world(self, generation: Generation) -> World:
@@ -149,6 +169,10 @@ class Training:
         if self.unfit[workers.machine.name]:
             self.fail(workers, "OSError: [Errno 28] No space left on device")
             return
+        if workers.restore is not None:
+            restore, workers.restore = workers.restore, None
+            restore(lambda error: self._restored(world, workers, error))
+            return
         workers.state = State.READY
         members = world.generation.members
         states = [world.workers.get(each.incarnation) for each in members]
@@ -156,6 +180,12 @@ class Training:
             self._reset_others(world, workers)
         if all(each is not None and each.state is State.READY for each in states):
             self._next_step(world)
+
+    def _restored(self, world: World, workers: Workers, error: str) -> None:
+        if not error:
+            self._ready(world, workers)
+        elif workers.state is State.STARTING:
+            self.fail(workers, error)
 
     def _next_step(self, world: World) -> None:
         duration_s = self.plan.step_s * (0.8 + 0.4 * self.scheduler.random.random())
@@ -177,18 +207,59 @@ class Training:
         world.step = step
         self.steps_done += 1
         self.on_step(world)
-        last = step >= self.plan.steps or step == world.drain_at
-        due = step % self.plan.checkpoint_every == 0
-        due = due or world.request > max(world.met.values(), default=-1)
-        stage = last or (due and not world.staging)
-        if stage:
-            world.met[step] = world.request
-        world.staging = world.staging or stage
         for each in members:
             each.step = step
             each.agent.soon(lambda each=each: each.on_step(step))
-            if stage:
-                each.agent.soon(lambda each=each: each.on_checkpoint(step))
+        last = step >= self.plan.steps or step == world.drain_at
+        due = step % self.plan.checkpoint_every == 0
+        due = due or world.request > max(world.met.values(), default=-1)
+        self._save(world, members, last=last, stage=last or (due and not world.staging))
+
+    def _save(self, world: World, members: list[Workers], *, last: bool, stage: bool) -> None:
+        """Take a snapshot of the step, if one is due and all nodes have room; a checkpoint is one whose buffer is kept."""
+        step, habits, world.stopping = world.step, self.snapshots, last
+        complete = complete_everywhere(members)
+        if complete is None or habits is None:
+            self._saved(world, members, last=last, stage=stage)
+            return
+        self.on_agree(world.generation.number, complete.step)
+        room = all(each.buffers.has_room(complete.step) for each in members if each.buffers)
+        if last and not room:
+            # A worker that stops has no later step to save, so it waits.
+            self.scheduler.after(_ROOM_LOOK_S, lambda: self._save_last(world, members, stage=stage))
+            return
+        since = step - max(world.snapshot_step, world.generation.resume_step)
+        ready = room and complete.step >= world.snapshot_step
+        stage = stage and room and may_checkpoint(world, complete, last=last)
+        if not stage and not (ready and since >= habits.every_steps):
+            self._saved(world, members, last=last, stage=False)
+            return
+        world.snapshot_step = step
+        for each in members:
+            assert each.buffers is not None
+            each.buffers.begin(step, complete.step, keep=stage)
+
+        def copied() -> None:
+            for each in members:
+                if each.state is State.READY and each.buffers is not None:
+                    each.buffers.end()
+                    each.agent.soon(lambda each=each: each.on_snapshot(step, complete))
+            self._saved(world, members, last=last, stage=stage)
+
+        self.scheduler.after(habits.copy_s, copied)
+
+    def _save_last(self, world: World, members: list[Workers], *, stage: bool) -> None:
+        if all(each.state is State.READY for each in members):
+            self._save(world, members, last=True, stage=stage)
+
+    def _saved(self, world: World, members: list[Workers], *, last: bool, stage: bool) -> None:
+        if any(each.state is not State.READY for each in members):
+            return
+        if stage:
+            world.met[world.step] = world.request
+            world.staging = True
+            for each in members:
+                each.agent.soon(lambda each=each, step=world.step: each.on_checkpoint(step))
         if last:
             for each in members:
                 self._change(each, State.FINISHED)
@@ -253,6 +324,22 @@ class Training:
         return [
             each for world in self.worlds.values() for each in world.workers.values() if each.up
         ]
+
+
+def may_checkpoint(world: World, complete: Complete, *, last: bool) -> bool:
+    """Whether a checkpoint's state may be written before the newest state is complete: only where no step follows.
+
+    Else a mirror could skip the newest state, and a step would count as complete that some mirror has never had.
+    """
+    return last or complete.step >= world.snapshot_step
+
+
+def complete_everywhere(members: list[Workers]) -> Complete | None:
+    """What workers agree on in a step: the newest step that all nodes and their mirrors hold; None without snapshots."""
+    if any(each.buffers is None for each in members):
+        return None
+    told = [each.buffers.complete for each in members if each.buffers is not None]
+    return Complete(min(each.step for each in told), all(each.mirrored for each in told))
 
 
 def checkpoint_of(world: World, step: int) -> dict[str, Any]:

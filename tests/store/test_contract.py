@@ -1,6 +1,8 @@
 """The contract that every store keeps: memory, a directory, moto, and a real Ceph gateway."""
 
+import mmap
 import os
+import random
 import sys
 import threading
 import uuid
@@ -12,7 +14,7 @@ import pytest
 
 from elastic_pt.errors import AlreadyExists, NotFound
 from elastic_pt.store.open import open_store
-from elastic_pt.store.port import CREATE_LIMIT_BYTES, Store
+from elastic_pt.store.port import CREATE_LIMIT_BYTES, FilePart, Store
 
 STORES = [
     "memory",
@@ -127,13 +129,30 @@ def test_write_stores_the_content_of_a_local_file(store: Store, tmp_path: Path) 
         store.write("from/path", tmp_path / "missing")
 
 
+def test_write_stores_a_part_of_a_local_file(store: Store, tmp_path: Path) -> None:
+    """A FilePart stands for its bytes alone; a file that is missing or too short is the caller's error."""
+    source, page = tmp_path / "source", mmap.ALLOCATIONGRANULARITY
+    content = random.Random(1).randbytes(3 * page)
+    source.write_bytes(content)
+    for offset, size in ((0, page), (page, 2 * page), (page, 100)):
+        store.write("from/part", FilePart(source, offset, size))
+        assert store.read("from/part") == content[offset : offset + size]
+    with pytest.raises(ValueError, match="expected at least"):
+        store.write("from/part", FilePart(source, page, 2 * page + 1))
+    with pytest.raises(FileNotFoundError):
+        store.write("from/part", FilePart(tmp_path / "missing", 0, 1))
+
+
 def test_large_object_is_read_back_unchanged(store: Store, tmp_path: Path) -> None:
-    """Objects that need several requests come back bit for bit, from memory and from a file."""
+    """Objects that need several requests come back bit for bit, from memory, a file, and a part of one."""
     data = os.urandom(2**20) * 37 + b"tail"
     source = tmp_path / "large"
     source.write_bytes(data)
     store.write("large/file", source)
     store.write("large/bytes", data)
+    page = mmap.ALLOCATIONGRANULARITY
+    store.write("large/part", FilePart(source, page, len(data) - page))
+    assert store.read("large/part") == data[page:]
     assert store.size("large/file") == len(data)
     assert store.read("large/file") == data
     assert store.read("large/bytes") == data

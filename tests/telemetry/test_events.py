@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Source
 from elastic_pt.telemetry import events
 from elastic_pt.telemetry.events import EventSink
 from tests.membership.bucket import WatchedStore
@@ -16,7 +17,7 @@ from tests.membership.bucket import WatchedStore
 class Filling(WatchedStore):
     """A store that may be down. More events arrive during a write."""
 
-    def write(self, key: str, source: bytes | Path) -> None:
+    def write(self, key: str, source: Source) -> None:
         self.during()
         super().write(key, source)
 

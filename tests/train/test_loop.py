@@ -1,7 +1,11 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
-from collections.abc import Iterator
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from elastic_pt.checkpoint.copier import HostCopier
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
-from elastic_pt.checkpoint.shard_file import describe_shard
-from elastic_pt.checkpoint.upload import StagedShard, publish_node, upload_shard
+from elastic_pt.checkpoint.snapshot import Buffer, describe_snapshot, open_buffer
+from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest
@@ -56,6 +61,8 @@ class FakeAgent:
         """Whether the step has come."""
         return self._drain_at is not None and self.step >= self._drain_at
 
+    unmirrored_step = 0
+
     @property
     def complete_step(self) -> int:
         """Every snapshot is complete at once."""
@@ -74,18 +81,26 @@ class FakeAgent:
         """Take a message."""
         self.messages.append((kind, content))
 
-    def staged(self) -> list[int]:
-        """Steps of the checkpoints that were staged."""
-        return [int(str(content["step"])) for kind, content in self.messages if kind == "staged"]
+    def saved(self) -> list[dict[str, object]]:
+        """The messages of the checkpoints that were saved."""
+        return [
+            content
+            for kind, content in self.messages
+            if kind == "snapshot" and content["checkpoint"]
+        ]
+
+    def saved_steps(self) -> list[int]:
+        """Their steps."""
+        return [int(str(content["step"])) for content in self.saved()]
 
 
 def checkpoints_in(
-    staging: Path, config: Config, agent: FakeAgent, resume: Checkpoint | None = None
+    config: Config, agent: FakeAgent, resume: Checkpoint | None = None
 ) -> Checkpoints:
     """The checkpoints of the only worker of generation 1."""
     data = SimpleNamespace(fingerprint="0" * 64, tokenizer_sha256="1" * 64)
     assignment = Assignment(RUN_ID, 1, "127.0.0.1", 1, resume)
-    return Checkpoints(config, cast(Manifest, data), assignment, agent, staging)
+    return Checkpoints(config, cast(Manifest, data), assignment, agent)
 
 
 def train_in(
@@ -97,7 +112,7 @@ def train_in(
 ) -> Outcome:
     """Train as the only worker of generation 1, with this staging directory."""
     staging.mkdir(exist_ok=True)
-    checkpoints = checkpoints_in(staging, config, agent)
+    checkpoints = checkpoints_in(config, agent)
     every = config.checkpoint.snapshot_every_steps
     snapshots = MemorySnapshots(every, 1, staging, agent, state, checkpoints.describe)
     return train(config, state, batches, agent, checkpoints, snapshots)
@@ -135,25 +150,26 @@ def weights(state: TrainState) -> torch.Tensor:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> None:
-    """Every `every_steps` steps and after the last one a shard is staged that holds the state of its step."""
+    """Every `every_steps` steps and after the last one a buffer is kept that holds the state of its step."""
     config = config_for(tmp_path, "train.steps=7", "checkpoint.every_steps=3")
     state, batches = start(config)
     agent = FakeAgent()
     assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
-    assert agent.staged() == [3, 6, 7]
-    _, saved, _ = describe_shard(tmp_path / "0000000006-g1-rank-0.safetensors", "shard")
-    assert (saved.step, saved.optimizer_step) == (6, 6)
+    assert agent.saved_steps() == [3, 6, 7]
+    last = describe_snapshot(Buffer(1, 0, int(str(agent.saved()[-1]["buffer"]))), tmp_path)
+    assert last is not None
+    assert (last.state.step, last.state.optimizer_step) == (7, 7)
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_the_last_state_is_staged_even_if_it_came_from_memory(tmp_path: Path) -> None:
+def test_the_last_state_is_saved_even_if_it_came_from_memory(tmp_path: Path) -> None:
     """A generation that resumes after the last step, from memory, has no step to do, but its state is not committed."""
     config = config_for(tmp_path, "train.steps=4")
     state, batches = start(config)
     train_in(tmp_path / "first", config, state, batches, FakeAgent())
     agent = FakeAgent()
     assert train_in(tmp_path / "second", config, state, batches, agent) is Outcome.COMPLETED
-    assert agent.staged() == [4]
+    assert agent.saved_steps() == [4]
     assert agent.step == 0
 
 
@@ -164,7 +180,7 @@ def test_a_checkpoint_is_postponed_until_the_last_upload_ends(tmp_path: Path) ->
     state, batches = start(config)
     agent = FakeAgent(upload_steps=4)
     train_in(tmp_path, config, state, batches, agent)
-    assert agent.staged() == [2, 7, 9]
+    assert agent.saved_steps() == [2, 7, 9]
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -176,19 +192,19 @@ def test_a_checkpoint_that_is_asked_for_comes_once_and_training_goes_on(tmp_path
     outcome = train_in(tmp_path, config, state, batches, agent)
     assert outcome is Outcome.COMPLETED
     # The second one is asked for while the first one is being uploaded.
-    assert agent.staged() == [3, 8, 12]
-    met = [content["request"] for kind, content in agent.messages if kind == "staged"]
+    assert agent.saved_steps() == [3, 8, 12]
+    met = [content["request"] for content in agent.saved()]
     assert met == [0, 1, 1]
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) -> None:
-    """When the agent wants the world to change, the worker finishes the step, stages its state and stops."""
+    """When the agent wants the world to change, the worker finishes the step, saves its state and stops."""
     config = config_for(tmp_path, "train.steps=9")
     state, batches = start(config)
     agent = FakeAgent(drain_at=3, upload_steps=99)
     assert train_in(tmp_path, config, state, batches, agent) is Outcome.DRAINED
-    assert agent.staged() == [state.steps_done] == [4]
+    assert agent.saved_steps() == [state.steps_done] == [4]
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -239,6 +255,21 @@ def poison(
     return seen
 
 
+class Copying(FakeAgent):
+    """An agent that copies each kept buffer before it releases it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def send(self, kind: str, **content: object) -> None:
+        """Take a message."""
+        super().send(kind, **content)
+        if kind == "snapshot" and content["checkpoint"]:
+            buffer = Buffer(1, 0, int(str(content["buffer"]))).path(self._folder)
+            shutil.copyfile(buffer, self._folder / f"saved-{content['step']}")
+
+
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("poisoned", [{1, 2, 4, 5, 7}, {2, 4, 5, 6}])
 def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
@@ -250,12 +281,12 @@ def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
     )
     state, batches = start(config)
     poison(monkeypatch, state, steps=poisoned)
-    agent = FakeAgent()
+    agent = Copying(tmp_path)
     outcome = train_in(tmp_path, config, state, batches, agent)
     assert (outcome is Outcome.DIVERGED) == (4 in poisoned and 6 in poisoned)
-    for step in agent.staged():
+    for step in agent.saved_steps():
         again, rest = start(config)
-        take_up(config, again, tmp_path / f"{step:010d}-g1-rank-0.safetensors", step)
+        take_up(config, again, tmp_path / f"saved-{step}", step)
         assert (
             train_in(
                 tmp_path / f"from-{step}", config, again, islice(rest, step, None), FakeAgent()
@@ -267,20 +298,132 @@ def test_a_restart_at_any_step_ends_as_the_undisturbed_run(
 
 
 def take_up(config: Config, state: TrainState, shard: Path, step: int) -> None:
-    """Restore a state as a worker does, from a checkpoint in a store made of one staged shard."""
+    """Restore a state as a worker does, from a checkpoint in a store made of one kept buffer."""
     store = open_store(config.run.url)
     directory = checkpoint_directory(step, 1, "abcd")
-    uploaded = upload_shard(store, StagedShard(shard, RUN_ID, directory, 0, range(1)))
+    uploaded = upload_shard(store, KeptShard(shard, RUN_ID, directory, 0, range(1)))
     resume = publish_manifest(store, [publish_node(store, [uploaded])])
-    checkpoints_in(shard.parent, config, FakeAgent(), resume).load(state)
+    checkpoints_in(config, FakeAgent(), resume).load(state)
 
 
-def fill(folder: Path) -> Path:
-    """A file that fills the directory."""
+class Uploading(FakeAgent):
+    """An agent that looks at each kept buffer until it has released it, some steps later."""
+
+    def __init__(self, folder: Path, upload_steps: int) -> None:
+        super().__init__(upload_steps=upload_steps)
+        self._folder = folder
+        self.looks = 0
+
+    def send(self, kind: str, **content: object) -> None:
+        """Take a message, and check the buffers of the checkpoints that are not released."""
+        super().send(kind, **content)
+        for saved in self.saved():
+            step = int(str(saved["step"]))
+            if not self.released(step):
+                path = Buffer(1, 0, int(str(saved["buffer"]))).path(self._folder)
+                with open_buffer(path) as buffer:
+                    assert buffer.step() == step
+                self.looks += 1
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_snapshots_go_on_around_a_kept_buffer(tmp_path: Path) -> None:
+    """While a checkpoint is being uploaded, snapshots use the other two buffers. The last state finds one too."""
+    config = config_for(
+        tmp_path,
+        "train.steps=12",
+        "checkpoint.every_steps=3",
+        "checkpoint.snapshot_every_steps=1",
+    )
+    state, batches = start(config)
+    agent = Uploading(tmp_path, upload_steps=4)
+    assert train_in(tmp_path, config, state, batches, agent) is Outcome.COMPLETED
+    assert agent.saved_steps() == [3, 8, 12]
+    assert agent.looks > 8
+    steps = [content["step"] for kind, content in agent.messages if kind == "snapshot"]
+    assert steps[-9:] == list(range(4, 13)), "each state is written once"
+    assert {content["buffer"] for kind, content in agent.messages if kind == "snapshot"} == {
+        0,
+        1,
+        2,
+    }
+
+
+class HeldCopier(HostCopier):
+    """A copy in the background that a test lets go on, in place of a GPU's."""
+
+    in_background = True
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self._work: Callable[[], None] = lambda: None
+
+    def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
+        """Copy in `wait`."""
+        self._work = partial(super().start, targets, rows)
+
+    def wait(self) -> None:
+        """Copy once the test says so."""
+        assert self.go_on.wait(60.0)
+        self._work()
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_state_is_whole_and_told_only_when_its_copy_is_done(tmp_path: Path) -> None:
+    """A copy goes on after `take`. The next agreement, before which no weight changes, waits for its end."""
+    config = config_for(tmp_path)
+    state, _ = start(config)
+    state.steps_done = 5
+    agent, copier = FakeAgent(), HeldCopier()
+    describe = checkpoints_in(config, agent).describe
+    snapshots = MemorySnapshots(1, 1, tmp_path, agent, state, describe, copier)
+    snapshots.keep(state, None, -1)
+    assert agent.messages == []
+    with open_buffer(Buffer(1, 0, 0).path(tmp_path)) as buffer:
+        assert buffer.step() is None
+        offered = threading.Thread(target=snapshots.offer)
+        offered.start()
+        offered.join(0.2)
+        assert offered.is_alive()
+        copier.go_on.set()
+        offered.join(60.0)
+        assert not offered.is_alive()
+        assert buffer.step() == 5
+    assert agent.saved_steps() == [5]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_worker_with_room_for_one_buffer_still_checkpoints(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    """Without room for three buffers there are no snapshots. The last checkpoint waits until its buffer is released."""
+    config = config_for(
+        tmp_path, "train.steps=5", "checkpoint.every_steps=2", "checkpoint.snapshot_every_steps=1"
+    )
+    state, batches = start(config)
+    fill(small_memory, leave=int(1.5 * sum(each.rows.nbytes for _, each in state.slices())))
+
+    class Slow(FakeAgent):
+        """An agent that releases the checkpoint of step 4 once the worker says that it waits."""
+
+        def released(self, step: int) -> bool:
+            return step < 4 or any(kind == "no_room" for kind, _ in self.messages)
+
+    agent = Slow()
+    assert train_in(small_memory, config, state, batches, agent) is Outcome.COMPLETED
+    kinds = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
+    kinds.remove(("no_snapshots", None))
+    assert kinds == [("snapshot", 2), ("snapshot", 4), ("no_room", 5), ("snapshot", 5)]
+    assert agent.saved_steps() == [2, 4, 5]
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """A file that fills the directory, except for `leave` bytes."""
     filler = folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+    os.truncate(filler, filler.stat().st_size - leave)
     return filler
 
 
@@ -306,8 +449,9 @@ def test_a_full_staging_directory_skips_checkpoints_and_fails_no_worker(
     told = [(kind, content.get("step")) for kind, content in agent.messages if kind != "step"]
     kinds = [each for each in told if each != ("no_snapshots", None)]
     assert len(told) == len(kinds) + 1, "that there is no memory for snapshots is told once"
-    assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("staged", 5)]
-    assert [path.name for path in small_memory.iterdir()] == ["0000000005-g1-rank-0.safetensors"]
+    assert kinds == [("skipped", 2), ("skipped", 4), ("no_room", 5), ("snapshot", 5)]
+    assert agent.saved_steps() == [5]
+    assert [path.name for path in small_memory.iterdir()] == ["snapshot-g1-rank-0-0"]
 
 
 @pytest.mark.usefixtures("world_of_one")

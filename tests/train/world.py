@@ -16,14 +16,14 @@ from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.shard_file import write_shard
-from elastic_pt.checkpoint.upload import StagedShard
+from elastic_pt.checkpoint.snapshot import Buffer
+from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.config import Config, parse_config
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
-from tests.checkpoint.world import collected, nodes_of, upload_nodes
+from tests.checkpoint.world import collected, nodes_of, upload_nodes, write_buffer
 
 VOCABULARY = 97
 RUN_ID = "0123456789abcdef"
@@ -89,7 +89,7 @@ def _run_world(
         directory = checkpoint_directory(last_step, generation, "abcd")
         nodes = nodes_of(world_size)
         shards = [
-            StagedShard(_shard(staging, rank), RUN_ID, directory, rank, nodes[rank])
+            KeptShard(_shard(staging, rank), RUN_ID, directory, rank, nodes[rank])
             for rank in range(world_size)
         ]
         upload_nodes(store, shards)
@@ -97,7 +97,7 @@ def _run_world(
 
 
 def _shard(staging: str, rank: int) -> Path:
-    return Path(staging) / f"{rank}.safetensors"
+    return Buffer(1, rank, 0).path(Path(staging))
 
 
 def _worker(
@@ -131,7 +131,7 @@ def _worker(
         tokens = torch.stack([tokens_of(step, slot, config) for slot in slots])
         result = run_step(state, tokens, Control(False, False))
         losses.append(result.loss)
-    _save(config, state, _shard(staging, rank))
+    _save(config, state, Path(staging))
     if rank == 0:
         results.put(losses)
     dist.destroy_process_group()
@@ -153,9 +153,10 @@ def _fill(config: Config, state: TrainState, resume: Checkpoint | None) -> None:
     state.skipped_in_a_row = manifest.state.skipped_in_a_row
 
 
-def _save(config: Config, state: TrainState, path: Path) -> None:
-    write_shard(
-        path,
+def _save(config: Config, state: TrainState, staging: Path) -> None:
+    write_buffer(
+        staging,
+        state.rank,
         {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()},
         TrainingState(
             step=state.steps_done,

@@ -7,7 +7,7 @@ several nodes may propose at once; the log accepts one proposal. A node takes pa
 
     WAITING   no workers; ready to be a member (`spent`: the newest generation that it has spent)
     RUNNING   workers of `generation` are up
-    SETTLING  workers have stopped on purpose; their checkpoint is being uploaded and committed
+    SETTLING  workers have stopped on purpose; their last state is being mirrored and uploaded
 
 A generation is broken when a member is gone, cannot be reached by another one, or has spent it without a drain. It
 is over, in good order, when all its members have spent it. Three rules prevent that two halves of a split network
@@ -25,10 +25,10 @@ from typing import Final
 
 from elastic_pt.membership.decision.admission import admit, joiners
 from elastic_pt.membership.decision.assessment import Assessment
+from elastic_pt.membership.decision.settled import is_ahead, needed
 from elastic_pt.membership.decision.status import (
     Limits,
     NodePhase,
-    NodeStatus,
     incarnations,
     is_lost,
 )
@@ -158,7 +158,8 @@ def _decide_next_world(
     """The newest generation is broken or over: which nodes form the next one, and who proposes it."""
     nodes_min, takeover_s = limits.elastic.nodes_min, limits.elastic.takeover_s
     parked = park(found.broken_links, generation.members)
-    going = incarnations(found.leaving) | set(parked) | incarnations(found.resting)
+    leave = _may_leave(view, generation, found, parked)
+    going = incarnations(leave) | set(parked) | incarnations(found.resting)
     stay = [member for member in found.alive if member.incarnation not in going]
     allowed = [member for member in stay if member.node not in view.barred]
     # Prefer a node that fails often to a stopped run.
@@ -172,7 +173,7 @@ def _decide_next_world(
     causes = (
         *_losses(view, found, parked, generation, now_s),
         *found.failures,
-        *(_leaves(view, member) for member in found.leaving),
+        *(_leaves(view, member) for member in leave),
         *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
         *joiners(wanted, generation.members),
     )
@@ -190,6 +191,10 @@ def _decide_next_world(
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
     stop, pause = view.asked(Verb.STOP), view.asked(Verb.PAUSE)
+    ahead = is_ahead(generation, found.alive, view.statuses_of(found.alive), view.committed_step)
+    if ahead and found.over and not found.broken and not too_few:
+        # The request came after the workers had stopped for another reason. The next generation commits a step for it.
+        stop = pause = None
     if stop is not None and (not others_first or quiet_s >= takeover_s):
         return Halt(f"stopped {stop.origin}")
     if pause is not None:
@@ -221,6 +226,19 @@ def _decide_next_world(
     return Propose(wanted, reason, causes)
 
 
+def _may_leave(
+    view: View, generation: Generation, found: Assessment, parked: Sequence[str]
+) -> list[Member]:
+    """The members that leave now. One that the others need to resume from the newest state leaves later."""
+    leaving = incarnations(found.leaving)
+    out = leaving | set(parked) | incarnations(found.resting)
+    alive = [member for member in found.alive if member.incarnation in leaving]
+    stay = [member for member in found.alive if member.incarnation not in out]
+    statuses = view.statuses_of(found.alive)
+    kept = incarnations(needed(generation, stay, alive, statuses, view.committed_step))
+    return [member for member in found.leaving if member.incarnation not in kept]
+
+
 def _losses(
     view: View,
     found: Assessment,
@@ -240,10 +258,10 @@ def _losses(
     for member in generation.members:
         silence_s = max(0.0, noticed_s - sign_of_life_s(member))
         if member.incarnation in dead:
-            detail = "its address refuses connections"
+            detail = "its address refuses connections" + _noticed(view, member)
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
         elif member.incarnation in silent or member.incarnation in deaf:
-            detail = f"silent for {silence_s:.1f} s"
+            detail = f"silent for {silence_s:.1f} s" + _noticed(view, member)
             if member.incarnation in deaf:
                 detail = "it does not read the log"
             causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
@@ -263,13 +281,19 @@ def _losses(
 
 def _leaves(view: View, member: Member) -> Cause:
     """The cause that a member leaves, with the reason in its status."""
-    said = _status_of(view, member)
+    said = view.status_of(member)
     return Cause(CauseKind.LEFT, member.node, "" if said is None else said.leave_reason)
+
+
+def _noticed(view: View, member: Member) -> str:
+    """What a lost member has said about its end."""
+    said = view.status_of(member)
+    return f" (it was to leave: {said.leave_reason})" if said is not None and said.leaving else ""
 
 
 def _rest_of(view: View, member: Member) -> str:
     """Why a member rests, as text."""
-    said = _status_of(view, member)
+    said = view.status_of(member)
     return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
 
 
@@ -371,9 +395,7 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     known = incarnations(candidates)
     links = {
         (min(speaker, other), max(speaker, other))
-        for speaker, said in (
-            (member.incarnation, _status_of(view, member)) for member in candidates
-        )
+        for speaker, said in ((member.incarnation, view.status_of(member)) for member in candidates)
         if said is not None
         for other in said.unreachable
         if other in known and other != speaker
@@ -388,10 +410,3 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     if not full and now_s - view.newcomers_changed_s < elastic.join_window_s:
         return Wait("waiting for more nodes to arrive")
     return Propose(wanted, "started" if view.generation is None else "resumed by new nodes")
-
-
-def _status_of(view: View, member: Member) -> NodeStatus | None:
-    if member.incarnation == view.me.member.incarnation:
-        return view.me
-    peer = view.peers.get(member.incarnation)
-    return None if peer is None else peer.status

@@ -1,8 +1,8 @@
 """The state in memory from which a new generation resumes: a pure choice from the reports of its members.
 
-A state counts if members of the new generation hold the rows of all workers that wrote it. The newest such step is
-taken, if it is not older than the newest checkpoint in the bucket. Rows of two steps are never mixed, and neither are
-the snapshots of one step from two generations.
+A state counts if members of the new generation hold the rows of all workers that wrote it, in copies that no member
+found unusable. The newest such step is taken, if it is not older than the newest checkpoint in the bucket. Rows of two
+steps are never mixed, and neither are the snapshots of one step from two generations.
 
 Only two kinds of states count: the newest generation's snapshots, and the state from which it resumed. Snapshots of an
 older generation may belong to another lineage.
@@ -11,7 +11,7 @@ older generation may belong to another lineage.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from elastic_pt.membership.decision.status import Held, NodeStatus
+from elastic_pt.membership.decision.status import Held, NodeStatus, Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
 
 
@@ -26,15 +26,19 @@ def newest_in_memory(
         return None
     told = [statuses.get(each.incarnation) for each in members]
     unusable = {each for status in told if status is not None for each in status.unusable}
-    holders: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
+    holders: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     sizes: dict[tuple[int, int], int] = {}
     for index, status in enumerate(told):
         for held in () if status is None else status.held:
             state = held.generation, held.step
-            if _is_of(generation, held) and state not in unusable and _fits(held):
-                sizes[state] = held.world_size
-                for rank in range(held.first_rank, held.end_rank):
-                    holders[state].setdefault(rank, index)
+            if not _is_of(generation, held) or not _fits(held):
+                continue
+            if Unusable(*state, -1, "") in unusable:
+                continue
+            sizes[state] = held.world_size
+            for rank in range(held.first_rank, held.end_rank):
+                if Unusable(*state, rank, members[index].incarnation) not in unusable:
+                    holders[state][rank].append(index)
     whole = [
         state
         for state, found in holders.items()
@@ -44,7 +48,13 @@ def newest_in_memory(
         return None
     number, step = max(whole, key=lambda state: (state[1], state[0]))
     found = holders[number, step]
-    return InMemory(number, step, tuple(found[rank] for rank in range(len(found))))
+    ranks = range(len(found))
+    return InMemory(
+        number,
+        step,
+        sources=tuple(found[rank][0] for rank in ranks),
+        others=tuple(tuple(found[rank][1:]) for rank in ranks),
+    )
 
 
 def _is_of(generation: Generation, held: Held) -> bool:

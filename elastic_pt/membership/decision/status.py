@@ -50,6 +50,18 @@ class Held:
     """Seconds since these rows were complete here."""
 
 
+@dataclass(frozen=True, order=True)
+class Unusable:
+    """One copy of a worker's rows in memory that could not be read: none may be resumed from."""
+
+    generation: int
+    step: int
+    rank: int
+    """-1: the rows of all workers do not fit together, so no copy of the state counts."""
+    holder: str
+    """The incarnation of the node that holds the copy; empty with rank -1."""
+
+
 @dataclass(frozen=True)
 class NodeStatus:
     """A node's report about itself in every heartbeat."""
@@ -82,8 +94,8 @@ class NodeStatus:
     metrics_url: str = ""
     held: tuple[Held, ...] = ()
     """What it can give to a new generation, its own workers' rows first."""
-    unusable: tuple[tuple[int, int], ...] = ()
-    """Generation and step of states in memory that its workers could not read: none may be resumed from."""
+    unusable: tuple[Unusable, ...] = ()
+    """Copies that its workers could not read."""
 
     @classmethod
     def first(
@@ -156,8 +168,18 @@ def incarnations(members: Iterable[Member]) -> frozenset[str]:
 
 
 def is_news(said: NodeStatus, before: NodeStatus) -> bool:
-    """Whether a status differs in more than step, loss and what is held. Those change too often to wake every peer."""
-    return replace(said, step=before.step, loss=before.loss, held=before.held) != before
+    """Whether a status differs in more than step and loss, which change too often to wake every peer.
+
+    So does what is held while workers run. Once they have stopped, peers wait for it.
+    """
+    if replace(said, step=before.step, loss=before.loss, held=before.held) != before:
+        return True
+    return said.phase is NodePhase.SETTLING and _rows(said) != _rows(before)
+
+
+def _rows(status: NodeStatus) -> list[Held]:
+    """What is held, without the ages: these differ in each message."""
+    return [replace(each, age_s=0.0) for each in status.held]
 
 
 def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:

@@ -1,12 +1,12 @@
 """The facts for one node's decision: one immutable `View`, built once per turn by `Participant`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from elastic_pt.membership.decision.assessment import Assessment
 from elastic_pt.membership.decision.status import NodeStatus, Peer
-from elastic_pt.runlog.records import Generation, Request, Stop, Verb
+from elastic_pt.runlog.records import Generation, Member, Request, Stop, Verb
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,20 @@ class View:
     """Why the run must end, by its failures; empty if it need not."""
     requests: tuple[Request, ...] = ()
     """The requests of operators that are in force."""
+    committed_step: int = 0
+    """The step of the newest checkpoint in the bucket; 0 if there is none."""
+
+    def status_of(self, member: Member) -> NodeStatus | None:
+        """The newest status of a node; None if there is none yet."""
+        if member.incarnation == self.me.member.incarnation:
+            return self.me
+        peer = self.peers.get(member.incarnation)
+        return None if peer is None else peer.status
+
+    def statuses_of(self, members: Iterable[Member]) -> dict[str, NodeStatus]:
+        """The newest statuses of these nodes, by incarnation."""
+        told = {each.incarnation: self.status_of(each) for each in members}
+        return {incarnation: said for incarnation, said in told.items() if said is not None}
 
     def asked(self, verb: Verb) -> Request | None:
         """The request of that verb, if there is one."""

@@ -1,0 +1,119 @@
+"""How long a step, a snapshot and an upload of this node take, and what fits in the time before it must leave.
+
+    steps, completions ─► Estimates: kept averages ─► Times ─┐
+    seconds until the machine is taken away ─────────────────┴─► plan_leave ─► LeavePlan
+
+A node that leaves has the next step agreed on by all workers and a state of that step made. The state must then be in
+the memory of the members that stay, or in the bucket, whichever is sooner. If neither is possible in time, the node ends
+at once: the others then start again sooner, and lose no more than they lose when a node vanishes. Agent process.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+_NEWEST_SHARE: Final = 0.2
+"""The share of the newest value in a kept average."""
+_STEPS_TO_AGREE: Final = 2.0
+"""The step that is being computed, and one more: a step has the requests that were there when it began."""
+_UPLOAD_MARGIN: Final = 1.3
+"""A bucket's time varies more than that of memory."""
+_STEPS_KEPT: Final = 4096
+_LEAD_MIN_S: Final = 1.0
+"""What counts for the steps before one has been measured."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Kept averages of this node. None until there is a first value."""
+
+    step_s: float | None = None
+    snapshot_s: float | None = None
+    """From the end of a step until its state is whole on this node and on its mirrors. None without mirrors."""
+    upload_s: float | None = None
+    """From the end of a step until this node has uploaded its share of that checkpoint; on the committing node, until the COMMIT."""
+
+
+class Way(StrEnum):
+    """How a node leaves."""
+
+    MEMORY = "memory"
+    """When the members that stay hold its state, or it is committed."""
+    BUCKET = "bucket"
+    """When its state is committed."""
+    AT_ONCE = "at_once"
+    """Without its state."""
+
+
+@dataclass(frozen=True)
+class LeavePlan:
+    """How a node will leave, and why."""
+
+    way: Way
+    reason: str
+
+
+def plan_leave(lead_s: float, times: Times, *, alone: bool) -> LeavePlan:
+    """How to leave within `lead_s` seconds. `alone`: no other node can continue. Pure.
+
+    Without a first value, a part counts as taking no time: it is tried.
+    """
+    step_s = _LEAD_MIN_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
+    needs_s = {Way.BUCKET: step_s + _UPLOAD_MARGIN * (times.upload_s or 0.0)}
+    if times.snapshot_s is not None and not alone:
+        needs_s = {Way.MEMORY: step_s + times.snapshot_s, **needs_s}
+    for way, need_s in needs_s.items():
+        if need_s <= lead_s:
+            return LeavePlan(way, f"needs about {need_s:.1f} of {lead_s:.1f} s")
+    if alone:
+        return LeavePlan(Way.BUCKET, "no other node waits for this one")
+    need_s = min(needs_s.values())
+    return LeavePlan(Way.AT_ONCE, f"needs about {need_s:.1f} s, but {lead_s:.1f} s are left")
+
+
+class Estimates:
+    """Keeps the averages. Called from the threads of the channel, the snapshots, the uploads and the notices."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._lock = threading.Lock()
+        self._times = Times()
+        self._ends_s: dict[int, float] = {}
+        """When each of the newest steps ended."""
+
+    @property
+    def times(self) -> Times:
+        """The averages now."""
+        return self._times
+
+    def step_done(self, step: int, seconds: float) -> None:
+        """This node's first worker has done a step."""
+        with self._lock:
+            self._times = replace(self._times, step_s=_kept(self._times.step_s, seconds))
+            self._ends_s.pop(step, None)
+            self._ends_s[step] = self._clock_s()
+            if len(self._ends_s) > _STEPS_KEPT:
+                del self._ends_s[next(iter(self._ends_s))]
+
+    def held(self, step: int) -> None:
+        """The state of a step is whole on this node and on its mirrors."""
+        with self._lock:
+            if step in self._ends_s:
+                seconds = self._clock_s() - self._ends_s[step]
+                self._times = replace(
+                    self._times, snapshot_s=_kept(self._times.snapshot_s, seconds)
+                )
+
+    def uploaded(self, step: int) -> None:
+        """This node has done its part of the checkpoint of a step."""
+        with self._lock:
+            if step in self._ends_s:
+                seconds = self._clock_s() - self._ends_s[step]
+                self._times = replace(self._times, upload_s=_kept(self._times.upload_s, seconds))
+
+
+def _kept(average_s: float | None, newest_s: float) -> float:
+    return newest_s if average_s is None else average_s + _NEWEST_SHARE * (newest_s - average_s)
