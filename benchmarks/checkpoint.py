@@ -23,6 +23,7 @@ The server is moto (`make services`), in a process of its own. Without it a dire
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -361,6 +362,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 def main() -> None:
     """Measure, print, write the JSON."""
     options = parse_arguments()
+    # Exit normally on SIGTERM too, so that processes are ended and files removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     report = measure(options)
     print_report(report)
     write_json(options.json, report)

@@ -17,6 +17,7 @@ The memory of the tensors is new, as in a new worker. The parts are: `records` (
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -368,6 +369,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 def main() -> None:
     """Measure, print, write the JSON."""
     options = parse_arguments()
+    # Exit normally on SIGTERM too, so that processes are ended and files removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     report = measure(options)
     print_report(report)
     write_json(options.json, report)

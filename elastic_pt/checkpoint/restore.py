@@ -13,11 +13,11 @@ no byte that was not verified stays in a tensor.
 `index` describes the errors.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from zlib_ng import zlib_ng
 
 from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
@@ -210,7 +210,7 @@ def _require_end(read: ReadRange, block: Block, count: int) -> None:
 
 
 def _require_crc(key: str, block: Block, part: memoryview) -> None:
-    if zlib.crc32(part) != block.crc32:
+    if zlib_ng.crc32(part) != block.crc32:
         raise CheckpointError(f"{_where(key, block)}: wrong CRC-32; expected that of its record")
 
 

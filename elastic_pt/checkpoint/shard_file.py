@@ -11,12 +11,12 @@ reader can open it. There is no pickle.
 import errno
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
+from zlib_ng import zlib_ng
 
 from elastic_pt.checkpoint.layout import (
     DTYPE_BYTES,
@@ -168,7 +168,7 @@ def hash_blocks(
         end = position + len(chunk)
         while block < len(bounds) and bounds[block][0] < end:
             low, high = max(bounds[block][0], position), min(bounds[block][1], end)
-            crcs[block] = zlib.crc32(chunk[low - position : high - position], crcs[block])
+            crcs[block] = zlib_ng.crc32(chunk[low - position : high - position], crcs[block])
             if bounds[block][1] > end:
                 break
             block += 1

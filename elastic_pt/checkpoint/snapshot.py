@@ -20,13 +20,13 @@ import mmap
 import os
 import shutil
 import struct
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
 import numpy
 import torch
+from zlib_ng import zlib_ng
 
 from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import (
@@ -299,7 +299,7 @@ def describe_snapshot(buffer: Buffer, directory: Path) -> Snapshot | None:
 
 
 def _with_crcs(piece: TensorSlice, shard: memoryview) -> TensorSlice:
-    crcs = tuple(zlib.crc32(shard[start:end]) for start, end in block_bounds(piece))
+    crcs = tuple(zlib_ng.crc32(shard[start:end]) for start, end in block_bounds(piece))
     return TensorSlice(**(piece.to_json() | {"block_crc32": crcs}))
 
 
@@ -307,7 +307,7 @@ def require_crcs(snapshot: Snapshot, shard: memoryview) -> None:
     """Raise `CheckpointError` with the first block of a shard file whose CRC-32 differs from the record."""
     for piece in snapshot.slices:
         for index, (start, end) in enumerate(block_bounds(piece)):
-            if zlib.crc32(shard[start:end]) != piece.block_crc32[index]:
+            if zlib_ng.crc32(shard[start:end]) != piece.block_crc32[index]:
                 raise CheckpointError(
                     f"snapshot of step {snapshot.step}, rank {snapshot.rank}: {piece.name} block {index}: "
                     "wrong CRC-32; expected that of the record"

@@ -1,6 +1,8 @@
 """The agent's checkpoints: where a new generation resumes, and which node is the cause of a lost checkpoint."""
 
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,7 +13,9 @@ from typing import cast
 import pytest
 
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
+from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.history import StepHistory
+from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.upload import KeptShard, refuse_node
 from elastic_pt.errors import CheckpointError
@@ -20,13 +24,23 @@ from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Commit, InMemory
 from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
-from tests.checkpoint.world import RUN_ID, full_tensors, local_rows, training_state, write_buffer
+from tests.checkpoint.world import (
+    RUN_ID,
+    expected_digest,
+    full_tensors,
+    local_rows,
+    training_state,
+    write_buffer,
+)
 from tests.membership.bucket import WatchedStore
 from tests.membership.world import generation, member
+from tests.services.proxy import Fault, FaultProxy
 from tests.train.world import config_for
 
-WAIT_S = 20.0
+WAIT_S = 90.0
+DEADLINE_S = 6.0
 State = tuple[int, int]
 COMMITTED = Checkpoint(7, 1, "ckpt/0000000007-g1-abcd", 1, "0" * 64, 1.0)
 
@@ -64,13 +78,14 @@ def member_of(
     released: Callable[[int, int, range | None], object] = lambda *_: None,
     settle_s: float = 5.0,
     states: Mapping[State, Mapping[int, tuple[Path, None]]] = MappingProxyType({}),
+    store: Store | None = None,
 ) -> Checkpointing:
     """The checkpoints of a node in generation 3 of two nodes with two workers each."""
     members = tuple(replace(member(name, workers=2), incarnation=f"abc{name}") for name in "ab")
     formed = SimpleNamespace(
         generation=replace(generation(), number=3, members=members), node_rank=node_rank
     )
-    store = open_store(f"file://{folder}/run")
+    store = store or open_store(f"file://{folder}/run")
     run_log = RunLog(store, writer="a")
     if run_log.refresh().length == 0:
         for number in (1, 2, 3):
@@ -103,17 +118,17 @@ def ends(event: threading.Event) -> Callable[[int, int, range | None], object]:
     return lambda generation, step, ranks: event.set() if ranks is None else None
 
 
-def stage(checkpointing: Checkpointing, folder: Path, rank: int) -> Path:
-    """A worker of generation 3 keeps its state of step 7 for a checkpoint."""
+def stage(checkpointing: Checkpointing, folder: Path, rank: int, step: int = 7) -> Path:
+    """A worker of generation 3 keeps its state of a step for a checkpoint."""
     rows = local_rows(full_tensors(), rank, 4)
-    path = write_buffer(folder / "staging", rank, rows, training_state(7), generation=3)
-    checkpointing.save(kept(3, rank))
+    path = write_buffer(folder / "staging", rank, rows, training_state(step), generation=3)
+    checkpointing.save(kept(3, rank, step))
     return path
 
 
-def kept(generation: int, rank: int) -> dict[str, object]:
-    """The message of a worker that keeps its state of step 7 in its first buffer."""
-    message = {"kind": "snapshot", "checkpoint": True, "step": 7, "rank": rank}
+def kept(generation: int, rank: int, step: int = 7) -> dict[str, object]:
+    """The message of a worker that keeps its state of a step in its first buffer."""
+    message = {"kind": "snapshot", "checkpoint": True, "step": step, "rank": rank}
     return message | {"generation": generation, "buffer": 0, "seconds": 0.1}
 
 
@@ -149,7 +164,7 @@ def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
         waits.append((timeout_s, given_up(), mirrored()))
         return Settled("memory" if held and not given_up() else "", "")
 
-    node.await_settled = await_settled
+    node.await_settled, node.must_reform = await_settled, lambda _: False
     message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
     checkpointing.save(message)
     assert bool(checkpointing.wait(node.formed, lambda step: step == 7)) == held
@@ -268,3 +283,70 @@ def test_the_mirror_of_a_lost_node_uploads_its_part(tmp_path: Path) -> None:
     assert [(each.generation, each.step) for each in run_log.view.checkpoints] == [(3, 7)]
     assert mirror.lost() is None
     mirror.close(WAIT_S)
+
+
+def on_shards(fault: Fault) -> Callable[[str, str], Fault | None]:
+    """Files are not taken, and no refusal either; the log and the rest work."""
+    return lambda method, path: (
+        fault if method == "PUT" and ("/shard-" in path or "/notice-" in path) else None
+    )
+
+
+TROUBLES: dict[str, Callable[[str, str], Fault | None]] = {
+    "outage": lambda *_: Fault(forward=False, answer=None),
+    "no permission": on_shards(Fault.status(403, "AccessDenied")),
+    "expired credentials": on_shards(Fault.status(400, "ExpiredToken")),
+    "no answer": on_shards(Fault.hang(WAIT_S)),
+}
+
+
+@pytest.mark.moto
+def test_commits_resume_after_each_trouble_of_the_bucket(
+    tmp_path: Path, moto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F28: the attempt fails and holds no worker longer than the deadline; then the next checkpoint is committed, whole.
+
+    The refusals fail too, so the committing node never learns that the attempt has failed.
+    """
+    (tmp_path / "staging").mkdir()
+    direct = open_store(f"{moto_url}/run")
+    heard = threading.Condition()
+    released: set[tuple[int, int]] = set()
+
+    def release(node: int) -> Callable[[int, int, range | None], object]:
+        def note(generation: int, step: int, ranks: range | None) -> None:
+            with heard:
+                released.add((node, step))
+                heard.notify_all()
+
+        return note
+
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        log = RunLog(direct, writer="test")
+        assert log.refresh().length == 0
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        nodes = []
+        for rank in (0, 1):
+            store = open_store(f"{moto_url}/run", timeout_s=DEADLINE_S)
+            nodes.append(member_of(tmp_path, rank, release(rank), WAIT_S, store=store))
+
+        def save(step: int) -> None:
+            for rank in range(4):
+                stage(nodes[rank // 2], tmp_path, rank, step)
+
+        for number, trouble in enumerate(TROUBLES.values(), start=1):
+            proxy.trouble(trouble)
+            save(10 * number)
+            with heard:
+                both = {(0, 10 * number), (1, 10 * number)}
+                assert heard.wait_for(lambda both=both: both <= released, WAIT_S)  # type: ignore[misc]
+            proxy.mend()
+            save(10 * number + 1)
+            give_up_at_s = time.monotonic() + WAIT_S
+            while [each.step for each in log.refresh().checkpoints[:1]] != [10 * number + 1]:
+                assert time.monotonic() < give_up_at_s, (number, log.view.checkpoints)
+                threading.Event().wait(0.05)
+        for node in nodes:
+            node.close(WAIT_S)
+    manifest = read_manifest(direct, log.view.checkpoints[0], RUN_ID)
+    assert digest(direct, manifest) == expected_digest(full_tensors())

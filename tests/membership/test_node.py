@@ -518,7 +518,7 @@ def test_leaving_node_with_the_only_copy_is_in_the_next_generation(
     a.spend(number, None)
     second = formed(a, b)[0]
     assert names(second) == ["a", "b"]
-    assert second.generation.memory == InMemory(1, 60, (1, 1))
+    assert second.generation.memory == InMemory(1, 60, (1, 1), ((), ()))
     assert b.leaving
 
 

@@ -6,10 +6,11 @@ from typing import Final
 
 from elastic_pt.agent.holdings import Holdings
 from elastic_pt.checkpoint.snapshot import Buffer
-from elastic_pt.membership import appender, participant
+from elastic_pt.membership import appender
 from elastic_pt.membership.decision import resume
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import NodeStatus
+from elastic_pt.membership.node import Node
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.sim import agent, buffers, training
@@ -243,9 +244,9 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "planned change does not wait",
         "members go on after a drain before they hold its state in memory, and before it is committed",
-        participant,
-        "settled",
-        lambda generation, step, *_: Settled("memory", f"step {step}"),
+        Node,
+        "await_settled",
+        lambda self, generation, step, *_: Settled("memory", f"step {step}"),
         0,
     ),
     Mutation(

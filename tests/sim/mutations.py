@@ -193,7 +193,7 @@ MUTATIONS: Final = (
         S3Store,
         "create",
         S3Store.write,
-        8,
+        9,
     ),
     Mutation(
         "generation formed without new answers",

@@ -39,8 +39,13 @@ def settled(
     `statuses` has the newest status of each member that is not gone, by incarnation. A request to pause or to stop
     promises a commit, so memory does not count then.
     """
-    # Of any generation: the upload of an earlier one may have been committed just now.
-    if any(each.step >= step for each in checkpoints):
+    # The state from which this generation resumed may have been committed just now. A newer step of an earlier
+    # generation belongs to steps that were given up, such as a checkpoint that is quarantined.
+    if any(
+        each.step >= step
+        and (each.generation == generation.number or each.step <= generation.resume_step)
+        for each in checkpoints
+    ):
         return Settled("bucket", f"step {step} is committed")
     promised = next((each for each in requests if each.verb in (Verb.PAUSE, Verb.STOP)), None)
     if promised is not None:
