@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install services demo test check format lint types imports unit sim scale chaos notices clean
+.PHONY: help install services demo test check format lint types imports unit sim scale crash chaos notices clean
 
 help:  ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -53,6 +53,11 @@ sim: install  ## Simulate SEEDS=500 schedules of faults, then find every planted
 
 scale: install  ## Simulate a fleet of NODES=1000 through starts, losses and joins
 	$(BIN)/python -m tests.sim.scale --nodes $(or $(NODES),1000)
+
+crash: install services  ## Kill at each failpoint under SEEDS=20 seeds, locally and on S3; change 10,000 places of stored states
+	$(BIN)/python -m tests.crash --seeds $(or $(SEEDS),20)
+	$(BIN)/python -m tests.crash --seeds $(or $(SEEDS),20) --store s3
+	$(BIN)/python -m tests.crash --corruptions 10000
 
 chaos: install
 	$(BIN)/pytest chaos_tests --numprocesses 2 --durations 10

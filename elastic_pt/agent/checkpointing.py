@@ -31,6 +31,7 @@ from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
 from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
@@ -75,6 +76,7 @@ def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> No
     log.error("checkpoint_quarantined", directory=directory, why=why)
     try:
         run_log.append(lambda _: Quarantine(directory, why), generation=generation)
+        failpoint(Failpoint.QUARANTINE_APPENDED)
     except FencedError as error:
         log.info("quarantine_fenced", reason=str(error))
     except StoreError as error:

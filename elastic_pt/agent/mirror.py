@@ -36,6 +36,7 @@ from elastic_pt.checkpoint.snapshot import (
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, ElasticPtError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import Member
 
 _AGAIN_S: Final = 0.1
@@ -176,14 +177,17 @@ class Mirror:
             self._on_write(buffer)
             buffers.steps[number] = 0
             begin_buffer(mapped, step)
+            failpoint(Failpoint.MIRROR_BEGUN)
             with (
                 memoryview(mapped) as whole,
                 whole[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.size] as content,
             ):
                 if not self._fill(path, content):
                     return
+                failpoint(Failpoint.MIRROR_COPIED)
                 require_crcs(record, content)
             end_buffer(mapped, step)
+            failpoint(Failpoint.MIRROR_DONE)
             buffers.steps[number] = step
             self._has[rank] = max(step, self._has[rank])
             self._on_copy(buffer, record)

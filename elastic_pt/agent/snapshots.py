@@ -37,6 +37,7 @@ from elastic_pt.checkpoint.memory import Place, Places
 from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
@@ -292,6 +293,8 @@ class Snapshots:
             if generation != self._holdings.generation:
                 return False
             self._holdings.acknowledge(mirror, step, copied=copied)
+            if step:
+                failpoint(Failpoint.MIRROR_ACKNOWLEDGED)
             self._look()
             return True
 
@@ -323,6 +326,7 @@ class Snapshots:
             try:
                 found = describe_snapshot(buffer, self._scratch)
                 if found is not None:
+                    failpoint(Failpoint.SNAPSHOT_DESCRIBED)
                     self._copied(buffer, found)
                 return
             # Any error: keep the thread alive.

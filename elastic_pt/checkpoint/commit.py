@@ -26,6 +26,7 @@ from elastic_pt.checkpoint.nodes import notice_key
 from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.sweep import Sweeper
 from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
 from elastic_pt.store.port import Store
@@ -229,6 +230,7 @@ class Committer:
             log.info("commit_abandoned", step=due.step, directory=due.directory, reason=why)
         self._listener.ended(due.generation, due.step, failure)
         if expired is not None:
+            failpoint(Failpoint.COMMIT_RELEASED)
             self._tidier.tidy(expired)
         # At last: `close` waits for it.
         with self._changed:
@@ -244,8 +246,14 @@ class Committer:
             if committed_step(view) < last_step:
                 return
             try:
-                self._log.append(lambda _: Stop(COMPLETED, last_step), generation=generation.number)
+                view = self._log.append(
+                    lambda _: Stop(COMPLETED, last_step), generation=generation.number
+                )
+                failpoint(Failpoint.STOP_APPENDED)
                 log.info("stop", reason=COMPLETED, step=last_step)
+                if view.checkpoints[0].generation != generation.number:
+                    # Its committer was perhaps killed before it removed what had expired.
+                    self._tidier.tidy(_Expired(view, set(), last=True))
             except FencedError as error:
                 log.info("stop_fenced", reason=str(error))
             except StoreError as error:
@@ -261,11 +269,13 @@ class Committer:
         """Append the COMMIT if it is this node's turn and all notices are there; None if not yet."""
         if not self._is_mine(view, due) or not self._is_complete(view, due):
             return None
+        failpoint(Failpoint.COMMIT_COLLECTED)
         checkpoint = publish_manifest(self._store, due.collector.notices)
         before = self._log.refresh()
         if self._over(before, due) or not self._is_mine(before, due):
             return None
         lines = self._write_history(before, due)
+        failpoint(Failpoint.HISTORY_WRITTEN)
         history = _history_key(due.directory, before.length)
         if lines:
             checkpoint = replace(checkpoint, loss=json.loads(lines[-1].text)["loss"])
@@ -290,6 +300,7 @@ class Committer:
             )
 
         after = self._log.append(commit, generation=before.generation_number)
+        failpoint(Failpoint.COMMIT_APPENDED)
         log.info("commit", step=due.step, directory=due.directory, loss=checkpoint.loss)
         self._history.forget(due.step)
         self._listener.committed(checkpoint)

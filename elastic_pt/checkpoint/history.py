@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, Final, NamedTuple
 
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
 
 PART_BYTES_MAX: Final = 8 << 20
@@ -108,6 +109,7 @@ def write_history(
         if index + 1 < len(parts):
             parts[index].append(json.dumps({"next": _part_key(key, index + 1)}).encode() + b"\n")
         store.create(_part_key(key, index), b"".join(parts[index]))
+        failpoint(Failpoint.HISTORY_PART)
 
 
 def read_history(store: Store, key: str) -> list[dict[str, Any]]:

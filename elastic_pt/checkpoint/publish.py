@@ -17,6 +17,7 @@ from elastic_pt.checkpoint.layout import manifest_key, parse_directory
 from elastic_pt.checkpoint.nodes import NodeNotice, NodeRefusal, RootManifest, notice_key
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
 
@@ -114,6 +115,7 @@ def publish_manifest(store: Store, notices: Sequence[NodeNotice]) -> Checkpoint:
     )
     key = manifest_key(first.directory)
     store.create(key, data)
+    failpoint(Failpoint.MANIFEST_CREATED)
     if read_root(store, checkpoint, first.run_id) != manifest:
         raise CheckpointError(
             f"{key}: read back with another content; expected the manifest just written"

@@ -23,6 +23,7 @@ from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 
 READ_BYTES_MAX = 32 << 20
 _MEMORY_READ_BYTES_MAX = 8 << 20
@@ -149,10 +150,13 @@ def load_rows(
         for block, each, (part, in_place) in zip(read.blocks, rows, parts, strict=True):
             if not in_place:
                 _copy_rows(block, part, each, into[block.tensor])
+        failpoint(Failpoint.RESTORE_ROWS)
 
+    failpoint(Failpoint.RESTORE_INDEXED)
     limit = _MEMORY_READ_BYTES_MAX if isinstance(source, Memory) else READ_BYTES_MAX
     for _ in in_order(plan_reads(index, wanted, limit), fetch, _LOAD_THREADS):
         pass
+    failpoint(Failpoint.RESTORE_LOADED)
 
 
 def read_tensors(

@@ -24,6 +24,7 @@ from elastic_pt.checkpoint.layout import (
 from elastic_pt.checkpoint.nodes import RootManifest
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store, UnfinishedUpload
 
@@ -149,7 +150,9 @@ def remove(store: Store, directory: str) -> None:
     else:
         if manifest.directory == directory:
             keys |= manifest.removable
+    failpoint(Failpoint.REMOVAL_LISTED)
     store.delete(manifest_key(directory))
+    failpoint(Failpoint.REMOVAL_MANIFEST)
     with ThreadPoolExecutor(_DELETE_THREADS) as pool:
         for _ in pool.map(store.delete, sorted(keys - {manifest_key(directory)})):
-            pass
+            failpoint(Failpoint.REMOVAL_FILE)

@@ -46,6 +46,7 @@ from elastic_pt.checkpoint.shard_file import (
     parse_shard_header,
 )
 from elastic_pt.errors import CheckpointError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import FilePart
 
 BUFFERS: Final = 3
@@ -171,6 +172,7 @@ class SnapshotBuffers:
         self.steps[number] = 0
         buffer = self._maps[number]
         begin_buffer(buffer, state.step)
+        failpoint(Failpoint.BUFFER_BEGUN)
         header = self._layout.header(state)
         buffer[PAYLOAD_OFFSET : PAYLOAD_OFFSET + len(header)] = header
         self._copier.start(self._targets[number], self._rows)
@@ -179,7 +181,9 @@ class SnapshotBuffers:
     def finish(self, buffer: Buffer, step: int) -> Buffer:
         """Wait until the copy is done, then mark the buffer as whole. Any thread may call it. Returns the buffer."""
         self._copier.wait()
+        failpoint(Failpoint.BUFFER_COPIED)
         end_buffer(self._maps[buffer.number], step)
+        failpoint(Failpoint.BUFFER_DONE)
         self.steps[buffer.number] = step
         return buffer
 

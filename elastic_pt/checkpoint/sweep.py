@@ -16,6 +16,7 @@ import structlog
 
 from elastic_pt.checkpoint import retention
 from elastic_pt.errors import AccessDenied
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Commit
 from elastic_pt.store.port import KeepsUnfinished, Store
@@ -42,7 +43,7 @@ class Sweeper:
         """When each attempt of the current generation was first seen to be overtaken."""
 
     def sweep(self, view: RunView, *, last: bool) -> None:
-        """Sweep, if it is time or this is the run's `last` commit. `view` ends with a COMMIT of this node.
+        """Sweep, if it is time or this is the run's `last` commit. `view` ends with a COMMIT or the STOP of this node.
 
         Raises `StoreError` if the store fails; the next sweep starts from the beginning.
         """
@@ -65,6 +66,7 @@ class Sweeper:
             *retention.leftovers(listed, committed, view.generation_number, commit.newest.step),
             *(each for each in overtaken if now_s - since_s[each] >= OVERTAKEN_AGE_S),
         ]
+        failpoint(Failpoint.SWEEP_LISTED)
         for directory in due[:_DIRECTORIES_MAX]:
             if self._is_replaced(view):
                 return
@@ -85,6 +87,7 @@ class Sweeper:
             if self._is_replaced(view):
                 return
             self._store.abandon(upload)
+            failpoint(Failpoint.SWEEP_ABANDONED)
             log.info("upload_abandoned", key=upload.key, age_s=round(upload.age_s))
 
     def _is_replaced(self, view: RunView) -> bool:

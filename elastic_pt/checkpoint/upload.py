@@ -40,6 +40,7 @@ from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.checkpoint.snapshot import open_buffer, shard_part
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
 
 
@@ -87,6 +88,7 @@ def upload_shard(store: Store, shard: KeptShard) -> UploadedShard:
         # Before the upload too: it may take minutes.
         buffer.require_step(shard.step, str(shard.path))
         store.write(key, part)
+        failpoint(Failpoint.SHARD_WRITTEN)
         buffer.require_step(shard.step, str(shard.path))
     if state.step != shard.step:
         raise CheckpointError(f"{key}: the state of step {state.step}, expected step {shard.step}")
@@ -137,7 +139,9 @@ def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:
         first.tensors if first_rank == 0 else (),
     )
     store.create(key, data)
+    failpoint(Failpoint.NODE_RECORDED)
     store.create(notice_key(kept.directory, first_rank), notice.to_bytes())
+    failpoint(Failpoint.NODE_NOTICED)
     return notice
 
 

@@ -1,5 +1,6 @@
 """Commands that train: `run` (one node's agent), `local` (several nodes on this machine), `demo`."""
 
+import os
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from elastic_pt import failpoints
 from elastic_pt.cli.options import ConfigOrRunUrl, Overrides, absolute_url, is_config_file
 from elastic_pt.config import Config, ElasticSection, load_config, parse_config
 from elastic_pt.errors import ConfigError, RunFailed
@@ -61,6 +63,7 @@ def run(
             f"--node {node!r}: expected at most 64 letters, digits, '.', '_' and '-', "
             "the first one a letter or digit"
         )
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     config = _configuration(source, overrides or [])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _leave_at_once)

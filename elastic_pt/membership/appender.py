@@ -3,6 +3,7 @@
 import structlog
 
 from elastic_pt.errors import FencedError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.admission import slots_per_member
 from elastic_pt.membership.decision.budgets import quarantines_due
 from elastic_pt.membership.decision.decide import Halt, Propose
@@ -97,7 +98,9 @@ class Appender:
         try:
             self.stores = {number: store}
             self._noticed_s = {} if noticed_s is None else {number: noticed_s}
+            failpoint(Failpoint.GENERATION_CHOSEN)
             self._log.append(make, generation=number - 1)
+            failpoint(Failpoint.GENERATION_APPENDED)
             self._read()
         except FencedError as error:
             self.stores = {}

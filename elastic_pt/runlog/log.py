@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import (
     COMPLETED,
     ORIGIN,
@@ -225,10 +226,12 @@ class RunLog:
                 body = make(view)
                 check_allowed(view, body, generation)
                 record = self._next_record(view, body)
+                failpoint(Failpoint.LOG_APPENDING)
                 try:
                     self._store.create(record_key(record.index), record.to_bytes())
                 except AlreadyExists:
                     continue
+                failpoint(Failpoint.LOG_APPENDED)
                 self._view = fold(view, record)
                 return self._view
         raise StoreError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound, StoreError
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import (
     NoAtomicCreate,
     Source,
@@ -123,6 +124,7 @@ class LocalStore:
                     ]
                     path.parent.mkdir(parents=True, exist_ok=True)
                     publish(finished, path)
+                    failpoint(Failpoint.OBJECT_PUBLISHED)
                     # A new directory is durable only after an fsync of its parent.
                     for directory in dict.fromkeys((path.parent, *(each.parent for each in new))):
                         _sync_directory(directory)
@@ -160,6 +162,7 @@ class LocalStore:
                         file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
+            failpoint(Failpoint.OBJECT_PREPARED)
             yield path
         finally:
             path.unlink(missing_ok=True)

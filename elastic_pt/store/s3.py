@@ -26,6 +26,7 @@ from botocore import exceptions as boto
 from fsspec.asyn import sync
 
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.port import (
     Source,
@@ -365,11 +366,13 @@ class S3Store:
             sent = self._call(
                 what, "upload_part", key, UploadId=upload, PartNumber=number, Body=body
             )
+            failpoint(Failpoint.OBJECT_PART)
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
         try:
             numbers = range(1, -(-size // part_bytes) + 1)
             parts = _in_threads(send_part, numbers)
+            failpoint(Failpoint.OBJECT_PARTS)
             self._complete(key, upload, parts, nonce)
         except BaseException:
             self._abort(key, upload)

@@ -19,6 +19,7 @@ from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
 from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
+from elastic_pt.failpoints import Failpoint
 from elastic_pt.membership.decision.admission import spans
 from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.report.status import CommitReport, MemberReport, RunStatus, State
@@ -171,6 +172,13 @@ def exit_code_rows() -> list[str]:
 def test_table_of_metrics_is_the_catalogue() -> None:
     """Operators read about the metrics that exist, in the catalogue's own words."""
     assert table_between(ROOT / "docs" / "operations.md", "metrics") == metric_rows()
+
+
+def test_table_of_failpoints_is_the_enumeration() -> None:
+    """The page on failpoints names each point of the code, in order, with its moment."""
+    rows = ["| point | moment |", "| --- | --- |"]
+    rows += [f"| `{each.label}` | {each.moment} |" for each in Failpoint]
+    assert table_between(ROOT / "docs" / "failpoints.md", "failpoints") == rows
 
 
 def test_table_of_exit_codes_is_the_error_tree() -> None:

@@ -70,7 +70,10 @@ rgw enable usage log = false
 rgw enable ops log = false
 rgw gc obj min wait = 60
 rgw thread pool size = 64
+rgw multipart min part size = {part_bytes_min}
 """
+_PART_BYTES_MIN = 5 << 20
+"""The least size of a part but the last, as in Amazon's S3."""
 
 
 def missing_commands() -> list[str]:
@@ -83,6 +86,7 @@ class Ceph:
     """A running cluster; `stop()` ends the gateway, then the OSD, then the monitor."""
 
     home: Path
+    part_bytes_min: int = _PART_BYTES_MIN
     gateway_port: int = field(default_factory=free_port)
     mon_port: int = field(default_factory=free_port)
     _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -113,7 +117,11 @@ class Ceph:
         fsid = str(uuid.uuid4())
         (self.home / "ceph.conf").write_text(
             _CONFIGURATION.format(
-                fsid=fsid, home=self.home, mon_port=self.mon_port, gateway_port=self.gateway_port
+                fsid=fsid,
+                home=self.home,
+                mon_port=self.mon_port,
+                gateway_port=self.gateway_port,
+                part_bytes_min=self.part_bytes_min,
             )
         )
         keyring, monmap = str(self.home / "keyring"), str(self.home / "monmap")
