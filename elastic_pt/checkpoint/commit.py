@@ -234,7 +234,8 @@ class Committer:
             self._tidier.tidy(expired)
         # At last: `close` waits for it.
         with self._changed:
-            self._due.remove(due)
+            # `expect` may have dropped it meanwhile.
+            self._due = [each for each in self._due if each is not due]
             self._changed.notify_all()
 
     def _finish(self) -> None:

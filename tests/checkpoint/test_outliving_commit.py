@@ -217,3 +217,26 @@ def test_the_history_begins_after_the_commit_that_came_first(run: Run) -> None:
     lines = [json.loads(line) for line in open_store(run.url).read(commit.history).splitlines()]
     assert [line["step"] for line in lines] == [6, 7, 8, 9, 10]
     assert [each.step for each in commit.checkpoints] == [10, 5]
+
+
+def test_more_checkpoints_than_the_limit_end_the_oldest_and_not_the_committer(run: Run) -> None:
+    """After a long trouble of the bucket many are due. The oldest is given up, even while it is looked at; the others go on."""
+    first = run.begin(0, "a")
+    node = Node(run, "a")
+    node.train(first, 1, 20)
+    for step in range(1, 9):
+        node.committer.expect(step, first)
+    added = [9]
+
+    def before(verb: str, key: str) -> None:
+        if key.startswith("log/") and added:
+            node.committer.expect(added.pop(), first)
+
+    node.store.before = before
+    run.upload(first, 8, 0)
+    assert node.end_of(8) is None
+    assert node.end_of(1) is None
+    node.committer.expect(10, first)
+    run.upload(first, 10, 0)
+    assert node.end_of(10) is None
+    assert [body.newest.step for _, body in run.commits()] == [8, 10]
