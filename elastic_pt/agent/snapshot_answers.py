@@ -187,8 +187,12 @@ async def _send_file(
         return response
     # A reader that stalls must not keep the file's memory for long.
     async with asyncio.timeout(_SEND_S + (end - start) / _SEND_BYTES_PER_S):
-        await asyncio.get_running_loop().sendfile(
+        sent = await asyncio.get_running_loop().sendfile(
             transport, file, PAYLOAD_OFFSET + start, end - start
         )
-    await response.write_eof()
+    if sent < end - start:
+        # The file has become shorter. Without this the reader would wait for the rest.
+        transport.abort()
+    elif not transport.is_closing():
+        await response.write_eof()
     return response

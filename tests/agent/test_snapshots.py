@@ -382,6 +382,19 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     assert {each.generation for each in pair[0].snapshots.held} == {2}
 
 
+def test_reader_of_a_file_that_has_become_shorter_is_told_at_once(pair: list[Node]) -> None:
+    """It must not wait for its timeout: another copy may be good."""
+    hold_step_5(pair)
+    path = next(pair[0].directory.glob("snapshot-g1-rank-0-0"))
+    with path.open("r+b") as file:
+        file.truncate(PAYLOAD_OFFSET + 10)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 30.0)
+    began_s = time.monotonic()
+    with pytest.raises(StoreError):
+        peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(100)))
+    assert time.monotonic() - began_s < 20.0
+
+
 def test_state_is_kept_until_the_next_generation_has_its_own(pair: list[Node]) -> None:
     """The state that a generation resumed from stays on its nodes until it has a complete state on all nodes."""
     hold_step_5(pair)
