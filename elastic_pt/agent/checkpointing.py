@@ -16,7 +16,7 @@ Called from the threads of the channel, the upload, the commit and the membershi
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -209,7 +209,10 @@ class Checkpointing:
         if all(rank in copies for rank in ranks):
             log.info("upload_adopted", step=step, generation=of.number, first_rank=ranks.start)
             self._uploads.adopt(
-                [self._shard(of, step, copies[rank][0], rank, ranks) for rank in ranks]
+                [
+                    replace(self._shard(of, step, copies[rank][0], rank, ranks), adopted=True)
+                    for rank in ranks
+                ]
             )
 
     def _expect(self, place: Place, generation: Generation, request: int) -> None:
@@ -336,7 +339,8 @@ class Checkpointing:
     def _lose(self, place: Place, why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
-        # Keep the reason that this node has for its own share.
-        if own or known is None or (known.generation, known.step) != place:
+        before = None if known is None else Place(known.generation, known.step)
+        # Keep the newest one, and the reason that this node has for its own share.
+        if before is None or place > before or (own and place == before):
             self._lost = Lost(*place, why, own)
         self._node.notice_log()

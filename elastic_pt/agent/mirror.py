@@ -35,7 +35,7 @@ from elastic_pt.checkpoint.snapshot import (
     make_buffers,
     require_crcs,
 )
-from elastic_pt.errors import CheckpointError, ElasticPtError
+from elastic_pt.errors import CheckpointError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.records import Member
 
@@ -128,7 +128,8 @@ class Mirror:
                 if following is not None:
                     for step in sorted({*following.kept, following.step}):
                         self._copy(step, following)
-                    self._on_keep(self._generation, self._ranks, following.kept)
+                        # After each: the neighbour may be lost during the next copy.
+                        self._on_keep(self._generation, self._ranks, following.kept)
                     self._told, self._full = "", False
                     continue
             except StagingFull as error:
@@ -138,7 +139,7 @@ class Mirror:
                 self._full = True
                 self._stop.wait(_FULL_S)
             # Any error: retry. If the neighbour stays away, the generation ends, and this thread with it.
-            except (ElasticPtError, ValueError, OSError) as error:
+            except Exception as error:
                 self._tell(error)
             self._stop.wait(_AGAIN_S)
 

@@ -362,7 +362,8 @@ class Snapshots:
         """Remove the files of earlier generations that hold nothing. Freeing memory takes half a second per gigabyte."""
         with self._lock:
             held = {buffer.path(self._scratch) for buffer in self._holdings.buffers}
-            current = f"snapshot-g{self._holdings.generation}-"
+            newest = self._holdings.generation
         for path in self._scratch.glob("snapshot-g*-rank-*"):
-            if path not in held and not path.name.startswith(current):
+            # A generation that has started meanwhile has newer files.
+            if path not in held and Buffer.at(path).generation < newest:
                 path.unlink(missing_ok=True)

@@ -67,22 +67,32 @@ class Uploads:
         self._lock = threading.Lock()
         self._parts: list[_Part] = []
         """The one in flight comes first."""
+        self._newest = Place(0, 0)
+        """The newest checkpoint that the workers of this node have begun to add."""
 
     def add(self, shard: KeptShard) -> None:
-        """Upload a shard of a worker of this node. Its checkpoint replaces an older one that is pending."""
-        replaced: list[_Part] = []
+        """Upload a shard of a worker of this node. Its checkpoint replaces an older one that is pending.
+
+        A shard that comes late is not uploaded: its checkpoint is over, or has been replaced.
+        """
+        place, replaced = Place.of(shard), list[_Part]()
         with self._lock:
-            part = self._find(Place.of(shard), shard.ranks)
-            if part is None:
+            part = self._find(place, shard.ranks)
+            late = part.abandoned if part is not None else place <= self._newest
+            if part is None and not late:
+                self._newest = place
                 replaced = [each for each in self._parts[1:] if not each.adopted]
                 self._parts = [each for each in self._parts if each not in replaced]
-                part = _Part(Place.of(shard), shard.ranks)
+                part = _Part(place, shard.ranks)
                 self._parts.append(part)
-            part.shards[shard.rank] = shard
-            if part is self._parts[0]:
-                self._uploader.submit(shard)
+            if part is not None and not late:
+                part.shards[shard.rank] = shard
+                if part is self._parts[0]:
+                    self._uploader.submit(shard)
+        if late:
+            self._on_uploaded(place, range(shard.rank, shard.rank + 1))
         for each in replaced:
-            self._on_dropped(each.place, f"step {part.place.step} has replaced it")
+            self._on_dropped(each.place, f"step {place.step} has replaced it")
 
     def adopt(self, shards: Sequence[KeptShard]) -> None:
         """Upload copies of all shards of a node that is no member any more."""

@@ -24,6 +24,9 @@ class Copier(Protocol):
     def register(self, buffer: mmap.mmap) -> None:
         """Prepare a buffer as a target. Raises `CheckpointError` if that is impossible."""
 
+    def unregister(self, buffer: mmap.mmap) -> None:
+        """Undo `register`, also one that has failed or was not called."""
+
     def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
         """Begin to copy the rows as they are after all work that this thread has queued on the device."""
 
@@ -38,6 +41,9 @@ class HostCopier:
 
     def register(self, buffer: mmap.mmap) -> None:
         """Nothing to prepare."""
+
+    def unregister(self, buffer: mmap.mmap) -> None:
+        """Nothing to undo."""
 
     def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
         """Copy them."""
@@ -57,16 +63,26 @@ class CudaCopier(HostCopier):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._registered: set[int] = set()
+        """Addresses of the buffers with locked pages."""
 
     def register(self, buffer: mmap.mmap) -> None:
         """Lock its pages, so that the device can write into them while the host computes."""
-        address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+        # A thread begins with device 0, and would occupy memory there.
+        torch.cuda.set_device(self._stream.device)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(address, len(buffer), 0)
+        status = runtime.cudaHostRegister(_address(buffer), len(buffer), 0)
         if int(status):
             raise CheckpointError(
                 f"cudaHostRegister of {len(buffer)} bytes: status {status}; expected 0"
             )
+        self._registered.add(_address(buffer))
+
+    def unregister(self, buffer: mmap.mmap) -> None:
+        """Unlock its pages, if they are locked: memory that is unmapped must not be."""
+        if _address(buffer) in self._registered:
+            self._registered.discard(_address(buffer))
+            torch.cuda.cudart().cudaHostUnregister(_address(buffer))  # type: ignore[no-untyped-call]
 
     def start(self, targets: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
         """Copy them after the work that is queued on the current stream: the optimizer's step."""
@@ -78,7 +94,12 @@ class CudaCopier(HostCopier):
 
     def wait(self) -> None:
         """Wait for the event after the copy, without the interpreter's lock."""
+        torch.cuda.set_device(self._stream.device)
         self._done.synchronize()
+
+
+def _address(buffer: mmap.mmap) -> int:
+    return torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
 
 
 def copier_for(device: torch.device) -> Copier:

@@ -158,10 +158,11 @@ class Peer:
         """Send a request. Retry once on a new connection if the kept connection fails."""
         for kept in (True, False):
             connection = getattr(self._own, "connection", None) if kept else None
-            if kept and connection is None:
+            # The peer may have closed it after its last answer.
+            if kept and (connection is None or connection.sock is None):
                 continue
             try:
-                if connection is None:
+                if connection is None or connection.sock is None:
                     connection = self._connect()
                 connection.sock.settimeout(timeout_s or self._timeout_s)
                 connection.request("GET", path, headers=self._headers | headers)

@@ -90,6 +90,12 @@ class Buffer(NamedTuple):
         """Its path in a node's scratch directory."""
         return directory / f"snapshot-g{self.generation}-rank-{self.rank}-{self.number}"
 
+    @classmethod
+    def at(cls, path: Path) -> "Buffer":
+        """The buffer of a file."""
+        _, generation, _, rank, number = path.name.split("-")
+        return cls(int(generation[1:]), int(rank), int(number))
+
 
 def buffer_to_write(steps: Sequence[int], kept: Collection[int], complete_step: int) -> int | None:
     """The buffer that the next state overwrites; None if all are needed.
@@ -143,7 +149,8 @@ class SnapshotBuffers:
             for each in maps:
                 self._copier.register(each)
         except CheckpointError:
-            for path in paths:
+            for path, each in zip(paths, maps, strict=True):
+                self._copier.unregister(each)
                 path.unlink(missing_ok=True)
             raise
         self._maps += maps

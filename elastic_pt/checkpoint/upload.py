@@ -56,6 +56,8 @@ class KeptShard:
     """The ranks of all workers of its node."""
     missing: str = ""
     """Why there is no buffer; empty if there is one."""
+    adopted: bool = False
+    """Whether it is a copy of another node's. That node may be alive and slow, so a failure refuses nothing."""
 
     @property
     def step(self) -> int:
@@ -221,8 +223,9 @@ class Uploader:
         except Exception as error:
             failure = error
             node.refused = True
-            with suppress(StoreError):
-                refuse_node(self._store, shard, str(error))
+            if not shard.adopted:
+                with suppress(StoreError):
+                    refuse_node(self._store, shard, str(error))
         if failure is None:
             self._on_uploaded(shard)
         else:

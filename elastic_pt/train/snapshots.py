@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -102,7 +103,8 @@ class MemorySnapshots:
             HostCopier() if copier is None else copier,
         )
         self._background = copier is not None and copier.in_background
-        self._copying: threading.Thread | None = None
+        self._copies = ThreadPoolExecutor(1, "snapshot-copy")
+        self._copying: Future[None] | None = None
         """Finishes the last copy."""
         self._allocating = threading.Lock()
         self._checkpoints: set[int] = set()
@@ -138,7 +140,7 @@ class MemorySnapshots:
     def settle(self) -> None:
         """Wait until the last copy is done, and the agent is told of it."""
         if self._copying is not None:
-            self._copying.join()
+            self._copying.result()
             self._copying = None
 
     def measure(self, step_s: float) -> None:
@@ -200,7 +202,7 @@ class MemorySnapshots:
         if complete_step is not None:
             # Else some worker has no buffers: its node may never hold this step, and no snapshot may wait for that.
             self._newest, self._taken_s = state.steps_done, time.monotonic()
-        message = {
+        message: dict[str, object] = {
             "generation": self._generation,
             "rank": state.rank,
             "step": state.steps_done,
@@ -212,17 +214,15 @@ class MemorySnapshots:
             "complete_step": complete_step or 0,
             "mirrored": agreed is not None and agreed.mirrored,
             "checkpoint": False,
-        } | checkpoint
+            **checkpoint,
+        }
         if not self._background:
             self._agent.send("snapshot", **message)
             return
-        self._copying = threading.Thread(
-            target=self._finish, args=(buffer, state.steps_done, message), daemon=True
-        )
-        self._copying.start()
+        self._copying = self._copies.submit(self._finish, buffer, state.steps_done, message)
 
     def _finish(self, buffer: Buffer, step: int, message: dict[str, object]) -> None:
-        """Finish a copy that goes on while the next step computes. Thread of its own."""
+        """Finish a copy that goes on while the next step computes. Thread of its own; `settle` raises its errors."""
         self._buffers.finish(buffer, step)
         self._agent.send("snapshot", **message)
 

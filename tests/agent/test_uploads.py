@@ -1,6 +1,7 @@
 """What a node uploads: one checkpoint in flight, one pending, and the parts of lost nodes."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class Uploading:
     def has_notice(self, place: Place, first_rank: int = 0) -> bool:
         """Whether the bucket has a whole part."""
         return self.store.size(notice_key(directory(place), first_rank)) is not None
+
+    def until_written(self, key: str) -> None:
+        """Wait until the bucket has an object."""
+        give_up_at_s = time.monotonic() + WAIT_S
+        while self.store.size(key) is None:
+            assert time.monotonic() < give_up_at_s
+            time.sleep(0.01)
 
     def end(self) -> None:
         """Let all requests pass, and end the thread."""
@@ -178,3 +186,32 @@ def test_the_part_of_a_lost_node_comes_before_the_pending_one(node: Uploading) -
     assert node.said == [("uploaded", first, 0), ("uploaded", first, 2), ("uploaded", second, 0)]
     assert node.has_notice(first, 2)
     upload_nodes(node.store.store, lost)
+
+
+def test_a_shard_that_comes_after_its_checkpoint_is_over_holds_nothing_up(node: Uploading) -> None:
+    """Another node refused before this node's second worker had saved. Its shard would never be a whole part."""
+    node.store.gate.set()
+    first, second = Place(1, 10), Place(1, 20)
+    node.save(first, 0)
+    node.until_written(shard_key(directory(first), 0))
+    node.uploads.abandon(first)
+    node.save(first, 1)
+    node.until("uploaded", first, 1)
+    assert node.uploads.places() == set()
+    node.save(second, 0, 1)
+    node.until("uploaded", second)
+    assert node.has_notice(second)
+
+
+def test_a_late_shard_of_an_older_checkpoint_does_not_replace_a_newer_one(node: Uploading) -> None:
+    """The messages of two workers come in any order."""
+    first, second, third = Place(1, 10), Place(1, 20), Place(1, 30)
+    node.save(first, 0, 1)
+    node.save(second, 0)
+    node.save(third, 0)
+    node.save(second, 1)
+    node.save(third, 1)
+    assert node.said == [("dropped", second, -1), ("uploaded", second, 1)]
+    node.store.gate.set()
+    node.until("uploaded", third)
+    assert node.has_notice(third)
