@@ -198,10 +198,6 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         if usage.total < smallest_share:
             raise ConfigError(f"{what}; expected a larger directory (docker: --shm-size)")
         raise NodeFailure(f"{what}; start this node again when there is room")
-    if usage.free < 2 * size:
-        log.warning(
-            "staging_is_small", free_bytes=usage.free, checkpoint_bytes=size, directory=staging
-        )
 
 
 def environment_of_workers(address: str) -> dict[str, str]:
