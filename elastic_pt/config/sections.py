@@ -289,7 +289,7 @@ class CheckpointSection(Section):
     """How often checkpoints are written, how many are kept, and where states are in memory."""
 
     every_steps: Count = 50
-    """Steps between checkpoints; a checkpoint waits until the upload of the one before has ended."""
+    """Steps between checkpoints; one waits until the one before is uploaded and the newest snapshot is on all mirrors."""
     snapshot_every_steps: CountOrZero = 0
     """Steps between copies of the state into memory, from which the others resume when a node is lost; 0 chooses by their cost."""
     mirror_copies: Copies = 1
