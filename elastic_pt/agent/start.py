@@ -178,8 +178,8 @@ def require_device(config: Config) -> None:
 def require_staging_space(config: Config, vocabulary: int) -> None:
     """Refuse a staging directory that could never hold this node's share of a checkpoint.
 
-    /dev/shm of a container has 64 MB by default, and writing beyond that kills the writer. A directory that is large
-    enough but full now is a `NodeFailure`: start the node again when there is room.
+    /dev/shm of a container has 64 MB by default. A directory that is large enough but full now is a
+    `NodeFailure`: start the node again when there is room.
     """
     size = footprint(config.model, vocabulary).checkpoint_bytes
     staging = config.checkpoint.staging
