@@ -5,7 +5,7 @@
 #   docker build -t elastic-pt --build-arg EXTRAS='[gcs]' .               with the client of another bucket
 #
 # It runs with a read-only root file system. It writes to /tmp (cached token shards, sockets) and to
-# /dev/shm (staged checkpoints), so give both enough room; Docker's default /dev/shm of 64 MB is too small.
+# /dev/shm (states in memory), so give both enough room; Docker's default /dev/shm of 64 MB is too small.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

@@ -17,7 +17,7 @@ ORPHAN_S = 2.0
 
 
 def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str) -> None:
-    """F1: after one worker is killed the same nodes resume from the last checkpoint and log the reason."""
+    """F1: after one worker is killed the same nodes resume from the newest state and log the reason."""
     run = start(nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     worker = workers_of(run.fleet.pid("node-1"), run.mark)[0]
@@ -31,7 +31,7 @@ def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str
 
 
 def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest: str) -> None:
-    """F4: the remaining nodes resume from the last checkpoint; the log names the lost one."""
+    """F4: the remaining nodes resume from the newest state; the log names the lost one."""
     run = start(nodes=3)
     run.until_step(KILL_STEP, nodes=3)
     victim = run.generation().members[1].node

@@ -22,8 +22,8 @@ _STEPS_TO_AGREE: Final = 2.0
 _UPLOAD_MARGIN: Final = 1.3
 """A bucket's time varies more than that of memory."""
 _STEPS_KEPT: Final = 4096
-_LEAD_MIN_S: Final = 1.0
-"""What counts for the steps before one has been measured."""
+_UNMEASURED_STEPS_S: Final = 1.0
+"""Time that counts for `_STEPS_TO_AGREE` before a step has been measured."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def plan_leave(lead_s: float, times: Times, *, alone: bool) -> LeavePlan:
 
     Without a first value, a part counts as taking no time: it is tried.
     """
-    step_s = _LEAD_MIN_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
+    step_s = _UNMEASURED_STEPS_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
     needs_s = {Way.BUCKET: step_s + _UPLOAD_MARGIN * (times.upload_s or 0.0)}
     if times.snapshot_s is not None and not alone:
         needs_s = {Way.MEMORY: step_s + times.snapshot_s, **needs_s}

@@ -68,7 +68,7 @@ class Holdings:
         """The state from which this generation has resumed."""
         self._node_rank = 0
         self._failures: dict[Unusable, set[int]] = {}
-        """The generations in which this node's workers could not read a copy. Whole once it is unusable."""
+        """The generations in which this node's workers could not read a copy. Not changed any more once the copy is unusable."""
         self._unusable: set[Unusable] = set()
 
     # ---- what it holds -----------------------------------------------------------------------------

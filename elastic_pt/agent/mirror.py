@@ -205,7 +205,10 @@ class Mirror:
         return True
 
     def _buffers_of(self, rank: int, size: int) -> _Buffers:
-        """The buffers for a worker. Raises `StagingFull`: they must leave room for a checkpoint of this node."""
+        """The buffers for a worker. Raises `StagingFull` if there is no room for them and one more of this size.
+
+        The one more is for a worker of this node that has no buffer yet: with one it can save checkpoints.
+        """
         if rank not in self._buffers:
             names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
             maps = make_buffers([each.path(self._scratch) for each in names], size, spare=1)

@@ -178,8 +178,8 @@ def require_device(config: Config) -> None:
 def require_staging_space(config: Config, vocabulary: int) -> None:
     """Refuse a staging directory that could never hold this node's share of a checkpoint.
 
-    /dev/shm of a container has 64 MB by default, and writing beyond that kills the writer. A directory that is large
-    enough but full now is a `NodeFailure`: start the node again when there is room.
+    /dev/shm of a container has 64 MB by default. A directory that is large enough but full now is a
+    `NodeFailure`: start the node again when there is room.
     """
     size = footprint(config.model, vocabulary).checkpoint_bytes
     staging = config.checkpoint.staging
@@ -198,10 +198,6 @@ def require_staging_space(config: Config, vocabulary: int) -> None:
         if usage.total < smallest_share:
             raise ConfigError(f"{what}; expected a larger directory (docker: --shm-size)")
         raise NodeFailure(f"{what}; start this node again when there is room")
-    if usage.free < 2 * size:
-        log.warning(
-            "staging_is_small", free_bytes=usage.free, checkpoint_bytes=size, directory=staging
-        )
 
 
 def environment_of_workers(address: str) -> dict[str, str]:

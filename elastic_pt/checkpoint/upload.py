@@ -207,7 +207,7 @@ class Uploader:
         return done
 
     def _upload(self, shard: KeptShard) -> None:
-        # Workers keep a state for a checkpoint only after the previous one was released, so shards of two checkpoints never mix.
+        # `agent.uploads` submits one part at a time, so shards of two parts never mix.
         if (self._node.directory, self._node.ranks) != (shard.directory, shard.ranks):
             self._node = _NodeShards(shard.directory, shard.ranks)
         node, failure = self._node, None

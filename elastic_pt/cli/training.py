@@ -51,7 +51,7 @@ def run(
     Start it on every node. A RUN_URL is enough to join a run; --set then changes
     only what may differ between nodes. The exit code is 0 when the run is
     complete. SIGTERM or Ctrl-C make this node leave; the exit code is then 0
-    once its last checkpoint is committed.
+    once its last state is safe: other nodes hold it, or it is committed.
 
     Examples:
     elastic-pt run run.toml

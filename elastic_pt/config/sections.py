@@ -237,7 +237,7 @@ class ElasticSection(Section):
     join_window_s: SecondsOrZero = 0.5
     """Seconds without a newcomer before a generation is formed, so that nodes join together."""
     settle_timeout_s: Seconds = 600.0
-    """Seconds that nodes wait for the checkpoint of a planned stop before they go on without it."""
+    """Seconds that nodes wait until the last state of a planned stop is in memory or committed."""
     collective_timeout_s: Seconds = 300.0
     """Seconds after which a collective operation between workers fails."""
     hang_timeout_s: Seconds = 2.0
@@ -245,7 +245,7 @@ class ElasticSection(Section):
     startup_timeout_s: Seconds = 600.0
     """Seconds that a worker may take for one part of its start, or for its first step."""
     leave_timeout_s: Seconds = 25.0
-    """Seconds that a leaving node (SIGTERM) may take for its last checkpoint."""
+    """Seconds that a leaving node (SIGTERM) may take until its last state is safe."""
     notices: Notices = "auto"
     """Sources of notices that this machine will be taken away: auto (its cloud), off, or a list of sources."""
     zone: Annotated[str, Field(max_length=100)] = ""
@@ -289,7 +289,7 @@ class CheckpointSection(Section):
     """How often checkpoints are written, how many are kept, and where states are in memory."""
 
     every_steps: Count = 50
-    """Steps between checkpoints; a checkpoint waits until the upload of the one before has ended."""
+    """Steps between checkpoints; one waits until the one before is uploaded and the newest snapshot is on all mirrors."""
     snapshot_every_steps: CountOrZero = 0
     """Steps between copies of the state into memory, from which the others resume when a node is lost; 0 chooses by their cost."""
     mirror_copies: Copies = 1
@@ -303,7 +303,7 @@ class CheckpointSection(Section):
     keep_every_steps: CountOrZero = 0
     """Keep the first commit at or after each multiple of this many steps permanently; 0 keeps none."""
     staging: str = "/dev/shm"
-    """Local directory, best in memory, where workers write their shards for the agent to upload."""
+    """Local directory, best in memory, where states are kept: those of this node's workers, and copies of other nodes'."""
 
     @model_validator(mode="after")
     def _staging_is_absolute(self) -> "CheckpointSection":

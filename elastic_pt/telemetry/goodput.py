@@ -2,7 +2,7 @@
 
 form        no generation: the node looks for peers and agrees with them on the members
 start       workers start, connect and build the model
-restore     workers load a checkpoint
+restore     workers read the state, from memory, peers or the bucket
 productive  steps beyond the last step that was done before
 recompute   steps that were done before and lost
 settle      workers have stopped as planned; their last step is being mirrored and uploaded

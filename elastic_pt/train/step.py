@@ -49,7 +49,7 @@ class Offer:
     snapshot_every: int = 1
     """The cadence that it would choose. That of the first worker counts."""
     mirrored: bool = True
-    """Whether none of the node's mirrors had no room for that step."""
+    """Whether all mirrors of the node have room."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ def _agree_on_step(
 def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
     """This worker's part of the vector's head: three control bits, the cadence, and an entry for each worker.
 
-    An entry is twice 1 more than the complete step, and 1 more if a mirror had no room for it. 0 says that this worker
-    takes no snapshots.
+    An entry is 2 · (complete step + 1), plus 1 if a mirror has no room; 0: this worker takes no snapshots.
     """
     entries = [0.0] * state.world_size
     if offer.complete_step is not None:

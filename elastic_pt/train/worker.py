@@ -1,4 +1,4 @@
-"""A worker from start to end: join the world, build the state, restore it from a checkpoint, train, end.
+"""A worker from start to end: join the world, build the state, restore it, train, end.
 
 Composition root of the worker process, which is disposable: it is forked for one generation and killed with
 SIGKILL when that generation is broken. The fork server calls `main` in a process that it has just forked.

@@ -304,7 +304,7 @@ TROUBLES: dict[str, Callable[[str, str], Fault | None]] = {
 def test_commits_resume_after_each_trouble_of_the_bucket(
     tmp_path: Path, moto_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F28: the attempt fails and holds no worker longer than the deadline; then the next checkpoint is committed, whole.
+    """F28, F29: the attempt fails and holds no worker longer than the deadline; then the next checkpoint is committed, whole.
 
     The refusals fail too, so the committing node never learns that the attempt has failed.
     """

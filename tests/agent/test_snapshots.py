@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import mmap
+import shutil
 import threading
 import time
 import urllib.error
@@ -359,6 +360,24 @@ def test_range_that_is_too_large_is_refused(pair: list[Node]) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes=0-{RANGE_BYTES_MAX}"})
     with pytest.raises(urllib.error.HTTPError, match="416"):
         urllib.request.urlopen(request, timeout=DEADLINE_S)
+
+
+def test_mirror_leaves_room_for_a_buffer_of_this_node(
+    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without a buffer saves no checkpoints. So a mirror needs room for one buffer more than its own."""
+    for node in pair:
+        node.begin(generation(pair, 1))
+    needed = (BUFFERS + 1) * (PAYLOAD_OFFSET + pair[0].buffers.size)
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    pair[0].write(1, 5)
+    pair[0].await_complete(1, 5)
+    assert not pair[0].mirrored
+    free[0] = needed
+    pair[0].write(1, 6, complete_step=5, mirrored=False)
+    pair[0].await_complete(1, 6)
+    assert pair[0].mirrored
 
 
 def test_mirror_without_room_says_so(pair: list[Node]) -> None:

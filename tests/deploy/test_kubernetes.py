@@ -12,6 +12,8 @@ import yaml
 from typer.main import get_command
 
 from elastic_pt import __version__
+from elastic_pt.checkpoint.footprint import footprint
+from elastic_pt.checkpoint.snapshot import BUFFERS
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
 from elastic_pt.errors import CheckpointError, ConfigError, RunFailed
@@ -78,6 +80,14 @@ def test_agent_can_write_where_it_must() -> None:
     temporary = volumes[mounts["/tmp"]["name"]]["emptyDir"]
     assert gibibytes(temporary["sizeLimit"]) <= gibibytes(limits["ephemeral-storage"])
     assert AGENT["resources"]["requests"].keys() >= {"cpu", "memory", "ephemeral-storage"}
+
+
+def test_states_of_the_example_fit_into_memory() -> None:
+    """With two nodes left: buffers of the own workers and of a mirror, a state from before, and one being uploaded."""
+    model = parse_config((FOLDER / "config.toml").read_text(), source="config.toml").model
+    share_bytes = footprint(model, vocabulary=32_768).checkpoint_bytes / 2
+    (memory,) = (volume["emptyDir"] for volume in POD["volumes"] if volume["name"] == "shm")
+    assert (2 * BUFFERS + 4) * share_bytes <= gibibytes(memory["sizeLimit"]) * 2**30
 
 
 def gibibytes(quantity: str) -> int:
