@@ -1,12 +1,14 @@
 """One agent: the production `Participant`, `RunLog`, `Lobby`, `Pulse` and `Node`, on simulated threads.
 
-Greenlets do the work of `MembershipThread`, of `Agent`'s main thread and of the committing thread, in the same
-order and with the same waits:
+Greenlets do the work of `MembershipThread`, of `Agent`'s main thread, of `Uploads` and of `Committer`, in the same order
+and with the same waits. `checkpoint.in_flight` (what may be committed, and by which node) and `choose_resume` are the
+production code.
 
     membership   log.refresh ─► [ turn ─► aim ─► say ─► wait for news ] ...
     pulse        [ step_pulse ─► sleep ] ...
     main         [ await_generation ─► start workers ─► watch ─► settle | fail | give up ─► spend ] ...
-    commit       shards of all members uploaded ─► append COMMIT (STOP after the last step)
+    upload       kept buffers, or copies of those of a lost node ─► bucket
+    commit       parts of all members uploaded ─► append COMMIT (STOP after the last step)
 """
 
 import dataclasses
@@ -20,7 +22,17 @@ from typing import Any, Final
 
 from torch.distributed import DistNetworkError  # type: ignore[attr-defined]
 
-from elastic_pt.errors import ElasticPtError, FencedError, LogDamaged, NodeFailure, StoreError
+from elastic_pt.agent.checkpointing import choose_resume
+from elastic_pt.agent.holdings import State
+from elastic_pt.checkpoint import in_flight
+from elastic_pt.errors import (
+    AlreadyExists,
+    ElasticPtError,
+    FencedError,
+    LogDamaged,
+    NodeFailure,
+    StoreError,
+)
 from elastic_pt.membership.decision.budgets import rest_s
 from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, is_news
@@ -48,7 +60,6 @@ from tests.sim.checks import Witness
 from tests.sim.links import SimulatedLinks
 from tests.sim.memory import Memory
 from tests.sim.network import Machine, Network
-from tests.sim.restoring import belongs
 from tests.sim.scheduler import Condition, Event, Lock, Process, Scheduler
 from tests.sim.training import State as WorkerState
 from tests.sim.training import Training, Workers, checkpoint_of
@@ -58,6 +69,7 @@ _MONITOR_INTERVAL_S: Final = 0.1
 _STORE_CONNECT_S: Final = 20.0
 _STORE_AGAIN_S: Final = 1.0
 _POLL_S: Final = 0.05
+_POLL_MAX_S: Final = 0.5
 _RETRIES_WITHOUT_PROGRESS: Final = 3
 _ASK_AGAIN_S: Final = 0.5
 
@@ -101,6 +113,21 @@ class Surrounding:
     """For what the states in memory draw."""
     agents: dict[str, "AgentProcess"]
     """Every agent there ever was, by incarnation."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """A checkpoint of which this node has a part."""
+
+    step: int
+    generation: Generation
+    since_s: float
+    """When this node's workers saved it, on its clock."""
+
+    @property
+    def state(self) -> State:
+        """Its generation and step."""
+        return self.generation.number, self.step
 
 
 @dataclass(eq=False)
@@ -320,13 +347,16 @@ class AgentProcess(Process):
         self.links.receive_s = around.habits.costs.receive_s
         self.links.send_s = around.habits.costs.send_s
         self._parsed = 0
-        self._due: deque[tuple[int, Generation, int]] = deque()
-        """Step and generation of checkpoints, and the generation on whose behalf to commit them."""
-        self._staged: tuple[int, Generation] | None = None
+        self._due: list[Due] = []
+        """Oldest first."""
         self._committing = False
+        self._commit_news = Event(self)
+        self._store_fails = False
+        """Whether a request of the last look failed."""
         self._uncommitted = (0, 0)
         self._staged_step = 0
-        self._finish: int | None = None
+        self._finish: Generation | None = None
+        """The generation whose workers have done the last step, until the run has ended."""
         self._frontier_step = 0
         self._failures_at_frontier = 0
         self.rested = False
@@ -431,15 +461,7 @@ class AgentProcess(Process):
         return SimulatedStore(port)
 
     def _choose_resume(self, view: RunView) -> Checkpoint | None:
-        """As in production, after a look at the newest checkpoint's manifest and (at once) its shards."""
-        generation = view.generation
-        inside = generation is not None and generation.rank_of(self.incarnation) is not None
-        for checkpoint in view.checkpoints:
-            if not inside or checkpoint.generation != view.generation_number:
-                for name in ("manifest.json", "shards"):
-                    self.store.size(f"{checkpoint.directory}/{name}")
-            return checkpoint
-        return None
+        return choose_resume(self.store, self.log, view, self.incarnation)
 
     def _drain(self, reason: str) -> None:
         if self.generation is not None:
@@ -492,12 +514,10 @@ class AgentProcess(Process):
         )
         buffers = workers.buffers = self.memory.starts(formed)
         if buffers is not None:
-            workers.on_snapshot = lambda step, complete: self.memory.written(
-                buffers, step, complete
-            )
+            workers.on_snapshot = partial(self.memory.written, buffers)
         if generation.memory is not None:
             workers.restore = lambda done: self.memory.restore(formed, done)
-        self._collect(generation)
+        self._adopt(generation)
         self.around.training.start(generation, workers, start_s)
         while workers.up:
             # A short timeout: a membership thread that waits for the bucket notifies no waiter.
@@ -562,8 +582,8 @@ class AgentProcess(Process):
         timeout_s, step = self.around.habits.settle_timeout_s, workers.step
         if step >= self.around.training.plan.steps:
             if formed.node_rank == 0:
-                self._finish = number
-                self._commit_next()
+                self._finish = formed.generation
+                self._commit_soon()
             settled = node.await_end(number, timeout_s, self._given_up)
         else:
             found = node.await_settled(
@@ -587,115 +607,155 @@ class AgentProcess(Process):
             self._staged_step,
         )
 
-    # ---- commit thread -----------------------------------------------------------------------------
+    # ---- upload and commit threads -------------------------------------------------------------------
+
+    @property
+    def expects_commits(self) -> bool:
+        """Whether a checkpoint of which this node has a part is neither committed nor given up."""
+        return bool(self._due)
 
     def _stage(self, step: int, generation: Generation) -> None:
-        self._staged_step, self._staged = step, (step, generation)
-        self.spawn(lambda: self._upload(step, generation))
-        if generation.rank_of(self.incarnation) == 0:
-            self._due.append((step, generation, generation.number))
-            self._commit_next()
+        due = Due(step, generation, self.clock_s())
+        self._staged_step = step
+        self._due.append(due)
+        files = self.memory.kept(due.state)
+        self.spawn(lambda: self._upload(due, self.incarnation, files))
+        self._commit_soon()
 
-    def _collect(self, newest: Generation) -> None:
-        """A checkpoint of an earlier generation is on its way: the first member that was one then commits it."""
-        if self._staged is None:
-            return
-        step, generation = self._staged
-        first = next(
-            (each for each in newest.members if generation.rank_of(each.incarnation) is not None),
-            None,
-        )
-        if first is not None and first.incarnation == self.incarnation:
-            self._due.append((step, generation, newest.number))
-            self._commit_next()
+    def _adopt(self, newest: Generation) -> None:
+        """Upload the parts of nodes that are no members any more, if this node has copies of all their shards."""
+        for due in self._due:
+            ranks = due.generation.worker_ranks()
+            for index, member in enumerate(due.generation.members):
+                files = self.memory.adoptable(due.state, ranks[index])
+                if newest.rank_of(member.incarnation) is None and files:
+                    owner = member.incarnation
+                    self.spawn(
+                        lambda due=due, owner=owner, files=files: self._upload(due, owner, files)
+                    )
 
-    def _upload(self, step: int, generation: Generation) -> None:
-        world = self.around.training.world(generation)
-        directory = checkpoint_of(world, step)["directory"]
-        state = (generation.number, step)
-        files = self._kept_files(state)
+    def _upload(self, due: Due, owner: str, files: list[BufferFile]) -> None:
+        """Upload a node's part: this node's, or the copies of one that is no member any more."""
+        world = self.around.training.world(due.generation)
+        directory = checkpoint_of(world, due.step)["directory"]
+        own = owner == self.incarnation
         try:
-            self.store.write(f"{directory}/{self.incarnation}", b"shard")
-            self.around.witness.memory.uploaded(self.memory, files, state)
+            self.store.write(f"{directory}/{owner}", b"shard")
+            if due not in self._due:
+                # Over meanwhile: its buffers are free.
+                return
+            if own:
+                self.around.witness.memory.uploaded(self.memory, files, due.state)
+            elif any((each.generation, each.step) != due.state for each in files):
+                return
         except StoreError:
             return
         finally:
-            for each in files:
-                each.keepers -= 1
-        world.uploaded.setdefault(step, set()).add(self.incarnation)
+            if own:
+                self._release(due)
+        if not own:
+            self.around.witness.memory.adopted += 1
+        world.uploaded.setdefault(due.step, set()).add(owner)
 
-    def _kept_files(self, state: tuple[int, int]) -> list[BufferFile]:
-        buffers = self.memory.buffers
-        if buffers is None or buffers.generation != state[0]:
-            return []
-        files = [each for files in buffers.files.values() for each in files]
-        return [each for each in files if each.step == state[1] and each.keepers]
+    def _release(self, due: Due) -> None:
+        self.memory.release(due.state)
+        self.around.training.released(due.generation, self.incarnation, due.step)
 
-    def _commit_next(self) -> None:
+    def _commit_soon(self) -> None:
+        self._commit_news.set()
         if not self._committing:
             self._committing = True
             self.spawn(self._commit_all)
 
     def _commit_all(self) -> None:
         while self._due or self._finish is not None:
-            if self._due:
-                step, generation, number = self._due.popleft()
-                try:
-                    self._commit(step, generation, number)
-                except FencedError:
-                    pass
-                except ElasticPtError:
-                    self._uncommitted = (number, step)
-                self.around.training.world(generation).staging = False
-                self.node.notice_log()
-            else:
-                number, self._finish = self._finish or 0, None
-                try:
-                    self._stop(number)
-                except FencedError:
-                    pass
-                except ElasticPtError:
-                    self._uncommitted = (number, self._staged_step)
-                self.node.notice_log()
+            self._commit_news.clear()
+            self._store_fails = False
+            # The newest first: once it is committed, the others are over.
+            for due in reversed(self._due[:]):
+                self._look_at(due)
+            self._end_run()
+            view = self.log.view
+            acts = self._finish is not None or any(self._is_mine(view, due) for due in self._due)
+            self._commit_news.wait(_POLL_S if acts and not self._store_fails else _POLL_MAX_S)
         self._committing = False
-        return
 
-    def _commit(self, step: int, generation: Generation, number: int) -> None:
-        around = self.around
-        world = around.training.world(generation)
-        deadline_s = self.clock_s() + around.habits.settle_timeout_s
-        members = {each.incarnation for each in generation.members}
-        while not members <= world.uploaded.get(step, set()):
-            if self.node.must_reform(number) or self._due:
-                return
-            if self.clock_s() >= deadline_s:
-                raise StoreError(f"shards of step {step} are missing")
-            self.sleep(_POLL_S)
-        named = checkpoint_of(world, step)
+    def _look_at(self, due: Due) -> None:
+        """Commit a checkpoint if it is complete and this node's turn, and drop it when it is over."""
+        view = self.log.view
+        over, committed, failed = self._over(view, due), False, False
+        try:
+            committed = not over and self._commit(view, due)
+        except FencedError:
+            # Another record came first. The next look decides again.
+            pass
+        except StoreError as error:
+            self._store_fails = True
+            failed = isinstance(error, AlreadyExists | LogDamaged) or self._is_late(due)
+        if not (over or committed or failed):
+            return
+        if failed:
+            self._uncommitted = due.state
+        self._due.remove(due)
+        self._release(due)
+        self.node.notice_log()
+
+    def _over(self, view: RunView, due: Due) -> bool:
+        late = self._is_late(due) and not self._is_mine(view, due)
+        return bool(in_flight.over(view, due.generation.number, due.step)) or late
+
+    def _is_mine(self, view: RunView, due: Due) -> bool:
+        member = in_flight.committer(view, due.generation.number)
+        return member is not None and member.incarnation == self.incarnation
+
+    def _is_late(self, due: Due) -> bool:
+        return self.clock_s() - due.since_s >= self.around.habits.settle_timeout_s
+
+    def _commit(self, view: RunView, due: Due) -> bool:
+        """Append the COMMIT if it is this node's turn and all parts are there. Whether it did."""
+        if not self._is_mine(view, due):
+            return False
+        world = self.around.training.world(due.generation)
+        members = {each.incarnation for each in due.generation.members}
+        if not members <= world.uploaded.get(due.step, set()):
+            if self._is_late(due):
+                raise StoreError(f"shards of step {due.step} are missing")
+            return False
+        named = checkpoint_of(world, due.step)
         self.store.write(f"{named['directory']}/manifest.json", b"manifest")
+        before = self.log.refresh()
+        if self._over(before, due) or not self._is_mine(before, due):
+            return False
         checkpoint = Checkpoint(manifest_size=1, manifest_sha256="0" * 64, loss=None, **named)
-        request = world.met[step]
+        request = world.met[due.step]
 
         def commit(view: RunView) -> Commit:
-            if not may_commit(view, (generation.number, step)):
-                raise FencedError(f"step {step} of generation {generation.number} is obsolete")
+            if view.commit != before.commit:
+                raise FencedError("another checkpoint was committed first")
             met = -1 if view.commit is None else view.commit.request
             return Commit((checkpoint, *view.checkpoints)[:3], "history", request=max(request, met))
 
-        self.log.append(commit, generation=number)
+        self.log.append(commit, generation=before.generation_number)
+        return True
 
-    def _stop(self, number: int) -> None:
-        last_step = self.around.training.plan.steps
-        view = self.log.refresh()
-        if view.checkpoints and view.checkpoints[0].step >= last_step:
-            self.log.append(lambda _: Stop(COMPLETED, last_step), generation=number)
-
-
-def may_commit(view: RunView, state: tuple[int, int]) -> bool:
-    """Whether a checkpoint may be committed, also after its generation: it is newer, and training has come through it."""
-    newer = view.commit is None or state[1] > view.commit.newest.step
-    generations = {each.number: each for each in view.generations}
-    return newer and belongs(generations, view.generation_number, state)
+    def _end_run(self) -> None:
+        """Append STOP once the checkpoint of the last step is committed."""
+        generation, last_step = self._finish, self.around.training.plan.steps
+        if generation is None:
+            return
+        view = self.log.view
+        if view.stop is None and view.generation_number == generation.number:
+            if not view.checkpoints or view.checkpoints[0].step < last_step:
+                return
+            try:
+                self.log.append(lambda _: Stop(COMPLETED, last_step), generation=generation.number)
+            except FencedError:
+                pass
+            except StoreError:
+                self._store_fails = True
+                return
+        self._finish = None
+        self.node.notice_log()
 
 
 class _Answering:

@@ -1,16 +1,17 @@
-"""The buffers of a node's workers, and what is drawn for a run's snapshots: the model of `checkpoint.snapshot`."""
+"""The buffers of a node's workers, and what is drawn for a run's snapshots: the model of `checkpoint.snapshot`.
+
+Which buffer is overwritten is the production code (`buffer_to_write`).
+"""
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from elastic_pt.checkpoint.snapshot import Buffer
+from elastic_pt.checkpoint import snapshot
+from elastic_pt.checkpoint.snapshot import BUFFERS, Buffer
 
 if TYPE_CHECKING:
     from tests.sim.memory import Memory
-
-BUFFERS: Final = 3
-"""Of each worker: a complete state, the one that is on its way to the mirrors, and one that a checkpoint keeps."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class BufferFile:
     name: Buffer
     begun: int = 0
     done: int = 0
-    keepers: int = 0
-    """Checkpoints that still need its content: it is not overwritten while there is one."""
+    kept: bool = False
+    """Whether it is kept for the bucket: then it is not overwritten."""
 
     @property
     def generation(self) -> int:
@@ -78,10 +79,12 @@ def new_files(generation: int, rank: int) -> list[BufferFile]:
     return [BufferFile(Buffer(generation, rank, number)) for number in range(BUFFERS)]
 
 
-def file_to_write(files: list[BufferFile], needed: frozenset[int]) -> BufferFile | None:
-    """The buffer that the next state overwrites: the oldest whose step is not needed. None if all are."""
-    free = [each for each in files if not each.begun or each.begun not in needed]
-    return min(free, key=lambda each: each.begun, default=None)
+def file_to_write(
+    files: list[BufferFile], kept: frozenset[int], complete_step: int
+) -> BufferFile | None:
+    """The buffer that the next state overwrites; None if all are needed."""
+    number = snapshot.buffer_to_write([each.step for each in files], kept, complete_step)
+    return None if number is None else files[number]
 
 
 class Complete(NamedTuple):
@@ -113,25 +116,21 @@ class Buffers:
     def kept(self) -> frozenset[int]:
         """The steps that checkpoints keep."""
         files = [each for files in self.files.values() for each in files]
-        return frozenset(each.begun for each in files if each.keepers)
-
-    def needed(self, complete_step: int) -> frozenset[int]:
-        """The steps that are not overwritten: those that a checkpoint keeps, and the one that is complete everywhere."""
-        return self.kept | {complete_step}
+        return frozenset(each.begun for each in files if each.kept)
 
     def has_room(self, complete_step: int) -> bool:
         """Whether a state can be written now, if all workers know that `complete_step` is complete."""
-        needed = self.needed(complete_step)
-        return all(file_to_write(each, needed) is not None for each in self.files.values())
+        kept = self.kept
+        return all(file_to_write(each, kept, complete_step) for each in self.files.values())
 
     def begin(self, step: int, complete_step: int, *, keep: bool) -> None:
         """Begin to copy the state of this step."""
-        self._writing, needed = [], self.needed(complete_step)
+        self._writing, kept = [], self.kept
         for files in self.files.values():
-            file = file_to_write(files, needed)
+            file = file_to_write(files, kept, complete_step)
             assert file is not None
             self.memory.begin(file, step)
-            file.keepers += keep
+            file.kept = keep
             self._writing.append(file)
 
     def end(self) -> None:

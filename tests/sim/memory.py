@@ -5,12 +5,12 @@
     all acknowledged ─► complete_step ─► the next step's all-reduce ─► an older buffer may be overwritten
     GENERATION.memory ─► Memory.restore: own buffers, and those of the members that the record names
 
-`Holdings` (what a node keeps, and what is complete), `mirrored_by` (who copies whom) and `newest_in_memory` (which state
-a generation resumes from) are the production code.
+`Holdings` (what a node keeps, and what is complete), `buffer_to_write` (which buffer is overwritten), `mirrored_by` (who
+copies whom) and `newest_in_memory` (which state a generation resumes from) are the production code.
 The content of a buffer is what it says in its control words: whose rows they are, and of which step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -48,11 +48,11 @@ class Memory:
         self.holdings = Holdings()
         self.complete = 0
         """The newest step of this generation that this node holds, and its mirrors that have room."""
-        self._complete_everywhere = 0
-        """The newest one that all nodes hold so, as this node's workers have agreed with the others."""
         self.buffers: Buffers | None = None
         """Of the newest generation's workers; None if there is no room."""
         self._files: dict[Buffer, BufferFile] = {}
+        self._kept: dict[State, list[BufferFile]] = {}
+        """The buffers of this node's workers that checkpoints keep."""
         self._mirrors: list[Mirror] = []
         self._waiting: list[Callable[[], None]] = []
 
@@ -85,7 +85,7 @@ class Memory:
             return None
         generation, rank = formed.generation, formed.node_rank
         number, members, ranks = generation.number, generation.members, generation.worker_ranks()
-        self.complete = self._complete_everywhere = 0
+        self.complete = 0
         self._forgetting(lambda: self.holdings.starts(generation, rank))
         self._wake()
         self._mirrors = [
@@ -98,23 +98,49 @@ class Memory:
             self.buffers = Buffers(self, number, files)
         return self.buffers
 
-    def written(self, buffers: Buffers, step: int, complete: Complete) -> None:
+    def written(self, buffers: Buffers, step: int, complete: Complete, kept: bool) -> None:
         """This node's workers have written the state of a step, and told what was complete everywhere."""
         if buffers.generation != self.holdings.generation or self.habits is None:
             return
-        self._complete_everywhere = complete.step
+        files = [each for files in buffers.files.values() for each in files if each.step == step]
+        if kept:
+            self._kept[buffers.generation, step] = files
+            for each in files:
+                self._files[each.name] = each
+                self.holdings.keep(each.name, step)
+        self.holdings.agreed_step = max(self.holdings.agreed_step, complete.step)
         if complete.step and complete.mirrored:
             self._forgetting(self.holdings.forget_others)
-        for count, files in enumerate(buffers.files.values()):
-            found = [each for each in files if each.step == step]
-            if found:
-                delay_s = self.habits.describe_s * (count + 1)
-                self.process.after(delay_s, lambda file=found[0]: self._describe(file, step))
+        for count, file in enumerate(files):
+            delay_s = self.habits.describe_s * (count + 1)
+            self.process.after(delay_s, lambda file=file: self._describe(file, step))
+
+    def kept(self, state: State) -> list[BufferFile]:
+        """The buffers of this node's workers that are kept for the bucket."""
+        return self._kept.get(state, [])
+
+    def adoptable(self, state: State, ranks: range) -> list[BufferFile]:
+        """The copies of all workers of another node, of a state that it has kept for the bucket; else none."""
+        copies = self.holdings.checkpoint(state)
+        if not all(rank in copies for rank in ranks):
+            return []
+        return [self._files[copies[rank].buffer] for rank in ranks]
+
+    def release(self, state: State) -> None:
+        """The bucket has this node's part of a state, or will never have it."""
+        for each in self._kept.pop(state, []):
+            each.kept = False
+        self._forgetting(lambda: self.holdings.release(state))
 
     def committed(self, step: int) -> None:
         """The bucket has the state of this step."""
         if self.habits is not None:
             self._forgetting(lambda: self.holdings.forget_before(step))
+
+    def mirror_keeps(self, generation: int, ranks: Iterable[int], steps: Collection[int]) -> None:
+        """A neighbour with these workers keeps these steps for the bucket; this node has copies of them."""
+        found = sorted(ranks)
+        self.holdings.mirror_keeps(generation, range(found[0], found[-1] + 1), steps)
 
     def stop_mirrors(self) -> None:
         """Copy no more."""
@@ -154,9 +180,11 @@ class Memory:
         """Forget states; files that hold none of the others are removed."""
         before = self.holdings.buffers
         forget()
-        for name in before - self.holdings.buffers:
-            file = self._files.pop(name)
-            self.process.around.witness.memory.drops(self, (file.generation, file.step))
+        for name in sorted(before - self.holdings.buffers):
+            if name.generation == self.holdings.generation:
+                # Its buffers stay, and are written again.
+                continue
+            self.process.around.witness.memory.drops(self, self._files.pop(name))
 
     # ---- for mirrors and restores of other nodes -----------------------------------------------------
 
@@ -174,8 +202,8 @@ class Memory:
         if question.generation != self.holdings.generation:
             reply(None)
         elif newest > question.after:
-            kept = frozenset[int]() if self.buffers is None else self.buffers.kept
-            reply(Next(newest, kept, self._complete_everywhere))
+            kept = frozenset(self.holdings.kept_steps)
+            reply(Next(newest, kept, self.holdings.agreed_step))
         else:
             self._waiting.append(lambda: self._answer(question, reply))
 
@@ -233,7 +261,7 @@ Reply = Callable[[Next | None], None]
 class Mirror:
     """Copies the snapshots of one other node's workers, until it is stopped.
 
-    ask for the next step ─► copy rank after rank ─► ask again, which reports the copy ─► ...
+    ask for the next step ─► copy the kept steps and that one, rank after rank ─► ask again, which reports the copy ─► ...
     """
 
     def __init__(self, memory: Memory, generation: int, neighbour: str, ranks: range) -> None:
@@ -291,15 +319,17 @@ class Mirror:
             self._copy(found)
 
     def _copy(self, wanted: Next) -> None:
-        """Copy the next rank of which there is no copy; ask again after the last one."""
-        step = wanted.step
-        rank = next((rank for rank, has in self._has.items() if has < step), None)
-        if self.stopped or rank is None:
+        """Copy the next rank and step of which there is no copy; ask again after the last one."""
+        missing = self._missing(wanted)
+        if self.stopped or missing is None:
+            if not self.stopped:
+                self.memory.mirror_keeps(self.generation, self._has, wanted.kept)
             self._again(0.0)
             return
+        step, rank = missing
         found = self._source(step, rank)
         files = self._files.setdefault(rank, new_files(self.generation, rank))
-        target = file_to_write(files, self._needed(rank, wanted))
+        target = file_to_write(files, wanted.kept, wanted.complete_step)
         if found is None or target is None:
             self._again(_AGAIN_S)
             return
@@ -312,16 +342,24 @@ class Mirror:
                 self._again(_AGAIN_S)
                 return
             target.done = step
-            self._has[rank] = step
+            self._has[rank] = max(step, self._has[rank])
             self.memory.copied(target)
             self._copy(wanted)
 
         spread = 0.5 + self.memory.process.around.memory_random.random()
         self.memory.process.after(self._copy_s * spread, end)
 
-    def _needed(self, rank: int, wanted: Next) -> frozenset[int]:
-        """The steps of a worker that are not overwritten."""
-        return wanted.kept | {wanted.complete_step}
+    def _missing(self, wanted: Next) -> tuple[int, int] | None:
+        """The oldest step of a rank that is not copied yet: a step that is kept for the bucket, or the newest one."""
+        return next(
+            (
+                (step, rank)
+                for step in sorted({*wanted.kept, wanted.step})
+                for rank in self._has
+                if all(each.step != step for each in self._files.get(rank, ()))
+            ),
+            None,
+        )
 
     def _source(self, step: int, rank: int) -> BufferFile | None:
         other = self.memory.peer(self.neighbour)

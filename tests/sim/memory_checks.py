@@ -37,6 +37,8 @@ class MemoryWitness:
         """When each of those was complete."""
         self.committed_step = 0
         self.restores_from_memory = 0
+        self.adopted = 0
+        """Parts of lost nodes that their mirrors have uploaded."""
 
     @property
     def newest(self) -> int:
@@ -92,17 +94,21 @@ class MemoryWitness:
 
     def overwrites(self, memory: Memory, file: BufferFile) -> None:
         """A node is about to overwrite a buffer."""
-        if file.keepers:
+        self._require_not_kept(memory, file)
+        if file.step:
+            self._require_unneeded(memory, (file.generation, file.step), "overwrites")
+
+    def drops(self, memory: Memory, file: BufferFile) -> None:
+        """A node is about to remove a buffer of an earlier generation."""
+        self._require_not_kept(memory, file)
+        self._require_unneeded(memory, (file.generation, file.step), "drops")
+
+    def _require_not_kept(self, memory: Memory, file: BufferFile) -> None:
+        if file.kept:
             raise Violation(
                 "a buffer that a checkpoint needs is not reused",
                 f"{memory.process.name}: step {file.step}",
             )
-        if file.step:
-            self._require_unneeded(memory, (file.generation, file.step), "overwrites")
-
-    def drops(self, memory: Memory, state: State) -> None:
-        """A node is about to remove a state of an earlier generation."""
-        self._require_unneeded(memory, state, "drops")
 
     def _require_unneeded(self, memory: Memory, state: State, what: str) -> None:
         newest = self.generations.get(self.newest)

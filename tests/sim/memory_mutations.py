@@ -1,10 +1,11 @@
 """Bugs planted in what is about states in memory: snapshots, mirrors, the choice of a state, restore and late commits."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from elastic_pt.agent.holdings import Holdings
+from elastic_pt.checkpoint import in_flight, snapshot
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership import appender
 from elastic_pt.membership.decision import resume
@@ -13,7 +14,7 @@ from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.membership.node import Node
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, InMemory, Member
-from tests.sim import agent, buffers, training
+from tests.sim import training
 from tests.sim.buffers import BufferFile, Buffers, Complete
 from tests.sim.memory import Memory, Mirror, Next
 from tests.sim.mutation import Mutation
@@ -30,13 +31,16 @@ def _nothing_awaited(members: list[Workers]) -> Complete | None:
 _complete_everywhere = training.complete_everywhere
 
 
-def _kept_not_needed(self: Buffers, complete_step: int) -> frozenset[int]:
-    return frozenset({complete_step})
+def _kept_not_needed(steps: Sequence[int], _: Collection[int], complete_step: int) -> int | None:
+    return _buffer_to_write(steps, (), complete_step)
 
 
-def _oldest_needed(files: list[BufferFile], needed: frozenset[int]) -> BufferFile | None:
-    free = [each for each in files if not each.keepers]
-    return max(free, key=lambda each: (not each.begun, each.begun), default=None)
+_buffer_to_write = snapshot.buffer_to_write
+
+
+def _newest_not_needed(steps: Sequence[int], kept: Collection[int], _: int) -> int | None:
+    free = [number for number, step in enumerate(steps) if step == 0 or step not in kept]
+    return max(free, key=lambda number: (not steps[number], steps[number]), default=None)
 
 
 def _report_before_copy(self: Mirror, wanted: Next) -> None:
@@ -71,8 +75,10 @@ def _own_alone(self: Holdings) -> int | None:
 _take_complete = Holdings.take_complete
 
 
-def _drop_at_first_snapshot(self: Memory, buffers: Buffers, step: int, complete: Complete) -> None:
-    _written(self, buffers, step, Complete(complete.step or 1, True))
+def _drop_at_first_snapshot(
+    self: Memory, buffers: Buffers, step: int, complete: Complete, kept: bool
+) -> None:
+    _written(self, buffers, step, Complete(complete.step or 1, True), kept)
 
 
 _written = Memory.written
@@ -140,8 +146,10 @@ def _steps_alone(
     return resume.newest_in_memory(generation, members, renamed, committed_step)
 
 
-def _newer_alone(view: RunView, state: tuple[int, int]) -> bool:
-    return view.commit is None or state[1] > view.commit.newest.step
+def _over_by_commits_alone(view: RunView, generation: int, step: int) -> str:
+    """Later generations that resumed from before the step are ignored."""
+    newest = view.commit and view.commit.newest.step
+    return f"step {newest} is committed" if newest is not None and newest >= step else ""
 
 
 MEMORY_MUTATIONS: Final = (
@@ -188,17 +196,17 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "checkpoint's buffer overwritten",
         "a buffer is overwritten while its checkpoint is being uploaded",
-        Buffers,
-        "needed",
+        snapshot,
+        "buffer_to_write",
         _kept_not_needed,
         8,
     ),
     Mutation(
         "newest buffer overwritten",
         "a state is written over the newest one, in place of the oldest",
-        buffers,
-        "file_to_write",
-        _oldest_needed,
+        snapshot,
+        "buffer_to_write",
+        _newest_not_needed,
         1,
     ),
     Mutation(
@@ -252,9 +260,9 @@ MEMORY_MUTATIONS: Final = (
     Mutation(
         "late commit of another lineage",
         "a checkpoint is committed after its generation, although training has gone on from before its step",
-        agent,
-        "may_commit",
-        _newer_alone,
+        in_flight,
+        "over",
+        _over_by_commits_alone,
         25,
     ),
 )

@@ -20,7 +20,7 @@ from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
 from elastic_pt.runlog import log
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Body, Cause, CauseKind, Generation
+from elastic_pt.runlog.records import Body, Cause, CauseKind, Commit, Generation
 from elastic_pt.store import s3
 from elastic_pt.store.s3 import S3Store
 from tests.sim import agent
@@ -50,9 +50,11 @@ _append = RunLog.append
 
 
 class _AnyCommit:
-    """Equal to every commit."""
+    """A commit that is equal to every commit."""
 
-    request = -1
+    def __init__(self, commit: Commit | None) -> None:
+        self.checkpoints = () if commit is None else commit.checkpoints
+        self.request = -1 if commit is None else commit.request
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -67,7 +69,7 @@ def _append_behind_commits(
         try:
             return make(view)
         except FencedError:
-            return make(dataclasses.replace(view, commit=_AnyCommit()))  # type: ignore[arg-type]
+            return make(dataclasses.replace(view, commit=_AnyCommit(view.commit)))  # type: ignore[arg-type]
 
     return _append(self, make_anyway, generation=generation)
 

@@ -324,7 +324,8 @@ class Simulation:
         agents = [agent for agent in self.nodes.values() if agent is not None and agent.ready]
         behind = any(agent.log.view.length < length for agent in agents)
         behind = behind or self.witness.view.request(Verb.CHECKPOINT) is not None
-        return behind or self.training.worlds[number].staging
+        pending = bool(self.training.worlds[number].pending)
+        return behind or pending or any(agent.expects_commits for agent in agents)
 
     def _is_converged(self) -> bool:
         view = self.witness.view

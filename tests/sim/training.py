@@ -54,8 +54,8 @@ class Workers:
     on_change: Callable[[], None]
     on_step: Callable[[int], None]
     on_checkpoint: Callable[[int], None]
-    on_snapshot: Callable[[int, Complete], None] = lambda *_: None
-    """Called with its step, and with what was complete everywhere."""
+    on_snapshot: Callable[[int, Complete, bool], None] = lambda *_: None
+    """Called with its step, with what was complete everywhere, and whether a checkpoint keeps it."""
     buffers: Buffers | None = None
     restore: Callable[[Callable[[str], None]], None] | None = None
     """Reads the state from the memory of nodes, before the first step; None if there is none."""
@@ -83,8 +83,10 @@ class World:
     step: int = 0
     drain_at: int = 0
     """The step after which all stop; 0 while none was asked for."""
-    staging: bool = False
-    """Whether a checkpoint is on its way; the next one waits until it is committed or given up."""
+    checkpoint_step: int = 0
+    """The newest checkpoint."""
+    pending: set[str] = field(default_factory=set)
+    """Members that have not uploaded their part of it. The next one waits for them, and not for the COMMIT."""
     uploaded: dict[int, set[str]] = field(default_factory=dict)
     """Members whose shards of a step are in the bucket."""
     request: int = -1
@@ -122,8 +124,11 @@ class Training:
     def world(self, generation: Generation) -> World:
         """The world of a generation."""
         if generation.number not in self.worlds:
-            step = generation.resume_step
-            self.worlds[generation.number] = World(generation, step=step)
+            step, resume = generation.resume_step, generation.resume
+            committed_step = 0 if resume is None else resume.step
+            self.worlds[generation.number] = World(
+                generation, step=step, checkpoint_step=committed_step
+            )
         return self.worlds[generation.number]
 
     def start(self, generation: Generation, workers: Workers, start_s: float) -> None:
@@ -160,6 +165,12 @@ class Training:
         workers = None if world is None else world.workers.get(incarnation)
         if world is not None and workers is not None and workers.state is State.READY:
             world.request = max(world.request, request)
+
+    def released(self, generation: Generation, incarnation: str, step: int) -> None:
+        """A member's agent is done with its part of a checkpoint."""
+        world = self.world(generation)
+        if step == world.checkpoint_step:
+            world.pending.discard(incarnation)
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -211,9 +222,9 @@ class Training:
             each.step = step
             each.agent.soon(lambda each=each: each.on_step(step))
         last = step >= self.plan.steps or step == world.drain_at
-        due = step % self.plan.checkpoint_every == 0
+        due = step - world.checkpoint_step >= self.plan.checkpoint_every
         due = due or world.request > max(world.met.values(), default=-1)
-        self._save(world, members, last=last, stage=last or (due and not world.staging))
+        self._save(world, members, last=last, stage=last or (due and not world.pending))
 
     def _save(self, world: World, members: list[Workers], *, last: bool, stage: bool) -> None:
         """Take a snapshot of the step, if one is due and all nodes have room; a checkpoint is one whose buffer is kept."""
@@ -243,7 +254,7 @@ class Training:
             for each in members:
                 if each.state is State.READY and each.buffers is not None:
                     each.buffers.end()
-                    each.agent.soon(lambda each=each: each.on_snapshot(step, complete))
+                    each.agent.soon(lambda each=each: each.on_snapshot(step, complete, stage))
             self._saved(world, members, last=last, stage=stage)
 
         self.scheduler.after(habits.copy_s, copied)
@@ -257,7 +268,8 @@ class Training:
             return
         if stage:
             world.met[world.step] = world.request
-            world.staging = True
+            world.checkpoint_step = world.step
+            world.pending = {each.incarnation for each in members}
             for each in members:
                 each.agent.soon(lambda each=each, step=world.step: each.on_checkpoint(step))
         if last:
