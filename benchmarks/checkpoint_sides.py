@@ -193,6 +193,11 @@ class AgentProcess:
         self._receive()
         return self._complete
 
+    @property
+    def unmirrored_step(self) -> int:
+        """Always 0: no mirror lacks room, because there are none."""
+        return 0
+
     def released(self, step: int) -> bool:
         """Whether the checkpoint of a step is uploaded. Raises `RuntimeError` if the agent failed."""
         self._receive()
