@@ -14,7 +14,9 @@ One process trains a small transformer. In turn it saves its state in three ways
 `stall_ms` is how long the training thread waits for the call. `slower_steps_ratio` is the median step during the upload,
 divided by the median of the steps just before and after it (for `copy`: of the steps after the copy). Then `snapshots`
 compares steps with a snapshot after each of them, which another process hashes, with steps without any;
-`ratio_to_copy` divides its stall by that of the plain copy in between. All values are medians over the repetitions;
+`ratio_to_copy` divides its stall by that of the plain copy in between. On CUDA the call only begins the copy, and the
+next step waits for its end before the optimizer changes the state: `waited_ms`, the longest in a block. That part is in
+`slower_steps_ratio` and `whole_steps_ratio`. All values are medians over the repetitions;
 `_p90` and `_worst` are beside them.
 
 The server is moto (`make services`), in a process of its own. Without it a directory takes its place.
@@ -53,6 +55,7 @@ from benchmarks.cuda.alone import process_group, training_state
 from benchmarks.cuda.sizes import Shape
 from benchmarks.s3_server import SERVERS, bucket, default_server
 from benchmarks.summary import machine, spread, write_json
+from elastic_pt.checkpoint.copier import copier_for
 from elastic_pt.train.snapshots import MemorySnapshots
 
 BYTES_PER_PARAMETER: Final = 12
@@ -208,16 +211,20 @@ def measure_snapshots(trainer: Trainer, options: argparse.Namespace) -> dict[str
     """Blocks of steps in turn: without anything, with a plain copy after each, with a snapshot after each."""
     state, copy = trainer.state, PlainCopy(trainer.state)
     assert trainer.snapshots is not None
-    stalls, copies, ratios, whole = [], [], [], []
+    stalls, copies, ratios, whole, waits = [], [], [], [], []
     for repeat in range(options.repeats + 1):
         quiet = trainer.seconds(options.steps)
         copied = []
         for _ in range(options.steps):
             trainer.step()
             copied.append(timed(copy.begin))
-        steps, taken = [], []
+        steps: list[float] = []
+        taken: list[float] = []
+        waited: list[float] = []
         for _ in range(2 * options.steps):
             steps.append(trainer.step())
+            if taken:
+                waited.append(trainer.waited_s)
             agreed = trainer.agreed
             if agreed is not None and trainer.snapshots.due(state.steps_done, agreed):
                 started_s = time.perf_counter()
@@ -231,9 +238,11 @@ def measure_snapshots(trainer: Trainer, options: argparse.Namespace) -> dict[str
             copies.append(statistics.median(copied))
             # The first step follows none.
             ratios.append(statistics.median(steps[1:]) / step_s)
+            waits.append(max(waited, default=0.0))
             whole.append((sum(steps) + sum(taken)) / len(steps) / step_s)
     return {
         **spread("stall_ms", [1e3 * each for each in stalls], 2),
+        **spread("waited_ms", [1e3 * each for each in waits], 2),
         **spread("copy_ms", [1e3 * each for each in copies], 2),
         **spread("ratio_to_copy", [a / b for a, b in zip(stalls, copies, strict=True)], 3),
         **spread("slower_steps_ratio", ratios, 4),
@@ -271,7 +280,7 @@ def prepared(
         shape = shape_of(1e9 * options.state_gb, options.tokens, options.device)
         state = stack.enter_context(training_state(shape, VOCABULARY, mesh, device))
         trainer = Trainer(state, VOCABULARY)
-        snapshots = MemorySnapshots(1, 1, scratch, agent, state, describe)
+        snapshots = MemorySnapshots(1, 1, scratch, agent, state, describe, copier_for(device))
         trainer.snapshots = snapshots
         give_up_at_s = time.monotonic() + BUFFERS_S_MAX
         while snapshots.offer().complete_step is None:
@@ -352,7 +361,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     snapshots = report["snapshots"]
     print(
-        f"a snapshot takes {snapshots['ratio_to_copy']:.2f} x a copy; steps with their snapshots take "
+        f"a snapshot takes {snapshots['ratio_to_copy']:.2f} x a copy, and the next step waits "
+        f"{snapshots['waited_ms']:.1f} ms for its end; steps with their snapshots take "
         f"{snapshots['whole_steps_ratio']:.3f} x those without"
     )
     for target, met in report["targets"].items():

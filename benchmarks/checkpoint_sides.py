@@ -29,7 +29,7 @@ from elastic_pt.checkpoint.upload import KeptShard, Uploader
 from elastic_pt.store.open import open_store
 from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
-from elastic_pt.train.step import Agreed, Control, no_snapshots, run_step
+from elastic_pt.train.step import Agreed, Control, Offer, no_snapshots, run_step
 
 _START_S: Final = 60.0
 _END_S: Final = 10.0
@@ -67,16 +67,26 @@ class Trainer:
         self.snapshots: MemorySnapshots | None = None
         self.agreed: Agreed | None = None
         """The agreement of the last step."""
+        self.waited_s = 0.0
+        """How long the last step waited for the end of a copy, before the optimizer changed the state."""
         self._tokens = random_tokens(state.config, vocabulary, state.device)
 
     def step(self) -> float:
         """Do a step. Returns its seconds."""
         synchronize(self.state.device)
         started_s = time.perf_counter()
-        offer = no_snapshots if self.snapshots is None else self.snapshots.offer
-        self.agreed = run_step(self.state, self._tokens, Control(False, False), offer).agreed
+        self.agreed = run_step(self.state, self._tokens, Control(False, False), self._offer).agreed
         synchronize(self.state.device)
         return time.perf_counter() - started_s
+
+    def _offer(self) -> Offer:
+        """The worker's offer. Before it, wait for the end of a copy that runs beside the step."""
+        if self.snapshots is None:
+            return no_snapshots()
+        started_s = time.perf_counter()
+        self.snapshots.settle()
+        self.waited_s = time.perf_counter() - started_s
+        return self.snapshots.offer()
 
     def seconds(self, count: int) -> list[float]:
         """The seconds of some steps."""
@@ -153,7 +163,7 @@ class DcpAsync:
         """Stage, and start the upload."""
         self._count += 1
         self._path = f"{self._url}/dcp-{self._count}"
-        self._saving = dcp.async_save(
+        self._saving = dcp.async_save(  # type: ignore[attr-defined]
             {"state": self._tensors},
             # `sync_files` would end in a sync of the whole machine.
             storage_writer=FsspecWriter(self._path, sync_files=False),
@@ -183,6 +193,7 @@ class AgentProcess:
         self._process = context.Process(target=_serve, args=(theirs, scratch, url), daemon=True)
         self._process.start()
         theirs.close()
+        self._sending = threading.Lock()
         self._complete = 0
         self._released: set[int] = set()
         self._receive(timeout_s=_START_S)
@@ -193,14 +204,20 @@ class AgentProcess:
         self._receive()
         return self._complete
 
+    @property
+    def unmirrored_step(self) -> int:
+        """Always 0: no mirror lacks room, because there are none."""
+        return 0
+
     def released(self, step: int) -> bool:
         """Whether the checkpoint of a step is uploaded. Raises `RuntimeError` if the agent failed."""
         self._receive()
         return step in self._released
 
     def send(self, kind: str, **content: object) -> None:
-        """Send a message of the worker."""
-        self._pipe.send((kind, content))
+        """Send a message of the worker. Any thread may call it."""
+        with self._sending:
+            self._pipe.send((kind, content))
 
     def close(self) -> None:
         """End the process."""

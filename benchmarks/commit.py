@@ -30,7 +30,7 @@ from elastic_pt.checkpoint.layout import (
     TrainingState,
     shard_key,
 )
-from elastic_pt.checkpoint.upload import StagedShard, UploadedShard, publish_node
+from elastic_pt.checkpoint.upload import KeptShard, UploadedShard, publish_node
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Generation, Member
@@ -92,9 +92,7 @@ def tensors_of(world_size: int) -> tuple[Tensor, ...]:
     )
 
 
-def uploaded(
-    tensors: tuple[Tensor, ...], state: TrainingState, shard: StagedShard
-) -> UploadedShard:
+def uploaded(tensors: tuple[Tensor, ...], state: TrainingState, shard: KeptShard) -> UploadedShard:
     """One worker's shard, as after its upload."""
     offset, slices = 65_536, []
     for tensor in tensors:
@@ -144,7 +142,7 @@ def main() -> None:
     store.requests.clear()
     for ranks in generation.worker_ranks():
         shards = [
-            uploaded(tensors, state, StagedShard(Path(), run_id, directory, rank, ranks))
+            uploaded(tensors, state, KeptShard(Path(), run_id, directory, rank, ranks))
             for rank in ranks
         ]
         store.latency_s = options.latency_ms / 1000 if ranks.start == 0 else 0.0

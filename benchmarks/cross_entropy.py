@@ -26,7 +26,7 @@ def measure(side: str, tokens: int, width: int, vocabulary: int, threads: int) -
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     small = torch.randn(64, 64, requires_grad=True)
-    (small @ small).sum().backward()
+    (small @ small).sum().backward()  # type: ignore[no-untyped-call]
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.empty(vocabulary, width).normal_(std=0.02).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
@@ -35,7 +35,7 @@ def measure(side: str, tokens: int, width: int, vocabulary: int, threads: int) -
         loss = cross_entropy_sums(hidden, weight, targets).total / tokens
     else:
         loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "bytes": resident_peak_bytes() - before, "loss": loss.item()}
 

@@ -15,10 +15,12 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from elastic_pt.config import Config, parse_config
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     options = parser.parse_args()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = torch.multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
     arguments = (
@@ -92,7 +94,7 @@ def work(
     pairs: int,
     device_name: str,
     overrides: list[str],
-    results: "torch.multiprocessing.SimpleQueue",
+    results: "torch.multiprocessing.SimpleQueue[dict[str, Any]]",
 ) -> None:
     """One worker: alternates steps of both states. If there are more workers than CUDA devices, they share, with gloo."""
     device = resolve_device(benchmark_config(device_name, overrides, "exact").train, rank)
@@ -100,10 +102,11 @@ def work(
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    backend = choose_backend(device, dist.PrefixStore("devices", store), world_size)
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    backend = choose_backend(device, PrefixStore("devices", store), world_size)
     timeout = datetime.timedelta(minutes=5)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     states = {}
     for numerics in ("exact", "native"):
@@ -143,7 +146,7 @@ def work(
 def timed_step(state: TrainState, numerics: str) -> float:
     """Seconds of one step, which all workers start together."""
     torch.use_deterministic_algorithms(numerics == "exact")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     config = state.config
     slots = len(range(state.rank, config.train.slots, state.world_size))
     tokens = torch.randint(

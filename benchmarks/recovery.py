@@ -4,11 +4,13 @@
 
     worker   SIGKILL to one worker          silent   a node's link goes down without a reset (as root)
     node     SIGKILL to a whole node        hang     SIGSTOP to one worker
+    two_nodes  SIGKILL to two nodes at once, of at least four, of which neither mirrors the other
     join     another node is started        leave    SIGTERM to one agent
 
 It prints p50 and p99 of the seconds from the disturbance to the first complete optimizer step of the new generation.
 For `join` and `leave` it is the time that survivors wait for their next step, minus a normal step. Each node is the
-victim in turn, also the node of rank 0, after a random number of steps. With `--peer torchrun`, stock torchrun with
+victim in turn, also the node of rank 0, after a random number of steps. Beside the seconds it prints the steps that were
+lost: reported by a member, then done again. With `--peer torchrun`, stock torchrun with
 FSDP2 and torch.distributed.checkpoint trains the same model on the same machine, with its defaults and tuned, and is
 disturbed in the same ways.
 """
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.recovery_ours import measure_ours
 from benchmarks.recovery_peer import SETTINGS, measure_peer
-from benchmarks.recovery_report import KINDS, print_report
+from benchmarks.recovery_report import KINDS, print_report, targets_of
 from benchmarks.recovery_run import Plan, prepare_data
 from benchmarks.summary import machine, write_json
 
@@ -100,6 +102,7 @@ def main() -> None:
         )
         for kind in options.kinds:
             report["ours"][kind] = measure_ours(kind, plan, data_url)
+            report["targets"] = targets_of(report["ours"])
             write_json(options.json, report)
         if options.peer is not None:
             plan = dataclasses.replace(

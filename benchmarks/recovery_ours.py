@@ -7,6 +7,7 @@
 A repetition that does not recover within its limit is recorded as a failure, and the next one gets a new run.
 """
 
+import dataclasses
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
-from benchmarks.recovery_run import CHECKPOINT_STEPS, POLL_S, OurRun, Plan, network_of
+from benchmarks.recovery_run import CHECKPOINT_STEPS, POLL_S, OurRun, Plan, network_of, plan_of
 from benchmarks.recovery_watch import (
     FirstStep,
     StepWatch,
@@ -90,6 +91,38 @@ def lose_node(
     """SIGKILL to an agent, its fork server and its workers at once."""
     survivors = [member for member in generation.members if member != victim]
     return recover(run, generation, survivors, randomness, lambda: run.fleet.kill(victim.node))
+
+
+def lose_two_nodes(
+    run: OurRun, generation: Generation, victim: Member, randomness: random.Random
+) -> Sample:
+    """SIGKILL to two nodes at once. Neither mirrors the other, so each row is still on a living node."""
+    rank = generation.members.index(victim)
+    other = unrelated(generation, rank)
+    victims = [victim, generation.members[other]]
+    survivors = [member for member in generation.members if member not in victims]
+
+    def kill() -> None:
+        for member in victims:
+            os.killpg(run.fleet.pid(member.node), signal.SIGKILL)
+        # `Fleet.kill` waits for the end of each.
+        for member in victims:
+            run.fleet.kill(member.node)
+
+    sample = recover(run, generation, survivors, randomness, kill)
+    return dataclasses.replace(sample, victim=f"ranks {rank} and {other}")
+
+
+def unrelated(generation: Generation, rank: int) -> int:
+    """The rank of a member that does not mirror the one of this rank, and is not mirrored by it."""
+    for other in range(len(generation.members)):
+        mirrors = other in generation.mirrors_of(rank) or rank in generation.mirrors_of(other)
+        if other != rank and generation.mirrors and not mirrors:
+            return other
+    raise ElasticPtError(
+        f"generation {generation.number}: mirrors {generation.mirrors}; expected two members that do not "
+        "mirror each other"
+    )
 
 
 def silence_node(
@@ -191,6 +224,7 @@ def stalled(
 DISTURBANCES: Final[dict[str, Disturbance]] = {
     "worker": lose_worker,
     "node": lose_node,
+    "two_nodes": lose_two_nodes,
     "silent": silence_node,
     "hang": hang_worker,
     "join": join_node,
@@ -202,6 +236,7 @@ def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
     """Measure all repetitions of one kind, in as few runs as possible. Main thread."""
     if kind == "silent" and (reason := missing_for_networks()):
         return unavailable(f"not measured: needs networks, {reason}")
+    plan = plan_of(kind, plan)
     randomness = random.Random(f"{plan.seed} {kind}")
     samples: list[Sample] = []
     broken: list[str] = []
@@ -223,7 +258,7 @@ def measure_ours(kind: str, plan: Plan, data_url: str) -> Summary:
             broken.append(samples[-1].failure)
     if not samples:
         return unavailable("; ".join(broken))
-    summary = summarize(samples)
+    summary = summarize(samples) | {"nodes": plan.nodes}
     if broken:
         summary["fresh_runs_after"] = broken
     return summary
@@ -236,11 +271,12 @@ def repeat(kind: str, run: OurRun, randomness: random.Random, samples: list[Samp
         generation = run.make_whole()
         victim = generation.members[len(samples) % plan.nodes]
         sample = DISTURBANCES[kind](run, generation, victim, randomness)
-        place = "" if kind == "join" else f"rank {generation.members.index(victim)}"
-        sample = Sample(sample.seconds, sample.phases, sample.beside, place, sample.failure)
+        if kind != "join":
+            place = sample.victim or f"rank {generation.members.index(victim)}"
+            sample = dataclasses.replace(sample, victim=place)
         samples.append(sample)
         shown = sample.failure if sample.seconds is None else f"{sample.seconds:.3f} s"
         phases = " ".join(f"{name} {seconds:.3f}" for name, seconds in sample.phases.items())
-        plan.tell(f"ours {kind} {len(samples)}/{plan.repeats} {place}: {shown}  {phases}")
+        plan.tell(f"ours {kind} {len(samples)}/{plan.repeats} {sample.victim}: {shown}  {phases}")
         if sample.seconds is None:
             return

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
-from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan, network_of
+from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan, network_of, plan_of
 from benchmarks.recovery_watch import StepPoint, normal_step_s
 from chaos_tests.processes import kill_all, mark_children, marked
 from elastic_pt.errors import ElasticPtError
@@ -187,14 +187,16 @@ def _free_port() -> int:
 
 def disturb(job: TorchrunJob, kind: str, victim: int) -> list[int]:
     """Disturb the job. Returns the agents that should continue."""
-    others = [index for index in job.agents if index != victim]
+    victims = {victim, (victim + 2) % len(job.agents)} if kind == "two_nodes" else {victim}
+    others = [index for index in job.agents if index not in victims]
     match kind:
         case "worker":
             os.kill(job.worker(victim), signal.SIGKILL)
         case "hang":
             os.kill(job.worker(victim), signal.SIGSTOP)
-        case "node":
-            job.kill(victim)
+        case "node" | "two_nodes":
+            for each in sorted(victims):
+                job.kill(each)
         case "silent":
             job.cut(victim)
         case "leave":
@@ -296,6 +298,7 @@ def measure_peer(name: str, kind: str, plan: Plan) -> Summary:
     """All repetitions of one kind with one setting. The victim is another agent each time, the rendezvous host last."""
     if kind == "silent" and (reason := missing_for_networks()):
         return unavailable(f"not measured: needs networks, {reason}")
+    plan = plan_of(kind, plan)
     samples: list[Sample] = []
     for turn in range(1, plan.repeats + 1):
         directory = plan.directory / name / f"{kind}-{turn}"

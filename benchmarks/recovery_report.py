@@ -21,7 +21,7 @@ from benchmarks.summary import percentile
 PHASES: Final = ("detect", "agree", "fork", "process group", "restore", "first step")
 """The phases of a recovery, in order. They end when: a member detects it; the log has the new generation; its workers
 run; they are connected; they have the state; the first step is done."""
-KINDS: Final = ("worker", "node", "silent", "hang", "join", "leave")
+KINDS: Final = ("worker", "node", "two_nodes", "silent", "hang", "join", "leave")
 """The kinds of disturbances, in the order of the measurement."""
 
 Summary = dict[str, Any]
@@ -42,26 +42,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a measurement of a kind, and its targets (maximum seconds)."""
+    """One line of the table: a measurement of a kind, and its targets (maxima, in the unit of the measurement)."""
 
     kind: str
     title: str
     beside: str = ""
     """The name of a measurement in `Sample.beside`; empty for `seconds`."""
-    p50_max_s: float | None = None
-    p99_max_s: float | None = None
+    p50: float | None = None
+    p99: float | None = None
+    worst: float | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The targets, by their names in a `Summary`."""
+        limits = {"p50": self.p50, "p99": self.p99, "max": self.worst}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
+_LOST: Final = "lost_steps"
 # A target without a percentile is a p99 target.
 ROWS: Final = (
-    Row("worker", "worker killed", p50_max_s=0.5, p99_max_s=1.0),
-    Row("node", "node killed, any", p50_max_s=1.0, p99_max_s=2.0),
-    Row("silent", "node falls silent", p50_max_s=2.5),
-    Row("hang", "worker hangs: detected", beside="detection_s", p99_max_s=3.0),
+    Row("worker", "worker killed", p50=0.5, p99=1.0),
+    Row("worker", "worker killed: steps lost", _LOST, p50=1, worst=2),
+    Row("node", "node killed, any", p50=0.4, p99=2.0),
+    Row("node", "node killed, any: steps lost", _LOST, p50=1, worst=2),
+    Row("two_nodes", "two nodes killed, no mirrors of each other"),
+    Row("two_nodes", "two nodes killed: steps lost", _LOST, p50=1, worst=2),
+    Row("silent", "node falls silent", p50=2.5),
+    Row("hang", "worker hangs: detected", beside="detection_s", p99=3.0),
     Row("hang", "worker hangs"),
-    Row("join", "join: survivors' stall", p99_max_s=0.5),
-    Row("join", "join: joiner's first step", beside="joiner_s", p99_max_s=4.0),
-    Row("leave", "leave: survivors' stall", p99_max_s=0.5),
+    Row("join", "join: survivors' stall", p99=0.5),
+    Row("join", "join: joiner's first step", beside="joiner_s", p99=4.0),
+    Row("leave", "leave: survivors' stall", p99=0.5),
 )
 
 
@@ -124,8 +136,7 @@ def value_of(summary: Summary, row: Row, name: str) -> float | None:
 
 def judge(summary: Summary, row: Row) -> bool | None:
     """Whether the measurement meets the row's targets; None if there is no target or no measurement."""
-    limits = {"p50": row.p50_max_s, "p99": row.p99_max_s}
-    wanted = {name: limit for name, limit in limits.items() if limit is not None}
+    wanted = row.limits
     if not wanted or not summary["repeats"]:
         return None
     values = {name: value_of(summary, row, name) for name in wanted}
@@ -133,15 +144,29 @@ def judge(summary: Summary, row: Row) -> bool | None:
 
 
 def words(summary: Summary | None, row: Row) -> str:
-    """A cell of the table: p50 and p99, or the reason why there are none."""
+    """A cell of the table: p50 and p99 (of steps: the maximum), or the reason why there are none."""
     if summary is None:
         return ""
-    values = [value_of(summary, row, name) for name in ("p50", "p99")]
+    steps = row.beside == _LOST
+    values = [value_of(summary, row, name) for name in ("p50", "max" if steps else "p99")]
     reason = str(summary.get("reason", "")).partition("\n")[0]
     if values == [None, None]:
         return reason or "-"
-    text = " / ".join("none" if value is None else f"{value:.2f}" for value in values)
+    text = " / ".join(
+        "none" if value is None else f"{value:.{0 if steps else 2}f}" for value in values
+    )
     return f"{text} ({reason})" if reason else text
+
+
+def targets_of(kinds: Mapping[str, Summary]) -> dict[str, bool]:
+    """Whether each target of the kinds that were measured is met, by a line that says which."""
+    found = {}
+    for row in ROWS:
+        verdict = judge(kinds[row.kind], row) if row.kind in kinds else None
+        if verdict is not None:
+            limits = ", ".join(f"{name} at most {limit:g}" for name, limit in row.limits.items())
+            found[f"{row.title}: {limits}"] = verdict
+    return found
 
 
 def breakdown(summary: Summary) -> str:
@@ -174,7 +199,7 @@ def worst(summary: Summary) -> str:
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the table of all sides, and the phases of each of our rows that misses its target."""
     sides = [name for name in report if name == "ours" or name.startswith("torchrun")]
-    table = Table(title="seconds, p50 / p99 (nearest rank)")
+    table = Table(title="seconds, p50 / p99 (nearest rank); steps lost, p50 / maximum")
     table.add_column("disturbance")
     table.add_column("target")
     for side in sides:
@@ -189,13 +214,13 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         if verdict is False:
             missed[row.kind] = ours
         target = " / ".join(
-            "-" if limit is None else f"{limit:g}" for limit in (row.p50_max_s, row.p99_max_s)
+            "-" if limit is None else f"{limit:g}" for limit in (row.p50, row.p99 or row.worst)
         )
         table.add_row(
             row.title,
             "" if target == "- / -" else target,
             *(words(report[side].get(row.kind), row) for side in sides),
-            {None: "", True: "[green]pass[/green]", False: "[red]miss[/red]"}[verdict],
+            {None: "", True: "[green]met[/green]", False: "[red]MISSED[/red]"}[verdict],
         )
     console.print(table)
     for side in sides:
@@ -206,6 +231,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
                 after = "" if again_s is None else f", the first new one after {again_s:.2f} s"
                 steps = f"{lost['p50']:.0f} steps lost at the median, {lost['max']:.0f} at most"
                 console.print(f"{side} {kind}: {steps}{after} (median)")
+    for target, met in targets_of(report.get("ours", {})).items():
+        console.print(f"{'met' if met else '[red]MISSED[/red]'}: {target}")
     for kind, summary in missed.items():
         console.print(f"[red]missed[/red] {kind}, medians: {breakdown(summary)}")
         console.print(f"       {kind}, the worst: {worst(summary)}")

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -46,6 +46,11 @@ class Plan:
     """Prints a line of progress."""
     overrides: tuple[str, ...] = ()
     """Changes of the run's configuration, in the form of `--set`."""
+
+
+def plan_of(kind: str, plan: Plan) -> Plan:
+    """The plan with enough nodes for this kind: two nodes that do not mirror each other are on a ring of four."""
+    return replace(plan, nodes=max(4, plan.nodes)) if kind == "two_nodes" else plan
 
 
 def prepare_data(directory: Path) -> str:

@@ -24,6 +24,7 @@ from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, Member
 
 ADDRESS: Final = "127.0.0.1"
+_INCARNATION: Final = "holder"
 _TOKEN: Final = "token"
 _TIMEOUT_S: Final = 30.0
 _ANSWER_S: Final = 120.0
@@ -49,10 +50,10 @@ class Holder:
     def places(self, snapshot: Snapshot, path: Path | None) -> Places:
         """Where a worker reads the state: in its own node's file, if a path is given, else from the holder."""
         if path is not None:
-            place = Place(0, str(path), snapshot.to_bytes().decode())
+            place = Place(_INCARNATION, str(path), snapshot.to_bytes().decode())
         else:
-            place = Place(0, host=ADDRESS, port=self.peer_port)
-        return Places(snapshot.generation, snapshot.step, (place,), _TOKEN, _TIMEOUT_S)
+            place = Place(_INCARNATION, host=ADDRESS, port=self.peer_port)
+        return Places(snapshot.generation, snapshot.step, ((place,),), _TOKEN, _TIMEOUT_S)
 
     def read_plain(self, target: memoryview) -> None:
         """Fill the memory with the state's bytes, over a plain socket."""
@@ -83,9 +84,8 @@ def _hold(pipe: Connection, scratch: Path) -> None:
     complete = threading.Event()
     snapshots = Snapshots(
         scratch,
-        "holder",
+        _INCARNATION,
         _TOKEN,
-        copies=0,
         timeout_s=_TIMEOUT_S,
         history=StepHistory(),
         on_complete=lambda *_: complete.set(),
@@ -96,7 +96,7 @@ def _hold(pipe: Connection, scratch: Path) -> None:
     pipe.send((_serve(snapshots), listener.getsockname()[1]))
     while (order := pipe.recv()) is not None:
         buffer, step = order
-        member = Member("holder", "holder", ADDRESS, 1, 0, 1)
+        member = Member("holder", _INCARNATION, ADDRESS, 1, 0, 1)
         generation = Generation(buffer.generation, (member,), (1,), ADDRESS, 1, None, "benchmark")
         snapshots.starts(cast(Formed, SimpleNamespace(generation=generation, node_rank=0)))
         complete.clear()
@@ -117,7 +117,9 @@ def _message(buffer: Buffer, step: int) -> dict[str, Any]:
         "seconds": 0.0,
         "every_steps": 0,
         "step_seconds": 1.0,
+        "complete_seconds": 0.0,
         "complete_step": 0,
+        "mirrored": True,
         "checkpoint": False,
     }
 

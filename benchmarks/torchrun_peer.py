@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from elastic_pt.config import ModelSection
 from elastic_pt.model.initialize import fill_
@@ -69,7 +70,9 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 def save(directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the checkpoint of a step and remove old ones. Communicates."""
-    dcp.save(state_of(model, optimizer), checkpoint_id=directory / f"step-{step:09d}")
+    dcp.save(  # type: ignore[attr-defined]
+        state_of(model, optimizer), checkpoint_id=directory / f"step-{step:09d}"
+    )
     if dist.get_rank() == 0:
         for old in sorted(directory.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
@@ -91,6 +94,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.step()
     optimizer.zero_grad()
     # Waits for all ranks, like a script that logs the norm.
+    assert isinstance(norm, DTensor)
     norm.full_tensor().item()
 
 
@@ -118,7 +122,9 @@ def main() -> None:
     name, step = agree_on_checkpoint(checkpoints)
     if name:
         state = state_of(model, optimizer)
-        dcp.load(state, checkpoint_id=checkpoints / name)
+        dcp.load(  # type: ignore[attr-defined]
+            state, checkpoint_id=checkpoints / name
+        )
         set_state_dict(
             model,
             optimizer,

@@ -78,10 +78,12 @@ def our_step(options: argparse.Namespace) -> Step:
             sums = model(rows[:, :-1], rows[:, 1:])
         loss = sums.total / rows[:, 1:].numel()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         optimizer.step(LEARNING_RATE, min(1.0, CLIP / (norm.item() + 1e-6)))
         optimizer.zero_grad()
-        return loss.item()
+        return float(loss.item())
 
     return step
 
@@ -101,7 +103,9 @@ def their_step(options: argparse.Namespace) -> Step:
         rms_norm_eps=ours.config.norm_epsilon,
         tie_word_embeddings=ours.config.tied_embeddings,
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(options.device)
+    model = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation="sdpa"
+    ).to(options.device)
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in ours.named_parameters():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.cuda.sizes import Shape
@@ -22,7 +23,7 @@ def process_group(device: torch.device) -> Iterator[DeviceMesh]:
     cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=dist.HashStore(),
+        store=HashStore(),
         rank=0,
         world_size=1,
         device_id=device if cuda else None,

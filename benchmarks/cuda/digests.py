@@ -25,6 +25,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import CPU_SLOWER, SIZES
@@ -173,7 +174,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
 
 def _try_collectives(device: str, report: Report) -> None:
     """Test each collective in a world of two processes on the same device."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     workers = [
@@ -198,9 +199,9 @@ def _try_collectives(device: str, report: Report) -> None:
 
 
 def _collectives(
-    rank: int, port: int, device: str, results: "torch.multiprocessing.SimpleQueue"
+    rank: int, port: int, device: str, results: "torch.multiprocessing.SimpleQueue[dict[str, str]]"
 ) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     one = torch.full((4,), rank + 1.0, device=device)
     two = torch.arange(4.0, device=device)

@@ -1,7 +1,9 @@
 """Part `snapshot`: how long a checkpoint stops training, its parts, and the time of upload and restore.
 
-stall     `SnapshotBuffers.write`: copy to host, into a mapped buffer; the next step waits for it
-parts     device to host (pageable as in a run; pinned for comparison), host to staging, device to device
+stall     what training waits for a snapshot: the call that begins the copy into a mapped, page-locked buffer, and how
+          much longer the next step takes, in which the copy ends before the optimizer changes the state
+copy      the same copy, with nothing beside it
+parts     device to host (pinned as in a run; pageable for comparison), host to staging, device to device
 upload    hash and copy to a store on the local disk; the agent does it while training continues
 restore   `load_rows` from that store into the device, with a cold and a warm page cache
 """
@@ -14,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,14 +30,16 @@ from benchmarks.cuda.alone import (
 )
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import SIZES
+from elastic_pt.checkpoint.copier import copier_for
 from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import TrainingState, checkpoint_directory
 from elastic_pt.checkpoint.publish import publish_manifest
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.snapshot import SnapshotBuffers
+from elastic_pt.checkpoint.snapshot import Buffer, SnapshotBuffers
 from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.store.open import open_store
 from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Control, Offer, run_step
 
 _REPEATS: Final = 3
 _RUN_ID: Final = "benchmark"
@@ -60,30 +63,62 @@ def run(options: argparse.Namespace, report: Report) -> None:
         with _staging_directory(state_bytes, Path(disk)) as staging:
             with report.attempt("copies"):
                 _copies(tensors, staging, device, report)
-            path = _stall(state, staging, state_bytes, step_s, report)
+            path = _stall(state, tokens, staging, step_s, report)
             with report.attempt("upload and restore"):
                 _upload_and_restore(path, state, state_bytes, Path(disk), report)
 
 
 def _stall(
-    state: TrainState, staging: Path, state_bytes: int, step_s: float, report: Report
+    state: TrainState, tokens: torch.Tensor, staging: Path, step_s: float, report: Report
 ) -> Path:
+    """Copy the state as a run does: begin, do the next step meanwhile, finish before its update. Then copy alone."""
     rows = {name: (each.rows, each.global_shape, each.first_row) for name, each in state.slices()}
-    buffers = SnapshotBuffers(staging, 1, state.rank, rows)
+    state_bytes = sum(each.rows.nbytes for _, each in state.slices())
+    buffers = SnapshotBuffers(staging, 1, state.rank, rows, copier_for(state.device))
     buffers.allocate(1)
-    described = TrainingState(max(1, state.steps_done), 0, 0, "0" * 64, "0" * 64, "0" * 64)
-    seconds = _seconds(partial(buffers.write, described), state.device)
-    path = buffers.write(described).path(staging)
-    stall_s = statistics.median(seconds)
+    calls, steps, waits = [], [], []
+    for _ in range(_REPEATS):
+        synchronize(state.device)
+        began_s = time.perf_counter()
+        buffer = buffers.start(_described(state))
+        called_s = time.perf_counter()
+
+        def finish(buffer: Buffer = buffer, step: int = max(1, state.steps_done)) -> Offer:
+            started_s = time.perf_counter()
+            buffers.finish(buffer, step)
+            waits.append(time.perf_counter() - started_s)
+            return Offer()
+
+        run_step(state, tokens, Control(False, False), finish)
+        synchronize(state.device)
+        calls.append(called_s - began_s)
+        steps.append(time.perf_counter() - called_s)
+    call_s, slower_ratio = statistics.median(calls), statistics.median(steps) / step_s
     report.row(
         "stall",
-        f"{stall_s:.3f} s ({state_bytes / stall_s / 1e9:.2f} GB/s), {stall_s / step_s:.1f} steps; staging in {staging.parent}",
-        stall_s=stall_s,
-        samples_s=seconds,
+        f"{call_s:.4f} s for the call, the next step takes {slower_ratio:.3f} x and waits "
+        f"{statistics.median(waits):.4f} s; staging in {staging.parent}",
+        stall_s=call_s,
+        slower_steps_ratio=slower_ratio,
+        calls_s=calls,
+        steps_s=steps,
+        waits_s=waits,
         state_bytes=state_bytes,
         step_s=step_s,
     )
-    return path
+    seconds = _seconds(lambda: buffers.write(_described(state)), state.device)
+    copy_s = statistics.median(seconds)
+    report.row(
+        "copy",
+        f"{copy_s:.3f} s ({state_bytes / copy_s / 1e9:.2f} GB/s), {copy_s / step_s:.2f} steps",
+        copy_s=copy_s,
+        samples_s=seconds,
+    )
+    return buffers.write(_described(state)).path(staging)
+
+
+def _described(state: TrainState) -> TrainingState:
+    return TrainingState(max(1, state.steps_done), 0, 0, "0" * 64, "0" * 64, "0" * 64)
 
 
 def _copies(
@@ -113,7 +148,7 @@ def _copies(
     def write() -> None:
         with (staging / "written").open("wb", buffering=0) as file:
             for each in host:
-                view = memoryview(each.view(-1).view(torch.uint8).numpy())
+                view = each.view(-1).view(torch.uint8).numpy().data
                 while view:
                     view = view[file.write(view) :]
 

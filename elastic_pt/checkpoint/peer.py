@@ -91,12 +91,6 @@ class Peer:
             raise StoreError(f"{self}{path}: more than {bytes_max} bytes; expected fewer")
         return None if response.status in (204, 404) else body
 
-    def read(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `[start, end)` of a shard file."""
-        data = bytearray(end - start)
-        self.read_into(path, start, memoryview(data))
-        return bytes(data)
-
     def read_into(self, path: str, start: int, *targets: memoryview) -> None:
         """Fill the targets, one after another, with the bytes of a shard file from `start` on.
 

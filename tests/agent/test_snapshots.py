@@ -445,12 +445,12 @@ def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
     """A missing state is an error that names the peer. A lost peer is another error, of the surroundings."""
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
     with pytest.raises(CheckpointError, match=f"{pair[0].port}.*does not hold it"):
-        peer.read(snapshot_path(1, 5, 0), 0, 10)
+        peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(10)))
     with pytest.raises(CheckpointError, match="does not hold it"):
         peer.record(snapshot_path(1, 5, 0))
     gone = Peer(PeerAddress("127.0.0.1", 1), TOKEN, 5.0)
     with pytest.raises(StoreError, match="refused"):
-        gone.read(snapshot_path(1, 5, 0), 0, 10)
+        gone.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(10)))
 
 
 def keep_step_6(nodes: list[Node]) -> None:
@@ -553,8 +553,9 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
     pair[0].await_complete(1, 5)
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
     size = pair[0].buffers.size
-    content = peer.read(snapshot_path(1, 5, 0), 0, size)
+    content = bytearray(size)
+    peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(content))
     file = next(pair[0].directory.glob("snapshot-g1-rank-0-0"))
     assert content == file.read_bytes()[PAYLOAD_OFFSET:]
     with pytest.raises(StoreError, match="expected"):
-        peer.read(snapshot_path(1, 5, 0), size - 4, size + 4)
+        peer.read_into(snapshot_path(1, 5, 0), size - 4, memoryview(bytearray(8)))
