@@ -34,6 +34,7 @@ from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.parts import limits_of, notices_of, resources_of
+from elastic_pt.agent.restoring import complete_history
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
 from elastic_pt.checkpoint.commit import committed_step
@@ -99,10 +100,11 @@ class Agent:
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member, token = prepared.member, run_token(prepared.store)
+        member, token = prepared.member, run_token(store)
         self._config = config
         self._scratch = scratch
         self._log = run_log
+        self._token = token
         # torch creates files for its workers' errors. In scratch, a later agent sweeps the files of a killed one.
         tempfile.tempdir = str(scratch)
         self._observation = Observation(Metrics())
@@ -113,14 +115,14 @@ class Agent:
             member.address,
         )
         self._channel = AgentSide(scratch / SOCKET_NAME)
-        history = StepHistory()
+        self._history = StepHistory()
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
             token,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
-            history=history,
+            history=self._history,
             on_complete=self._held,
             on_change=self._states_changed,
         )
@@ -137,7 +139,7 @@ class Agent:
             self._node,
             self._observation.metrics,
             scratch,
-            history,
+            self._history,
             states=self._snapshots,
             release=self._release,
         )
@@ -264,7 +266,13 @@ class Agent:
         self._observation.starts(generation, self._node.read_at_s(generation.number))
         self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
-        self._snapshots.complete_history(formed, committed_step(view))
+        complete_history(
+            self._history,
+            formed,
+            committed_step(view),
+            self._token,
+            self._config.elastic.heartbeat_timeout_s,
+        )
         write_assignment(
             self._scratch,
             Assignment(

@@ -4,7 +4,7 @@
     a mirror reports its newest step ────┼─► take_complete: the step that this node and its mirrors hold whole
     a buffer is written again ─► drop ───┘
     all nodes have a complete step ─► forget_others
-    a state is kept for the bucket ─► keep, mirror_keeps ─► release
+    a state is kept for the bucket ─► keep, neighbour_keeps ─► release
 
 A state is the rows of all workers of a generation at a step. A node holds those of its own workers, and of those whose
 nodes it mirrors. A checkpoint is a state that is kept for the bucket: its buffers are not overwritten or removed before
@@ -179,7 +179,7 @@ class Holdings:
         """A worker of this node keeps a buffer for the bucket."""
         self._checkpoints.setdefault((buffer.generation, step), {})[buffer.rank] = buffer
 
-    def mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+    def neighbour_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
         """A neighbour with these workers keeps these steps, of which this node has copies. Others are free again."""
         if generation != self.generation:
             return
