@@ -216,7 +216,7 @@ class Agent:
         self._metrics_server.shutdown()
 
     def _release(self, generation: int, step: int, ranks: range | None) -> None:
-        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
+        """Shares of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
         # First: afterwards a worker may overwrite its buffer.
         self._snapshots.release(generation, step, ranks)
         if ranks is not None:

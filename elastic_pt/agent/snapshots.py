@@ -27,7 +27,7 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.agent.holdings import Copy, Holdings, State
+from elastic_pt.agent.holdings import Copy, Holdings
 from elastic_pt.agent.mirror import Mirror, Neighbour
 from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshot_answers import NextStep, SnapshotAnswers
@@ -42,6 +42,7 @@ from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
+from elastic_pt.runlog.state import State
 from elastic_pt.workers.channel import Message
 
 _DESCRIBE_AGAIN_S: Final = 0.5
@@ -137,7 +138,7 @@ class Snapshots:
         memory = generation.memory
         if memory is None:
             return None
-        state, unusable = (memory.generation, memory.step), self.unusable
+        state, unusable = State(memory.generation, memory.step), self.unusable
         shards = []
         for rank in range(len(memory.sources)):
             holders = [generation.members[index] for index in memory.holders(rank)]
@@ -199,7 +200,7 @@ class Snapshots:
         holds this state until `release`.
         """
         with self._lock:
-            found = self._holdings.checkpoint((generation, step))
+            found = self._holdings.checkpoint(State(generation, step))
         return {
             rank: (copy.buffer.path(self._scratch), Snapshot.from_bytes(copy.record))
             for rank, copy in found.items()
@@ -211,7 +212,7 @@ class Snapshots:
         May be repeated.
         """
         with self._lock:
-            self._holdings.release((generation, step), ranks)
+            self._holdings.release(State(generation, step), ranks)
         self._remove_unneeded()
 
     def is_complete(self, step: int) -> bool:
@@ -221,13 +222,17 @@ class Snapshots:
     def distrust(self, generation: int, step: int) -> None:
         """The rows of a state in memory do not fit together."""
         with self._lock:
-            self._holdings.distrust((generation, step))
+            self._holdings.distrust(State(generation, step))
 
     def copy_failed(self, message: Message) -> None:
         """A worker of this node could not read one copy of an old rank's rows."""
-        state, rank = (message["generation"], message["step"]), message["rank"]
+        state, rank = State(message["generation"], message["step"]), message["rank"]
         log.warning(
-            "copy_failed", step=state[1], rank=rank, holder=message["holder"], cause=message["why"]
+            "copy_failed",
+            step=state.step,
+            rank=rank,
+            holder=message["holder"],
+            cause=message["why"],
         )
         with self._lock:
             self._holdings.copy_failed(state, rank, message["holder"], damaged=message["damaged"])

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from elastic_pt.agent.holdings import Copy, Holdings, State
+from elastic_pt.agent.holdings import Copy, Holdings
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.state import State
 from tests.sim.buffers import (
     BufferFile,
     Buffers,
