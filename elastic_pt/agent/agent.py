@@ -28,7 +28,7 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
-from elastic_pt.agent.at_risk import AtRisk
+from elastic_pt.agent.at_risk import CheckpointRequests
 from elastic_pt.agent.checkpointing import Checkpointing
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
@@ -37,7 +37,6 @@ from elastic_pt.agent.parts import limits_of, notices_of, resources_of
 from elastic_pt.agent.restoring import complete_history
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
-from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.config import Config
 from elastic_pt.errors import FencedError, NodeFailure
@@ -149,7 +148,7 @@ class Agent:
             self._node,
             config.elastic.leave_timeout_s,
             times=lambda: estimates.times,
-            at_risk=AtRisk(
+            at_risk=CheckpointRequests(
                 run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
             ).heed,
         )
@@ -223,11 +222,11 @@ class Agent:
             self._observation.estimates.uploaded(step)
         self._channel.release(generation, step)
 
-    def _held(self, generation: int, step: int, mirrored: bool) -> None:
-        """The state of a step is whole on this node, and on its mirrors that have room (`mirrored`: all of them)."""
-        if mirrored and self._config.checkpoint.mirror_copies:
+    def _held(self, generation: int, step: int, mirrors_have_room: bool) -> None:
+        """The state of a step is whole on this node, and on its mirrors that have room (`mirrors_have_room`: all of them)."""
+        if mirrors_have_room and self._config.checkpoint.mirror_copies:
             self._observation.estimates.held(step)
-        self._channel.complete(generation, step, mirrored)
+        self._channel.complete(generation, step, mirrors_have_room)
 
     def _states_changed(self) -> None:
         """This node holds more in memory, or its mirrors do: the members look again."""
@@ -269,7 +268,7 @@ class Agent:
         complete_history(
             self._history,
             formed,
-            committed_step(view),
+            view.committed_step,
             self._token,
             self._config.elastic.heartbeat_timeout_s,
         )

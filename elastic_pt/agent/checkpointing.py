@@ -230,17 +230,17 @@ class Checkpointing:
         self._uploads.stopped("a worker ended before it had saved its state")
         self._release_forgotten()
 
-    def wait(self, formed: Formed, mirrored: Callable[[int], bool]) -> Settled:
+    def wait(self, formed: Formed, mirrors_have_step: Callable[[int], bool]) -> Settled:
         """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
         Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
-        after `elastic.settle_timeout_s`. `mirrored(step)`: this node's mirrors have its share.
+        after `elastic.settle_timeout_s`. `mirrors_have_step(step)`: this node's mirrors have its share.
         """
         generation, step = formed.generation, self.saved_step
 
         def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
             return self._node.await_settled(
-                generation, step, timeout_s, given_up, lambda: mirrored(step)
+                generation, step, timeout_s, given_up, lambda: mirrors_have_step(step)
             )
 
         settled = wait(self._settle_timeout_s, self._given_up)

@@ -238,7 +238,7 @@ class Holdings:
         return late
 
     @property
-    def mirrored(self) -> bool:
+    def mirrors_have_room(self) -> bool:
         """Whether each mirror of this node has a copy of the newest step that it has acknowledged."""
         return not self._without_room
 

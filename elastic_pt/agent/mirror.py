@@ -23,7 +23,7 @@ import structlog
 
 from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import Peer, snapshot_path
-from elastic_pt.checkpoint.shard_file import StagingFull
+from elastic_pt.checkpoint.shard_file import NoRoom
 from elastic_pt.checkpoint.snapshot import (
     BUFFERS,
     PAYLOAD_OFFSET,
@@ -141,7 +141,7 @@ class Mirror:
                     self._listener.neighbour_keeps(self._generation, self._ranks, following.kept)
                     self._told, self._full = "", False
                     continue
-            except StagingFull as error:
+            except NoRoom as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
                 self._has = dict.fromkeys(self._ranks, following.step if following else 0)
@@ -214,7 +214,7 @@ class Mirror:
         return True
 
     def _buffers_of(self, rank: int, size: int) -> _Buffers:
-        """The buffers for a worker. Raises `StagingFull`: they must leave room for a checkpoint of this node."""
+        """The buffers for a worker. Raises `NoRoom`: they must leave room for a checkpoint of this node."""
         if rank not in self._buffers:
             names = [Buffer(self._generation, rank, number) for number in range(BUFFERS)]
             maps = make_buffers([each.path(self._scratch) for each in names], size, spare=1)

@@ -67,7 +67,7 @@ class Snapshots:
         on_complete: Callable[[int, int, bool], None],
         on_change: Callable[[], None],
     ) -> None:
-        """`on_complete(generation, step, mirrored)`: this node's workers may write over what is older than that step.
+        """`on_complete(generation, step, mirrors_have_room)`: this node's workers may write over what is older than that step.
 
         `on_change()`: this node holds more, or its mirrors do.
 
@@ -164,7 +164,7 @@ class Snapshots:
                 self._holdings.keep(buffer, message["step"])
         with self._lock:
             self._holdings.agreed_step = max(self._holdings.agreed_step, message["complete_step"])
-        if message["complete_step"] and message["mirrored"]:
+        if message["complete_step"] and message["mirrors_have_room"]:
             with self._lock:
                 self._holdings.forget_others()
             self._remove_unneeded()
@@ -338,7 +338,7 @@ class Snapshots:
         """Tell the workers when a newer step is whole here and on all mirrors."""
         step = self._holdings.take_complete()
         if step is not None:
-            self._on_complete(self._holdings.generation, step, self._holdings.mirrored)
+            self._on_complete(self._holdings.generation, step, self._holdings.mirrors_have_room)
             self._on_change()
 
     def _remove_unneeded(self) -> None:

@@ -108,9 +108,9 @@ class Node:
     def _on_change(self) -> None:
         self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
 
-    def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
+    def _on_complete(self, generation: int, step: int, mirrors_have_room: bool) -> None:
         with self._changed:
-            self.mirrored = mirrored
+            self.mirrors_have_room = mirrors_have_room
             self.complete.append((generation, step))
             self._changed.notify_all()
 
@@ -140,7 +140,7 @@ class Node:
         step: int,
         *,
         complete_step: int = 0,
-        mirrored: bool = True,
+        mirrors_have_room: bool = True,
         checkpoint: bool = False,
     ) -> None:
         """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
@@ -161,7 +161,7 @@ class Node:
                 "complete_seconds": 0.0,
                 "complete_step": complete_step,
                 "checkpoint": checkpoint,
-                "mirrored": mirrored,
+                "mirrors_have_room": mirrors_have_room,
             }
         )
 
@@ -377,8 +377,8 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
         daemon=True,
     ).start()
     pair[0].await_complete(2, 6)
-    assert not pair[0].mirrored
-    pair[0].write(2, 7, complete_step=6, mirrored=False)
+    assert not pair[0].mirrors_have_room
+    pair[0].write(2, 7, complete_step=6, mirrors_have_room=False)
     assert {each.generation for each in pair[0].snapshots.held} == {1, 2}
     pair[0].snapshots.committed(6)
     assert {each.generation for each in pair[0].snapshots.held} == {2}

@@ -145,7 +145,7 @@ class Memory:
         step = self.holdings.take_complete()
         if step is not None:
             self.complete = step
-            mirrored = self.holdings.mirrored
+            mirrored = self.holdings.mirrors_have_room
             self.process.around.witness.memory.completes(self)
             self.process.node.states_changed()
             if self.buffers is not None:
