@@ -89,6 +89,7 @@ def _hold(pipe: Connection, scratch: Path) -> None:
         timeout_s=_TIMEOUT_S,
         history=StepHistory(),
         on_complete=lambda *_: complete.set(),
+        on_change=lambda: None,
     )
     served: list[Path] = []
     listener = socket.create_server((ADDRESS, 0))

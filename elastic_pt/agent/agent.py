@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,32 +28,27 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
-from elastic_pt.agent.at_risk import AtRisk
-from elastic_pt.agent.checkpointing import Checkpointing, choose_resume
+from elastic_pt.agent.at_risk import CheckpointRequests
+from elastic_pt.agent.checkpointing import Checkpointing
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
 from elastic_pt.agent.observation import Observation
+from elastic_pt.agent.parts import limits_of, notices_of, resources_of
+from elastic_pt.agent.restoring import complete_history
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
-from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.config import Config
-from elastic_pt.errors import FencedError, NodeFailure, StoreError
+from elastic_pt.errors import FencedError, NodeFailure
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.budgets import rest_s
-from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
-from elastic_pt.membership.resources import Resources
-from elastic_pt.membership.tcp_store import bind_store
-from elastic_pt.notices.detect import chosen, read_machine, sources
 from elastic_pt.notices.signals import LEAVE_SIGNALS
-from elastic_pt.notices.watch import Watch
-from elastic_pt.runlog.control import carried_out
-from elastic_pt.runlog.records import Cause, CauseKind, Request, Stop, Verb
+from elastic_pt.runlog.records import Cause, CauseKind, Stop, Verb
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.events import EventSink, configure_events
@@ -65,13 +59,10 @@ from elastic_pt.workers.channel import AgentSide
 from elastic_pt.workers.failure import WorkerFailure
 from elastic_pt.workers.forking import ForkedCall
 from elastic_pt.workers.processes import NodeProcesses
-from elastic_pt.workers.watchdog import WatchdogLimits
 
 _LAST_MESSAGES_TIMEOUT_S: Final = 10.0
 _CLOSE_TIMEOUT_S: Final = 10.0
 _EXIT_TIMEOUT_S: Final = 45
-_HINTS_TIMEOUT_S: Final = 2.0
-_PROGRESS_TIMEOUT_S: Final = 30.0
 
 Worker = Callable[[str, str, dict[str, str]], str]
 """A worker's main function: from configuration, scratch directory and environment variables to its outcome."""
@@ -108,10 +99,11 @@ class Agent:
     def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member, token = prepared.member, run_token(prepared.store)
+        member, token = prepared.member, run_token(store)
         self._config = config
         self._scratch = scratch
         self._log = run_log
+        self._token = token
         # torch creates files for its workers' errors. In scratch, a later agent sweeps the files of a killed one.
         tempfile.tempdir = str(scratch)
         self._observation = Observation(Metrics())
@@ -122,40 +114,21 @@ class Agent:
             member.address,
         )
         self._channel = AgentSide(scratch / SOCKET_NAME)
-        history = StepHistory()
+        self._history = StepHistory()
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
             token,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=config.elastic.heartbeat_timeout_s,
-            history=history,
+            history=self._history,
             on_complete=self._held,
-            on_change=lambda: self._node.states_changed(),
+            on_change=self._states_changed,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
             Limits(config.elastic, config.train.slots),
-            Resources(
-                log=run_log,
-                hints=open_store(config.run.url, timeout_s=_HINTS_TIMEOUT_S),
-                clock_s=time.monotonic,
-                bind_store=partial(bind_store, member.address),
-                choose_resume=partial(
-                    choose_resume, store, run_log, incarnation=member.incarnation
-                ),
-                choose_mirrors=partial(
-                    mirrored_by,
-                    copies=config.checkpoint.mirror_copies,
-                    across_zones=config.checkpoint.mirror_zones,
-                ),
-                on_drain=self._channel.drain,
-                on_checkpoint=self._channel.checkpoint,
-                on_leave=self._drained,
-                platform=prepared.platform,
-                states=self._snapshots,
-                fenced_url=prepared.fenced_url,
-            ),
+            resources_of(prepared, self._channel, self._snapshots, self._drained),
             token,
         )
         self._checkpointing = Checkpointing(
@@ -165,7 +138,7 @@ class Agent:
             self._node,
             self._observation.metrics,
             scratch,
-            history,
+            self._history,
             states=self._snapshots,
             release=self._release,
         )
@@ -175,16 +148,11 @@ class Agent:
             self._node,
             config.elastic.leave_timeout_s,
             times=lambda: estimates.times,
-            at_risk=AtRisk(
+            at_risk=CheckpointRequests(
                 run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
             ).heed,
         )
-        self._notices = Watch(
-            sources(chosen(config.elastic.notices, read_machine()), member.node, token.encode()),
-            self._leaving.heed,
-            self._observation.metrics,
-            usual_lead_s=config.elastic.leave_timeout_s,
-        )
+        self._notices = notices_of(prepared, self._leaving, self._observation.metrics)
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -202,12 +170,7 @@ class Agent:
             on_start=self._before_start,
             on_stop=self._after_stop,
             on_failure=self._worker_failed,
-            limits=WatchdogLimits(
-                hang_timeout_s=config.elastic.hang_timeout_s,
-                # No worker makes progress while one of them still retries to read its data.
-                progress_timeout_s=max(_PROGRESS_TIMEOUT_S, config.store.deadline_s),
-                startup_timeout_s=config.elastic.startup_timeout_s,
-            ),
+            limits=limits_of(config),
         )
 
     def run(self) -> Stop | None:
@@ -227,7 +190,7 @@ class Agent:
                     pass
             except Left:
                 # In here, so that a second signal can still end a node that waits for the bucket.
-                self._answer_drain()
+                self._leaving.answer_drain(self._log)
                 log.info("agent_left", reason=self._node.leave_reason)
                 return None
         except SignalException as caught:
@@ -252,43 +215,26 @@ class Agent:
         self._metrics_server.shutdown()
 
     def _release(self, generation: int, step: int, ranks: range | None) -> None:
-        """Parts of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
+        """Shares of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
         # First: afterwards a worker may overwrite its buffer.
         self._snapshots.release(generation, step, ranks)
         if ranks is not None:
             self._observation.estimates.uploaded(step)
         self._channel.release(generation, step)
 
+    def _held(self, generation: int, step: int, mirrors_have_room: bool) -> None:
+        """The state of a step is whole on this node, and on its mirrors that have room (`mirrors_have_room`: all of them)."""
+        if mirrors_have_room and self._config.checkpoint.mirror_copies:
+            self._observation.estimates.held(step)
+        self._channel.complete(generation, step, mirrors_have_room)
+
+    def _states_changed(self) -> None:
+        """This node holds more in memory, or its mirrors do: the members look again."""
+        self._node.states_changed()
+
     def _drained(self, seconds: float) -> None:
         """An operator asks this node to leave (membership thread). Called again until it leaves."""
-        if not self._node.leaving:
-            log.info("drained", reason=str(self._drain_request()), seconds=seconds)
-        self._leaving.ask(
-            str(self._drain_request() or ""), seconds or self._config.elastic.leave_timeout_s
-        )
-
-    def _held(self, generation: int, step: int, mirrored: bool) -> None:
-        """The state of a step is whole on this node, and on its mirrors that have room (`mirrored`: all of them)."""
-        if mirrored and self._config.checkpoint.mirror_copies:
-            self._observation.estimates.held(step)
-        self._channel.complete(generation, step, mirrored)
-
-    def _drain_request(self) -> Request | None:
-        return self._node.view.request(Verb.DRAIN, self._node.member.node)
-
-    def _answer_drain(self) -> None:
-        """Append to the log that this node has left, if an operator asked for that there."""
-        request = self._drain_request()
-        if request is None:
-            return
-        number = self._node.view.generation_number
-        try:
-            self._log.append(lambda view: carried_out(view, request), generation=number)
-        except FencedError as error:
-            log.info("append_fenced", kind="Control", reason=str(error))
-        except StoreError as error:
-            # The next agent of this name leaves, too.
-            log.warning("drain_not_answered", cause=str(error))
+        self._leaving.drained(seconds)
 
     # ---- one generation ------------------------------------------------------------------------
 
@@ -319,7 +265,13 @@ class Agent:
         self._observation.starts(generation, self._node.read_at_s(generation.number))
         self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
-        self._snapshots.complete_history(formed, committed_step(view))
+        complete_history(
+            self._history,
+            formed,
+            view.committed_step,
+            self._token,
+            self._config.elastic.heartbeat_timeout_s,
+        )
         write_assignment(
             self._scratch,
             Assignment(

@@ -1,6 +1,6 @@
 """A checkpoint because machines are at risk: a request in the run's log, as an operator makes it.
 
-    rebalance notice ─► AtRisk.heed ─► [thread] no_need ─► CONTROL (checkpoint) ─► all members checkpoint ─► COMMIT
+    rebalance notice ─► CheckpointRequests.heed ─► [thread] no_need ─► CONTROL (checkpoint) ─► all members checkpoint ─► COMMIT
 
 The log makes one request of many: a node asks for nothing while a request holds, or while little has been done since the
 newest commit. So many nodes with a notice at the same time cause one checkpoint. Agent process.
@@ -12,7 +12,6 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.errors import FencedError, StoreError
 from elastic_pt.notices.notice import Notice
 from elastic_pt.runlog.control import ask
@@ -34,13 +33,13 @@ def no_need(view: RunView, step: int, step_s: float | None) -> str:
         return str(view.suspension)
     if (held := view.request(Verb.CHECKPOINT)) is not None:
         return str(held)
-    unsaved_s = (step - committed_step(view)) * (step_s or 0.0)
+    unsaved_s = (step - view.committed_step) * (step_s or 0.0)
     if unsaved_s < UNSAVED_MIN_S:
         return f"{max(0.0, unsaved_s):.1f} s of training are not committed"
     return ""
 
 
-class AtRisk:
+class CheckpointRequests:
     """Asks for a checkpoint when this machine may be taken away."""
 
     def __init__(

@@ -9,7 +9,7 @@
                    Committer ─► COMMIT        (the node that `checkpoint.in_flight` chooses)
     uploaded ─► `released` ─► workers may overwrite the buffer, and save the next one
 
-Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long. The part of a node that is no
+Uploads and commits outlive their generation; `checkpoint.in_flight` decides how long. The share of a node that is no
 member any more is uploaded by its mirror.
 Called from the threads of the channel, the upload, the commit and the membership, and from the main thread.
 """
@@ -22,7 +22,7 @@ from typing import Protocol
 
 import structlog
 
-from elastic_pt.agent.uploads import Place, Uploads
+from elastic_pt.agent.uploads import Uploads
 from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.publish import ShareMissing
@@ -36,6 +36,7 @@ from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Kind, Quarantine
+from elastic_pt.runlog.state import State
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.workers.channel import Message
@@ -97,8 +98,8 @@ class Lost:
 class KeptStates(Protocol):
     """The states in this node's memory that are kept for the bucket (`agent.snapshots`)."""
 
-    def checkpoints(self) -> tuple[tuple[int, int], ...]:
-        """Generation and step of each."""
+    def checkpoints(self) -> tuple[State, ...]:
+        """All of them."""
 
     def kept_state(self, generation: int, step: int) -> Mapping[int, tuple[Path, Snapshot]]:
         """The buffer files of one, by rank: of this node's workers, and copies of neighbours'."""
@@ -132,7 +133,7 @@ class Checkpointing:
         self._lost: Lost | None = None
         """The last checkpoint that cannot be committed, as far as this node knows."""
         self._lock = threading.Lock()
-        self._expected = Place(0, 0)
+        self._expected = State(0, 0)
         """The newest checkpoint that the committer expects."""
         self._newest: tuple[Checkpoint, ...] = ()
         """The newest checkpoint that this node has seen committed."""
@@ -180,7 +181,7 @@ class Checkpointing:
             log.warning("checkpoint_waits_for_room", step=step, cause=message["why"])
             return
         self.saved_step = step
-        place = Place(generation.number, step)
+        state = State(generation.number, step)
         ranks = generation.worker_ranks()[formed.node_rank]
         if kind == "snapshot":
             self._metrics.checkpoint_stage_seconds.set(message["seconds"])
@@ -190,13 +191,13 @@ class Checkpointing:
             path, missing = Path(), message["why"]
             self._metrics.checkpoint_skips.inc()
             log.warning("checkpoint_skipped", step=step, cause=missing)
-            self._lose(place, missing, own=True)
+            self._lose(state, missing, own=True)
         try:
             # Uploaded even when missing: the uploader writes a refusal, so that no node waits.
             self._uploads.add(self._shard(generation, step, path, message["rank"], ranks, missing))
         except ElasticPtError as error:
-            self._upload_failed(place, error)
-        self._expect(place, generation, int(message.get("request", -1)))
+            self._upload_failed(state, error)
+        self._expect(state, generation, int(message.get("request", -1)))
 
     def _shard(
         self, of: Generation, step: int, path: Path, rank: int, ranks: range, missing: str = ""
@@ -204,7 +205,7 @@ class Checkpointing:
         return KeptShard(path, self._node.view.run_id, directory_of(of, step), rank, ranks, missing)
 
     def _adopt(self, of: Generation, step: int, ranks: range) -> None:
-        """Upload the part of a node that is no member any more, if this node has copies of all its shards."""
+        """Upload the share of a node that is no member any more, if this node has copies of all its shards."""
         copies = self._states.kept_state(of.number, step)
         if all(rank in copies for rank in ranks):
             log.info("upload_adopted", step=step, generation=of.number, first_rank=ranks.start)
@@ -215,13 +216,13 @@ class Checkpointing:
                 ]
             )
 
-    def _expect(self, place: Place, generation: Generation, request: int) -> None:
+    def _expect(self, state: State, generation: Generation, request: int) -> None:
         """Have the checkpoint committed; once for all workers of this node."""
         with self._lock:
-            if place <= self._expected:
+            if state <= self._expected:
                 return
-            self._expected = place
-        self._committer.expect(place.step, generation, request)
+            self._expected = state
+        self._committer.expect(state.step, generation, request)
 
     def note_step(self, message: Message) -> None:
         """Note a step of this node's first worker for the history of the next commit. Any node may commit next."""
@@ -232,17 +233,17 @@ class Checkpointing:
         self._uploads.stopped("a worker ended before it had saved its state")
         self._release_forgotten()
 
-    def wait(self, formed: Formed, mirrored: Callable[[int], bool]) -> Settled:
+    def wait(self, formed: Formed, mirrors_have_step: Callable[[int], bool]) -> Settled:
         """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
         Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
-        after `elastic.settle_timeout_s`. `mirrored(step)`: this node's mirrors have its part.
+        after `elastic.settle_timeout_s`. `mirrors_have_step(step)`: this node's mirrors have its share.
         """
         generation, step = formed.generation, self.saved_step
 
         def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
             return self._node.await_settled(
-                generation, step, timeout_s, given_up, lambda: mirrored(step)
+                generation, step, timeout_s, given_up, lambda: mirrors_have_step(step)
             )
 
         settled = wait(self._settle_timeout_s, self._given_up)
@@ -288,24 +289,24 @@ class Checkpointing:
 
     def _release_forgotten(self) -> None:
         """No worker is alive: free the buffers of checkpoints that nobody expects any more."""
-        expected = {Place(each.number, step) for each, step in self._committer.expected()}
-        for place in set(self._states.checkpoints()) - expected - self._uploads.places():
-            self._release(*place, None)
+        expected = {State(each.number, step) for each, step in self._committer.expected()}
+        for state in set(self._states.checkpoints()) - expected - self._uploads.states():
+            self._release(*state, None)
 
     # ---- on the upload and commit threads ----------------------------------------------------
 
-    def _uploaded(self, place: Place, ranks: range) -> None:
-        self._release(*place, ranks)
+    def _uploaded(self, state: State, ranks: range) -> None:
+        self._release(*state, ranks)
 
-    def _upload_failed(self, place: Place, error: Exception) -> None:
+    def _upload_failed(self, state: State, error: Exception) -> None:
         self._metrics.checkpoint_failures.inc()
-        log.error("upload_failed", step=place.step, cause=str(error))
-        self._lose(place, str(error), own=True)
+        log.error("upload_failed", step=state.step, cause=str(error))
+        self._lose(state, str(error), own=True)
 
-    def _upload_dropped(self, place: Place, why: str) -> None:
+    def _upload_dropped(self, state: State, why: str) -> None:
         self._metrics.checkpoint_skips.inc()
-        log.info("upload_dropped", step=place.step, generation=place.generation, reason=why)
-        self._release(*place, None)
+        log.info("upload_dropped", step=state.step, generation=state.generation, reason=why)
+        self._release(*state, None)
 
     def committed(self, checkpoint: Checkpoint) -> None:
         """This node has appended a COMMIT."""
@@ -313,7 +314,7 @@ class Checkpointing:
 
     def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
         """A checkpoint is committed (by any node), given up, or has failed: its shards are not needed any more."""
-        place = Place(generation.number, step)
+        state = State(generation.number, step)
         newest = self._log.view.checkpoints[:1]
         if newest and newest != self._newest:
             self._newest = newest
@@ -326,9 +327,9 @@ class Checkpointing:
             rank = generation.rank_of(self._node.member.incarnation)
             first_rank = -1 if rank is None else generation.first_worker_rank(rank)
             own = not isinstance(failure, ShareMissing) or failure.first_rank == first_rank
-            self._lose(place, str(failure), own=own)
-        self._uploads.abandon(place)
-        self._release(*place, None)
+            self._lose(state, str(failure), own=own)
+        self._uploads.abandon(state)
+        self._release(*state, None)
         self._node.notice_log()
 
     def untidy(self, failure: Exception) -> None:
@@ -336,11 +337,11 @@ class Checkpointing:
         self._metrics.checkpoint_tidy_failures.inc()
         log.warning("tidy_failed", cause=str(failure))
 
-    def _lose(self, place: Place, why: str, *, own: bool) -> None:
+    def _lose(self, state: State, why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""
         known = self._lost
-        before = None if known is None else Place(known.generation, known.step)
+        before = None if known is None else State(known.generation, known.step)
         # Keep the newest one, and the reason that this node has for its own share.
-        if before is None or place > before or (own and place == before):
-            self._lost = Lost(*place, why, own)
+        if before is None or state > before or (own and state == before):
+            self._lost = Lost(*state, why, own)
         self._node.notice_log()

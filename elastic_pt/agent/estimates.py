@@ -1,6 +1,6 @@
 """How long a step, a snapshot and an upload of this node take, and what fits in the time before it must leave.
 
-    steps, completions ─► Estimates: kept averages ─► Times ─┐
+    steps, completions ─► Estimates: moving averages ─► Times ─┐
     seconds until the machine is taken away ─────────────────┴─► plan_leave ─► LeavePlan
 
 A node that leaves has the next step agreed on by all workers and a state of that step made. The state must then be in
@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 _NEWEST_SHARE: Final = 0.2
-"""The share of the newest value in a kept average."""
+"""The share of the newest value in a moving average."""
 _STEPS_TO_AGREE: Final = 2.0
 """The step that is being computed, and one more: a step has the requests that were there when it began."""
 _UPLOAD_MARGIN: Final = 1.3
@@ -28,7 +28,7 @@ _UNMEASURED_STEPS_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Times:
-    """Kept averages of this node. None until there is a first value."""
+    """Moving averages of this node. None until there is a first value."""
 
     step_s: float | None = None
     snapshot_s: float | None = None
@@ -75,7 +75,7 @@ def plan_leave(lead_s: float, times: Times, *, alone: bool) -> LeavePlan:
 
 
 class Estimates:
-    """Keeps the averages. Called from the threads of the channel, the snapshots, the uploads and the notices."""
+    """Computes the averages. Called from the threads of the channel, the snapshots, the uploads and the notices."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
@@ -92,7 +92,7 @@ class Estimates:
     def step_done(self, step: int, seconds: float) -> None:
         """This node's first worker has done a step."""
         with self._lock:
-            self._times = replace(self._times, step_s=_kept(self._times.step_s, seconds))
+            self._times = replace(self._times, step_s=_averaged(self._times.step_s, seconds))
             self._ends_s.pop(step, None)
             self._ends_s[step] = self._clock_s()
             if len(self._ends_s) > _STEPS_KEPT:
@@ -104,16 +104,18 @@ class Estimates:
             if step in self._ends_s:
                 seconds = self._clock_s() - self._ends_s[step]
                 self._times = replace(
-                    self._times, snapshot_s=_kept(self._times.snapshot_s, seconds)
+                    self._times, snapshot_s=_averaged(self._times.snapshot_s, seconds)
                 )
 
     def uploaded(self, step: int) -> None:
-        """This node has done its part of the checkpoint of a step."""
+        """This node has done its share of the checkpoint of a step."""
         with self._lock:
             if step in self._ends_s:
                 seconds = self._clock_s() - self._ends_s[step]
-                self._times = replace(self._times, upload_s=_kept(self._times.upload_s, seconds))
+                self._times = replace(
+                    self._times, upload_s=_averaged(self._times.upload_s, seconds)
+                )
 
 
-def _kept(average_s: float | None, newest_s: float) -> float:
+def _averaged(average_s: float | None, newest_s: float) -> float:
     return newest_s if average_s is None else average_s + _NEWEST_SHARE * (newest_s - average_s)

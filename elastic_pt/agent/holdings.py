@@ -4,7 +4,7 @@
     a mirror reports its newest step ────┼─► take_complete: the step that this node and its mirrors hold whole
     a buffer is written again ─► drop ───┘
     all nodes have a complete step ─► forget_others
-    a state is kept for the bucket ─► keep, mirror_keeps ─► release
+    a state is kept for the bucket ─► keep, neighbour_keeps ─► release
 
 A state is the rows of all workers of a generation at a step. A node holds those of its own workers, and of those whose
 nodes it mirrors. A checkpoint is a state that is kept for the bucket: its buffers are not overwritten or removed before
@@ -18,9 +18,8 @@ from typing import Final
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.runlog.records import Generation, InMemory
+from elastic_pt.runlog.state import State
 
-State = tuple[int, int]
-"""A generation and a step of its workers."""
 MIRROR_S: Final = 600.0
 """Maximum time for a mirror to copy a step."""
 _FAILURES: Final = 2
@@ -47,14 +46,14 @@ class Holdings:
     def __init__(self) -> None:
         self.generation = 0
         """The newest generation of which this node is a member."""
-        self._kept: dict[State, dict[int, Copy]] = {}
-        """By state and rank."""
-        self._checkpoints: dict[State, dict[int, Buffer]] = {}
+        self._held: dict[State, dict[int, Copy]] = {}
+        """What this node holds, by state and rank."""
+        self._kept: dict[State, dict[int, Buffer]] = {}
         """The buffers of states that are kept for the bucket, by state and rank."""
         self._described: dict[Buffer, Copy] = {}
         """What those buffers hold, once their CRCs are known."""
         self._sizes: dict[int, int] = {}
-        """Number of workers of each generation with a kept state."""
+        """Number of workers of each generation with a held state."""
         self._own = range(0)
         self._acknowledged: dict[str, int] = {}
         """The newest step of each mirror of this node, by the mirror's incarnation."""
@@ -84,7 +83,7 @@ class Holdings:
                 self._sizes[generation],
                 now_s - max(copies[rank].complete_s for rank in ranks),
             )
-            for (generation, step), copies in sorted(self._kept.items())
+            for (generation, step), copies in sorted(self._held.items())
             for ranks in _runs(sorted(copies))
         )
 
@@ -96,20 +95,20 @@ class Holdings:
     @property
     def buffers(self) -> frozenset[Buffer]:
         """The buffers that hold something."""
-        held = [copy.buffer for copies in self._kept.values() for copy in copies.values()]
-        kept = [buffer for buffers in self._checkpoints.values() for buffer in buffers.values()]
+        held = [copy.buffer for copies in self._held.values() for copy in copies.values()]
+        kept = [buffer for buffers in self._kept.values() for buffer in buffers.values()]
         return frozenset([*held, *kept])
 
     @property
     def checkpoints(self) -> tuple[State, ...]:
         """The states that are kept for the bucket: own ones, and copies of neighbours'."""
-        return tuple(sorted(self._checkpoints))
+        return tuple(sorted(self._kept))
 
     def checkpoint(self, state: State) -> Mapping[int, Copy]:
         """This node's part of a state that is kept for the bucket, by rank, as far as its CRCs are known."""
         return {
             rank: self._described[buffer]
-            for rank, buffer in self._checkpoints.get(state, {}).items()
+            for rank, buffer in self._kept.get(state, {}).items()
             if buffer in self._described
         }
 
@@ -117,14 +116,15 @@ class Holdings:
     def kept_steps(self) -> list[int]:
         """The steps of this generation that this node's workers keep for the bucket, and whose CRCs are known."""
         return [
-            state[1]
-            for state in self._checkpoints
-            if state[0] == self.generation and set(self._own) <= self.checkpoint(state).keys()
+            state.step
+            for state in self._kept
+            if state.generation == self.generation
+            and set(self._own) <= self.checkpoint(state).keys()
         ]
 
     def find(self, state: State, rank: int) -> Copy | None:
         """This node's copy of the rows of one worker; None if it has none."""
-        return self._kept.get(state, {}).get(rank)
+        return self._held.get(state, {}).get(rank)
 
     @property
     def newest_own(self) -> int:
@@ -133,7 +133,7 @@ class Holdings:
         return max(
             (
                 step
-                for (generation, step), copies in self._kept.items()
+                for (generation, step), copies in self._held.items()
                 if generation == self.generation and own <= copies.keys()
             ),
             default=0,
@@ -144,7 +144,7 @@ class Holdings:
     def starts(self, generation: Generation, node_rank: int) -> None:
         """Workers of a new generation are about to start: keep only the state that it resumes from."""
         memory = self._resumed = generation.memory
-        goes_on = None if memory is None else (memory.generation, memory.step)
+        goes_on = None if memory is None else State(memory.generation, memory.step)
         self._unusable = {
             each for each in self._unusable if (each.generation, each.step) == goes_on
         }
@@ -169,28 +169,28 @@ class Holdings:
         if copy.buffer.generation != self.generation:
             return False
         self.drop(copy.buffer)
-        state = copy.buffer.generation, copy.step
-        if self._checkpoints.get(state, {}).get(copy.buffer.rank) == copy.buffer:
+        state = State(copy.buffer.generation, copy.step)
+        if self._kept.get(state, {}).get(copy.buffer.rank) == copy.buffer:
             self._described[copy.buffer] = copy
-        self._kept.setdefault(state, {})[copy.buffer.rank] = copy
+        self._held.setdefault(state, {})[copy.buffer.rank] = copy
         return True
 
     def keep(self, buffer: Buffer, step: int) -> None:
         """A worker of this node keeps a buffer for the bucket."""
-        self._checkpoints.setdefault((buffer.generation, step), {})[buffer.rank] = buffer
+        self._kept.setdefault(State(buffer.generation, step), {})[buffer.rank] = buffer
 
-    def mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+    def neighbour_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
         """A neighbour with these workers keeps these steps, of which this node has copies. Others are free again."""
         if generation != self.generation:
             return
-        for state, buffers in list(self._checkpoints.items()):
-            if state[0] == generation and state[1] not in steps:
+        for state, buffers in list(self._kept.items()):
+            if state.generation == generation and state.step not in steps:
                 for rank in set(ranks) & buffers.keys():
                     self._described.pop(buffers.pop(rank), None)
                 if not buffers:
-                    del self._checkpoints[state]
+                    del self._kept[state]
         for step in steps:
-            for rank, copy in self._kept.get((generation, step), {}).items():
+            for rank, copy in self._held.get(State(generation, step), {}).items():
                 if rank in ranks:
                     self.keep(copy.buffer, step)
                     self._described[copy.buffer] = copy
@@ -200,19 +200,19 @@ class Holdings:
 
         May be repeated.
         """
-        buffers = self._checkpoints.get(state, {})
+        buffers = self._kept.get(state, {})
         for rank in [rank for rank in buffers if ranks is None or rank in ranks]:
             self._described.pop(buffers.pop(rank), None)
         if not buffers:
-            self._checkpoints.pop(state, None)
+            self._kept.pop(state, None)
 
     def drop(self, buffer: Buffer) -> None:
         """A buffer is about to be written again, or is lost."""
-        for state, copies in list(self._kept.items()):
+        for state, copies in list(self._held.items()):
             if copies.get(buffer.rank) is not None and copies[buffer.rank].buffer == buffer:
                 del copies[buffer.rank]
             if not copies:
-                del self._kept[state]
+                del self._held[state]
 
     def acknowledge(self, mirror: str, step: int, *, copied: bool) -> None:
         """A mirror of this node has copied a step, or has no room for it. It holds the workers up no longer.
@@ -229,7 +229,7 @@ class Holdings:
         Checkpoints wait for mirrors. A mirror that never ends must not keep a run from committing.
         """
         step = self.newest_own
-        copies = self._kept.get((self.generation, step), {})
+        copies = self._held.get(State(self.generation, step), {})
         late = [mirror for mirror, has in self._acknowledged.items() if has < step]
         if not late or now_s - max(copies[rank].complete_s for rank in self._own) < MIRROR_S:
             return []
@@ -238,14 +238,14 @@ class Holdings:
         return late
 
     @property
-    def mirrored(self) -> bool:
+    def mirrors_have_room(self) -> bool:
         """Whether each mirror of this node has a copy of the newest step that it has acknowledged."""
         return not self._without_room
 
     def take_complete(self) -> int | None:
         """The newest step that this node holds whole, and its mirrors that have room, if newer than the last answer."""
         step = min([self.newest_own, *self._acknowledged.values()])
-        held = self._kept.get((self.generation, step), {})
+        held = self._held.get(State(self.generation, step), {})
         # A stop may have overwritten the step that a mirror has.
         if step <= self.complete_step or not set(self._own) <= held.keys():
             return None
@@ -254,14 +254,14 @@ class Holdings:
 
     def forget_others(self) -> None:
         """All nodes and their mirrors hold a state of this generation: the one it resumed from is not needed any more."""
-        self._forget(lambda state: state[0] != self.generation)
+        self._forget(lambda state: state.generation != self.generation)
 
     def forget_before(self, committed_step: int) -> bool:
         """The bucket has a step: older states that are not of this generation are of no use. Whether there was one."""
         useless = [
             state
-            for state in self._kept
-            if state[0] != self.generation and state[1] < committed_step
+            for state in self._held
+            if state.generation != self.generation and state.step < committed_step
         ]
         self._forget(useless.__contains__)
         return bool(useless)
@@ -274,7 +274,7 @@ class Holdings:
         """
         if self._resumed is None:
             return False
-        copies = self._kept.get((self._resumed.generation, self._resumed.step), {})
+        copies = self._held.get(State(self._resumed.generation, self._resumed.step), {})
         spares = [
             copy for rank, copy in copies.items() if self._resumed.sources[rank] != self._node_rank
         ]
@@ -298,10 +298,10 @@ class Holdings:
             self._unusable.add(copy)
 
     def _forget(self, unwanted: Callable[[State], bool]) -> None:
-        for state in [state for state in self._kept if unwanted(state)]:
-            del self._kept[state]
-        kept = {generation for generation, _ in self._kept} | {self.generation}
-        self._sizes = {number: self._sizes[number] for number in kept}
+        for state in [state for state in self._held if unwanted(state)]:
+            del self._held[state]
+        held = {generation for generation, _ in self._held} | {self.generation}
+        self._sizes = {number: self._sizes[number] for number in held}
 
 
 def _runs(ranks: Sequence[int]) -> list[range]:

@@ -18,9 +18,13 @@ import structlog
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from elastic_pt.agent.estimates import Times, Way, plan_leave
+from elastic_pt.errors import FencedError, StoreError
 from elastic_pt.membership.node import Node
 from elastic_pt.notices.notice import CheckpointNow, Decision, Leave, Notice, Stay
 from elastic_pt.notices.signals import ENDING_SIGNALS, LEAVE_SIGNALS, leave_reason
+from elastic_pt.runlog.control import carried_out
+from elastic_pt.runlog.log import RunLog
+from elastic_pt.runlog.records import Request, Verb
 
 _TIME_MIN_S: Final = 1.0
 """Minimum time to leave, also after the deadline of a notice: the machine may exist a moment longer."""
@@ -73,6 +77,30 @@ class Leaving:
         self._asked_deadline_s = min(self._asked_deadline_s, time.monotonic() + within_s)
         self._node.request_leave(reason)
         self._set_alarm()
+
+    def drained(self, within_s: float) -> None:
+        """An operator asks this node to leave, within so many seconds (0: as configured). Called again until it leaves."""
+        reason = str(self._drain_request() or "")
+        if not self._node.leaving:
+            log.info("drained", reason=reason, seconds=within_s)
+        self.ask(reason, within_s or self._leave_timeout_s)
+
+    def answer_drain(self, run_log: RunLog) -> None:
+        """This node has left. Append that to the log, if an operator asked for it there."""
+        request = self._drain_request()
+        if request is None:
+            return
+        number = self._node.view.generation_number
+        try:
+            run_log.append(lambda view: carried_out(view, request), generation=number)
+        except FencedError as error:
+            log.info("append_fenced", kind="Control", reason=str(error))
+        except StoreError as error:
+            # The next agent of this name leaves, too.
+            log.warning("drain_not_answered", cause=str(error))
+
+    def _drain_request(self) -> Request | None:
+        return self._node.view.request(Verb.DRAIN, self._node.member.node)
 
     def heed(self, decision: Decision) -> None:
         """Act on the decision about the notices in force."""

@@ -16,7 +16,6 @@ import structlog
 from elastic_pt.agent.checkpointing import Checkpointing, quarantine
 from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.snapshots import Snapshots
-from elastic_pt.checkpoint.commit import committed_step
 from elastic_pt.membership.node import Node
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.workers.channel import Message
@@ -98,7 +97,7 @@ class WorkerMessages:
                 self._node.first_step(times)
                 log.info("first_step", step=step, **vars(times))
             self._node.progress(step, message["loss"])
-            self._snapshots.committed(committed_step(self._log.view))
+            self._snapshots.committed(self._log.view.committed_step)
             self._checkpointing.note_step(message)
             if step > self._progress.step:
                 self._progress.step, self._progress.failures = step, 0

@@ -15,15 +15,15 @@ import json
 import mmap
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import structlog
 
 from elastic_pt.agent.pace import Pace
-from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
-from elastic_pt.checkpoint.shard_file import StagingFull
+from elastic_pt.checkpoint.peer import Peer, snapshot_path
+from elastic_pt.checkpoint.shard_file import NoRoom
 from elastic_pt.checkpoint.snapshot import (
     BUFFERS,
     PAYLOAD_OFFSET,
@@ -67,39 +67,49 @@ class _Buffers(NamedTuple):
     """The step in each of them, 0 for none."""
 
 
+class Neighbour(NamedTuple):
+    """The node that a mirror copies, in one generation."""
+
+    generation: int
+    member: Member
+    ranks: range
+    """Its workers."""
+
+
+class MirrorListener(Protocol):
+    """Learns what a mirror does with its buffers, in the mirror's thread (`agent.snapshots`)."""
+
+    def lost(self, buffer: Buffer) -> None:
+        """A buffer is about to be overwritten."""
+
+    def copied(self, buffer: Buffer, record: Snapshot) -> None:
+        """A buffer holds a whole state again."""
+
+    def neighbour_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        """A neighbour with these workers keeps these steps for the bucket. All of them have been copied."""
+
+
 class Mirror:
     """Copies the snapshots of one other node's workers, in its own thread, until it is stopped."""
 
     def __init__(
         self,
         scratch: Path,
-        generation: int,
-        member: Member,
-        ranks: range,
         incarnation: str,
-        token: str,
-        *,
-        timeout_s: float,
+        neighbour: Neighbour,
+        peer: Peer,
         pace: Pace,
-        on_copy: Callable[[Buffer, Snapshot], None],
-        on_write: Callable[[Buffer], None],
-        on_keep: Callable[[int, range, Collection[int]], None],
+        listener: MirrorListener,
     ) -> None:
-        """Copies `member`; `incarnation` is this node's. Calls, in the mirror's thread, `on_write` before it overwrites a
-        buffer, `on_copy` after it holds a whole state again, and `on_keep(generation, ranks, steps)` with
-        the steps that the neighbour keeps for the bucket."""
+        """`incarnation` is this node's. `peer` is the neighbour, and closed by `stop`."""
         self._scratch = scratch
-        self._generation = generation
-        self._member = member
-        self._ranks = ranks
+        self._generation, self._member, self._ranks = neighbour
         self._incarnation = incarnation
-        self._peer = Peer(PeerAddress(member.address, member.port), token, timeout_s)
+        self._peer = peer
         self._pace = pace
-        self._on_copy = on_copy
-        self._on_write = on_write
-        self._on_keep = on_keep
+        self._listener = listener
         self._buffers: dict[int, _Buffers] = {}
-        self._has = dict.fromkeys(ranks, 0)
+        self._has = dict.fromkeys(self._ranks, 0)
         """The newest copied step, by rank."""
         self._full = False
         """Whether there was no room for a copy of that step."""
@@ -129,10 +139,12 @@ class Mirror:
                     for step in sorted({*following.kept, following.step}):
                         self._copy(step, following)
                         # After each: the neighbour may be lost during the next copy.
-                        self._on_keep(self._generation, self._ranks, following.kept)
+                        self._listener.neighbour_keeps(
+                            self._generation, self._ranks, following.kept
+                        )
                     self._told, self._full = "", False
                     continue
-            except StagingFull as error:
+            except NoRoom as error:
                 self._tell(error)
                 # The neighbour continues without a copy here. Room is looked for again later.
                 self._has = dict.fromkeys(self._ranks, following.step if following else 0)
@@ -175,7 +187,7 @@ class Mirror:
             if self._stop.is_set():
                 return
             buffer, mapped = buffers.names[number], buffers.maps[number]
-            self._on_write(buffer)
+            self._listener.lost(buffer)
             buffers.steps[number] = 0
             begin_buffer(mapped, step)
             failpoint(Failpoint.MIRROR_BEGUN)
@@ -191,7 +203,7 @@ class Mirror:
             failpoint(Failpoint.MIRROR_DONE)
             buffers.steps[number] = step
             self._has[rank] = max(step, self._has[rank])
-            self._on_copy(buffer, record)
+            self._listener.copied(buffer, record)
 
     def _fill(self, path: str, content: memoryview) -> bool:
         """Read a shard file. False if this mirror was stopped."""
@@ -205,7 +217,7 @@ class Mirror:
         return True
 
     def _buffers_of(self, rank: int, size: int) -> _Buffers:
-        """The buffers for a worker. Raises `StagingFull` if there is no room for them and one more of this size.
+        """The buffers for a worker. Raises `NoRoom` if there is no room for them and one more of this size.
 
         The one more is for a worker of this node that has no buffer yet: with one it can save checkpoints.
         """

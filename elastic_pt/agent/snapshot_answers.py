@@ -13,10 +13,11 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 import structlog
 from aiohttp import web
 
-from elastic_pt.agent.holdings import Copy, State
+from elastic_pt.agent.holdings import Copy
 from elastic_pt.checkpoint.peer import RANGE_BYTES_MAX, STEPS_PATH
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer
 from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.state import State
 
 _SEND_S: Final = 10.0
 _SEND_BYTES_PER_S: Final = 1 << 20
@@ -172,7 +173,7 @@ class SnapshotAnswers:
         generation, step, rank = (
             int(request.match_info[name]) for name in ("generation", "step", "rank")
         )
-        return self._shared.find((generation, step), rank)
+        return self._shared.find(State(generation, step), rank)
 
 
 async def _send_file(

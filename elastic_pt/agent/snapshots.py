@@ -27,14 +27,14 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.agent.holdings import Copy, Holdings, State
-from elastic_pt.agent.mirror import Mirror
+from elastic_pt.agent.holdings import Copy, Holdings
+from elastic_pt.agent.mirror import Mirror, Neighbour
 from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshot_answers import NextStep, SnapshotAnswers
-from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
+from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.memory import Place, Places
-from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
+from elastic_pt.checkpoint.peer import Peer, PeerAddress
 from elastic_pt.checkpoint.snapshot import Buffer, Snapshot, describe_snapshot
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.failpoints import Failpoint, failpoint
@@ -42,6 +42,7 @@ from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.records import Generation
+from elastic_pt.runlog.state import State
 from elastic_pt.workers.channel import Message
 
 _DESCRIBE_AGAIN_S: Final = 0.5
@@ -64,15 +65,14 @@ class Snapshots:
         timeout_s: float,
         history: StepHistory,
         on_complete: Callable[[int, int, bool], None],
-        on_change: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None],
     ) -> None:
-        """`on_complete(generation, step, mirrored)`: this node's workers may write over what is older than that step.
+        """`on_complete(generation, step, mirrors_have_room)`: this node's workers may write over what is older than that step.
 
         `on_change()`: this node holds more, or its mirrors do.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
-        self._history = history
         self._scratch = scratch
         self._incarnation = incarnation
         self._token = token
@@ -118,30 +118,27 @@ class Snapshots:
             self._holdings.starts(generation, formed.node_rank)
         self._answers.wake()
         self._remove_unneeded()
-        self._mirrors = [
-            Mirror(
-                self._scratch,
-                generation.number,
-                generation.members[index],
-                generation.worker_ranks()[index],
-                self._incarnation,
-                self._token,
-                timeout_s=self._timeout_s,
-                pace=self._pace,
-                on_copy=self._copied,
-                on_write=self.lost,
-                on_keep=self._mirror_keeps,
-            )
-            for index, mirrors in enumerate(generation.mirrors)
-            if formed.node_rank in mirrors
-        ]
+        for index, mirrors in enumerate(generation.mirrors):
+            if formed.node_rank in mirrors:
+                member = generation.members[index]
+                address = PeerAddress(member.address, member.port)
+                self._mirrors.append(
+                    Mirror(
+                        self._scratch,
+                        self._incarnation,
+                        Neighbour(generation.number, member, generation.worker_ranks()[index]),
+                        Peer(address, self._token, self._timeout_s),
+                        self._pace,
+                        self,
+                    )
+                )
 
     def places(self, generation: Generation) -> Places | None:
         """Where the workers of a new generation read the state that it resumes from; None if it is in the bucket."""
         memory = generation.memory
         if memory is None:
             return None
-        state, unusable = (memory.generation, memory.step), self.unusable
+        state, unusable = State(memory.generation, memory.step), self.unusable
         shards = []
         for rank in range(len(memory.sources)):
             holders = [generation.members[index] for index in memory.holders(rank)]
@@ -157,27 +154,6 @@ class Snapshots:
             shards.append(tuple(places))
         return Places(*state, tuple(shards), self._token, self._timeout_s)
 
-    def complete_history(self, formed: Formed, committed_step: int) -> None:
-        """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
-
-        A node that was no member when a step was done asks those that hold the state.
-        """
-        memory, members = formed.generation.memory, formed.generation.members
-        first = committed_step + 1
-        if memory is None or memory.step < first or not self._history.misses(first, memory.step):
-            return
-        for index in sorted(set(memory.sources) - {formed.node_rank}):
-            address = PeerAddress(members[index].address, members[index].port)
-            try:
-                text = Peer(address, self._token, self._timeout_s).get(
-                    STEPS_PATH, HISTORY_BYTES_MAX
-                )
-                if text is not None and self._history.adopt(text, first, memory.step):
-                    return
-            except (ElasticPtError, ValueError, KeyError, TypeError) as error:
-                log.warning("history_not_read", peer=members[index].node, cause=str(error))
-        log.warning("history_incomplete", first_step=first, last_step=memory.step)
-
     def written(self, message: Message) -> None:
         """A worker of this node has written a buffer."""
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
@@ -188,7 +164,7 @@ class Snapshots:
                 self._holdings.keep(buffer, message["step"])
         with self._lock:
             self._holdings.agreed_step = max(self._holdings.agreed_step, message["complete_step"])
-        if message["complete_step"] and message["mirrored"]:
+        if message["complete_step"] and message["mirrors_have_room"]:
             with self._lock:
                 self._holdings.forget_others()
             self._remove_unneeded()
@@ -224,7 +200,7 @@ class Snapshots:
         holds this state until `release`.
         """
         with self._lock:
-            found = self._holdings.checkpoint((generation, step))
+            found = self._holdings.checkpoint(State(generation, step))
         return {
             rank: (copy.buffer.path(self._scratch), Snapshot.from_bytes(copy.record))
             for rank, copy in found.items()
@@ -236,7 +212,7 @@ class Snapshots:
         May be repeated.
         """
         with self._lock:
-            self._holdings.release((generation, step), ranks)
+            self._holdings.release(State(generation, step), ranks)
         self._remove_unneeded()
 
     def is_complete(self, step: int) -> bool:
@@ -246,13 +222,17 @@ class Snapshots:
     def distrust(self, generation: int, step: int) -> None:
         """The rows of a state in memory do not fit together."""
         with self._lock:
-            self._holdings.distrust((generation, step))
+            self._holdings.distrust(State(generation, step))
 
     def copy_failed(self, message: Message) -> None:
         """A worker of this node could not read one copy of an old rank's rows."""
-        state, rank = (message["generation"], message["step"]), message["rank"]
+        state, rank = State(message["generation"], message["step"]), message["rank"]
         log.warning(
-            "copy_failed", step=state[1], rank=rank, holder=message["holder"], cause=message["why"]
+            "copy_failed",
+            step=state.step,
+            rank=rank,
+            holder=message["holder"],
+            cause=message["why"],
         )
         with self._lock:
             self._holdings.copy_failed(state, rank, message["holder"], damaged=message["damaged"])
@@ -316,6 +296,23 @@ class Snapshots:
         with self._lock:
             self._holdings.drop(buffer)
 
+    # ---- for the mirrors, in their threads --------------------------------------------------------
+
+    def copied(self, buffer: Buffer, record: Snapshot) -> None:
+        """Store the record of a buffer file of this node that holds a whole state."""
+        copy = Copy(buffer, record.step, record.size, record.to_bytes(), time.monotonic())
+        with self._lock:
+            if not self._holdings.add(copy):
+                return
+            self._answers.wake()
+            self._look()
+        self._on_change()
+
+    def neighbour_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
+        """A neighbour with these workers keeps these steps for the bucket; this node has copies of them."""
+        with self._lock:
+            self._holdings.neighbour_keeps(generation, ranks, steps)
+
     # ---- on the threads of the jobs and the mirrors ----------------------------------------------
 
     def _describe(self, buffer: Buffer) -> None:
@@ -327,7 +324,7 @@ class Snapshots:
                 found = describe_snapshot(buffer, self._scratch)
                 if found is not None:
                     failpoint(Failpoint.SNAPSHOT_DESCRIBED)
-                    self._copied(buffer, found)
+                    self.copied(buffer, found)
                 return
             # Any error: keep the thread alive.
             except Exception as error:
@@ -337,25 +334,11 @@ class Snapshots:
             if self._closing.wait(_DESCRIBE_AGAIN_S):
                 return
 
-    def _copied(self, buffer: Buffer, record: Snapshot) -> None:
-        """Store the record of a buffer file of this node that holds a whole state."""
-        copy = Copy(buffer, record.step, record.size, record.to_bytes(), time.monotonic())
-        with self._lock:
-            if not self._holdings.add(copy):
-                return
-            self._answers.wake()
-            self._look()
-        self._on_change()
-
-    def _mirror_keeps(self, generation: int, ranks: range, steps: Collection[int]) -> None:
-        with self._lock:
-            self._holdings.mirror_keeps(generation, ranks, steps)
-
     def _look(self) -> None:
         """Tell the workers when a newer step is whole here and on all mirrors."""
         step = self._holdings.take_complete()
         if step is not None:
-            self._on_complete(self._holdings.generation, step, self._holdings.mirrored)
+            self._on_complete(self._holdings.generation, step, self._holdings.mirrors_have_room)
             self._on_change()
 
     def _remove_unneeded(self) -> None:

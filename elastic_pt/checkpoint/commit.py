@@ -46,11 +46,6 @@ def directory_of(generation: Generation, step: int) -> str:
     return checkpoint_directory(step, generation.number, generation.members[0].incarnation)
 
 
-def committed_step(view: RunView) -> int:
-    """The step of the newest checkpoint that exists; 0 if there is none."""
-    return view.checkpoints[0].step if view.checkpoints else 0
-
-
 @dataclass(frozen=True)
 class CommitRules:
     """What a run's configuration says about commits."""
@@ -124,7 +119,7 @@ class Committer:
 
     def note_step(self, generation: int, message: dict[str, Any]) -> None:
         """Remember a step for the history of the next commit. Every node does so: any node may commit next."""
-        self._history.forget(committed_step(self._log.view))
+        self._history.forget(self._log.view.committed_step)
         self._history.add({"generation": generation} | message)
 
     def expect(self, step: int, generation: Generation, request: int = -1) -> None:
@@ -226,7 +221,7 @@ class Committer:
             failure = error
         if expired is None and failure is None and not why:
             return
-        if why and committed_step(view) != due.step:
+        if why and view.committed_step != due.step:
             log.info("commit_abandoned", step=due.step, directory=due.directory, reason=why)
         self._listener.ended(due.generation, due.step, failure)
         if expired is not None:
@@ -244,7 +239,7 @@ class Committer:
             return
         view, last_step = self._log.view, self._rules.last_step
         if view.stop is None and view.generation_number == generation.number:
-            if committed_step(view) < last_step:
+            if view.committed_step < last_step:
                 return
             try:
                 view = self._log.append(
@@ -335,7 +330,7 @@ class Committer:
         return replace(checkpoint, permanent=permanent)
 
     def _write_history(self, view: RunView, due: _Due) -> Sequence[Line]:
-        lines = self._history.through(due.step, after=committed_step(view))
+        lines = self._history.through(due.step, after=view.committed_step)
         write_history(self._store, _history_key(due.directory, view.length), lines)
         return lines
 

@@ -49,7 +49,7 @@ _DATA_ALIGNMENT = 64
 NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EFBIG}
 
 
-class StagingFull(CheckpointError):
+class NoRoom(CheckpointError):
     """There is no room for a state now: not in the staging directory, or not in the buffers. There may be later."""
 
 

@@ -40,8 +40,8 @@ from elastic_pt.checkpoint.layout import (
 from elastic_pt.checkpoint.record import Document, record
 from elastic_pt.checkpoint.shard_file import (
     NO_ROOM,
+    NoRoom,
     ShardLayout,
-    StagingFull,
     block_bounds,
     parse_shard_header,
 )
@@ -163,7 +163,7 @@ class SnapshotBuffers:
     ) -> Buffer:
         """Copy the live rows and the state of this step into the buffer that `buffer_to_write` chooses. Returns it.
 
-        Raises `StagingFull` if there is none.
+        Raises `NoRoom` if there is none.
         """
         return self.finish(self.start(state, kept=kept, complete_step=complete_step), state.step)
 
@@ -173,7 +173,7 @@ class SnapshotBuffers:
         """Begin to `write`. The rows must not change, and nothing else be started, before the end of `finish`."""
         number = buffer_to_write(self.steps, kept, complete_step)
         if number is None:
-            raise StagingFull(
+            raise NoRoom(
                 f"step {state.step}: no buffer is free; steps {self.steps}, kept {sorted(kept)}, complete {complete_step}"
             )
         self.steps[number] = 0
@@ -208,7 +208,7 @@ class SnapshotBuffers:
 def make_buffers(paths: Sequence[Path], size: int, *, spare: int = 0) -> list[mmap.mmap]:
     """Create buffers for shard files of `size` bytes, and map them. Worker process, and mirrors.
 
-    Raises `StagingFull` if there is no room for them and for `spare` more. Raises `CheckpointError` for any other
+    Raises `NoRoom` if there is no room for them and for `spare` more. Raises `CheckpointError` for any other
     failure. Leaves no file after an error.
     """
     if not paths:
@@ -216,7 +216,7 @@ def make_buffers(paths: Sequence[Path], size: int, *, spare: int = 0) -> list[mm
     needed = (len(paths) + spare) * (PAYLOAD_OFFSET + size)
     free = shutil.disk_usage(paths[0].parent).free
     if free < needed:
-        raise StagingFull(
+        raise NoRoom(
             f"{paths[0].parent}: no room for a state of {size} bytes: {free} bytes free, expected {needed}"
         )
     made: list[mmap.mmap] = []
@@ -233,7 +233,7 @@ def make_buffers(paths: Sequence[Path], size: int, *, spare: int = 0) -> list[mm
 def make_buffer(path: Path, size: int) -> mmap.mmap:
     """Create a buffer file for a shard file of `size` bytes, with all its pages in memory, and map it.
 
-    Raises `StagingFull` if there is no room, and leaves no file then; `CheckpointError` for any other failure.
+    Raises `NoRoom` if there is no room, and leaves no file then; `CheckpointError` for any other failure.
     """
     total = PAYLOAD_OFFSET + size
     try:
@@ -245,7 +245,7 @@ def make_buffer(path: Path, size: int) -> mmap.mmap:
         buffer = mmap.mmap(descriptor, total)
     except OSError as error:
         path.unlink(missing_ok=True)
-        kind = StagingFull if error.errno in NO_ROOM else CheckpointError
+        kind = NoRoom if error.errno in NO_ROOM else CheckpointError
         raise kind(f"{path}: no room for a state of {size} bytes: {error.strerror}") from error
     finally:
         os.close(descriptor)

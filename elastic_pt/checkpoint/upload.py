@@ -192,10 +192,6 @@ class Uploader:
         """Queue a shard. Raises `CheckpointError` if the queue is full or the uploader is closed."""
         self._jobs.submit(shard)
 
-    def pending(self) -> list[KeptShard]:
-        """The shards that are not uploaded yet, with the one in progress: their buffers must stay as they are."""
-        return self._jobs.pending()
-
     def discard(self) -> list[KeptShard]:
         """Drop the queued shards (not the one in progress), and return them."""
         return self._jobs.discard()

@@ -244,17 +244,17 @@ class Node:
         step: int,
         timeout_s: float,
         given_up: Callable[[], bool],
-        mirrored: Callable[[], bool] = lambda: True,
+        mirrors_have_step: Callable[[], bool],
     ) -> Settled:
         """Block until the state of `step` is safe in memory or in the bucket, or the checkpoint is given up.
 
-        In memory it is safe if the members that stay hold it, and this node's mirrors have its part (`mirrored`).
+        In memory it is safe if the members that stay hold it, and this node's mirrors have its share (`mirrors_have_step`).
         Returns where it is safe. In neither if `generation` is broken, if the checkpoint is given up, or in the end.
         """
 
         def settled() -> Settled:
             found = self._participant.settled(generation, step)
-            if found.tier == "memory" and not mirrored():
+            if found.tier == "memory" and not mirrors_have_step():
                 return Settled("", f"step {step} is neither committed nor mirrored")
             return found
 

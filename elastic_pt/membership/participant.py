@@ -170,7 +170,7 @@ class Participant:
         told = [(each, statuses.get(each.incarnation)) for each in generation.members]
         stay = [each for each, said in told if said is not None and stays(said)]
         leaving = [each for each, said in told if said is not None and said.leaving]
-        required = needed(generation, stay, leaving, statuses, _committed_step(self.log.view))
+        required = needed(generation, stay, leaving, statuses, self.log.view.committed_step)
         return self.member.incarnation in incarnations(required)
 
     def _live_statuses(self) -> dict[str, NodeStatus]:
@@ -297,7 +297,7 @@ class Participant:
             barred=barred,
             halt=must_halt,
             requests=run.requests,
-            committed_step=_committed_step(run),
+            committed_step=run.committed_step,
         )
 
     def _note_broken(self, generation: Generation, found: Assessment, now_s: float) -> None:
@@ -354,7 +354,3 @@ class Participant:
     def _world(self) -> int:
         generation = self.log.view.generation
         return 1 if generation is None else len(generation.members)
-
-
-def _committed_step(run: RunView) -> int:
-    return run.checkpoints[0].step if run.checkpoints else 0

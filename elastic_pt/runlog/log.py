@@ -97,6 +97,11 @@ class RunView:
         return tuple(each for each in kept if each.directory not in self.quarantined)
 
     @property
+    def committed_step(self) -> int:
+        """The step of the newest of `checkpoints`; 0 if there is none."""
+        return self.checkpoints[0].step if self.checkpoints else 0
+
+    @property
     def permanent_record(self) -> int | None:
         """Index of the newest COMMIT whose own checkpoint is permanent; None if there is none."""
         if self.head is None or self.commit is None:

@@ -29,7 +29,7 @@ from elastic_pt.checkpoint.index import read_index
 from elastic_pt.checkpoint.layout import RowRange, TrainingState
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Places
 from elastic_pt.checkpoint.restore import load_rows
-from elastic_pt.checkpoint.shard_file import StagingFull
+from elastic_pt.checkpoint.shard_file import NoRoom
 from elastic_pt.config import Config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import CheckpointError, ConfigError
@@ -195,7 +195,7 @@ class Checkpoints:
             try:
                 snapshots.keep(state, agreed, request)
                 return
-            except StagingFull as error:
+            except NoRoom as error:
                 why = str(error)
             if time.monotonic() + pause_s > give_up_at_s:
                 self._tell("skipped", state, why=why)

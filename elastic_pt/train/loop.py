@@ -60,7 +60,11 @@ def train(
         finished = state.steps_done == config.train.steps
         due = state.steps_done - last_checkpoint >= config.checkpoint.every_steps
         due = due or result.agreed.checkpoint
-        due = due and not result.agreed.checkpoint_pending and snapshots.mirrored(result.agreed)
+        due = (
+            due
+            and not result.agreed.checkpoint_pending
+            and snapshots.complete_everywhere(result.agreed)
+        )
         stops = finished or result.agreed.drain
         if stops or due:
             request = asked

@@ -135,7 +135,9 @@ class MemorySnapshots:
         if not self._buffers.ready:
             return Offer(None, self._every)
         complete = self._agent.complete_step
-        return Offer(complete, self._every, mirrored=self._agent.unmirrored_step < max(1, complete))
+        return Offer(
+            complete, self._every, mirrors_have_room=self._agent.unmirrored_step < max(1, complete)
+        )
 
     def settle(self) -> None:
         """Wait until the last copy is done, and the agent is told of it."""
@@ -156,7 +158,7 @@ class MemorySnapshots:
         if not 0.8 <= every / self._every <= 1.25:
             self._every = every
 
-    def mirrored(self, agreed: Agreed) -> bool:
+    def complete_everywhere(self, agreed: Agreed) -> bool:
         """Whether the newest snapshot is complete everywhere, or none are taken. The result is the same on all workers.
 
         Before that only a stop writes another state: it overwrites one that a mirror may be copying.
@@ -165,7 +167,7 @@ class MemorySnapshots:
 
     def due(self, step: int, agreed: Agreed) -> bool:
         """Whether all workers take a snapshot of the state after `step` steps. The result is the same on all workers."""
-        if agreed.complete_step is None or not self.mirrored(agreed):
+        if agreed.complete_step is None or not self.complete_everywhere(agreed):
             return False
         if self._taken_s is not None:
             self._complete_s = time.monotonic() - self._taken_s
@@ -173,22 +175,19 @@ class MemorySnapshots:
             self._taken_s = None
         return step - max(self._newest, self._began_at) >= agreed.snapshot_every
 
-    def take(self, state: TrainState, agreed: Agreed) -> None:
-        """Copy the state into a free buffer: there is one, because all workers agreed that a snapshot is `due`."""
-        self._write(state, agreed)
-
     def keep(self, state: TrainState, agreed: Agreed | None, request: int) -> None:
         """Copy the state into a free buffer, which is kept for a checkpoint until the agent releases this step.
 
         `agreed` is None if no step was done in this generation. Waits for buffers that are being allocated. Raises
-        `StagingFull` if there is none, or none is free.
+        `NoRoom` if there is none, or none is free.
         """
         if not self._buffers.steps:
             self._allocate(1)
-        self._write(state, agreed, checkpoint=True, request=request)
+        self.take(state, agreed, checkpoint=True, request=request)
         self._checkpoints.add(state.steps_done)
 
-    def _write(self, state: TrainState, agreed: Agreed | None, **checkpoint: int) -> None:
+    def take(self, state: TrainState, agreed: Agreed | None, **checkpoint: int) -> None:
+        """Copy the state into a free buffer. If a snapshot is `due` there is one: all workers have agreed on that."""
         self.settle()
         complete_step = None if agreed is None else agreed.complete_step
         kept = {step for step in self._checkpoints if not self._agent.released(step)}
@@ -212,7 +211,7 @@ class MemorySnapshots:
             "step_seconds": self._step_s,
             "complete_seconds": self._complete_s,
             "complete_step": complete_step or 0,
-            "mirrored": agreed is not None and agreed.mirrored,
+            "mirrors_have_room": agreed is not None and agreed.mirrors_have_room,
             "checkpoint": False,
             **checkpoint,
         }

@@ -48,7 +48,7 @@ class Offer:
     """The newest step of this generation that its node and its mirrors hold whole, 0 for none; None if it takes none."""
     snapshot_every: int = 1
     """The cadence that it would choose. That of the first worker counts."""
-    mirrored: bool = True
+    mirrors_have_room: bool = True
     """Whether all mirrors of the node have room."""
 
 
@@ -65,7 +65,7 @@ class Agreed:
     complete_step: int | None
     """The newest step that all nodes and their mirrors hold whole, 0 for none; None if a worker takes no snapshots."""
     snapshot_every: int
-    mirrored: bool = True
+    mirrors_have_room: bool = True
     """Whether all mirrors of all nodes have room: then no older state is needed."""
 
 
@@ -172,7 +172,7 @@ def _bits_of(state: TrainState, control: Control, offer: Offer) -> list[float]:
     """
     entries = [0.0] * state.world_size
     if offer.complete_step is not None:
-        entries[state.rank] = 2.0 * (1 + offer.complete_step) + (not offer.mirrored)
+        entries[state.rank] = 2.0 * (1 + offer.complete_step) + (not offer.mirrors_have_room)
     every = float(offer.snapshot_every) if state.rank == 0 else 0.0
     bits = (control.drain, control.checkpoint_pending, control.checkpoint)
     return [*(float(each) for each in bits), every, *entries]
@@ -187,5 +187,5 @@ def _agreed(head: list[float]) -> Agreed:
         checkpoint=bool(checkpoint),
         complete_step=oldest - 1 if oldest else None,
         snapshot_every=int(every),
-        mirrored=not any(int(each) % 2 for each in entries),
+        mirrors_have_room=not any(int(each) % 2 for each in entries),
     )

@@ -77,12 +77,12 @@ class AgentSide:
         """Tell all workers that the agent is done with their checkpoint of `step`: they may overwrite its buffer."""
         self._broadcast({"kind": "released", "generation": generation, "step": step})
 
-    def complete(self, generation: int, step: int, mirrored: bool) -> None:
+    def complete(self, generation: int, step: int, mirrors_have_room: bool) -> None:
         """Tell all workers that their node holds the state of `step` whole, and so do its mirrors that have room.
 
-        `mirrored`: all of its mirrors have room.
+        `mirrors_have_room`: all of its mirrors have room.
         """
-        content = {"generation": generation, "step": step, "mirrored": mirrored}
+        content = {"generation": generation, "step": step, "mirrors_have_room": mirrors_have_room}
         self._broadcast({"kind": "complete", **content})
 
     def _broadcast(self, message: Message) -> None:
@@ -230,6 +230,6 @@ class WorkerSide:
                 self._released.add(message["step"])
             elif message["kind"] == "complete":
                 # First: a step must never look mirrored to a thread that reads both.
-                if not message["mirrored"]:
+                if not message["mirrors_have_room"]:
                     self._unmirrored = message["step"]
                 self._complete = message["step"]

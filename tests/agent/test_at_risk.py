@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from elastic_pt.agent.at_risk import UNSAVED_MIN_S, AtRisk, no_need
+from elastic_pt.agent.at_risk import UNSAVED_MIN_S, CheckpointRequests, no_need
 from elastic_pt.notices.notice import Notice, NoticeKind
 from elastic_pt.runlog.control import ask
 from elastic_pt.runlog.log import RunLog, RunView
@@ -41,7 +41,7 @@ def commit(log: RunLog, step: int) -> RunView:
     )
 
 
-def until_idle(at_risk: AtRisk) -> None:
+def until_idle(at_risk: CheckpointRequests) -> None:
     """Wait until the thread that asks has ended."""
     deadline_s = time.monotonic() + WAIT_S
     while at_risk._asking.locked():
@@ -53,7 +53,10 @@ def test_many_notices_at_once_make_one_request(tmp_path: Path) -> None:
     """Of nodes that get a notice at the same time, one asks; the request has its own record, its node and the reason."""
     begun(tmp_path)
     names = [f"node-{number}" for number in range(6)]
-    nodes = [AtRisk(new_log(tmp_path, name), name, lambda: (ENOUGH, STEP_S)) for name in names]
+    nodes = [
+        CheckpointRequests(new_log(tmp_path, name), name, lambda: (ENOUGH, STEP_S))
+        for name in names
+    ]
     for each in nodes:
         each.heed(ADVICE)
         each.heed(ADVICE)
@@ -74,7 +77,7 @@ def test_the_next_request_waits_for_training_worth_a_checkpoint(tmp_path: Path) 
     """After the commit, another notice asks again only when ten seconds of training are not committed."""
     log = begun(tmp_path)
     progress = [(ENOUGH, STEP_S)]
-    at_risk = AtRisk(log, "a", lambda: progress[-1])
+    at_risk = CheckpointRequests(log, "a", lambda: progress[-1])
     at_risk.heed(ADVICE)
     until_idle(at_risk)
     assert len(log.view.requests) == 1
@@ -92,7 +95,7 @@ def test_an_operators_request_is_not_replaced(tmp_path: Path, verb: Verb) -> Non
     log = begun(tmp_path)
     view = log.append(lambda view: ask(view, Request(verb, by="operator")), generation=1)
     assert "by operator" in no_need(view, ENOUGH, STEP_S)
-    at_risk = AtRisk(log, "a", lambda: (ENOUGH, STEP_S))
+    at_risk = CheckpointRequests(log, "a", lambda: (ENOUGH, STEP_S))
     at_risk.heed(ADVICE)
     until_idle(at_risk)
     assert log.refresh() == view
@@ -107,7 +110,7 @@ def test_a_node_without_a_step_asks_for_nothing(tmp_path: Path) -> None:
 def test_a_bucket_that_fails_is_reported(tmp_path: Path) -> None:
     """The notice is then only an event, and the next one tries again."""
     log = begun(tmp_path)
-    at_risk = AtRisk(log, "a", lambda: (ENOUGH, STEP_S))
+    at_risk = CheckpointRequests(log, "a", lambda: (ENOUGH, STEP_S))
     (tmp_path / "log").rename(tmp_path / "away")
     (tmp_path / "log").touch()
     with structlog.testing.capture_logs() as events:

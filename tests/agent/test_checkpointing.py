@@ -157,11 +157,11 @@ def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
         step: int,
         timeout_s: float,
         given_up: Callable[[], bool],
-        mirrored: Callable[[], bool],
+        mirrors_have_step: Callable[[], bool],
     ) -> Settled:
         """The first wait ends because the checkpoint is given up, before the mirrors have asked."""
         assert step == 7
-        waits.append((timeout_s, given_up(), mirrored()))
+        waits.append((timeout_s, given_up(), mirrors_have_step()))
         return Settled("memory" if held and not given_up() else "", "")
 
     node.await_settled, node.must_reform = await_settled, lambda _: False

@@ -51,12 +51,12 @@ def test_mirror_without_room_holds_nobody_up_and_counts_as_no_copy() -> None:
     node.add(copy(2, 6, 0))
     assert node.take_complete() is None
     node.acknowledge("c-1", 6, copied=False)
-    assert (node.take_complete(), node.mirrored) == (6, False)
+    assert (node.take_complete(), node.mirrors_have_room) == (6, False)
     assert states(node) == {(1, 5, 0, 2), (2, 6, 0, 1)}
     # It has found room.
     node.add(copy(2, 7, 0, file=1))
     node.acknowledge("c-1", 7, copied=True)
-    assert (node.take_complete(), node.mirrored) == (7, True)
+    assert (node.take_complete(), node.mirrors_have_room) == (7, True)
     node.forget_others()
     assert states(node) == {(2, 6, 0, 1), (2, 7, 0, 1)}
 
@@ -78,7 +78,7 @@ def test_mirror_that_never_ends_is_waited_for_no_longer() -> None:
     node.add(copy(2, 6, 0))
     assert (node.expire(MIRROR_S - 1.0), node.take_complete()) == ([], None)
     assert node.expire(MIRROR_S) == ["c-1"]
-    assert (node.take_complete(), node.mirrored) == (6, False)
+    assert (node.take_complete(), node.mirrors_have_room) == (6, False)
     assert node.expire(2 * MIRROR_S) == []
 
 
@@ -89,7 +89,7 @@ def test_report_of_a_node_that_is_no_mirror_changes_nothing() -> None:
     node.acknowledge("b-1", 6, copied=True)
     assert node.take_complete() is None
     node.acknowledge("b-1", 6, copied=False)
-    assert node.mirrored
+    assert node.mirrors_have_room
 
 
 def test_state_older_than_a_commit_is_forgotten() -> None:

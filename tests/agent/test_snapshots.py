@@ -19,6 +19,7 @@ import torch
 from aiohttp import web
 
 from elastic_pt.agent.pace import Pace
+from elastic_pt.agent.restoring import complete_history
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
@@ -91,12 +92,13 @@ class Node:
         self.changes: list[set[tuple[int, int]]] = []
         """The states that were held each time when the agent was woken."""
         self._changed = threading.Condition()
+        self.history = StepHistory()
         self.snapshots = Snapshots(
             directory,
             f"node-{rank}",
             TOKEN,
             timeout_s=5.0,
-            history=StepHistory(),
+            history=self.history,
             on_complete=self._on_complete,
             on_change=self._on_change,
         )
@@ -107,9 +109,9 @@ class Node:
     def _on_change(self) -> None:
         self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
 
-    def _on_complete(self, generation: int, step: int, mirrored: bool) -> None:
+    def _on_complete(self, generation: int, step: int, mirrors_have_room: bool) -> None:
         with self._changed:
-            self.mirrored = mirrored
+            self.mirrors_have_room = mirrors_have_room
             self.complete.append((generation, step))
             self._changed.notify_all()
 
@@ -139,7 +141,7 @@ class Node:
         step: int,
         *,
         complete_step: int = 0,
-        mirrored: bool = True,
+        mirrors_have_room: bool = True,
         checkpoint: bool = False,
     ) -> None:
         """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
@@ -160,7 +162,7 @@ class Node:
                 "complete_seconds": 0.0,
                 "complete_step": complete_step,
                 "checkpoint": checkpoint,
-                "mirrored": mirrored,
+                "mirrors_have_room": mirrors_have_room,
             }
         )
 
@@ -394,8 +396,8 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
         daemon=True,
     ).start()
     pair[0].await_complete(2, 6)
-    assert not pair[0].mirrored
-    pair[0].write(2, 7, complete_step=6, mirrored=False)
+    assert not pair[0].mirrors_have_room
+    pair[0].write(2, 7, complete_step=6, mirrors_have_room=False)
     assert {each.generation for each in pair[0].snapshots.held} == {1, 2}
     pair[0].snapshots.committed(6)
     assert {each.generation for each in pair[0].snapshots.held} == {2}
@@ -524,23 +526,24 @@ def test_kept_step_outlives_its_generation_until_it_is_released(pair: list[Node]
 
 def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]) -> None:
     """Whichever node commits next can write a history without a hole, also one that was no member before."""
-    old, new = (node.snapshots for node in pair)
+    old, new = (node.history for node in pair)
     for step in range(1, 8):
-        old._history.add({"step": step, "loss": 0.5 * step})
-    formed = SimpleNamespace(generation=generation(pair, 2, InMemory(1, 6, (0, 0))), node_rank=1)
-    new.complete_history(cast(Formed, formed), committed_step=2)
-    assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
-    assert new._history.through(3) == old._history.through(3)[2:]
+        old.add({"step": step, "loss": 0.5 * step})
+    following = generation(pair, 2, InMemory(1, 6, (0, 0)))
+    formed = cast(Formed, SimpleNamespace(generation=following, node_rank=1))
+    complete_history(new, formed, 2, TOKEN, 5.0)
+    assert [line.step for line in new.through(100)] == [3, 4, 5, 6]
+    assert new.through(3) == old.through(3)[2:]
     # A node that was a member, then not, then again one, has a gap.
-    new._history.forget(100)
+    new.forget(100)
     for step in (3, 6):
-        new._history.add({"step": step, "loss": 1.0})
-    new.complete_history(cast(Formed, formed), committed_step=2)
-    assert [line.step for line in new._history.through(100)] == [3, 4, 5, 6]
+        new.add({"step": step, "loss": 1.0})
+    complete_history(new, formed, 2, TOKEN, 5.0)
+    assert [line.step for line in new.through(100)] == [3, 4, 5, 6]
     # Nothing is asked where nothing is missing.
-    before = new._history.text()
-    new.complete_history(cast(Formed, formed), committed_step=2)
-    assert new._history.text() == before
+    before = new.text()
+    complete_history(new, formed, 2, TOKEN, 5.0)
+    assert new.text() == before
 
 
 def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:

@@ -1,4 +1,4 @@
-"""What a node uploads: one checkpoint in flight, one pending, and the parts of lost nodes."""
+"""What a node uploads: one checkpoint in flight, one pending, and the shares of lost nodes."""
 
 import threading
 import time
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from elastic_pt.agent.uploads import Place, Uploads
+from elastic_pt.agent.uploads import Uploads
 from elastic_pt.checkpoint.layout import checkpoint_directory, shard_key
 from elastic_pt.checkpoint.nodes import NodeRefusal, notice_key
 from elastic_pt.checkpoint.upload import KeptShard
+from elastic_pt.runlog.state import State
 from elastic_pt.store.port import Source, Store
 from tests.checkpoint.world import full_tensors, memory_store, stage, training_state, upload_nodes
 
@@ -43,41 +44,41 @@ class Uploading:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = Gated()
-        self.said: list[tuple[str, Place, int]] = []
+        self.said: list[tuple[str, State, int]] = []
         self._heard = threading.Condition()
         store: Store = self.store  # type: ignore[assignment]
         self.uploads = Uploads(
             store,
-            on_uploaded=lambda place, ranks: self._say("uploaded", place, ranks.start),
-            on_failed=lambda place, _: self._say("failed", place, -1),
-            on_dropped=lambda place, _: self._say("dropped", place, -1),
+            on_uploaded=lambda state, ranks: self._say("uploaded", state, ranks.start),
+            on_failed=lambda state, _: self._say("failed", state, -1),
+            on_dropped=lambda state, _: self._say("dropped", state, -1),
         )
 
-    def _say(self, what: str, place: Place, first_rank: int) -> None:
+    def _say(self, what: str, state: State, first_rank: int) -> None:
         with self._heard:
-            self.said.append((what, place, first_rank))
+            self.said.append((what, state, first_rank))
             self._heard.notify_all()
 
-    def until(self, what: str, place: Place, first_rank: int = 0) -> None:
+    def until(self, what: str, state: State, first_rank: int = 0) -> None:
         """Wait for a report."""
-        wanted = (what, place, first_rank)
+        wanted = (what, state, first_rank)
         with self._heard:
             assert self._heard.wait_for(lambda: wanted in self.said, WAIT_S), self.said
 
-    def shards(self, place: Place) -> list[KeptShard]:
+    def shards(self, state: State) -> list[KeptShard]:
         """The buffers of two nodes with two workers each."""
-        state = training_state(place.step)
-        return stage(self.folder, full_tensors(SMALL), 4, directory(place), state, workers=2)
+        training = training_state(state.step)
+        return stage(self.folder, full_tensors(SMALL), 4, directory(state), training, workers=2)
 
-    def save(self, place: Place, *ranks: int) -> None:
+    def save(self, state: State, *ranks: int) -> None:
         """Workers of this node keep their states."""
-        for shard in self.shards(place):
+        for shard in self.shards(state):
             if shard.rank in ranks:
                 self.uploads.add(shard)
 
-    def has_notice(self, place: Place, first_rank: int = 0) -> bool:
-        """Whether the bucket has a whole part."""
-        return self.store.size(notice_key(directory(place), first_rank)) is not None
+    def has_notice(self, state: State, first_rank: int = 0) -> bool:
+        """Whether the bucket has a whole share."""
+        return self.store.size(notice_key(directory(state), first_rank)) is not None
 
     def until_written(self, key: str) -> None:
         """Wait until the bucket has an object."""
@@ -92,9 +93,9 @@ class Uploading:
         self.uploads.close()
 
 
-def directory(place: Place) -> str:
+def directory(state: State) -> str:
     """The directory of a checkpoint."""
-    return checkpoint_directory(place.step, place.generation, "beef")
+    return checkpoint_directory(state.step, state.generation, "beef")
 
 
 @pytest.fixture
@@ -107,11 +108,11 @@ def node(tmp_path: Path) -> Iterator[Uploading]:
 
 def test_one_is_in_flight_and_a_newer_one_replaces_the_pending_one(node: Uploading) -> None:
     """Generation 1's checkpoint stays in flight; of those that come after it only the newest is uploaded."""
-    first, second, third = Place(1, 10), Place(2, 20), Place(3, 30)
-    for place in (first, second, third):
-        node.save(place, 0, 1)
+    first, second, third = State(1, 10), State(2, 20), State(3, 30)
+    for state in (first, second, third):
+        node.save(state, 0, 1)
     assert node.said == [("dropped", second, -1)]
-    assert node.uploads.places() == {first, third}
+    assert node.uploads.states() == {first, third}
     node.store.gate.set()
     node.until("uploaded", third)
     assert node.said[1:] == [("uploaded", first, 0), ("uploaded", third, 0)]
@@ -121,7 +122,7 @@ def test_one_is_in_flight_and_a_newer_one_replaces_the_pending_one(node: Uploadi
 
 def test_the_next_one_starts_after_an_abandoned_one(node: Uploading) -> None:
     """The request that is running ends by itself; the node's other shard is not uploaded."""
-    first, second = Place(1, 10), Place(2, 20)
+    first, second = State(1, 10), State(2, 20)
     node.save(first, 0, 1)
     assert node.store.begun.wait(WAIT_S)
     node.save(second, 0, 1)
@@ -134,12 +135,12 @@ def test_the_next_one_starts_after_an_abandoned_one(node: Uploading) -> None:
 
 def test_an_abandoned_pending_checkpoint_is_never_uploaded(node: Uploading) -> None:
     """Only the one in flight goes on."""
-    first, second = Place(1, 10), Place(2, 20)
+    first, second = State(1, 10), State(2, 20)
     node.save(first, 0, 1)
     node.save(second, 0, 1)
     node.uploads.abandon(second)
-    node.uploads.abandon(Place(9, 9))
-    assert node.uploads.places() == {first}
+    node.uploads.abandon(State(9, 9))
+    assert node.uploads.states() == {first}
     node.store.gate.set()
     node.until("uploaded", first)
     assert node.store.keys(directory(second)) == []
@@ -147,7 +148,7 @@ def test_an_abandoned_pending_checkpoint_is_never_uploaded(node: Uploading) -> N
 
 def test_a_failure_of_an_abandoned_upload_is_none(node: Uploading) -> None:
     """The buffer may be overwritten once the checkpoint is over. The upload that reads it then fails, without a report."""
-    first, second = Place(1, 10), Place(2, 20)
+    first, second = State(1, 10), State(2, 20)
     node.save(first, 0, 1)
     assert node.store.begun.wait(WAIT_S)
     node.uploads.abandon(first)
@@ -161,21 +162,21 @@ def test_a_failure_of_an_abandoned_upload_is_none(node: Uploading) -> None:
 
 def test_a_part_that_lacks_a_shard_is_refused(node: Uploading) -> None:
     """A worker died before it had saved its state: the other nodes are told."""
-    first, second = Place(1, 10), Place(2, 20)
+    first, second = State(1, 10), State(2, 20)
     node.save(first, 1)
     node.save(second, 0)
     node.uploads.stopped("gone")
     node.store.gate.set()
-    for place in (first, second):
-        node.until("uploaded", place)
-        refusal = NodeRefusal.from_bytes(node.store.read(notice_key(directory(place), 0)))
+    for state in (first, second):
+        node.until("uploaded", state)
+        refusal = NodeRefusal.from_bytes(node.store.read(notice_key(directory(state), 0)))
         assert refusal.why == "gone"
     assert node.store.size(shard_key(directory(second), 0)) is None
 
 
 def test_the_part_of_a_lost_node_comes_before_the_pending_one(node: Uploading) -> None:
     """Copies of a lost node's shards are uploaded next: only they are missing. A late owner writes the same bytes."""
-    first, second = Place(1, 10), Place(2, 20)
+    first, second = State(1, 10), State(2, 20)
     node.save(first, 0, 1)
     node.save(second, 0, 1)
     lost = node.shards(first)[2:]
@@ -191,7 +192,7 @@ def test_the_part_of_a_lost_node_comes_before_the_pending_one(node: Uploading) -
 def test_a_shard_that_comes_after_its_checkpoint_is_over_holds_nothing_up(node: Uploading) -> None:
     """Another node refused before this node's second worker had saved. Its shard would never be a whole part."""
     node.store.gate.set()
-    first, second = Place(1, 10), Place(1, 20)
+    first, second = State(1, 10), State(1, 20)
     node.save(first, 0)
     node.until_written(shard_key(directory(first), 0))
     node.uploads.abandon(first)
@@ -205,7 +206,7 @@ def test_a_shard_that_comes_after_its_checkpoint_is_over_holds_nothing_up(node: 
 
 def test_a_late_shard_of_an_older_checkpoint_does_not_replace_a_newer_one(node: Uploading) -> None:
     """The messages of two workers come in any order."""
-    first, second, third = Place(1, 10), Place(1, 20), Place(1, 30)
+    first, second, third = State(1, 10), State(1, 20), State(1, 30)
     node.save(first, 0, 1)
     node.save(second, 0)
     node.save(third, 0)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from elastic_pt.checkpoint.shard_file import StagingFull, describe_shard
+from elastic_pt.checkpoint.shard_file import NoRoom, describe_shard
 from elastic_pt.checkpoint.snapshot import (
     BUFFERS,
     PAYLOAD_OFFSET,
@@ -112,7 +112,7 @@ def test_buffers_that_come_later_join_the_first(tmp_path: Path) -> None:
     buffers = SnapshotBuffers(tmp_path, 3, 0, local_rows(full_tensors(), 0, 2))
     buffers.allocate(1)
     buffers.write(training_state(7), kept={7})
-    with pytest.raises(StagingFull, match="no buffer is free"):
+    with pytest.raises(NoRoom, match="no buffer is free"):
         buffers.write(training_state(8), kept={7})
     assert not buffers.ready
     buffers.allocate()
@@ -177,7 +177,7 @@ def test_state_outlives_a_killed_writer(tmp_path: Path) -> None:
 def test_full_memory_is_an_error_at_allocation_and_leaves_nothing(small_memory: Path) -> None:
     """Space is reserved before any write, so a full memory file system is not a SIGBUS in a step."""
     buffers = SnapshotBuffers(small_memory, 3, 0, local_rows(full_tensors(), 0, 2))
-    with pytest.raises(StagingFull, match="no room for a state"):
+    with pytest.raises(NoRoom, match="no room for a state"):
         buffers.allocate()
     assert not buffers.ready
     assert list(small_memory.iterdir()) == []

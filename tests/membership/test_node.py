@@ -437,10 +437,10 @@ def test_settling_ends_when_the_checkpoint_is_committed_or_given_up(
         return Commit((Checkpoint(step, generation, f"ckpt/{step}", 1, "0" * 64, None),), "history")
 
     a._participant.log.append(lambda _: committed(100, number - 1), generation=number)
-    assert not a.await_settled(world, 60, 0.1, lambda: False)
-    assert not a.await_settled(world, 60, DEADLINE_S, lambda: True)
+    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda: True)
+    assert not a.await_settled(world, 60, DEADLINE_S, lambda: True, lambda: True)
     a._participant.log.append(lambda _: committed(60, number), generation=number)
-    assert a.await_settled(world, 60, DEADLINE_S, lambda: False).tier == "bucket"
+    assert a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda: True).tier == "bucket"
 
 
 class Rows(NothingInMemory):
@@ -476,23 +476,23 @@ def test_settling_ends_when_a_member_that_stays_holds_the_state(
             ),
             "each knows that b leaves",
         )
-        assert not node.await_settled(world, 60, 0.1, lambda: False)
+        assert not node.await_settled(world, 60, 0.1, lambda: False, lambda: True)
     waits, found = threading.Event(), []
     # `given_up` is called when the wait has found nothing yet.
     b_waits = threading.Thread(
         target=lambda: found.append(
-            b.await_settled(world, 60, DEADLINE_S, lambda: bool(waits.set()))
+            b.await_settled(world, 60, DEADLINE_S, lambda: bool(waits.set()), lambda: True)
         )
     )
     b_waits.start()
     assert waits.wait(DEADLINE_S)
     rows["a"].hold(0, 2)
     a.states_changed()
-    found.append(a.await_settled(world, 60, DEADLINE_S, lambda: False))
+    found.append(a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda: True))
     b_waits.join(DEADLINE_S / 2)
     assert found == 2 * [Settled("memory", "a hold step 60")]
     # The rows of this node are not on its mirrors yet: a loss during the change would cost more than a step.
-    assert not a.await_settled(world, 60, 0.1, lambda: False, mirrored=lambda: False)
+    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda: False)
 
 
 def test_leaving_node_with_the_only_copy_is_in_the_next_generation(

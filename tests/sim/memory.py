@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from elastic_pt.agent.holdings import Copy, Holdings, State
+from elastic_pt.agent.holdings import Copy, Holdings
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.state import State
 from tests.sim.buffers import (
     BufferFile,
     Buffers,
@@ -170,7 +171,7 @@ class Memory:
         step = self.holdings.take_complete()
         if step is not None:
             self.complete = step
-            mirrored = self.holdings.mirrored
+            mirrored = self.holdings.mirrors_have_room
             self.process.around.witness.memory.completes(self)
             self.process.node.states_changed()
             if self.buffers is not None:

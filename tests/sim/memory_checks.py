@@ -9,10 +9,10 @@ COMMIT              of a state through which the newest generation has come
 
 from typing import TYPE_CHECKING
 
-from elastic_pt.agent.holdings import State
 from elastic_pt.membership.decision.status import Held
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Generation
+from elastic_pt.runlog.state import State
 from tests.sim.buffers import BufferFile
 from tests.sim.memory import Memory
 from tests.sim.restoring import belongs, resumed_from

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.agent.holdings import State
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation
+from elastic_pt.runlog.state import State
 from tests.sim.buffers import BufferFile
 
 if TYPE_CHECKING:

@@ -114,9 +114,9 @@ def test_one_node_without_a_mirror_is_known_to_all_workers() -> None:
             heads.append(_bits_of(cast(TrainState, state), Control(False, False), offer))
         return _agreed([sum(each) for each in zip(*heads, strict=True)])
 
-    found = agree(Offer(12), Offer(10, mirrored=False), Offer(11))
-    assert (found.complete_step, found.mirrored) == (10, False)
+    found = agree(Offer(12), Offer(10, mirrors_have_room=False), Offer(11))
+    assert (found.complete_step, found.mirrors_have_room) == (10, False)
     found = agree(Offer(12), Offer(10), Offer(11))
-    assert (found.complete_step, found.mirrored) == (10, True)
+    assert (found.complete_step, found.mirrors_have_room) == (10, True)
     assert agree(Offer(0), Offer(5)).complete_step == 0
-    assert agree(Offer(None), Offer(5, mirrored=False)).complete_step is None
+    assert agree(Offer(None), Offer(5, mirrors_have_room=False)).complete_step is None

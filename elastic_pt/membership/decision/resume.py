@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from elastic_pt.membership.decision.status import Held, NodeStatus, Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
+from elastic_pt.runlog.state import State
 
 
 def newest_in_memory(
@@ -26,11 +27,11 @@ def newest_in_memory(
         return None
     told = [statuses.get(each.incarnation) for each in members]
     unusable = {each for status in told if status is not None for each in status.unusable}
-    holders: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    sizes: dict[tuple[int, int], int] = {}
+    holders: dict[State, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    sizes: dict[State, int] = {}
     for index, status in enumerate(told):
         for held in () if status is None else status.held:
-            state = held.generation, held.step
+            state = State(held.generation, held.step)
             if not _is_of(generation, held) or not _fits(held):
                 continue
             if Unusable(*state, -1, "") in unusable:
@@ -42,16 +43,16 @@ def newest_in_memory(
     whole = [
         state
         for state, found in holders.items()
-        if len(found) == sizes[state] and state[1] >= max(1, committed_step)
+        if len(found) == sizes[state] and state.step >= max(1, committed_step)
     ]
     if not whole:
         return None
-    number, step = max(whole, key=lambda state: (state[1], state[0]))
-    found = holders[number, step]
+    newest = max(whole, key=lambda state: (state.step, state.generation))
+    found = holders[newest]
     ranks = range(len(found))
     return InMemory(
-        number,
-        step,
+        newest.generation,
+        newest.step,
         sources=tuple(found[rank][0] for rank in ranks),
         others=tuple(tuple(found[rank][1:]) for rank in ranks),
     )
