@@ -338,6 +338,7 @@ class Agent:
             world_size=generation.world_size,
             resume_step=generation.resume_step,
             restored_from=generation.restored_from,
+            why_not_memory=generation.why_not_memory,
         )
 
     def _after_stop(self) -> None:
