@@ -197,6 +197,7 @@ class Snapshots:
             log.info(
                 "snapshot_cadence",
                 every_steps=self._every,
+                reason=message["every_reason"],
                 step_seconds=message["step_seconds"],
                 copy_seconds=message["seconds"],
                 complete_seconds=message["complete_seconds"],

@@ -16,6 +16,7 @@ from typing import cast
 import pytest
 import torch
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from elastic_pt.agent.pace import Pace
 from elastic_pt.agent.snapshots import Snapshots
@@ -140,6 +141,7 @@ class Node:
         complete_step: int = 0,
         mirrored: bool = True,
         checkpoint: bool = False,
+        every_steps: int = 1,
     ) -> None:
         """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
         if checkpoint:
@@ -154,7 +156,8 @@ class Node:
                 "step": step,
                 "buffer": buffer.number,
                 "seconds": 0.0,
-                "every_steps": 1,
+                "every_steps": every_steps,
+                "every_reason": "mirrors",
                 "step_seconds": 1.0,
                 "complete_seconds": 0.0,
                 "complete_step": complete_step,
@@ -333,6 +336,19 @@ def test_bound_for_bytes_spreads_a_copy_over_time(pair: list[Node]) -> None:
     pair[0].await_complete(1, 6)
     # Two copies of 4.8 MB. The time of the last range does not count.
     assert time.monotonic() - began_s >= 0.9
+
+
+def test_cadence_and_its_reason_are_logged_once(pair: list[Node]) -> None:
+    """The event log says how often snapshots are taken, and what sets that, each time when it changes."""
+    pair[0].begin(generation(pair))
+    with capture_logs() as events:
+        for step, every in ((5, 1), (6, 1), (7, 3)):
+            pair[0].write(1, step, every_steps=every)
+    logged = [each for each in events if each["event"] == "snapshot_cadence"]
+    assert [(each["every_steps"], each["reason"]) for each in logged] == [
+        (1, "mirrors"),
+        (3, "mirrors"),
+    ]
 
 
 def test_stopped_mirror_frees_its_memory(pair: list[Node]) -> None:
