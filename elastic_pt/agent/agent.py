@@ -132,6 +132,7 @@ class Agent:
             history=history,
             on_complete=self._held,
             on_change=lambda: self._node.states_changed(),
+            on_skip=self._observation.metrics.snapshot_skips.inc,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
