@@ -8,10 +8,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from elastic_pt.agent import holdings
+from elastic_pt.agent.snapshot_answers import _SENDS_MAX
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
@@ -479,6 +481,40 @@ def test_range_that_is_too_large_is_refused(pair: list[Node]) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes=0-{RANGE_BYTES_MAX}"})
     with pytest.raises(urllib.error.HTTPError, match="416"):
         urllib.request.urlopen(request, timeout=DEADLINE_S)
+
+
+def test_reader_beyond_the_servers_limits_succeeds_later(
+    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all places for sending are taken, a range is refused with 503 within half a second. Then it is sent."""
+    hold_step_5(pair)
+    free = threading.Event()
+    send = pair[0].snapshots._answers._send
+
+    async def stalled(*arguments: Any) -> web.StreamResponse:
+        """A reader that takes nothing for a while."""
+        while not free.is_set():
+            await asyncio.sleep(0.01)
+        return await send(*arguments)
+
+    monkeypatch.setattr(pair[0].snapshots._answers, "_send", stalled)
+    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-9"})
+
+    def read() -> int:
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with ThreadPoolExecutor(_SENDS_MAX + 1) as readers:
+        first = [readers.submit(read) for _ in range(_SENDS_MAX + 1)]
+        done, _ = wait(first, DEADLINE_S, FIRST_COMPLETED)
+        assert [each.result() for each in done] == [503]
+        free.set()
+        assert sorted(each.result() for each in first) == [206] * _SENDS_MAX + [503]
+    assert read() == 206
 
 
 def test_mirror_without_room_says_so(pair: list[Node]) -> None:
