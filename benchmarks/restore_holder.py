@@ -90,6 +90,7 @@ def _hold(pipe: Connection, scratch: Path) -> None:
         history=StepHistory(),
         on_complete=lambda *_: complete.set(),
         on_change=lambda: None,
+        on_skip=lambda: None,
     )
     served: list[Path] = []
     listener = socket.create_server((ADDRESS, 0))
@@ -120,7 +121,7 @@ def _message(buffer: Buffer, step: int) -> dict[str, Any]:
         "step_seconds": 1.0,
         "complete_seconds": 0.0,
         "complete_step": 0,
-        "mirrored": True,
+        "mirrors_have_room": True,
         "checkpoint": False,
     }
 

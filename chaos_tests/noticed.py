@@ -164,9 +164,10 @@ class Noticed:
             case "restore":
                 # Another node is lost, so the workers read a state.
                 run.until_step(STEP, nodes)
+                before_s = self._seconds(node, "restore")
                 victim = next(each for each in self.sources if each != node)
                 run.fleet.kill(victim)
-                run.until(phase, lambda: len(run.events(node, "workers_start")) > 1)
+                run.until(phase, lambda: self._seconds(node, "restore") > before_s)
             case "step":
                 run.until_step(STEP, nodes)
             case "save":

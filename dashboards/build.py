@@ -179,6 +179,7 @@ PANELS = [
         ("sum(increase(@checkpoint_commits_total[$__rate_interval]))", "committed"),
         ("sum(increase(@checkpoint_failures_total[$__rate_interval]))", "failed"),
         ("sum(increase(@checkpoint_skips_total[$__rate_interval]))", "skipped"),
+        ("sum(increase(@snapshot_skips_total[$__rate_interval]))", "snapshots skipped"),
         ("sum(increase(@checkpoint_tidy_failures_total[$__rate_interval]))", "not tidied"),
     ),
     series(

@@ -124,6 +124,7 @@ class Agent:
             history=self._history,
             on_complete=self._held,
             on_change=self._states_changed,
+            on_skip=self._observation.metrics.snapshot_skips.inc,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
@@ -290,6 +291,7 @@ class Agent:
             world_size=generation.world_size,
             resume_step=generation.resume_step,
             restored_from=generation.restored_from,
+            why_not_memory=generation.why_not_memory,
         )
 
     def _after_stop(self) -> None:

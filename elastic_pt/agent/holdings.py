@@ -214,14 +214,16 @@ class Holdings:
             if not copies:
                 del self._held[state]
 
-    def acknowledge(self, mirror: str, step: int, *, copied: bool) -> None:
+    def acknowledge(self, mirror: str, step: int, *, copied: bool) -> bool:
         """A mirror of this node has copied a step, or has no room for it. It holds the workers up no longer.
 
-        Reports of other nodes, and of older steps, change nothing.
+        Reports of other nodes, and of older steps, change nothing: the result is False.
         """
-        if step > self._acknowledged.get(mirror, step):
-            self._acknowledged[mirror] = step
-            (self._without_room.discard if copied else self._without_room.add)(mirror)
+        if step <= self._acknowledged.get(mirror, step):
+            return False
+        self._acknowledged[mirror] = step
+        (self._without_room.discard if copied else self._without_room.add)(mirror)
+        return True
 
     def expire(self, now_s: float) -> list[str]:
         """Wait no longer for mirrors that have not copied this node's newest step in `MIRROR_S`. Returns them.

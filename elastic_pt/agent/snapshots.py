@@ -66,10 +66,11 @@ class Snapshots:
         history: StepHistory,
         on_complete: Callable[[int, int, bool], None],
         on_change: Callable[[], None],
+        on_skip: Callable[[], None],
     ) -> None:
         """`on_complete(generation, step, mirrors_have_room)`: this node's workers may write over what is older than that step.
 
-        `on_change()`: this node holds more, or its mirrors do.
+        `on_change()`: this node holds more, or its mirrors do. `on_skip()`: a snapshot, or a mirror's copy of one, is left out.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -80,6 +81,7 @@ class Snapshots:
         self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
         self._on_change = on_change
+        self._on_skip = on_skip
         self._lock = threading.RLock()
         self._holdings = Holdings()
         self._every = 0
@@ -173,6 +175,7 @@ class Snapshots:
             log.info(
                 "snapshot_cadence",
                 every_steps=self._every,
+                reason=message["every_reason"],
                 step_seconds=message["step_seconds"],
                 copy_seconds=message["seconds"],
                 complete_seconds=message["complete_seconds"],
@@ -186,6 +189,8 @@ class Snapshots:
             late = self._holdings.expire(time.monotonic())
             if late:
                 log.warning("mirror_too_slow", mirrors=late)
+                for _ in late:
+                    self._on_skip()
                 self._look()
 
     def checkpoints(self) -> tuple[State, ...]:
@@ -246,6 +251,7 @@ class Snapshots:
 
     def no_room(self) -> None:
         """There is no room for the buffers of this node's workers."""
+        self._on_skip()
         with self._lock:
             found = self._holdings.forget_spares()
         if found:
@@ -272,7 +278,8 @@ class Snapshots:
         with self._lock:
             if generation != self._holdings.generation:
                 return False
-            self._holdings.acknowledge(mirror, step, copied=copied)
+            if self._holdings.acknowledge(mirror, step, copied=copied) and not copied:
+                self._on_skip()
             if step:
                 failpoint(Failpoint.MIRROR_ACKNOWLEDGED)
             self._look()

@@ -8,7 +8,7 @@ from elastic_pt.membership.decision.admission import slots_per_member
 from elastic_pt.membership.decision.budgets import quarantines_due
 from elastic_pt.membership.decision.decide import Halt, Propose
 from elastic_pt.membership.decision.memory import Memory
-from elastic_pt.membership.decision.resume import newest_in_memory
+from elastic_pt.membership.decision.resume import newest_in_memory, why_not_memory
 from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, frontier_step
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
@@ -61,12 +61,9 @@ class Appender:
             # Quarantining an unusable checkpoint has read the log to its end: another node has proposed already.
             self._read()
             return
-        memory = newest_in_memory(
-            before.generation,
-            proposal.members,
-            self._statuses(),
-            0 if resume is None else resume.step,
-        )
+        committed_step = 0 if resume is None else resume.step
+        facts = before.generation, proposal.members, self._statuses(), committed_step
+        memory = newest_in_memory(*facts)
         store = self._resources.bind_store()
         noticed_s = self._memory.broken_since_s
         generation = Generation(
@@ -84,6 +81,7 @@ class Appender:
             fenced_url=self._resources.fenced_url or before.fenced_url,
             memory=memory,
             mirrors=self._resources.choose_mirrors([each.zone for each in proposal.members]),
+            why_not_memory=why_not_memory(*facts) if memory is None else "",
         )
 
         def make(view: RunView) -> Generation:
@@ -113,6 +111,7 @@ class Appender:
             members=[each.node for each in proposal.members],
             resume_step=generation.resume_step,
             restored_from=generation.restored_from,
+            why_not_memory=generation.why_not_memory,
             reason=proposal.reason,
         )
         self._append_quarantines(number)

@@ -95,6 +95,8 @@ class Change:
     """The step from which it resumed; 0 is the start."""
     restored_from: str
     """Where the state came from: `memory`, `bucket`, or `start` (the seed)."""
+    why_not_memory: str
+    """Why it was not `memory`; empty if it was, or if an earlier version wrote the record."""
     agree_s: float
     """Seconds from when the change was noticed to the record."""
     first_step: FirstStep
@@ -196,6 +198,7 @@ def _change(
         frontier_step=generation.frontier_step,
         resume_step=generation.resume_step,
         restored_from=generation.restored_from,
+        why_not_memory=generation.why_not_memory,
         agree_s=generation.agree_s,
         first_step=FirstStep.AWAITED if generation.slots else FirstStep.UNKNOWN,
         set_aside=tuple(set_aside),
@@ -301,10 +304,12 @@ def _how_it_went_on(change: Change) -> list[str]:
 
 
 def _phases(change: Change, recovery: Recovery) -> list[str]:
+    why = f" ({change.why_not_memory})" if change.why_not_memory else ""
+    source = "memory" if change.restored_from == "memory" else f"the bucket{why}"
     state = (
-        f"restored step {change.resume_step} from {'memory' if change.restored_from == 'memory' else 'the bucket'}"
+        f"restored step {change.resume_step} from {source}"
         if change.resume_step
-        else "initialised weights"
+        else f"initialised weights{why}"
     )
     since = (
         _planned_since(change)

@@ -199,6 +199,9 @@ class Generation:
     mirrors: tuple[tuple[int, ...], ...] = ()
     """For each member, by rank: the members that copy its state into their memory. Empty in older records."""
 
+    why_not_memory: str = ""
+    """Why the members hold no state for `memory`. Empty if they do, in the first generation, and in older records."""
+
     def mirrors_of(self, rank: int) -> tuple[int, ...]:
         """The members that copy the state of the member of this rank."""
         return self.mirrors[rank] if self.mirrors else ()

@@ -51,6 +51,10 @@ class Metrics:
         self.snapshot_seconds = self._gauge(
             "snapshot_seconds", "Time that the last snapshot blocked this node's workers."
         )
+        self.snapshot_skips = self._counter(
+            "snapshot_skips",
+            "Times that this node's workers had no room for snapshots, or a mirror had no room or took too long for one.",
+        )
         self.checkpoint_stage_seconds = self._gauge(
             "checkpoint_stage_seconds", "Time that the last checkpoint blocked this node's workers."
         )

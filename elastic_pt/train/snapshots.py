@@ -26,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from elastic_pt.checkpoint.copier import Copier, HostCopier
 from elastic_pt.checkpoint.layout import TrainingState
@@ -64,17 +64,31 @@ class Agent(Protocol):
         """Send a message to the agent."""
 
 
-def adaptive_cadence(step_s: float, copy_s: float, complete_steps: int = 1) -> int:
-    """Steps between two snapshots, from the seconds that a step and a copy take, and the steps until it is complete.
+class Cadence(NamedTuple):
+    """How often a worker takes snapshots."""
+
+    every_steps: int
+    reason: str
+    """What sets it: `copy cost`, `short steps`, `mirrors`, `configured`, or `no limit` (every step)."""
+
+
+def adaptive_cadence(step_s: float, copy_s: float, complete_steps: int = 1) -> Cadence:
+    """The cadence, from the seconds that a step and a copy take, and the steps until a snapshot is complete.
 
     Every step, if a copy takes at most `COST_MAX` of a step, and mirrors have it after one. For short steps at least
     `SHORT_INTERVAL_S` apart.
     """
     if step_s <= 0.0:
-        return 1
+        return Cadence(1, "no limit")
     interval_s = SHORT_INTERVAL_S if step_s < SHORT_STEP_S else 0.0
-    by_cost = math.ceil(max(copy_s / COST_MAX, interval_s) / step_s)
-    return min(_EVERY_MAX, max(complete_steps, by_cost))
+    found = max(
+        Cadence(1, "no limit"),
+        Cadence(math.ceil(copy_s / COST_MAX / step_s), "copy cost"),
+        Cadence(math.ceil(interval_s / step_s), "short steps"),
+        Cadence(complete_steps, "mirrors"),
+        key=lambda each: each.every_steps,
+    )
+    return found._replace(every_steps=min(_EVERY_MAX, found.every_steps))
 
 
 class MemorySnapshots:
@@ -120,7 +134,11 @@ class MemorySnapshots:
         """What the last snapshot took until it was complete everywhere."""
         self._complete_steps: deque[int] = deque(maxlen=_COPIES_KEPT)
         """The same in steps, for the last snapshots. The shortest counts, as for `_copies_s`."""
-        self._every = every_steps or 1
+        self._cadence = (
+            Cadence(every_steps, "configured") if every_steps else Cadence(1, "no limit")
+        )
+        self._offered = self._cadence
+        """The cadence in the last offer. If this is the first worker, all workers follow it."""
         self._step_s = 0.0
         self._copies_s: deque[float] = deque(maxlen=_COPIES_KEPT)
         """What the last copies took. The shortest counts: one that was stopped or swapped says nothing."""
@@ -132,11 +150,14 @@ class MemorySnapshots:
         if self._refused:
             self._agent.send("no_snapshots", why=self._refused)
             self._refused = ""
+        self._offered = self._cadence
         if not self._buffers.ready:
-            return Offer(None, self._every)
+            return Offer(None, self._offered.every_steps)
         complete = self._agent.complete_step
         return Offer(
-            complete, self._every, mirrors_have_room=self._agent.unmirrored_step < max(1, complete)
+            complete,
+            self._offered.every_steps,
+            mirrors_have_room=self._agent.unmirrored_step < max(1, complete),
         )
 
     def settle(self) -> None:
@@ -153,10 +174,10 @@ class MemorySnapshots:
         if self._configured:
             return
         copy_s = min(self._copies_s, default=0.0)
-        every = adaptive_cadence(self._step_s, copy_s, min(self._complete_steps, default=1))
+        cadence = adaptive_cadence(self._step_s, copy_s, min(self._complete_steps, default=1))
         # Ignore small differences, so that the cadence changes rarely.
-        if not 0.8 <= every / self._every <= 1.25:
-            self._every = every
+        if not 0.8 <= cadence.every_steps / self._cadence.every_steps <= 1.25:
+            self._cadence = cadence
 
     def complete_everywhere(self, agreed: Agreed) -> bool:
         """Whether the newest snapshot is complete everywhere, or none are taken. The result is the same on all workers.
@@ -207,7 +228,8 @@ class MemorySnapshots:
             "step": state.steps_done,
             "buffer": buffer.number,
             "seconds": self._copies_s[-1],
-            "every_steps": self._every if agreed is None else agreed.snapshot_every,
+            "every_steps": self._offered.every_steps if agreed is None else agreed.snapshot_every,
+            "every_reason": "first worker" if state.rank else self._offered.reason,
             "step_seconds": self._step_s,
             "complete_seconds": self._complete_s,
             "complete_step": complete_step or 0,

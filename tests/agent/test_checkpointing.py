@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
 from elastic_pt.checkpoint.digest import digest
@@ -239,6 +240,61 @@ def test_a_shard_of_an_earlier_generation_is_dropped(tmp_path: Path) -> None:
     checkpointing = member_of(tmp_path, node_rank=1)
     checkpointing.save(kept(generation=2, rank=2))
     assert checkpointing.saved_step == 0
+    checkpointing.close(WAIT_S)
+
+
+def test_node_that_does_not_commit_has_the_time_of_the_commit(tmp_path: Path) -> None:
+    """Every node's gauges follow the newest commit, so an alert does not depend on which node commits."""
+    (tmp_path / "staging").mkdir()
+    over = [threading.Event(), threading.Event()]
+    nodes = [member_of(tmp_path, rank, ends(over[rank])) for rank in (0, 1)]
+    for rank in range(4):
+        stage(nodes[rank // 2], tmp_path, rank)
+    assert over[0].wait(WAIT_S)
+    # As the membership does, once it hears of a record.
+    nodes[1]._committer._log.refresh()
+    assert over[1].wait(WAIT_S)
+    values = [
+        [
+            node._metrics.registry.get_sample_value(f"elastic_pt_checkpoint_{name}")
+            for name in ("commits_total", "committed_step", "commit_timestamp_seconds")
+        ]
+        for node in nodes
+    ]
+    assert [each[:2] for each in values] == [[1.0, 7.0], [0.0, 7.0]]
+    for each in values:
+        assert time.time() - WAIT_S < (each[2] or 0.0) <= time.time()
+    for node in nodes:
+        node.close(WAIT_S)
+
+
+def test_upload_that_a_newer_one_replaces_is_logged_and_counted(tmp_path: Path) -> None:
+    """While an upload hangs, only the newest checkpoint waits. The one that it replaces is an event and a number."""
+    (tmp_path / "staging").mkdir()
+    go_on, begun = threading.Event(), threading.Event()
+
+    class Hanging(WatchedStore):
+        """A store that takes no file before the test says so."""
+
+        def _ask(self, verb: str, key: str, *arguments: Any) -> Any:
+            if "/shard-" in key:
+                begun.set()
+                assert go_on.wait(WAIT_S)
+            return super()._ask(verb, key, *arguments)
+
+    checkpointing = member_of(
+        tmp_path, 1, store=cast(Store, Hanging(open_store(f"file://{tmp_path}/run")))
+    )
+    with capture_logs() as events:
+        for step in (7, 8, 9):
+            for rank in (2, 3):
+                stage(checkpointing, tmp_path, rank, step)
+            assert begun.wait(WAIT_S)
+    dropped = [each for each in events if each["event"] == "upload_dropped"]
+    assert [each["step"] for each in dropped] == [8]
+    skips = checkpointing._metrics.registry.get_sample_value("elastic_pt_checkpoint_skips_total")
+    assert skips == 1.0
+    go_on.set()
     checkpointing.close(WAIT_S)
 
 

@@ -9,17 +9,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from aiohttp import web
+from structlog.testing import capture_logs
 
-from elastic_pt.agent.pace import Pace
+from elastic_pt.agent import holdings
 from elastic_pt.agent.restoring import complete_history
+from elastic_pt.agent.snapshot_answers import _SENDS_MAX
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import FailedCopy, MemoryState, Place, Places
@@ -34,7 +37,9 @@ from elastic_pt.checkpoint.snapshot import (
 )
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.membership.decision.mirrors import mirrored_by
+from elastic_pt.membership.decision.status import Held, NodeStatus
 from elastic_pt.membership.node import Formed
+from elastic_pt.report.tiers import at_risk
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from tests.checkpoint.world import full_tensors, local_rows, training_state
 
@@ -84,27 +89,33 @@ def served(snapshots: Snapshots) -> Iterator[int]:
 class Node:
     """One node with one worker: its scratch directory, its agent's part, and the worker's buffers."""
 
-    def __init__(self, directory: Path, rank: int) -> None:
-        directory.mkdir()
+    def __init__(self, directory: Path, rank: int, mirror_bytes_per_s: int = 0) -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.rank = rank
         self.complete: list[tuple[int, int]] = []
         self.changes: list[set[tuple[int, int]]] = []
         """The states that were held each time when the agent was woken."""
+        self.skips = 0
         self._changed = threading.Condition()
         self.history = StepHistory()
         self.snapshots = Snapshots(
             directory,
             f"node-{rank}",
             TOKEN,
+            mirror_bytes_per_s=mirror_bytes_per_s,
             timeout_s=5.0,
             history=self.history,
             on_complete=self._on_complete,
             on_change=self._on_change,
+            on_skip=self._on_skip,
         )
         self.port = 0
         self.tensors = full_tensors()
         self.kept: set[int] = set()
+
+    def _on_skip(self) -> None:
+        self.skips += 1
 
     def _on_change(self) -> None:
         self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
@@ -143,6 +154,7 @@ class Node:
         complete_step: int = 0,
         mirrors_have_room: bool = True,
         checkpoint: bool = False,
+        every_steps: int = 1,
     ) -> None:
         """The worker takes a snapshot, or saves a checkpoint, which it keeps from then on."""
         if checkpoint:
@@ -157,7 +169,8 @@ class Node:
                 "step": step,
                 "buffer": buffer.number,
                 "seconds": 0.0,
-                "every_steps": 1,
+                "every_steps": every_steps,
+                "every_reason": "mirrors",
                 "step_seconds": 1.0,
                 "complete_seconds": 0.0,
                 "complete_step": complete_step,
@@ -171,11 +184,15 @@ class Node:
 def pair(tmp_path: Path) -> Iterator[list[Node]]:
     """Two nodes that mirror each other, before their first generation."""
     with ExitStack() as stack:
-        nodes = [Node(tmp_path / f"node-{rank}", rank) for rank in range(2)]
-        for node in nodes:
-            node.port = stack.enter_context(served(node.snapshots))
-            stack.callback(node.snapshots.close)
-        yield nodes
+        yield serving(stack, *(Node(tmp_path / f"node-{rank}", rank) for rank in range(2)))
+
+
+def serving(stack: ExitStack, *nodes: Node) -> list[Node]:
+    """These nodes answer each other until the end of the stack."""
+    for node in nodes:
+        node.port = stack.enter_context(served(node.snapshots))
+        stack.callback(node.snapshots.close)
+    return list(nodes)
 
 
 def generation(
@@ -323,19 +340,126 @@ def test_failed_crcs_are_tried_again(pair: list[Node]) -> None:
     pair[0].await_complete(1, 5)
 
 
-def test_bound_for_bytes_spreads_a_copy_over_time(pair: list[Node]) -> None:
+def test_bound_for_bytes_spreads_a_copy_over_time(tmp_path: Path) -> None:
     """A mirror with a bound takes as long as its bytes need. The workers wait for it with their next snapshot."""
-    first = generation(pair)
-    pair[1].snapshots._pace = Pace(8 << 20)
-    for node in pair:
-        node.begin(first)
-    began_s = time.monotonic()
+    with ExitStack() as stack:
+        bounded = Node(tmp_path / "node-1", 1, mirror_bytes_per_s=8 << 20)
+        pair = serving(stack, Node(tmp_path / "node-0", 0), bounded)
+        first = generation(pair)
+        for node in pair:
+            node.begin(first)
+        began_s = time.monotonic()
+        pair[0].write(1, 5)
+        pair[0].await_complete(1, 5)
+        pair[0].write(1, 6)
+        pair[0].await_complete(1, 6)
+        # Two copies of 4.8 MB. The time of the last range does not count.
+        assert time.monotonic() - began_s >= 0.9
+
+
+def test_neighbour_of_a_full_node_continues_without_a_copy(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    """A real mirror without room says so: the neighbour's steps are complete without it, counted, and at risk."""
+    with ExitStack() as stack:
+        writer, full = pair = serving(stack, Node(tmp_path / "node-0", 0), Node(small_memory, 1))
+        first = generation(pair)
+        writer.begin(first)
+        # Of the full node only its agent runs: its worker has no buffers.
+        full.snapshots.starts(cast(Formed, SimpleNamespace(generation=first, node_rank=1)))
+        for step in (5, 6):
+            writer.write(
+                1, step, complete_step=step - 1 if step > 5 else 0, mirrors_have_room=False
+            )
+            writer.await_complete(1, step)
+            assert not writer.mirrors_have_room
+        assert writer.skips == 2
+        assert full.snapshots.held == ()
+        # Whatever the other node's worker has: nobody else has the rows of this one.
+        others = Held(1, 6, 1, 2, 2)
+        risks = {}
+        for copied in (False, True):
+            held = [
+                (*writer.snapshots.held, others),
+                (others, *(writer.snapshots.held if copied else ())),
+            ]
+            answers = {
+                member.incarnation: dataclasses.replace(NodeStatus.first(member, {}), held=each)
+                for member, each in zip(first.members, held, strict=True)
+            }
+            risks[copied] = at_risk(first, answers, step=6, committed_step=2)
+        assert risks[False].node == risks[False].any_node == 4
+        assert risks[True].any_node == 0
+
+
+def test_mirror_that_takes_too_long_is_counted(
+    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its neighbour waits no longer, and the snapshot counts as left out, once."""
+    monkeypatch.setattr(holdings, "MIRROR_S", 0.0)
+    pair[0].begin(generation(pair))
     pair[0].write(1, 5)
-    pair[0].await_complete(1, 5)
-    pair[0].write(1, 6)
-    pair[0].await_complete(1, 6)
-    # Two copies of 4.8 MB. The time of the last range does not count.
-    assert time.monotonic() - began_s >= 0.9
+    while not pair[0].snapshots.held:
+        assert not pair[0].complete
+        threading.Event().wait(0.01)
+    with capture_logs() as events:
+        pair[0].snapshots.note_step()
+        pair[0].snapshots.note_step()
+    assert [each["event"] for each in events] == ["mirror_too_slow"]
+    assert (pair[0].complete, pair[0].skips) == ([(1, 5)], 1)
+
+
+def test_workers_without_room_drop_spare_copies(pair: list[Node]) -> None:
+    """No room beside the state that is resumed from: the copies that others hold too go first. That is counted."""
+    hold_step_5(pair)
+    for node in pair:
+        node.snapshots.starts(
+            cast(
+                Formed,
+                SimpleNamespace(
+                    generation=generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), (0,)))),
+                    node_rank=node.rank,
+                ),
+            )
+        )
+    with capture_logs() as events:
+        pair[0].snapshots.no_room()
+        pair[0].snapshots.no_room()
+    assert [each["event"] for each in events] == ["copies_dropped"]
+    assert [(each.first_rank, each.end_rank) for each in pair[0].snapshots.held] == [(0, 1)]
+    assert pair[0].skips == 2
+
+
+def test_own_rows_are_read_without_the_network(tmp_path: Path) -> None:
+    """After a worker's crash nothing is read from a peer: the peer's server is stopped, and no copy fails."""
+    with ExitStack() as stack:
+        first = Node(tmp_path / "node-0", 0)
+        stack.callback(first.snapshots.close)
+        first.port = stack.enter_context(served(first.snapshots))
+        other = Node(tmp_path / "node-1", 1)
+        stack.callback(other.snapshots.close)
+        with served(other.snapshots) as other.port:
+            hold_step_5([first, other])
+        both = InMemory(1, 5, (0, 1), ((1,), (0,)))
+        places = first.snapshots.places(generation([first, other], 2, both))
+        assert places is not None
+        failed: list[FailedCopy] = []
+        found = read_all(first, places, failed.append)
+        assert all(torch.equal(found[name], each) for name, each in first.tensors.items())
+        assert failed == []
+
+
+def test_cadence_and_its_reason_are_logged_once(pair: list[Node]) -> None:
+    """The event log says how often snapshots are taken, and what sets that, each time when it changes."""
+    pair[0].begin(generation(pair))
+    with capture_logs() as events:
+        for step, every in ((5, 1), (6, 1), (7, 3)):
+            pair[0].write(1, step, every_steps=every)
+    logged = [each for each in events if each["event"] == "snapshot_cadence"]
+    assert [(each["every_steps"], each["reason"]) for each in logged] == [
+        (1, "mirrors"),
+        (3, "mirrors"),
+    ]
 
 
 def test_stopped_mirror_frees_its_memory(pair: list[Node]) -> None:
@@ -375,11 +499,45 @@ def test_mirror_leaves_room_for_a_buffer_of_this_node(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     pair[0].write(1, 5)
     pair[0].await_complete(1, 5)
-    assert not pair[0].mirrored
+    assert not pair[0].mirrors_have_room
     free[0] = needed
-    pair[0].write(1, 6, complete_step=5, mirrored=False)
+    pair[0].write(1, 6, complete_step=5, mirrors_have_room=False)
     pair[0].await_complete(1, 6)
-    assert pair[0].mirrored
+    assert pair[0].mirrors_have_room
+
+
+def test_reader_beyond_the_servers_limits_succeeds_later(
+    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all places for sending are taken, a range is refused with 503 within half a second. Then it is sent."""
+    hold_step_5(pair)
+    free = threading.Event()
+    send = pair[0].snapshots._answers._send
+
+    async def stalled(*arguments: Any) -> web.StreamResponse:
+        """A reader that takes nothing for a while."""
+        while not free.is_set():
+            await asyncio.sleep(0.01)
+        return await send(*arguments)
+
+    monkeypatch.setattr(pair[0].snapshots._answers, "_send", stalled)
+    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-9"})
+
+    def read() -> int:
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with ThreadPoolExecutor(_SENDS_MAX + 1) as readers:
+        first = [readers.submit(read) for _ in range(_SENDS_MAX + 1)]
+        done, _ = wait(first, DEADLINE_S, FIRST_COMPLETED)
+        assert [each.result() for each in done] == [503]
+        free.set()
+        assert sorted(each.result() for each in first) == [206] * _SENDS_MAX + [503]
+    assert read() == 206
 
 
 def test_mirror_without_room_says_so(pair: list[Node]) -> None:
@@ -388,6 +546,7 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     pair[0].begin(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), (0,)))))
     pair[0].write(2, 6)
     peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    assert pair[0].skips == 0
     asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
     assert asked == b'{"step": 6, "kept": [], "complete": 0}'
     threading.Thread(
@@ -397,6 +556,7 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     ).start()
     pair[0].await_complete(2, 6)
     assert not pair[0].mirrors_have_room
+    assert pair[0].skips == 1
     pair[0].write(2, 7, complete_step=6, mirrors_have_room=False)
     assert {each.generation for each in pair[0].snapshots.held} == {1, 2}
     pair[0].snapshots.committed(6)
@@ -540,6 +700,12 @@ def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]
         new.add({"step": step, "loss": 1.0})
     complete_history(new, formed, 2, TOKEN, 5.0)
     assert [line.step for line in new.through(100)] == [3, 4, 5, 6]
+    # No peer has the line of step 2, so the history will have a hole. Training goes on.
+    with capture_logs() as events:
+        complete_history(new, formed, -1, TOKEN, 5.0)
+    assert [(each["event"], each.get("first_step")) for each in events] == [
+        ("history_incomplete", 0)
+    ]
     # Nothing is asked where nothing is missing.
     before = new.text()
     complete_history(new, formed, 2, TOKEN, 5.0)

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from elastic_pt.checkpoint.commit import CommitRules, Committer, directory_of
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.verify import verify
+from elastic_pt.errors import StoreError
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Commit, Generation, InMemory, Record
 from elastic_pt.store.open import open_store
@@ -139,11 +141,37 @@ def test_a_checkpoint_of_another_lineage_is_given_up(run: Run) -> None:
     """Generation 2 resumed before the step: the checkpoint is complete in the bucket, and is not committed."""
     first = run.begin(0, "a", "b")
     b = Node(run, "b")
-    b.committer.expect(10, first)
-    run.begin(9, "b")
-    run.upload(first, 10, 0, 1)
-    assert b.end_of(10) is None
+    with capture_logs() as events:
+        b.committer.expect(10, first)
+        run.begin(9, "b")
+        run.upload(first, 10, 0, 1)
+        assert b.end_of(10) is None
     assert run.commits() == []
+    abandoned = [each for each in events if each["event"] == "commit_abandoned"]
+    assert [(each["step"], each["directory"]) for each in abandoned] == [
+        (10, directory_of(first, 10))
+    ]
+
+
+def test_a_store_that_fails_delays_the_commit(run: Run) -> None:
+    """An error of the store at the COMMIT is an event, and the commit is tried again: the checkpoint is not lost."""
+    first = run.begin(0, "a", "b")
+    a = Node(run, "a")
+    errors = [StoreError("no answer")]
+
+    def before(verb: str, key: str) -> None:
+        if key.startswith("log/") and errors:
+            raise errors.pop()
+
+    a.store.before = before  # type: ignore[method-assign]
+    with capture_logs() as events:
+        run.upload(first, 10, 0, 1)
+        a.committer.expect(10, first)
+        assert a.end_of(10) is None
+    assert not errors
+    delayed = [each for each in events if each["event"] == "commit_delayed"]
+    assert [(each["step"], each["cause"]) for each in delayed] == [(10, "no answer")]
+    assert [commit.newest.step for _, commit in run.commits()] == [10]
 
 
 def test_a_newer_commit_ends_an_older_checkpoint_quietly(run: Run) -> None:

@@ -35,6 +35,7 @@ def test_status_of_a_completed_run(trained: Trained) -> None:
     assert isinstance(member["pid"], int)
     assert status["commit"]["step"] == STEPS
     assert status["commit"]["age_s"] >= 0
+    assert status["at_risk_steps"] == {"node": 0, "any_node": 0, "all": 0}
     assert "completed" in elastic_pt("status", f"file://{trained.run}").out
 
 
@@ -55,6 +56,10 @@ def test_status_shows_a_live_run_and_then_a_down_run(prepared: Trained, tmp_path
         assert status["state"] == "running"
         assert [(each["node"], each["pid"]) for each in status["members"]] == [("solo", pid)]
         assert status["members"][0]["metrics_url"].startswith("http://")
+        # A lone node has no mirror: with it all steps since the commit are lost.
+        since_commit = status["step"] - status["commit"]["step"]
+        assert status["at_risk_steps"]["all"] == max(0, since_commit)
+        assert status["at_risk_steps"]["node"] == status["at_risk_steps"]["all"]
         later = elastic_pt("status", url, "--json").json
         assert later["step"] > status["step"] or later["step"] > later["commit"]["step"]
         fleet.kill("solo")

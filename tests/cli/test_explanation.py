@@ -214,6 +214,19 @@ def test_state_in_memory_is_named() -> None:
     assert (told["restored_from"], told["lost_steps"], told["resume_step"]) == ("memory", 0, 412)
 
 
+def test_reason_to_restore_from_the_bucket_is_told() -> None:
+    """If the members held no whole state in memory, the text and the JSON say what was missing."""
+    why = "no member holds the rows of worker 1 of generation 1 at step 412"
+    later = dataclasses.replace(generation(2, "ac", LOST_B), why_not_memory=why)
+    found = change(FIRST, COMMIT, later, RECOVERED)
+    assert f"restored step 410 from the bucket ({why}) in 0.02 s" in str(found)
+    assert as_json(found)["why_not_memory"] == why
+    # An earlier version wrote none.
+    assert "from the bucket in 0.02 s" in str(
+        change(FIRST, COMMIT, generation(2, "ac", LOST_B), RECOVERED)
+    )
+
+
 def test_resume_by_new_nodes_claims_no_cause() -> None:
     """If all members were lost, cause and time are unknown, and the text says so."""
     anew = generation(2, "abc", frontier=0, agree_s=0.0, life=2, reason="resumed by new nodes")

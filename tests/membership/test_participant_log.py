@@ -51,6 +51,8 @@ def test_only_the_first_member_writes_the_pulse_while_it_trains(
     fleet.dead.add("a")
     fleet.pass_time(1.0)
     assert names(fleet.log.generation) == ["b"]
+    assert fleet.log.generation is not None
+    assert fleet.log.generation.why_not_memory == "no member holds a state of generation 1"
     fleet.spend(1, "b")
     assert beats(4.0) == 0
     fleet.run()

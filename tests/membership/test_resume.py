@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_pt.membership.decision.resume import newest_in_memory
+from elastic_pt.membership.decision.resume import newest_in_memory, why_not_memory
 from elastic_pt.membership.decision.status import Held, NodeStatus, Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
 
@@ -51,6 +51,10 @@ def test_loss_of_any_node_leaves_the_state_in_memory(lost: int) -> None:
 def test_loss_of_a_node_with_its_mirror_needs_the_bucket() -> None:
     """If two neighbours are lost, the only two copies of a worker's rows are lost."""
     assert newest_in_memory(generation(), MEMBERS[:2], statuses(*RING), 0) is None
+    why = why_not_memory(generation(), MEMBERS[:2], statuses(*RING), 0)
+    assert why == "no member holds the rows of worker 3 of generation 3 at step 7"
+    why = why_not_memory(generation(), MEMBERS[:1], statuses(*RING), 0)
+    assert why.endswith("of worker 2 of generation 3 at step 7 (and of 1 more)")
     assert newest_in_memory(generation(), MEMBERS[::2], statuses(*RING), 0) is not None
 
 
@@ -76,6 +80,9 @@ def test_state_that_the_generation_resumed_from_counts() -> None:
     """Until a new generation has its own snapshot, the state that it resumed from counts. An older one does not."""
     told = statuses((held(7, 0, number=2, end=4),))
     assert newest_in_memory(generation(3), MEMBERS, told, 0) is None
+    assert why_not_memory(generation(3), MEMBERS, told, 0) == (
+        "no member holds a state of generation 3"
+    )
     assert newest_in_memory(generation(3, InMemory(2, 6, (0,) * 4)), MEMBERS, told, 0) is None
     found = newest_in_memory(generation(3, InMemory(2, 7, (0,) * 4)), MEMBERS, told, 0)
     assert found == InMemory(2, 7, (0, 0, 0, 0), ((), (), (), ()))
@@ -84,6 +91,8 @@ def test_state_that_the_generation_resumed_from_counts() -> None:
 def test_newer_checkpoint_wins_over_memory() -> None:
     """The state in memory is used if its step is not older than the committed one."""
     assert newest_in_memory(generation(), MEMBERS, statuses(*RING), 8) is None
+    why = why_not_memory(generation(), MEMBERS, statuses(*RING), 8)
+    assert why == "the bucket has step 8, memory only step 7"
     assert newest_in_memory(generation(), MEMBERS, statuses(*RING), 7) is not None
 
 
@@ -93,6 +102,9 @@ def test_state_that_a_member_could_not_read_is_not_chosen_again() -> None:
     reader = MEMBERS[2].incarnation
     told[reader] = dataclasses.replace(told[reader], unusable=(Unusable(3, 7, -1, ""),))
     assert newest_in_memory(generation(), MEMBERS, told, 0) is None
+    assert why_not_memory(generation(), MEMBERS, told, 0) == (
+        "all copies of the rows of worker 0 of generation 3 at step 7 are unusable (and of 3 more)"
+    )
 
 
 def test_bad_copy_is_left_out_and_the_other_one_is_taken() -> None:
@@ -108,6 +120,8 @@ def test_bad_copy_is_left_out_and_the_other_one_is_taken() -> None:
     both = (Unusable(3, 7, 1, "a-1"), Unusable(3, 7, 1, "b-1"))
     told[reader] = dataclasses.replace(told[reader], unusable=both)
     assert newest_in_memory(generation(), MEMBERS, told, 0) is None
+    why = why_not_memory(generation(), MEMBERS, told, 0)
+    assert why == "all copies of the rows of worker 1 of generation 3 at step 7 are unusable"
     older = {
         name: dataclasses.replace(each, held=(*each.held, Held(3, 6, 0, 4, 4)))
         for name, each in told.items()
@@ -147,6 +161,7 @@ def test_chosen_state_is_always_held_whole(offers: list[list[tuple[int, int, int
         )
     }
     assert (found.step if found else 0) == max(whole, default=0)
+    assert (why_not_memory(generation(), MEMBERS, told, 0) == "") is (found is not None)
     if found is None:
         return
     assert len(found.sources) == 4

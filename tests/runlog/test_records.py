@@ -58,6 +58,7 @@ BODIES: list[Body] = [
     Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
     Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
     Stop("completed", 200),
+    replace(GENERATION, why_not_memory="no member holds the rows of worker 1"),
     Control(
         Request(Verb.DRAIN, "ann@desk", node="b", seconds=30.0, index=7),
         (Request(Verb.PAUSE, "ann@desk", "maintenance", index=5, done=True),),
@@ -92,10 +93,10 @@ def without(body: Body, *names: str) -> bytes:
 def test_records_without_the_newer_fields_are_still_read() -> None:
     """A log from before causes, frontier, phases and node quarantines can still be read and continued."""
     old = Record.from_bytes(
-        without(GENERATION, "causes", "frontier_step", "agree_s"), key="log/7"
+        without(GENERATION, "causes", "frontier_step", "agree_s", "why_not_memory"), key="log/7"
     ).body
     assert isinstance(old, Generation)
-    assert (old.causes, old.frontier_step, old.agree_s) == ((), 0, 0.0)
+    assert (old.causes, old.frontier_step, old.agree_s, old.why_not_memory) == ((), 0, 0.0, "")
     assert old.members == GENERATION.members
     commit = Commit((CHECKPOINT,), "history/x")
     document = json.loads(without(commit, "permanent_before"))

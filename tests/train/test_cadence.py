@@ -13,20 +13,21 @@ from elastic_pt.train.step import Agreed, Control, Offer, _agreed, _bits_of
 
 
 @pytest.mark.parametrize(
-    ("step_s", "copy_s", "every"),
+    ("step_s", "copy_s", "every", "reason"),
     [
-        (0.2, 0.0, 1),
-        (0.2, 0.002, 1),
-        (0.2, 0.02, 10),
-        (0.1, 0.001, 1),
-        (0.01, 0.0, 40),
-        (0.01, 0.02, 200),
-        (0.0, 1.0, 1),
+        (0.2, 0.0, 1, "no limit"),
+        (0.2, 0.002, 1, "no limit"),
+        (0.2, 0.02, 10, "copy cost"),
+        (0.1, 0.001, 1, "no limit"),
+        (0.01, 0.0, 40, "short steps"),
+        (0.01, 0.02, 200, "copy cost"),
+        (0.0, 1.0, 1, "no limit"),
     ],
 )
-def test_cadence_follows_from_cost(step_s: float, copy_s: float, every: int) -> None:
+def test_cadence_follows_from_cost(step_s: float, copy_s: float, every: int, reason: str) -> None:
     """Copies take at most a hundredth of the time; snapshots of short steps are 0.4 s apart."""
-    assert adaptive_cadence(step_s, copy_s) == every
+    assert adaptive_cadence(step_s, copy_s) == (every, reason)
+    assert adaptive_cadence(0.2, 0.02, 11) == (11, "mirrors")
     if step_s:
         assert copy_s / (every * step_s) <= COST_MAX or math.isclose(copy_s / every, COST_MAX * step_s)  # fmt: skip
 

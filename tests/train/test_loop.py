@@ -371,11 +371,9 @@ def test_snapshots_go_on_around_a_kept_buffer(tmp_path: Path) -> None:
     assert agent.looks > 8
     steps = [content["step"] for kind, content in agent.messages if kind == "snapshot"]
     assert steps[-9:] == list(range(4, 13)), "each state is written once"
-    assert {content["buffer"] for kind, content in agent.messages if kind == "snapshot"} == {
-        0,
-        1,
-        2,
-    }
+    told = [content for kind, content in agent.messages if kind == "snapshot"]
+    assert {content["buffer"] for content in told} == {0, 1, 2}
+    assert {(each["every_steps"], each["every_reason"]) for each in told} == {(1, "configured")}
 
 
 class HeldCopier(HostCopier):

@@ -8,8 +8,8 @@ Only two kinds of states count: the newest generation's snapshots, and the state
 older generation may belong to another lineage.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from elastic_pt.membership.decision.status import Held, NodeStatus, Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
@@ -25,37 +25,78 @@ def newest_in_memory(
     """The newest state that `members` hold together, by their `statuses` (by incarnation); None if the bucket's is newer."""
     if generation is None:
         return None
+    copies = _copies(generation, members, statuses)
+    whole = [
+        state
+        for state, found in copies.items()
+        if state.step >= max(1, committed_step) and all(each.usable for each in found)
+    ]
+    if not whole:
+        return None
+    newest = max(whole, key=lambda state: (state.step, state.generation))
+    found = copies[newest]
+    return InMemory(
+        newest.generation,
+        newest.step,
+        sources=tuple(each.usable[0] for each in found),
+        others=tuple(tuple(each.usable[1:]) for each in found),
+    )
+
+
+def why_not_memory(
+    generation: Generation | None,
+    members: Sequence[Member],
+    statuses: Mapping[str, NodeStatus],
+    committed_step: int,
+) -> str:
+    """Why `newest_in_memory` chooses no state, in words; empty before the first generation, when there is none."""
+    if generation is None:
+        return ""
+    copies = _copies(generation, members, statuses)
+    if not copies:
+        return f"no member holds a state of generation {generation.number}"
+    newest = max(copies, key=lambda state: (state.step, state.generation))
+    number, step = newest
+    if step < committed_step:
+        return f"the bucket has step {committed_step}, memory only step {step}"
+    missing = [rank for rank, each in enumerate(copies[newest]) if not each.usable]
+    if not missing:
+        return ""
+    rows = f"rows of worker {missing[0]} of generation {number} at step {step}"
+    more = f" (and of {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if copies[newest][missing[0]].bad:
+        return f"all copies of the {rows} are unusable{more}"
+    return f"no member holds the {rows}{more}"
+
+
+@dataclass(slots=True)
+class _Copies:
+    """The members that hold the rows of one worker."""
+
+    usable: list[int] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
+
+
+def _copies(
+    generation: Generation, members: Sequence[Member], statuses: Mapping[str, NodeStatus]
+) -> dict[State, list[_Copies]]:
+    """The copies of each state that counts, by the rank of the worker that wrote the rows."""
     told = [statuses.get(each.incarnation) for each in members]
     unusable = {each for status in told if status is not None for each in status.unusable}
-    holders: dict[State, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    sizes: dict[State, int] = {}
+    copies: dict[State, list[_Copies]] = {}
     for index, status in enumerate(told):
         for held in () if status is None else status.held:
             state = State(held.generation, held.step)
             if not _is_of(generation, held) or not _fits(held):
                 continue
-            if Unusable(*state, -1, "") in unusable:
+            found = copies.setdefault(state, [_Copies() for _ in range(held.world_size)])
+            if held.world_size != len(found):
                 continue
-            sizes[state] = held.world_size
+            misfit = Unusable(*state, -1, "") in unusable
             for rank in range(held.first_rank, held.end_rank):
-                if Unusable(*state, rank, members[index].incarnation) not in unusable:
-                    holders[state][rank].append(index)
-    whole = [
-        state
-        for state, found in holders.items()
-        if len(found) == sizes[state] and state.step >= max(1, committed_step)
-    ]
-    if not whole:
-        return None
-    newest = max(whole, key=lambda state: (state.step, state.generation))
-    found = holders[newest]
-    ranks = range(len(found))
-    return InMemory(
-        newest.generation,
-        newest.step,
-        sources=tuple(found[rank][0] for rank in ranks),
-        others=tuple(tuple(found[rank][1:]) for rank in ranks),
-    )
+                bad = misfit or Unusable(*state, rank, members[index].incarnation) in unusable
+                (found[rank].bad if bad else found[rank].usable).append(index)
+    return copies
 
 
 def _is_of(generation: Generation, held: Held) -> bool:
