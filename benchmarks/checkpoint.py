@@ -16,7 +16,8 @@ divided by the median of the steps just before and after it (for `copy`: of the 
 compares steps with a snapshot after each of them, which another process hashes, with steps without any;
 `ratio_to_copy` divides its stall by that of the plain copy in between. On CUDA the call only begins the copy, and the
 next step waits for its end before the optimizer changes the state: `waited_ms`, the longest in a block. That part is in
-`slower_steps_ratio` and `whole_steps_ratio`. All values are medians over the repetitions;
+`slower_steps_ratio` and `whole_steps_ratio`. `short_steps` compares steps of less than 0.1 s, of a small model, with and
+without the snapshots of the adaptive cadence. All values are medians over the repetitions;
 `_p90` and `_worst` are beside them.
 
 The server is moto (`make services`), in a process of its own. Without it a directory takes its place.
@@ -41,6 +42,13 @@ import torch
 # If this file is run as a script, Python searches modules in its folder. The imports start at the root of the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.checkpoint_short import (
+    STATE_BYTES,
+    TOKENS,
+    judge_short,
+    measure_short,
+    print_short,
+)
 from benchmarks.checkpoint_sides import (
     AgentProcess,
     DcpAsync,
@@ -257,7 +265,7 @@ def tell(line: str, repeat: int) -> None:
 
 @contextmanager
 def prepared(
-    options: argparse.Namespace, cores: Cores
+    options: argparse.Namespace, cores: Cores, snapshot_every_steps: int = 1
 ) -> Iterator[tuple[Trainer, dict[str, Side]]]:
     """A trainer on its cores, the agent process and the server on theirs, and what is compared."""
     device = torch.device(options.device)
@@ -280,7 +288,9 @@ def prepared(
         shape = shape_of(1e9 * options.state_gb, options.tokens, options.device)
         state = stack.enter_context(training_state(shape, VOCABULARY, mesh, device))
         trainer = Trainer(state, VOCABULARY)
-        snapshots = MemorySnapshots(1, 1, scratch, agent, state, describe, copier_for(device))
+        snapshots = MemorySnapshots(
+            snapshot_every_steps, 1, scratch, agent, state, describe, copier_for(device)
+        )
         trainer.snapshots = snapshots
         give_up_at_s = time.monotonic() + BUFFERS_S_MAX
         while snapshots.offer().complete_step is None:
@@ -317,7 +327,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         tell(f"{state_bytes / 1e6:.0f} MB, {1e3 * step_s:.0f} ms a step, {options.server}", 0)
         report |= measure_saves(trainer, sides, options, cores)
         report["snapshots"] = measure_snapshots(trainer, options)
-    report["targets"] = judge(report, alone=not cores.training & cores.others)
+    short = argparse.Namespace(**vars(options) | {"state_gb": STATE_BYTES / 1e9, "tokens": TOKENS})
+    with prepared(short, cores, snapshot_every_steps=0) as (trainer, _):
+        report["short_steps"] = measure_short(trainer, options.repeats)
+    report["targets"] = judge(report, alone=not cores.training & cores.others) | judge_short(
+        report["short_steps"]
+    )
     return report
 
 
@@ -365,6 +380,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"{snapshots['waited_ms']:.1f} ms for its end; steps with their snapshots take "
         f"{snapshots['whole_steps_ratio']:.3f} x those without"
     )
+    print_short(report["short_steps"])
     for target, met in report["targets"].items():
         print(f"{'met' if met else 'MISSED'}: {target}")
 

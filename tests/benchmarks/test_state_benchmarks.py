@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import judge, shape_of
+from benchmarks.checkpoint_short import judge_short
 from benchmarks.restore import TIERS, _shares
 from benchmarks.summary import spread
 
@@ -40,7 +41,10 @@ def test_checkpoints_are_measured_side_by_side(tmp_path: Path) -> None:
         report["snapshots"]["waited_ms"] < report["snapshots"]["stall_ms"]
     )  # on a CPU the call is the copy
     assert not set(report["training_cores"]) & set(report["other_cores"])
-    assert len(report["targets"]) == 3
+    assert report["short_steps"]["slower_steps_ratio"] > 0
+    assert report["short_steps"]["lost_s"] > 0
+    assert report["short_steps"]["every_steps"] >= 1
+    assert len(report["targets"]) == 5
 
 
 def test_restores_are_measured_from_each_tier(tmp_path: Path) -> None:
@@ -77,6 +81,15 @@ def test_targets_depend_on_the_arrangement() -> None:
     assert list(judge(report, alone=False).values()) == [True, True, False]
     report["ours"]["slower_steps_ratio"] = 1.06
     assert list(judge(report, alone=False).values()) == [True, False, False]
+
+
+def test_targets_of_short_steps_need_short_steps() -> None:
+    """Steps of 0.1 s or more say nothing about shorter ones, so both targets are missed then."""
+    short = {"step_ms": 20.0, "slower_steps_ratio": 1.02, "lost_s": 0.5}
+    assert list(judge_short(short).values()) == [True, True]
+    assert list(judge_short(short | {"slower_steps_ratio": 1.04}).values()) == [False, True]
+    assert list(judge_short(short | {"lost_s": 0.51}).values()) == [True, False]
+    assert list(judge_short(short | {"step_ms": 120.0}).values()) == [False, False]
 
 
 def test_parts_add_up_to_the_time_of_the_restore() -> None:
