@@ -9,7 +9,7 @@ the membership thread (`membership.thread`) notifies after every turn.
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import structlog
@@ -244,17 +244,18 @@ class Node:
         step: int,
         timeout_s: float,
         given_up: Callable[[], bool],
-        mirrored: Callable[[], bool] = lambda: True,
+        mirrored: Callable[[Collection[str]], bool] = lambda _: True,
     ) -> Settled:
         """Block until the state of `step` is safe in memory or in the bucket, or the checkpoint is given up.
 
-        In memory it is safe if the members that stay hold it, and this node's mirrors have its part (`mirrored`).
+        In memory it is safe if the members that stay hold it, and the mirrors of this node among them have its part:
+        `mirrored(incarnations of the nodes that stay)`. A mirror that leaves may be gone before it has copied anything.
         Returns where it is safe. In neither if `generation` is broken, if the checkpoint is given up, or in the end.
         """
 
         def settled() -> Settled:
             found = self._participant.settled(generation, step)
-            if found.tier == "memory" and not mirrored():
+            if found.tier == "memory" and not mirrored(self._participant.staying()):
                 return Settled("", f"step {step} is neither committed nor mirrored")
             return found
 
