@@ -138,6 +138,11 @@ class Node:
             return True
         return len(generation.members) < 2
 
+    @property
+    def mirrors_leave(self) -> bool:
+        """Whether all nodes that copy this one's state are known to leave, or are gone."""
+        return self._participant.mirrors_leave()
+
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
         return self._participant.others_can_go_on()

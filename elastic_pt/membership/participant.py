@@ -175,6 +175,19 @@ class Participant:
         """
         return frozenset(each for each, said in self._live_statuses().items() if stays(said))
 
+    def mirrors_leave(self) -> bool:
+        """Whether all mirrors of this node are known to leave, or are gone. False if it has none."""
+        generation = self.log.view.generation
+        rank = None if generation is None else generation.rank_of(self.member.incarnation)
+        if generation is None or rank is None:
+            return False
+        mirrors = {generation.members[each].incarnation for each in generation.mirrors_of(rank)}
+        known, stay = dict(self.table.peers), self.staying()
+        return bool(mirrors) and all(
+            each in known and known[each].status is not None and each not in stay
+            for each in mirrors
+        )
+
     def is_needed(self) -> bool:
         """Whether the other members cannot resume from the newest state without this node, which leaves."""
         generation, statuses = self.log.view.generation, self._live_statuses()
