@@ -15,7 +15,7 @@ Called from the threads of the channel, the upload, the commit and the membershi
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -233,17 +233,23 @@ class Checkpointing:
         self._uploads.stopped("a worker ended before it had saved its state")
         self._release_forgotten()
 
-    def wait(self, formed: Formed, mirrors_have_step: Callable[[int], bool]) -> Settled:
+    def wait(
+        self, formed: Formed, mirrors_have_step: Callable[[int, Collection[str]], bool]
+    ) -> Settled:
         """The workers stopped as planned: wait until their last state is safe in memory or committed.
 
         Gives up if the generation is broken, if the checkpoint cannot be committed and no copy in memory follows, or
-        after `elastic.settle_timeout_s`. `mirrors_have_step(step)`: this node's mirrors have its share.
+        after `elastic.settle_timeout_s`. `mirrors_have_step(step, stay)`: the mirrors of this node that stay have its share.
         """
         generation, step = formed.generation, self.saved_step
 
         def wait(timeout_s: float, given_up: Callable[[], bool]) -> Settled:
             return self._node.await_settled(
-                generation, step, timeout_s, given_up, lambda: mirrors_have_step(step)
+                generation,
+                step,
+                timeout_s,
+                given_up,
+                lambda stay: mirrors_have_step(step, stay),
             )
 
         settled = wait(self._settle_timeout_s, self._given_up)

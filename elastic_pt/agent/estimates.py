@@ -56,14 +56,17 @@ class LeavePlan:
     reason: str
 
 
-def plan_leave(lead_s: float, times: Times, *, alone: bool) -> LeavePlan:
+def plan_leave(
+    lead_s: float, times: Times, *, alone: bool, mirrors_leave: bool = False
+) -> LeavePlan:
     """How to leave within `lead_s` seconds. `alone`: no other node can continue. Pure.
 
+    `mirrors_leave`: all nodes that copy this one's state leave too, so no member that stays will hold it.
     Without a first value, a part counts as taking no time: it is tried.
     """
     step_s = _UNMEASURED_STEPS_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
     needs_s = {Way.BUCKET: step_s + _UPLOAD_MARGIN * (times.upload_s or 0.0)}
-    if times.snapshot_s is not None and not alone:
+    if times.snapshot_s is not None and not alone and not mirrors_leave:
         needs_s = {Way.MEMORY: step_s + times.snapshot_s, **needs_s}
     for way, need_s in needs_s.items():
         if need_s <= lead_s:

@@ -254,6 +254,11 @@ class Holdings:
         self.complete_step = step
         return step
 
+    def is_complete(self, step: int, stay: Collection[str]) -> bool:
+        """Whether this node, and its mirrors in `stay` that have room, hold a state of this generation at or after `step`."""
+        steps = [has for mirror, has in self._acknowledged.items() if mirror in stay]
+        return self.complete_step >= step or min([self.newest_own, *steps]) >= step
+
     def forget_others(self) -> None:
         """All nodes and their mirrors hold a state of this generation: the one it resumed from is not needed any more."""
         self._forget(lambda state: state.generation != self.generation)

@@ -118,7 +118,9 @@ class Leaving:
         deadline_s = min(notice.deadline_s, now_s + self._leave_timeout_s)
         left_s = max(0.0, deadline_s - now_s)
         times = self._times()
-        plan = plan_leave(left_s, times, alone=self._node.alone)
+        plan = plan_leave(
+            left_s, times, alone=self._node.alone, mirrors_leave=self._node.mirrors_leave
+        )
         log.warning(
             "leave_planned",
             source=notice.source,

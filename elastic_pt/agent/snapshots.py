@@ -220,9 +220,10 @@ class Snapshots:
             self._holdings.release(State(generation, step), ranks)
         self._remove_unneeded()
 
-    def is_complete(self, step: int) -> bool:
-        """Whether this node, and its mirrors that have room, hold a state of this generation at or after `step`."""
-        return self._holdings.complete_step >= step
+    def is_complete(self, step: int, stay: Collection[str]) -> bool:
+        """Whether this node, and its mirrors in `stay` that have room, hold a state of this generation at or after `step`."""
+        with self._lock:
+            return self._holdings.is_complete(step, stay)
 
     def distrust(self, generation: int, step: int) -> None:
         """The rows of a state in memory do not fit together."""

@@ -9,7 +9,7 @@ the membership thread (`membership.thread`) notifies after every turn.
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import structlog
@@ -138,6 +138,11 @@ class Node:
             return True
         return len(generation.members) < 2
 
+    @property
+    def mirrors_leave(self) -> bool:
+        """Whether all nodes that copy this one's state are known to leave, or are gone."""
+        return self._participant.mirrors_leave()
+
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
         return self._participant.others_can_go_on()
@@ -244,17 +249,18 @@ class Node:
         step: int,
         timeout_s: float,
         given_up: Callable[[], bool],
-        mirrors_have_step: Callable[[], bool],
+        mirrors_have_step: Callable[[Collection[str]], bool],
     ) -> Settled:
         """Block until the state of `step` is safe in memory or in the bucket, or the checkpoint is given up.
 
-        In memory it is safe if the members that stay hold it, and this node's mirrors have its share (`mirrors_have_step`).
+        In memory it is safe if the members that stay hold it, and the mirrors of this node among them have its share:
+        `mirrors_have_step(incarnations of the nodes that stay)`. A mirror that leaves may be gone before it has copied anything.
         Returns where it is safe. In neither if `generation` is broken, if the checkpoint is given up, or in the end.
         """
 
         def settled() -> Settled:
             found = self._participant.settled(generation, step)
-            if found.tier == "memory" and not mirrors_have_step():
+            if found.tier == "memory" and not mirrors_have_step(self._participant.staying()):
                 return Settled("", f"step {step} is neither committed nor mirrored")
             return found
 

@@ -159,8 +159,34 @@ class Participant:
 
     def settled(self, generation: Generation, step: int) -> Settled:
         """Where the state of `step` is safe, with which the workers of `generation` stopped as planned."""
-        view = self.log.view
-        return settled(generation, step, self._live_statuses(), view.checkpoints, view.requests)
+        view, alive = self.log.view, self._live_statuses()
+        peers = dict(self.table.peers)
+        gone = {
+            each: peer.status
+            for each, peer in peers.items()
+            if each not in alive and peer.status is not None
+        }
+        return settled(generation, step, alive, view.checkpoints, view.requests, gone)
+
+    def staying(self) -> frozenset[str]:
+        """The nodes that are not gone, this one included, and will be members of the next generation; by incarnation.
+
+        Only those that this node knows: in a large fleet, the leaders.
+        """
+        return frozenset(each for each, said in self._live_statuses().items() if stays(said))
+
+    def mirrors_leave(self) -> bool:
+        """Whether all mirrors of this node are known to leave, or are gone. False if it has none."""
+        generation = self.log.view.generation
+        rank = None if generation is None else generation.rank_of(self.member.incarnation)
+        if generation is None or rank is None:
+            return False
+        mirrors = {generation.members[each].incarnation for each in generation.mirrors_of(rank)}
+        known, stay = dict(self.table.peers), self.staying()
+        return bool(mirrors) and all(
+            each in known and known[each].status is not None and each not in stay
+            for each in mirrors
+        )
 
     def is_needed(self) -> bool:
         """Whether the other members cannot resume from the newest state without this node, which leaves."""

@@ -126,7 +126,7 @@ class RunView:
 
     @property
     def suspension(self) -> Request | None:
-        """Why no generation may begin: a stop or a pause that was asked for."""
+        """Why no generation may begin, except to make the promised commit: a stop or a pause that was asked for."""
         return self.request(Verb.STOP) or self.request(Verb.PAUSE)
 
 
@@ -172,7 +172,7 @@ def check_allowed(view: RunView, body: Body, generation: int) -> None:
         # An operator belongs to no generation, and a request to all of them.
         return
     if isinstance(body, Generation):
-        if view.suspension is not None:
+        if view.suspension is not None and not _makes_promised_commit(view, body):
             raise FencedError(f"no generation may begin: {view.suspension}")
         if body.number != view.generation_number + 1:
             raise FencedError(
@@ -182,6 +182,18 @@ def check_allowed(view: RunView, body: Body, generation: int) -> None:
         raise FencedError(
             f"generation {generation} has been replaced by generation {view.generation_number}; it may append nothing"
         )
+
+
+def _makes_promised_commit(view: RunView, generation: Generation) -> bool:
+    """Whether a generation resumes from steps that are in no commit, although a pause or a stop has promised one.
+
+    It stops again after one step, and that step is committed. Once a pause is done, nothing begins.
+    """
+    pause = view.request(Verb.PAUSE)
+    if generation.memory is None or (pause is not None and pause.done):
+        return False
+    committed_step = view.checkpoints[0].step if view.checkpoints else 0
+    return generation.memory.step > committed_step
 
 
 def record_key(index: int) -> str:

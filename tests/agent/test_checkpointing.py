@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -158,17 +158,20 @@ def test_state_in_memory_saves_a_planned_change_without_room_for_a_checkpoint(
         step: int,
         timeout_s: float,
         given_up: Callable[[], bool],
-        mirrors_have_step: Callable[[], bool],
+        mirrors_have_step: Callable[[Collection[str]], bool],
     ) -> Settled:
         """The first wait ends because the checkpoint is given up, before the mirrors have asked."""
         assert step == 7
-        waits.append((timeout_s, given_up(), mirrors_have_step()))
+        waits.append((timeout_s, given_up(), mirrors_have_step({"b-1"})))
         return Settled("memory" if held and not given_up() else "", "")
 
     node.await_settled, node.must_reform = await_settled, lambda _: False
     message = {"kind": "skipped", "step": 7, "rank": 3, "generation": 3, "why": "no space left"}
     checkpointing.save(message)
-    assert bool(checkpointing.wait(node.formed, lambda step: step == 7)) == held
+    assert (
+        bool(checkpointing.wait(node.formed, lambda step, stay: (step, stay) == (7, {"b-1"})))
+        == held
+    )
     timeout_s = config_for(tmp_path).elastic.heartbeat_timeout_s
     assert waits == [(5.0, True, True), (timeout_s, False, True)]
     checkpointing.close(WAIT_S)

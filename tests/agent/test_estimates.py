@@ -31,6 +31,12 @@ def test_what_does_not_fit_in_the_lead_is_not_tried(lead_s: float, times: Times,
     assert plan_leave(lead_s, times, alone=False).way is way
 
 
+def test_memory_is_no_way_if_all_mirrors_leave() -> None:
+    """No member that stays will have the state of this node: it must be committed."""
+    assert plan_leave(120.0, FAST, alone=False, mirrors_leave=True).way is Way.BUCKET
+    assert plan_leave(5.0, FAST, alone=False, mirrors_leave=True).way is Way.AT_ONCE
+
+
 @pytest.mark.parametrize("lead_s", [120.0, 5.0, 0.0])
 def test_a_lone_node_tries_to_commit_until_its_deadline(lead_s: float) -> None:
     """Nobody waits for the only member, and leaving at once would save nothing: it tries whatever the estimates say."""

@@ -45,6 +45,19 @@ def states(holdings: Holdings) -> set[tuple[int, int, int, int]]:
     }
 
 
+def test_planned_change_does_not_wait_for_a_mirror_that_goes() -> None:
+    """A mirror that leaves may be gone before it has this node's last step. It is not waited for; others are."""
+    node = first_node()
+    assert not node.is_complete(6, {"a-1", "b-1"}), "it does not hold it itself"
+    node.add(copy(2, 6, 0))
+    assert node.take_complete() is None
+    assert not node.is_complete(6, {"a-1", "b-1", "c-1"})
+    assert node.is_complete(6, {"a-1", "b-1"})
+    node.acknowledge("c-1", 6, copied=True)
+    assert node.is_complete(6, {"a-1", "b-1", "c-1"})
+    assert not node.is_complete(7, {"a-1", "b-1"})
+
+
 def test_mirror_without_room_holds_nobody_up_and_counts_as_no_copy() -> None:
     """The workers go on, but the state has no copy there: an older one that has copies must not be forgotten."""
     node = first_node()

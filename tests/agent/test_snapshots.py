@@ -273,8 +273,8 @@ def test_step_is_complete_once_the_mirror_has_it(pair: list[Node]) -> None:
     """A planned change waits for the mirror's copy, and the agent is woken when it is there."""
     hold_step_5(pair)
     for node in pair:
-        assert node.snapshots.is_complete(5)
-        assert not node.snapshots.is_complete(6)
+        assert node.snapshots.is_complete(5, {"a-1", "b-1"})
+        assert not node.snapshots.is_complete(6, {"a-1", "b-1"})
         assert node.changes[-1] == {(1, 5)}
 
 

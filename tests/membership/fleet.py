@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 from elastic_pt.membership.decision.mirrors import Mirrors
 from elastic_pt.membership.decision.status import Limits, NodePhase
 from elastic_pt.membership.participant import Participant
-from elastic_pt.membership.resources import BoundStore, Resources
+from elastic_pt.membership.resources import (
+    BoundStore,
+    InMemoryStates,
+    NothingInMemory,
+    Resources,
+)
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     Cause,
@@ -56,6 +61,8 @@ class Fleet:
         default_factory=dict
     )
     """How the nodes that are started next choose mirrors, by name."""
+    states: dict[str, InMemoryStates] = dataclasses.field(default_factory=dict)
+    """What the nodes that are started next hold in memory, by name."""
     fenced_url: str = ""
     """The `fenced_url` of the nodes that are started next."""
 
@@ -79,6 +86,7 @@ class Fleet:
                     on_checkpoint=self.checkpoints.append,
                     on_leave=functools.partial(self._leave, name),
                     choose_mirrors=self.choose_mirrors.get(name, lambda _: ()),
+                    states=self.states.get(name, NothingInMemory()),
                     platform=self.platform,
                     fenced_url=self.fenced_url,
                 ),

@@ -41,6 +41,8 @@ HEALTHY = {"b": peer(status("b")), "c": peer(status("c"))}
 LOST_C = {"b": peer(status("b")), "c": refusing(status("c"))}
 STOPPED = {"b": peer(waiting("b", spent=1)), "c": peer(waiting("c", spent=1))}
 FAILED_C = {"b": peer(status("b")), "c": peer(waiting("c", spent=1, failure=failed("c")))}
+ENDED_WITHOUT_C = STOPPED | {"c": refusing(status("c"))}
+ENDED_C_FAILED = STOPPED | {"c": peer(waiting("c", spent=1, failure=failed("c")))}
 CUT_OFF = {"b": silent(status("b")), "c": silent(status("c"))}
 OUTSIDE_ALONE = {node: refusing(status(node)) for node in "abc"}
 TWO = changed(LIMITS, nodes_min=2)
@@ -55,11 +57,16 @@ MOVED = {"quiet_since_s": NOW_S}
 
 
 def of_member(
-    peers: dict[str, Any], *, node: str = "a", phase: NodePhase = NodePhase.RUNNING, **facts: Any
+    peers: dict[str, Any],
+    *,
+    node: str = "a",
+    phase: NodePhase = NodePhase.RUNNING,
+    of: Any = WORLD,
+    **facts: Any,
 ) -> Decision:
     """The decision of a member of the generation a, b, c."""
     said = {key: facts.pop(key) for key in ("spent", "unreachable", "held") if key in facts}
-    return decision(status(node, phase, **said), peers, of=WORLD, **facts)
+    return decision(status(node, phase, **said), peers, of=of, **facts)
 
 
 def of_newcomer(peers: dict[str, Any], *, of: Any = WORLD, **facts: Any) -> Decision:
@@ -142,6 +149,12 @@ CASES: dict[int, Callable[[], Decision]] = {
     48: lambda: of_member(
         STOPPED, phase=NodePhase.WAITING, spent=1, requests=(PAUSE,), held=rows(7, 0, 3)
     ),
+    49: lambda: of_member(ENDED_WITHOUT_C, phase=NodePhase.WAITING, spent=1, requests=(STOP,),
+                          held=rows(7, 0, 3)),
+    50: lambda: of_member(ENDED_C_FAILED, phase=NodePhase.WAITING, spent=1, requests=(PAUSE,),
+                          held=rows(7, 0, 3), of=dataclasses.replace(WORLD, causes=(failed("b"),))),
+    51: lambda: of_member(STOPPED, phase=NodePhase.WAITING, spent=1, requests=(REACHED,),
+                          held=rows(7, 0, 3)),
 }  # fmt: skip
 """The facts of each row."""
 

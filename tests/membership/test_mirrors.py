@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_pt.membership.decision.mirrors import mirrored_by
+from tests.membership.fleet import Fleet
 
 ZONES = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), min_size=1, max_size=12)
 COPIES = st.integers(0, 4)
@@ -84,3 +85,15 @@ def test_two_copies_are_in_two_other_zones() -> None:
     zones = list("abcabcabc")
     for index, mirrors in enumerate(mirrored_by(zones, 2, across_zones=True)):
         assert len({zones[index], *(zones[each] for each in mirrors)}) == 3
+
+
+def test_a_node_knows_that_all_its_mirrors_leave(fleet: Fleet) -> None:
+    """M3: with its mirrors that leave, no member that stays holds its rows. One that stays is enough."""
+    fleet.choose_mirrors = dict.fromkeys("abc", lambda _: ((1, 2), (2, 0), (0, 1)))
+    fleet.form("a", "b", "c")
+    for node, leave in (("b", False), ("c", True)):
+        assert not fleet.nodes["a"].mirrors_leave()
+        fleet.nodes[node].me.leaving = True
+        fleet.pass_time(1.0)
+        assert fleet.nodes["a"].mirrors_leave() == leave
+    assert not fleet.nodes["b"].mirrors_leave(), "a stays"

@@ -7,12 +7,14 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from elastic_pt.agent.holdings import Copy, Holdings
+from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.membership.decision.settled import Settled
@@ -437,10 +439,10 @@ def test_settling_ends_when_the_checkpoint_is_committed_or_given_up(
         return Commit((Checkpoint(step, generation, f"ckpt/{step}", 1, "0" * 64, None),), "history")
 
     a._participant.log.append(lambda _: committed(100, number - 1), generation=number)
-    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda: True)
-    assert not a.await_settled(world, 60, DEADLINE_S, lambda: True, lambda: True)
+    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda _: True)
+    assert not a.await_settled(world, 60, DEADLINE_S, lambda: True, lambda _: True)
     a._participant.log.append(lambda _: committed(60, number), generation=number)
-    assert a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda: True).tier == "bucket"
+    assert a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda _: True).tier == "bucket"
 
 
 class Rows(NothingInMemory):
@@ -476,23 +478,51 @@ def test_settling_ends_when_a_member_that_stays_holds_the_state(
             ),
             "each knows that b leaves",
         )
-        assert not node.await_settled(world, 60, 0.1, lambda: False, lambda: True)
+        assert not node.await_settled(world, 60, 0.1, lambda: False, lambda _: True)
     waits, found = threading.Event(), []
     # `given_up` is called when the wait has found nothing yet.
     b_waits = threading.Thread(
         target=lambda: found.append(
-            b.await_settled(world, 60, DEADLINE_S, lambda: bool(waits.set()), lambda: True)
+            b.await_settled(world, 60, DEADLINE_S, lambda: bool(waits.set()), lambda _: True)
         )
     )
     b_waits.start()
     assert waits.wait(DEADLINE_S)
     rows["a"].hold(0, 2)
     a.states_changed()
-    found.append(a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda: True))
+    found.append(a.await_settled(world, 60, DEADLINE_S, lambda: False, lambda _: True))
     b_waits.join(DEADLINE_S / 2)
     assert found == 2 * [Settled("memory", "a hold step 60")]
     # The rows of this node are not on its mirrors yet: a loss during the change would cost more than a step.
-    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda: False)
+    assert not a.await_settled(world, 60, 0.1, lambda: False, lambda _: False)
+
+
+def test_node_that_stays_waits_for_no_mirror_that_leaves(make_node: Callable[..., Node]) -> None:
+    """H3: b, the mirror of a, is gone before it has copied a's last step. a goes on at once, not after the timeout."""
+    rows = {name: Rows() for name in "ab"}
+    a, b = (make_node(name, nodes_min=2, states=rows[name]) for name in "ab")
+    world = dataclasses.replace(formed(a, b)[0].generation, mirrors=((1,), (0,)))
+    content_with_one(a, b)
+    holdings = Holdings()
+    holdings.starts(world, 0)
+    holdings.add(Copy(Buffer(1, 0, 0), 60, 10, b"", 0.0))
+    rows["a"].hold(0, 2)
+    rows["b"].hold(1, 2)
+    for node in (a, b):
+        node.settling()
+
+    def mirrored(stay: Collection[str]) -> bool:
+        return holdings.is_complete(60, stay)
+
+    # While b stays, its copy is waited for.
+    assert not a.await_settled(world, 60, 0.1, lambda: False, mirrored)
+    b.request_leave()
+    assert b.await_settled(world, 60, DEADLINE_S, lambda: False, lambda _: True)
+    b.spend(1, None)
+    with pytest.raises(Left):
+        b.await_generation()
+    b.leave()
+    assert a.await_settled(world, 60, DEADLINE_S, lambda: False, mirrored).tier == "memory"
 
 
 def test_leaving_node_with_the_only_copy_is_in_the_next_generation(

@@ -3,7 +3,8 @@
 import pytest
 
 from elastic_pt.membership.decision.decide import Drain, Ended, Save, Wait
-from elastic_pt.membership.decision.status import NodePhase
+from elastic_pt.membership.decision.status import Held, NodePhase
+from elastic_pt.membership.resources import NothingInMemory
 from elastic_pt.runlog.control import ask
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Checkpoint, Commit, Request, Stop, Verb
@@ -48,6 +49,95 @@ def paused(fleet: Fleet, *nodes: str) -> None:
     commit(fleet, 40)
     fleet.spend(1, *nodes)
     pass_time(fleet, NOTICE_S)
+
+
+class Rows(NothingInMemory):
+    """Rows of step 42 of generation 1, of some of three workers, in a node's memory."""
+
+    held: tuple[Held, ...] = ()
+
+    def __init__(self, *ranks: int) -> None:
+        self.held = tuple(Held(1, 42, rank, rank + 1, 3) for rank in ranks)
+
+
+def with_rows_in_memory(fleet: Fleet) -> None:
+    """Form a world of three nodes that hold step 42 twice; step 40 is committed."""
+    fleet.states = {"a": Rows(0, 1), "b": Rows(1, 2), "c": Rows(2, 0)}
+    fleet.form("a", "b", "c")
+    commit(fleet, 40)
+
+
+def makes_the_promised_commit(fleet: Fleet, verb: Verb, *nodes: str) -> None:
+    """A second generation resumes from memory, does one step and commits it; only then is the request carried out."""
+    pass_time(fleet, 10.0)
+    second = fleet.log.generation
+    assert second is not None
+    assert (second.number, names(second), second.resume_step) == (2, list(nodes), 42)
+    assert fleet.log.stop is None
+    assert not any(each.done for each in fleet.log.requests)
+    fleet.run()
+    fleet.drains.clear()
+    pass_time(fleet, NOTICE_S)
+    assert set(fleet.drains) == {f"{verb} asked for by ann@desk: maintenance"}
+    commit(fleet, 43)
+    fleet.spend(2, *nodes)
+    pass_time(fleet, NOTICE_S)
+    pause = fleet.log.request(Verb.PAUSE)
+    if verb is Verb.STOP:
+        assert fleet.log.stop == Stop("stopped by ann@desk: maintenance", 43)
+    else:
+        assert pause is not None
+        assert pause.done
+    assert fleet.log.generation_number == 2
+    assert fleet.bound == 2, "no proposal was refused"
+
+
+@pytest.mark.parametrize("verb", [Verb.PAUSE, Verb.STOP])
+def test_request_after_the_workers_have_stopped_is_carried_out(fleet: Fleet, verb: Verb) -> None:
+    """H4: members stopped for a join and settled from memory. The request arrives before the next GENERATION."""
+    with_rows_in_memory(fleet)
+    fleet.spend(1, "a", "b", "c")
+    request(fleet, verb)
+    makes_the_promised_commit(fleet, verb, "a", "b", "c")
+
+
+@pytest.mark.parametrize("verb", [Verb.PAUSE, Verb.STOP])
+def test_member_that_is_lost_before_the_promised_commit_costs_no_step(
+    fleet: Fleet, verb: Verb
+) -> None:
+    """H5: the committing node is lost during the upload. The others hold the step, and have promised to commit it."""
+    with_rows_in_memory(fleet)
+    request(fleet, verb)
+    pass_time(fleet, NOTICE_S)
+    for node in fleet.nodes.values():
+        node.me.say(phase=NodePhase.SETTLING)
+    pass_time(fleet, 1.0)
+    fleet.dead.add("a")
+    pass_time(fleet, 1.0)
+    fleet.spend(1, "b", "c")
+    makes_the_promised_commit(fleet, verb, "b", "c")
+
+
+def test_members_that_settled_before_a_request_hold_up_no_other(fleet: Fleet) -> None:
+    """M5: a settled from memory, c has left. b reads a pause before it has settled: memory counts for it, too."""
+    with_rows_in_memory(fleet)
+    world = fleet.log.generation
+    assert world is not None
+    fleet.nodes["c"].me.leaving = True
+    for node in fleet.nodes.values():
+        node.me.say(phase=NodePhase.SETTLING)
+    pass_time(fleet, 1.0)
+    b = fleet.nodes["b"]
+    assert b.settled(world, 42).tier == "memory"
+    fleet.spend(1, "c")
+    pass_time(fleet, 1.0)
+    fleet.dead.add("c")
+    request(fleet, Verb.PAUSE)
+    pass_time(fleet, NOTICE_S)
+    assert b.log.view.request(Verb.PAUSE) is not None
+    assert b.settled(world, 42).tier == "memory"
+    fleet.spend(1, "a", "b")
+    makes_the_promised_commit(fleet, Verb.PAUSE, "a", "b")
 
 
 @pytest.mark.parametrize("takeover_s", [LIMITS.elastic.takeover_s, 60.0])

@@ -13,7 +13,15 @@ from elastic_pt.membership.decision.status import (
     NodeStatus,
     is_news,
 )
-from elastic_pt.runlog.records import Checkpoint, Generation, Member, Request, Verb
+from elastic_pt.runlog.records import (
+    Cause,
+    CauseKind,
+    Checkpoint,
+    Generation,
+    Member,
+    Request,
+    Verb,
+)
 
 MEMBERS = tuple(Member(name, f"{name}-1", "127.0.0.1", 1, 1, 1) for name in "abcd")
 WORLD = Generation(3, MEMBERS, (2, 2, 2, 2), "127.0.0.1", 1, None, "test")
@@ -119,6 +127,28 @@ def test_promise_of_a_commit_is_kept(verb: Verb) -> None:
     assert found(statuses(ring(7)), request, commits=(7,))
 
 
+@pytest.mark.parametrize("verb", [Verb.PAUSE, Verb.STOP])
+@pytest.mark.parametrize("way", ["waits", "has left"])
+def test_promise_does_not_count_after_another_member_ended_the_generation(
+    verb: Verb, way: str
+) -> None:
+    """A member that ended before the request may be gone with its part: no commit of this step may be possible."""
+    request = Request(verb, "ann@desk", index=7)
+    ended = dataclasses.replace(
+        NodeStatus.first(MEMBERS[1], {}), held=ring(7)["b"], leaving=way == "has left", spent=3
+    )
+    told, gone = statuses(ring(7), gone="b"), {"b-1": ended}
+    if way == "waits":
+        told, gone = told | gone, {}
+    assert settled(WORLD, 7, told, [], [request], gone).tier == "memory"
+    for other in (
+        dataclasses.replace(ended, spent=2),
+        dataclasses.replace(ended, broken=3),
+        dataclasses.replace(ended, failure=Cause(CauseKind.GAVE_UP, "b", "not committed")),
+    ):
+        assert not settled(WORLD, 7, told | {"b-1": other}, [], [request])
+
+
 def test_other_requests_promise_nothing() -> None:
     """A checkpoint that is asked for stays in force until a commit meets it; a drain needs none."""
     for verb in (Verb.CHECKPOINT, Verb.DRAIN):
@@ -134,6 +164,14 @@ def test_member_of_a_large_fleet_follows_a_leader() -> None:
     assert not settled(world, 7, told, [], [])
     told["n00"] = dataclasses.replace(told["n00"], spent=3)
     assert settled(world, 7, told, [], []).tier == "memory"
+    # Also if this member and all leaders leave: others stay.
+    out = {each: dataclasses.replace(said, leaving=True) for each, said in told.items()}
+    assert settled(world, 7, out, [], []).tier == "memory"
+    gone = {"n00": out.pop("n00")}
+    assert settled(world, 7, out, [], [], gone).tier == "memory"
+    # The leader ended because the generation was broken: it has seen nothing.
+    told["n00"] = dataclasses.replace(told["n00"], broken=3)
+    assert not settled(world, 7, told, [], [])
 
 
 # ---- members that must stay ---------------------------------------------------------------------------

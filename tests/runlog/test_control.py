@@ -13,6 +13,7 @@ from elastic_pt.runlog.records import (
     Checkpoint,
     Commit,
     Generation,
+    InMemory,
     Member,
     Recovery,
     Reopen,
@@ -81,6 +82,27 @@ def test_a_checkpoint_is_asked_for_until_a_commit_meets_it(run: Run) -> None:
     assert is_done(run.log.view, first, before)
     assert is_done(run.log.view, second, before)
     assert run.holds() == []
+
+
+@pytest.mark.parametrize("verb", [Verb.PAUSE, Verb.STOP])
+def test_a_generation_that_makes_the_promised_commit_may_begin(run: Run, verb: Verb) -> None:
+    """A pause and a stop promise a commit: a generation with newer steps in memory makes it, until the pause is done."""
+    run.commit(10)
+    request = run.ask(verb)
+
+    def begin(step: int) -> None:
+        memory = InMemory(1, step, (0,))
+        run.append(dataclasses.replace(run.generation(2), memory=memory))
+
+    with pytest.raises(FencedError, match="no generation may begin"):
+        begin(10)
+    if verb is Verb.PAUSE:
+        run.append(carried_out(run.log.view, request))
+        with pytest.raises(FencedError, match="no generation may begin"):
+            begin(11)
+        request = run.ask(verb)
+    begin(11)
+    assert run.log.view.generation_number == 2
 
 
 def test_a_pause_holds_until_a_resume(run: Run) -> None:

@@ -591,7 +591,7 @@ class AgentProcess(Process):
                 step,
                 timeout_s,
                 self._given_up,
-                lambda: self.memory.holdings.complete_step >= step,
+                lambda stay: self.memory.holdings.is_complete(step, stay),
             )
             settled = bool(found)
         failure = None

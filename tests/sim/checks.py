@@ -172,7 +172,7 @@ class Witness:
         if isinstance(body, Control):
             return
         if isinstance(body, Generation):
-            if self.paused_s is not None:
+            if self.paused_s is not None and not self._makes_promised_commit(body):
                 raise Violation("no generation begins in a pause", f"GENERATION {body.number}")
             if body.number != current + 1:
                 raise Violation(
@@ -187,6 +187,16 @@ class Witness:
                 "no fenced writer appends",
                 f"{record.kind} on behalf of generation {acting} behind GENERATION {current}",
             )
+
+    def _makes_promised_commit(self, generation: Generation) -> bool:
+        """Before a pause is done: a generation that has newer steps in memory than the bucket has."""
+        pause, committed = self.view.request(Verb.PAUSE), self.view.checkpoints
+        return (
+            pause is not None
+            and not pause.done
+            and generation.memory is not None
+            and generation.memory.step > (committed[0].step if committed else 0)
+        )
 
     def _check_generation(self, generation: Generation, before: RunView, attempt: Attempt) -> None:
         address = (generation.store_address, generation.store_port)

@@ -191,9 +191,7 @@ def _decide_next_world(
     if view.halt and found.failures and may_end:
         return Halt(view.halt)
     stop, pause = view.asked(Verb.STOP), view.asked(Verb.PAUSE)
-    ahead = is_ahead(generation, found.alive, view.statuses_of(found.alive), view.committed_step)
-    if ahead and found.over and not found.broken and not too_few:
-        # The request came after the workers had stopped for another reason. The next generation commits a step for it.
+    if not too_few and _owes_commit(view, generation, found, wanted):
         stop = pause = None
     if stop is not None and (not others_first or quiet_s >= takeover_s):
         return Halt(f"stopped {stop.origin}")
@@ -224,6 +222,23 @@ def _decide_next_world(
             asking=True,
         )
     return Propose(wanted, reason, causes)
+
+
+def _owes_commit(
+    view: View, generation: Generation, found: Assessment, wanted: Sequence[Member]
+) -> bool:
+    """Whether a pause or a stop must wait for one more generation, which commits a step: both promise a commit.
+
+    The workers may have stopped for another reason before the request, or a member was lost before the commit.
+    """
+    pause = view.asked(Verb.PAUSE)
+    if pause is not None and pause.done:
+        return False
+    # Another attempt would most likely fail in the same way.
+    before = {each.kind for each in generation.causes}
+    if any(each.kind in before for each in found.failures):
+        return False
+    return is_ahead(generation, wanted, view.statuses_of(wanted), view.committed_step)
 
 
 def _may_leave(

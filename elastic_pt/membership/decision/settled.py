@@ -9,6 +9,7 @@ rule. What it learns later may still make it `needed`: it then takes part in one
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from elastic_pt.membership.decision.resume import newest_in_memory
 from elastic_pt.membership.decision.status import MESH_NODES_MAX, NodeStatus
@@ -33,11 +34,14 @@ def settled(
     statuses: Mapping[str, NodeStatus],
     checkpoints: Sequence[Checkpoint],
     requests: Sequence[Request],
+    gone: Mapping[str, NodeStatus] = MappingProxyType({}),
 ) -> Settled:
     """Where the state of `step`, the last one of `generation`, is safe.
 
-    `statuses` has the newest status of each member that is not gone, by incarnation. A request to pause or to stop
-    promises a commit, so memory does not count then.
+    `statuses` has the newest status of each member that is not gone, by incarnation, and `gone` the last one of each
+    other member. A request to pause or to stop promises a commit, so memory does not count then. It does if another
+    member has ended the generation before it knew of the request: its part may be in no checkpoint. The next generation
+    makes the commit (`decide`).
     """
     # The state from which this generation resumed may have been committed just now. A newer step of an earlier
     # generation belongs to steps that were given up, such as a checkpoint that is quarantined.
@@ -47,16 +51,17 @@ def settled(
         for each in checkpoints
     ):
         return Settled("bucket", f"step {step} is committed")
+    ended = _ended(generation, {**gone, **statuses})
     promised = next((each for each in requests if each.verb in (Verb.PAUSE, Verb.STOP)), None)
-    if promised is not None:
+    if promised is not None and not ended:
         return Settled("", f"step {step} is not committed; {promised}")
+    if len(generation.members) > MESH_NODES_MAX and ended:
+        # In a large fleet a member knows the leaders only. They know all members.
+        return Settled("memory", f"a leader has seen that step {step} is settled")
     told = [(each, statuses.get(each.incarnation)) for each in generation.members]
     stay = [each for each, said in told if said is not None and stays(said)]
     if not stay:
         return Settled("", f"step {step} is not committed, and no member stays")
-    if len(generation.members) > MESH_NODES_MAX and _ended(generation, statuses):
-        # In a large fleet a member knows the leaders only. They know all members.
-        return Settled("memory", f"a leader has seen that step {step} is settled")
     missing = set(range(generation.world_size))
     for member in stay:
         for held in statuses[member.incarnation].held:
@@ -109,9 +114,12 @@ def stays(status: NodeStatus) -> bool:
 
 
 def _ended(generation: Generation, statuses: Mapping[str, NodeStatus]) -> bool:
-    """Whether another member has ended this generation in good order."""
+    """Whether another member has ended this generation in good order.
+
+    If it found the generation broken, its workers may have ended without a failure of their own: nothing is settled.
+    """
     return any(
-        status.spent == generation.number and status.failure is None
+        status.spent == generation.number > status.broken and status.failure is None
         for incarnation, status in statuses.items()
         if generation.rank_of(incarnation) is not None
     )
