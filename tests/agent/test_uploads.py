@@ -198,7 +198,7 @@ def test_a_shard_that_comes_after_its_checkpoint_is_over_holds_nothing_up(node: 
     node.uploads.abandon(first)
     node.save(first, 1)
     node.until("uploaded", first, 1)
-    assert node.uploads.places() == set()
+    assert node.uploads.states() == set()
     node.save(second, 0, 1)
     node.until("uploaded", second)
     assert node.has_notice(second)
