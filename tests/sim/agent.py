@@ -638,8 +638,10 @@ class AgentProcess(Process):
         """Upload a node's part: this node's, or the copies of one that is no member any more."""
         world = self.around.training.world(due.generation)
         directory = checkpoint_of(world, due.step)["directory"]
-        own = owner == self.incarnation
+        own, snapshots = owner == self.incarnation, self.around.habits.snapshots
         try:
+            if snapshots is not None:
+                self.sleep(snapshots.upload_s)
             self.store.write(f"{directory}/{owner}", b"shard")
             if due not in self._due:
                 # Over meanwhile: its buffers are free.

@@ -25,6 +25,8 @@ class SnapshotHabits:
     describe_s: float
     mirror_s: float
     """What it takes to copy one worker's rows to another node."""
+    upload_s: float = 0.0
+    """What a node takes to upload its part of a checkpoint, beside the bucket's requests."""
     slow: frozenset[str] = frozenset()
     """Nodes that take a multiple of that."""
     without_mirror_room: frozenset[str] = frozenset()
@@ -50,6 +52,7 @@ def draw_habits(source: random.Random, nodes: tuple[str, ...]) -> SnapshotHabits
         slow=some(0.15),
         without_mirror_room=some(0.08),
         without_room=some(0.02),
+        upload_s=source.choice((0.0, 0.0, 0.5, 3.0)),
     )
 
 

@@ -148,8 +148,8 @@ def _steps_alone(
 
 def _over_by_commits_alone(view: RunView, generation: int, step: int) -> str:
     """Later generations that resumed from before the step are ignored."""
-    newest = view.commit and view.commit.newest.step
-    return f"step {newest} is committed" if newest is not None and newest >= step else ""
+    newest = 0 if view.commit is None else view.commit.newest.step
+    return f"step {newest} is committed" if newest >= step else ""
 
 
 MEMORY_MUTATIONS: Final = (
@@ -263,6 +263,6 @@ MEMORY_MUTATIONS: Final = (
         in_flight,
         "over",
         _over_by_commits_alone,
-        25,
+        29,
     ),
 )

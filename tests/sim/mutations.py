@@ -179,7 +179,7 @@ MUTATIONS: Final = (
         s3,
         "holds",
         lambda store, key, data: False,
-        8,
+        32,
     ),
     Mutation(
         "another writer's record treated as its own",
@@ -203,7 +203,7 @@ MUTATIONS: Final = (
         decide,
         "_answered",
         lambda view, member, since_s: True,
-        15,
+        88,
     ),
     Mutation(
         "smaller side does not wait",
@@ -211,7 +211,7 @@ MUTATIONS: Final = (
         decide,
         "_is_larger_side",
         lambda *_: True,
-        90,
+        157,
     ),
     Mutation(
         "no node parked",

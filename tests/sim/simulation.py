@@ -294,6 +294,8 @@ class Simulation:
         self.training.plan = dataclasses.replace(self.training.plan, checkpoint_every=_ENDLESS)
         number, steps = witness.view.generation_number, self.training.steps_done
         until_s = scheduler.now_s + self._convergence_s
+        # A checkpoint that is being copied into its buffers is not on its way yet.
+        scheduler.run(scheduler.now_s + 0.5)
         while self._is_unfinished(number) and scheduler.now_s < until_s:
             scheduler.run(scheduler.now_s + 0.5)
         scheduler.run(scheduler.now_s + 1.0)
