@@ -168,7 +168,7 @@ class Holdings:
         """A buffer holds a whole state. False if it is of an older generation, which is not kept."""
         if copy.buffer.generation != self.generation:
             return False
-        self.drop(copy.buffer)
+        self._forget_buffer(copy.buffer)
         state = State(copy.buffer.generation, copy.step)
         if self._kept.get(state, {}).get(copy.buffer.rank) == copy.buffer:
             self._described[copy.buffer] = copy
@@ -208,6 +208,15 @@ class Holdings:
 
     def drop(self, buffer: Buffer) -> None:
         """A buffer is about to be written again, or is lost."""
+        self._forget_buffer(buffer)
+        for state, buffers in list(self._kept.items()):
+            # A mirror overwrites its copy of a step that its neighbour has released.
+            if buffers.get(buffer.rank) == buffer:
+                self._described.pop(buffers.pop(buffer.rank), None)
+            if not buffers:
+                del self._kept[state]
+
+    def _forget_buffer(self, buffer: Buffer) -> None:
         for state, copies in list(self._held.items()):
             if copies.get(buffer.rank) is not None and copies[buffer.rank].buffer == buffer:
                 del copies[buffer.rank]

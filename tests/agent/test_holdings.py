@@ -4,6 +4,7 @@ from elastic_pt.agent.holdings import MIRROR_S, Copy, Holdings
 from elastic_pt.checkpoint.snapshot import Buffer
 from elastic_pt.membership.decision.status import Unusable
 from elastic_pt.runlog.records import Generation, InMemory, Member
+from elastic_pt.runlog.state import State
 
 MEMBERS = tuple(Member(name, f"{name}-1", "127.0.0.1", 1, 1, 1) for name in "abc")
 
@@ -72,6 +73,16 @@ def test_mirror_without_room_holds_nobody_up_and_counts_as_no_copy() -> None:
     assert (node.take_complete(), node.mirrors_have_room) == (7, True)
     node.forget_others()
     assert states(node) == {(2, 6, 0, 1), (2, 7, 0, 1)}
+
+
+def test_kept_copy_that_is_overwritten_is_not_kept() -> None:
+    """A mirror overwrites a step that its neighbour has released, and may learn of that afterwards. It must not upload it."""
+    node = first_node()
+    node.add(copy(2, 6, 1))
+    node.neighbour_keeps(2, range(1, 2), [6])
+    assert list(node.checkpoint(State(2, 6))) == [1]
+    node.drop(Buffer(2, 1, 0))
+    assert (node.checkpoint(State(2, 6)), node.checkpoints) == ({}, ())
 
 
 def test_step_that_was_overwritten_is_not_complete() -> None:

@@ -308,7 +308,7 @@ def test_unreadable_rules_do_not_stop_a_start(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.fault("GET", *[Fault.status(status, "Refused")] * 99)
         with structlog.testing.capture_logs() as events:
-            warn_of_unfinished(open_store(f"{moto_url}/run", timeout_s=1.0))
+            warn_of_unfinished(open_store(f"{moto_url}/run", timeout_s=5.0))
     assert [each["event"] for each in events if each["event"] != "store_retry"] == [
         "lifecycle_not_read"
     ]
