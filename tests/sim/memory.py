@@ -141,7 +141,7 @@ class Memory:
     def mirror_keeps(self, generation: int, ranks: Iterable[int], steps: Collection[int]) -> None:
         """A neighbour with these workers keeps these steps for the bucket; this node has copies of them."""
         found = sorted(ranks)
-        self.holdings.mirror_keeps(generation, range(found[0], found[-1] + 1), steps)
+        self.holdings.neighbour_keeps(generation, range(found[0], found[-1] + 1), steps)
 
     def stop_mirrors(self) -> None:
         """Copy no more."""
