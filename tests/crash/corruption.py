@@ -212,7 +212,7 @@ def _mapped(folder: Path, truth: Mapping[str, torch.Tensor]) -> Target:
     def read(into: dict[str, torch.Tensor]) -> None:
         try:
             shards = tuple(
-                (Place(rank, str(path), text.read_bytes().decode()),)
+                (Place(f"node-{rank}", str(path), text.read_bytes().decode()),)
                 for rank, (path, text) in enumerate(files)
             )
         except (OSError, UnicodeDecodeError) as error:  # the record is text in the product
