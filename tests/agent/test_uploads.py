@@ -177,9 +177,9 @@ def test_a_part_that_lacks_a_shard_is_refused(node: Uploading) -> None:
 def test_the_part_of_a_lost_node_comes_before_the_pending_one(node: Uploading) -> None:
     """Copies of a lost node's shards are uploaded next: only they are missing. A late owner writes the same bytes."""
     first, second = State(1, 10), State(2, 20)
+    lost = node.shards(first)[2:]
     node.save(first, 0, 1)
     node.save(second, 0, 1)
-    lost = node.shards(first)[2:]
     for _ in range(2):
         node.uploads.adopt(lost)
     node.store.gate.set()

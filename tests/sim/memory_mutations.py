@@ -175,7 +175,7 @@ MEMORY_MUTATIONS: Final = (
         training,
         "may_checkpoint",
         lambda world, complete, *, last: True,
-        261,
+        136,
     ),
     Mutation(
         "copy acknowledged too early",
