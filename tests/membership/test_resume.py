@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastic_pt.membership.decision.resume import newest_in_memory, why_not_memory
@@ -131,6 +131,7 @@ def test_bad_copy_is_left_out_and_the_other_one_is_taken() -> None:
     assert found.step == 6
 
 
+@example([[(3, 1, 0, 4), (3, 2, 0, 1)], [], [], []])
 @given(
     st.lists(
         st.lists(

@@ -26,14 +26,9 @@ def newest_in_memory(
     if generation is None:
         return None
     copies = _copies(generation, members, statuses)
-    whole = [
-        state
-        for state, found in copies.items()
-        if state.step >= max(1, committed_step) and all(each.usable for each in found)
-    ]
-    if not whole:
+    newest = _newest_whole(copies, committed_step)
+    if newest is None:
         return None
-    newest = max(whole, key=lambda state: (state.step, state.generation))
     found = copies[newest]
     return InMemory(
         newest.generation,
@@ -49,24 +44,34 @@ def why_not_memory(
     statuses: Mapping[str, NodeStatus],
     committed_step: int,
 ) -> str:
-    """Why `newest_in_memory` chooses no state, in words; empty before the first generation, when there is none."""
+    """Why `newest_in_memory` chooses no state, in words; empty if it does, and before the first generation."""
     if generation is None:
         return ""
     copies = _copies(generation, members, statuses)
+    if _newest_whole(copies, committed_step) is not None:
+        return ""
     if not copies:
         return f"no member holds a state of generation {generation.number}"
     newest = max(copies, key=lambda state: (state.step, state.generation))
     number, step = newest
-    if step < committed_step:
+    if step < max(1, committed_step):
         return f"the bucket has step {committed_step}, memory only step {step}"
     missing = [rank for rank, each in enumerate(copies[newest]) if not each.usable]
-    if not missing:
-        return ""
     rows = f"rows of worker {missing[0]} of generation {number} at step {step}"
     more = f" (and of {len(missing) - 1} more)" if len(missing) > 1 else ""
     if copies[newest][missing[0]].bad:
         return f"all copies of the {rows} are unusable{more}"
     return f"no member holds the {rows}{more}"
+
+
+def _newest_whole(copies: Mapping[State, Sequence["_Copies"]], committed_step: int) -> State | None:
+    """The newest state of which each row has a usable copy, if the bucket has no newer one."""
+    whole = [
+        state
+        for state, found in copies.items()
+        if state.step >= max(1, committed_step) and all(each.usable for each in found)
+    ]
+    return max(whole, key=lambda state: (state.step, state.generation), default=None)
 
 
 @dataclass(slots=True)
