@@ -153,7 +153,7 @@ class Agent:
                 run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
             ).heed,
         )
-        self._notices = notices_of(prepared, self._leaving, self._observation.metrics)
+        self._notices = notices_of(prepared, token, self._leaving, self._observation.metrics)
         self._messages = WorkerMessages(
             run_log,
             self._node,

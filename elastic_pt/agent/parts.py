@@ -13,7 +13,6 @@ from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.start import Prepared
 from elastic_pt.config import Config
 from elastic_pt.membership.decision.mirrors import mirrored_by
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.resources import InMemoryStates, Resources
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.notices.detect import chosen, read_machine, sources
@@ -57,9 +56,9 @@ def resources_of(
     )
 
 
-def notices_of(prepared: Prepared, leaving: Leaving, metrics: Metrics) -> Watch:
-    """The watch of this machine's notices. It is not started."""
-    elastic, token = prepared.config.elastic, run_token(prepared.store)
+def notices_of(prepared: Prepared, token: str, leaving: Leaving, metrics: Metrics) -> Watch:
+    """The watch of this machine's notices, which does not run yet. `token` is the run's."""
+    elastic = prepared.config.elastic
     return Watch(
         sources(chosen(elastic.notices, read_machine()), prepared.member.node, token.encode()),
         leaving.heed,
