@@ -26,7 +26,6 @@ The server is moto (`make services`), in a process of its own. Without it a dire
 import argparse
 import os
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -62,7 +61,7 @@ from benchmarks.checkpoint_sides import (
 from benchmarks.cuda.alone import process_group, training_state
 from benchmarks.cuda.sizes import Shape
 from benchmarks.s3_server import SERVERS, bucket, default_server
-from benchmarks.summary import machine, spread, write_json
+from benchmarks.summary import exit_on_sigterm, machine, print_targets, spread, write_json
 from elastic_pt.checkpoint.copier import copier_for
 from elastic_pt.train.snapshots import MemorySnapshots
 
@@ -381,15 +380,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"{snapshots['whole_steps_ratio']:.3f} x those without"
     )
     print_short(report["short_steps"])
-    for target, met in report["targets"].items():
-        print(f"{'met' if met else 'MISSED'}: {target}")
+    print_targets(report["targets"])
 
 
 def main() -> None:
     """Measure, print, write the JSON."""
     options = parse_arguments()
-    # Exit normally on SIGTERM too, so that processes are ended and files removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_on_sigterm()
     report = measure(options)
     print_report(report)
     write_json(options.json, report)

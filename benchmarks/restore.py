@@ -17,7 +17,6 @@ The memory of the tensors is new, as in a new worker. The parts are: `records` (
 """
 
 import argparse
-import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +38,7 @@ from benchmarks.checkpoint_sides import PlainCopy, describe, rows_of
 from benchmarks.cuda.alone import process_group, random_tokens, step, training_state
 from benchmarks.restore_holder import Holder
 from benchmarks.s3_server import SERVERS, bucket, default_server
-from benchmarks.summary import machine, write_json
+from benchmarks.summary import exit_on_sigterm, machine, print_targets, write_json
 from elastic_pt.checkpoint import restore
 from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_index
 from elastic_pt.checkpoint.layout import RowRange, checkpoint_directory
@@ -362,15 +361,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         for tier in TIERS:
             cells = [f"{row[tier][name]:8.3f}" for name in ("seconds", *PARTS)]
             print(f"{row['state_bytes'] / 1e6:6.0f}  {tier:>8}  " + "  ".join(cells))
-    for target, met in report["targets"].items():
-        print(f"{'met' if met else 'MISSED'}: {target}")
+    print_targets(report["targets"])
 
 
 def main() -> None:
     """Measure, print, write the JSON."""
     options = parse_arguments()
-    # Exit normally on SIGTERM too, so that processes are ended and files removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_on_sigterm()
     report = measure(options)
     print_report(report)
     write_json(options.json, report)

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,17 @@ def spread(name: str, values: Sequence[float], digits: int) -> dict[str, Any]:
         f"{name}_p90": round(percentile(values, 0.9), digits),
         f"{name}_worst": round(max(values), digits),
     }
+
+
+def print_targets(targets: Mapping[str, bool]) -> None:
+    """Say of each target whether it is met."""
+    for target, met in targets.items():
+        print(f"{'met' if met else 'MISSED'}: {target}")
+
+
+def exit_on_sigterm() -> None:
+    """Exit normally on SIGTERM too, so that processes are ended and files removed."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def write_json(path: Path | None, report: Mapping[str, Any]) -> None:

@@ -268,19 +268,18 @@ class Holdings:
         steps = [has for mirror, has in self._acknowledged.items() if mirror in stay]
         return self.complete_step >= step or min([self.newest_own, *steps]) >= step
 
-    def forget_others(self) -> None:
-        """All nodes and their mirrors hold a state of this generation: the one it resumed from is not needed any more."""
-        self._forget(lambda state: state.generation != self.generation)
+    def forget_others(self) -> bool:
+        """All nodes and their mirrors hold a state of this generation: the one it resumed from is not needed any more.
+
+        Returns whether there was one.
+        """
+        return self._forget(lambda state: state.generation != self.generation)
 
     def forget_before(self, committed_step: int) -> bool:
         """The bucket has a step: older states that are not of this generation are of no use. Whether there was one."""
-        useless = [
-            state
-            for state in self._held
-            if state.generation != self.generation and state.step < committed_step
-        ]
-        self._forget(useless.__contains__)
-        return bool(useless)
+        return self._forget(
+            lambda state: state.generation != self.generation and state.step < committed_step
+        )
 
     def forget_spares(self) -> bool:
         """There is no room for new buffers: forget copies of the state that this generation resumed from.
@@ -313,11 +312,13 @@ class Holdings:
         if damaged or len(generations) >= _FAILURES:
             self._unusable.add(copy)
 
-    def _forget(self, unwanted: Callable[[State], bool]) -> None:
-        for state in [state for state in self._held if unwanted(state)]:
+    def _forget(self, unwanted: Callable[[State], bool]) -> bool:
+        found = [state for state in self._held if unwanted(state)]
+        for state in found:
             del self._held[state]
         held = {generation for generation, _ in self._held} | {self.generation}
         self._sizes = {number: self._sizes[number] for number in held}
+        return bool(found)
 
 
 def _runs(ranks: Sequence[int]) -> list[range]:

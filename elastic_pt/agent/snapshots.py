@@ -161,14 +161,13 @@ class Snapshots:
         buffer = Buffer(message["generation"], message["rank"], message["buffer"])
         if buffer.generation != self._holdings.generation:
             return
-        if message["checkpoint"]:
-            with self._lock:
-                self._holdings.keep(buffer, message["step"])
         with self._lock:
+            if message["checkpoint"]:
+                self._holdings.keep(buffer, message["step"])
             self._holdings.agreed_step = max(self._holdings.agreed_step, message["complete_step"])
-        if message["complete_step"] and message["mirrors_have_room"]:
-            with self._lock:
-                self._holdings.forget_others()
+            mirrored = message["complete_step"] and message["mirrors_have_room"]
+            found = mirrored and self._holdings.forget_others()
+        if found:
             self._remove_unneeded()
         if message["every_steps"] != self._every:
             self._every = message["every_steps"]

@@ -40,7 +40,7 @@ def settled(
 
     `statuses` has the newest status of each member that is not gone, by incarnation, and `gone` the last one of each
     other member. A request to pause or to stop promises a commit, so memory does not count then. It does if another
-    member has ended the generation before it knew of the request: its part may be in no checkpoint. The next generation
+    member has ended the generation before it knew of the request: its share may be in no checkpoint. The next generation
     makes the commit (`decide`).
     """
     # The state from which this generation resumed may have been committed just now. A newer step of an earlier
