@@ -249,9 +249,7 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
             note = f"{recovery.node} lost; the run ended before node-4 had started"
         else:
             note = f"{recovery.node} lost, node-4 joined"
-            screen.say(
-                f"   generation {joined.generation}: {joined.reason}, after a checkpoint; no step is done again"
-            )
+            screen.say(f"   generation {joined.generation}: {joined.reason}; no step is done again")
         show.now = "training"
         _end(fleet, show)
     screen.end(note)
