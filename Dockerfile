@@ -18,6 +18,8 @@ RUN ["python3", "-m", "venv", "/opt/venv"]
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY elastic_pt ./elastic_pt
+# elastic_pt/dashboards links to these.
+COPY dashboards ./dashboards
 RUN /opt/venv/bin/pip install --constraint constraints.txt setuptools \
     && /opt/venv/bin/pip install --constraint constraints.txt --no-build-isolation ".${EXTRAS}"
 

@@ -23,7 +23,7 @@ install: $(INSTALLED)  ## Create .venv with elastic-pt in it, at the pinned vers
 demo: install  ## Train on this machine, kill a node in between, compare with an undisturbed run
 	$(BIN)/elastic-pt demo
 
-services: install  ## Install the S3 servers that tests run against (Ceph RGW as root, moto)
+services: install  ## Install the servers that tests run against (moto, Grafana's schema; as root Ceph RGW and Prometheus) and the extras
 	bash tests/services/install.sh
 
 test: install services check unit chaos  ## Everything: checks, unit, property, distributed and chaos tests
@@ -60,7 +60,7 @@ crash: install services  ## Kill at each failpoint under SEEDS=20 seeds, locally
 	$(BIN)/python -m tests.crash --corruptions 10000
 
 chaos: install
-	$(BIN)/pytest chaos_tests --numprocesses 2 --durations 10
+	$(BIN)/pytest chaos_tests --numprocesses 2 --dist loadgroup --durations 10
 
 notices: install  ## Give notices to real agents: all leads, phases and sources (`make test` runs a few)
 	$(BIN)/pytest chaos_tests/notice_matrix.py --numprocesses 2 --durations 10

@@ -6,7 +6,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+import structlog
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 pytest_plugins = ["tests.services.fixtures"]
 
@@ -15,8 +21,12 @@ SERVERS = ("ceph", "moto")
 
 
 def pytest_configure() -> None:
-    """A shell's background job ignores SIGINT, and so would the processes that tests start and interrupt."""
+    """What tests and the processes that they start take over from this process."""
+    # A shell's background job ignores SIGINT, and so would the processes that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Before torch is imported. Several tests run at once on few cores: the threads of one small tensor operation wait
+    # for each other, and use up the processor meanwhile. Bits may depend on their number too.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for server in SERVERS:
             if item.get_closest_marker(server):
                 item.add_marker(pytest.mark.xdist_group(server))
+
+
+@pytest.fixture(autouse=True)
+def events_of_all_levels() -> None:
+    """A command that an earlier test ran in this process has left its configuration of events."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from benchmarks.restore_holder import Holder
 from benchmarks.s3_server import SERVERS, bucket, default_server
 from benchmarks.summary import exit_on_sigterm, machine, print_targets, write_json
 from elastic_pt.checkpoint import restore
-from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_index
+from elastic_pt.checkpoint.index import Index, Memory, Readable, read_index
 from elastic_pt.checkpoint.layout import RowRange, checkpoint_directory
 from elastic_pt.checkpoint.memory import MemoryState, Places
 from elastic_pt.checkpoint.publish import publish_manifest
@@ -49,6 +49,7 @@ from elastic_pt.checkpoint.snapshot import Snapshot, SnapshotBuffers, describe_s
 from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
+from elastic_pt.store.parallel import in_order
 from elastic_pt.store.port import Store
 from elastic_pt.train.state import TrainState
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy
 
-from elastic_pt.data.manifest import MANIFEST_KEY, Manifest, Source
-from elastic_pt.data.shards import SHARD_TOKENS, ShardWriter
+from elastic_pt.data.manifest import MANIFEST_KEY, SCHEMA, Manifest, Source, Stream
+from elastic_pt.data.shard_writer import BLOCK_TOKENS, ShardWriter
 from elastic_pt.store.open import open_store
 
 _TOKENIZER_KEY = "tokenizer-none.json"
@@ -18,7 +18,7 @@ _TOKENIZER_KEY = "tokenizer-none.json"
 def write_random_tokens(directory: Path, vocabulary: int, tokens: int, seed: int = 0) -> str:
     """Write a data set with one source into `directory`. Returns its URL."""
     store = open_store(f"file://{directory}")
-    writer = ShardWriter(store, "shards/random/train", "uint32", SHARD_TOKENS)
+    writer = ShardWriter(store, "random", "train", "uint32")
     writer.add(numpy.random.default_rng(seed).integers(0, vocabulary, tokens, dtype=numpy.uint32))
     tokenizer = b"{}"
     store.write(_TOKENIZER_KEY, tokenizer)
@@ -38,10 +38,12 @@ def write_random_tokens(directory: Path, vocabulary: int, tokens: int, seed: int
                 train=writer.close(),
                 held_out_documents=0,
                 held_out_bytes=0,
-                held_out=(),
+                held_out=Stream(0, ()),
             ),
         ),
         skipped={},
+        schema=SCHEMA,
+        block_tokens=BLOCK_TOKENS,
     )
     store.write(MANIFEST_KEY, manifest.to_json())
     return store.url

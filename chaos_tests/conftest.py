@@ -1,4 +1,4 @@
-"""The prepared corpus, and the undisturbed run that all scenarios of a session are compared with."""
+"""The prepared corpus, the undisturbed run that all scenarios of a session are compared with, and networks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,12 +10,15 @@ import pytest
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, make_config, run_digest, scenario
 from elastic_pt.data.prepare import prepare
 from elastic_pt.data.sources import standard_library_source
+from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.store.open import open_store
+from tests.services.fixtures import left_out
 
 CORPUS_CHARACTERS = 300_000
 VOCABULARY = 320
 
 StartScenario = Callable[..., Scenario]
+MakeNetwork = Callable[..., Network]
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,18 @@ def start(data_url: str, tmp_path: Path) -> Iterator[StartScenario]:
             return opened
 
         yield open_scenario
+
+
+@pytest.fixture
+def make_network() -> Iterator[MakeNetwork]:
+    """Makes the test's network: `make_network(3, versions=(6,))` for three nodes with IPv6 addresses only."""
+    missing = missing_for_networks()
+    if missing:
+        left_out(f"tests on networks of their own, {missing}")
+    with ExitStack() as stack:
+
+        def make(count: int, *, versions: tuple[int, ...] = (4,)) -> Network:
+            names = [f"node-{number}" for number in range(count)]
+            return stack.enter_context(Network(names, versions=versions))
+
+        yield make

@@ -4,6 +4,7 @@ begin ─► nodes, each with a source of its own ─► until_phase ─► Sour
 """
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,8 @@ from typing import Any, Final, Protocol
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import Scenario
-from elastic_pt.report.explanation import as_json, explain
+from elastic_pt.report.change import as_json
+from elastic_pt.report.explanation import explain
 from tests.notices.servers import (
     PREEMPTED,
     REBALANCE,
@@ -182,12 +184,12 @@ class Noticed:
 
     def _seconds(self, node: str, state: str) -> float:
         urls = [each.metrics_url for each in self.run.statuses() if each.member.node == node]
-        prefix = f'elastic_pt_time_seconds_total{{state="{state}"}} '
+        line_of = re.compile(rf'elastic_pt_time_seconds_total{{.*state="{state}"}} (.*)')
         for url in urls:
             with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
                 for line in answer.read().decode().splitlines():
-                    if line.startswith(prefix):
-                        return float(line.split()[1])
+                    if found := line_of.match(line):
+                        return float(found[1])
         return 0.0
 
     def lost_steps(self, *nodes: str) -> list[int | None]:

@@ -3,7 +3,8 @@
     start nodes ─► wait until a named step ─► disturb ─► finish ─► check_whole
 
 `check_whole` is the same for all: the digest of the undisturbed run, each row of the plan exactly once in
-the committed history, the end on record, and no process left.
+the committed history, the end on record, and no process left. At the end of every scenario the buckets of all agents' time
+add up to the node-seconds.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +21,14 @@ from chaos_tests.processes import kill_all, mark_children, marked
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
+from elastic_pt.errors import StoreError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.membership.links import url_of
 from elastic_pt.membership.peers import STATUS
+from elastic_pt.report.change import Change
+from elastic_pt.report.explanation import explain
+from elastic_pt.report.goodput import Goodput, failure_costs, goodput_of, read_accounts
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Commit, Generation, Member, Quarantine
 from elastic_pt.store.open import open_store
@@ -35,6 +40,8 @@ GLOBAL_BATCH: Final = 8
 PATIENCE_S: Final = 90.0
 _POLL_S: Final = 0.01
 _STATUS_TIMEOUT_S: Final = 1.0
+_READ_TIMEOUT_S: Final = 5.0
+_BUCKETS_TOLERANCE: Final = 0.005
 
 
 def make_config(run_url: str, data_url: str, nodes: int, *overrides: str) -> Config:
@@ -99,6 +106,8 @@ class Scenario:
         self.store: Store = open_store(config.run.url)
         self.ask_from: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each question to an agent: the agents may be on another network than this process."""
+        self.goodput: Goodput | None = None
+        """What `check_goodput` has found last."""
         self._log = RunLog(self.store, writer="chaos")
 
     def view(self) -> RunView:
@@ -161,6 +170,22 @@ class Scenario:
         """Wait until every node that still runs has ended with exit code 0."""
         codes = self.fleet.wait(self.patience_s)
         assert set(codes.values()) == {0}, f"{codes}\n{self.log_tails()}"
+        newest = {agent.node: agent for agent in self.check_goodput().agents}
+        assert not any(newest[node].running for node in codes.keys() & newest)
+
+    def check_goodput(self) -> Goodput:
+        """Fail unless each node-second, of every agent that had started, counts in exactly one bucket."""
+        # Of its own: the store of the scenario may retry for minutes.
+        store = open_store(self.config.run.url, timeout_s=_READ_TIMEOUT_S, patient=False)
+        records = list(self._log.records())
+        changes = [each for each in explain(records) if isinstance(each, Change)]
+        failures = failure_costs(records, changes, {})
+        found = goodput_of(read_accounts(store), records, time.time(), failures)
+        assert found.agents
+        spent_s = sum(found.buckets.values())
+        assert abs(spent_s - found.node_seconds) <= _BUCKETS_TOLERANCE * found.node_seconds, found
+        self.goodput = found
+        return found
 
     def events(self, node: str, name: str) -> list[dict[str, Any]]:
         """The structured events of one name that a node wrote, in order."""
@@ -226,7 +251,10 @@ def scenario(config: Config, directory: Path, patience_s: float = PATIENCE_S) ->
     with mark_children() as mark:
         try:
             with Fleet(config, directory) as fleet:
-                yield Scenario(config, fleet, directory, mark, patience_s)
+                yield (opened := Scenario(config, fleet, directory, mark, patience_s))
+            # The bucket of a scenario that has not finished may be gone.
+            with suppress(StoreError):
+                _ = opened.goodput or opened.check_goodput()
         finally:
             kill_all(mark)
 

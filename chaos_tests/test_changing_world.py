@@ -1,5 +1,6 @@
 """All nodes are lost, nodes join, checkpoints are damaged: the run continues with the nodes that are there."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,10 @@ import pytest
 
 from chaos_tests.conftest import Interrupted, StartScenario
 from chaos_tests.processes import workers_of
-from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
+from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, run_digest
+from elastic_pt.data.manifest import read_manifest
+from elastic_pt.runlog.identity import IDENTITY_KEY, identity_of
+from elastic_pt.store.open import open_store
 
 pytestmark = pytest.mark.chaos
 
@@ -89,3 +93,17 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_previous_one_used(
     assert [each.directory for each in whole.quarantines] == [newest.directory]
     assert shard.name in whole.quarantines[0].why
     assert whole.generations[-1].resume == before
+
+
+def test_a_run_keeps_the_data_order_that_it_began_with(
+    start: StartScenario, reference_digest: str
+) -> None:
+    """Workers read in the recorded order: a run that an earlier version began has version 1, a new one has another."""
+    run = start()
+    data = read_manifest(open_store(run.config.data.url))
+    recorded = json.dumps(identity_of(run.config, data, {}))
+    assert "data.order" not in recorded
+    run.store.create(IDENTITY_KEY, recorded.encode())
+    run.fleet.start("alone")
+    run.finish()
+    assert run_digest(run.store, run.view()) != reference_digest

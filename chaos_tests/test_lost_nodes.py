@@ -8,7 +8,10 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import descendants_of, marked, workers_of
-from chaos_tests.scenario import CHECKPOINT_STEPS, first_member
+from chaos_tests.scenario import CHECKPOINT_STEPS, STEPS, first_member
+from elastic_pt.membership.decision.progress import step_in_pulse
+from elastic_pt.membership.pulse import KEY
+from elastic_pt.telemetry.goodput import Bucket
 
 pytestmark = pytest.mark.chaos
 
@@ -96,3 +99,25 @@ def test_a_killed_leader_costs_two_steps_at_most(
     newest = run.check_whole(reference_digest).generations[-1]
     assert newest.memory is not None
     assert newest.memory.step >= newest.frontier_step - 2 >= KILL_STEP - 3
+
+
+def test_steps_of_a_lost_fleet_are_recompute(start: StartScenario, reference_digest: str) -> None:
+    """If all nodes are lost before a commit, the new ones know from the pulse which steps they do again."""
+    quick = ("elastic.heartbeat_timeout_s=1.0", "elastic.takeover_s=2.0")
+    run = start(f"checkpoint.every_steps={STEPS}", *quick, nodes=1)
+    run.until_step(1, nodes=1)
+    run.until(
+        "a pulse with steps",
+        lambda: (step_in_pulse(run.store.read(KEY), 1) or 0) >= KILL_STEP,
+    )
+    run.fleet.kill("node-0")
+    run.fleet.start("node-1")
+    run.finish()
+    newest = run.check_whole(reference_digest).generations[-1]
+    assert (newest.number, newest.resume_step) == (2, 0)
+    assert newest.lost_steps == newest.frontier_step >= KILL_STEP
+    found = run.check_goodput()
+    (failure,) = found.failures
+    new = next(each for each in found.agents if each.node == "node-1")
+    assert failure.cost_s["recompute"] > 0.0
+    assert new.seconds[Bucket.RECOMPUTE] > 0.0

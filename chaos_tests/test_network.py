@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import permutations
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from chaos_tests.conftest import StartScenario
+from chaos_tests.conftest import MakeNetwork, StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario, Whole, make_config
-from elastic_pt.fleet.network import Network, missing_for_networks
+from elastic_pt.fleet.network import Network
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
-from tests.services.fixtures import left_out
 
 pytestmark = pytest.mark.chaos
 
@@ -27,23 +26,6 @@ FAULT_STEP = CHECKPOINT_STEPS + 3
 PROBE_TIMEOUT_S = 0.5
 PATIENT = ("elastic.hang_timeout_s=60", "elastic.join_window_s=2")
 """A test may stop a worker for long, and a node that rejoins is admitted soon."""
-
-MakeNetwork = Callable[..., Network]
-
-
-@pytest.fixture
-def make_network() -> Iterator[MakeNetwork]:
-    """Makes the test's network: `make_network(3, versions=(6,))` for three nodes with IPv6 addresses only."""
-    missing = missing_for_networks()
-    if missing:
-        left_out(f"tests on networks of their own, {missing}")
-    with ExitStack() as stack:
-
-        def make(count: int, *, versions: tuple[int, ...] = (4,)) -> Network:
-            names = [f"node-{number}" for number in range(count)]
-            return stack.enter_context(Network(names, versions=versions))
-
-        yield make
 
 
 def start_on(network: Network, start: StartScenario, *overrides: str) -> Scenario:

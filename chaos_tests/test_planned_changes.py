@@ -11,17 +11,21 @@ from chaos_tests.conftest import StartScenario
 from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
 from elastic_pt.runlog.records import Generation
+from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at
 from tests.services.proxy import FaultProxy
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.ceph]
 
 
 @contextmanager
-def slow_bucket(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy through which this process's children, from now on, reach the bucket."""
-    with FaultProxy(moto_endpoint) as proxy:
-        point_aws_at(proxy.endpoint, "moto", "moto-secret", monkeypatch)
+def slow_bucket(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy through which this process's children, from now on, reach the bucket.
+
+    Not moto: when two nodes create one key at once there, both may win now and then.
+    """
+    with FaultProxy(ceph.endpoint) as proxy:
+        point_aws_at(proxy.endpoint, ACCESS_KEY, SECRET_KEY, monkeypatch)
         yield proxy
 
 
@@ -46,18 +50,18 @@ def require_from_memory(generation: Generation) -> None:
 
 def test_join_and_leave_wait_for_no_upload(
     start: StartScenario,
-    moto_url: str,
-    moto_endpoint: str,
+    ceph: Ceph,
+    ceph_url: str,
     monkeypatch: pytest.MonkeyPatch,
     reference_digest: str,
 ) -> None:
     """A node joins, then another leaves, while no upload ends: no step is lost, and training goes on at once."""
-    with slow_bucket(moto_endpoint, monkeypatch) as proxy:
+    with slow_bucket(ceph, monkeypatch) as proxy:
         run = start(
             "elastic.nodes_max=2",
             "elastic.join_window_s=0.5",
             "elastic.hang_timeout_s=60",
-            run_url=f"{moto_url}/run",
+            run_url=f"{ceph_url}/run",
         )
         run.fleet.start("node-0")
         run.until_step(CHECKPOINT_STEPS + 3, nodes=1)
@@ -83,8 +87,8 @@ def test_join_and_leave_wait_for_no_upload(
 def test_two_nodes_leave_at_once(
     second: int,
     start: StartScenario,
-    moto_url: str,
-    moto_endpoint: str,
+    ceph: Ceph,
+    ceph_url: str,
     monkeypatch: pytest.MonkeyPatch,
     reference_digest: str,
 ) -> None:
@@ -92,16 +96,24 @@ def test_two_nodes_leave_at_once(
 
     No step is lost in either case.
     """
-    with slow_bucket(moto_endpoint, monkeypatch) as proxy:
-        run = start("elastic.nodes_max=4", "elastic.hang_timeout_s=60", run_url=f"{moto_url}/run")
+    with slow_bucket(ceph, monkeypatch) as proxy:
+        run = start("elastic.nodes_max=4", "elastic.hang_timeout_s=60", run_url=f"{ceph_url}/run")
         for number in range(4):
             run.fleet.start(f"node-{number}")
         run.until_step(CHECKPOINT_STEPS + 3, nodes=4)
         members = run.generation().members
         leavers = [members[1].node, members[second].node]
+        worker = workers_of(run.fleet.pid(members[0].node), run.mark)[0]
+        # Steps are short: the worker stands still until both leaves are known.
+        os.kill(worker, signal.SIGSTOP)
         proxy.hold("shard-")
         for node in leavers:
             os.kill(run.fleet.pid(node), signal.SIGTERM)
+        run.until(
+            "both want to leave",
+            lambda: {each.member.node for each in run.statuses() if each.leaving} == set(leavers),
+        )
+        os.kill(worker, signal.SIGCONT)
         if second == 2:
             run.until(
                 "all settle", lambda: all(each.phase == "settling" for each in run.statuses())

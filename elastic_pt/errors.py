@@ -2,7 +2,8 @@
 
     ElasticPtError                 8   base of every error that this project raises on purpose
     ├── ConfigError                2   the user can fix it: names the field, the value, what is expected
-    │   └── DataError              2   the corpus or the prepared data cannot be used as it is
+    │   ├── DataError              2   the corpus or the prepared data cannot be used as it is
+    │   └── NoRun                  2   no run is at that URL, or not yet
     ├── StoreError                 3   a request to the bucket failed, at once or until its deadline
     │   ├── NotFound               3   no object under that key
     │   ├── AlreadyExists          3   a lost create-once: the key holds another writer's object
@@ -34,6 +35,10 @@ class ConfigError(ElasticPtError):
 
 class DataError(ConfigError):
     """The corpus or the prepared data cannot be used as it is."""
+
+
+class NoRun(ConfigError):
+    """No run is at that URL, or not yet."""
 
 
 class StoreError(ElasticPtError):

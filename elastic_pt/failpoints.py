@@ -80,6 +80,11 @@ class Failpoint(Enum):
     RESTORE_ROWS = "restore.rows", "the rows of one request are verified and in place"
     RESTORE_LOADED = "restore.loaded", "all rows are in place; training has not begun"
 
+    PASS_EVALUATED = (
+        "pass.evaluated",
+        "a worker has evaluated one batch of held-out rows; nobody has the loss",
+    )
+
     def __init__(self, label: str, moment: str) -> None:
         self.label = label
         self.moment = moment

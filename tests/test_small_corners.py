@@ -14,16 +14,16 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from elastic_pt.agent.start import require_cache
+from elastic_pt.agent.start import require_cache, require_held_out
 from elastic_pt.config import parse_config
 from elastic_pt.data.manifest import Manifest, Shard, Source
 from elastic_pt.errors import ConfigError, DataError
+from elastic_pt.membership import asking
 from elastic_pt.membership.node import Node
-from elastic_pt.report import status as inspection
 from elastic_pt.runlog.log import GENERATIONS_KEPT
 from elastic_pt.store import local
 from elastic_pt.store.local import LocalStore
-from elastic_pt.telemetry.events import EventSink
+from elastic_pt.telemetry.shipping import EventSink
 from elastic_pt.workers.channel import AgentSide, Message, WorkerSide
 from elastic_pt.workers.failure import Evidence, RecordedError, classify
 
@@ -146,11 +146,25 @@ def test_unusable_cache_is_refused_before_workers_start(tmp_path: Path) -> None:
         require(tmp_path / "open", 2000)
 
 
+def test_evaluations_without_held_out_text_are_refused() -> None:
+    """Data without held-out text and a cadence of evaluations do not go together: one line at the start names both."""
+    off, on = (
+        parse_config(CONFIG, source="test", overrides=[f"evaluation.every_steps={every}"])
+        for every in (0, 10)
+    )
+    require_held_out(off, manifest())
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.every_steps = 10: .*expected 0, or data"
+    ) as caught:
+        require_held_out(on, manifest())
+    assert "\n" not in str(caught.value)
+
+
 def test_events_are_written_after_an_unexpected_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a write raises, the thread goes on and the events are written later."""
-    monkeypatch.setattr("elastic_pt.telemetry.events._FLUSH_INTERVAL_S", 0.05)
+    monkeypatch.setattr("elastic_pt.telemetry.shipping._FLUSH_INTERVAL_S", 0.05)
     store = LocalStore(f"file://{tmp_path}")
     errors = [RuntimeError("cannot schedule new futures")]
     tried = threading.Event()
@@ -176,7 +190,7 @@ def test_answer_in_parts_is_read_completely(
 ) -> None:
     """A body that arrives in parts is read completely, but not beyond the limit."""
     parts, bound = [b"a" * 100, b"b" * 100, b"c" * 100], 150 if too_much else 1000
-    monkeypatch.setattr(inspection, "_ANSWER_BYTES_MAX", bound)
+    monkeypatch.setattr(asking, "_ANSWER_BYTES_MAX", bound)
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -194,7 +208,7 @@ def test_answer_in_parts_is_read_completely(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         async with aiohttp.ClientSession() as session, session.get(site.name) as response:
-            body = await inspection._read_body(response)
+            body = await asking.read_body(response)
         await runner.cleanup()
         return body
 

@@ -28,15 +28,8 @@ from benchmarks.cuda.alone import (
 )
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import SIZES, Shape
+from elastic_pt.telemetry.flops import peak_flops_of
 
-_PEAKS: Final = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("A100", 312e12),
-)
-"""Dense bfloat16 FLOP/s of datasheets, by a part of the device's name. The first match counts."""
 _WARM_UP_STEPS: Final = 3
 _PROFILED_STEPS: Final = 2
 _TOP: Final = 12
@@ -158,8 +151,7 @@ def _profile(
 def _peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    return peak_flops_of(torch.cuda.get_device_name(device))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -12,8 +12,8 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-_LEFT_OUT: Final = {"torch", "pyarrow", "matplotlib", "tokenizers"}
-"""torch is already installed. The benchmark does not need the others: Parquet files, plots, tokenizers."""
+_LEFT_OUT: Final = {"torch", "pyarrow", "matplotlib", "tokenizers", "tensorboard"}
+"""torch is already installed. The benchmark does not need the others: Parquet files, plots, tokenizers, TensorBoard."""
 _TARGET: Final = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 

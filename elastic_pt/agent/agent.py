@@ -8,19 +8,19 @@ training stack: the command that starts the agent passes the function that its w
                     Checkpointing    kept states ─► bucket   ─► COMMIT           (upload and commit threads)
                     WorkerMessages   messages of workers ─► metrics, status      (channel threads)
                     Watch            notices of the platform ─► Leaving          (notices thread)
+                    Telemetry        metrics, account of the time, events        (their own threads)
 
 SIGTERM, SIGINT, a notice, and a drain in the log ask the node to leave in good order. A second signal,
 `elastic.leave_timeout_s`, or the deadline of the notice or drain, ends it.
 """
 
 import os
-import random
-import secrets
 import signal
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -30,33 +30,32 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from elastic_pt.agent.at_risk import CheckpointRequests
 from elastic_pt.agent.checkpointing import Checkpointing
+from elastic_pt.agent.counting import count_workers
+from elastic_pt.agent.failures import Failures
 from elastic_pt.agent.leaving import Leaving
 from elastic_pt.agent.messages import Progress, WorkerMessages
-from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.parts import limits_of, notices_of, resources_of
 from elastic_pt.agent.restoring import complete_history
 from elastic_pt.agent.snapshots import Snapshots
 from elastic_pt.agent.start import Prepared, prepare, read_data
+from elastic_pt.agent.telemetry import Telemetry
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.config import Config
-from elastic_pt.errors import FencedError, NodeFailure
+from elastic_pt.errors import FencedError
 from elastic_pt.membership.address import avoid_getfqdn
-from elastic_pt.membership.decision.budgets import rest_s
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.notices.signals import LEAVE_SIGNALS
-from elastic_pt.runlog.records import Cause, CauseKind, Stop, Verb
+from elastic_pt.runlog.identity import IDENTITY_KEY
+from elastic_pt.runlog.records import Stop
 from elastic_pt.store.open import open_store
-from elastic_pt.telemetry.catalogue import Metrics
-from elastic_pt.telemetry.events import EventSink, configure_events
-from elastic_pt.telemetry.exporter import serve_metrics
-from elastic_pt.telemetry.goodput import Activity
+from elastic_pt.telemetry.account import LEFT
+from elastic_pt.telemetry.goodput import Bucket
 from elastic_pt.workers.assignment import SOCKET_NAME, Assignment, Outcome, write_assignment
 from elastic_pt.workers.channel import AgentSide
-from elastic_pt.workers.failure import WorkerFailure
 from elastic_pt.workers.forking import ForkedCall
 from elastic_pt.workers.processes import NodeProcesses
 
@@ -80,56 +79,73 @@ def run_agent(
     `train.probe.platform_of_workers`. Raises `ElasticPtError`.
     """
     avoid_getfqdn()
-    store = open_store(config.run.url, timeout_s=config.store.deadline_s)
-    data = read_data(config, store)
-    platform.begin(config.to_toml(), data.vocab_size)
-    with ExitStack() as stack:
-        sink = EventSink(store, f"{name}-{secrets.token_hex(4)}")
-        stack.callback(sink.close)
-        configure_events(config.telemetry.log_level, name, sink)
+    telemetry = Telemetry(config, name)
+    store = open_store(
+        config.run.url, timeout_s=config.store.deadline_s, observer=telemetry.requests
+    )
+    with ExitStack() as opened:
+        # A start that fails again and again costs money too. But a mistake in the URL of a new run creates no directory.
+        exists = store.size(IDENTITY_KEY) is not None
+        if exists:
+            opened.enter_context(telemetry.open(store))
+        data = read_data(config, store)
+        platform.begin(config.to_toml(), data.vocab_size)
+        if not exists:
+            opened.enter_context(telemetry.open(store))
+        telemetry.count_flops(data.vocab_size)
         prepared = prepare(config, store, data, name, address, platform)
-        agent = Agent(prepared, scratch, worker)
-        stack.callback(agent.close)
-        return agent.run()
+        with closing(Agent(prepared, scratch, worker, telemetry)) as agent:
+            stop = agent.run()
+        telemetry.ended(LEFT if stop is None else stop.reason)
+        return stop
 
 
 class Agent:
     """One node's agent, for all generations that it takes part in."""
 
-    def __init__(self, prepared: Prepared, scratch: Path, worker: Worker) -> None:
+    def __init__(
+        self, prepared: Prepared, scratch: Path, worker: Worker, telemetry: Telemetry
+    ) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
         member, token = prepared.member, run_token(store)
         self._config = config
+        self._order_version = prepared.order_version
         self._scratch = scratch
         self._log = run_log
-        self._token = token
         # torch creates files for its workers' errors. In scratch, a later agent sweeps the files of a killed one.
         tempfile.tempdir = str(scratch)
-        self._observation = Observation(Metrics())
-        self._metrics_server, metrics_url = serve_metrics(
-            self._observation.metrics,
-            config.telemetry.metrics_address,
-            config.telemetry.metrics_port,
-            member.address,
-        )
+        self._telemetry = telemetry
+        self._observation, metrics = telemetry.observation, telemetry.metrics
+        metrics_url = telemetry.begin(prepared, token)
         self._channel = AgentSide(scratch / SOCKET_NAME)
-        self._history = StepHistory()
+        history = StepHistory()
+        timeout_s = config.elastic.heartbeat_timeout_s
+        self._complete_history = partial(
+            complete_history, history, token=token, timeout_s=timeout_s
+        )
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
             token,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
-            timeout_s=config.elastic.heartbeat_timeout_s,
-            history=self._history,
+            timeout_s=timeout_s,
+            history=history,
             on_complete=self._held,
-            on_change=self._states_changed,
-            on_skip=self._observation.metrics.snapshot_skips.inc,
+            on_change=lambda: self._node.states_changed(),
+            on_skip=metrics.snapshot_skips.inc,
+            on_mirrored=metrics.mirror_bytes.inc,
         )
         self._node = new_node(
             NodeStatus.first(member, prepared.fingerprint, metrics_url),
             Limits(config.elastic, config.train.slots),
-            resources_of(prepared, self._channel, self._snapshots, self._drained),
+            resources_of(
+                prepared,
+                self._channel,
+                self._snapshots,
+                lambda seconds: self._leaving.drained(seconds),
+                self._observation,
+            ),
             token,
         )
         self._checkpointing = Checkpointing(
@@ -137,23 +153,27 @@ class Agent:
             store,
             run_log,
             self._node,
-            self._observation.metrics,
+            metrics,
             scratch,
-            self._history,
+            history,
             states=self._snapshots,
             release=self._release,
         )
-        self._progress = Progress()
+        self._progress = progress = Progress()
+        self._failures = Failures(self._node, self._observation, progress, config.elastic)
+        telemetry.follow(self._node, token, self._checkpointing.pending, lambda: progress.step)
         estimates = self._observation.estimates
         self._leaving = Leaving(
             self._node,
             config.elastic.leave_timeout_s,
-            times=lambda: estimates.times,
+            times=lambda: estimates.times_to_leave(
+                lambda step: config.evaluation.due(step, config.train.steps)
+            ),
             at_risk=CheckpointRequests(
                 run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
             ).heed,
         )
-        self._notices = notices_of(prepared, token, self._leaving, self._observation.metrics)
+        self._notices = notices_of(prepared, token, self._leaving, metrics)
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -161,6 +181,7 @@ class Agent:
             self._snapshots,
             self._observation,
             self._progress,
+            telemetry.events.relay,
         )
         self._processes = NodeProcesses(
             LogRendezvous(self._node, run_id=store.url.rpartition("/")[2]),
@@ -170,9 +191,10 @@ class Agent:
             scratch=str(scratch),
             on_start=self._before_start,
             on_stop=self._after_stop,
-            on_failure=self._worker_failed,
+            on_failure=self._failures.worker_failed,
             limits=limits_of(config),
         )
+        metrics.before_scrape(lambda: count_workers(metrics, self._processes.phases()))
 
     def run(self) -> Stop | None:
         """Train one generation after the other until the log says STOP, or this node has left (None)."""
@@ -182,9 +204,11 @@ class Agent:
         try:
             # First: a node with a notice should not join.
             self._notices.start()
+            self._telemetry.start()
             self._channel.listen(self._messages.handle)
+            # First: the first decision comes with the start.
+            self._observation.waits()
             self._node.start()
-            self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
             log.info("agent_started", pid=os.getpid(), address=self._node.member.address)
             try:
                 while self._train_generation():
@@ -204,6 +228,7 @@ class Agent:
             # Before the alarm is set: a notice sets it too.
             self._notices.close()
             signal.alarm(_EXIT_TIMEOUT_S)
+            self._observation.enter(Bucket.DRAINING)
         return self._node.view.stop
 
     def close(self) -> None:
@@ -213,7 +238,7 @@ class Agent:
         self._snapshots.close()
         self._checkpointing.close(_CLOSE_TIMEOUT_S)
         self._channel.close()
-        self._metrics_server.shutdown()
+        self._telemetry.close()
 
     def _release(self, generation: int, step: int, ranks: range | None) -> None:
         """Shares of a checkpoint are in the bucket, or given up: their buffers are free (threads of upload and commit)."""
@@ -226,16 +251,8 @@ class Agent:
     def _held(self, generation: int, step: int, mirrors_have_room: bool) -> None:
         """The state of a step is whole on this node, and on its mirrors that have room (`mirrors_have_room`: all of them)."""
         if mirrors_have_room and self._config.checkpoint.mirror_copies:
-            self._observation.estimates.held(step)
+            self._observation.mirrored(step)
         self._channel.complete(generation, step, mirrors_have_room)
-
-    def _states_changed(self) -> None:
-        """This node holds more in memory, or its mirrors do: the members look again."""
-        self._node.states_changed()
-
-    def _drained(self, seconds: float) -> None:
-        """An operator asks this node to leave (membership thread). Called again until it leaves."""
-        self._leaving.drained(seconds)
 
     # ---- one generation ------------------------------------------------------------------------
 
@@ -246,7 +263,8 @@ class Agent:
         except RendezvousClosedError:
             return False
         except OSError as error:
-            self._could_not_start(error)
+            self._after_stop()
+            self._failures.not_started(error)
             return True
         formed, failure = self._node.formed, None
         self._channel.drain_messages(_LAST_MESSAGES_TIMEOUT_S)
@@ -256,23 +274,19 @@ class Agent:
             settled = self._settle(formed, completed=outcome is Outcome.COMPLETED)
             if not settled and not self._node.must_reform(formed.generation.number):
                 failure = self._checkpointing.failure()
-        self._end_generation(formed.generation.number, failure, counts=True)
+        self._failures.end_generation(formed.generation.number, failure, counts=True)
         return True
 
     def _before_start(self) -> None:
         """Write the assignment of the new generation for the workers."""
         formed, view = self._node.formed, self._node.view
         generation = formed.generation
-        self._observation.starts(generation, self._node.read_at_s(generation.number))
+        self._telemetry.workers_start(
+            view, generation, known_s=self._node.read_at_s(generation.number)
+        )
         self._checkpointing.starts(generation)
         self._snapshots.starts(formed)
-        complete_history(
-            self._history,
-            formed,
-            view.committed_step,
-            self._token,
-            self._config.elastic.heartbeat_timeout_s,
-        )
+        self._complete_history(formed, view.committed_step)
         write_assignment(
             self._scratch,
             Assignment(
@@ -282,6 +296,9 @@ class Agent:
                 store_port=generation.store_port,
                 resume=generation.resume,
                 memory=self._snapshots.places(generation),
+                node=self._node.member.node,
+                order_version=self._order_version,
+                ignored=generation.ignored,
             ),
         )
         log.info(
@@ -298,13 +315,17 @@ class Agent:
         """The workers are gone: handle their last messages before another generation starts."""
         self._channel.drain_messages(_LAST_MESSAGES_TIMEOUT_S)
         self._checkpointing.stopped()
+        number = self._node.formed.generation.number
+        if self._node.must_reform(number):
+            self._observation.broke(self._node.noticed_at_s(number))
+            self._observation.waits()
 
     def _settle(self, formed: Formed, *, completed: bool) -> bool:
         """The workers stopped as planned: wait until nothing is lost with them. False if that cannot be.
 
         After the last step that is the end of the run; before, a commit or a state in memory (`Node.await_settled`).
         """
-        self._observation.enter(Activity.SETTLE)
+        self._observation.enter(Bucket.CHECKPOINT_STALL if completed else Bucket.DRAINING)
         self._node.settling()
         began_s = time.monotonic()
         if completed:
@@ -332,64 +353,3 @@ class Agent:
         except FencedError as error:
             log.info("stop_fenced", reason=str(error))
         self._node.notice_log()
-
-    # ---- failures ------------------------------------------------------------------------------
-
-    def _could_not_start(self, error: OSError) -> None:
-        """This node could not start its workers (no space, too many open files, ...)."""
-        number = self._node.formed.generation.number
-        self._after_stop()
-        failure = self._node.failure(f"cannot start workers: {error}", surroundings=True)
-        log.warning("workers_not_started", generation=number, cause=str(error))
-        self._end_generation(number, failure, counts=not self._node.must_reform(number))
-
-    def _worker_failed(self, failure: WorkerFailure) -> None:
-        """A worker failed: tell the other nodes the cause, and count it if this node is the cause."""
-        number = self._node.formed.generation.number
-        self._observation.metrics.worker_failures.labels(failure.cause).inc()
-        log.warning(
-            "worker_failed",
-            generation=number,
-            cause=str(failure),
-            kind=failure.cause,
-            rank=failure.rank,
-            step=failure.step,
-            traceback=failure.traceback,
-            stacks=failure.stacks,
-        )
-        collateral = failure.collateral and self._node.await_reform(
-            number, 2 * self._config.elastic.heartbeat_timeout_s
-        )
-        unusable = self._progress.quarantined == number
-        own = self._node.failure(
-            str(failure),
-            kind=CauseKind.UNUSABLE if unusable else CauseKind.FAILED,
-            step=failure.step or 0,
-            signature=failure.signature,
-            surroundings=failure.surroundings,
-        )
-        counts = not (collateral or unusable or self._node.must_reform(number))
-        self._end_generation(number, None if collateral else own, counts=counts)
-
-    def _end_generation(self, number: int, failure: Cause | None, *, counts: bool) -> None:
-        """Tell the other nodes that this node's workers of a generation are gone.
-
-        A failure that `counts` was caused by this node, without a new step since the last one. The node rests longer
-        after each of them, so that the cause can end. Raises `NodeFailure` after too many, but only if the others
-        can continue without this node; alone it waits.
-        """
-        progress = self._progress
-        if counts and failure is not None:
-            progress.failures += 1
-            seconds = rest_s(progress.failures, random.random())
-            if seconds:
-                log.warning("node_rests", seconds=round(seconds, 3), cause=failure.detail)
-                self._node.rest(failure.detail, seconds)
-        self._node.spend(number, failure)
-        self._observation.waits(paused=self._node.view.request(Verb.PAUSE) is not None)
-        too_many = progress.failures > self._config.elastic.retries_without_progress
-        if counts and failure is not None and too_many and self._node.others_can_go_on():
-            raise NodeFailure(
-                f"workers failed {progress.failures} times without a step beyond {progress.step}; "
-                f"last: {failure.detail}"
-            )

@@ -73,15 +73,21 @@ def choose_resume(
 
 
 def quarantine(run_log: RunLog, generation: int, directory: str, why: str) -> None:
-    """Append a QUARANTINE: a committed checkpoint must not be used any more."""
-    log.error("checkpoint_quarantined", directory=directory, why=why)
+    """Append a QUARANTINE: a committed checkpoint must not be used any more. Only the first node that finds it does."""
+
+    def make(view: RunView) -> Quarantine:
+        if directory in view.quarantined:
+            raise FencedError(f"{directory} is quarantined already")
+        return Quarantine(directory, why)
+
     try:
-        run_log.append(lambda _: Quarantine(directory, why), generation=generation)
+        run_log.append(make, generation=generation)
         failpoint(Failpoint.QUARANTINE_APPENDED)
+        log.error("checkpoint_quarantined", directory=directory, why=why)
     except FencedError as error:
-        log.info("quarantine_fenced", reason=str(error))
+        log.info("quarantine_fenced", directory=directory, why=why, reason=str(error))
     except StoreError as error:
-        log.error("quarantine_failed", reason=str(error))
+        log.error("quarantine_failed", directory=directory, why=why, reason=str(error))
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class Checkpointing:
             on_uploaded=self._uploaded,
             on_failed=self._upload_failed,
             on_dropped=self._upload_dropped,
+            on_sent=self._sent,
         )
         self._committer = Committer(
             store,
@@ -288,6 +295,11 @@ class Checkpointing:
             kind=CauseKind.GAVE_UP,
         )
 
+    def pending(self) -> int:
+        """The number of checkpoints that this node has not finished: to upload, or not committed yet."""
+        expected = {State(each.number, step) for each, step in self._committer.expected()}
+        return len(expected | self._uploads.states())
+
     def close(self, timeout_s: float) -> None:
         """Finish the commits that are due, within a bounded time; drop shards that are not uploaded."""
         self._committer.close(timeout_s)
@@ -300,6 +312,10 @@ class Checkpointing:
             self._release(*state, None)
 
     # ---- on the upload and commit threads ----------------------------------------------------
+
+    def _sent(self, size: int, seconds: float) -> None:
+        self._metrics.checkpoint_upload_bytes.inc(size)
+        self._metrics.checkpoint_upload_seconds.observe(seconds)
 
     def _uploaded(self, state: State, ranks: range) -> None:
         self._release(*state, ranks)
@@ -321,11 +337,11 @@ class Checkpointing:
     def ended(self, generation: Generation, step: int, failure: Exception | None) -> None:
         """A checkpoint is committed (by any node), given up, or has failed: its shards are not needed any more."""
         state = State(generation.number, step)
-        newest = self._log.view.checkpoints[:1]
+        view = self._log.view
+        newest = view.checkpoints[:1]
         if newest and newest != self._newest:
             self._newest = newest
-            self._metrics.checkpoint_committed_step.set(newest[0].step)
-            self._metrics.checkpoint_commit_timestamp.set_to_current_time()
+            self._metrics.committed(newest[0].step, view.committed_at_s)
         if failure is not None:
             self._metrics.checkpoint_failures.inc()
             log.error("commit_failed", step=step, cause=str(failure))

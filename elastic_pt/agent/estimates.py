@@ -6,6 +6,9 @@
 A node that leaves has the next step agreed on by all workers and a state of that step made. The state must then be in
 the memory of the members that stay, or in the bucket, whichever is sooner. If neither is possible in time, the node ends
 at once: the others then start again sooner, and lose no more than they lose when a node vanishes. Agent process.
+
+An evaluation is never broken off for a leave: its step would be in the history without its held-out loss. So what is left
+of it counts. A node that ends at once in an evaluation has its step done and evaluated again, like a node that vanishes.
 """
 
 import threading
@@ -35,6 +38,8 @@ class Times:
     """From the end of a step until its state is whole on this node and on its mirrors. None without mirrors."""
     upload_s: float | None = None
     """From the end of a step until this node has uploaded its share of that checkpoint; on the committing node, until the COMMIT."""
+    evaluations_s: float | None = None
+    """No average: what is left of the evaluations after the steps that are still to be done."""
 
 
 class Way(StrEnum):
@@ -64,10 +69,11 @@ def plan_leave(
     `mirrors_leave`: all nodes that copy this one's state leave too, so no member that stays will hold it.
     Without a first value, a part counts as taking no time: it is tried.
     """
-    step_s = _UNMEASURED_STEPS_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
-    needs_s = {Way.BUCKET: step_s + _UPLOAD_MARGIN * (times.upload_s or 0.0)}
+    work_s = _UNMEASURED_STEPS_S if times.step_s is None else _STEPS_TO_AGREE * times.step_s
+    work_s += times.evaluations_s or 0.0
+    needs_s = {Way.BUCKET: work_s + _UPLOAD_MARGIN * (times.upload_s or 0.0)}
     if times.snapshot_s is not None and not alone and not mirrors_leave:
-        needs_s = {Way.MEMORY: step_s + times.snapshot_s, **needs_s}
+        needs_s = {Way.MEMORY: work_s + times.snapshot_s, **needs_s}
     for way, need_s in needs_s.items():
         if need_s <= lead_s:
             return LeavePlan(way, f"needs about {need_s:.1f} of {lead_s:.1f} s")
@@ -84,6 +90,7 @@ class Estimates:
         self._clock_s = clock_s
         self._lock = threading.Lock()
         self._times = Times()
+        self._evaluation_s: float | None = None
         self._ends_s: dict[int, float] = {}
         """When each of the newest steps ended."""
 
@@ -92,10 +99,26 @@ class Estimates:
         """The averages now."""
         return self._times
 
-    def step_done(self, step: int, seconds: float) -> None:
-        """This node's first worker has done a step."""
+    def times_to_leave(self, evaluated: Callable[[int], bool]) -> Times:
+        """The averages, and what is left of evaluations; `evaluated(step)` tells which steps have one."""
+        with self._lock:
+            times, evaluation_s = self._times, self._evaluation_s
+            if evaluation_s is None or times.step_s is None:
+                return times
+            newest, ended_s = next(reversed(self._ends_s.items()))
+            # After the step that has begun. Its evaluation may have begun, too.
+            spent_s = max(0.0, self._clock_s() - ended_s - times.step_s)
+        left_s = max(0.0, evaluation_s - spent_s) if evaluated(newest + 1) else 0.0
+        # After the step in which all agree.
+        left_s += evaluation_s if evaluated(newest + 2) else 0.0
+        return replace(times, evaluations_s=left_s)
+
+    def step_done(self, step: int, seconds: float, evaluation_s: float | None = None) -> None:
+        """This node's first worker has done a step, and perhaps an evaluation after it."""
         with self._lock:
             self._times = replace(self._times, step_s=_averaged(self._times.step_s, seconds))
+            if evaluation_s is not None:
+                self._evaluation_s = _averaged(self._evaluation_s, evaluation_s)
             self._ends_s.pop(step, None)
             self._ends_s[step] = self._clock_s()
             if len(self._ends_s) > _STEPS_KEPT:

@@ -10,6 +10,7 @@ from typing import Final
 
 from elastic_pt.agent.checkpointing import choose_resume
 from elastic_pt.agent.leaving import Leaving
+from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.start import Prepared
 from elastic_pt.config import Config
 from elastic_pt.membership.decision.mirrors import mirrored_by
@@ -19,6 +20,7 @@ from elastic_pt.notices.detect import chosen, read_machine, sources
 from elastic_pt.notices.watch import Watch
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
+from elastic_pt.telemetry.requests import CountRequests
 from elastic_pt.workers.channel import AgentSide
 from elastic_pt.workers.watchdog import WatchdogLimits
 
@@ -31,12 +33,15 @@ def resources_of(
     channel: AgentSide,
     states: InMemoryStates,
     on_leave: Callable[[float], None],
+    observation: Observation,
 ) -> Resources:
     """What the membership of this node needs from the rest of its agent."""
     config, member = prepared.config, prepared.member
     return Resources(
         log=prepared.log,
-        hints=open_store(config.run.url, timeout_s=_HINTS_TIMEOUT_S),
+        hints=open_store(
+            config.run.url, timeout_s=_HINTS_TIMEOUT_S, observer=CountRequests(observation.metrics)
+        ),
         clock_s=time.monotonic,
         bind_store=partial(bind_store, member.address),
         choose_resume=partial(
@@ -50,6 +55,7 @@ def resources_of(
         on_drain=channel.drain,
         on_checkpoint=channel.checkpoint,
         on_leave=on_leave,
+        on_decision=observation.idle,
         platform=prepared.platform,
         states=states,
         fenced_url=prepared.fenced_url,
@@ -71,7 +77,7 @@ def limits_of(config: Config) -> WatchdogLimits:
     """How long a worker may be silent."""
     return WatchdogLimits(
         hang_timeout_s=config.elastic.hang_timeout_s,
-        # No worker makes progress while one of them still retries to read its data.
-        progress_timeout_s=max(_PROGRESS_TIMEOUT_S, config.store.deadline_s),
+        # No worker makes progress while one of them still waits for its data; that wait ends with a better error.
+        progress_timeout_s=_PROGRESS_TIMEOUT_S + config.store.deadline_s,
         startup_timeout_s=config.elastic.startup_timeout_s,
     )

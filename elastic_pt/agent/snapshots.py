@@ -67,10 +67,12 @@ class Snapshots:
         on_complete: Callable[[int, int, bool], None],
         on_change: Callable[[], None],
         on_skip: Callable[[], None],
+        on_mirrored: Callable[[int], None] = lambda _: None,
     ) -> None:
         """`on_complete(generation, step, mirrors_have_room)`: this node's workers may write over what is older than that step.
 
         `on_change()`: this node holds more, or its mirrors do. `on_skip()`: a snapshot, or a mirror's copy of one, is left out.
+        `on_mirrored(bytes)`: a neighbour's state was copied.
 
         `history` has the lines of the steps since the last commit, for peers that have fewer.
         """
@@ -82,6 +84,7 @@ class Snapshots:
         self._on_complete = on_complete
         self._on_change = on_change
         self._on_skip = on_skip
+        self._on_mirrored = on_mirrored
         self._lock = threading.RLock()
         self._holdings = Holdings()
         self._every = 0
@@ -306,6 +309,11 @@ class Snapshots:
     # ---- for the mirrors, in their threads --------------------------------------------------------
 
     def copied(self, buffer: Buffer, record: Snapshot) -> None:
+        """A mirror has copied a neighbour's state."""
+        self._on_mirrored(record.size)
+        self._add(buffer, record)
+
+    def _add(self, buffer: Buffer, record: Snapshot) -> None:
         """Store the record of a buffer file of this node that holds a whole state."""
         copy = Copy(buffer, record.step, record.size, record.to_bytes(), time.monotonic())
         with self._lock:
@@ -331,7 +339,7 @@ class Snapshots:
                 found = describe_snapshot(buffer, self._scratch)
                 if found is not None:
                     failpoint(Failpoint.SNAPSHOT_DESCRIBED)
-                    self.copied(buffer, found)
+                    self._add(buffer, found)
                 return
             # Any error: keep the thread alive.
             except Exception as error:

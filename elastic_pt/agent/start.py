@@ -15,7 +15,7 @@ import torch
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
-from elastic_pt.data.manifest import TOKEN_BYTES, Manifest, read_manifest
+from elastic_pt.data.manifest import Manifest, largest_block, read_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.errors import ConfigError, DataError, NodeFailure, NotFound, StoreError
 from elastic_pt.membership.address import interface_of
@@ -51,6 +51,8 @@ class Prepared:
     """The URL that `require_fencing` returned."""
     environment: Mapping[str, str]
     """Environment variables for the workers."""
+    order_version: int
+    """Of the run's data order."""
 
 
 def read_data(config: Config, store: Store) -> Manifest:
@@ -77,12 +79,13 @@ def prepare(
     fenced_url = require_fencing(store, config, run_log.refresh().fenced_url)
     require_staging_space(config, data.vocab_size)
     require_work(config, data, workers)
+    require_held_out(config, data)
     warn_of_unfinished(open_store(config.run.url, timeout_s=_RULES_TIMEOUT_S))
     require_cache(config, data)
     computes = platform.wait(config.elastic.startup_timeout_s)
     # A node must not join before it can start workers, or all others would wait for it.
     await_fork_server(config.elastic.startup_timeout_s)
-    agree_on_identity(store, config, data, computes, run_log.refresh().platform)
+    order = agree_on_identity(store, config, data, computes, run_log.refresh().platform)
     cache = str(cache_directory(config.data.cache))
     return Prepared(
         config=config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
@@ -93,6 +96,7 @@ def prepare(
         platform=computes if config.train.numerics == "exact" else {},
         fenced_url=fenced_url,
         environment=environment,
+        order_version=order,
     )
 
 
@@ -152,18 +156,23 @@ def require_work(config: Config, data: Manifest, workers: int) -> None:
     )
 
 
+def require_held_out(config: Config, data: Manifest) -> None:
+    """Refuse evaluations of data that has nothing to evaluate."""
+    if config.evaluation.every_steps and data.tokens("held_out") == 0:
+        raise ConfigError(
+            f"evaluation.every_steps = {config.evaluation.every_steps}: the data at {config.data.url} has no held-out "
+            "text; expected 0, or data that was prepared with --held-out above 0"
+        )
+
+
 def require_cache(config: Config, data: Manifest) -> None:
-    """Refuse a cache of token shards that belongs to another user, or is too small for one shard."""
-    shards = [shard for source in data.sources for shard in source.train]
-    largest = max(shards, key=lambda shard: shard.tokens)
-    # Shards on a file system are mapped in place.
-    size = (
-        0
-        if config.data.url.startswith("file://")
-        else largest.tokens * TOKEN_BYTES[data.token_type]
-    )
+    """Refuse a cache of token shards that belongs to another user, or is too small for one block."""
+    size, name = 0, "a block"
+    # Shards on a file system are read in place.
+    if not config.data.url.startswith("file://"):
+        size, name = largest_block(data, held_out=bool(config.evaluation.every_steps))
     cache = ShardCache(cache_directory(config.data.cache), config.data.cache_bytes)
-    cache.require(size, largest.key)
+    cache.require(size, name)
 
 
 def require_device(config: Config) -> None:

@@ -45,12 +45,18 @@ class Uploads:
         on_uploaded: Callable[[State, range], None],
         on_failed: Callable[[State, Exception], None],
         on_dropped: Callable[[State, str], None],
+        on_sent: Callable[[int, float], None] = lambda *_: None,
     ) -> None:
-        """`on_uploaded`: the share is uploaded, or has failed; `on_dropped`: a newer one has replaced it, for a reason."""
+        """`on_uploaded`: the share is uploaded, or has failed; `on_dropped`: a newer one has replaced it, for a reason.
+
+        `on_sent(bytes, seconds)`: one shard is uploaded.
+        """
         self._on_uploaded = on_uploaded
         self._on_failed = on_failed
         self._on_dropped = on_dropped
-        self._uploader = Uploader(store, on_uploaded=self._done, on_failed=self._failed)
+        self._uploader = Uploader(
+            store, on_uploaded=self._done, on_failed=self._failed, on_sent=on_sent
+        )
         self._lock = threading.Lock()
         self._shares: list[_Share] = []
         """The one in flight comes first."""

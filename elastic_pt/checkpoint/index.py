@@ -12,11 +12,9 @@ Runs in workers, agents and the command line.
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from elastic_pt.checkpoint.layout import (
     FullManifest,
@@ -31,13 +29,11 @@ from elastic_pt.checkpoint.nodes import NodeRecord, NodeShare, RootManifest
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX, decode
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.parallel import in_order
 from elastic_pt.store.port import Store
 
 REQUEST_THREADS: Final = 64
 """Parallel small requests of a reader: sizes and node records."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Readable(Protocol):
@@ -188,20 +184,3 @@ def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:
         return store.read(key, start, end)
     except NotFound as error:
         raise CheckpointError(f"{key}: missing") from error
-
-
-def in_order(
-    reads: Iterable[Item], work: Callable[[Item], Result], threads: int
-) -> Iterator[Result]:
-    """`map` over a pool of threads. Reads at most `threads` items ahead of the consumer."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for read in reads:
-                if len(waiting) == threads:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(work, read))
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_pt.checkpoint.index import REQUEST_THREADS, PartialIndex, in_order
+from elastic_pt.checkpoint.index import REQUEST_THREADS, PartialIndex
 from elastic_pt.checkpoint.layout import TensorEntry, TensorSlice
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.snapshot import BufferContent, Snapshot, open_buffer
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.store.parallel import in_order
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from elastic_pt.checkpoint.index import Index, Memory, Readable, in_order, read_bytes
+from elastic_pt.checkpoint.index import Index, Memory, Readable, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
+from elastic_pt.store.parallel import in_order
 
 READ_BYTES_MAX = 32 << 20
 _MEMORY_READ_BYTES_MAX = 8 << 20

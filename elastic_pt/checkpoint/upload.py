@@ -13,6 +13,7 @@ new attempt needs no clean-up. `retention` removes incomplete uploads later.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -181,10 +182,13 @@ class Uploader:
         *,
         on_uploaded: Callable[[KeptShard], None],
         on_failed: Callable[[KeptShard, Exception], None],
+        on_sent: Callable[[int, float], None] = lambda *_: None,
     ) -> None:
+        """`on_sent(bytes, seconds)` tells the size of each uploaded shard, and how long that took."""
         self._store = store
         self._on_uploaded = on_uploaded
         self._on_failed = on_failed
+        self._on_sent = on_sent
         self._node = _NodeShards("", range(0))
         self._jobs = JobThread("checkpoint-upload", self._upload)
 
@@ -212,7 +216,9 @@ class Uploader:
                 node.refused = True
                 refuse_node(self._store, shard, shard.missing)
             elif not node.refused:
-                node.uploaded[shard.rank] = upload_shard(self._store, shard)
+                began_s = time.monotonic()
+                sent = node.uploaded[shard.rank] = upload_shard(self._store, shard)
+                self._on_sent(sent.file.size, time.monotonic() - began_s)
                 if len(node.uploaded) == len(node.ranks):
                     publish_node(self._store, [each for _, each in sorted(node.uploaded.items())])
         # Any error: report it to the agent and keep the thread alive. Without the thread there are no checkpoints.

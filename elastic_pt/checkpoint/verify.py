@@ -17,7 +17,6 @@ from typing import Final
 from elastic_pt.checkpoint.index import (
     REQUEST_THREADS,
     full_manifest,
-    in_order,
     read_bytes,
     read_root,
 )
@@ -34,6 +33,7 @@ from elastic_pt.checkpoint.restore import (
 from elastic_pt.checkpoint.shard_file import block_bounds, hash_blocks
 from elastic_pt.errors import CheckpointError, NotFound
 from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.parallel import in_order
 from elastic_pt.store.port import Store
 
 _VERIFY_THREADS: Final = 4

@@ -1,19 +1,28 @@
 """The command line: `elastic-pt COMMAND …`. Importing it does nothing; `main` is the entry point.
 
     prepare                             corpus ─► token shards                      cli.prepare
+    convert                             token files of others ─► token shards       cli.convert
     run  local  demo                    nodes that train                            cli.training
+    data                                what a run reads, and when                  cli.data
     status  log  checkpoints            read the state of a run                     cli.reading
+    watch                               judge from outside whether it is healthy    cli.watch
+    goodput                             what its node-seconds were spent on         cli.goodput
+    targets                             its nodes as scrape targets                 cli.targets
+    sync                                copy its steps to TensorBoard and others    cli.sync
+    report                              one HTML page about it                      cli.report
     digest  generate  eval  export      use its checkpoints                         cli.weights
     reopen                              continue a failed run                       cli.control
     checkpoint  pause  resume           steer a run through its log                 cli.control
     drain  stop
     config  storage-check               checks before a run                         cli.setup
+    dashboards push  dashboards export  Grafana dashboards                          cli.dashboards
 
 Commands import what they need when they are called: importing torch takes two seconds, and `--help` and
 `status` do not need it. Workers import this module too, because multiprocessing imports the parent's main
 module again in a forked process.
 """
 
+import atexit
 import inspect
 import io
 import os
@@ -21,6 +30,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any, Final
 
@@ -28,10 +38,26 @@ import structlog
 import typer
 from typer.exceptions import TyperException
 
-from elastic_pt.cli import control, prepare, reading, setup, training, weights
+from elastic_pt.cli import (
+    control,
+    convert,
+    dashboards,
+    data,
+    goodput,
+    prepare,
+    reading,
+    report,
+    setup,
+    targets,
+    training,
+    watch,
+    weights,
+)
+from elastic_pt.cli import sync as sync_module
 from elastic_pt.cli.options import INTERRUPTED
 from elastic_pt.errors import ConfigError, ElasticPtError, UnexpectedError
-from elastic_pt.telemetry.events import configure_events
+from elastic_pt.telemetry.events import EventContext, EventOutput, configure_events
+from elastic_pt.telemetry.redaction import Redactor, secrets_in
 
 _BROKEN_PIPE: Final = 141
 _INVALID_VALUE: Final = re.compile(r"Invalid value(?: for '([^']*)')?: ")
@@ -59,12 +85,19 @@ app = typer.Typer(
 )
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "prepare": prepare.prepare,
+    "convert": convert.convert,
+    "data": data.data,
     "run": training.run,
     "local": training.local,
     "demo": training.demo,
     "status": reading.status,
+    "watch": watch.watch,
     "log": reading.log,
     "checkpoints": reading.checkpoints,
+    "goodput": goodput.goodput,
+    "targets": targets.targets,
+    "sync": sync_module.sync,
+    "report": report.report,
     "digest": weights.digest,
     "generate": weights.generate,
     "eval": weights.evaluate,
@@ -80,6 +113,20 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, help=_text(_command), epilog=_examples(_command))(_command)
+
+_dashboards = typer.Typer(rich_markup_mode="rich")
+_OF_DASHBOARDS: Final[dict[str, Callable[..., None]]] = {
+    "push": dashboards.push_dashboards,
+    "export": dashboards.export_dashboards,
+}
+for _name, _command in _OF_DASHBOARDS.items():
+    _dashboards.command(_name, help=_text(_command), epilog=_examples(_command))(_command)
+app.add_typer(
+    _dashboards,
+    name="dashboards",
+    help=_text(dashboards.dashboards),
+    epilog=_examples(dashboards.dashboards),
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -119,13 +166,35 @@ def main() -> None:
         # A command must not fail on a character that the locale cannot show (`LC_ALL=C`).
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    raise SystemExit(run_command_line(sys.argv[1:]))
+    ended: list[int] = []
+    # First: handlers run in reverse, so those of multiprocessing and torch run before this one.
+    atexit.register(_end_at_once, ended)
+    try:
+        ended.append(run_command_line(sys.argv[1:]))
+    except SystemExit as end:  # an agent that a signal ends
+        ended += [end.code] if isinstance(end.code, int) else []
+        raise
+    raise SystemExit(ended[0])
+
+
+def _end_at_once(ended: list[int]) -> None:
+    """Python would take all modules apart. With torch that takes about a second, which no account of an agent has."""
+    with suppress(
+        OSError, ValueError
+    ):  # nobody reads the output any more: Python ends with its own code for that
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if ended:
+            os._exit(ended[0])
 
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; returns the exit code. An expected error is one line on standard error."""
     # Warnings go to standard error, because scripts parse standard output. An agent configures events again.
-    configure_events("warning", platform.node())
+    configure_events(
+        EventContext(platform.node()),
+        EventOutput("warning", redactor=Redactor(secrets_in(os.environ))),
+    )
     for argument in arguments:
         if not argument.isascii() and argument != argument.encode("utf-8", "ignore").decode():
             return _fail(f"argument {argument!a}: expected UTF-8 text", ConfigError.exit_code)

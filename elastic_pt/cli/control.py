@@ -15,6 +15,7 @@ import typer
 
 from elastic_pt.cli.options import AsJson, RunUrl, absolute_url, print_json
 from elastic_pt.errors import ConfigError, LogDamaged, NotDone, StoreError
+from elastic_pt.telemetry.redaction import Redactor, secrets_in
 
 if TYPE_CHECKING:
     from elastic_pt.report.status import Run
@@ -192,11 +193,7 @@ def _steer(
     from elastic_pt.runlog.control import ask, is_done
     from elastic_pt.runlog.records import Control, Request
 
-    reason = " ".join(why.split())
-    if len(reason) > _WHY_CHARACTERS_MAX:
-        raise ConfigError(
-            f"--reason {why!r}: expected at most {_WHY_CHARACTERS_MAX} characters of text"
-        )
+    reason = _words("--reason", why)
     run = open_run(absolute_url(run_url, "RUN_URL"))
     _require_steerable(run, verb)
     request = Request(verb, by=_operator(), why=reason, node=node, seconds=seconds)
@@ -223,6 +220,16 @@ def _steer(
         typer.echo(f"done: {request}; step {step} is committed")
     else:
         typer.echo(f"recorded: {request}; `elastic-pt status {run.store.url}` shows what follows")
+
+
+def _words(option: str, text: str) -> str:
+    """What an operator wrote, in one line and without secrets: all readers of the run see it, and it stays in the log."""
+    words = Redactor(secrets_in(os.environ)).text(" ".join(text.split()))
+    if len(words) > _WHY_CHARACTERS_MAX:
+        raise ConfigError(
+            f"{option} {text!r}: expected at most {_WHY_CHARACTERS_MAX} characters of text"
+        )
+    return words
 
 
 def _require_steerable(run: "Run", verb: "Verb") -> None:
@@ -309,9 +316,9 @@ def reopen(
     from elastic_pt.runlog.log import RunView
     from elastic_pt.runlog.records import COMPLETED, Reopen
 
-    reason = " ".join(why.split())
-    if not 0 < len(reason) <= _WHY_CHARACTERS_MAX:
-        raise ConfigError(f"--why {why!r}: expected 1 to {_WHY_CHARACTERS_MAX} characters of text")
+    reason = _words("--why", why)
+    if not reason:
+        raise ConfigError(f"--why {why!r}: expected some text")
     run = open_run(absolute_url(run_url, "RUN_URL"))
     view = run.log.refresh()
     if view.stop is not None and view.stop.reason == COMPLETED:

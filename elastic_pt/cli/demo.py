@@ -31,13 +31,14 @@ from elastic_pt.report.artifacts import (
     evaluate,
     open_trained,
 )
+from elastic_pt.report.history import read_steps
+from elastic_pt.report.page.write import write_report
 from elastic_pt.report.plot import GenerationSpan, StepPoint, plot_run
 from elastic_pt.report.status import (
     Run,
     RunStatus,
     State,
     open_run,
-    read_history,
     read_status,
     records,
 )
@@ -57,6 +58,7 @@ VOCABULARY: Final = 1024
 HELD_OUT: Final = 0.02
 PROMPT: Final = "def __init__(self"
 PLOT_NAME: Final = "plot.png"
+REPORT_NAME: Final = "report.html"
 _TIMEOUT_S: Final = 900.0
 _POLL_S: Final = 0.2
 _RECOVERY_POLL_S: Final = 0.05
@@ -85,6 +87,9 @@ join_window_s = 3.0
 [checkpoint]
 every_steps = 20
 keep = 2
+[evaluation]
+every_steps = 25
+rows = 48
 """
 
 
@@ -177,6 +182,7 @@ def run_demo(directory: Path) -> None:
         results, text = _compare(place, seconds, screen)
     _report(console, results, recovery, text)
     screen.say(f"plot       {shown(place / 'disturbed' / PLOT_NAME)}")
+    screen.say(f"report     {shown(place / 'disturbed' / REPORT_NAME)}")
     screen.say(f"total      {time.monotonic() - started_s:.0f} s")
     if results[0].digest != results[1].digest:
         raise UnexpectedError(
@@ -235,6 +241,7 @@ def _train_disturbed(config: Config, place: Path, screen: Screen) -> tuple[Recov
         for node in ("node-1", "node-2", "node-3"):
             fleet.start(node)
         show.watch("three nodes", lambda status: status.world_size == 3 and status.step > 0)
+        screen.tell_live_view(place / "disturbed")
         show.now = "training"
         recovery = _lose_rank_zero(fleet, show, screen)
         show.now = "node-4 starts"
@@ -325,12 +332,14 @@ def _compare(place: Path, seconds: dict[str, float], screen: Screen) -> tuple[li
         trained = open_trained(run, None, None)
         digest = digest_of(run, trained.chosen)
         screen.progress(2 * number + 1, parts, f"held-out text, {name}")
-        held_out = evaluate(trained, lambda _: None)
-        results.append(Result(digest, read_history(run)[-1]["loss"], held_out, seconds_of))
+        held_out = evaluate(trained)
+        *_, newest = read_steps(run.store, records(run))
+        results.append(Result(digest, newest["loss"], held_out, seconds_of))
         if number == 0:
             first, model = run, trained.text_model()
     screen.progress(parts - 2, parts, "plot")
     plot(first, place / "disturbed" / PLOT_NAME)
+    write_report(first, place / "disturbed" / REPORT_NAME, time.time())
     screen.progress(parts - 1, parts, "continuation")
     sampling = Sampling(max_tokens=120, temperature=0.5, top_k=40, seed=1)
     text = PROMPT + continue_text(model, PROMPT, sampling)
@@ -340,7 +349,7 @@ def _compare(place: Path, seconds: dict[str, float], screen: Screen) -> tuple[li
 
 def plot(run: Run, path: Path) -> None:
     """Draw a run from its run directory alone."""
-    points = [StepPoint(line["step"], line["loss"]) for line in read_history(run)]
+    points = [StepPoint(line["step"], line["loss"]) for line in read_steps(run.store, records(run))]
     generations = [
         GenerationSpan(
             body.number,
@@ -375,4 +384,5 @@ def _report(console: Console, results: list[Result], recovery: Recovery, text: s
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
     if disturbed.digest == undisturbed.digest:
         console.print(Text("\nThe weights are equal, bit for bit.\n", "bold green"))
+    console.print(Text(f"The model continues {PROMPT!r}:\n"))
     console.print(Text(text.rstrip() + "\n", "cyan"))

@@ -81,11 +81,18 @@ class Screen:
         self._bars.update(task.id, completed=total, total=total, note=note)
         self._bars.stop_task(task.id)
 
+    def tell_live_view(self, run: Path) -> None:
+        """Print the command that shows a run while it trains."""
+        line = Text.assemble(
+            "   watch it in a second terminal: ", (command_line(live_view(run)), "bold")
+        )
+        self.console.print(line, soft_wrap=True)
+
     def try_next(self, place: Path) -> None:
         """Print commands to try on what the demo left in `place`."""
         self.say("\nTry next:")
         for arguments, why in next_commands(place):
-            line = Text.assemble(f"  {_program()} {shlex.join(arguments)}", (f"   # {why}", "dim"))
+            line = Text.assemble(f"  {command_line(arguments)}", (f"   # {why}", "dim"))
             self.console.print(line, soft_wrap=True)
 
 
@@ -95,6 +102,10 @@ def next_commands(place: Path) -> list[tuple[list[str], str]]:
     config = shown(place / "disturbed-nodes" / "config.toml")
     return [
         (["log", run, "--explain"], "each change of the members, phase by phase"),
+        (["goodput", run], "what the time was spent on, and what the failure cost"),
+        (["report", run, "--out", shown(place / "report.html")], "all about the run on one page"),
+        (["sync", run, "--to", f"tensorboard:{shown(place / 'tensorboard')}"], "for TensorBoard"),
+        (["watch", run], "for a cron job: exit code 0 if the run is healthy or completed"),
         (["checkpoints", run, "--verify"], "read every byte of the kept checkpoints"),
         (["generate", run, "--prompt", "class "], "let the model write"),
         (["export", run, "--out", shown(place / "model")], "for Hugging Face transformers"),
@@ -106,17 +117,27 @@ def next_commands(place: Path) -> list[tuple[list[str], str]]:
     ]
 
 
+def live_view(run: Path) -> list[str]:
+    """The arguments that open the live view of a run."""
+    return ["status", shown(run), "--watch"]
+
+
 def shown(path: Path) -> str:
     """A path as a user would type it: relative if it is below the working directory."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def command_line(arguments: list[str]) -> str:
+    """A call of this program with these arguments, as a user can paste it."""
+    return f"{_program()} {shlex.join(arguments)}"
+
+
 def _program() -> str:
-    """The command by which a user calls this program."""
+    """The command by which a user calls this program, quoted for a shell."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
-        return f"{shown(Path(sys.executable))} -m elastic_pt"
+        return f"{shlex.quote(shown(Path(sys.executable)))} -m elastic_pt"
     found = shutil.which(called.name)
     on_path = found is not None and Path(found).resolve() == called.resolve()
-    return called.name if on_path else shown(called.absolute())
+    return called.name if on_path else shlex.quote(shown(called.absolute()))

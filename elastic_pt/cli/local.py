@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from elastic_pt.cli.demo_screen import command_line, shown
 from elastic_pt.config import Config
 from elastic_pt.errors import ConfigError, ElasticPtError, StoreError, UnexpectedError
 from elastic_pt.fleet.local import Fleet
@@ -47,6 +48,12 @@ def train_locally(config: Config, nodes: int) -> Stop:
         return stop
 
 
+def live_view_of(url: str) -> str:
+    """The command that shows this run while it trains, as a user would type it."""
+    folder = url.removeprefix("file://")
+    return command_line(["status", shown(Path(folder)) if folder != url else url, "--watch"])
+
+
 @contextmanager
 def _output_directory() -> Iterator[Path]:
     """The directory of the agents' output. After a failure it stays, for the user, until the next `local`."""
@@ -66,6 +73,7 @@ def _output_directory() -> Iterator[Path]:
 
 def _train(config: Config, nodes: int, names: list[str], output: Path) -> Stop:
     typer.echo(f"run {config.run.url}; agents write to {output}", err=True)
+    typer.echo(f"watch it in a second terminal: {live_view_of(config.run.url)}", err=True)
     if nodes * max(1, config.elastic.workers_per_node) > config.train.slots:
         typer.echo(
             f"only {config.train.slots} workers have work (train.global_batch / train.micro_batch); "
@@ -119,9 +127,7 @@ def follow(fleet: Fleet, config: Config) -> None:
             for name, code in fleet.exit_codes().items():
                 if code and name not in told:
                     told.add(name)
-                    console.print(
-                        f"{name} ended with {code}: {last_error(fleet, name)}", markup=False
-                    )
+                    console.print(f"{name} ended: {why_ended(fleet, name)}", markup=False)
             run = run or _opened(config)
             if run is not None:
                 # Training goes on while the bucket cannot be read.
@@ -155,17 +161,20 @@ def first_failure(fleet: Fleet, names: list[str]) -> ElasticPtError:
     name = failed[0] if failed else names[0]
     code = codes.get(name)
     what = "refused" if code == ConfigError.exit_code else "the run did not end"
-    error = ElasticPtError(f"{what}; {name}: {last_error(fleet, name)}")
+    error = ElasticPtError(f"{what}; {name}: {why_ended(fleet, name)}")
     # An agent that a signal ended, or that left in good order, has no error code.
     error.exit_code = code if code is not None and code > 0 else UnexpectedError.exit_code
     return error
 
 
-def last_error(fleet: Fleet, name: str) -> str:
-    """The last error in an agent's output, or else the last line."""
-    lines = fleet.tail(name, lines=_LAST_LINES).splitlines() or ["no output"]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines)[-1].removeprefix("error: ")
+def why_ended(fleet: Fleet, name: str) -> str:
+    """The signal that killed an agent, or else the last error in its output, or else its exit code."""
+    code = fleet.exit_codes().get(name)
+    if code is not None and code < 0:
+        return f"killed by signal {-code}"
+    lines = fleet.tail(name, lines=_LAST_LINES).splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else f"exit code {code}, without an error in its output"
 
 
 def describe(status: RunStatus) -> str:

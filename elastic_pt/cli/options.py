@@ -2,14 +2,20 @@
 
 import json
 import os
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
 from elastic_pt.config import Url, broken_scheme
-from elastic_pt.errors import ConfigError
+from elastic_pt.errors import ConfigError, NoRun
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from elastic_pt.report.status import Run
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended."""
@@ -65,6 +71,25 @@ DataUrl = Annotated[
 def print_json(value: Any) -> None:
     """Print `value` as JSON. A command with `--json` prints nothing else on standard output."""
     typer.echo(json.dumps(value, indent=1))
+
+
+def wait_for_run(open_run: "Callable[[], Run]", follow_s: float | None) -> "Run":
+    """Open a run. With `follow_s`, wait for one that is not there yet, and look again after so many seconds.
+
+    Says so once on standard error. Ctrl-C ends the wait.
+    """
+    told = False
+    while True:
+        try:
+            return open_run()
+        except NoRun as error:
+            if follow_s is None:
+                raise
+            if not told:
+                text = f"waiting for the run: {error}; looks again every {follow_s:g} s"
+                typer.echo(text, err=True)
+            told = True
+        time.sleep(follow_s)
 
 
 def absolute_url(text: str, name: str) -> str:

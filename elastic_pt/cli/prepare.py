@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,7 +93,6 @@ def prepare(
     """
     # Tokenizer and parquet libraries are slow to import.
     from elastic_pt.data.left_out import LEFT_OUT_KEY
-    from elastic_pt.data.manifest import MANIFEST_KEY
     from elastic_pt.data.prepare import prepare as prepare_data
     from elastic_pt.data.sources import parse_source
     from elastic_pt.store.open import open_store
@@ -104,24 +103,19 @@ def prepare(
         )
     specs = [parse_source(source) for source in sources]
     store = open_store(absolute_url(out, "--out"), patient=False)
-    try:
-        with progress_bars() as show:
-            manifest = in_a_thread(
-                lambda: prepare_data(
-                    specs,
-                    store,
-                    vocab_size=VOCABULARY if vocab_size is None else vocab_size,
-                    held_out=held_out,
-                    tokenizer_file=tokenizer,
-                    allow_left_out=allow_left_out,
-                    progress=show,
-                )
-            )
-    except KeyboardInterrupt:
-        told = f"interrupted; the data is prepared only if {store.url}/{MANIFEST_KEY} exists"
-        print(told, file=sys.stderr, flush=True)
-        # A normal exit would wait for the compiled code in the thread.
-        os._exit(INTERRUPTED)
+    manifest = with_progress(
+        ("scan", "learn", "encode"),
+        store.url,
+        lambda show: prepare_data(
+            specs,
+            store,
+            vocab_size=VOCABULARY if vocab_size is None else vocab_size,
+            held_out=held_out,
+            tokenizer_file=tokenizer,
+            allow_left_out=allow_left_out,
+            progress=show,
+        ),
+    )
     if as_json:
         print_json(summary_json(manifest, store.url))
         return
@@ -133,7 +127,23 @@ def prepare(
     typer.echo(f"wrote        {store.url}")
 
 
-def in_a_thread(work: Callable[[], _Result]) -> _Result:
+def with_progress(
+    stages: Sequence[str], url: str, work: Callable[[Callable[["Progress"], None]], _Result]
+) -> _Result:
+    """Call `work` with a function that shows its progress. Ctrl-C ends the process and tells what is at `url`."""
+    from elastic_pt.data.manifest import MANIFEST_KEY
+
+    try:
+        with _progress_bars(stages) as show:
+            return _in_a_thread(lambda: work(show))
+    except KeyboardInterrupt:
+        told = f"interrupted; the data is prepared only if {url}/{MANIFEST_KEY} exists"
+        print(told, file=sys.stderr, flush=True)
+        # A normal exit would wait for the compiled code in the thread.
+        os._exit(INTERRUPTED)
+
+
+def _in_a_thread(work: Callable[[], _Result]) -> _Result:
     """Call `work` in a thread: Python handles no signal while the main thread runs compiled code."""
     outcome: Future[_Result] = Future()
 
@@ -143,7 +153,7 @@ def in_a_thread(work: Callable[[], _Result]) -> _Result:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="prepare", daemon=True).start()
+    threading.Thread(target=run, name="work", daemon=True).start()
     try:
         return outcome.result()
     except KeyboardInterrupt:
@@ -154,7 +164,7 @@ def in_a_thread(work: Callable[[], _Result]) -> _Result:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[["Progress"], None]]:
+def _progress_bars(stages: Sequence[str]) -> Iterator[Callable[["Progress"], None]]:
     """Show a bar per stage on standard error, if that is a terminal; yields the function that updates them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -168,11 +178,11 @@ def progress_bars() -> Iterator[Callable[["Progress"], None]]:
         TimeElapsedColumn(),
     )
     with ProgressBars(*columns, console=console, disable=not console.is_terminal) as bars:
-        stages = {stage: bars.add_task(stage, total=None) for stage in ("scan", "learn", "encode")}
+        tasks = {stage: bars.add_task(stage, total=None) for stage in stages}
 
         def show(progress: "Progress") -> None:
             total = progress.documents_total
-            bars.update(stages[progress.stage], completed=progress.documents, total=total)
+            bars.update(tasks[progress.stage], completed=progress.documents, total=total)
 
         yield show
 

@@ -5,6 +5,8 @@ import datetime
 import json
 import random
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,24 +21,57 @@ from elastic_pt.cli.options import (
     absolute_url,
     print_json,
 )
+from elastic_pt.cli.terminal_text import duration
 from elastic_pt.errors import CheckpointError, ConfigError
+
+_VERIFY_TRIES = 3
+"""A run may remove all checkpoints while they are verified; then the newer ones are verified."""
 
 if TYPE_CHECKING:
     from elastic_pt.report.checkpoints import CheckpointReport
     from elastic_pt.report.status import MemberReport, Run, RunStatus
+    from elastic_pt.runlog.records import Record
 
 
-def status(run_url: RunUrl, as_json: AsJson = False) -> None:
+def status(
+    run_url: RunUrl,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", "-w", help="Show it again and again until the run has ended or Ctrl-C."
+        ),
+    ] = False,
+    interval_s: Annotated[
+        float,
+        typer.Option(
+            "--interval",
+            metavar="SECONDS",
+            min=0.5,
+            max=3600.0,
+            help="With --watch: seconds between two looks at the run.",
+        ),
+    ] = 2.0,
+    as_json: AsJson = False,
+) -> None:
     """Show a run's state: live from its agents if one answers, else from its log.
 
     The state is new, running, paused (fewer nodes than elastic.nodes_min),
-    down (no agent answers, not finished), completed or failed.
+    down (no agent answers, not finished), completed or failed. With --watch
+    it is a live view with progress, loss, speed, nodes and recent events.
 
     Examples:
     elastic-pt status runs/first
+    elastic-pt status runs/first --watch
     elastic-pt status s3://bucket/run --json
     """
+    if watch and as_json:
+        raise ConfigError("--watch --json: expected one of the two; a script can call --json again")
     # The HTTP client is slow to import.
+    if watch:
+        from elastic_pt.cli.live import watch_status
+
+        watch_status(absolute_url(run_url, "RUN_URL"), interval_s)
+        return
     from elastic_pt.report.status import open_run, read_status
 
     found = read_status(open_run(absolute_url(run_url, "RUN_URL")))
@@ -62,7 +97,9 @@ def status_lines(status: "RunStatus") -> list[str]:
         risk = status.at_risk_steps
         lines.append(f"at risk     {risk.any_node} steps with any node, {risk.all} with all")
     if status.commit is not None:
-        lines.append(f"commit      step {status.commit.step}, {status.commit.age_s:.1f} s ago")
+        lines.append(f"commit      step {status.commit.step}, {duration(status.commit.age_s)} ago")
+    if status.ignored_spans:
+        lines.append(f"data        damaged spans left out: {status.ignored_spans}")
     lines += [_member_line("member", member) for member in status.members]
     lines += [_member_line("waits", member) for member in status.waiting]
     return lines
@@ -90,6 +127,15 @@ def log(
             help="Explain why each generation began, and how long each phase of its recovery took.",
         ),
     ] = False,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option(
+            "--perfetto",
+            metavar="FILE",
+            help="With --explain: write a trace that ui.perfetto.dev opens.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJsonLines = False,
 ) -> None:
     """Print the run's log, one line per record, and check its hash chain.
@@ -98,18 +144,26 @@ def log(
     With --explain it prints each change of the members instead: which nodes were
     lost, failed, left or joined, how long it took to detect that and to agree,
     and each phase up to the first step. docs/recovery.md explains the output.
+    With --perfetto too it draws them on a time axis, a track per node.
 
     Examples:
     elastic-pt log runs/first
     elastic-pt log runs/first --explain
+    elastic-pt log runs/first --explain --perfetto trace.json
     elastic-pt log s3://bucket/run --json | jq .kind
     """
     # As above.
-    from elastic_pt.report.explanation import as_json as explanation_as_json
+    from elastic_pt.report.change import as_json as explanation_as_json
     from elastic_pt.report.explanation import explain
     from elastic_pt.report.status import describe, open_run, record_as_json, records
 
-    found = records(open_run(absolute_url(run_url, "RUN_URL")))
+    if perfetto is not None and not explanations:
+        raise ConfigError(f"--perfetto {perfetto}: draws explanations; expected --explain too")
+    run = open_run(absolute_url(run_url, "RUN_URL"))
+    found: Iterable[Record] = records(run)
+    if perfetto is not None:
+        found = list(found)
+        _write_trace(run, found, perfetto)
     if not explanations:
         for record in found:
             typer.echo(json.dumps(record_as_json(record)) if as_json else describe(record))
@@ -122,6 +176,28 @@ def log(
             _print_paragraph(str(each))
     if not explained and not as_json:
         typer.echo("nothing to explain: the members have not changed yet")
+
+
+def _write_trace(run: "Run", found: "list[Record]", path: Path) -> None:
+    """Write the trace, and say so on standard error: standard output may be JSON."""
+    from elastic_pt.report.history import read_batches
+    from elastic_pt.report.perfetto import steps_per_slice, trace_events
+
+    per_slice = steps_per_slice(found)
+    lines = (line for batch in read_batches(run.store, found) for line in batch.lines)
+    try:
+        with path.open("w") as file:
+            separator = '{"displayTimeUnit": "ms", "traceEvents": [\n'
+            for event in trace_events(found, lines, per_slice):
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
+            file.write("\n]}\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--perfetto {path}: {error.strerror or error}; expected a file that this user may write"
+        ) from error
+    thinned = f", {per_slice} steps a slice" if per_slice > 1 else ""
+    typer.echo(f"trace: {path}, for https://ui.perfetto.dev{thinned}", err=True)
 
 
 def _print_paragraph(text: str) -> None:
@@ -182,14 +258,18 @@ def checkpoints(
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
     run = open_run(absolute_url(run_url, "RUN_URL"))
-    reports = read_checkpoints(run)
-    entries = _checkpoint_entries(run, reports)
-    if verify:
-        entries = verified_entries(run, reports, entries, share, seed)
+    for _ in range(_VERIFY_TRIES):
+        reports = read_checkpoints(run)
+        entries = _checkpoint_entries(run, reports)
+        if verify:
+            entries = verified_entries(run, reports, entries, share, seed)
+        if entries or not reports:
+            break
     if as_json:
         print_json(entries)
     elif not entries:
-        typer.echo("no checkpoint is committed yet")
+        removed = f"newer commits have removed all {len(reports)} checkpoints during the check"
+        typer.echo(removed if reports else "no checkpoint is committed yet")
     for entry in () if as_json else entries:
         typer.echo(checkpoint_line(entry))
         for problem in entry.get("problems", ()):

@@ -85,16 +85,28 @@ def _trained(run_url: str, step: int | None, data_url: str | None) -> "Trained":
 
 
 def evaluate(
-    run_url: RunUrl, step: Step = None, data_url: DataUrl = None, as_json: AsJson = False
+    run_url: RunUrl,
+    step: Step = None,
+    data_url: DataUrl = None,
+    rows: Annotated[
+        int,
+        typer.Option(
+            "--rows", metavar="N", min=0, help="Held-out rows, as `evaluation.rows`; 0: all."
+        ),
+    ] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint on the held-out documents: loss, perplexity, bits per byte.
 
     Loss is the mean cross-entropy per token, in nats. Bits per byte counts UTF-8
     bytes of the documents, so it can compare models with different tokenizers.
+    With the run's `evaluation.rows` for --rows, loss is the held-out loss that
+    the run has measured itself, but for rounding.
 
     Examples:
     elastic-pt eval runs/first
     elastic-pt eval s3://bucket/run --step 2000 --json
+    elastic-pt eval runs/first --rows 256
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -104,8 +116,10 @@ def evaluate(
     trained = _trained(run_url, step, data_url)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
-        task = bars.add_task("held-out tokens", total=trained.data.tokens("held_out"))
-        result = measure(trained, on_tokens=lambda count: bars.advance(task, count))
+        task = bars.add_task("held-out rows", total=None)
+        result = measure(
+            trained, rows, lambda done, of: bars.update(task, completed=done, total=of)
+        )
     if as_json:
         passed_over = passed_over_json(trained.chosen)
         print_json(dataclasses.asdict(result) | {"passed_over": passed_over})

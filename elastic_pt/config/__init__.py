@@ -4,7 +4,7 @@
 
 Unknown keys are errors. Code gets only the section that it needs. The sections in `IDENTITY_SECTIONS`
 decide the bits of the weights: they are written to the run directory once and every node must agree on them. The
-others may differ from node to node.
+others may differ from node to node, except `[evaluation]`: the members of one generation agree on it.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from elastic_pt.config.sections import (
     CheckpointSection,
     DataSection,
     ElasticSection,
+    EvaluationSection,
     ModelSection,
     RunSection,
     Section,
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "DataSection",
     "ElasticSection",
+    "EvaluationSection",
     "ModelSection",
     "RunSection",
     "StoreSection",
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 IDENTITY_SECTIONS = ("data", "model", "train")
-INTRODUCED: dict[str, Any] = {}
+INTRODUCED: dict[str, Any] = {"data.shuffle_window_tokens": 2**30}
 """Keys of these sections that were added after the first version, by name, with their first default. A run recorded
 without such a key has this default, so its identity and its fingerprint do not change."""
 
@@ -64,6 +66,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     elastic: ElasticSection = ElasticSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
     telemetry: TelemetrySection = TelemetrySection()
     store: StoreSection = StoreSection()
 
@@ -93,8 +96,8 @@ class Config(Section):
         for name in IDENTITY_SECTIONS:
             section: Section = getattr(self, name)
             leaves |= {f"{name}.{key}": value for key, value in section.model_dump().items()}
-        # The location and the cache of the data do not affect the bits.
-        for key in ("url", "prefetch_steps", "cache", "cache_bytes"):
+        # The location and the cache of the data do not affect the bits. What was left out is recorded in the log.
+        for key in ("url", "prefetch_steps", "cache", "cache_bytes", "on_damage"):
             del leaves[f"data.{key}"]
         return {
             name: value

@@ -104,12 +104,16 @@ class DataSection(Section):
     """The directory that `elastic-pt prepare` wrote."""
     sequence_length: Size = 256
     """Tokens per training sequence."""
+    shuffle_window_tokens: Annotated[int, Field(ge=1, le=2**50)] = 2**30
+    """Tokens that all slots together shuffle at a time; a node whose cache has no room for its share downloads more."""
     prefetch_steps: Count = 2
     """Steps that each worker reads ahead."""
     cache: str = ""
-    """Directory for downloaded token shards; empty: one per user in the system's temporary directory."""
+    """Directory for fetched blocks of token shards; empty: one per user in the system's temporary directory."""
     cache_bytes: Annotated[int, Field(ge=1, le=2**60)] = 100 * 2**30
-    """Maximum size of that directory in bytes; least recently used files are removed first."""
+    """Maximum size of that directory in bytes; what no coming step needs is removed first."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What a damaged block does: "stop" ends the run; "skip" leaves its tokens out of training, from a recorded step on."""
 
 
 class ModelSection(Section):
@@ -312,15 +316,37 @@ class CheckpointSection(Section):
         return self
 
 
+class EvaluationSection(Section):
+    """The held-out loss during training. All nodes must have the same values; a later start may have others."""
+
+    every_steps: CountOrZero = 0
+    """Steps between evaluations; one more follows the last step. 0: never."""
+    rows: CountOrZero = 256
+    """Held-out rows of `data.sequence_length` tokens that an evaluation reads, spread evenly; 0 reads all."""
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether the state after `step` steps is evaluated."""
+        every = self.every_steps
+        return every > 0 and (step % every == 0 or step == last_step)
+
+
 class TelemetrySection(Section):
     """Metrics and events."""
 
     metrics_address: str = "127.0.0.1"
-    """Address on which the agent serves /metrics."""
+    """Address on which the agent serves /metrics and /sd; 0.0.0.0 or :: for all of this machine."""
     metrics_port: Port = 0
     """Port of /metrics; 0 takes a free one, which `status` shows."""
+    peak_flops: Annotated[float, Field(ge=0.0, le=1e18)] = 0.0
+    """FLOP/s of one device for model FLOPs utilization; 0: of a known GPU by its name, else no utilization is shown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of the events that are written."""
+    price_per_hour: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """What one node costs, in USD per hour, for `goodput`; 0 if unknown."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Format of events on standard error; auto is text on a terminal and JSON elsewhere."""
+    log_file: str = ""
+    """Local file for events as JSON lines, rotated; {node} becomes the node's name, for several nodes on one machine; empty: none."""
 
 
 class StoreSection(Section):

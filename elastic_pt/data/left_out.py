@@ -9,7 +9,7 @@ duplicate documents do not count, and a hidden or empty file that was left out d
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from elastic_pt.data.sources import Skip, SourceFiles
@@ -79,7 +79,7 @@ class SourceLosses:
             )
 
 
-def count_by_reason(losses: list[SourceLosses]) -> dict[str, int]:
+def count_by_reason(losses: Sequence[SourceLosses]) -> dict[str, int]:
     """Documents and whole files that were left out, by reason."""
     counts: Counter[str] = Counter()
     for each in losses:

@@ -21,7 +21,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,16 @@ class Mixture:
         self.shares: tuple[Fraction, ...] = tuple(
             Fraction(rows, self.period) for rows in self.rows_per_period
         )
-        self._source_of, self._rank_of = _one_period(self.rows_per_period)
         self._rows_per_period = np.array(self.rows_per_period, dtype=np.int64)
+        self._source_of = _one_period(self.rows_per_period)
+        self._places = np.argsort(self._source_of, kind="stable")
+        """Of each source's rows in the period, source after source."""
+        self._first = np.cumsum(self._rows_per_period) - self._rows_per_period
+        """Where each source begins in it."""
+        self._rank_of = np.empty(self.period, dtype=np.int64)
+        self._rank_of[self._places] = np.arange(self.period) - np.repeat(
+            self._first, self._rows_per_period
+        )
 
     def locate(self, plan_rows: Integers) -> tuple[Integers, Integers]:
         """For each row of the plan: its source, and how many rows of that source come before it.
@@ -67,6 +75,24 @@ class Mixture:
         source = self._source_of[place].astype(np.int64)
         index: Integers = block * self._rows_per_period[source] + self._rank_of[place]
         return source, index
+
+    def count(self, source: Integers, plan_rows: Integers) -> Integers:
+        """How many rows of each source come before each row of the plan."""
+        block, place = np.divmod(plan_rows, self.period)
+        rank = np.searchsorted(self._keys, source * self.period + place) - self._first[source]
+        return block * self._rows_per_period[source] + rank
+
+    def place(self, source: Integers, index: Integers) -> Integers:
+        """The inverse of `locate`: the row of the plan that is row `index` of each source."""
+        block, rank = np.divmod(index, self._rows_per_period[source])
+        row: Integers = block * self.period + self._places[self._first[source] + rank]
+        return row
+
+    @cached_property
+    def _keys(self) -> Integers:
+        """`source * period + place` of each place of the period, in order."""
+        sources = np.arange(len(self.rows_per_period))
+        return np.repeat(sources * self.period, self._rows_per_period) + self._places
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
@@ -103,11 +129,13 @@ def _largest_remainders(shares: list[Fraction]) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def _one_period(rows_per_period: tuple[int, ...]) -> tuple[NDArray[np.uint32], Integers]:
-    """Per place of the period: the source, and its rank among that source's rows."""
+def _one_period(rows_per_period: tuple[int, ...]) -> NDArray[np.unsignedinteger]:
+    """The source of each place of the period."""
     sources, period = len(rows_per_period), sum(rows_per_period)
+    # The smallest type: small numbers are sorted faster.
+    kind = np.min_scalar_type(sources)
     if sources == 1:
-        return np.zeros(period, dtype=np.uint32), np.arange(period, dtype=np.int64)
+        return np.zeros(period, dtype=kind)
     # One word per row of the period: the deadline in front, then the source. Comparing words compares
     # deadlines, and the source with the lower number wins a tie.
     opens, words = [], []
@@ -117,15 +145,9 @@ def _one_period(rows_per_period: tuple[int, ...]) -> tuple[NDArray[np.uint32], I
         words.append((-(-(rank + 1) * period // rows) - 1) * sources + source)
     all_opens, all_words = np.concatenate(opens), np.concatenate(words)
     by_opening = np.argsort(all_opens, kind="stable")
-    chosen = _earliest_deadline_first(
-        all_words[by_opening].tolist(), np.bincount(all_opens, minlength=period).tolist()
-    )
-    source_of = (np.array(chosen, dtype=np.int64) % sources).astype(np.uint32)
-    rank_of = np.empty(period, dtype=np.int64)
-    rank_of[np.argsort(source_of, kind="stable")] = np.concatenate(
-        [np.arange(rows, dtype=np.int64) for rows in rows_per_period]
-    )
-    return source_of, rank_of
+    opening_at = np.bincount(all_opens, minlength=period)
+    chosen = _earliest_deadline_first(all_words[by_opening].tolist(), opening_at.tolist())
+    return (np.array(chosen, dtype=np.int64) % sources).astype(kind)
 
 
 def _earliest_deadline_first(words: list[int], opening_at: list[int]) -> list[int]:
@@ -144,47 +166,91 @@ def _earliest_deadline_first(words: list[int], opening_at: list[int]) -> list[in
     return chosen
 
 
-def permute(offsets: Integers, rows: int, *, seed: int, source: int, epoch: int) -> Integers:
-    """The rows at places `offsets` (int64 in [0, rows)) of this epoch's order: a bijection of [0, rows)."""
-    if rows == 1:
-        return np.zeros_like(offsets)
-    bits = max(FEISTEL_BITS_MIN, (rows - 1).bit_length())
-    keys = _round_keys(seed, source, epoch)
-    values = _feistel(offsets.astype(np.uint64).ravel(), bits, keys)
-    outside = np.flatnonzero(values >= rows)
-    while outside.size:
-        values[outside] = _feistel(values[outside], bits, keys)
-        outside = outside[values[outside] >= rows]
-    return values.astype(np.int64).reshape(offsets.shape)
+def permute(
+    offsets: Integers,
+    rows: int | Integers,
+    *,
+    seed: int,
+    source: int | Integers,
+    epoch: int | Integers,
+) -> Integers:
+    """The rows at places `offsets` (int64 in [0, rows)) of an epoch's order: a bijection of [0, rows).
+
+    `rows`, `source` and `epoch` are one number, or one for each of `offsets` (which then has one dimension).
+    """
+    sources = int(np.max(source, initial=0)) + 1
+    pairs, owner = np.unique(np.atleast_1d(epoch * sources + source), return_inverse=True)
+    keys = np.array(
+        [_round_keys(seed, pair % sources, pair // sources) for pair in pairs.tolist()],
+        dtype=np.uint64,
+    ).reshape(-1, FEISTEL_ROUNDS)
+    each = keys.T if len(pairs) == 1 else keys.T[:, owner]
+    return shuffle(offsets.ravel(), np.atleast_1d(rows), each).reshape(offsets.shape)
+
+
+def places_of(rows: Integers, count: int, *, seed: int, source: int, epoch: int) -> Integers:
+    """The inverse of `permute`: the place of each of `rows` in this epoch's order of `count` rows."""
+    keys = np.array(_round_keys(seed, source, epoch), dtype=np.uint64)[:, None]
+    return shuffle(rows.ravel(), np.array([count]), keys, inverse=True).reshape(rows.shape)
 
 
 @lru_cache(maxsize=4096)
-def _round_keys(seed: int, source: int, epoch: int) -> tuple[np.uint64, ...]:
+def _round_keys(seed: int, source: int, epoch: int) -> list[int]:
     digests = (
         hashlib.sha256(
             f"elastic_pt order {ORDER_VERSION}: {seed} {source} {epoch} {i}".encode()
         ).digest()
         for i in range(FEISTEL_ROUNDS)
     )
-    return tuple(np.uint64(int.from_bytes(digest[:8], "little")) for digest in digests)
+    return [int.from_bytes(digest[:8], "little") for digest in digests]
 
 
-def _feistel(values: Words, bits: int, keys: tuple[np.uint64, ...]) -> Words:
+def shuffle(values: Integers, sizes: Integers, keys: Words, *, inverse: bool = False) -> Integers:
+    """Each value under a keyed bijection of [0, size), or under the inverse of that bijection.
+
+    `values` is int64 [n], each below its size; `sizes` is int64 [n], `keys` is uint64 [FEISTEL_ROUNDS, n]. Either may
+    have 1 instead of n: all values have the same.
+    """
+    bits = np.maximum(FEISTEL_BITS_MIN, np.frexp((sizes - 1).astype(np.float64))[1])
+    low_bits = (bits // 2).astype(np.uint64)
+    high_bits = (bits - bits // 2).astype(np.uint64)
+    shuffled, limit = values.astype(np.uint64), sizes.astype(np.uint64)
+    outside = np.flatnonzero(np.broadcast_to(sizes > 1, values.shape))
+    chosen: Integers | slice = outside if outside.size < values.size else slice(None)
+    while outside.size:
+        low, high, key, below = (
+            each if each.shape[-1] == 1 else each[..., chosen]
+            for each in (low_bits, high_bits, keys, limit)
+        )
+        shuffled[chosen] = found = _feistel(shuffled[chosen], low, high, key, inverse=inverse)
+        chosen = outside = outside[found >= below]
+    return shuffled.astype(np.int64)
+
+
+def _feistel(
+    values: Words, low_bits: Words, high_bits: Words, keys: Words, *, inverse: bool
+) -> Words:
     """A keyed bijection of [0, 2^bits): each round XORs one half with a hash of the other."""
-    low_bits = np.uint64(bits // 2)
-    high_bits = np.uint64(bits - bits // 2)
-    low, high = values & ((np.uint64(1) << low_bits) - np.uint64(1)), values >> low_bits
-    for round_number, key in enumerate(keys):
-        if round_number % 2:
-            high = high ^ (_mix(low, key) >> (np.uint64(64) - high_bits))
+    word, one = np.uint64(64), np.uint64(1)
+    low, high = values & ((one << low_bits) - one), values >> low_bits
+    low_shift, high_shift = word - low_bits, word - high_bits
+    rounds = range(len(keys))
+    for number in reversed(rounds) if inverse else rounds:
+        if number % 2:
+            high = high ^ (mix(low, keys[number]) >> high_shift)
         else:
-            low = low ^ (_mix(high, key) >> (np.uint64(64) - low_bits))
+            low = low ^ (mix(high, keys[number]) >> low_shift)
     return (high << low_bits) | low
 
 
-def _mix(values: Words, key: np.uint64) -> Words:
+def mix(values: Words, key: Words) -> Words:
     """SplitMix64's finaliser (Steele et al., 2014) of `values` under a key; its top bits are mixed best."""
-    mixed = (values * np.uint64(0x9E3779B97F4A7C15)) ^ key
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed = values * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= key
+    shifted = mixed >> np.uint64(30)
+    mixed ^= shifted
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= np.right_shift(mixed, np.uint64(27), out=shifted)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= np.right_shift(mixed, np.uint64(31), out=shifted)
+    return mixed

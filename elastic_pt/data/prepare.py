@@ -9,22 +9,17 @@ The scan keeps one byte per document, its fate, for the later passes. They hash 
 corpus that has changed (`data.scan`). The result depends only on the texts, their order and the arguments.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_pt.data import HELD_OUT, LEFT_OUT_MAX, VOCABULARY
 from elastic_pt.data.documents import Document, read_documents
 from elastic_pt.data.encoder import BATCH_CHARACTERS, Encoder, pieces
-from elastic_pt.data.left_out import (
-    LEFT_OUT_KEY,
-    SourceLosses,
-    count_by_reason,
-)
-from elastic_pt.data.manifest import MANIFEST_KEY, Manifest, Source, TokenType
-from elastic_pt.data.order import PERIOD_MAX, whole_weights
+from elastic_pt.data.left_out import SourceLosses
+from elastic_pt.data.manifest import Manifest, Source, Split, TokenType
+from elastic_pt.data.publish import publish, require_empty, require_writable, shares, token_type
 from elastic_pt.data.scan import (
     PROGRESS_DOCUMENTS,
     Fate,
@@ -35,7 +30,7 @@ from elastic_pt.data.scan import (
     scan_sources,
     with_fate,
 )
-from elastic_pt.data.shards import HASH_CHARACTERS, SHARD_TOKENS, ShardWriter
+from elastic_pt.data.shard_writer import BLOCK_TOKENS, SHARD_TOKENS, ShardWriter, check_sizes
 from elastic_pt.data.sources import (
     Skip,
     SourceFiles,
@@ -48,12 +43,10 @@ from elastic_pt.data.tokenizer import (
     check_vocab_size,
     end_token,
     load_tokenizer_file,
-    tokenizer_bytes,
     train_tokenizer,
-    vocabulary_size,
 )
-from elastic_pt.errors import AccessDenied, AlreadyExists, DataError, NotFound
-from elastic_pt.store.port import NoAtomicCreate, Store
+from elastic_pt.errors import DataError
+from elastic_pt.store.port import Store
 
 BATCH_DOCUMENTS = 1024
 TRIED_DOCUMENTS = 64
@@ -70,6 +63,7 @@ def prepare(
     tokenizer_file: Path | None = None,
     allow_left_out: float = LEFT_OUT_MAX,
     shard_tokens: int = SHARD_TOKENS,
+    block_tokens: int = BLOCK_TOKENS,
     progress: Report | None = None,
 ) -> Manifest:
     """Tokenize `sources` into `out` and return the manifest, which is written last and only once.
@@ -81,14 +75,15 @@ def prepare(
     possible before a document is read. Runs in the command's process.
     """
     report = progress or (lambda _: None)
-    _check_arguments(out, vocab_size, held_out, allow_left_out, shard_tokens)
+    _check_arguments(out, vocab_size, held_out, allow_left_out)
+    check_sizes(shard_tokens, block_tokens)
     specs = merge_sources(sources)
-    _shares([spec.weight for spec in specs], [1] * len(specs))
+    shares([spec.weight for spec in specs], [1] * len(specs))
     given = load_tokenizer_file(tokenizer_file) if tokenizer_file else None
     _require_apart(specs, out)
     losses = [SourceLosses(list_files(spec)) for spec in specs]
     _check_losses(losses, allow_left_out)
-    _require_writable(out)
+    require_writable(out)
     if given:
         encoder = Encoder(
             given, end_token(given)[1], is_given=True, origin=f"tokenizer {tokenizer_file}"
@@ -98,47 +93,21 @@ def prepare(
     _check_losses(losses, allow_left_out)
     files = [each.source for each in losses]
     tokenizer = given or train_tokenizer(_train_texts(files, scan, report), vocab_size)
-    size = vocabulary_size(tokenizer)
-    end, end_id = end_token(tokenizer)
-    token_type: TokenType = "uint16" if size <= 2**16 else "uint32"
     if not given:
-        encoder = Encoder(tokenizer, end_id, is_given=False)
-    target = _Target(out, encoder, token_type, shard_tokens)
+        encoder = Encoder(tokenizer, end_token(tokenizer)[1], is_given=False)
+    target = _Target(out, encoder, token_type(tokenizer), shard_tokens, block_tokens)
     encoded = _encode(losses, scan, target, report)
     _check_losses(losses, allow_left_out)
-    tokenizer_data = tokenizer_bytes(tokenizer)
-    tokenizer_sha256 = hashlib.sha256(tokenizer_data).hexdigest()
-    tokenizer_key = f"tokenizer-{tokenizer_sha256[:HASH_CHARACTERS]}.json"
-    out.write(tokenizer_key, tokenizer_data)
-    lines = [line + "\n" for each in losses for line in each.lines()]
-    out.write(LEFT_OUT_KEY, "".join(lines).encode("ascii"))
-    manifest = Manifest(
-        vocab_size=size,
-        token_type=token_type,
-        end_token=end,
-        end_token_id=end_id,
-        tokenizer_key=tokenizer_key,
-        tokenizer_sha256=tokenizer_sha256,
-        held_out_share=float(held_out),
-        sources=encoded,
-        skipped=count_by_reason(losses),
-    )
-    _write_manifest(out, manifest)
-    return manifest
+    return publish(out, tokenizer, encoded, losses, held_out=held_out, block_tokens=block_tokens)
 
 
-def _check_arguments(
-    out: Store, vocab_size: int, held_out: float, allow_left_out: float, shard_tokens: int
-) -> None:
+def _check_arguments(out: Store, vocab_size: int, held_out: float, allow_left_out: float) -> None:
     check_vocab_size(vocab_size)
     if not 0 <= held_out < 1:
         raise DataError(f"--held-out {held_out}: expected a share of at least 0 and below 1")
     if not 0 <= allow_left_out <= 1:
         raise DataError(f"--allow-left-out {allow_left_out}: expected a share from 0 to 1")
-    if shard_tokens < 1:
-        raise DataError(f"shard_tokens = {shard_tokens}: expected a positive number")
-    if out.size(MANIFEST_KEY) is not None:
-        raise _occupied(out)
+    require_empty(out)
 
 
 def _check_losses(losses: list[SourceLosses], share_max: float) -> None:
@@ -163,13 +132,6 @@ def _real(url: str) -> str:
     return url if path == url else f"file://{os.path.realpath(path)}"
 
 
-def _require_writable(out: Store) -> None:
-    try:
-        out.write(LEFT_OUT_KEY, b"")
-    except (NotFound, AccessDenied) as error:
-        raise DataError(f"{error}; expected a place that can be written") from error
-
-
 def _try_tokenizer(encoder: Encoder, losses: list[SourceLosses], share_max: float) -> None:
     """Refuse a given tokenizer that changes text, tested on the starts of the first documents of each source."""
     for each in losses:
@@ -188,22 +150,6 @@ def _try_tokenizer(encoder: Encoder, losses: list[SourceLosses], share_max: floa
                 f"{each.source.spec.name}: {encoder.explain_loss(lost[0])}; "
                 "expected a tokenizer that decodes every text to itself"
             )
-
-
-def _write_manifest(out: Store, manifest: Manifest) -> None:
-    try:
-        out.create(MANIFEST_KEY, manifest.to_json())
-    except AlreadyExists as error:
-        raise _occupied(out) from error
-    except NoAtomicCreate:
-        # No harm if two `prepare` race: the files of both are complete and never change, and the later manifest stays.
-        if out.size(MANIFEST_KEY) is not None:
-            raise _occupied(out) from None
-        out.write(MANIFEST_KEY, manifest.to_json())
-
-
-def _occupied(out: Store) -> DataError:
-    return DataError(f"{out.url}: already holds prepared data; expected an empty directory")
 
 
 def _train_texts(sources: list[SourceFiles], scan: Scan, report: Report) -> Iterator[str]:
@@ -227,17 +173,23 @@ class _Target:
     encoder: Encoder
     token_type: TokenType
     shard_tokens: int
+    block_tokens: int
 
-    def writer(self, source: str, split: str) -> ShardWriter:
+    def writer(self, source: str, split: Split) -> ShardWriter:
         return ShardWriter(
-            self.store, f"shards/{source}/{split}", self.token_type, self.shard_tokens
+            self.store,
+            source,
+            split,
+            self.token_type,
+            shard_tokens=self.shard_tokens,
+            block_tokens=self.block_tokens,
         )
 
 
 def _encode(
     losses: list[SourceLosses], scan: Scan, target: _Target, report: Report
-) -> tuple[Source, ...]:
-    """Write the shards of all sources. Returns the sources as the manifest lists them."""
+) -> list[Source]:
+    """Write the shards of all sources. Returns the sources as the manifest lists them, except for the weights."""
     encoded: list[Source] = []
     done = 0
     for number, lost in enumerate(losses):
@@ -251,12 +203,7 @@ def _encode(
         if not encoded[-1].documents:
             raise nothing_left(lost, losses, encoded[-1].held_out_documents)
     report(Progress("encode", done, scan.documents))
-    weights = _shares(
-        [each.source.spec.weight for each in losses], [each.tokens("train") for each in encoded]
-    )
-    return tuple(
-        replace(source, weight=weight) for source, weight in zip(encoded, weights, strict=True)
-    )
+    return encoded
 
 
 class _SourceEncoder:
@@ -267,7 +214,7 @@ class _SourceEncoder:
         name = losses.source.spec.name
         self._writers = {
             Fate.TRAIN: target.writer(name, "train"),
-            Fate.HELD_OUT: target.writer(name, "held-out"),
+            Fate.HELD_OUT: target.writer(name, "held_out"),
         }
         self._documents = {Fate.TRAIN: 0, Fate.HELD_OUT: 0}
         self._held_out_bytes = 0
@@ -307,31 +254,3 @@ class _SourceEncoder:
                 self._held_out_bytes += len(document.text.encode("utf-8"))
             self._writers[fate].add(ids)
         self._batch, self._batch_characters = [], 0
-
-
-def _shares(wanted: list[float | None], tokens: list[int]) -> list[float]:
-    """Weights that sum to 1: the wanted ones, and shares by tokens for sources without one.
-
-    If all sources have a weight, the weights are relative. If only some have one, these are shares of the
-    whole, and the others divide the rest by their tokens. Raises `DataError` if there is no rest.
-    """
-    given = sum(weight for weight in wanted if weight is not None)
-    open_tokens = sum(count for weight, count in zip(wanted, tokens, strict=True) if weight is None)
-    if open_tokens and given >= 1:
-        raise DataError(
-            f"weights {[weight for weight in wanted if weight is not None]} leave no share for the sources "
-            "without one; expected weights that sum to less than 1, or a weight for every source"
-        )
-    raw = [
-        weight if weight is not None else (1 - given) * count / open_tokens
-        for weight, count in zip(wanted, tokens, strict=True)
-    ]
-    # A very small source still needs a weight that a mixture can represent.
-    total = sum(raw)
-    whole = whole_weights(
-        [
-            share if weight is not None else max(share, 2 * total / PERIOD_MAX)
-            for share, weight in zip(raw, wanted, strict=True)
-        ]
-    )
-    return [rows / sum(whole) for rows in whole]

@@ -8,6 +8,7 @@ In reading order; docs/membership.md follows a lost peer through these files.
     contacts      which nodes this one asks, and of which nodes silence counts
 
     own_status    this node's own status
+    known_nodes   who is up, who stays, what they hold together
     appender      appends GENERATION, QUARANTINE, STOP and RECOVERY, as decided
     resources     the dependencies of a participant
     participant   one node's part: read, assess, decide, act, in `turn`
@@ -17,5 +18,8 @@ In reading order; docs/membership.md follows a lost peer through these files.
     tcp_store     the store of one generation
     node          the main thread's view: state the own phase, await the next generation
     rendezvous    the same behind torch elastic's interface, also for stock torchrun
+    asking        one question to several agents at once
+    endpoints     where nodes serve metrics, and who can reach that
+    discovery     the endpoints of all nodes, for Prometheus
     address       addresses of this machine, and how to avoid DNS
 """

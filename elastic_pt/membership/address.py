@@ -40,13 +40,21 @@ def interface_of(address: str) -> str | None:
     wanted = ipaddress.ip_address(address)
     if wanted.is_loopback:
         return "lo"
+    return next((name for name, each in _addresses() if each == wanted), None)
+
+
+def own_addresses() -> frozenset[str]:
+    """All addresses of this machine, in this network namespace."""
+    return frozenset(str(each) for _, each in _addresses())
+
+
+def _addresses() -> Iterator[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """The name of an interface, and an address of it."""
     for adapter in ifaddr.get_adapters():
         for each in adapter.ips:
             # ifaddr gives an IPv6 address as (address, flow information, scope).
             text = each.ip if isinstance(each.ip, str) else each.ip[0]
-            if ipaddress.ip_address(text.partition("%")[0]) == wanted:
-                return adapter.name
-    return None
+            yield adapter.name, ipaddress.ip_address(text.partition("%")[0])
 
 
 def avoid_getfqdn() -> None:

@@ -1,20 +1,24 @@
 """Appends a node's decisions to the run's log: GENERATION (with QUARANTINE), STOP, RECOVERY, and CONTROL."""
 
+from dataclasses import replace
+
 import structlog
 
 from elastic_pt.errors import FencedError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.admission import slots_per_member
-from elastic_pt.membership.decision.budgets import quarantines_due
+from elastic_pt.membership.decision.budgets import quarantines_due, restarts_of
 from elastic_pt.membership.decision.decide import Halt, Propose
 from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.progress import frontier_step, reached_step
 from elastic_pt.membership.decision.resume import newest_in_memory, why_not_memory
-from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes, frontier_step
+from elastic_pt.membership.decision.status import Limits, NodeStatus, StartTimes
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import PeerTable
 from elastic_pt.membership.resources import BoundStore, Resources
 from elastic_pt.runlog.control import carried_out
 from elastic_pt.runlog.identity import require_platform_since_start
+from elastic_pt.runlog.ignored import ignored_next
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation, Quarantine, Recovery, Request, Stop
 
@@ -64,6 +68,9 @@ class Appender:
         committed_step = 0 if resume is None else resume.step
         facts = before.generation, proposal.members, self._statuses(), committed_step
         memory = newest_in_memory(*facts)
+        resume_step = committed_step if memory is None else memory.step
+        reached = self.reached_step(before.generation)
+        reached = None if reached is None else max(reached, resume_step)
         store = self._resources.bind_store()
         noticed_s = self._memory.broken_since_s
         generation = Generation(
@@ -75,14 +82,22 @@ class Appender:
             resume=resume,
             reason=proposal.reason,
             causes=proposal.causes,
-            frontier_step=frontier_step(self._me.stated, dict(self._table.peers)),
+            frontier_step=max(frontier_step(before.generation, reached), resume_step),
+            reached_step=reached,
             agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
+            below_minimum_s=0.0 if noticed_s is None else self._memory.below_minimum_s,
             platform=self._resources.platform,
             fenced_url=self._resources.fenced_url or before.fenced_url,
             memory=memory,
             mirrors=self._resources.choose_mirrors([each.zone for each in proposal.members]),
             why_not_memory=why_not_memory(*facts) if memory is None else "",
+            ignored=ignored_next(
+                () if before.generation is None else before.generation.ignored,
+                [span for cause in proposal.causes for span in cause.damage],
+                resume_step,
+            ),
         )
+        generation = replace(generation, restarts=restarts_of(before, generation))
 
         def make(view: RunView) -> Generation:
             self.require_platform(view)
@@ -114,14 +129,25 @@ class Appender:
             why_not_memory=generation.why_not_memory,
             reason=proposal.reason,
         )
+        for each in generation.ignored:
+            if before.generation is None or each not in before.generation.ignored:
+                log.warning(
+                    "data_left_out",
+                    source=each.span.source,
+                    # A key with `token` in it would be redacted.
+                    span=list(each.span.tokens),
+                    file=each.span.file,
+                    first_step=each.first_step,
+                )
         self._append_quarantines(number)
 
     def halt(self, decision: Halt) -> None:
         """Append STOP."""
         view = self._log.view
         steps = [each.step for each in view.checkpoints[:1]]
-        log.error("stop", reason=decision.reason)
-        self._append(Stop(decision.reason, max(steps, default=0)), view.generation_number)
+        stop = Stop(decision.reason, max(steps, default=0))
+        if self._append(stop, view.generation_number):
+            log.error("stop", reason=stop.reason, step=stop.step)
 
     def answer(self, request: Request) -> None:
         """Append CONTROL: what an operator asked for is done."""
@@ -162,6 +188,13 @@ class Appender:
         )
         self._append(recovery, number)
 
+    def reached_step(self, generation: Generation | None) -> int | None:
+        """The newest step that this generation is known to have done, by its members or else by the pulse; None if unknown."""
+        if generation is None:
+            return 0
+        reached = reached_step(generation, self._statuses())
+        return self._memory.pulse_step(generation.number) if reached is None else reached
+
     def _statuses(self) -> dict[str, NodeStatus]:
         """The newest status of each node, this one included, by incarnation."""
         known = {
@@ -191,15 +224,21 @@ class Appender:
             self._log.view, self._memory.moments, self._limits.elastic, self._clock_s()
         )
         for each in due:
-            self._append(each, number)
-            log.warning("node_kept_out", kept_out=each.node, seconds=each.seconds, reason=each.why)
+            if self._append(each, number):
+                log.warning(
+                    "node_kept_out", kept_out=each.node, seconds=each.seconds, reason=each.why
+                )
 
-    def _append(self, body: Recovery | Quarantine | Stop, number: int) -> None:
+    def _append(self, body: Recovery | Quarantine | Stop, number: int) -> bool:
+        """Append the record; False if the log no longer allows it, because another node was faster."""
         try:
             self._log.append(lambda _: body, generation=number)
+            return True
         except FencedError as error:
             log.info("append_fenced", kind=type(body).__name__, reason=str(error))
-        self._read()
+            return False
+        finally:
+            self._read()
 
     def _read(self) -> None:
         self._memory.log_read(self._log.view, self._clock_s())

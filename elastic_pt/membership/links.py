@@ -1,8 +1,9 @@
 """The connections between agents: one WebSocket to each peer that is asked, with messages as JSON text.
 
-    GET /v1/link     (WebSocket) `Message`s in both directions; see `membership.peers`
-    GET /v1/status   this node's NodeStatus, for people and `elastic-pt status`
-    GET ...          what `Resources.states` answers: rows that this node holds in memory
+    GET /v1/link        (WebSocket) `Message`s in both directions; see `membership.peers`
+    GET /v1/status      this node's NodeStatus, for people and `elastic-pt status`
+    GET /v1/endpoints   where this node, and those that it hears, serve metrics; see `membership.discovery`
+    GET ...             what `Resources.states` answers: rows that this node holds in memory
 
 All need the run's token (`Authorization: Bearer`), which is in the run directory: every node that can read the
 bucket may take part. An open connection shows at once that the peer's process has ended: the kernel closes it, and
@@ -26,6 +27,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
+from elastic_pt.membership.endpoints import ENDPOINTS
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Answer
@@ -111,7 +113,11 @@ class Links:
         """Answer peers on `port` of `address` (0 takes a free one); returns the port. Raises `ConfigError` if it is in use."""
         application = web.Application()
         application.add_routes(
-            [web.get("/v1/link", self._accept), web.get("/v1/status", self._status)]
+            [
+                web.get("/v1/link", self._accept),
+                web.get("/v1/status", self._status),
+                web.get("/v1/endpoints", self._endpoints),
+            ]
         )
         for path, answer in self._participant.states.routes.items():
             application.router.add_get(path, partial(self._answer, answer), allow_head=False)
@@ -166,6 +172,12 @@ class Links:
         if not self._authorized(request):
             return web.Response(status=401, text="this run's token is missing or wrong\n")
         body = STATUS.dump_json(self._participant.me.now)
+        return web.Response(body=body, content_type="application/json")
+
+    async def _endpoints(self, request: web.Request) -> web.Response:
+        if not self._authorized(request):
+            return web.Response(status=401, text="this run's token is missing or wrong\n")
+        body = ENDPOINTS.dump_json(self._participant.known.endpoints())
         return web.Response(body=body, content_type="application/json")
 
     async def _answer(self, answer: Answer, request: web.Request) -> web.StreamResponse:
@@ -232,7 +244,7 @@ class Links:
         """Use one connection until it ends. Returns whether the peer sent a message over it."""
         assert self._session is not None
         table = self._participant.table
-        silence_s = self._participant.silence_s()
+        silence_s = self._participant.known.silence_s()
         # Not `asyncio.wait_for`: before Python 3.12 it may lose the cancellation that ends this task.
         async with asyncio.timeout(silence_s):
             socket = await self._session.ws_connect(

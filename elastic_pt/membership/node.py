@@ -9,6 +9,7 @@ the membership thread (`membership.thread`) notifies after every turn.
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -16,12 +17,16 @@ import structlog
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 
 from elastic_pt.errors import ElasticPtError, NodeFailure
+from elastic_pt.membership.decision.node_states import NodeState
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, StartTimes
+from elastic_pt.membership.decision.view import View
+from elastic_pt.membership.discovery import Discovery
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
+from elastic_pt.runlog.ignored import DamagedSpan
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Stop
 
@@ -126,9 +131,22 @@ class Node:
         """The reason of this node's last decision."""
         return self._participant.decision.reason
 
+    @property
+    def facts(self) -> View | None:
+        """The facts of this node's last decision; None before the first."""
+        return self._participant.view
+
+    def node_states(self) -> dict[NodeState, int]:
+        """The number of nodes by state; empty while this node is no member."""
+        return self._participant.node_states()
+
     def read_at_s(self, generation: int) -> float:
         """When this node first read that generation's record, on its monotonic clock."""
         return self._participant.read_at_s(generation)
+
+    def noticed_at_s(self, generation: int) -> float:
+        """When this node noticed that a generation is broken, over or replaced; now if it is none of these."""
+        return self._participant.noticed_at_s(generation)
 
     @property
     def alone(self) -> bool:
@@ -141,11 +159,15 @@ class Node:
     @property
     def mirrors_leave(self) -> bool:
         """Whether all nodes that copy this one's state are known to leave, or are gone."""
-        return self._participant.mirrors_leave()
+        return self._participant.known.mirrors_leave()
+
+    def discovery(self, token: str) -> Discovery:
+        """Finds the metrics endpoints of all nodes that are up."""
+        return Discovery(self._participant, token, time.monotonic)
 
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""
-        return self._participant.others_can_go_on()
+        return self._participant.known.others_can_go_on()
 
     # ---- reports to the others ---------------------------------------------------------------------
 
@@ -172,11 +194,20 @@ class Node:
         step: int = 0,
         signature: str = "",
         surroundings: bool = False,
+        damage: tuple[DamagedSpan, ...] = (),
     ) -> Cause:
         """A failure of this node's own workers, in the form for messages and records."""
         # A path in an error may contain bytes that are not UTF-8. Messages and records are UTF-8.
         detail = detail.encode("utf-8", "backslashreplace").decode()
-        return Cause(kind, self.member.node, detail, step, signature, surroundings=surroundings)
+        return Cause(
+            kind,
+            self.member.node,
+            detail,
+            step,
+            signature,
+            surroundings=surroundings,
+            damage=damage,
+        )
 
     def rest(self, why: str, seconds: float) -> None:
         """Take no part in the run for so many seconds; the others continue without this node."""
@@ -185,7 +216,7 @@ class Node:
 
     def progress(self, step: int, loss: float | None) -> None:
         """The workers' progress, for heartbeats and `status`."""
-        self._participant.me.say(step=step, loss=loss)
+        self._participant.me.step_done(step, loss)
 
     def first_step(self, times: StartTimes) -> None:
         """The workers of a generation have done their first step."""
@@ -259,8 +290,8 @@ class Node:
         """
 
         def settled() -> Settled:
-            found = self._participant.settled(generation, step)
-            if found.tier == "memory" and not mirrors_have_step(self._participant.staying()):
+            found = self._participant.known.settled(generation, step)
+            if found.tier == "memory" and not mirrors_have_step(self._participant.known.staying()):
                 return Settled("", f"step {step} is neither committed nor mirrored")
             return found
 
@@ -287,7 +318,7 @@ class Node:
             self._driver.crash is not None
             or self._participant.refusal is not None
             or self._next() is not None
-            or (self.leaving and not self._participant.is_needed())
+            or (self.leaving and not self._participant.known.is_needed())
         )
 
     def _next(self) -> Generation | Stop | None:

@@ -18,6 +18,7 @@ class OwnStatus:
         self._lock = threading.Lock()
         self._resting = ""
         self._rest_until_s = float("-inf")
+        self._stepped_s: float | None = None
         self.leaving = False
         """Whether this node wants to leave. Not in `_status`: a signal handler must not take its lock."""
         self.leave_reason = ""
@@ -31,14 +32,15 @@ class OwnStatus:
     @property
     def now(self) -> NodeStatus:
         """The complete status."""
-        view = self._log.view
+        view, now_s, stepped_s = self._log.view, self._clock_s(), self._stepped_s
         return dataclasses.replace(
             self._status,
             log_length=view.length,
             generation=view.generation_number,
             leaving=self.leaving,
             leave_reason=self.leave_reason if self.leaving else "",
-            resting=self._resting if self._clock_s() < self._rest_until_s else "",
+            resting=self._resting if now_s < self._rest_until_s else "",
+            step_age_s=None if stepped_s is None else round(max(0.0, now_s - stepped_s), 3),
             held=self._states.held,
             unusable=self._states.unusable,
         )
@@ -47,6 +49,12 @@ class OwnStatus:
         """Change fields of the status."""
         with self._lock:
             self._status = dataclasses.replace(self._status, **changes)  # type: ignore[arg-type]
+
+    def step_done(self, step: int, loss: float | None) -> None:
+        """The workers have done a step."""
+        with self._lock:
+            self._status = dataclasses.replace(self._status, step=step, loss=loss)
+            self._stepped_s = self._clock_s()
 
     def rest(self, why: str, seconds: float) -> None:
         """Take no part in the run for so many seconds."""

@@ -28,18 +28,20 @@ from elastic_pt.membership.decision.decide import (
     Save,
     Wait,
     decide,
+    idle_of,
 )
 from elastic_pt.membership.decision.memory import Memory
-from elastic_pt.membership.decision.settled import Settled, needed, settled, stays
+from elastic_pt.membership.decision.node_states import NodeState, node_states
+from elastic_pt.membership.decision.progress import frontier_step
+from elastic_pt.membership.decision.shortage import Shortage
 from elastic_pt.membership.decision.status import (
+    Idle,
     Limits,
     NodeStatus,
-    difference,
-    frontier_step,
     incarnations,
-    is_lost,
 )
 from elastic_pt.membership.decision.view import View
+from elastic_pt.membership.known_nodes import KnownNodes
 from elastic_pt.membership.lobby import Lobby
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.membership.peers import Message, PeerTable
@@ -67,6 +69,7 @@ class Participant:
         self.contacts = Contacts(
             self.table, Lobby(resources.hints, resources.clock_s), limits, resources.clock_s
         )
+        self.known = KnownNodes(self.me, self.table, resources.log, limits, resources.clock_s)
         self.memory = Memory(resources.clock_s())
         self.appender = Appender(self.me, self.table, self.memory, limits, resources)
         self._pulse = PulseWatch(
@@ -83,6 +86,9 @@ class Participant:
         self._asked_since_s: float | None = None
         """`memory.broken_since_s` of the generation for which the peers were asked last; None before that."""
         self._log_read_s = float("-inf")
+        self.view: View | None = None
+        """The facts of the last turn; None before the first."""
+        self._shortage = Shortage()
 
     @property
     def member(self) -> Member:
@@ -135,84 +141,26 @@ class Participant:
 
     def interval_s(self) -> float:
         """Seconds between two messages to a peer."""
-        return self._limits.interval_s(self._world())
+        return self._limits.interval_s(self.known.world)
 
-    def silence_s(self) -> float:
-        """Seconds without a proof of life after which a peer counts as silent."""
-        return self._limits.silence_s(self._world())
-
-    def others_can_go_on(self) -> bool:
-        """Whether enough other nodes are alive and fit to continue the run without this one."""
-        now_s, timeout_s = self._clock_s(), self.silence_s()
-        fit = [
-            peer.status
-            for peer in list(self.table.peers.values())
-            if peer.status is not None
-            and peer.heard_s is not None
-            # A former member is not asked any more, so `is_lost` alone says nothing about it.
-            and now_s - peer.heard_s <= timeout_s
-            and not is_lost(peer, now_s, timeout_s)
-            and not (peer.status.leaving or peer.status.resting)
-            and not difference(self.me.stated.fingerprint, peer.status.fingerprint)
-        ]
-        return len(fit) >= self._limits.elastic.nodes_min
-
-    def settled(self, generation: Generation, step: int) -> Settled:
-        """Where the state of `step` is safe, with which the workers of `generation` stopped as planned."""
-        view, alive = self.log.view, self._live_statuses()
-        peers = dict(self.table.peers)
-        gone = {
-            each: peer.status
-            for each, peer in peers.items()
-            if each not in alive and peer.status is not None
-        }
-        return settled(generation, step, alive, view.checkpoints, view.requests, gone)
-
-    def staying(self) -> frozenset[str]:
-        """The nodes that are not gone, this one included, and will be members of the next generation; by incarnation.
-
-        Only those that this node knows: in a large fleet, the leaders.
-        """
-        return frozenset(each for each, said in self._live_statuses().items() if stays(said))
-
-    def mirrors_leave(self) -> bool:
-        """Whether all mirrors of this node are known to leave, or are gone. False if it has none."""
-        generation = self.log.view.generation
-        rank = None if generation is None else generation.rank_of(self.member.incarnation)
-        if generation is None or rank is None:
-            return False
-        mirrors = {generation.members[each].incarnation for each in generation.mirrors_of(rank)}
-        known, stay = dict(self.table.peers), self.staying()
-        return bool(mirrors) and all(
-            each in known and known[each].status is not None and each not in stay
-            for each in mirrors
-        )
-
-    def is_needed(self) -> bool:
-        """Whether the other members cannot resume from the newest state without this node, which leaves."""
-        generation, statuses = self.log.view.generation, self._live_statuses()
-        if generation is None or generation.rank_of(self.member.incarnation) is None:
-            return False
-        told = [(each, statuses.get(each.incarnation)) for each in generation.members]
-        stay = [each for each, said in told if said is not None and stays(said)]
-        leaving = [each for each, said in told if said is not None and said.leaving]
-        required = needed(generation, stay, leaving, statuses, self.log.view.committed_step)
-        return self.member.incarnation in incarnations(required)
-
-    def _live_statuses(self) -> dict[str, NodeStatus]:
-        """The newest status of each node that is not gone, this one included, by incarnation."""
-        now_s, silence_s = self._clock_s(), self.silence_s()
-        me = self.me.now
-        return {
-            incarnation: peer.status
-            for incarnation, peer in dict(self.table.peers).items()
-            if peer.status is not None and not is_lost(peer, now_s, silence_s)
-        } | {me.member.incarnation: me}
+    def node_states(self) -> dict[NodeState, int]:
+        """The number of nodes by state, as of the last turn."""
+        if self.view is None:
+            return {}
+        return node_states(self.view, self._clock_s(), self.known.silence_s())
 
     def read_at_s(self, generation: int) -> float:
         """When this node first read that generation's record; now if it has not."""
         read_s = self.memory.read_at_s(generation)
         return self._clock_s() if read_s is None else read_s
+
+    def noticed_at_s(self, generation: int) -> float:
+        """When this node noticed that a generation is broken, over or replaced; now if it is none of these."""
+        newest = self.log.view.generation_number
+        if newest > generation:
+            return self.read_at_s(newest)
+        noticed_s = self.memory.broken_since_s
+        return self._clock_s() if noticed_s is None else noticed_s
 
     # ---- one turn ----------------------------------------------------------------------------------
 
@@ -235,6 +183,11 @@ class Participant:
         if decision != self.decision:
             log.info("decision", kind=type(decision).__name__.lower(), reason=decision.reason)
         self.decision = decision
+        idle = idle_of(decision, leaving=self.me.leaving)
+        self._resources.on_decision(idle)
+        self.memory.decided(self._clock_s(), too_few=idle is Idle.BELOW_MINIMUM)
+        if (seconds := self._shortage.due_s(decision, self._clock_s())) is not None:
+            log.warning("below_minimum", seconds=round(seconds), reason=decision.reason)
         self._act(decision)
 
     def _choose_contacts(self) -> None:
@@ -266,7 +219,8 @@ class Participant:
 
     def _decide(self) -> Decision:
         now_s = self._clock_s()
-        return decide(self._look(now_s), self._limits, now_s)
+        self.view = self._look(now_s)
+        return decide(self.view, self._limits, now_s)
 
     def _act(self, decision: Decision) -> None:
         match decision:
@@ -333,7 +287,7 @@ class Participant:
         if not given_up and not paused:
             memory.broken_since_s = None
         if (found.broken or found.over) and memory.broken_since_s is None:
-            memory.broken_since_s = now_s
+            memory.broke(now_s)
             # The peers are told and asked first. The log is read before anything is appended, so not now.
             self._log_read_s = now_s
         if found.broken and not given_up:
@@ -343,6 +297,8 @@ class Participant:
         self, run: RunView, generation: Generation, found: Assessment, now_s: float
     ) -> str:
         """Why the run must end, by its failures; empty if it need not."""
+        if not found.failures:
+            return ""
         failed = {cause.node for cause in found.failures}
         others = len(generation.members) - len(found.dead) - len(failed)
         if others < self._limits.elastic.nodes_min:
@@ -354,7 +310,7 @@ class Participant:
             self.memory.moments,
             found.failures,
             others,
-            frontier_step(self.me.stated, dict(self.table.peers)),
+            frontier_step(generation, self.appender.reached_step(generation)),
             self._limits.elastic,
             now_s if noticed_s is None else noticed_s,
         )
@@ -376,7 +332,3 @@ class Participant:
 
     def _refresh(self, length: int | None = None) -> None:
         self.memory.log_read(self.log.refresh(length), self._clock_s())
-
-    def _world(self) -> int:
-        generation = self.log.view.generation
-        return 1 if generation is None else len(generation.members)

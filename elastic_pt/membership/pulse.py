@@ -1,12 +1,11 @@
 """The pulse: an object in the bucket that changes while the newest generation trains.
 
 It is for nodes that can reach the bucket but no member. The first member overwrites `pulse.json` with a growing
-count, about once a second: one request a second for the whole fleet. A node that cannot reach the members watches
+count and its newest step, about once a second: one request a second for the whole fleet. A node that cannot reach the members watches
 whether the object changes, with its own clock. The pulse is a hint, like the lobby: it keeps nodes from taking over
 too early, and the log decides in any case.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ import structlog
 
 from elastic_pt.errors import LogDamaged, NotFound, StoreError
 from elastic_pt.membership.decision.memory import Memory
+from elastic_pt.membership.decision.progress import pulse_bytes, reached_step
 from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.membership.own_status import OwnStatus
 from elastic_pt.runlog.log import RunLog, RunView, record_key
@@ -37,10 +37,10 @@ class Pulse:
     incarnation: str
     _count: int = 0
 
-    def beat(self, generation: int) -> None:
-        """Write a new pulse: this generation trains."""
+    def beat(self, generation: int, step: int) -> None:
+        """Write a new pulse: this generation trains, and has reached this step."""
         self._count += 1
-        self.store.write(KEY, json.dumps([generation, self.incarnation, self._count]).encode())
+        self.store.write(KEY, pulse_bytes(generation, self.incarnation, self._count, step))
 
     def feel(self) -> bytes:
         """The pulse's bytes, which change while a generation trains; empty before the first pulse."""
@@ -87,10 +87,12 @@ class PulseWatch:
         """
         now_s, view = self._clock_s(), self._log.view
         try:
-            if self._leads(view):
+            if (generation := self._led(view)) is not None:
                 if now_s - self._written_s >= self._pause_s:
                     self._written_s = now_s
-                    self._pulse.beat(view.generation_number)
+                    me = self._me.stated
+                    reached = reached_step(generation, {me.member.incarnation: me})
+                    self._pulse.beat(generation.number, reached or 0)
                 if now_s - self._looked_s >= min(2 * self._pause_s, _LOOK_S):
                     self._looked_s = now_s
                     self._look_at_log(view)
@@ -101,16 +103,17 @@ class PulseWatch:
             self._memory.bucket_failed(self._clock_s())
             log.debug("pulse_unreachable", cause=str(error))
 
-    def _leads(self, view: RunView) -> bool:
-        """Whether this node is the first member of a generation that trains."""
+    def _led(self, view: RunView) -> Generation | None:
+        """The newest generation, if this node is its first member and it trains; else None."""
         generation, me = view.generation, self._me.stated
-        return (
+        leads = (
             generation is not None
             and view.stop is None
             and generation.rank_of(me.member.incarnation) == 0
             and me.phase is not NodePhase.WAITING
             and me.broken < generation.number
         )
+        return generation if leads else None
 
     def _look_at_log(self, view: RunView) -> None:
         """Detect a record of another writer. Mark the generation as broken if it is another GENERATION.

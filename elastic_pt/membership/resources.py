@@ -7,7 +7,7 @@ from typing import Protocol
 from aiohttp import web
 
 from elastic_pt.membership.decision.mirrors import Mirrors
-from elastic_pt.membership.decision.status import Held, Unusable
+from elastic_pt.membership.decision.status import Held, Idle, Unusable
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import Store
@@ -83,5 +83,7 @@ class Resources:
     """Asks this node's workers for a checkpoint after the same step on all workers, for the request of that index."""
     on_leave: Callable[[float], None] = lambda _: None
     """Asks this node to leave in good order, within so many seconds (0: as configured). Called again until it leaves."""
+    on_decision: Callable[[Idle], None] = lambda _: None
+    """Learns why this node has no workers, if it has none. Called in each turn."""
     fenced_url: str = ""
     """The run directory's URL if this agent has checked that its store is fenced; a GENERATION records it."""

@@ -33,13 +33,19 @@ ROWS_MULTIPLE = 128
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens of a call, float32 scalars. Only `total` has gradients."""
+    """Sums over the tokens of a call, float32 scalars, and their parts. Only `total` has gradients."""
 
     total: Tensor
     """Cross-entropy plus weighted z-loss."""
     cross_entropy: Tensor
     z_loss: Tensor
     """Already weighted; 0 without z-loss."""
+    cross_entropy_N: Tensor
+    """Of each token, float32."""
+
+    def of_rows(self, rows: int) -> Tensor:
+        """Cross-entropy of each of the `rows` equally long rows of the call, summed in float64."""
+        return self.cross_entropy_N.view(rows, -1).double().sum(1)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -67,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> LossSums:
         ctx.hidden_grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         ctx.weight_grad_VD = None
         if ctx.needs_input_grad[1]:
@@ -76,8 +82,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = _forward(
             hidden_ND, weight_VD, targets_N, z_loss, ctx.hidden_grad_ND, ctx.weight_grad_VD
         )
-        ctx.mark_non_differentiable(sums.cross_entropy, sums.z_loss)
-        return sums.total, sums.cross_entropy, sums.z_loss
+        ctx.mark_non_differentiable(sums.cross_entropy, sums.z_loss, sums.cross_entropy_N)
+        return sums
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -126,7 +132,7 @@ def _forward(
         if weight_grad_VD is not None:
             _add_product_(weight_grad_VD, product_CV.t(), hidden_CD)
     cross_entropy, penalty = losses_N.sum(), penalties_N.sum()
-    return LossSums(cross_entropy + penalty, cross_entropy, penalty)
+    return LossSums(cross_entropy + penalty, cross_entropy, penalty, losses_N)
 
 
 def _loss_of_chunk(

@@ -23,6 +23,7 @@ from elastic_pt.notices.notice import (
     Decision,
     InForce,
     Moment,
+    NoticeKind,
     Stay,
     decide,
     update,
@@ -75,6 +76,10 @@ class Watch:
     def start(self) -> None:
         """Start the thread, if there is a source."""
         if self._sources:
+            for source in self._sources:
+                for kind in NoticeKind:
+                    # `increase()` never sees the first value of a new series.
+                    self._metrics.notices.labels(source.name, kind)
             log.info("notices_watched", sources=[each.name for each in self._sources])
             self._thread.start()
 
@@ -110,6 +115,9 @@ class Watch:
     async def _watch(self, source: Source, session: aiohttp.ClientSession) -> None:
         up = self._metrics.notice_source_up.labels(source.name)
         up.set(1)
+        for kind in NoticeKind:
+            # A series that begins at 1 has no increase.
+            self._metrics.notices.labels(source.name, kind)
         failed, again_s = False, _AGAIN_MIN_S
         while True:
             try:

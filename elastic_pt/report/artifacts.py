@@ -26,7 +26,7 @@ from elastic_pt.checkpoint.restore import load_rows
 from elastic_pt.checkpoint.verify import Verified, newest_usable, verify_share
 from elastic_pt.config import Config
 from elastic_pt.data.cache import ShardCache, cache_directory
-from elastic_pt.data.loader import HeldOutBatch, held_out_batches
+from elastic_pt.data.held_out import HeldOutBatch, held_out_rows, mean_loss, read_held_out
 from elastic_pt.data.manifest import Manifest as DataManifest
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.shards import TokenReader
@@ -163,13 +163,16 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
     bytes: int
+    """UTF-8 bytes of the held-out documents; of a part of the rows, in proportion to their tokens."""
     loss_by_source: dict[str, float]
 
 
-def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
-    """Measure the model on every held-out token. Calls `on_tokens` with the number of tokens of each batch.
+def evaluate(
+    trained: Trained, rows: int = 0, on_rows: Callable[[int, int], None] = lambda done, of: None
+) -> Evaluation:
+    """Measure the model on `rows` held-out rows of the training length, or on all of them for 0.
 
-    The windows are those of `held_out_batches`, of the training length: each token counts exactly once.
+    They are the rows that a run with this `evaluation.rows` measures. Calls `on_rows(done, of)` after each batch.
     Raises `DataError` if nothing was held out.
     """
     data = trained.data
@@ -184,34 +187,35 @@ def evaluate(trained: Trained, on_tokens: Callable[[int], None]) -> Evaluation:
     reader = TokenReader(data, trained.data_store, cache=cache)
     length = trained.config.data.sequence_length
     batch = max(1, _BATCH_TOKENS // length)
-    nats: dict[str, float] = {}
-    for part in held_out_batches(data, reader, length, batch, ignored=IGNORED):
-        name = data.sources[part.source].name
-        nats[name] = nats.get(name, 0.0) + _summed_nats(model, part)
-        on_tokens(int((part.targets_BT != IGNORED).sum()))
-    tokens, total = data.tokens("held_out"), math.fsum(nats.values())
+    chosen = held_out_rows(data, length, rows)
+    nats: list[float] = []
+    while len(nats) < len(chosen):
+        some = chosen[len(nats) : len(nats) + batch]
+        part = read_held_out(data, reader, some, (len(some), length), ignored=IGNORED)
+        nats += _nats_of_rows(model, part)
+        on_rows(len(nats), len(chosen))
+    found = mean_loss(chosen, nats, [source.name for source in data.sources])
+    tokens = sum(row.end - row.start for row in chosen)
+    bytes_per_token = data.held_out_bytes / data.tokens("held_out")
     return Evaluation(
         step=trained.chosen.manifest.step,
-        loss=total / tokens,
-        perplexity=math.exp(min(total / tokens, 700.0)),
-        bits_per_byte=total / math.log(2) / data.held_out_bytes,
+        loss=found.loss,
+        perplexity=math.exp(min(found.loss, 700.0)),
+        bits_per_byte=found.loss / math.log(2) / bytes_per_token,
         tokens=tokens,
-        bytes=data.held_out_bytes,
-        loss_by_source={
-            source.name: nats[source.name] / source.tokens("held_out")
-            for source in data.sources
-            if source.name in nats
-        },
+        bytes=round(tokens * bytes_per_token),
+        loss_by_source={name: loss for name, (_, loss) in found.by_source.items()},
     )
 
 
 @torch.inference_mode()
-def _summed_nats(model: Transformer, part: HeldOutBatch) -> float:
-    """Cross-entropy in nats, summed over the targets that are not `IGNORED`."""
+def _nats_of_rows(model: Transformer, part: HeldOutBatch) -> list[float]:
+    """Cross-entropy of each row in nats, summed over the targets that are not `IGNORED`."""
     device = model.output_weight.device
     sums = model(part.inputs_BT.to(device), part.targets_BT.to(device))
     assert isinstance(sums, LossSums)
-    return float(sums.cross_entropy)
+    nats: list[float] = sums.of_rows(part.targets_BT.shape[0]).tolist()
+    return nats
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from elastic_pt.checkpoint.index import in_order, read_root
+from elastic_pt.checkpoint.index import read_root
 from elastic_pt.errors import CheckpointError
 from elastic_pt.report.status import Run, age_of
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Checkpoint, Commit, Kind, Quarantine, Record
+from elastic_pt.store.parallel import in_order
 
 BUCKET: Final = "bucket"
 """The tier that holds every committed checkpoint."""

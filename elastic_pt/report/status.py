@@ -1,4 +1,4 @@
-"""Reads a run from its URL: state, records, checkpoints, history of steps.
+"""Reads a run from its URL: state, records, checkpoints.
 
     log ─► RunView ───┐
     agents ─► answers ┼─► status      live from the agents; from the log if none answers
@@ -17,27 +17,22 @@ States of a run:
 Only reads, and imports no torch. Runs in the command line's process.
 """
 
-import asyncio
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-import aiohttp
-from pydantic import ValidationError
-
-from elastic_pt.checkpoint import history
 from elastic_pt.config import Config
-from elastic_pt.errors import ConfigError, NotFound
+from elastic_pt.errors import NoRun, NotFound
+from elastic_pt.membership.asking import ask_status
+from elastic_pt.membership.decision.at_risk import AtRisk, at_risk
 from elastic_pt.membership.decision.decide import park
 from elastic_pt.membership.decision.status import NodePhase, NodeStatus
-from elastic_pt.membership.links import TOKEN_KEY, url_of
+from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.membership.lobby import LOBBY, members_in
-from elastic_pt.membership.peers import STATUS
-from elastic_pt.report.tiers import AtRisk, Tier, at_risk, tiers
+from elastic_pt.report.tiers import Tier, tiers
 from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
@@ -59,7 +54,7 @@ from elastic_pt.store.port import Store
 
 STORE_TIMEOUT_S: Final = 30.0
 ANSWER_TIMEOUT_S: Final = 2.0
-_ANSWER_BYTES_MAX: Final = 1024 * 1024
+NO_ANSWER: Final = "no agent answers"
 
 
 class State(StrEnum):
@@ -126,6 +121,10 @@ class RunStatus:
     commit: CommitReport | None
     tiers: tuple[Tier, ...]
     at_risk_steps: AtRisk
+    step_age_s: float | None
+    """Seconds since an agent that answers reported its newest step; None if none has done one."""
+    ignored_spans: int = 0
+    """Damaged spans of the data that the run leaves out."""
 
 
 @dataclass(frozen=True)
@@ -138,32 +137,39 @@ class Run:
     """None for a run of stock torchrun, which has only a log."""
 
 
-def open_run(url: str) -> Run:
-    """Open the run at an absolute URL. Raises `ConfigError` if there is none."""
-    store = open_store(url, timeout_s=STORE_TIMEOUT_S, patient=False)
+def open_run(url: str, timeout_s: float = STORE_TIMEOUT_S) -> Run:
+    """Open the run at an absolute URL. Raises `NoRun` if there is none.
+
+    A request to the bucket is tried again for `timeout_s`.
+    """
+    store = open_store(url, timeout_s=timeout_s, patient=False)
     log = RunLog(store, writer="elastic-pt")
     view = log.refresh()
     config: Config | None = None
     if store.size(CONFIG_KEY) is not None:
         config = read_run_config(store, [])
     elif view.head is None:
-        raise ConfigError(
+        raise NoRun(
             f"{store.url}: no run there (neither {CONFIG_KEY} nor {record_key(0)}); "
             "expected the run.url of a run that was started"
         )
     return Run(store, log, config)
 
 
-def read_status(run: Run) -> RunStatus:
-    """The run as it is now. Asks agents at most three times, each time for at most `ANSWER_TIMEOUT_S`."""
+def read_status(run: Run, *, spares: bool = False) -> RunStatus:
+    """The run as it is now. Asks agents at most three times, each time for at most `ANSWER_TIMEOUT_S`.
+
+    Nodes that wait are asked if no member answers, or always with `spares`.
+    """
     view = run.log.refresh()
     answers = _ask(run, _members(view))
     if any(answer.log_length > view.length for answer in answers.values()):
         view = run.log.refresh()
         answers = _ask(run, _members(view))
     waiting: dict[str, NodeStatus] = {}
-    if view.stop is None and not answers:
-        waiting = _ask(run, members_in(run.store.keys(LOBBY)))
+    if view.stop is None and (spares or not answers):
+        found = members_in(run.store.keys(LOBBY))
+        waiting = _ask(run, [each for each in found if each.incarnation not in answers])
     nodes_min = 1 if run.config is None else run.config.elastic.nodes_min
     state, reason = judge(view, list(answers.values()), len(waiting), nodes_min)
     step, loss = _progress(view, answers)
@@ -184,6 +190,11 @@ def read_status(run: Run) -> RunStatus:
         commit=commit,
         tiers=tiers(generation, answers, bucket),
         at_risk_steps=at_risk(generation, answers, step, 0 if commit is None else commit.step),
+        step_age_s=min(
+            (each.step_age_s for each in answers.values() if each.step_age_s is not None),
+            default=None,
+        ),
+        ignored_spans=0 if generation is None else len(generation.ignored),
     )
 
 
@@ -198,19 +209,23 @@ def judge(
         state = State.COMPLETED if view.stop.reason == COMPLETED else State.FAILED
         return state, view.stop.reason
     if any(answer.phase is not NodePhase.WAITING for answer in answers):
-        reason = "" if view.generation is None else view.generation.reason
-        return State.RUNNING, reason if view.suspension is None else str(view.suspension)
+        if view.suspension is not None:
+            return State.RUNNING, str(view.suspension)
+        newest = view.generation
+        return State.RUNNING, "" if newest is None else (
+            f"generation {newest.number}: {newest.reason}"
+        )
     if (pause := view.request(Verb.PAUSE)) is not None:
         clauses = [f"asked for {pause.origin}"]
         clauses += [] if pause.done else ["not reached yet"]
-        clauses += [] if answers or waiting else ["no agent answers"]
+        clauses += [] if answers or waiting else [NO_ANSWER]
         return State.PAUSED, "; ".join(clauses)
     able, why_not = _able(view, answers)
     nodes = able + waiting
     if view.generation is None:
         return State.NEW, f"{nodes} of at least {nodes_min} nodes wait for the start"
     if not answers and not waiting:
-        return State.DOWN, "no agent answers"
+        return State.DOWN, NO_ANSWER
     if nodes < nodes_min:
         return State.PAUSED, "; ".join((f"{nodes} of at least {nodes_min} nodes", *why_not))
     return State.RUNNING, f"{nodes} nodes agree on generation {view.generation_number + 1}"
@@ -251,6 +266,12 @@ def records(run: Run) -> Iterator[Record]:
 
 def describe(record: Record) -> str:
     """A record as one readable line."""
+    text = text_of(record)
+    return f"{record.index:>5}  {record.time}  {record.kind:<10}  {text}  (by {record.writer})"
+
+
+def text_of(record: Record) -> str:
+    """What a record says, in words."""
     body = record.body
     match body:
         case Generation():
@@ -281,31 +302,13 @@ def describe(record: Record) -> str:
             text = f"from step {body.step}{platform}: {body.why}"
         case Control():
             text = f"{'done: ' if body.request.done else ''}{body.request}"
-    return f"{record.index:>5}  {record.time}  {record.kind:<10}  {text}  (by {record.writer})"
+    return text
 
 
 def record_as_json(record: Record) -> dict[str, Any]:
     """A record as it is stored, and the SHA-256 of its stored bytes."""
     stored: dict[str, Any] = json.loads(record.to_bytes())
     return stored | {"sha256": record.sha256}
-
-
-def read_history(run: Run) -> list[dict[str, Any]]:
-    """One entry per committed step, in order: the report of the worker of rank 0, and the generation.
-
-    Steps after the newest commit are left out. A step that was computed twice has the later entry.
-    """
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in run.log.records():
-        if not isinstance(record.body, Commit):
-            continue
-        with suppress(NotFound):
-            lines = history.read_history(run.store, record.body.history)
-            if lines:
-                first = lines[0]["step"]
-                by_step = {step: line for step, line in by_step.items() if step < first}
-                by_step |= {line["step"]: line for line in lines}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _members(view: RunView) -> tuple[Member, ...]:
@@ -322,35 +325,7 @@ def _ask(run: Run, members: Iterable[Member]) -> dict[str, NodeStatus]:
         token = run.store.read(TOKEN_KEY).decode()
     except NotFound:
         return {}
-    return asyncio.run(_ask_all(asked, token))
-
-
-async def _ask_all(members: list[Member], token: str) -> dict[str, NodeStatus]:
-    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-    headers = {"Authorization": f"Bearer {token}"}
-
-    async def ask(session: aiohttp.ClientSession, member: Member) -> NodeStatus | None:
-        try:
-            async with session.get(url_of(member, "/v1/status")) as response:
-                status = STATUS.validate_json(await _read_body(response))
-        except (aiohttp.ClientError, TimeoutError, ValidationError):
-            return None
-        # Another agent may use this port now: of another run, or a later incarnation of this node.
-        return status if status.member.incarnation == member.incarnation else None
-
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-        answers = await asyncio.gather(*(ask(session, member) for member in members))
-    return {each.member.incarnation: each for each in answers if each is not None}
-
-
-async def _read_body(response: aiohttp.ClientResponse) -> bytes:
-    """The whole body, which may come in parts. Stops reading after `_ANSWER_BYTES_MAX`."""
-    body = bytearray()
-    async for part in response.content.iter_any():
-        body += part
-        if len(body) > _ANSWER_BYTES_MAX:
-            break
-    return bytes(body)
+    return ask_status(asked, token, ANSWER_TIMEOUT_S)
 
 
 def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float | None]:

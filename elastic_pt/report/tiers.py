@@ -23,18 +23,6 @@ class Tier:
     """Seconds since it was complete, by the clocks of the nodes that hold it; of a commit, by this machine's clock."""
 
 
-@dataclass(frozen=True)
-class AtRisk:
-    """Steps that would be done again if this was lost now."""
-
-    node: int
-    """The node of rank 0."""
-    any_node: int
-    """The node whose loss would cost most."""
-    all: int
-    """All nodes."""
-
-
 def tiers(
     generation: Generation | None, answers: Mapping[str, NodeStatus], bucket: Tier | None
 ) -> tuple[Tier, ...]:
@@ -49,22 +37,6 @@ def tiers(
         if state is not None
     ]
     return (*found, *([] if bucket is None else [bucket]))
-
-
-def at_risk(
-    generation: Generation | None,
-    answers: Mapping[str, NodeStatus],
-    step: int,
-    committed_step: int,
-) -> AtRisk:
-    """Steps that are done, but not in a state that would be left."""
-    members = () if generation is None else generation.members
-    left = []
-    for others in _without_one(members):
-        state = newest_in_memory(generation, others, answers, committed_step)
-        left.append(committed_step if state is None else state.step)
-    lost = [max(0, step - each) for each in left] or [max(0, step - committed_step)]
-    return AtRisk(lost[0], max(lost), max(0, step - committed_step))
 
 
 def _without_one(members: Sequence[Member]) -> list[list[Member]]:

@@ -1,9 +1,10 @@
 """What all nodes of a run must agree on. The first node writes it into the run directory.
 
-- `config.toml`: the effective configuration without `[telemetry]`, which each node has for itself. `elastic-pt run
-  RUN_URL` needs nothing else.
+- `config.toml`: the effective configuration. `elastic-pt run RUN_URL` needs nothing else. Of `[telemetry]`, which each
+  node has for itself, it has only what belongs to the type of machine.
 - `identity.json`: the values that decide the bits, by name. A node with another value is refused, and the message
-  names it. Names with a dot belong to the configuration and the data, the others to the platform.
+  names it. Names with a dot belong to the configuration and the data, the others to the platform. The version of the
+  data order (`data.order`) is not compared: a run keeps the one that it began with.
 
 A later version may know more names of its platform than the run has recorded. Those are not compared, and the
 next generation records all of them.
@@ -19,7 +20,9 @@ from typing import Any, Final
 
 import elastic_pt
 from elastic_pt.config import INTRODUCED, Config, TelemetrySection, parse_config
+from elastic_pt.data.lanes import LANES_VERSION
 from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.order import ORDER_VERSION
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.runlog.log import RunView
 from elastic_pt.store.port import Store
@@ -28,6 +31,9 @@ CONFIG_KEY: Final = "config.toml"
 IDENTITY_KEY: Final = "identity.json"
 EXPLAINING: Final = ("driver", "processor model")
 """Names of a platform that may differ as long as the probe is equal. They explain a probe that differs."""
+_OF_THE_MACHINE: Final = {"price_per_hour", "peak_flops"}
+"""Keys of `[telemetry]` that a node which joins by the URL takes from the run: most fleets have machines of one type."""
+_ORDER: Final = "data.order"
 _PROBE: Final = "probe"
 _ENVIRONMENT: Final = "environment"
 
@@ -48,8 +54,8 @@ def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
 def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, str]:
     """The values that members compare when a node joins, by name.
 
-    In addition to the run's identity they include the code: a run may go on with newer code, but not with two versions
-    at the same time.
+    In addition to the run's identity they include the code and `[evaluation]`: a run may go on with newer code and other
+    evaluations, but not with two kinds at the same time.
     """
     deciding = {name: value for name, value in platform.items() if name not in EXPLAINING}
     identity = identity_of(config, data, {})
@@ -57,6 +63,9 @@ def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
         **deciding,
         "code": code_sha256(),
         "train.compute_dtype": config.train.compute_dtype,
+        **{
+            f"evaluation.{key}": str(value) for key, value in config.evaluation.model_dump().items()
+        },
         "data": data.fingerprint,
         "config": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
@@ -77,8 +86,8 @@ def agree_on_identity(
     data: Manifest,
     platform: Mapping[str, str],
     bound: Mapping[str, str] | None = MappingProxyType({}),
-) -> None:
-    """Publish this node's identity or compare it with the run's.
+) -> int:
+    """Publish this node's identity or compare it with the run's. Returns the version of the run's data order.
 
     `bound` is the platform to which the log binds the run (`RunView.platform`). If a generation names one, it replaces
     the first node's. None accepts any platform, because an operator has reopened the run for it.
@@ -86,12 +95,14 @@ def agree_on_identity(
     Raises `ConfigError` that names the first value that differs. Agent process.
     """
     mine = identity_of(config, data, platform)
-    encoded = json.dumps(mine, indent=1, sort_keys=True).encode()
+    first = mine | {_ORDER: LANES_VERSION}
+    encoded = json.dumps(first, indent=1, sort_keys=True).encode()
     # Creating an object with the bytes that are already there succeeds, so the create does not tell who was first.
     with suppress(AlreadyExists):
         store.create(IDENTITY_KEY, encoded)
     theirs = json.loads(store.read(IDENTITY_KEY))
-    for name in sorted(filter(_is_setting, mine.keys() | theirs.keys())):
+    order = order_version(store.url, theirs)
+    for name in sorted(filter(_is_setting, (mine.keys() | theirs.keys()) - {_ORDER})):
         here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
         if here != there:
             raise ConfigError(
@@ -101,8 +112,21 @@ def agree_on_identity(
     if bound is not None:
         _require_platform(store.url, platform, bound or platform_in(theirs))
     with suppress(AlreadyExists):
-        shared = config.model_copy(update={"telemetry": TelemetrySection()})
+        telemetry = TelemetrySection(**config.telemetry.model_dump(include=_OF_THE_MACHINE))
+        shared = config.model_copy(update={"telemetry": telemetry})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
+    return order
+
+
+def order_version(url: str, identity: Mapping[str, Any]) -> int:
+    """The version of the data order in the `identity.json` of the run at `url`; the first version wrote none."""
+    order = identity.get(_ORDER, ORDER_VERSION)
+    if order not in (ORDER_VERSION, LANES_VERSION):
+        raise ConfigError(
+            f"{_ORDER} = {order!r}: recorded by the run at {url}; expected {ORDER_VERSION} or {LANES_VERSION}, "
+            "or a node with a newer elastic_pt"
+        )
+    return int(order)
 
 
 def _is_setting(name: str) -> bool:

@@ -11,7 +11,8 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from itertools import chain, count
+from typing import Final, Protocol
 
 from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, NotFound, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
@@ -32,9 +33,11 @@ from elastic_pt.runlog.records import (
     Stop,
     Verb,
 )
+from elastic_pt.store.parallel import in_order
 from elastic_pt.store.port import Store
 
 _APPEND_ATTEMPTS_MAX: Final = 1000
+_READS_AT_ONCE: Final = 16
 GENERATIONS_KEPT: Final = 64
 BARS_KEPT: Final = 64
 
@@ -50,6 +53,8 @@ class RunView:
     """The newest ones that were read, oldest first, at most `GENERATIONS_KEPT`."""
     recovery: Recovery | None = None
     commit: Commit | None = None
+    committed_at: str = ""
+    """The time of that COMMIT, by its writer's clock."""
     quarantined: frozenset[str] = frozenset()
     bars: tuple[tuple[int, Quarantine], ...] = ()
     """Quarantines of nodes that were read, oldest first, each with the index of its record."""
@@ -102,6 +107,12 @@ class RunView:
         return self.checkpoints[0].step if self.checkpoints else 0
 
     @property
+    def committed_at_s(self) -> float:
+        """`committed_at` as Unix time; 0 before the first commit."""
+        at = self.committed_at
+        return datetime.datetime.fromisoformat(at).timestamp() if at else 0.0
+
+    @property
     def permanent_record(self) -> int | None:
         """Index of the newest COMMIT whose own checkpoint is permanent; None if there is none."""
         if self.head is None or self.commit is None:
@@ -139,7 +150,7 @@ def fold(view: RunView, record: Record) -> RunView:
         case Recovery():
             return replace(seen, recovery=record.body)
         case Commit():
-            return replace(seen, commit=record.body)
+            return replace(seen, commit=record.body, committed_at=record.time)
         case Quarantine(node=node) if node:
             return replace(seen, bars=(*view.bars, (record.index, record.body))[-BARS_KEPT:])
         case Quarantine(directory=directory):
@@ -207,6 +218,16 @@ def _index_of(key: str) -> int:
     return int(digits) if digits.isdecimal() and key == record_key(int(digits)) else -1
 
 
+class AppendListener(Protocol):
+    """Learns what this process appends, in the thread that appends. Must return at once, and never raise."""
+
+    def appended(self, body: Body, view: RunView) -> None:
+        """A record was appended. `view` is the log with it."""
+
+    def fenced(self) -> None:
+        """The log refused a record, because a newer generation has begun."""
+
+
 class RunLog:
     """Reads and appends the log of one run. Agent process (and the command line); safe to share between threads."""
 
@@ -217,6 +238,11 @@ class RunLog:
         self._lock = threading.Lock()
         self._permanent: dict[int, Record] = {}
         """A cache of COMMIT records of permanent checkpoints, by index. A record never changes."""
+        self._listener: AppendListener | None = None
+
+    def listen(self, listener: AppendListener) -> None:
+        """Tell it each record that is appended from now on."""
+        self._listener = listener
 
     @property
     def view(self) -> RunView:
@@ -241,7 +267,7 @@ class RunLog:
             for _ in range(_APPEND_ATTEMPTS_MAX):
                 view = self._refresh()
                 body = make(view)
-                check_allowed(view, body, generation)
+                self._check_allowed(view, body, generation)
                 record = self._next_record(view, body)
                 failpoint(Failpoint.LOG_APPENDING)
                 try:
@@ -250,21 +276,40 @@ class RunLog:
                     continue
                 failpoint(Failpoint.LOG_APPENDED)
                 self._view = fold(view, record)
+                if self._listener is not None:
+                    self._listener.appended(body, self._view)
                 return self._view
         raise StoreError(
             f"{self._store.url}: lost {_APPEND_ATTEMPTS_MAX} races for the next record of the log"
         )
 
-    def records(self) -> Iterator[Record]:
-        """Every record from the first on, with the hash chain checked. Raises `LogDamaged` at a break or a gap."""
-        previous = ORIGIN
-        index = 0
-        while (record := self._read(index)) is not None:
+    def _check_allowed(self, view: RunView, body: Body, generation: int) -> None:
+        try:
+            check_allowed(view, body, generation)
+        except FencedError:
+            # Two members may propose the same generation: the one that comes second is not of an older one.
+            late = not isinstance(body, Generation) and generation < view.generation_number
+            if late and self._listener is not None:
+                self._listener.fenced()
+            raise
+
+    def records(self, first: int = 0) -> Iterator[Record]:
+        """Every record from `first` on, with the hash chain checked. Raises `LogDamaged` at a break or a gap.
+
+        Those that are in the view are read ahead. To find the end, the others are read one by one.
+        """
+        previous = self._must_read(first - 1).sha256 if first > 0 else ORIGIN
+        known = max(first, self._view.length)
+        reads = chain(
+            in_order(range(first, known), self._read, _READS_AT_ONCE), map(self._read, count(known))
+        )
+        for index, record in enumerate(reads, first):
+            if record is None:
+                self._require_no_gap(index)
+                return
             _check_link(record, index, previous)
             yield record
             previous = record.sha256
-            index += 1
-        self._require_no_gap(index)
 
     def _refresh(self, length: int | None = None) -> RunView:
         if self._view.head is None:
@@ -351,6 +396,10 @@ class RunLog:
         for checkpoint, _ in self.permanent(view):
             if checkpoint.directory not in passed:
                 yield checkpoint
+
+    def record(self, index: int) -> Record:
+        """The record of an index below the end of the log. Raises `LogDamaged` if it is missing."""
+        return self._must_read(index)
 
     def _next_record(self, view: RunView, body: Body) -> Record:
         head = view.head

@@ -15,6 +15,7 @@ of the record before, and the index of the newest record of each kind) around a 
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
@@ -27,11 +28,15 @@ from typing import Any, Final, Self
 from pydantic import TypeAdapter
 
 from elastic_pt.errors import LogDamaged
+from elastic_pt.runlog.ignored import DamagedSpan, IgnoredSpan
 
 SCHEMA: Final = 1
 NEWER_SCHEMA: Final = 2
 """The schema of a COMMIT after which permanent checkpoints exist, of CONTROL records, and of all later ones in the same
 log. A version that reads only schema 1 would delete permanent checkpoints and miss requests, so it must refuse the log."""
+IGNORING_SCHEMA: Final = 3
+"""The schema of a GENERATION that leaves tokens out, as all later ones do. Every reader reads the newest one, so a version
+that would train on these tokens refuses the log."""
 ORIGIN: Final = "0" * 64
 """The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
@@ -104,6 +109,8 @@ class CauseKind(StrEnum):
     """A member's own worker failed."""
     UNUSABLE = "unusable"
     """A member could not read the checkpoint to resume from. The next generation takes another one."""
+    DAMAGED = "damaged"
+    """A member found a damaged block of the data. The next generation leaves its tokens out."""
     PARKED = "parked"
     """A member answers, but not all others can reach it."""
     GAVE_UP = "gave up"
@@ -114,6 +121,11 @@ class CauseKind(StrEnum):
     """A newcomer joined."""
     BARRED = "barred"
     """A member broke the generation too often and is kept out for some seconds."""
+
+    @property
+    def planned(self) -> bool:
+        """Whether it breaks no generation: the workers stop after the same step, and nothing is lost."""
+        return self in (CauseKind.LEFT, CauseKind.JOINED, CauseKind.BARRED)
 
 
 @dataclass(frozen=True)
@@ -133,12 +145,14 @@ class Cause:
     surroundings: bool = False
     """Whether a worker failed through its surroundings (space, I/O, store, memory, device, network, a signal), which
     may pass. If not, it failed through the program: a function of state, data and code."""
+    damage: tuple[DamagedSpan, ...] = ()
+    """What the next generation leaves out. Empty for other causes, and in older records."""
 
     def __str__(self) -> str:
         match self.kind:
             case CauseKind.LOST:
                 return f"lost {self.node}"
-            case CauseKind.FAILED | CauseKind.UNUSABLE:
+            case CauseKind.FAILED | CauseKind.UNUSABLE | CauseKind.DAMAGED:
                 return f"{self.node}: {self.detail}"
             case CauseKind.PARKED:
                 return f"{self.node} parked: {self.detail}"
@@ -186,7 +200,7 @@ class Generation:
     causes: tuple[Cause, ...] = ()
     """The reason, for programs."""
     frontier_step: int = 0
-    """The newest step that any member had done before. Steps up to it are done again."""
+    """The newest step that any generation had done before. Steps up to it are done again."""
     agree_s: float = 0.0
     """Seconds from when the proposer noticed the cause to this record."""
     platform: Mapping[str, str] = field(default_factory=dict)
@@ -201,16 +215,39 @@ class Generation:
 
     why_not_memory: str = ""
     """Why the members hold no state for `memory`. Empty if they do, in the first generation, and in older records."""
+    reached_step: int | None = None
+    """The newest step that the generation before had done. None if unknown, and in older records: there `frontier_step` is
+    that step, and 0 if no member was left."""
+    below_minimum_s: float = 0.0
+    """Part of `agree_s`: the proposer saw fewer nodes than `elastic.nodes_min`. 0 in older records."""
+    restarts: int = 0
+    """Generations that nobody planned, up to this one, since a step was last done that had not been done before, or a
+    checkpoint committed. 0 in older records."""
+    ignored: tuple[IgnoredSpan, ...] = ()
+    """The tokens that its workers leave out. Empty in older records."""
+
+    @property
+    def lost_steps(self) -> int:
+        """The number of steps that the generation before had done and that are done again; 0 if unknown."""
+        return 0 if self.reached_step is None else self.reached_step - self.resume_step
 
     def mirrors_of(self, rank: int) -> tuple[int, ...]:
         """The members that copy the state of the member of this rank."""
         return self.mirrors[rank] if self.mirrors else ()
 
+    def follows_the_loss_of_all(self, before: "Generation") -> bool:
+        """Whether no member of the generation before is left, so that nobody knows the cause."""
+        members = {each.incarnation for each in before.members}
+        return not self.causes and members.isdisjoint(each.incarnation for each in self.members)
+
     @property
     def resume_step(self) -> int:
         """Steps that are done in the state from which training resumes."""
-        if self.memory is not None:
-            return self.memory.step
+        return self.committed_step if self.memory is None else self.memory.step
+
+    @property
+    def committed_step(self) -> int:
+        """The step of the newest usable checkpoint; 0 is the start of the run."""
         return 0 if self.resume is None else self.resume.step
 
     @property
@@ -395,9 +432,16 @@ class Record:
         return _KIND_OF[type(self.body)]
 
     @property
+    def written_at(self) -> datetime.datetime:
+        """When it was written, by its writer's clock."""
+        return datetime.datetime.fromisoformat(self.time)
+
+    @property
     def schema(self) -> int:
         """The schema of the stored form."""
         body = self.body
+        if isinstance(body, Generation) and body.ignored:
+            return IGNORING_SCHEMA
         permanent = isinstance(body, Commit) and (
             body.permanent_before is not None or any(each.permanent for each in body.checkpoints)
         )
@@ -429,9 +473,9 @@ class Record:
         """Read a stored record. Raises `LogDamaged` with `key` if it is not one."""
         try:
             document = json.loads(data)
-            if document["schema"] not in (SCHEMA, NEWER_SCHEMA):
+            if document["schema"] not in (SCHEMA, NEWER_SCHEMA, IGNORING_SCHEMA):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; expected {SCHEMA} or {NEWER_SCHEMA}, "
+                    f"{key}: schema {document['schema']!r}; expected {SCHEMA}, {NEWER_SCHEMA} or {IGNORING_SCHEMA}, "
                     "which this version reads"
                 )
             return Record(

@@ -21,9 +21,10 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound, StoreError
+from elastic_pt.store.observer import NoObserver, Observer, Result, operation_of
 from elastic_pt.store.retry import Retry, TryAgain
 
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 
 class Fault(Enum):
@@ -41,6 +42,16 @@ class Fault(Enum):
     READ_ONLY = auto()  # the protocol does not support the operation
     FINAL = auto()  # another attempt cannot succeed
     BUG = auto()  # not an error of the store
+
+
+_RESULTS = {
+    Fault.MISSING: Result.MISSING,
+    Fault.BEYOND: Result.MISSING,
+    Fault.EXISTS: Result.EXISTS,
+    Fault.DENIED: Result.DENIED,
+    Fault.UNREACHABLE: Result.TRANSIENT,
+    Fault.TRANSIENT: Result.TRANSIENT,
+}
 
 
 class BeyondEnd(StoreError):
@@ -81,7 +92,7 @@ def fault_of_status(status: int) -> Fault:
 
 def fault_of(error: Exception) -> Fault:
     """What an exception of any fsspec filesystem means, by its HTTP status or its Python type."""
-    for name in ("code", "status_code", "status"):
+    for name in ("status", "status_code", "code"):
         status = getattr(error, name, None)
         if isinstance(status, int) and 400 <= status < 600:
             return fault_of_status(status)
@@ -126,6 +137,7 @@ class Client:
         fault_of: Callable[[Exception], Fault] = fault_of,
         guard: AbstractContextManager[Any] | None = None,
         patient: bool = True,
+        observer: Observer | None = None,
     ) -> None:
         """Unless `patient`, an unreachable server raises at once, until the first request has succeeded.
 
@@ -143,36 +155,51 @@ class Client:
         self._fault_of = fault_of
         self._guard = guard or nullcontext()
         self._patient, self._answered = patient, False
+        self._observer = observer or NoObserver()
         # No lock: a fork could inherit a held one. If two threads both build a filesystem, no harm is done.
         self._built: tuple[int, Any, str] | None = None
 
     def request(
         self,
         what: str,
-        send: Callable[[Any, str, dict[str, float]], Result],
+        send: Callable[[Any, str, dict[str, float]], Answer],
         *,
         bounded: bool = True,
-    ) -> Result:
-        """Return `send(filesystem, root path, timeout keywords)`, retried until the deadline.
+        sends: int = 0,
+    ) -> Answer:
+        """Return `send(filesystem, root path, timeout keywords)`, retried until the deadline. It `sends` so many bytes.
 
         `bounded` requests are cancelled at the deadline. Others rely on the timeouts of the socket,
         because the time that their bytes need is not known.
         """
-        renewed = False
+        renewed, attempts, operation = False, 0, operation_of(what)
 
-        def attempt(left_s: float) -> Result:
-            nonlocal renewed
+        def attempt(left_s: float) -> Answer:
+            nonlocal renewed, attempts
             filesystem, root = self._filesystem()
             limited = bounded and isinstance(filesystem, AsyncFileSystem)
+            if attempts:
+                self._observer.retried(operation)
+            attempts += 1
+            began_s = self._retry.clock_s()
+
+            def ended(result: Result) -> None:
+                self._observer.attempted(operation, result, self._retry.clock_s() - began_s)
+
             try:
                 with self._guard:
-                    result = send(filesystem, root, {"timeout": left_s} if limited else {})
+                    answer = send(filesystem, root, {"timeout": left_s} if limited else {})
                 self._answered = True
-                return result
+                ended(Result.OK)
+                self._observer.wrote(sends)
+                self._observer.read(len(answer) if isinstance(answer, bytes) else 0)
+                return answer
             except StoreError:
+                ended(Result.FAILED)
                 raise
             except Exception as error:
                 fault = self._fault_of(error)
+                ended(_RESULTS.get(fault, Result.FAILED))
                 if fault is Fault.DENIED and not renewed:
                     renewed, self._built = True, None
                     return attempt(left_s)

@@ -16,6 +16,7 @@ from typing import Any
 
 from elastic_pt.errors import AlreadyExists, NotFound
 from elastic_pt.store.client import BeyondEnd, Client
+from elastic_pt.store.observer import Observer
 from elastic_pt.store.port import (
     FilePart,
     NoAtomicCreate,
@@ -37,10 +38,12 @@ _MEMORY_LOCK = threading.RLock()
 class FsspecStore:
     """A `Store` below any URL that fsspec understands."""
 
-    def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
+    def __init__(
+        self, url: str, *, retry: Retry, patient: bool = True, observer: Observer | None = None
+    ) -> None:
         self._protocol = url.partition("://")[0]
         guard = _MEMORY_LOCK if self._protocol == "memory" else None
-        self._client = Client(url, retry=retry, guard=guard, patient=patient)
+        self._client = Client(url, retry=retry, guard=guard, patient=patient, observer=observer)
 
     @property
     def url(self) -> str:
@@ -76,7 +79,7 @@ class FsspecStore:
             filesystem.pipe_file(f"{root}/{key}", body, mode="create", **timeout)
 
         try:
-            self._client.request(f"creating {key}", send)
+            self._client.request(f"creating {key}", send, sends=len(body))
         except AlreadyExists:
             if not holds(self, key, data):
                 raise
@@ -84,7 +87,7 @@ class FsspecStore:
     def write(self, key: str, source: Source) -> None:
         """See `Store.write`; as atomic as the protocol's own upload of a whole object."""
         checked_key(key)
-        checked_source(source)
+        size = checked_source(source)
 
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> None:
             if isinstance(source, Path):
@@ -95,7 +98,7 @@ class FsspecStore:
             else:
                 filesystem.pipe_file(f"{root}/{key}", source, **timeout)
 
-        self._client.request(f"writing {key}", send, bounded=False)
+        self._client.request(f"writing {key}", send, bounded=False, sends=size)
 
     def size(self, key: str) -> int | None:
         """See `Store.size`."""

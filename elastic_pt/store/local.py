@@ -15,6 +15,7 @@ from pathlib import Path
 
 from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
+from elastic_pt.store.observer import NoObserver, Observer, Result, operation_of
 from elastic_pt.store.port import (
     NoAtomicCreate,
     Source,
@@ -40,13 +41,14 @@ _PUBLISH_ATTEMPTS = 100
 class LocalStore:
     """A `Store` below a directory that all its users mount. Needs hard links and an atomic rename."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, observer: Observer | None = None) -> None:
         path = url.removeprefix("file://")
         if not path.startswith("/"):
             raise ConfigError(f"{url} is not an absolute path; expected file:///absolute/path")
         self._url = f"file://{path}"
         self._root = Path(path or "/")
         self._swept = False
+        self._observer = observer or NoObserver()
 
     @property
     def url(self) -> str:
@@ -58,21 +60,25 @@ class LocalStore:
         checked_range(start, end)
         with self._errors(f"reading {key}"), self._path(key).open("rb") as file:
             file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+            found = file.read() if end is None else file.read(end - start)
+            self._observer.read(len(found))
+            return found
 
     def create(self, key: str, data: bytes) -> None:
         """See `Store.create`. `link` fails if the name exists; the linked file is already on disk."""
         checked_record(data)
         try:
             self._publish(f"creating {key}", key, data, self._link)
+            self._observer.wrote(len(data))
         except AlreadyExists:
             if not holds(self, key, data):
                 raise
 
     def write(self, key: str, source: Source) -> None:
         """See `Store.write`."""
-        checked_source(source)
+        size = checked_source(source)
         self._publish(f"writing {key}", key, source, os.replace)
+        self._observer.wrote(size)
 
     def size(self, key: str) -> int | None:
         """See `Store.size`."""
@@ -87,10 +93,11 @@ class LocalStore:
         """See `Store.keys`."""
         folder = self._root / checked_prefix(prefix).rpartition("/")[0]
         found: list[str] = []
-        for directory, below, names in os.walk(folder):
-            below[:] = [name for name in below if name != UNFINISHED]
-            where = Path(directory).relative_to(self._root)
-            found += [(where / name).as_posix() for name in names]
+        with self._errors(f"listing {prefix}"):
+            for directory, below, names in os.walk(folder):
+                below[:] = [name for name in below if name != UNFINISHED]
+                where = Path(directory).relative_to(self._root)
+                found += [(where / name).as_posix() for name in names]
         return sorted(key for key in found if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
@@ -170,16 +177,23 @@ class LocalStore:
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         text = f"{what} of {self._url}"
+        began_s, result = time.monotonic(), Result.FAILED
         try:
             yield
+            result = Result.OK
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            result = Result.MISSING
             raise NotFound(f"{text}: {error.strerror}") from error
         except FileExistsError as error:
+            result = Result.EXISTS
             raise AlreadyExists(f"{text}: the file exists") from error
         except PermissionError as error:
+            result = Result.DENIED
             raise AccessDenied(f"{text}: {error.strerror}") from error
         except OSError as error:
             raise StoreError(f"{text}: {error.strerror or error}") from error
+        finally:
+            self._observer.attempted(operation_of(what), result, time.monotonic() - began_s)
 
 
 def _remove_abandoned(making: Path, now_s: float) -> None:

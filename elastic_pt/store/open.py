@@ -7,6 +7,7 @@ from fsspec.registry import available_protocols, get_filesystem_class
 from elastic_pt.errors import ConfigError
 from elastic_pt.store.fsspec_store import FsspecStore
 from elastic_pt.store.local import LocalStore
+from elastic_pt.store.observer import Observer
 from elastic_pt.store.port import Store
 from elastic_pt.store.retry import Retry
 from elastic_pt.store.s3 import S3Store
@@ -22,24 +23,28 @@ _EXTRAS = {
 }
 
 
-def open_store(url: str, *, timeout_s: float = 120.0, patient: bool = True) -> Store:
+def open_store(
+    url: str, *, timeout_s: float = 120.0, patient: bool = True, observer: Observer | None = None
+) -> Store:
     """The store below `url`: file, memory, s3, gs, abfs or any other fsspec protocol. A plain path is a file.
 
     Does not connect: the first request of each process does. Each request is retried for `timeout_s`.
     Unless `patient`, a refused connection or an unknown host raises `StoreError` at once, until the server
-    has answered once. Raises `ConfigError` for a URL that cannot work and for a missing extra.
+    has answered once. `observer` learns of each request. Raises `ConfigError` for a URL that cannot work and for a missing extra.
     """
     protocol, separator, rest = url.partition("://")
     rest = rest.rstrip("/")
     if not separator and not url.startswith("/"):
         raise ConfigError(f"{url!r} is not a URL; expected s3://bucket/run or /absolute/path")
     if not separator or protocol in ("file", "local"):
-        return LocalStore(f"file://{rest}" if separator else f"file://{url.rstrip('/')}")
+        return LocalStore(
+            f"file://{rest}" if separator else f"file://{url.rstrip('/')}", observer=observer
+        )
     retry = Retry(timeout_s)
     if protocol in ("s3", "s3a"):
-        return S3Store(f"s3://{rest}", retry=retry, patient=patient)
+        return S3Store(f"s3://{rest}", retry=retry, patient=patient, observer=observer)
     _require_protocol(url, protocol)
-    return FsspecStore(f"{protocol}://{rest}", retry=retry, patient=patient)
+    return FsspecStore(f"{protocol}://{rest}", retry=retry, patient=patient, observer=observer)
 
 
 def _require_protocol(url: str, protocol: str) -> None:

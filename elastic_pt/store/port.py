@@ -123,7 +123,8 @@ class KeepsUnfinished(Protocol):
 
 def checked_key(key: str) -> str:
     """Return the key if it can name an object below the store's URL; else raise `ValueError`."""
-    if not key or key != key.strip("/") or any(part in ("", ".", "..") for part in key.split("/")):
+    parts = key.split("/")
+    if "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"not a key: {key!r}; expected a relative path such as log/1.json")
     return key
 

@@ -28,6 +28,7 @@ from fsspec.asyn import sync
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
+from elastic_pt.store.observer import Observer
 from elastic_pt.store.port import (
     Source,
     UnfinishedUpload,
@@ -204,7 +205,9 @@ class S3Store:
     Without the permission to list, S3 answers 403 for a missing object, and `AccessDenied` is raised.
     """
 
-    def __init__(self, url: str, *, retry: Retry, patient: bool = True) -> None:
+    def __init__(
+        self, url: str, *, retry: Retry, patient: bool = True, observer: Observer | None = None
+    ) -> None:
         bucket, _, root = url.partition("://")[2].partition("/")
         if not bucket:
             raise ConfigError(f"{url} names no bucket; expected s3://bucket/run")
@@ -231,6 +234,7 @@ class S3Store:
             configure=_without_library_retries,
             fault_of=s3_fault_of,
             patient=patient,
+            observer=observer,
         )
 
     @property
@@ -351,7 +355,7 @@ class S3Store:
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> dict[str, Any]:
             return dict(filesystem.call_s3(method, **arguments, **timeout))
 
-        return self._client.request(what, send)
+        return self._client.request(what, send, sends=len(arguments.get("Body", b"")))
 
     def _write_parts(self, key: str, source: Source, size: int) -> None:
         nonce = uuid.uuid4().hex

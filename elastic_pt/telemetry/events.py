@@ -1,109 +1,141 @@
-"""Structured events: one JSON object a line, on standard error and in the run directory.
+"""Structured events: JSON for machines, readable for people, with where they happened and without secrets.
 
-`configure_events` belongs to the composition roots. Events for the bucket are kept in a bounded buffer, and a
-thread writes them as `events/<node>/<sequence>.jsonl`. While the bucket is slow or unreachable the oldest events are
-dropped; training never waits.
+    log.info(...) ─► level, time, run, generation, node, rank, step ─► no secrets ─► sinks ─► standard error
+                                                                                      ├─ EventSink (shipping)  the bucket
+                                                                                      ├─ LogFile (log_file)    a local file
+                                                                                      └─ Webhook (webhook)     a person
+
+`configure_events` belongs to the composition roots. A sink never blocks and never raises: no event ends a run.
 """
 
-import json
 import logging
 import sys
-import threading
-from collections import deque
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 import structlog
+from structlog.typing import EventDict
 
-from elastic_pt.store.port import Store
+from elastic_pt.telemetry.redaction import Redactor
 
-_BUFFER_EVENTS_MAX: Final = 10_000
-_FLUSH_INTERVAL_S: Final = 5.0
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+_EVENT_COLUMNS: Final = 24
+_FIRST: Final = ("timestamp", "level", "event")
+_BELOW: Final = ("exception", "traceback", "stacks")
+
+LogFormat = Literal["auto", "json", "text"]
 
 
-class EventSink:
-    """Collects events for the bucket. Agent process."""
+class Sink(Protocol):
+    """Where events go besides standard error."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store = store
-        self._name = name
-        self._buffer: deque[str] = deque(maxlen=_BUFFER_EVENTS_MAX)
-        self._dropped = 0
-        self._lock = threading.Lock()
-        self._sequence = 0
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
-        self._thread.start()
-
-    def take(self, event: dict[str, Any]) -> None:
-        """Keep one event; never blocks."""
-        with self._lock:
-            self._dropped += len(self._buffer) == _BUFFER_EVENTS_MAX
-            self._buffer.append(json.dumps(event, default=str))
-
-    def close(self) -> None:
-        """Write the remaining events, within a bounded time."""
-        self._closing.set()
-        self._thread.join(timeout=2 * _FLUSH_INTERVAL_S)
-
-    def _run(self) -> None:
-        while not self._closing.wait(_FLUSH_INTERVAL_S):
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        lines = []
-        while self._buffer:
-            lines.append(self._buffer.popleft())
-        if not lines:
-            return
-        dropped = self._dropped
-        told = {"event": "events_dropped", "level": "warning", "count": dropped}
-        text = [json.dumps(told), *lines] if dropped else lines
-        try:
-            self._store.write(
-                f"events/{self._name}/{self._sequence:08d}.jsonl",
-                ("\n".join(text) + "\n").encode(),
-            )
-            self._sequence += 1
-            with self._lock:
-                # More may have been dropped while this was written.
-                self._dropped -= dropped
-        except Exception:  # any error: the thread must go on, and these events are retried
-            self._put_back(lines)
-
-    def _put_back(self, lines: list[str]) -> None:
-        """Put events that could not be written back before the newer ones; drop the oldest if there is no room."""
-        with self._lock:
-            room = max(0, _BUFFER_EVENTS_MAX - len(self._buffer))
-            self._dropped += max(0, len(lines) - room)
-            self._buffer.extendleft(reversed(lines[len(lines) - min(room, len(lines)) :]))
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Keep one event, of JSON's types only and without secrets. Never blocks, never raises."""
 
 
-def configure_events(level: str, node: str, sink: EventSink | None = None) -> None:
-    """Send every event to standard error as JSON and, if given, to the sink."""
+@dataclass
+class EventContext:
+    """Where a process's events happen: bound to each of them. One per process, of its composition root."""
 
-    def to_sink(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        if sink is not None:
-            sink.take(dict(event))
+    node: str
+    run: str = ""
+    """The run's URL without credentials."""
+    rank: int | None = None
+    """Of a worker."""
+    changing: Callable[[], Mapping[str, Any]] = dict
+    """The newest `generation` and `step`; 0 if there is none yet. Called for each event, on any thread: it must not block."""
+
+    def fields(self) -> dict[str, Any]:
+        """The fields for one event; those that are not known yet are left out."""
+        fields: dict[str, Any] = {"run": self.run} if self.run else {}
+        fields |= {"node": self.node}
+        fields |= {} if self.rank is None else {"rank": self.rank}
+        return fields | {name: value for name, value in self.changing().items() if value}
+
+
+@dataclass(frozen=True)
+class EventOutput:
+    """What leaves the process."""
+
+    level: str = "info"
+    """The lowest level that is written."""
+    log_format: LogFormat = "auto"
+    """On standard error: `auto` is `text` on a terminal and `json` elsewhere."""
+    redactor: Redactor = field(default_factory=Redactor)
+    sinks: tuple[Sink, ...] = ()
+    standard_error: bool = True
+    """False at the end of an agent: the command line prints the same there, as one line."""
+
+
+def configure_events(context: EventContext, output: EventOutput) -> None:
+    """From now on, every event of this process goes to standard error and to the sinks."""
+
+    def bind(_: Any, __: str, event: EventDict) -> EventDict:
+        first = {name: event[name] for name in _FIRST if name in event}
+        # The event's own fields win: they may be of another generation or step.
+        return {**first, **context.fields(), **event}
+
+    def clean(_: Any, __: str, event: EventDict) -> EventDict:
+        cleaned: EventDict = output.redactor.clean(event)
+        return cleaned
+
+    def to_sinks(_: Any, __: str, event: EventDict) -> EventDict:
+        for sink in output.sinks:
+            sink.take(event)
+        if not output.standard_error:
+            raise structlog.DropEvent
         return event
 
+    text = output.log_format == "text" or (output.log_format == "auto" and sys.stderr.isatty())
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            lambda _, __, event: {**event, "node": node},
-            to_sink,
-            structlog.processors.JSONRenderer(default=str),
+            bind,
+            clean,
+            to_sinks,
+            *(_text_renderer() if text else [structlog.processors.JSONRenderer(default=str)]),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[output.level]),
+        logger_factory=_StandardError,
         cache_logger_on_first_use=False,
     )
+
+
+def _text_renderer() -> list[structlog.typing.Processor]:
+    """Short lines for people: the run is the same in all of them. Tracebacks below, without the values of variables."""
+
+    def for_people(_: Any, __: str, event: EventDict) -> EventDict:
+        below = [event[name] for name in _BELOW if event.get(name)]
+        short = {name: event[name] for name in event if name not in ("run", *_BELOW)}
+        return short | ({"exception": "\n".join(below)} if below else {})
+
+    console = structlog.dev.ConsoleRenderer(
+        _EVENT_COLUMNS,
+        colors=sys.stderr.isatty(),
+        sort_keys=False,
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    return [for_people, console]
+
+
+class _StandardError:
+    """Prints lines. If nobody reads them any more, or the disk behind them is full, they are lost and the run goes on."""
+
+    def __init__(self, *_: Any) -> None:
+        self._print = structlog.PrintLogger(sys.stderr)
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError, ValueError):
+            self._print.msg(message)
+
+    debug = info = warning = error = critical = exception = log = msg

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from elastic_pt.config import TrainSection
+from elastic_pt.train.clock import StepClock
 
 _FOLD_ELEMENTS_MAX: Final = 1 << 22
 """Elements that are squared at once, to bound the float64 scratch memory; rows are never split."""
@@ -118,8 +119,9 @@ class Rounds:
 class ExactReduceScatter:
     """FSDP2 calls this instead of its reduce-scatter, for one group of parameters. Worker process."""
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: Rounds, clock: StepClock) -> None:
         self._rounds = rounds
+        self._clock = clock
         self._sum = DyadicSum(rounds.slots)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +140,8 @@ class ExactReduceScatter:
         assert op == dist.ReduceOp.SUM  # type: ignore[comparison-overlap]
         assert not async_op
         received = torch.empty_like(input_tensor)
-        dist.all_to_all_single(received, input_tensor, group=group)
+        with self._clock.communicating():
+            dist.all_to_all_single(received, input_tensor, group=group)
         for source, piece in enumerate(received.view(self._rounds.world_size, -1)):
             slot = self._rounds.slot_of(source)
             if slot < self._rounds.slots:
@@ -172,13 +175,12 @@ def _put_out(tree: DyadicSum, rounds: Rounds, output: Tensor) -> None:
         output.zero_()
 
 
-def install_exact_reduction(model: torch.nn.Module, rounds: Rounds) -> None:
+def install_exact_reduction(model: torch.nn.Module, rounds: Rounds, clock: StepClock) -> None:
     """Make every FSDP2 group of `model` sum its gradients over the canonical tree."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            sum_without_scaling(module)
             if rounds.world_size > 1:
-                module.set_custom_reduce_scatter(ExactReduceScatter(rounds))  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(ExactReduceScatter(rounds, clock))  # type: ignore[arg-type]
             else:
                 module.set_all_reduce_hook(ExactAllReduceHook(rounds))
 

@@ -19,6 +19,7 @@ from elastic_pt.model import initialize
 from elastic_pt.model.optimizer import ExactAdamW, local_rows
 from elastic_pt.model.parallel import parallelize, resolve_compute_dtype
 from elastic_pt.model.transformer import Transformer, build_on_meta
+from elastic_pt.train.clock import StepClock, time_collectives
 from elastic_pt.train.exact import Rounds, RowSquares, install_exact_reduction, sum_without_scaling
 
 
@@ -45,7 +46,12 @@ class TrainState:
         self.steps_done = 0
         self.skipped_in_a_row = 0
         self.rounds = Rounds(config.train.slots, self.world_size)
-        self.model = _build(config, vocabulary, mesh, device, self.rounds)
+        self.clock = StepClock()
+        self.model = _build(config, vocabulary, mesh, device)
+        exact = config.train.numerics == "exact"
+        time_collectives(self.model, self.clock, reduce_scatter=not exact)
+        if exact:
+            install_exact_reduction(self.model, self.rounds, self.clock)
         self.optimizer = ExactAdamW(
             self.model.named_parameters(),
             beta1=config.train.beta1,
@@ -77,16 +83,11 @@ class TrainState:
         return rows.start, rows.stop
 
 
-def _build(
-    config: Config, vocabulary: int, mesh: DeviceMesh, device: torch.device, rounds: Rounds
-) -> Transformer:
+def _build(config: Config, vocabulary: int, mesh: DeviceMesh, device: torch.device) -> Transformer:
     model = build_on_meta(config.model, vocabulary)
     parallelize(model, mesh, config.train, resolve_compute_dtype(config.train, device))
-    if config.train.numerics == "exact":
-        install_exact_reduction(model, rounds)
-    else:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                sum_without_scaling(module)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            sum_without_scaling(module)
     model.to_empty(device=device)
     return model

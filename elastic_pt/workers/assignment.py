@@ -11,6 +11,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from elastic_pt.checkpoint.memory import Places
+from elastic_pt.runlog.ignored import IgnoredSpan
 from elastic_pt.runlog.records import Checkpoint
 
 SOCKET_NAME: Final = "agent.sock"
@@ -38,6 +39,17 @@ class Assignment:
     resume: Checkpoint | None
     memory: Places | None = None
     """Where the state lies from which training goes on; None if it is `resume`, in the bucket."""
+    node: str = ""
+    """The node's name, for events."""
+    order_version: int = 1
+    """Of the run's data order."""
+    ignored: tuple[IgnoredSpan, ...] = ()
+    """What is left out of the data."""
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no event may show."""
+        return [] if self.memory is None else [self.memory.token]
 
     @property
     def resume_step(self) -> int:

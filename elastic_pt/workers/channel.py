@@ -6,6 +6,7 @@
                       no_snapshots  there is no memory for them
                       no_room     there is no buffer for a checkpoint; the worker tries again
                       skipped     there was none in time: no node waits for this checkpoint any more
+                      event       a structured event of the worker, for the agent's sinks
                       unusable    a committed checkpoint, or a state in memory, failed verification while it was read
                       copy_failed  one copy of a worker's rows in memory could not be read
     agent ─► worker   drain       checkpoint and stop at a step that all workers agree on
@@ -20,7 +21,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,10 @@ ORPHANED_EXIT_CODE: Final = 75
 
 _SHOWN_BYTES: Final = 300
 _ACCEPT_PAUSE_S: Final = 0.2
+_SENDER_TIMEOUT_S: Final = 0.1
+"""Another thread sends its message in less, unless the socket is full."""
+EVENTS_DROPPED: Final = "events_dropped"
+_BOUND: Final = ("timestamp", "run", "node", "rank", "generation", "step")
 
 Message = dict[str, Any]
 
@@ -152,6 +157,10 @@ def _take(line: bytes, handle: Callable[[Message], None]) -> None:
         log.exception("message_failed", message=text)
 
 
+def _line(kind: str, content: Message) -> bytes:
+    return json.dumps({"kind": kind, **content}).encode() + b"\n"
+
+
 class WorkerSide:
     """A worker's end. A thread reads the agent's messages. Without its agent the process exits."""
 
@@ -163,6 +172,9 @@ class WorkerSide:
             self._socket.connect(name)
         self._socket.settimeout(None)
         self._sending = threading.Lock()
+        self._unsent = b""
+        """The rest of an event, for which the socket had no room."""
+        self._dropped = 0
         self._closing = False
         self._drain = False
         self._checkpoint_request = -1
@@ -196,13 +208,51 @@ class WorkerSide:
         return self._unmirrored
 
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message to the agent. Any thread may call it."""
+        """Send a message to the agent, and wait until the socket has room for it. Any thread may call it."""
         with self._sending:
-            self._socket.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
+            self._socket.sendall(self._unsent + _line(kind, content))
+            self._unsent = b""
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Send an event of this worker to the agent's sinks (`telemetry.events.Sink`).
+
+        While the agent reads nothing, events are dropped; the next one that has room tells how many.
+        """
+        if not self._sending.acquire(timeout=_SENDER_TIMEOUT_S):
+            self._dropped += 1  # Another thread waits for room. Two may count at once; one more or less does not matter.
+            return
+        try:
+            lines = _line("event", {"content": event})
+            if self._dropped:
+                told = {name: event[name] for name in _BOUND if name in event}
+                told |= {"event": EVENTS_DROPPED, "level": "warning", "count": self._dropped}
+                lines = _line("event", {"content": told}) + lines
+            if self._unsent:
+                self._unsent = self._unsent[self._send_now(self._unsent) :]
+            sent = 0 if self._unsent else self._send_now(lines)
+            if sent:
+                self._unsent, self._dropped = lines[sent:], 0
+            else:
+                self._dropped += 1
+        except OSError:
+            pass  # the agent has ended, and this process is about to
+        finally:
+            self._sending.release()
+
+    def _send_now(self, data: bytes) -> int:
+        """How many bytes the socket had room for."""
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
 
     def close(self) -> None:
         """Close the connection; the agent still reads what was sent before."""
         self._closing = True
+        if self._unsent and self._sending.acquire(timeout=_SENDER_TIMEOUT_S):
+            with suppress(OSError):
+                self._send_now(self._unsent)
+            self._sending.release()
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> None:

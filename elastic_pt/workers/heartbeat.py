@@ -4,12 +4,15 @@
     stacks-<local rank>     Python stacks of all its threads: on request, and when a fatal signal ends it
 
 A hung worker need not cooperate. Its numbers stop changing. A signal handler in C, which does not need the
-interpreter's lock, writes the stacks.
+interpreter's lock, writes the stacks: that of the main thread first, because a walk over the frames of threads
+that run can crash the worker.
 """
 
+import ctypes
 import faulthandler
 import mmap
 import os
+import platform
 import signal
 import struct
 import threading
@@ -20,7 +23,8 @@ from pathlib import Path
 from typing import Final
 
 TICK_INTERVAL_S: Final = 0.1
-STACKS_TIMEOUT_S: Final = 0.3
+STACKS_TIMEOUT_S: Final = 2.0
+"""For the main thread's stack, and once more for those of all threads."""
 
 # Native alignment: `struct` then stores a number with one instruction, so a reader never sees half of a number.
 _HEADER: Final = struct.Struct("@qq")
@@ -34,6 +38,12 @@ _STACKS_BYTES_MAX: Final = 16 * 1024
 _STACKS_POLL_S: Final = 0.01
 _STACKS_QUIET_S: Final = 0.05
 _PF_EXITING: Final = 0x4
+_MAIN_THREAD_SIGNAL: Final = signal.SIGUSR2
+"""For the main thread alone, which then stands still in the handler."""
+_ALL_THREADS_SIGNAL: Final = signal.SIGRTMIN
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_TGKILL: Final = 234 if platform.machine() == "x86_64" else 131
+"""System call: 131 is its number on ARM and RISC-V."""
 
 
 class WorkerPhase(IntEnum):
@@ -49,6 +59,8 @@ class WorkerPhase(IntEnum):
     STAGE = 4
     END = 5
     """Waiting for the others after its last step."""
+    EVALUATE = 6
+    """In one pass of an evaluation, including waits for the other workers in it."""
 
 
 class Heartbeat:
@@ -60,7 +72,8 @@ class Heartbeat:
 
     def __init__(self, scratch: Path, local_rank: int, generation: int, step: int) -> None:
         stacks = (scratch / f"stacks-{local_rank}").open("w")
-        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        faulthandler.register(_MAIN_THREAD_SIGNAL, file=stacks, all_threads=False)
+        faulthandler.register(_ALL_THREADS_SIGNAL, file=stacks, all_threads=True)
         faulthandler.enable(file=stacks, all_threads=True)
         path = _path(scratch, local_rank)
         partial = path.with_suffix(".partial")
@@ -74,6 +87,7 @@ class Heartbeat:
 
     def enter(self, phase: WorkerPhase, step: int) -> None:
         """Write the next phase; `step` steps of the run are done."""
+        self.step = step
         # A reader may see one of the three values before the others. It counts that as one more change.
         _PROGRESS.pack_into(self._map, _PROGRESS_AT, time.monotonic_ns(), step, phase)
 
@@ -135,30 +149,36 @@ class HeartbeatReader:
         return text[-_STACKS_BYTES_MAX:]
 
     def request_stacks(self, pid: int) -> str:
-        """Make the worker write its stacks, and wait for them at most `STACKS_TIMEOUT_S`.
+        """Make the worker write its stacks, and wait for them at most twice `STACKS_TIMEOUT_S`.
 
-        This wakes a stopped worker, so the caller must kill it at once afterwards. If there are no stacks, the text
-        gives the process's state, and the kernel function that it is in, if that can be read.
+        This wakes a stopped worker and can crash it, so the caller must kill it at once afterwards. If there are no
+        stacks, the text gives the process's state, and the kernel function that it is in, if that can be read.
         """
-        deadline_s = time.monotonic() + STACKS_TIMEOUT_S
         state = process_state(pid)
         try:
-            os.kill(pid, signal.SIGUSR2)
+            _signal_main_thread(pid, _MAIN_THREAD_SIGNAL)
             os.kill(pid, signal.SIGCONT)
+            if self._written_stacks():
+                os.kill(pid, _ALL_THREADS_SIGNAL)
+                return self._written_stacks()
         except ProcessLookupError:
-            return ""
+            return self.stacks()
+        return (
+            f"no Python stacks within {STACKS_TIMEOUT_S} s: process {pid} is in state {state or '?'}"
+            f"{_kernel_function(pid)}"
+        )
+
+    def _written_stacks(self) -> str:
+        """The stacks when their file has not grown for a while: the handler writes one thread after the other."""
+        deadline_s = time.monotonic() + STACKS_TIMEOUT_S
         text, since_s = self.stacks(), time.monotonic()
-        # The handler writes one thread after the other. The file is complete when it has not grown for a while.
         while (now_s := time.monotonic()) < deadline_s:
             if text and now_s - since_s > _STACKS_QUIET_S:
                 break
             time.sleep(_STACKS_POLL_S)
             if (more := self.stacks()) != text:
                 text, since_s = more, time.monotonic()
-        return text or (
-            f"no Python stacks within {STACKS_TIMEOUT_S} s: process {pid} is in state {state or '?'}"
-            f"{_kernel_function(pid)}"
-        )
+        return text
 
 
 def process_state(pid: int) -> str:
@@ -169,6 +189,18 @@ def process_state(pid: int) -> str:
         return ""
     state, flags = fields[0], int(fields[6])
     return "X" if flags & _PF_EXITING and state != "Z" else state
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """Signal this one thread. `kill` of a stopped process lets any thread take the signal, also one of a library
+    in C, for which Python's handler writes nothing.
+
+    Raises `ProcessLookupError` if there is no such process.
+    """
+    # By number, as the C library has no `tgkill` before glibc 2.30.
+    if _LIBC.syscall(_TGKILL, pid, pid, number) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def _kernel_function(pid: int) -> str:

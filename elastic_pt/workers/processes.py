@@ -36,13 +36,15 @@ from elastic_pt.workers.failure import (
     root_cause,
 )
 from elastic_pt.workers.forking import await_fork_server
-from elastic_pt.workers.heartbeat import HeartbeatReader, process_state
+from elastic_pt.workers.heartbeat import HeartbeatReader, WorkerPhase, process_state
 from elastic_pt.workers.watchdog import Detector, Hang, WatchdogLimits
 
 _MONITOR_INTERVAL_S: Final = 0.02
 _LOOK_INTERVAL_S: Final = 0.1
 _KILL_TIMEOUT_S: Final = 5.0
 _RESTARTS_MAX: Final = 1_000_000_000
+_RUNS: Final = frozenset("RSDTt")
+"""States of a process that has not ended, also a stopped one."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,13 @@ class NodeProcesses(LocalElasticAgent):
             exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         self._on_failure(self._end_generation(worker_group, exit_codes, hangs))
         return RunResult(state=WorkerState.FAILED)
+
+    def phases(self) -> list[WorkerPhase]:
+        """What each running worker does now, by its heartbeat. Any thread."""
+        # Not by the exit code: only one thread may ask the fork server for it.
+        running = [each for each in self._watched if process_state(each.process.pid) in _RUNS]
+        readings = [each.reader.read() for each in running]
+        return [each.phase for each in readings if each is not None]
 
     def _hung_workers(self) -> dict[int, Hang]:
         """The hung workers by rank; checks all workers, at most every `_LOOK_INTERVAL_S`."""

@@ -7,7 +7,8 @@
 
 A worker that waits in a collective for a hung worker still ticks, so only the second rule could apply to it. That
 rule takes longer, so the agent of the hung worker has already acted on the first rule. `startup_timeout_s` applies
-before the first steps are done, and in phases that move bytes or wait for the bucket: these have no typical duration.
+before the first steps are done, in phases that move bytes or wait for the bucket, and in each pass of an evaluation:
+these have no typical duration. An evaluation does not make its step a long one.
 
 Time in which the agent did not observe (it was stopped, or the whole machine was) does not count.
 """
@@ -28,7 +29,13 @@ _STEPS_BEFORE_DROPPING: Final = 16
 
 _STOPPED: Final = ("T", "t")
 _ENDING: Final = ("Z", "X", "")
-_UNHURRIED: Final = (WorkerPhase.START, WorkerPhase.RESTORE, WorkerPhase.END)
+# The first evaluation compiles, where `train.compile` is set.
+_UNHURRIED: Final = (
+    WorkerPhase.START,
+    WorkerPhase.RESTORE,
+    WorkerPhase.END,
+    WorkerPhase.EVALUATE,
+)
 _WORDS: Final = {
     "T": "stopped",
     "t": "stopped by a debugger",

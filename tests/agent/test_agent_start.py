@@ -7,6 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
+
+from elastic_pt.agent.agent import run_agent
+from elastic_pt.config import parse_config
+from elastic_pt.errors import ElasticPtError
+from elastic_pt.report.goodput import read_accounts
+from elastic_pt.runlog.identity import IDENTITY_KEY
+from elastic_pt.store.open import open_store
 
 WAIT_S = 60.0
 CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstaging = "{0}"\n'
@@ -35,3 +43,25 @@ def test_a_node_asked_to_leave_during_imports_ends_at_once(
     finally:
         agent.kill()
         agent.wait()
+
+
+def test_start_that_fails_has_an_account_if_the_run_exists(tmp_path: Path) -> None:
+    """A loop of failing starts costs node-seconds. A mistake at the start of a new run leaves no directory behind."""
+    config = parse_config(CONFIG.format(tmp_path), source="test")
+    store = open_store(config.run.url)
+
+    def start() -> None:
+        # It fails before it uses its worker and its platform.
+        with pytest.raises(ElasticPtError):
+            run_agent(config, "a", "127.0.0.1", tmp_path, None, None)  # type: ignore[arg-type]
+
+    try:
+        start()
+        assert not (tmp_path / "run").exists()
+        store.create(IDENTITY_KEY, b"{}")
+        start()
+    finally:
+        structlog.reset_defaults()
+    (account,) = read_accounts(store)
+    assert account.ended
+    assert account.reason.startswith("StoreError: data.url")

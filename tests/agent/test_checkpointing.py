@@ -267,6 +267,12 @@ def test_node_that_does_not_commit_has_the_time_of_the_commit(tmp_path: Path) ->
     assert [each[:2] for each in values] == [[1.0, 7.0], [0.0, 7.0]]
     for each in values:
         assert time.time() - WAIT_S < (each[2] or 0.0) <= time.time()
+    for number, node in enumerate(nodes):
+        found = node._metrics.registry.get_sample_value
+        assert found("elastic_pt_checkpoint_upload_seconds_count") == 2.0, "of two workers"
+        stored = sorted(tmp_path.glob("run/ckpt/*/shard-*.safetensors"))[2 * number :][:2]
+        sizes = sum(each.stat().st_size for each in stored)
+        assert found("elastic_pt_checkpoint_upload_bytes_total") == sizes > 0
     for node in nodes:
         node.close(WAIT_S)
 

@@ -1,5 +1,7 @@
 """What fits in the time before a node must leave, from kept averages. Pure, with a clock that the test sets."""
 
+from dataclasses import replace
+
 import pytest
 
 from elastic_pt.agent.estimates import Estimates, Times, Way, plan_leave
@@ -41,6 +43,34 @@ def test_memory_is_no_way_if_all_mirrors_leave() -> None:
 def test_a_lone_node_tries_to_commit_until_its_deadline(lead_s: float) -> None:
     """Nobody waits for the only member, and leaving at once would save nothing: it tries whatever the estimates say."""
     assert plan_leave(lead_s, FAST, alone=True).way is Way.BUCKET
+
+
+def test_the_rest_of_an_evaluation_must_fit_too() -> None:
+    """F16: an evaluation is not broken off for a leave, so two steps, it, and a copy must fit."""
+    times = replace(FAST, evaluations_s=4.0)
+    assert plan_leave(6.0, times, alone=False).way is Way.MEMORY
+    assert plan_leave(5.9, times, alone=False).way is Way.AT_ONCE
+
+
+def test_only_what_is_left_of_evaluations_counts() -> None:
+    """Of the one after the step that has begun, what is still to come; of the one after the step that all agree on, all of it."""
+    now_s = [0.0]
+    estimates = Estimates(lambda: now_s[0])
+
+    def left_s(moment_s: float, *evaluated: int) -> float | None:
+        now_s[0] = moment_s
+        return estimates.times_to_leave(lambda step: step in evaluated).evaluations_s
+
+    assert left_s(0.0, 1, 2) is None
+    estimates.step_done(8, 1.0)
+    assert left_s(0.0, 9, 10) is None
+    estimates.step_done(9, 1.0, 20.0)
+    assert left_s(0.0, 9, 12) == 0.0
+    assert left_s(0.5, 10) == 20.0
+    assert left_s(6.0, 10) == 15.0
+    assert left_s(99.0, 10) == 0.0
+    assert left_s(99.0, 11) == 20.0
+    assert left_s(6.0, 10, 11) == 35.0
 
 
 def test_the_reason_has_both_times() -> None:

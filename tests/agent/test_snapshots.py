@@ -36,11 +36,12 @@ from elastic_pt.checkpoint.snapshot import (
     require_crcs,
 )
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.membership.decision.at_risk import at_risk
 from elastic_pt.membership.decision.mirrors import mirrored_by
 from elastic_pt.membership.decision.status import Held, NodeStatus
 from elastic_pt.membership.node import Formed
-from elastic_pt.report.tiers import at_risk
 from elastic_pt.runlog.records import Generation, InMemory, Member
+from elastic_pt.runlog.state import State
 from tests.checkpoint.world import full_tensors, local_rows, training_state
 
 DEADLINE_S = 60.0
@@ -97,6 +98,7 @@ class Node:
         self.changes: list[set[tuple[int, int]]] = []
         """The states that were held each time when the agent was woken."""
         self.skips = 0
+        self.mirrored_bytes = 0
         self._changed = threading.Condition()
         self.history = StepHistory()
         self.snapshots = Snapshots(
@@ -109,6 +111,7 @@ class Node:
             on_complete=self._on_complete,
             on_change=self._on_change,
             on_skip=self._on_skip,
+            on_mirrored=self._on_mirrored,
         )
         self.port = 0
         self.tensors = full_tensors()
@@ -116,6 +119,9 @@ class Node:
 
     def _on_skip(self) -> None:
         self.skips += 1
+
+    def _on_mirrored(self, size: int) -> None:
+        self.mirrored_bytes += size
 
     def _on_change(self) -> None:
         self.changes.append({(each.generation, each.step) for each in self.snapshots.held})
@@ -276,6 +282,15 @@ def test_step_is_complete_once_the_mirror_has_it(pair: list[Node]) -> None:
         assert node.snapshots.is_complete(5, {"a-1", "b-1"})
         assert not node.snapshots.is_complete(6, {"a-1", "b-1"})
         assert node.changes[-1] == {(1, 5)}
+
+
+def test_bytes_of_neighbours_are_counted(pair: list[Node]) -> None:
+    """A node counts what it has copied of others' states, and not what its own workers wrote."""
+    hold_step_5(pair)
+    for node, other in (pair, reversed(pair)):
+        copy = node.snapshots.find(State(1, 5), other.rank)
+        assert copy is not None
+        assert node.mirrored_bytes == copy.size > 0
 
 
 def test_changed_byte_in_a_peers_memory_is_found(pair: list[Node]) -> None:

@@ -32,6 +32,9 @@ join_window_s = 0.2
 [checkpoint]
 every_steps = 20
 keep = 3
+[evaluation]
+every_steps = 100
+rows = 150
 """
 
 

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Result, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.checkpoint.commit import directory_of
 from elastic_pt.checkpoint.layout import shard_key
+from elastic_pt.cli import reading
 from elastic_pt.cli.reading import checkpoint_line, verified_entries
 from elastic_pt.report.checkpoints import read_checkpoints
 from elastic_pt.report.status import open_run
@@ -96,6 +98,26 @@ def test_a_checkpoint_that_a_commit_removes_during_the_check_is_no_alarm(tmp_pat
     found = verified_entries(run, reports, entries, 1.0, 0)
     assert [each["directory"] for each in found] == [directory_of(world.generation, 2)]
     assert found[0]["problems"] == []
+
+
+def test_checkpoints_that_are_all_removed_during_the_check_are_told_or_checked_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that commits faster than the check reads has checkpoints: the newer ones are verified, else it says why not."""
+    real, calls = reading.verified_entries, []
+
+    def removed(*facts: Any) -> list[dict[str, Any]]:
+        """What a check finds if the run has removed everything meanwhile; the first `len(calls)` times."""
+        calls.pop()
+        return [] if calls else real(*facts)
+
+    monkeypatch.setattr(reading, "verified_entries", removed)
+    calls += [0] * 2
+    assert len(checkpoints(world, "--verify").out.splitlines()) == 3
+    calls += [0] * 9
+    text = checkpoints(world, "--verify").out
+    assert text == "newer commits have removed all 3 checkpoints during the check\n"
+    assert len(calls) == 6
 
 
 def test_quarantined_damage_is_reported_without_a_new_alarm(world: World) -> None:

@@ -13,9 +13,9 @@ from command_line import CONFIG, Trained, elastic_pt
 from elastic_pt.cli.reading import status_lines
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.decision.at_risk import AtRisk
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.report.status import RunStatus, State, _member_report
-from elastic_pt.report.tiers import AtRisk
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Generation, Member
 from elastic_pt.store.open import open_store
@@ -86,7 +86,20 @@ def test_status_reports_why_a_node_is_about_to_leave(leaving: bool, reason: str,
     report = _member_report(member, 4, answer)
     assert report.leaving == told
     status = RunStatus(
-        "url", State.RUNNING, "", 1, 1, 0, None, None, (report,), (), None, (), AtRisk(0, 0, 0)
+        "url",
+        State.RUNNING,
+        "",
+        1,
+        1,
+        0,
+        None,
+        None,
+        (report,),
+        (),
+        None,
+        (),
+        AtRisk(0, 0, 0),
+        None,
     )
     (line,) = [each for each in status_lines(status) if each.startswith("member")]
     assert (f", leaves: {told}," in line) == leaving

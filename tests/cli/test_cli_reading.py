@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
+from elastic_pt.cli.reading import status_lines
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
+from elastic_pt.membership.decision.at_risk import AtRisk
 from elastic_pt.membership.decision.status import NodePhase, NodeStatus
-from elastic_pt.report.status import State, judge, open_run, read_history
+from elastic_pt.report.history import read_steps
+from elastic_pt.report.status import CommitReport, RunStatus, State, judge, open_run
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Control, Generation, Member, Request, Stop, Verb
 
@@ -147,10 +150,24 @@ def test_state_follows_from_log_and_answers(
     assert judge(view, answers, waiting, nodes_min)[0] is state
 
 
+def test_ages_are_told_in_units_for_people() -> None:
+    """A commit of days ago has days in its line, not hundreds of thousands of seconds."""
+    commit = CommitReport(20, 230_448.1, "ckpt/x")
+    status = RunStatus(
+        "url", State.DOWN, "", 1, 1, 20, None, None, (), (), commit, (), AtRisk(0, 0, 0), None
+    )
+    assert "commit      step 20, 2 d 16 h ago" in status_lines(status)
+
+
 def test_new_run_shows_how_many_nodes_are_missing() -> None:
     """Before the first generation the reason has the nodes that wait and `nodes_min`."""
     _, reason = judge(view_of(members=0), [], 2, 3)
     assert reason == "2 of at least 3 nodes wait for the start"
+
+
+def test_the_reason_of_a_run_that_trains_is_that_of_its_generation() -> None:
+    """A run that trains names its generation with the reason, so that `b joins` does not read as if it joined just now."""
+    assert judge(view_of(), RUNS, 0, 1) == (State.RUNNING, "generation 3: started")
 
 
 PAUSE = Request(Verb.PAUSE, "ann@desk", "maintenance", index=7)
@@ -276,7 +293,8 @@ def flip(run: Path, step: int) -> None:
 
 def test_history_has_each_step_once(trained: Trained) -> None:
     """The history of a run is one entry per committed step, in order."""
-    history = read_history(open_run(f"file://{trained.run}"))
+    run = open_run(f"file://{trained.run}")
+    history = list(read_steps(run.store, run.log.records()))
     assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
     assert all(entry["loss"] > 0 and entry["generation"] == 1 for entry in history)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from command_line import Trained, assert_one_line_mistake, elastic_pt
 
 from elastic_pt.cli import app
 from elastic_pt.config import Config, section_type
+from elastic_pt.report.status import open_run
 from tests.services.fixtures import point_aws_at
 
 COMMANDS = [command.name for command in app.registered_commands if command.name is not None]
@@ -148,7 +150,8 @@ def test_warnings_stay_out_of_standard_output(monkeypatch: pytest.MonkeyPatch) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         point_aws_at(f"http://127.0.0.1:{server.server_port}", "key", "secret", monkeypatch)
-        monkeypatch.setattr("elastic_pt.report.status.STORE_TIMEOUT_S", 4.0)
+        impatient = partial(open_run, timeout_s=10.0)
+        monkeypatch.setattr("elastic_pt.report.status.open_run", impatient)
         result = elastic_pt("status", "s3://bucket/run", "--json")
         server.shutdown()
     *warnings, error = result.err.splitlines()

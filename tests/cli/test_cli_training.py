@@ -1,5 +1,6 @@
 """`prepare`, `run` and `local`: user mistakes, and no process is left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 
-from elastic_pt.cli.local import fleet_config
+from elastic_pt.cli.local import first_failure, fleet_config
 from elastic_pt.config import load_config
+from elastic_pt.fleet.local import Fleet
 from elastic_pt.store.open import open_store
 
 WAIT_S = 60.0
@@ -85,6 +87,17 @@ def test_local_prints_the_error_of_a_failed_agent(prepared: Trained, tmp_path: P
     assert result.err.splitlines()[-1].startswith("error: refused; node-1: ")
     assert "prepare" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
+
+
+def test_local_names_the_signal_that_killed_an_agent(prepared: Trained, tmp_path: Path) -> None:
+    """The last line of a killed agent's output, such as a warning, is not shown as its error."""
+    with Fleet(load_config(prepared.config), tmp_path) as fleet:
+        os.kill(fleet.start("node-1"), signal.SIGKILL)
+        assert fleet.wait(WAIT_S) == {"node-1": -signal.SIGKILL}
+        (tmp_path / "node-1.log").write_text("  warnings.warn('There appear to be %d '\n")
+        assert str(first_failure(fleet, ["node-1"])) == (
+            "the run did not end; node-1: killed by signal 9"
+        )
 
 
 def test_local_refuses_other_settings_on_a_completed_run(trained: Trained) -> None:

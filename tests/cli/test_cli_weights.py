@@ -14,6 +14,8 @@ from command_line import STEPS, Trained, assert_one_line_mistake, elastic_pt
 from elastic_pt.config import load_config
 from elastic_pt.data.manifest import read_manifest
 from elastic_pt.model.export import load_exported
+from elastic_pt.report.history import read_steps
+from elastic_pt.report.status import open_run
 from elastic_pt.store.open import open_store
 
 GREEDY = ("--prompt", "abc", "--max-tokens", 8, "--temperature", 0)
@@ -150,6 +152,24 @@ def test_eval_averages_over_every_held_out_token_once(trained: Trained) -> None:
     assert "bits per byte" in elastic_pt("eval", trained.run, "--step", trained.kept[1]).out
 
 
+def test_eval_repeats_the_evaluations_of_the_run(trained: Trained) -> None:
+    """With the run's rows, `eval` gives the held-out loss that the run has measured at that step, but for the rounding of
+    its larger batches. The history has one at each multiple of the cadence and at the last step."""
+    run = open_run(str(trained.run))
+    history = read_steps(run.store, run.log.records())
+    found = {line["step"]: line for line in history if "held_out_loss" in line}
+    assert list(found) == [100, 200, STEPS]
+    for step in (200, STEPS):
+        result = elastic_pt("eval", trained.run, "--rows", 150, "--step", step, "--json").json
+        assert result["loss"] == pytest.approx(found[step]["held_out_loss"], rel=1e-6, abs=0.0)
+        (rows, loss), *_ = found[step]["held_out_sources"].values()
+        assert rows == 150
+        assert loss == found[step]["held_out_loss"]
+    everything = elastic_pt("eval", trained.run, "--json").json
+    assert everything["loss"] != result["loss"]
+    assert everything["tokens"] > result["tokens"] == 150 * 16
+
+
 def test_eval_without_held_out_text_is_refused(
     trained: Trained, texts: Path, tmp_path: Path
 ) -> None:
@@ -170,11 +190,10 @@ def plain_nats(trained: Trained) -> float:
     opened = open_trained(open_run(f"file://{trained.run}"), None, None)
     model = opened.model().cpu()
     length = load_config(trained.config).data.sequence_length
-    shards = opened.data.sources[0].held_out
     stream = [
         token
-        for shard in shards
-        for token in numpy.fromfile(trained.data / shard.key, dtype="<u2").tolist()
+        for shard in sorted(trained.data.glob("shards/*/held-out-*.bin"))
+        for token in numpy.fromfile(shard, dtype="<u2").tolist()
     ]
     tokens = torch.tensor([opened.data.end_token_id, *stream])
     total = 0.0

@@ -1,6 +1,8 @@
 """The demo, made small: real nodes, one is killed, and the commands that it recommends work."""
 
 import io
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from elastic_pt.cli import demo
-from elastic_pt.cli.demo_screen import PHASES, Screen, next_commands
+from elastic_pt.cli.demo_screen import PHASES, Screen, command_line, live_view, next_commands
+from elastic_pt.cli.local import live_view_of
 
 SMALL = {"width = 96": "width = 16", "layers = 2": "layers = 1", "steps = 300": "steps = 90"}
 
@@ -31,14 +34,32 @@ def test_demo_shows_equal_digests_and_working_commands(
     assert shown.exit_code == 0, shown
     assert "SIGKILL to node-" in shown.out
     assert "The weights are equal, bit for bit." in shown.out
+    assert "The model continues 'def __init__(self':" in shown.out
     place = tmp_path / "shown" / "1"
+    watching = live_view(place / "disturbed")
+    assert shown.out.index(" ".join(watching)) < shown.out.index("SIGKILL to node-")
+    assert elastic_pt(*watching).exit_code == 0
     assert (place / "disturbed" / demo.PLOT_NAME).stat().st_size > 10_000
+    assert "Failures survived" in (place / "disturbed" / demo.REPORT_NAME).read_text()
     for arguments, _ in next_commands(place):
         assert " ".join(arguments[:2]) in shown.out
         result = elastic_pt(*arguments)
         assert result.exit_code == 0, result
     # The last command is the digest of the run that was trained again.
     assert result.out.split("sha256=")[1].strip() in shown.out
+
+
+def test_printed_commands_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A command that `local` or the demo prints is, for a shell, this program with its arguments as words."""
+    monkeypatch.chdir(tmp_path)
+    for called, program in (
+        ("/any/elastic_pt/__main__.py", [sys.executable, "-m", "elastic_pt"]),
+        ("/my tools/elastic-pt", ["/my tools/elastic-pt"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        words = [*program, "status", "my run", "--watch"]
+        assert shlex.split(command_line(["status", "my run", "--watch"])) == words
+        assert shlex.split(live_view_of(f"file://{tmp_path}/my run")) == words
 
 
 def test_each_phase_ends_with_a_full_bar() -> None:

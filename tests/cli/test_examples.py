@@ -30,6 +30,8 @@ else:
     from backports import zstd
 
 WAIT_S = 120.0
+CONVERTED = Path(__file__).parents[1] / "data" / "converted"
+"""Files of other trainers, and their tokenizer."""
 
 
 def examples_of(epilog: str | None) -> list[str]:
@@ -67,8 +69,11 @@ def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactor
     )
     (root / "crawl.jsonl.zst").write_bytes(zstd.compress("\n".join(lines).encode()))
     shutil.copytree(trained.data, root / "data")
-    (tokenizer,) = trained.data.glob("tokenizer-*.json")
-    shutil.copy(tokenizer, root / "tokenizer.json")
+    shutil.copy(CONVERTED / "tokenizer.json", root / "tokenizer.json")
+    shutil.copytree(CONVERTED / "nanogpt", root / "openwebtext")
+    for name in ("corpus", "code"):
+        for suffix in ("bin", "idx"):
+            shutil.copy(CONVERTED / f"plain.{suffix}", root / f"{name}_text_document.{suffix}")
     for run in ("runs/first", "bucket/run"):
         shutil.copytree(trained.run, root / run)
     for run in ("runs/live", "bucket/live"):
@@ -84,6 +89,7 @@ def place(trained: Trained, texts: Path, tmp_path_factory: pytest.TempPathFactor
 def arguments_of(example: str, here: Path, step: int) -> list[str]:
     """The arguments of an example, for this working directory, without the pipe or redirection of its output."""
     text = example.replace("s3://bucket", f"file://{here}/bucket")
+    text = text.replace("https://hc-ping.com", "http://127.0.0.1:9")
     text = text.replace("/mnt/shared", f"{here}/shared").replace("--step 2000", f"--step {step}")
     program, *words = shlex.split(re.split(r" [|>] ", text)[0])
     assert program == "elastic-pt"
@@ -92,7 +98,7 @@ def arguments_of(example: str, here: Path, step: int) -> list[str]:
 
 def make_ready(words: list[str], here: Path) -> None:
     """Prepare what only this command needs."""
-    if words[0] == "prepare":
+    if words[0] in ("prepare", "convert"):
         shutil.rmtree(here / "data")
     if words[:2] == ["generate", "model/"]:
         assert elastic_pt("export", "runs/first", "--out", "model").exit_code == 0

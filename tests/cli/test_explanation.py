@@ -9,7 +9,8 @@ import pytest
 from command_line import STEPS, Trained, elastic_pt
 
 from elastic_pt.membership.decision.admission import slots_per_member
-from elastic_pt.report.explanation import Change, End, FirstStep, as_json, explain
+from elastic_pt.report.change import Change, End, FirstStep, as_json
+from elastic_pt.report.explanation import explain
 from elastic_pt.report.status import describe
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import (
@@ -179,8 +180,8 @@ def test_nodes_lost_in_the_same_way_share_a_clause() -> None:
     silent = Cause(CauseKind.LOST, "d", "silent for 1.5 s", detect_s=1.52)
     (text,) = texts(FIRST, COMMIT, generation(2, "a", LOST_B, lost_c, silent), RECOVERED)
     assert (
-        "(1 node, world 1): nodes b, c lost at step 412: its address refuses connections, "
-        "noticed 0.04 to 0.06 s after its last sign of life; node d lost at step 412: silent for 1.5 s, "
+        "(1 node, world 1): nodes b, c lost at step 412: their addresses refuse connections, "
+        "noticed 0.04 to 0.06 s after their last sign of life; node d lost at step 412: silent for 1.5 s, "
         "noticed 1.52 s after its last sign of life; agreed"
     ) in text
 
@@ -200,6 +201,40 @@ def test_steps_done_again_are_counted_if_known(resume: int, frontier: int, words
     (text,) = texts(FIRST, COMMIT, later, RECOVERED)
     assert text.endswith(f"; {words}")
     assert ("initialised weights" in text) is (resume == 0)
+
+
+@pytest.mark.parametrize(
+    ("resume", "words"),
+    [
+        (411, "1 step (412) done again, all of them lost earlier"),
+        (410, "2 steps (411 to 412) done again, 1 of them lost earlier"),
+    ],
+)
+def test_steps_that_were_lost_earlier_are_told_apart(resume: int, words: str) -> None:
+    """A change while steps are done again lost only those of the generation before, and happened at its step."""
+    second = generation(2, "ac", LOST_B)
+    third = dataclasses.replace(generation(3, "acd", JOINED_D, resume=resume), reached_step=411)
+    told = list(explain(records(FIRST, COMMIT, second, third, RECOVERED)))[1]
+    assert isinstance(told, Change)
+    assert told.lost_steps == 411 - resume
+    assert "node d joined after step 411; " in str(told)
+    assert str(told).endswith(f"; {words}")
+
+
+def test_wait_for_nodes_is_told() -> None:
+    """How much of the time to agree was a wait for nodes is in the text."""
+    waited = dataclasses.replace(generation(2, "ac", LOST_B), agree_s=34.0, below_minimum_s=31.0)
+    assert "; agreed after 34.00 s; 31.00 s of that with too few nodes; workers" in str(
+        change(FIRST, COMMIT, waited, RECOVERED)
+    )
+
+
+def test_steps_that_a_lost_fleet_had_done_are_counted() -> None:
+    """If the log knows how far the nodes that are all gone had come, the text has the number."""
+    anew = generation(2, "abc", frontier=412, life=2, reason="resumed by new nodes")
+    found = change(FIRST, COMMIT, dataclasses.replace(anew, reached_step=412), RECOVERED)
+    assert found.lost_steps == 2
+    assert str(found).endswith("2 steps (411 to 412) done again")
 
 
 def test_state_in_memory_is_named() -> None:

@@ -102,3 +102,29 @@ def test_unprintable_character_does_not_fail_a_command() -> None:
         timeout=WAIT_S,
     )
     assert result.stdout.splitlines()[-1] == b"caf\\xe9", result.stderr
+
+
+END = """
+import atexit, os
+from elastic_pt import cli
+
+class Module:
+    def __del__(self, write=os.write):
+        write(2, b"taken apart")
+
+taken = Module()
+def command_line(arguments):
+    atexit.register(print, "handler")
+    print("command")
+    {end}
+cli.run_command_line = command_line
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("end", ["return 7", "raise SystemExit(7)"])
+def test_process_ends_without_taking_modules_apart(end: str) -> None:
+    """That takes torch a second which no account has. Output, handlers and exit code are as usual."""
+    program = END.format(end=end)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=WAIT_S)
+    assert (result.returncode, result.stdout, result.stderr) == (7, b"command\nhandler\n", b"")

@@ -1,5 +1,6 @@
 """`checkpoint`, `pause`, `resume`, `drain` and `stop`: real agents do what is asked of their run by its URL alone."""
 
+import re
 import shutil
 import time
 import urllib.request
@@ -13,7 +14,7 @@ from command_line import CONFIG, Trained, assert_one_line_mistake, elastic_pt
 from elastic_pt.config import load_config
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.runlog.log import RunLog, record_key
-from elastic_pt.runlog.records import Commit
+from elastic_pt.runlog.records import Commit, Verb
 from elastic_pt.store.open import open_store
 
 WAIT_S = 120.0
@@ -62,8 +63,11 @@ def seconds_in(metrics_url: str, state: str) -> float:
     """How long a node was in a state of the time ledger."""
     with urllib.request.urlopen(metrics_url, timeout=WAIT_S) as answer:
         text = answer.read().decode()
-    prefix = f'elastic_pt_time_seconds_total{{state="{state}"}} '
-    return float(next(line for line in text.splitlines() if line.startswith(prefix)).split()[1])
+    found = re.search(
+        rf'^elastic_pt_time_seconds_total{{.*state="{state}"}} (.*)', text, re.MULTILINE
+    )
+    assert found is not None, text
+    return float(found[1])
 
 
 def test_a_run_is_paused_resumed_checkpointed_and_drained_to_the_same_bits(
@@ -97,7 +101,7 @@ def test_a_run_is_paused_resumed_checkpointed_and_drained_to_the_same_bits(
         until(lambda: sorted(waiting()) == ["a", "b"], fleet.tail("a"))
         done("resume", url)
         for member in elastic_pt("status", url, "--json").json["members"]:
-            assert seconds_in(member["metrics_url"], "paused") > 0.0
+            assert seconds_in(member["metrics_url"], "paused_on_request") > 0.0
         done("drain", url, "--node", "b", "--deadline", 60)
         assert elastic_pt("log", url, "--json").out.count('"STOP"') == 0, "the run was too short"
         assert fleet.wait(WAIT_S) == {"a": 0, "b": 0}
@@ -157,6 +161,16 @@ def test_a_request_that_nobody_carries_out_is_recorded_and_still_holds(live: Pat
     assert found["reason"].endswith("; not reached yet; no agent answers")
     assert elastic_pt("resume", live, "--wait").exit_code == 0
     assert elastic_pt("status", live, "--json").json["state"] == "down"
+
+
+def test_a_reason_has_no_secret(live: Path) -> None:
+    """The log keeps what an operator wrote, and every reader of the run sees it."""
+    why = "rotated  secret_access_key=0123456789abcdef"
+    assert elastic_pt("pause", live, "--reason", why).exit_code == 0
+    log = RunLog(open_store(f"file://{live}"), writer="test")
+    request = log.refresh().request(Verb.PAUSE)
+    assert request is not None
+    assert request.why == "rotated secret_access_key=[redacted]"
 
 
 def test_a_request_that_makes_no_sense_is_refused(live: Path, trained: Trained) -> None:

@@ -20,12 +20,14 @@ OF_MEMORY: Final = tuple(
 )
 OF_PARTS: Final = (Failpoint.OBJECT_PART, Failpoint.OBJECT_PARTS, Failpoint.SWEEP_ABANDONED)
 OF_FILES: Final = (Failpoint.OBJECT_PREPARED, Failpoint.OBJECT_PUBLISHED)
+OF_STEPS: Final = (Failpoint.PASS_EVALUATED,)
+"""No fleet of a campaign computes steps."""
 
 
 def points_of(store: str) -> list[Failpoint]:
     """The points that a fleet with this store reaches: `local` or `s3`."""
     other = OF_FILES if store == "s3" else OF_PARTS
-    return [each for each in Failpoint if each not in OF_MEMORY and each not in other]
+    return [each for each in Failpoint if each not in (*OF_MEMORY, *OF_STEPS, *other)]
 
 
 class BucketCrashes:

@@ -1,11 +1,10 @@
 """A small prepared corpus, and manifests that need no files."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from prepared_data import Prepared, words
+from prepared_data import Prepared, copy_of, in_schema_1, words
 
 from elastic_pt.data.manifest import Manifest, Shard, Source
 from elastic_pt.data.prepare import prepare
@@ -15,7 +14,7 @@ from elastic_pt.store.open import open_store
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Two sources in shards of 1000 tokens; tests must not change it."""
+    """Two sources in shards of 1000 tokens, with blocks of 64; tests must not change it."""
     texts = tmp_path_factory.mktemp("texts")
     for number in range(60):
         (texts / ("a" if number % 3 else "b")).mkdir(exist_ok=True)
@@ -31,8 +30,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         vocab_size=300,
         held_out=0.2,
         shard_tokens=1000,
+        block_tokens=64,
     )
     return Prepared(manifest, store, root)
+
+
+@pytest.fixture(scope="session", params=[1, 2])
+def either(request: pytest.FixtureRequest, prepared: Prepared) -> Prepared:
+    """The same data, in each schema of the manifest."""
+    return in_schema_1(prepared) if request.param == 1 else prepared
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +57,6 @@ def manifest_of() -> Callable[..., Manifest]:
 
 
 @pytest.fixture
-def copied(prepared: Prepared, tmp_path: Path) -> Prepared:
-    """A copy that a test may damage."""
-    shutil.copytree(prepared.root, tmp_path / "data")
-    return Prepared(prepared.manifest, open_store(str(tmp_path / "data")), tmp_path / "data")
+def copied(either: Prepared, tmp_path: Path) -> Prepared:
+    """A copy that a test may damage, in each schema of the manifest."""
+    return copy_of(either, tmp_path / "data")

@@ -1,29 +1,55 @@
 """The loader: the plan's batches in order, one integer of state, and no thread after `close`."""
 
+import os
 import shutil
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from prepared_data import Prepared, cache_at
+from prepared_data import Prepared, blocks_in, cache_at, in_memory, settle, shards_of
 
-from elastic_pt.data.loader import SlotLoader, held_out_batches
+from elastic_pt.data import loader as data_loader
+from elastic_pt.data.lanes import Lanes
+from elastic_pt.data.loader import LateCause, NextUse, SlotLoader, steps_ahead
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.errors import DataError
 from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
 
 SLOTS, MICRO_BATCH, LENGTH = 8, 2, 33
-IGNORED = -7
+WAIT_S = 60.0
 
 
-def loader(prepared: Prepared, slots: range, first_step: int = 0, last_step: int = 6) -> SlotLoader:
+def loader(
+    prepared: Prepared,
+    slots: range,
+    first_step: int = 0,
+    last_step: int = 6,
+    reader: TokenReader | None = None,
+) -> SlotLoader:
     """A loader over some slots of a plan with 8 slots of 2 rows."""
     plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
+    reader = reader or TokenReader(prepared.manifest, prepared.store, cache=cache_at())
+    return loader_of(plan, reader, slots, first_step, last_step)
+
+
+def loader_of(
+    plan: DataPlan,
+    reader: TokenReader,
+    slots: range = range(SLOTS),
+    first_step: int = 0,
+    last_step: int = 6,
+) -> SlotLoader:
+    """A loader with two batches ahead."""
     return SlotLoader(
         plan,
-        TokenReader(prepared.manifest, prepared.store, cache=cache_at()),
+        reader,
         slots=slots,
         first_step=first_step,
         last_step=last_step,
@@ -45,6 +71,9 @@ def test_batches_match_the_plan(prepared: Prepared) -> None:
         for place, slot in enumerate(range(2, 5)):
             rows = plan.slot_rows(batch.step, range(slot, slot + 1), MICRO_BATCH)
             assert torch.equal(batch.tokens_VBT[place], reader.windows(rows, LENGTH))
+        sources = plan.row_sources(batch.step)
+        assert batch.sources.names == sources.names == ("first", "second")
+        assert batch.sources.of_row.tolist() == sources.of_row.tolist()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
@@ -82,12 +111,13 @@ def test_loader_resumes_from_one_integer(prepared: Prepared) -> None:
 def test_close_ends_the_thread(prepared: Prepared, taken: int) -> None:
     """After `close` no thread is left, whether no, some or all batches were read."""
     before = set(threading.enumerate())
-    batches = loader(prepared, range(SLOTS))
+    reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at())
+    batches = loader(prepared, range(SLOTS), reader=reader)
     for _ in range(taken):
         next(batches)
     readers = set(threading.enumerate()) - before
-    assert len(readers) <= 1
     batches.close()
+    reader.close()
     for thread in readers:
         thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in readers)
@@ -116,25 +146,203 @@ def test_data_error_of_the_reading_thread_is_raised_unchanged(
     ):
         list(batches)
     assert "\n" not in str(caught.value)
+    with pytest.raises(StopIteration):
+        next(batches)
 
 
-@pytest.mark.parametrize(("length", "batch"), [(1, 1), (7, 3), (64, 4), (5000, 2)])
-def test_every_held_out_token_is_a_target_once(prepared: Prepared, length: int, batch: int) -> None:
-    """Targets without padding are the held-out stream; each input is the token before its target."""
-    manifest = prepared.manifest
-    reader = TokenReader(manifest, prepared.store, cache=cache_at())
-    targets: dict[int, list[int]] = {0: [], 1: []}
-    inputs: dict[int, list[int]] = {0: [], 1: []}
-    for part in held_out_batches(manifest, reader, length, batch, ignored=IGNORED):
-        assert part.inputs_BT.shape == part.targets_BT.shape
-        assert part.inputs_BT.shape[0] <= batch
-        assert part.inputs_BT.shape[1] == length
-        real = part.targets_BT != IGNORED
-        assert real.any(1).all(), "a window has only padding"
-        targets[part.source] += part.targets_BT[real].tolist()
-        inputs[part.source] += part.inputs_BT[real].tolist()
-        assert (part.inputs_BT[~real] == manifest.end_token_id).all()
-    for number, source in enumerate(manifest.sources):
-        stream = reader.stream(number, "held_out", 0, source.tokens("held_out")).tolist()
-        assert targets[number] == stream
-        assert inputs[number] == [manifest.end_token_id, *stream[:-1]]
+class Slow:
+    """A store whose reads of tokens wait until a test opens the gate."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.gate, self.asked = store, threading.Event(), threading.Event()
+        self.reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """As the store, later."""
+        if key.endswith(".bin"):
+            self.reads += 1
+            self.asked.set()
+            assert self.gate.wait(WAIT_S)
+        return self.store.read(key, start, end)
+
+
+def test_close_does_not_wait_for_a_read_that_hangs(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`close` has a limit while the store hangs; the thread ends after the read that it is in, and reads nothing more."""
+    monkeypatch.setattr(data_loader, "CLOSE_TIMEOUT_S", 0.1)
+    slow = Slow(in_memory(prepared, "hangs"))
+    reader = TokenReader(prepared.manifest, slow, cache=cache_at(tmp_path))
+    plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
+    windows, read = reader.windows, []
+
+    def counted(rows: list[tuple[int, int]], sequence_length: int) -> torch.Tensor:
+        read.append(rows)
+        return windows(rows, sequence_length)
+
+    monkeypatch.setattr(reader, "windows", counted)
+    before = set(threading.enumerate())
+    batches = loader_of(plan, reader)
+    (thread,) = (
+        each for each in set(threading.enumerate()) - before if each.name == "elastic-pt-loader"
+    )
+    assert slow.asked.wait(WAIT_S)
+    start_s = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start_s < WAIT_S / 2
+    with pytest.raises(StopIteration):
+        next(batches)
+    slow.gate.set()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert len(read) == 1
+    reader.close()
+
+
+def test_late_batch_tells_whether_the_store_or_this_machine_was_slow(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose blocks the store sends late has the cause `store`; one that is read slowly here `local`; one in time none."""
+    plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
+    slow = Slow(in_memory(prepared, "late"))
+    reader = TokenReader(prepared.manifest, slow, cache=cache_at(tmp_path))
+    with closing(reader), loader_of(plan, reader) as batches:
+        threading.Timer(0.2, slow.gate.set).start()
+        assert next(batches).late is LateCause.STORE
+    reader = TokenReader(prepared.manifest, prepared.store, cache=cache_at(tmp_path / "local"))
+    pread, asked, gate = os.pread, threading.Event(), threading.Event()
+
+    def slow_disk(descriptor: int, size: int, offset: int) -> bytes:
+        asked.set()
+        assert gate.wait(WAIT_S)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", slow_disk)
+    with closing(reader), loader_of(plan, reader) as batches:
+        assert asked.wait(WAIT_S)
+        threading.Timer(0.2, gate.set).start()
+        assert next(batches).late is LateCause.LOCAL
+        deadline_s = time.monotonic() + WAIT_S
+        while batches._done.empty():
+            assert time.monotonic() < deadline_s
+        assert next(batches).late is None
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "step_s", "before", "late", "expected"),
+    [
+        (0.0, 1.0, 2, False, 2),
+        (0.03, 1.0, 2, False, 3),
+        (0.03, 0.01, 2, False, 14),
+        (5.0, 0.001, 2, False, 64),
+        (0.0, 1.0, 20, False, 19),
+        (0.0, 1.0, 5, True, 10),
+        (0.0, 1.0, 40, True, 64),
+        (0.3, 0.05, 2, True, 26),
+        (0.03, 0.0, 2, False, 64),
+    ],
+)
+def test_depth_follows_latency_and_step_time(
+    latency_s: float, step_s: float, before: int, late: bool, expected: int
+) -> None:
+    """A few requests one after the other fit into the steps ahead; a late step doubles them, within bounds."""
+    assert steps_ahead(latency_s, step_s, before, late=late) == expected
+
+
+def here(prepared: Prepared, cache: Path, rows: list[tuple[int, int]]) -> bool:
+    """Whether all blocks of some rows are in a cache, by its files."""
+    block_tokens = prepared.manifest.block_tokens
+    for source, row in rows:
+        start = 0
+        for shard in shards_of(prepared, source, "train"):
+            first = max(0, row * LENGTH - start)
+            end = min(shard.tokens, (row + 1) * LENGTH + 1 - start)
+            start += shard.tokens
+            if first >= end:
+                continue
+            size = block_tokens or shard.tokens
+            wanted = range(first // size, (end - 1) // size + 1)
+            if not set(wanted) <= set(blocks_in(cache, shard.sha256)):
+                return False
+    return True
+
+
+def test_blocks_of_coming_steps_are_fetched_while_a_step_computes(
+    either: Prepared, tmp_path: Path
+) -> None:
+    """When a step ends, the blocks of the next ones are on this machine, and no batch waits for a request."""
+    reader = TokenReader(either.manifest, in_memory(either, "ahead"), cache=cache_at(tmp_path))
+    plan = DataPlan(either.manifest, LENGTH, 1, SLOTS * MICRO_BATCH)
+    first, second = (plan.slot_rows(step, range(SLOTS), MICRO_BATCH) for step in range(2))
+    with closing(reader):
+        reader.windows(first, LENGTH)
+        assert reader.late == 1
+        assert not here(either, tmp_path, second)
+        reader.expect(second, LENGTH)
+        deadline_s = time.monotonic() + WAIT_S
+        while not here(either, tmp_path, second):
+            assert time.monotonic() < deadline_s
+        settle(reader)
+        reader.windows(second, LENGTH)
+        assert reader.late == 1
+
+
+@pytest.mark.parametrize("bound", [2**30, 3000])
+def test_loader_of_a_bucket_gives_the_batches_of_local_files(
+    prepared: Prepared, tmp_path: Path, bound: int
+) -> None:
+    """With blocks fetched ahead, in a large and in a tiny cache, in both orders, each batch is that of local files."""
+    for lanes in (None, Lanes(MICRO_BATCH, 500)):
+        plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH, lanes)
+        remote, local = (
+            TokenReader(prepared.manifest, store, cache=cache_at(tmp_path / name, size))
+            for store, name, size in (
+                (in_memory(prepared, "batches"), f"remote-{lanes is None}", bound),
+                (prepared.store, "local", 2**30),
+            )
+        )
+        with (
+            closing(remote),
+            SlotLoader(
+                plan,
+                remote,
+                slots=range(1, SLOTS, 2),
+                first_step=3,
+                last_step=60,
+                micro_batch=MICRO_BATCH,
+                prefetch_steps=2,
+            ) as batches,
+        ):
+            for batch in batches:
+                rows = plan.slot_rows(batch.step, range(1, SLOTS, 2), MICRO_BATCH)
+                assert torch.equal(
+                    batch.tokens_VBT.view(-1, LENGTH + 1), local.windows(rows, LENGTH)
+                )
+            assert batch.step == 59
+
+
+@pytest.mark.parametrize("lanes", [None, Lanes(MICRO_BATCH, 500)])
+@pytest.mark.parametrize("present", [0, 7, 150])
+def test_next_use_of_a_block_is_the_next_step_that_reads_it(
+    prepared: Prepared, lanes: Lanes | None, present: int
+) -> None:
+    """Eviction asks when a span of tokens is needed again: the answer is that of reading all steps, over epochs too."""
+    plan = DataPlan(prepared.manifest, LENGTH, 1, SLOTS * MICRO_BATCH, lanes)
+    next_use = NextUse(plan)
+    next_use.step = present
+    for source, rows in enumerate(plan.rows_per_source):
+        starts = np.arange(0, rows * LENGTH, 64)
+        ends = starts + 64
+        found = next_use(source, starts, ends)
+        expected = np.full(len(starts), np.iinfo(np.int64).max)
+        for step in reversed(range(present, present + 2 * (sum(plan.rows_per_source) // 16 + 2))):
+            for each, row in plan.slot_rows(step, range(SLOTS), MICRO_BATCH):
+                if each == source:
+                    read = (starts <= (row + 1) * LENGTH) & (ends > row * LENGTH)
+                    expected[read] = step
+        sure = expected < np.iinfo(np.int64).max
+        assert sure.mean() > 0.9
+        np.testing.assert_array_equal(found[sure], expected[sure])

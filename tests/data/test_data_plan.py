@@ -1,5 +1,6 @@
 """The plan: every world reads the same batches, and every row once per epoch, despite kills."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_pt.data.lanes import Lanes
 from elastic_pt.data.manifest import Manifest
-from elastic_pt.data.plan import DataPlan
+from elastic_pt.data.plan import OTHER_SOURCES, SOURCES_SHOWN_MAX, DataPlan
 from elastic_pt.errors import DataError
 
 SLOTS, MICRO_BATCH, STEPS = 16, 2, 12
@@ -41,14 +43,15 @@ lives = st.lists(
 )
 
 
+@pytest.mark.parametrize("lanes", [None, Lanes(MICRO_BATCH, 2000)])
 @given(lives=lives, seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_batches_do_not_depend_on_world_sizes_and_kills(
-    lives: list[tuple[int, bool, int, int]], seed: int, manifest_of: Make
+    lives: list[tuple[int, bool, int, int]], seed: int, manifest_of: Make, lanes: Lanes | None
 ) -> None:
     """The rows of the committed steps do not depend on the world sizes and on when workers were killed."""
     # A little more than one epoch of the first source and two epochs of the second.
-    plan = DataPlan(manifest_of([2561, 1281], [0.5, 0.5]), 16, seed, BATCH)
+    plan = DataPlan(manifest_of([2561, 1281], [0.5, 0.5]), 16, seed, BATCH, lanes)
     undisturbed = [
         plan.slot_rows(step, range(slot, slot + 1), MICRO_BATCH)
         for step in range(STEPS)
@@ -119,3 +122,33 @@ def test_step_or_slot_outside_of_the_plan_raises(
     """A slot beyond the step raises; it does not read the rows of the next step."""
     with pytest.raises(ValueError, match="a step has slots 0 to 7"):
         DataPlan(manifest_of([1000]), 16, 0, 16).slot_rows(step, slots, 2)
+
+
+def test_row_sources_name_the_source_of_every_row(manifest_of: Make) -> None:
+    """The sources of a step's rows are those of its slots, in the order of the slots."""
+    plan = DataPlan(manifest_of([2561, 1281, 700], [0.5, 0.3, 0.2]), 16, 3, BATCH)
+    for step in (0, 1, 1_000_000):
+        found = plan.row_sources(step)
+        rows = plan.slot_rows(step, range(SLOTS), MICRO_BATCH)
+        assert found.names == ("s0", "s1", "s2")
+        assert [found.names[each] for each in found.of_row] == [f"s{source}" for source, _ in rows]
+
+
+def test_only_the_heaviest_sources_are_named(manifest_of: Make) -> None:
+    """Reports of a run with thousands of sources stay short: the light ones are one source, `other`."""
+    sources = SOURCES_SHOWN_MAX + 6
+    weights = np.array([1.0] * 4 + [2.0] * (sources - 4))
+    weights /= weights.sum()
+    manifest = manifest_of([1000] * sources, weights.tolist())
+    called_other = dataclasses.replace(manifest.sources[10], name=OTHER_SOURCES)
+    manifest = dataclasses.replace(
+        manifest, sources=(*manifest.sources[:10], called_other, *manifest.sources[11:])
+    )
+    plan = DataPlan(manifest, 16, 0, BATCH)
+    found = plan.row_sources(5)
+    assert len(found.names) == len(set(found.names)) == SOURCES_SHOWN_MAX
+    own = [f"s{each}" for each in range(4, sources) if each != 10]
+    assert found.names == (*own[: SOURCES_SHOWN_MAX - 1], OTHER_SOURCES)
+    rows = plan.slot_rows(5, range(SLOTS), MICRO_BATCH)
+    names = [f"s{source}" if f"s{source}" in found.names else OTHER_SOURCES for source, _ in rows]
+    assert [found.names[each] for each in found.of_row] == names

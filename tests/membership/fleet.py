@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from elastic_pt.membership.decision.mirrors import Mirrors
-from elastic_pt.membership.decision.status import Limits, NodePhase
+from elastic_pt.membership.decision.status import Limits, NodePhase, StartTimes
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import (
     BoundStore,
@@ -149,6 +149,12 @@ class Fleet:
                 self.nodes[each.node].me.say(phase=NodePhase.RUNNING, step=0)
         self.pass_time(2 * TICK_S)
         return generation
+
+    def step(self, step: int, *names: str) -> None:
+        """The workers of these nodes have done a step of the newest generation."""
+        times = StartTimes(self.log.generation_number, 0.0, 0.0, 0.0, 0.0)
+        for name in names:
+            self.nodes[name].me.say(step=step, start_times=times)
 
     def spend(self, number: int, *names: str, failure: Cause | None = None) -> None:
         """The workers of these nodes are gone."""

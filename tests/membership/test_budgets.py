@@ -14,9 +14,10 @@ from elastic_pt.membership.decision.budgets import (
     kept_out,
     quarantines_due,
     rest_s,
+    restarts_of,
 )
 from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Cause, CauseKind, Generation, Quarantine
+from elastic_pt.runlog.records import Cause, CauseKind, Checkpoint, Generation, Quarantine
 from tests.membership.world import NOW_S, failed, generation
 
 BUDGETS = ElasticSection(
@@ -68,6 +69,7 @@ def bar(node: str, seconds: float = 10.0) -> Quarantine:
         (CauseKind.LEFT, False),
         (CauseKind.JOINED, False),
         (CauseKind.BARRED, False),
+        (CauseKind.DAMAGED, False),
     ],
 )
 def test_causes_that_count_against_a_node(kind: CauseKind, counts: bool) -> None:
@@ -283,3 +285,67 @@ def test_only_failures_end_a_run() -> None:
     gave_up = dataclasses.replace(bug("b"), kind=CauseKind.GAVE_UP)
     assert ends(bugs, gave_up) == ""
     assert ends(bugs, bug("b")) != ""
+
+
+# ---- restarts without progress -----------------------------------------------------------------------
+
+
+def follow(*generations: Generation) -> list[int]:
+    """The restarts of generations that follow each other in one log."""
+    told: list[Generation] = []
+    for each in generations:
+        told.append(dataclasses.replace(each, restarts=restarts_of(run(*told), each)))
+    return [each.restarts for each in told]
+
+
+def joined(*nodes: str) -> tuple[Cause, ...]:
+    """Newcomers."""
+    return tuple(Cause(CauseKind.JOINED, node) for node in nodes)
+
+
+LOST_HALFWAY = began(lost("c"), frontier_step=50)
+
+
+def test_restarts_count_until_a_new_step() -> None:
+    """Each generation that nobody planned counts once, however many causes it has."""
+    both = began(lost("a"), failed("b"), frontier_step=50)
+    assert follow(began(), LOST_HALFWAY, both, LOST_HALFWAY) == [0, 1, 2, 3]
+    assert follow(began(), both, both, began(lost("c"), frontier_step=51)) == [0, 1, 2, 1]
+
+
+def test_newcomers_hide_no_restart() -> None:
+    """A planned change is no restart and ends no row of restarts; a newcomer in a restart does not make it planned."""
+    eight = began(*joined(*"cdefghij"), frontier_step=50)
+    replaced = began(lost("c"), *joined("d"), frontier_step=50)
+    assert follow(began(), eight, replaced, eight, replaced, replaced) == [0, 0, 1, 1, 2, 3]
+    moved = began(*joined("c"), Cause(CauseKind.LEFT, "b"), Cause(CauseKind.BARRED, "d"))
+    assert follow(began(), moved, moved) == [0, 0, 0]
+
+
+def test_a_commit_is_progress() -> None:
+    """Steps that are done again for long, because much was lost, are no loop if checkpoints are committed meanwhile."""
+    checkpoint = Checkpoint(20, 2, "ckpt/20", 1, "0" * 64, 1.0)
+    committed = dataclasses.replace(LOST_HALFWAY, resume=checkpoint)
+    assert follow(began(), LOST_HALFWAY, committed, committed) == [0, 1, 1, 2]
+
+
+def test_steps_done_again_are_no_progress() -> None:
+    """A frontier that falls, because those who had been there are gone, and rises again is no new step."""
+    fallen, again = began(lost("a"), frontier_step=30), began(lost("a"), frontier_step=40)
+    assert follow(began(), LOST_HALFWAY, fallen, again) == [0, 1, 2, 3]
+
+
+def test_the_loss_of_all_nodes_is_a_restart() -> None:
+    """It has no cause, because nobody is left who knows one. Nor has the end of a pause, which is no restart."""
+    others = dataclasses.replace(generation("x"), frontier_step=0)
+    assert follow(began(), others, others) == [0, 1, 1]
+    assert follow(began(), began()) == [0, 0]
+
+
+def test_a_reopened_run_begins_a_new_row() -> None:
+    """What failed before an operator mended it does not count."""
+    view = dataclasses.replace(
+        run(dataclasses.replace(LOST_HALFWAY, restarts=5)), reopened_generation=1
+    )
+    assert restarts_of(view, LOST_HALFWAY) == 0
+    assert restarts_of(dataclasses.replace(view, reopened_generation=0), LOST_HALFWAY) == 6

@@ -252,7 +252,7 @@ def test_below_the_minimum_the_run_pauses() -> None:
     waits = decision(
         status("a"), {"b": refusing(status("b"))}, of=generation("a", "b"), limits=limits
     )
-    assert waits == Wait("paused: 1 of at least 2 nodes; lost b", broken=True)
+    assert waits == Wait("paused: 1 of at least 2 nodes; lost b", broken=True, watching=True)
 
 
 def test_a_node_in_quarantine_is_left_out_while_others_are_enough() -> None:

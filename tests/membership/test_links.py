@@ -151,11 +151,11 @@ def bearer(token: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
 def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, str]) -> None:
-    """The status page, the link and the rows in memory answer 401 to a request without the run's token."""
+    """The status page, the endpoints, the link and the rows in memory answer 401 to a request without the run's token."""
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
-            for path in ("/v1/status", "/v1/link", "/v1/rows"):
+            for path in ("/v1/status", "/v1/endpoints", "/v1/link", "/v1/rows"):
                 async with stranger.get(url_of(a.member, path)) as answer:
                     assert answer.status == 401
                     text = await answer.text()
@@ -169,7 +169,7 @@ def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, s
     run(scenario())
 
 
-@pytest.mark.parametrize("path", ["/v1/status", "/v1/link", "/v1/rows"])
+@pytest.mark.parametrize("path", ["/v1/status", "/v1/endpoints", "/v1/link", "/v1/rows"])
 def test_a_token_that_is_not_utf_8_gets_401(tmp_path: Path, path: str) -> None:
     """Any bytes in place of the token are refused like a wrong token."""
 

@@ -92,8 +92,8 @@ def test_a_node_knows_that_all_its_mirrors_leave(fleet: Fleet) -> None:
     fleet.choose_mirrors = dict.fromkeys("abc", lambda _: ((1, 2), (2, 0), (0, 1)))
     fleet.form("a", "b", "c")
     for node, leave in (("b", False), ("c", True)):
-        assert not fleet.nodes["a"].mirrors_leave()
+        assert not fleet.nodes["a"].known.mirrors_leave()
         fleet.nodes[node].me.leaving = True
         fleet.pass_time(1.0)
-        assert fleet.nodes["a"].mirrors_leave() == leave
-    assert not fleet.nodes["b"].mirrors_leave(), "a stays"
+        assert fleet.nodes["a"].known.mirrors_leave() == leave
+    assert not fleet.nodes["b"].known.mirrors_leave(), "a stays"

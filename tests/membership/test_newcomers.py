@@ -234,7 +234,7 @@ def test_members_of_the_first_generation_all_reach_each_other() -> None:
         assert nodes(decision(waiting("a"), peers, of=None)) == ["a", "b"]
     limits = changed(LIMITS, nodes_min=3)
     waits = decision(waiting("a"), peers, of=None, limits=limits)
-    assert waits == Wait("waiting for nodes: 2 of at least 3")
+    assert waits == Wait("waiting for nodes: 2 of at least 3", watching=True)
 
 
 def test_first_generation_has_a_barred_node_only_if_needed() -> None:

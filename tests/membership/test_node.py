@@ -103,14 +103,19 @@ def formed(*nodes: Node) -> list[Formed]:
 def content_with_one(*nodes: Node) -> None:
     """Let nodes that waited for all others continue without some of them."""
     for node in nodes:
-        node._participant._limits = LIMITS
+        set_limits(node, LIMITS)
+
+
+def set_limits(node: Node, limits: Limits) -> None:
+    """Have a node obey these limits from now on."""
+    node._participant._limits = node._participant.known._limits = limits
 
 
 def without_heartbeats(*nodes: Node) -> None:
     """Let nodes send and decide only if there is a reason for it."""
     for node in nodes:
         limits = node._participant._limits
-        node._participant._limits = changed(limits, heartbeat_interval_s=10 * DEADLINE_S)
+        set_limits(node, changed(limits, heartbeat_interval_s=10 * DEADLINE_S))
         node._driver._interval_s = 10 * DEADLINE_S  # type: ignore[attr-defined]
 
 
@@ -474,7 +479,7 @@ def test_settling_ends_when_a_member_that_stays_holds_the_state(
     for node in (a, b):
         eventually(
             lambda node=node: (  # type: ignore[misc]
-                node._participant.settled(world, 60).reason.endswith("members that stay: 1")
+                node._participant.known.settled(world, 60).reason.endswith("members that stay: 1")
             ),
             "each knows that b leaves",
         )

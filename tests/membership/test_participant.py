@@ -58,8 +58,8 @@ def test_join_window_starts_when_a_node_takes_part(fleet: Fleet) -> None:
 def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
     """The next generation records the lost node, the frontier and the time to agree."""
     fleet.form("a", "b", "c")
-    fleet.nodes["c"].me.say(step=41)
-    fleet.nodes["a"].me.say(step=40)
+    fleet.step(41, "c")
+    fleet.step(40, "a")
     fleet.pass_time(1.0)
     fleet.dead.add("a")
     fleet.pass_time(1.0)
@@ -69,6 +69,32 @@ def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
     assert generation.reason == "lost a"
     assert generation.frontier_step == 41
     assert generation.agree_s == pytest.approx(TICK_S), "one more round of questions"
+
+
+def test_wait_for_enough_nodes_is_recorded(fleet: Fleet) -> None:
+    """The next generation says how much of the time to agree was a wait for `elastic.nodes_min` nodes."""
+    fleet.limits = changed(LIMITS, nodes_min=2)
+    fleet.form("a", "b")
+    fleet.dead.add("b")
+    fleet.spend(1, "a")
+    fleet.pass_time(30.0)
+    assert fleet.log.generation_number == 1
+    fleet.start("c")
+    fleet.pass_time(3.0)
+    generation = fleet.log.generation
+    assert generation is not None
+    assert names(generation) == ["a", "c"]
+    assert generation.below_minimum_s == pytest.approx(30.0, abs=3 * TICK_S)
+    assert generation.below_minimum_s <= generation.agree_s < 34.0
+    fleet.run()
+    fleet.start("d")
+    fleet.dead.add("c")
+    fleet.spend(2, "a")
+    fleet.pass_time(3.0)
+    generation = fleet.log.generation
+    assert generation is not None
+    assert names(generation) == ["a", "d"]
+    assert generation.below_minimum_s < 3 * TICK_S, "until d is known"
 
 
 def test_a_broken_generation_stays_broken(fleet: Fleet) -> None:

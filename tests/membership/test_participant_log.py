@@ -53,6 +53,7 @@ def test_only_the_first_member_writes_the_pulse_while_it_trains(
     assert names(fleet.log.generation) == ["b"]
     assert fleet.log.generation is not None
     assert fleet.log.generation.why_not_memory == "no member holds a state of generation 1"
+    assert fleet.log.generation.restarts == 1
     fleet.spend(1, "b")
     assert beats(4.0) == 0
     fleet.run()
@@ -360,15 +361,14 @@ def test_failures_with_progress_between_them_do_not_end_the_run(fleet: Fleet) ->
     """Steps since the last failure count before a record names them."""
     fleet.limits = changed(LIMITS, failures_max=2, flaps_max=9)
     fleet.form("a")
-    a = fleet.nodes["a"]
     for number, step in ((1, 5), (2, 9)):
-        a.me.say(step=step)
+        fleet.step(step, "a")
         fleet.spend(number, "a", failure=failed("a"))
         fleet.pass_time(1.0)
         fleet.run()
     fleet.pass_time(SPACED_S)
     assert fleet.log.stop is None
-    a.me.say(step=8)
+    fleet.step(8, "a")
     fleet.spend(3, "a", failure=failed("a"))
     fleet.pass_time(1.0)
     assert fleet.log.stop is not None
@@ -420,15 +420,15 @@ def test_a_node_that_is_needed_does_not_leave(fleet: Fleet) -> None:
     """A node may leave for its failures only if enough others are alive and neither leave nor rest."""
     fleet.form("a", "b")
     a, b = fleet.nodes["a"], fleet.nodes["b"]
-    assert a.others_can_go_on()
+    assert a.known.others_can_go_on()
     b.me.rest("no space in /dev/shm", 3.0)
     fleet.pass_time(1.0)
-    assert not a.others_can_go_on()
+    assert not a.known.others_can_go_on()
     fleet.pass_time(3.0)
-    assert a.others_can_go_on()
+    assert a.known.others_can_go_on()
     fleet.dead.add("b")
     fleet.pass_time(3.0)
-    assert not a.others_can_go_on()
+    assert not a.known.others_can_go_on()
 
 
 def test_recovery_is_recorded_once_all_have_started(fleet: Fleet) -> None:

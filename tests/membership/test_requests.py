@@ -128,14 +128,14 @@ def test_members_that_settled_before_a_request_hold_up_no_other(fleet: Fleet) ->
         node.me.say(phase=NodePhase.SETTLING)
     pass_time(fleet, 1.0)
     b = fleet.nodes["b"]
-    assert b.settled(world, 42).tier == "memory"
+    assert b.known.settled(world, 42).tier == "memory"
     fleet.spend(1, "c")
     pass_time(fleet, 1.0)
     fleet.dead.add("c")
     request(fleet, Verb.PAUSE)
     pass_time(fleet, NOTICE_S)
     assert b.log.view.request(Verb.PAUSE) is not None
-    assert b.settled(world, 42).tier == "memory"
+    assert b.known.settled(world, 42).tier == "memory"
     fleet.spend(1, "a", "b")
     makes_the_promised_commit(fleet, Verb.PAUSE, "a", "b")
 

@@ -1,7 +1,7 @@
 """Small models, and the same models in transformers, loaded through our export."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,6 @@ from elastic_pt.model.initialize import fill_
 from elastic_pt.model.transformer import Transformer, build_on_meta
 
 VOCABULARY = 211
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: tests share the machine, and bits may depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

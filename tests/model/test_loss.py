@@ -46,6 +46,8 @@ def test_equals_plain(count: int, width: int, vocabulary: int, z_loss: float, se
     entropy, penalty = plain(hidden, weight, targets, z_loss)
     torch.testing.assert_close(sums.cross_entropy, entropy, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums.z_loss, penalty, rtol=1e-5, atol=1e-4)
+    of_tokens = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    torch.testing.assert_close(sums.cross_entropy_N, of_tokens.detach(), rtol=1e-5, atol=1e-4)
     ours = torch.autograd.grad(sums.total / 7, [hidden, weight])
     theirs = torch.autograd.grad((entropy + penalty) / 7, [hidden, weight])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -2,8 +2,13 @@
 
 import dataclasses
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_pt.membership.decision.at_risk import AtRisk, at_risk
+from elastic_pt.membership.decision.resume import newest_in_memory, newest_without_each
 from elastic_pt.membership.decision.status import Held, NodeStatus
-from elastic_pt.report.tiers import AtRisk, Tier, at_risk, tiers
+from elastic_pt.report.tiers import Tier, tiers
 from elastic_pt.runlog.records import Generation, Member
 
 MEMBERS = tuple(Member(name, f"{name}-1", "127.0.0.1", 1, 1, 1) for name in "abc")
@@ -50,6 +55,20 @@ def test_node_without_a_mirror_costs_most() -> None:
     """The worst node counts: here the others hold no copy of b's rows."""
     told = answers((held(60, 0), held(60, 2)), (held(60, 1),), (held(60, 2), held(60, 0)))
     assert at_risk(GENERATION, told, 60, 50) == AtRisk(node=0, any_node=10, all=10)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(48, 60), st.integers(0, 2))), min_size=3, max_size=3)
+)
+def test_one_pass_finds_what_each_loss_would_leave(rows: list[list[tuple[int, int]]]) -> None:
+    """For any copies, the steps at risk are those that a resume without each member in turn would lose."""
+    told = answers(*(tuple(held(step, rank) for step, rank in each) for each in rows))
+    left = []
+    for lost in MEMBERS:
+        others = [each for each in MEMBERS if each is not lost]
+        state = newest_in_memory(GENERATION, others, told, 50)
+        left.append(50 if state is None else state.step)
+    assert newest_without_each(GENERATION, MEMBERS, told, 50) == left
 
 
 def test_run_without_agents_has_the_bucket_alone() -> None:

@@ -11,6 +11,7 @@ import elastic_pt
 from elastic_pt.config import Config, parse_config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.errors import ConfigError
+from elastic_pt.membership.decision.status import difference
 from elastic_pt.runlog.identity import (
     CONFIG_KEY,
     IDENTITY_KEY,
@@ -153,12 +154,22 @@ def test_native_runs_do_not_compare_the_platform(store: Store) -> None:
 
 
 def test_run_directory_has_the_configuration_to_join(store: Store) -> None:
-    """The run directory has the first node's configuration, without its telemetry section."""
+    """The run directory has the first node's configuration, without what its telemetry section has for that node alone."""
     started = config("train.steps=7", "telemetry.metrics_port=9400")
     agree_on_identity(store, started, DATA, PLATFORM)
     joined = read_run_config(store, [])
     assert joined.train.steps == 7
     assert joined.telemetry == config().telemetry
+
+
+def test_node_that_joins_by_url_has_the_price_of_the_run(store: Store) -> None:
+    """Price and peak belong to the type of machine. A machine of another type sets its own."""
+    machine = ("telemetry.price_per_hour=3.5", "telemetry.peak_flops=1e12")
+    agree_on_identity(store, config(*machine), DATA, PLATFORM)
+    joined = read_run_config(store, [])
+    assert joined.telemetry == config(*machine).telemetry
+    other = read_run_config(store, ["telemetry.price_per_hour=1.25"])
+    assert other.telemetry.price_per_hour == 1.25
 
 
 def test_refused_node_publishes_no_configuration(store: Store) -> None:
@@ -177,6 +188,32 @@ def test_first_node_records_what_decides_the_bits(store: Store) -> None:
     assert identity["run.seed"] == 3
     assert identity["torch"] == PLATFORM["torch"]
     assert identity["data.url (fingerprint)"] == DATA.fingerprint
+
+
+def test_a_run_keeps_its_data_order(store: Store) -> None:
+    """A new run records order version 2. A run whose identity has none was begun with version 1, and goes on with it."""
+    assert agree_on_identity(store, config(), DATA, PLATFORM) == 2
+    identity = json.loads(store.read(IDENTITY_KEY))
+    assert identity.pop("data.order") == 2
+    store.write(IDENTITY_KEY, json.dumps(identity).encode())
+    assert agree_on_identity(store, config(), DATA, PLATFORM) == 1
+
+
+def test_an_unknown_data_order_is_refused(store: Store) -> None:
+    """A node that cannot read in the order of the run does not take part."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    identity = json.loads(store.read(IDENTITY_KEY)) | {"data.order": 3}
+    store.write(IDENTITY_KEY, json.dumps(identity).encode())
+    with pytest.raises(ConfigError, match=r"data\.order = 3: recorded by the run at .*; expected"):
+        agree_on_identity(store, config(), DATA, PLATFORM)
+
+
+def test_another_shuffle_window_is_refused(store: Store) -> None:
+    """The window decides the order of rows. Its default leaves the identity of older runs as it is."""
+    agree_on_identity(store, config(), DATA, PLATFORM)
+    assert "data.shuffle_window_tokens" not in json.loads(store.read(IDENTITY_KEY))
+    with pytest.raises(ConfigError, match=r"data\.shuffle_window_tokens = 4096: .* has 1073741824"):
+        agree_on_identity(store, config("data.shuffle_window_tokens=4096"), DATA, PLATFORM)
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
@@ -253,3 +290,19 @@ def test_code_does_not_depend_on_the_install_path(package: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elastic_pt, "__file__", str(moved / "__init__.py"))
         assert fingerprint(config(), DATA, PLATFORM)["code"] == here
+
+
+def test_evaluations_may_change_but_not_differ(store: Store) -> None:
+    """Evaluations are no part of the identity, so a later start may have others. A node that joins with others is refused, and
+    the message names the key: forward passes are collective."""
+    agree_on_identity(store, config("evaluation.every_steps=10"), DATA, PLATFORM)
+    agree_on_identity(store, config("evaluation.rows=7"), DATA, PLATFORM)
+    assert config("evaluation.every_steps=10").fingerprint() == config().fingerprint()
+    here = fingerprint(config("evaluation.every_steps=10"), DATA, PLATFORM)
+    for override, named in (
+        ("evaluation.every_steps=20", "evaluation.every_steps = '20', where the run has '10'"),
+        ("evaluation.rows=7", "evaluation."),
+    ):
+        there = fingerprint(config(override), DATA, PLATFORM)
+        assert named in difference(here, there)
+    assert not difference(here, fingerprint(config("evaluation.every_steps=10"), DATA, PLATFORM))

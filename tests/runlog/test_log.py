@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from elastic_pt.runlog.records import (
     Stop,
 )
 from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
 
 
 def generation(number: int, *nodes: str) -> Generation:
@@ -161,6 +163,51 @@ def test_append_that_loses_a_race_is_built_again(tmp_path: Path) -> None:
     one.append(lambda _: commit(10, 1), generation=1)
     view = two.append(lambda view: commit(20, 1, *view.checkpoints), generation=1)
     assert [each.step for each in view.checkpoints] == [20, 10]
+
+
+class Meeting:
+    """A store that answers none of the first reads of a record before the next read has come."""
+
+    def __init__(self, store: Store, reads: int) -> None:
+        self._store, self._reads = store, reads
+        self._came, self._changed = 0, threading.Condition()
+        self.waits = True
+
+    def read(self, key: str) -> bytes:
+        """Wait for another read."""
+        if self.waits:
+            with self._changed:
+                self._came += 1
+                before = self._came
+                self._changed.notify_all()
+                assert self._changed.wait_for(
+                    lambda: self._came > before or self._came >= self._reads, 60.0
+                )
+        return self._store.read(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_known_records_are_read_ahead(tmp_path: Path) -> None:
+    """Records of the view are read several at a time, in order. One that is appended meanwhile is read too."""
+    store = open_store(f"file://{tmp_path}")
+    writer = RunLog(store, writer="a")
+    writer.append(lambda _: generation(1), generation=0)
+    for step in range(1, 100):
+        writer.append(lambda _: commit(step, 1), generation=1)
+    meeting = Meeting(store, reads=90)
+    reader = RunLog(cast("Store", meeting), writer="b")
+    meeting.waits = False
+    reader.refresh()
+    meeting.waits = True
+    found = []
+    for record in reader.records():
+        found.append(record.index)
+        if record.index == 99:
+            meeting.waits = False
+            writer.append(lambda _: commit(100, 1), generation=1)
+    assert found == list(range(101))
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

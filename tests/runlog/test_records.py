@@ -58,7 +58,7 @@ BODIES: list[Body] = [
     Quarantine("ckpt/0000000150-g3-5f0c", "part-00001.json is gone"),
     Quarantine("", "3 failures within 600 s, last: lost c", node="c", seconds=30.0),
     Stop("completed", 200),
-    replace(GENERATION, why_not_memory="no member holds the rows of worker 1"),
+    replace(GENERATION, why_not_memory="no member holds the rows of worker 1", restarts=2),
     Control(
         Request(Verb.DRAIN, "ann@desk", node="b", seconds=30.0, index=7),
         (Request(Verb.PAUSE, "ann@desk", "maintenance", index=5, done=True),),
@@ -92,11 +92,20 @@ def without(body: Body, *names: str) -> bytes:
 
 def test_records_without_the_newer_fields_are_still_read() -> None:
     """A log from before causes, frontier, phases and node quarantines can still be read and continued."""
-    old = Record.from_bytes(
-        without(GENERATION, "causes", "frontier_step", "agree_s", "why_not_memory"), key="log/7"
-    ).body
+    newer = (
+        "causes",
+        "frontier_step",
+        "agree_s",
+        "why_not_memory",
+        "reached_step",
+        "below_minimum_s",
+        "restarts",
+    )
+    old = Record.from_bytes(without(GENERATION, *newer), key="log/7").body
     assert isinstance(old, Generation)
+    assert (old.reached_step, old.lost_steps, old.below_minimum_s) == (None, 0, 0.0)
     assert (old.causes, old.frontier_step, old.agree_s, old.why_not_memory) == ((), 0, 0.0, "")
+    assert old.restarts == 0
     assert old.members == GENERATION.members
     commit = Commit((CHECKPOINT,), "history/x")
     document = json.loads(without(commit, "permanent_before"))
@@ -115,8 +124,8 @@ def test_only_a_log_with_a_request_has_the_newer_schema() -> None:
     assert json.loads(stored(control))["schema"] == 2
     later = Record(8, 4, "a", "n", "now", ORIGIN, {Kind.CONTROL: 7}, BODIES[5])
     assert Record.from_bytes(later.to_bytes(), key="log/8").schema == 2
-    other = stored(control).replace(b'"schema": 2', b'"schema": 3')
-    with pytest.raises(LogDamaged, match="log/7: schema 3; expected 1 or 2"):
+    other = stored(control).replace(b'"schema": 2', b'"schema": 4')
+    with pytest.raises(LogDamaged, match="log/7: schema 4; expected 1, 2 or 3"):
         Record.from_bytes(other, key="log/7")
 
 

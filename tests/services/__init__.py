@@ -1,1 +1,1 @@
-"""Real S3 servers for tests: how they are installed, started for a session, and stopped."""
+"""Real servers for tests (S3, Prometheus): how they are installed, started for a session, and stopped."""

@@ -1,8 +1,9 @@
-"""Session fixtures that give tests a bucket on a real S3 server.
+"""Fixtures that give tests a bucket on a real S3 server, and a real Prometheus.
 
 `moto_url` and `ceph_url` yield the URL of an empty bucket and set the standard AWS variables, so that
 code under test and the processes it starts reach the server as they would reach any other. The servers
-start once per session, on first use, and end with it.
+start once per session, on first use, and end with it. `start_prometheus` and `start_alertmanager` start one server
+per call, which takes 0.1 s; it ends with the test.
 
 A service that is missing skips its tests and says what is left out; where `CI=true` it fails them.
 """
@@ -10,16 +11,38 @@ A service that is missing skips its tests and says what is left out; where `CI=t
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Protocol
 
 import fsspec
 import pytest
 
+from tests.services import prometheus
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_commands
 from tests.services.processes import free_port, listens, start, stop, wait_until
+from tests.services.prometheus import Alertmanager, Prometheus
 
-MOTO_SERVER = Path(__file__).parents[2] / "services" / "moto-venv" / "bin" / "moto_server"
+SERVICES = Path(__file__).parents[2] / "services"
+MOTO_SERVER = SERVICES / "moto-venv" / "bin" / "moto_server"
+EXTRAS_PYTHON = SERVICES / "extras-venv" / "bin" / "python"
+
+
+class StartPrometheus(Protocol):
+    """Starts a Prometheus that ends with the test.
+
+    It scrapes `targets` (host:port) as the job `elastic_pt`, or what `scrape_configs` says, as in its configuration.
+    """
+
+    def __call__(
+        self,
+        targets: Sequence[str] = (),
+        *,
+        scrape_configs: Sequence[Mapping[str, Any]] = (),
+        rule_files: Sequence[Path] = (),
+        alertmanager: str | None = None,
+    ) -> Prometheus: ...
 
 
 def left_out(what: str) -> None:
@@ -43,6 +66,14 @@ def moto_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(server, 5.0)
+
+
+@pytest.fixture(scope="session")
+def extras_python() -> str:
+    """The Python of the environment that has the extras `grafana` and `wandb`."""
+    if not EXTRAS_PYTHON.exists():
+        left_out("tests of the extras grafana and wandb")
+    return str(EXTRAS_PYTHON)
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +125,49 @@ def point_aws_at(endpoint: str, key: str, secret: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture
+def start_prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartPrometheus]:
+    """Starts a Prometheus with the targets and rules of the test; it ends with the test."""
+    _require_prometheus()
+    with ExitStack() as stack:
+
+        def start_one(
+            targets: Sequence[str] = (),
+            *,
+            scrape_configs: Sequence[Mapping[str, Any]] = (),
+            rule_files: Sequence[Path] = (),
+            alertmanager: str | None = None,
+        ) -> Prometheus:
+            if targets:
+                static = {"job_name": "elastic_pt", "static_configs": [{"targets": list(targets)}]}
+                scrape_configs = [*scrape_configs, static]
+            home = tmp_path_factory.mktemp("prometheus")
+            server = Prometheus(home, scrape_configs, rule_files, alertmanager).start()
+            stack.callback(server.stop)
+            return server
+
+        yield start_one
+
+
+@pytest.fixture
+def start_alertmanager(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[], Alertmanager]]:
+    """Starts an Alertmanager that sends to nobody; it ends with the test."""
+    _require_prometheus()
+    with ExitStack() as stack:
+
+        def start_one() -> Alertmanager:
+            server = Alertmanager(tmp_path_factory.mktemp("alertmanager")).start()
+            stack.callback(server.stop)
+            return server
+
+        yield start_one
+
+
+def _require_prometheus() -> None:
+    missing = prometheus.missing_commands()
+    if missing:
+        left_out(f"tests against a real Prometheus, since {', '.join(missing)} are not installed")

@@ -40,6 +40,7 @@ from elastic_pt.membership.node import Formed, Left, Node
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
 from elastic_pt.runlog.control import ask, carried_out
+from elastic_pt.runlog.ignored import still_damaged
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
     COMPLETED,
@@ -552,15 +553,22 @@ class AgentProcess(Process):
         collateral = workers.collateral and node.await_reform(
             number, 2 * limits.elastic.heartbeat_timeout_s
         )
-        unusable = workers.detail.startswith("CheckpointError")
+        kind = CauseKind.FAILED
+        damage = still_damaged(self.generation.ignored if self.generation else (), workers.damage)
+        if workers.detail.startswith("CheckpointError"):
+            kind = CauseKind.UNUSABLE
+        elif damage:
+            kind = CauseKind.DAMAGED
         own = node.failure(
             workers.detail,
-            kind=CauseKind.UNUSABLE if unusable else CauseKind.FAILED,
+            kind=kind,
             step=workers.step,
             signature=workers.signature,
             surroundings=not workers.signature,
+            damage=damage,
         )
-        own_fault = not (collateral or unusable or node.must_reform(number))
+        at_fault = kind is CauseKind.FAILED and not collateral
+        own_fault = at_fault and not node.must_reform(number)
         if own_fault:
             self._rest_after(workers.detail)
         node.spend(number, None if collateral else own)

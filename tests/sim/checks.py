@@ -24,6 +24,7 @@ from elastic_pt.runlog.records import (
     Stop,
     Verb,
 )
+from tests.sim.damage import DamageWitness
 from tests.sim.memory_checks import MemoryWitness
 from tests.sim.training import World
 from tests.sim.violation import Violation
@@ -116,6 +117,7 @@ class Witness:
     """Since when the run is paused; None while it is not."""
     expected_stop: Callable[[Stop], bool] = lambda stop: False
     memory: MemoryWitness = field(init=False)
+    damage: DamageWitness = field(default_factory=DamageWitness)
     _words: dict[tuple[str, str], tuple[int, Message]] = field(default_factory=dict)
     _doomed_since_s: dict[str, float] = field(default_factory=dict)
     _failed_s: dict[str, list[float]] = field(default_factory=dict)
@@ -218,6 +220,7 @@ class Witness:
             raise Violation("members are distinct", str(incarnations))
         noticed_s = attempt.began_s - generation.agree_s / attempt.process.clock_rate
         self.memory.begins(generation, before, noticed_s)
+        self.damage.begins(generation)
         if any(each in self.simulation.strangers for each in incarnations):
             raise Violation("a node that differs is never taken in", str(incarnations))
         if before.generation is not None:

@@ -91,7 +91,7 @@ class Dial:
         links = self._links
         self._attempt += 1
         attempt = self._attempt
-        self._silence_s = links.participant.silence_s()
+        self._silence_s = links.participant.known.silence_s()
 
         def opened(end: End) -> None:
             if self._attempt == attempt:

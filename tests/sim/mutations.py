@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from elastic_pt.errors import AlreadyExists, FencedError
-from elastic_pt.membership import participant
+from elastic_pt.membership import appender, participant
 from elastic_pt.membership.decision import decide
 from elastic_pt.membership.decision.admission import newcomers
 from elastic_pt.membership.decision.budgets import Moments
 from elastic_pt.membership.decision.status import Limits, NodeStatus, Peer
+from elastic_pt.membership.known_nodes import KnownNodes
 from elastic_pt.membership.node import Node
-from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message, PeerTable
 from elastic_pt.membership.pulse import Pulse
 from elastic_pt.runlog import log
+from elastic_pt.runlog.ignored import DamagedSpan, IgnoredSpan, ignored_next, still_damaged
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Body, Cause, CauseKind, Commit, Generation
 from elastic_pt.store import s3
@@ -29,6 +30,13 @@ from tests.sim.memory_mutations import MEMORY_MUTATIONS
 from tests.sim.mutation import Mutation
 
 # ---- the planted bugs ------------------------------------------------------------------------------
+
+
+def _ignored_next_as_recorded(
+    ignored: Sequence[IgnoredSpan], found: Sequence[DamagedSpan], resume_step: int
+) -> tuple[IgnoredSpan, ...]:
+    new = still_damaged(ignored, found)
+    return (*ignored, *(IgnoredSpan(span, resume_step + 1) for span in new))
 
 
 def _append_unchecked(self: RunLog, make: Callable[[RunView], Body], *, generation: int) -> RunView:
@@ -278,6 +286,30 @@ MUTATIONS: Final = (
         2,
     ),
     Mutation(
+        "damage ends the run",
+        "a damaged block counts as a failure of the program",
+        agent,
+        "still_damaged",
+        lambda ignored, found: (),
+        1,
+    ),
+    Mutation(
+        "damage forgotten",
+        "a generation leaves out only what was found in the one before",
+        appender,
+        "ignored_next",
+        lambda ignored, found, resume_step: ignored_next((), found, resume_step),
+        1,
+    ),
+    Mutation(
+        "first step kept",
+        "a generation that resumes earlier leaves a span out and names its old first step",
+        appender,
+        "ignored_next",
+        _ignored_next_as_recorded,
+        415,
+    ),
+    Mutation(
         "no rest",
         "a node retries at once after repeated failures of its workers",
         agent,
@@ -296,7 +328,7 @@ MUTATIONS: Final = (
     Mutation(
         "lone node gives up",
         "a node leaves after some failures, even if no other node can continue",
-        Participant,
+        KnownNodes,
         "others_can_go_on",
         lambda self: True,
         31,

@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Final
 
 from elastic_pt.config import ElasticSection
@@ -82,9 +82,12 @@ class Measured:
 
 
 class Fleet(Simulation):
-    """So many agents, and what strikes them one after the other."""
+    """So many agents, and what strikes them one after the other.
 
-    def __init__(self, nodes: int, seed: int = 0) -> None:
+    With `times`, a leader is as busy as in a fleet of so many times as many nodes: all costs are multiplied by it.
+    """
+
+    def __init__(self, nodes: int, seed: int = 0, *, times: int = 1) -> None:
         names = tuple(f"n{index:05d}" for index in range(nodes))
         super().__init__(
             seed,
@@ -98,7 +101,7 @@ class Fleet(Simulation):
                     ),
                     store_deadline_s=120.0,
                     settle_timeout_s=600.0,
-                    costs=COSTS,
+                    costs=Costs(*(times * cost_s for cost_s in astuple(COSTS))),
                 ),
                 plan=Plan(steps=10**9, step_s=0.3, checkpoint_every=10**9),
                 faults_until_s=0.0,

@@ -21,6 +21,7 @@ from tests.sim.agent import AgentProcess, Habits, Operator, Surrounding
 from tests.sim.bucket import Bucket, Pace
 from tests.sim.buffers import draw_habits
 from tests.sim.checks import Witness
+from tests.sim.damage import damaged_in
 from tests.sim.hermetic import hermetic
 from tests.sim.network import Latency, Machine, Network
 from tests.sim.scheduler import Scheduler
@@ -158,7 +159,9 @@ class Simulation:
             plan = scenario(scheduler)
             snapshots = draw_habits(memory_random, plan.nodes)
             habits = dataclasses.replace(plan.habits, snapshots=snapshots)
-            plan = dataclasses.replace(plan, habits=habits)
+            damage = damaged_in(random.Random(f"damage of {seed}"))
+            trained = dataclasses.replace(plan.plan, damage=damage)
+            plan = dataclasses.replace(plan, habits=habits, plan=trained)
         self.plan = plan
         self.habits = self.plan.habits
         self.nodes: dict[str, AgentProcess | None] = {}
@@ -291,7 +294,9 @@ class Simulation:
     def _stay(self) -> float:
         """Nothing happens any more, so nothing may change; requests to the bucket per second."""
         scheduler, witness = self.scheduler, self.witness
-        self.training.plan = dataclasses.replace(self.training.plan, checkpoint_every=_ENDLESS)
+        self.training.plan = dataclasses.replace(
+            self.training.plan, checkpoint_every=_ENDLESS, damage={}
+        )
         number, steps = witness.view.generation_number, self.training.steps_done
         until_s = scheduler.now_s + self._convergence_s
         # A checkpoint that is being copied into its buffers is not on its way yet.

@@ -8,13 +8,15 @@ Workers are processes of their own: they stand still with their machine, and not
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from elastic_pt.runlog.ignored import DamagedSpan
 from elastic_pt.runlog.records import Generation
 from tests.sim.buffers import Buffers, Complete, SnapshotHabits
+from tests.sim.damage import Damage, met
 from tests.sim.network import Machine, Network
 from tests.sim.scheduler import Process, Scheduler
 
@@ -42,6 +44,8 @@ class Plan:
     checkpoint_every: int
     poison_step: int = 0
     """The step at which always the same exception comes; 0 for none."""
+    damage: Mapping[int, tuple[Damage, ...]] = field(default_factory=dict)
+    """What is damaged of the data, by the step that reads it."""
 
 
 @dataclass(eq=False)
@@ -62,6 +66,7 @@ class Workers:
     state: State = State.STARTING
     detail: str = ""
     signature: str = ""
+    damage: tuple[DamagedSpan, ...] = ()
     collateral: bool = False
     paused: bool = False
     doomed: bool = False
@@ -214,6 +219,14 @@ class Training:
             victim = members[step % len(members)]
             victim.detail, victim.signature = f"ValueError at step {step}", "ValueError"
             self._end(world, victim, State.FAILED)
+            return
+        now_s = self.scheduler.now_s
+        if damaged := met(self.plan.damage, world.generation, step, now_s):
+            for number, span in enumerate(damaged):
+                victim = members[(step + number) % len(members)]
+                victim.detail = victim.signature = "DamagedBlock"
+                victim.damage = (*victim.damage, span)
+                self._end(world, victim, State.FAILED)
             return
         world.step = step
         self.steps_done += 1

@@ -9,7 +9,7 @@ import pytest
 
 from elastic_pt.train.snapshots import COST_MAX, MemorySnapshots, adaptive_cadence
 from elastic_pt.train.state import TrainState
-from elastic_pt.train.step import Agreed, Control, Offer, _agreed, _bits_of
+from elastic_pt.train.step import Agreed, Control, Offer, _agreed, _head_of
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,9 @@ def test_one_node_without_a_mirror_is_known_to_all_workers() -> None:
     def agree(*offers: Offer) -> Agreed:
         heads = []
         for rank, offer in enumerate(offers):
-            state = SimpleNamespace(rank=rank, world_size=len(offers))
-            heads.append(_bits_of(cast(TrainState, state), Control(False, False), offer))
+            clock = SimpleNamespace(last_communicate_s=1.0)
+            state = SimpleNamespace(rank=rank, world_size=len(offers), clock=clock)
+            heads.append(_head_of(cast(TrainState, state), Control(False, False), offer))
         return _agreed([sum(each) for each in zip(*heads, strict=True)])
 
     found = agree(Offer(12), Offer(10, mirrors_have_room=False), Offer(11))

@@ -1,5 +1,6 @@
 """The loop's decisions, in a world of one: when it checkpoints, stops, skips and gives up."""
 
+import json
 import os
 import shutil
 import threading
@@ -10,8 +11,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from elastic_pt.checkpoint.upload import KeptShard, publish_node, upload_shard
 from elastic_pt.config import Config
 from elastic_pt.data.loader import StepBatch
 from elastic_pt.data.manifest import Manifest
+from elastic_pt.data.plan import RowSources
 from elastic_pt.model.optimizer import local_rows
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
@@ -32,6 +35,7 @@ from elastic_pt.train.checkpoints import Checkpoints
 from elastic_pt.train.loop import train
 from elastic_pt.train.snapshots import MemorySnapshots
 from elastic_pt.train.state import TrainState
+from elastic_pt.train.step import Control, run_step
 from elastic_pt.workers.assignment import Assignment, Outcome
 from tests.train.world import RUN_ID, VOCABULARY, config_for, tokens_of
 
@@ -137,6 +141,7 @@ def start(config: Config) -> tuple[TrainState, Iterator[StepBatch]]:
             yield StepBatch(
                 step,
                 torch.stack([tokens_of(step, slot, config) for slot in range(config.train.slots)]),
+                RowSources(("code", "prose"), np.arange(config.train.global_batch) % 3 % 2),
             )
 
     return state, batches()
@@ -160,6 +165,48 @@ def test_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path: Path) -> Non
     last = describe_snapshot(Buffer(1, 0, int(str(agent.saved()[-1]["buffer"]))), tmp_path)
     assert last is not None
     assert (last.state.step, last.state.optimizer_step) == (7, 7)
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_step_reports_times_and_sources(tmp_path: Path) -> None:
+    """A step's message has its phases, the stall before it, and the rows and loss of each source of its data."""
+    config = config_for(tmp_path, "train.steps=3", "train.micro_batch=2")
+    state, batches = start(config)
+    another, its_batches = start(config)
+    with torch.no_grad():
+        rows = [
+            another.model(row[None, :-1], row[None, 1:]).cross_entropy.item() / 16
+            for row in next(its_batches).tokens_VBT.flatten(0, 1)
+        ]
+    stall_s = 0.2
+
+    class Slow(FakeAgent):
+        """Its worker waits while it saves."""
+
+        def send(self, kind: str, **content: object) -> None:
+            super().send(kind, **content)
+            if kind == "step":
+                time.sleep(stall_s)
+
+    agent = Slow()
+    train_in(tmp_path, config, state, batches, agent)
+    steps = [cast(dict[str, Any], content) for kind, content in agent.messages if kind == "step"]
+    for step in steps:
+        assert set(step["phases"]) == {"data", "compute", "communicate", "optimizer"}
+        assert sum(step["phases"].values()) == pytest.approx(step["seconds"], abs=1e-5)
+        assert step["straggler_wait_s"] == 0.0
+        assert "data_wait_cause" not in step
+        total = sum(count * loss for count, loss in step["sources"].values())
+        assert total / config.train.global_batch == pytest.approx(step["loss"], rel=1e-12, abs=0.0)
+    stalls = [step["checkpoint_stall_s"] for step in steps]
+    assert stalls[0] == 0.0
+    assert all(stall >= stall_s for stall in stalls[1:])
+    json.dumps(steps, allow_nan=False)
+    code, prose = [rows[i] for i in (0, 2, 3, 5, 6)], [rows[i] for i in (1, 4, 7)]
+    assert steps[0]["sources"] == {
+        "code": [5, pytest.approx(sum(code) / 5, rel=1e-5)],
+        "prose": [3, pytest.approx(sum(prose) / 3, rel=1e-5)],
+    }
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -234,6 +281,25 @@ def test_a_drain_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path) ->
     agent = FakeAgent(drain_at=3, upload_steps=99)
     assert train_in(tmp_path, config, state, batches, agent) is Outcome.DRAINED
     assert agent.saved_steps() == [state.steps_done] == [4]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_left_out_tokens_have_no_target_and_the_divisor_stays(tmp_path: Path) -> None:
+    """The loss of a step is the sum over the other targets, divided by all tokens; the gradient is that of this loss."""
+    config = config_for(tmp_path / "run", "train.z_loss=0.0", "train.clip_norm=0.0")
+    state, batches = start(config)
+    plain = next(batches).tokens_VBT
+    plain[:, :, 4:9] = 96
+    left_out = plain.clone()
+    left_out[:, :, 4:9] = ~96
+    inputs, targets = plain[:, 0, :-1], plain[:, 0, 1:].clone()
+    targets[:, 3:8] = -100
+    tokens = targets.numel()
+    expected = state.model(inputs, targets).cross_entropy.item() / tokens
+    everything = state.model(inputs, plain[:, 0, 1:].contiguous()).cross_entropy.item() / tokens
+    result = run_step(state, left_out, Control(False, False))
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.loss < 0.8 * everything
 
 
 @pytest.mark.usefixtures("world_of_one")

@@ -2,8 +2,10 @@
 
 import datetime
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,14 @@ from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.config import Config, parse_config
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.open import open_store
+from elastic_pt.train.clock import StepTimes
 from elastic_pt.train.state import TrainState
 from elastic_pt.train.step import Control, run_step
 from tests.checkpoint.world import collected, nodes_of, upload_nodes, write_buffer
 
 VOCABULARY = 97
 RUN_ID = "0123456789abcdef"
+Result = TypeVar("Result")
 _CONTEXT = torch.multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["elastic_pt.train.loop", "tests.train.world"])
 
@@ -110,6 +114,22 @@ def _worker(
     staging: str,
     results: "torch.multiprocessing.SimpleQueue",
 ) -> None:
+    state = join(rank, config, world_size, port)
+    _fill(config, state, resume)
+    losses = []
+    while state.steps_done < last_step:
+        result = run_step(state, tokens_of_worker(state), Control(False, False))
+        losses.append(result.loss)
+    _save(config, state, Path(staging))
+    if rank == 0:
+        results.put(losses)
+    dist.destroy_process_group()
+
+
+def join(
+    rank: int, config: Config, world_size: int, port: int, vocabulary: int = VOCABULARY
+) -> TrainState:
+    """Connect to the other workers, and build the state without its values."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(config.train.numerics == "exact")
     store = TCPStore("127.0.0.1", port, is_master=False)
@@ -120,21 +140,94 @@ def _worker(
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
-    state = TrainState(
-        config, VOCABULARY, init_device_mesh("cpu", (world_size,)), torch.device("cpu")
-    )
-    _fill(config, state, resume)
-    losses = []
-    while state.steps_done < last_step:
-        step = state.steps_done
-        slots = range(rank, config.train.slots, world_size)
-        tokens = torch.stack([tokens_of(step, slot, config) for slot in slots])
-        result = run_step(state, tokens, Control(False, False))
-        losses.append(result.loss)
-    _save(config, state, Path(staging))
-    if rank == 0:
-        results.put(losses)
+    mesh = init_device_mesh("cpu", (world_size,))
+    return TrainState(config, vocabulary, mesh, torch.device("cpu"))
+
+
+def tokens_of_worker(state: TrainState) -> torch.Tensor:
+    """The sequences of this worker's slots in its next step."""
+    slots = range(state.rank, state.config.train.slots, state.world_size)
+    return torch.stack([tokens_of(state.steps_done, slot, state.config) for slot in slots])
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A step as one worker saw it."""
+
+    times: StepTimes
+    straggler_wait_s: float
+    loss: float
+    row_losses: list[float]
+
+
+def watch_steps(
+    config: Config, world_size: int, steps: int, slow: Callable[[TrainState], None] | None = None
+) -> list[list[Watched]]:
+    """Train from the seed; the steps of each worker, in the order of ranks. `slow` slows the last worker down."""
+    return in_world(world_size, _watched, config, steps, slow)
+
+
+def in_world(world_size: int, work: Callable[..., Result], *arguments: object) -> list[Result]:
+    """Call `work(rank, world size, port, *arguments)` in a process for each rank; the results in their order."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = _CONTEXT.SimpleQueue()
+    processes = [
+        _CONTEXT.Process(
+            target=_put_result, args=(results, work, rank, world_size, master.port, *arguments)
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Result] = {}
+    for _ in processes:
+        rank, result = results.get()
+        if isinstance(result, Exception):
+            # The others may wait for this worker.
+            for process in processes:
+                process.kill()
+            raise result
+        found[rank] = result
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, f"a worker of {world_size} exited with {process.exitcode}"
+    return [found[rank] for rank in range(world_size)]
+
+
+def _put_result(
+    results: "torch.multiprocessing.SimpleQueue",
+    work: Callable[..., object],
+    rank: int,
+    *arguments: object,
+) -> None:
+    try:
+        result = work(rank, *arguments)
+    except Exception as error:
+        result = error
+    results.put((rank, result))
+
+
+def _watched(
+    rank: int,
+    world_size: int,
+    port: int,
+    config: Config,
+    steps: int,
+    slow: Callable[[TrainState], None] | None,
+) -> list[Watched]:
+    state = join(rank, config, world_size, port)
+    state.initialize()
+    if slow is not None and rank == world_size - 1:
+        slow(state)
+    watched = []
+    for _ in range(steps):
+        state.clock.begin()
+        result = run_step(state, tokens_of_worker(state), Control(False, False))
+        times = state.clock.end()
+        row_losses = result.row_losses.tolist()
+        watched.append(Watched(times, result.straggler_wait_s, result.loss, row_losses))
     dist.destroy_process_group()
+    return watched
 
 
 def _fill(config: Config, state: TrainState, resume: Checkpoint | None) -> None:

@@ -18,10 +18,10 @@ from multiprocessing import forkserver, get_context
 from elastic_pt.workers.forking import (
     ForkedCall, await_fork_server, begin_worker, import_once, start_fork_server
 )
-from elastic_pt.telemetry.events import configure_events
+from elastic_pt.telemetry.events import EventContext, EventOutput, configure_events
 from elastic_pt.workers.scratch import scratch_directory
 
-configure_events("error", "agent")
+configure_events(EventContext("agent"), EventOutput("error"))
 
 def work(sender):
     begin_worker({})

@@ -123,10 +123,35 @@ def test_a_stopped_worker_does_not_tick_and_writes_its_stacks(tmp_path: Path) ->
         assert stands_still(reader)
         began_s = time.monotonic()
         assert reader.request_stacks(process.pid)
-        assert time.monotonic() - began_s < STACKS_TIMEOUT_S + 0.7
+        assert time.monotonic() - began_s < 2 * STACKS_TIMEOUT_S + 0.7
         # On a busy machine the stacks of the woken worker may come too late for the first call.
-        until(lambda: "in in_a_named_function" in reader.request_stacks(process.pid))
-        assert "in _tick" in reader.stacks()
+        until(lambda: "in _tick" in reader.request_stacks(process.pid))
+        # The main thread's stack does not depend on the walk over the other threads, which can crash.
+        main, _, others = reader.stacks().partition("in _tick")
+        assert "in in_a_named_function" in main
+        assert "in in_a_named_function" in others
+
+
+def test_threads_of_a_c_library_do_not_take_the_request(tmp_path: Path) -> None:
+    """A stopped worker's main thread answers, also among threads that Python does not know, as torch starts them."""
+    reader = HeartbeatReader(tmp_path, 0, 7)
+    act = """
+    libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    for _ in range(20):
+        libc.pthread_create(ctypes.byref(thread), None, libc.sleep, ctypes.c_void_p(600))
+    threading.Event().wait()
+"""
+    with worker(tmp_path, act) as process:
+        go_on(process)
+        until(lambda: len(list(Path(f"/proc/{process.pid}/task").iterdir())) == 22)
+        written = tmp_path / "stacks-0"
+        for requests in range(1, 11):
+            os.kill(process.pid, signal.SIGSTOP)
+            until(lambda: process_state(process.pid) == "T")
+            reader.request_stacks(process.pid)
+            # Alone, and once more among all threads.
+            stacks = 2 * requests
+            until(lambda: written.read_text().count("in in_a_named_function") == stacks)
 
 
 def test_a_worker_that_holds_the_interpreter_lock_does_not_tick(tmp_path: Path) -> None:
@@ -168,7 +193,7 @@ def test_a_worker_in_uninterruptible_sleep_gives_a_note_instead_of_stacks(tmp_pa
             began_s = time.monotonic()
             text = reader.request_stacks(process.pid)
             assert time.monotonic() - began_s < STACKS_TIMEOUT_S + 0.7
-            assert f"no Python stacks within 0.3 s: process {process.pid} is in state D" in text
+            assert f"no Python stacks within 2.0 s: process {process.pid} is in state D" in text
             assert "refrigerator" in text
             (group / "freezer.state").write_text("THAWED")
     finally:

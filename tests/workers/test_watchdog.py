@@ -289,3 +289,24 @@ def test_many_slow_phases_below_their_limits_are_not_a_hang(seed: int) -> None:
         worker.enter(phase)
         hang = worker.stay(seconds, look_s=min(1.0, max(LOOK_S, seconds / 20)))
         assert hang is None, f"{phase.name} of {seconds:.2f} s with seed {seed}: {hang}"
+
+
+def test_a_long_evaluation_is_no_hang_and_no_long_step() -> None:
+    """A pass of an evaluation may take as long as a part of the start. The limit of the steps after it stays as it was."""
+    worker = at_work(step_s=0.5)
+    for _ in range(20):
+        worker.enter(WorkerPhase.EVALUATE)
+        assert worker.stay(100.0) is None
+        worker.enter(WorkerPhase.EVALUATE)
+        assert worker.stay(100.0) is None
+        assert worker.do_step(0.5) is None
+    stuck_s = worker.now_s
+    hang = worker.stay(100.0)
+    assert hang is not None
+    assert hang.phase is WorkerPhase.COMPUTE
+    assert worker.now_s - stuck_s <= LIMITS.progress_timeout_s + 1.0
+    worker = at_work()
+    worker.enter(WorkerPhase.EVALUATE)
+    hang = worker.stay(2 * LIMITS.startup_timeout_s)
+    assert hang is not None
+    assert "evaluate, limit 600.0 s" in str(hang)

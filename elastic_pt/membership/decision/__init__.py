@@ -8,5 +8,6 @@ In reading order; docs/membership.md has the table of decisions.
     budgets     how many failures are accepted of a node and of the run
     memory      the facts that a node keeps between turns
     view        the facts of one turn
+    causes      why members of a generation do not continue
     decide      View ──► Propose | Halt | Drain | Wait | Ended
 """

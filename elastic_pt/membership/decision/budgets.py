@@ -94,6 +94,22 @@ def quarantines_due(
     return due
 
 
+def restarts_of(view: RunView, proposed: Generation) -> int:
+    """`Generation.restarts` of the generation that is about to follow the newest one of the log."""
+    before = view.generation
+    if before is None or view.reopened_generation >= before.number:
+        return 0
+    # Without a cause it follows a pause, or the loss of all.
+    unplanned = proposed.follows_the_loss_of_all(before) or not all(
+        cause.kind.planned for cause in proposed.causes
+    )
+    went_on = (
+        proposed.frontier_step > max(each.frontier_step for each in view.generations)
+        or proposed.committed_step > before.committed_step
+    )
+    return (0 if went_on else before.restarts) + unplanned
+
+
 def _why(count: int, elastic: ElasticSection, last: Cause) -> str:
     return f"{count} failures within {elastic.flap_window_s:g} s, last: {last}"
 
@@ -136,7 +152,7 @@ def halt(
     """Why the run must end instead of trying again; empty if it need not.
 
     `failures` broke the newest generation and were detected at `noticed_s`. `others` is the number of live nodes
-    without a failure (0 if they are too few to continue). `frontier_step` is the newest step that any node has done.
+    without a failure (0 if they are too few to continue). `frontier_step` is the newest step that was ever done.
     """
     generations = [each for each in view.generations if each.number > view.reopened_generation]
     for failure in failures:

@@ -20,13 +20,15 @@ replace each other's generations:
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from elastic_pt.membership.decision.admission import admit, joiners
 from elastic_pt.membership.decision.assessment import Assessment
+from elastic_pt.membership.decision.causes import leaves, losses, rest_of
 from elastic_pt.membership.decision.settled import is_ahead, needed
 from elastic_pt.membership.decision.status import (
+    Idle,
     Limits,
     NodePhase,
     incarnations,
@@ -88,7 +90,9 @@ class Wait:
     asking: bool = False
     """Whether the next answer of a peer may end the wait."""
     watching: bool = False
-    """Whether this node must watch the log for all others, because no generation trains."""
+    """Whether no generation trains, and this node is the first that waits: it watches the log and tells people."""
+    idle: Idle = field(default=Idle.AGREES, compare=False)
+    """Why this node has no workers, if it has none. Not compared: the node acts in the same way."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,18 @@ def decide(view: View, limits: Limits, now_s: float) -> Decision:
     return _decide_as_newcomer(view, limits, now_s)
 
 
+def idle_of(decision: Decision, *, leaving: bool) -> Idle:
+    """Why this node has no workers, if it has none."""
+    if leaving:
+        return Idle.DRAINS
+    match decision:
+        case Wait():
+            return decision.idle
+        case Paused():
+            return Idle.PAUSED
+    return Idle.AGREES
+
+
 def _decide_as_member(
     view: View, generation: Generation, found: Assessment, limits: Limits, now_s: float
 ) -> Decision:
@@ -117,7 +133,7 @@ def _decide_as_member(
         return _decide_next_world(view, generation, found, limits, now_s)
     if _leads(view, found) and view.me.phase is NodePhase.RUNNING:
         reasons = [str(each) for each in view.requests if each.verb in _SUSPENDING]
-        reasons += [str(_leaves(view, member)) for member in found.leaving]
+        reasons += [str(leaves(view, member)) for member in found.leaving]
         waiting = _can_join(view, found.alive, view.barred)
         wanted = admit([*generation.members, *waiting], limits)
         joining = joiners(wanted, generation.members)
@@ -134,7 +150,11 @@ def _decide_as_member(
         and generation.rank_of(peer.status.member.incarnation) is not None
         for peer in view.peers.values()
     )
-    return Wait("waiting for all members to stop" if stopping else "training")
+    stopped = view.me.spent >= generation.number
+    return Wait(
+        "waiting for all members to stop" if stopping else "training",
+        idle=Idle.DRAINS if stopped else Idle.STARTS,
+    )
 
 
 def _leads(view: View, found: Assessment) -> bool:
@@ -149,7 +169,7 @@ def _decide_paused(request: Request, *, reached: bool, leads: bool, broken: bool
     reason = f"paused {request.origin}"
     if reached and leads and not request.done:
         return Paused(request, reason)
-    return Wait(reason, broken=broken, watching=leads)
+    return Wait(reason, broken=broken, watching=leads, idle=Idle.PAUSED)
 
 
 def _decide_next_world(
@@ -171,9 +191,9 @@ def _decide_next_world(
     if len(wanted) < nodes_min:
         wanted = admit([*stay, *_can_join(view, stay, ())], limits)
     causes = (
-        *_losses(view, found, parked, generation, now_s),
+        *losses(view, found, parked, generation, now_s),
         *found.failures,
-        *(_leaves(view, member) for member in leave),
+        *(leaves(view, member) for member in leave),
         *(Cause(CauseKind.BARRED, member.node, view.barred[member.node]) for member in barred),
         *joiners(wanted, generation.members),
     )
@@ -199,9 +219,13 @@ def _decide_next_world(
         leads = _leads(view, found)
         return _decide_paused(pause, reached=found.over, leads=leads, broken=found.broken)
     if too_few:
-        resting = [said for each in found.resting if (said := _rest_of(view, each))]
+        resting = [said for each in found.resting if (said := rest_of(view, each))]
         paused = f"paused: {len(wanted)} of at least {nodes_min} nodes"
-        return Wait("; ".join((paused, *(resting or [reason]))), broken=True)
+        why = "; ".join((paused, *(resting or [reason])))
+        # A node that rests comes back by itself: the run waits for its next try, not for more nodes.
+        enough = len(wanted) + len(found.resting) >= nodes_min
+        idle = Idle.AGREES if enough else Idle.BELOW_MINIMUM
+        return Wait(why, broken=True, idle=idle, watching=_leads(view, found))
     if others_first and quiet_s < takeover_s:
         return Wait(
             f"cut off with {len(found.alive)} of {len(generation.members)} members: "
@@ -235,7 +259,7 @@ def _owes_commit(
     if pause is not None and pause.done:
         return False
     # Another attempt would most likely fail in the same way.
-    before = {each.kind for each in generation.causes}
+    before = {each.kind for each in generation.causes} - {CauseKind.DAMAGED}
     if any(each.kind in before for each in found.failures):
         return False
     return is_ahead(generation, wanted, view.statuses_of(wanted), view.committed_step)
@@ -252,68 +276,6 @@ def _may_leave(
     statuses = view.statuses_of(found.alive)
     kept = incarnations(needed(generation, stay, alive, statuses, view.committed_step))
     return [member for member in found.leaving if member.incarnation not in kept]
-
-
-def _losses(
-    view: View,
-    found: Assessment,
-    parked: Sequence[str],
-    generation: Generation,
-    now_s: float,
-) -> list[Cause]:
-    """A cause for each member that does not continue, unless it left by itself."""
-    noticed_s = view.broken_since_s if view.broken_since_s is not None else now_s
-
-    def sign_of_life_s(member: Member) -> float:
-        peer = view.peers.get(member.incarnation)
-        return noticed_s if peer is None or peer.heard_s is None else peer.heard_s
-
-    causes = []
-    dead, silent, deaf = (incarnations(each) for each in (found.dead, found.silent, found.deaf))
-    for member in generation.members:
-        silence_s = max(0.0, noticed_s - sign_of_life_s(member))
-        if member.incarnation in dead:
-            detail = "its address refuses connections" + _noticed(view, member)
-            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
-        elif member.incarnation in silent or member.incarnation in deaf:
-            detail = f"silent for {silence_s:.1f} s" + _noticed(view, member)
-            if member.incarnation in deaf:
-                detail = "it does not read the log"
-            causes.append(Cause(CauseKind.LOST, member.node, detail, detect_s=silence_s))
-        elif member.incarnation in parked:
-            others = {each for link in found.broken_links for each in link}
-            names = [
-                each.node
-                for each in generation.members
-                if each.incarnation in others
-                and each is not member
-                and _linked(found.broken_links, each.incarnation, member.incarnation)
-            ]
-            detail = f"no link to {', '.join(names)}"
-            causes.append(Cause(CauseKind.PARKED, member.node, detail, detect_s=silence_s))
-    return causes
-
-
-def _leaves(view: View, member: Member) -> Cause:
-    """The cause that a member leaves, with the reason in its status."""
-    said = view.status_of(member)
-    return Cause(CauseKind.LEFT, member.node, "" if said is None else said.leave_reason)
-
-
-def _noticed(view: View, member: Member) -> str:
-    """What a lost member has said about its end."""
-    said = view.status_of(member)
-    return f" (it was to leave: {said.leave_reason})" if said is not None and said.leaving else ""
-
-
-def _rest_of(view: View, member: Member) -> str:
-    """Why a member rests, as text."""
-    said = view.status_of(member)
-    return f"{member.node} rests: {said.resting}" if said is not None and said.resting else ""
-
-
-def _linked(links: Sequence[tuple[str, str]], one: str, other: str) -> bool:
-    return (min(one, other), max(one, other)) in links
 
 
 def park(broken_links: Sequence[tuple[str, str]], order: Sequence[Member]) -> tuple[str, ...]:
@@ -363,7 +325,7 @@ def _can_join(view: View, stay: Sequence[Member], barred: Collection[str]) -> li
 def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
     members = () if view.generation is None else view.generation.members
     if view.me.resting:
-        return Wait(f"rests: {view.me.resting}")
+        return Wait(f"rests: {view.me.resting}", idle=Idle.SPARE)
     timeout_s = limits.silence_s(len(members))
     reachable = [
         member
@@ -372,13 +334,17 @@ def _decide_as_newcomer(view: View, limits: Limits, now_s: float) -> Decision:
     ]
     if reachable:
         if view.me.member.node in view.barred:
-            return Wait(f"kept out: {view.barred[view.me.member.node]}")
+            return Wait(f"kept out: {view.barred[view.me.member.node]}", idle=Idle.SPARE)
         missing = [member.node for member in members if member.incarnation in view.me.unreachable]
         if missing:
-            return Wait(f"parked: no link to {', '.join(missing)}")
+            return Wait(f"parked: no link to {', '.join(missing)}", idle=Idle.SPARE)
         if (pause := view.asked(Verb.PAUSE)) is not None:
-            return Wait(f"paused {pause.origin}")
-        return Wait(f"asked {reachable[0].node} to be admitted")
+            return Wait(f"paused {pause.origin}", idle=Idle.PAUSED)
+        admitted = view.me.member in admit([*members, view.me.member], limits)
+        return Wait(
+            f"asked {reachable[0].node} to be admitted",
+            idle=Idle.AGREES if admitted else Idle.SPARE,
+        )
     if members:
         refused = all(
             peer is not None and peer.refused
@@ -418,7 +384,9 @@ def _decide_first_world(view: View, limits: Limits, now_s: float) -> Decision:
     parked = park(sorted(links), candidates)
     wanted = admit([each for each in candidates if each.incarnation not in parked], limits)
     if len(wanted) < elastic.nodes_min:
-        return Wait(f"waiting for nodes: {len(wanted)} of at least {elastic.nodes_min}")
+        why = f"waiting for nodes: {len(wanted)} of at least {elastic.nodes_min}"
+        first = everyone[0].incarnation == view.me.member.incarnation
+        return Wait(why, watching=first, idle=Idle.BELOW_MINIMUM)
     if wanted[0].incarnation != view.me.member.incarnation:
         return Wait(f"{wanted[0].node} leads")
     full = len(wanted) == elastic.nodes_max or len(wanted) < len(candidates)

@@ -4,6 +4,7 @@ All moments are on this node's own monotonic clock:
 
     when it read each generation and each quarantine     `moments`, for the budgets
     when it found the newest generation broken           `broken_since_s`
+    how long too few nodes were there since then         `below_minimum_s`
     when a newcomer last appeared                        `newcomers_changed_s`, for the join window
     how long log and pulse have not changed              `quiet_since_s` to `quiet_until_s`, for a takeover
 """
@@ -12,6 +13,7 @@ import math
 from collections.abc import Iterable
 
 from elastic_pt.membership.decision.budgets import Moments
+from elastic_pt.membership.decision.progress import step_in_pulse
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Verb
 
@@ -22,6 +24,9 @@ class Memory:
     def __init__(self, now_s: float) -> None:
         self.broken_since_s: float | None = None
         """When the newest generation was found broken or over; None while it is neither."""
+        self.below_minimum_s = 0.0
+        """Of the time since then: fewer nodes than `elastic.nodes_min` were there."""
+        self._too_few_since_s: float | None = None
         self.newcomers_changed_s = now_s
         self.quiet_since_s = now_s
         self.quiet_until_s = -math.inf
@@ -47,7 +52,7 @@ class Memory:
         """
         paused = view.request(Verb.PAUSE) is not None
         if self._paused and not paused and self.broken_since_s is not None:
-            self.broken_since_s = now_s
+            self.broke(now_s)
         self._paused = paused
         if view.length != self._length:
             self._length, self.quiet_since_s = view.length, now_s
@@ -57,6 +62,16 @@ class Memory:
         }
         bars = self._quarantines
         self._quarantines = {index: bars.get(index, now_s) for index, _ in view.bars}
+
+    def broke(self, now_s: float) -> None:
+        """The newest generation counts as broken or over from now on."""
+        self.broken_since_s, self.below_minimum_s, self._too_few_since_s = now_s, 0.0, None
+
+    def decided(self, now_s: float, *, too_few: bool) -> None:
+        """Note what a turn found; the time up to now counts as the turn before found it."""
+        if self._too_few_since_s is not None:
+            self.below_minimum_s += now_s - self._too_few_since_s
+        self._too_few_since_s = now_s if too_few else None
 
     @property
     def moments(self) -> Moments:
@@ -83,6 +98,10 @@ class Memory:
         if pulse != self._pulse:
             self._pulse, self.quiet_since_s = pulse, now_s
         self.quiet_until_s = asked_s
+
+    def pulse_step(self, generation: int) -> int | None:
+        """The step that a generation has reached, by the pulse that this node read last; None if it does not tell."""
+        return step_in_pulse(self._pulse, generation)
 
     def bucket_failed(self, now_s: float) -> None:
         """The bucket did not answer. The run may have changed in this time, so the quiet starts again."""

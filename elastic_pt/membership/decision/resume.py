@@ -38,6 +38,28 @@ def newest_in_memory(
     )
 
 
+def newest_without_each(
+    generation: Generation,
+    members: Sequence[Member],
+    statuses: Mapping[str, NodeStatus],
+    committed_step: int,
+) -> list[int]:
+    """For each of `members`: the newest step that the others hold together, or `committed_step` if the bucket's is newer.
+
+    As `newest_in_memory` of the others, in one pass. A copy that any of `members` found unusable counts for none of them.
+    """
+    whole = []
+    for state, found in _copies(generation, members, statuses).items():
+        if state.step >= max(1, committed_step) and all(each.usable for each in found):
+            # They are in the order of `members`: the first is the last if there is only one.
+            holders = [each.usable for each in found]
+            whole.append((state.step, {each[0] for each in holders if each[0] == each[-1]}))
+    return [
+        max((step for step, needed in whole if index not in needed), default=committed_step)
+        for index in range(len(members))
+    ]
+
+
 def why_not_memory(
     generation: Generation | None,
     members: Sequence[Member],
@@ -94,8 +116,15 @@ def _copies(
             state = State(held.generation, held.step)
             if not _is_of(generation, held) or not _fits(held):
                 continue
-            found = copies.setdefault(state, [_Copies() for _ in range(held.world_size)])
+            if state not in copies:
+                copies[state] = [_Copies() for _ in range(held.world_size)]
+            found = copies[state]
             if held.world_size != len(found):
+                continue
+            if not unusable:
+                # Most often. The loop below would take milliseconds of each scrape.
+                for each in found[held.first_rank : held.end_rank]:
+                    each.usable.append(index)
                 continue
             misfit = Unusable(*state, -1, "") in unusable
             for rank in range(held.first_rank, held.end_rank):

@@ -25,6 +25,23 @@ class NodePhase(StrEnum):
     SETTLING = "settling"
 
 
+class Idle(StrEnum):
+    """Why a node has no workers, for the account of its time."""
+
+    AGREES = "agrees"
+    """The nodes agree on the next generation, will admit this one, or wait until one that they need has rested."""
+    STARTS = "starts"
+    """It is a member of a generation and is about to start its workers."""
+    DRAINS = "drains"
+    """Its workers have stopped as planned and those of others not yet, or it leaves."""
+    BELOW_MINIMUM = "below minimum"
+    """There are fewer nodes than `elastic.nodes_min`, also with those that rest."""
+    PAUSED = "paused"
+    """An operator has paused the run."""
+    SPARE = "spare"
+    """Others train, and it will not be a member now."""
+
+
 @dataclass(frozen=True)
 class StartTimes:
     """The times of this node's workers up to the first step of `generation`, on the agent's clock."""
@@ -90,6 +107,8 @@ class NodeStatus:
     """Why it does not take part for some seconds: its own workers failed repeatedly."""
     step: int = 0
     loss: float | None = None
+    step_age_s: float | None = None
+    """Seconds since its workers reported `step`; None before their first report."""
     start_times: StartTimes | None = None
     metrics_url: str = ""
     held: tuple[Held, ...] = ()
@@ -157,22 +176,24 @@ def is_lost(peer: Peer | None, now_s: float, timeout_s: float) -> bool:
     return now_s - last_s > timeout_s
 
 
-def frontier_step(me: NodeStatus, peers: Mapping[str, Peer]) -> int:
-    """The newest step that any node is known to have done."""
-    return max([me.step, *(peer.status.step for peer in peers.values() if peer.status is not None)])
-
-
 def incarnations(members: Iterable[Member]) -> frozenset[str]:
     """The incarnations of these members, as a set for look-ups."""
     return frozenset(member.incarnation for member in members)
 
 
 def is_news(said: NodeStatus, before: NodeStatus) -> bool:
-    """Whether a status differs in more than step and loss, which change too often to wake every peer.
+    """Whether a status differs in more than step, its age and loss, which change too often to wake every peer.
 
     So does what is held while workers run. Once they have stopped, peers wait for it.
     """
-    if replace(said, step=before.step, loss=before.loss, held=before.held) != before:
+    unchanged = replace(
+        said,
+        step=before.step,
+        loss=before.loss,
+        step_age_s=before.step_age_s,
+        held=before.held,
+    )
+    if unchanged != before:
         return True
     return said.phase is NodePhase.SETTLING and _rows(said) != _rows(before)
 
