@@ -1,4 +1,4 @@
-"""Named points around every durable step, at which tests and chaos campaigns kill, fail or delay a process.
+"""Named points around every durable step and phase, at which tests and chaos runs kill, fail or delay a process.
 
     code       failpoint(Failpoint.COMMIT_APPENDED)
     operator   ELASTIC_PT_FAILPOINTS='commit.appended@2:kill,shard.written@1+:delay=0.5'  ─► arm ─► failpoint acts
@@ -9,19 +9,30 @@ each time after that. Hits are counted in each process; a forked process continu
     kill              SIGKILL to this process: nothing is cleaned up
     store_error       raise a `StoreError`
     os_error=ENOSPC   raise an `OSError` with this code
+    raise             raise a `RuntimeError`, as a bug in the program would
+    exit=CODE         end this process at once with this exit code
+    signal=SIGSEGV    end or stop this process by this signal
     delay=SECONDS     block the thread
+    hold=SECONDS      block the whole process: the thread keeps the interpreter's lock
+    ask=SOCKET        tell a chaos run at this Unix socket, stand still until it answers, and do what it answers
+
+What a chaos run reads is one line of JSON (`Reached`); it answers with one line: `go`, or one of the other actions. So
+a fault from outside (a node killed, a link cut) can strike while the process stands exactly at the point.
 
 A process without rules pays one comparison per point.
 """
 
+import ctypes
 import errno
+import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Final
 
@@ -31,6 +42,8 @@ from elastic_pt.errors import ConfigError, StoreError
 
 VARIABLE: Final = "ELASTIC_PT_FAILPOINTS"
 DELAY_MAX_S: Final = 3600.0
+GO: Final = "go"
+"""The answer to a process that asks and shall go on."""
 
 log = structlog.get_logger("elastic_pt.failpoints")
 
@@ -38,6 +51,11 @@ log = structlog.get_logger("elastic_pt.failpoints")
 class Failpoint(Enum):
     """Every point, with the moment that it names. Labels do not change when code moves."""
 
+    IMPORTS_BEGUN = "imports.begun", "an agent has started, and has not imported torch"
+    WORLD_JOINING = "world.joining", "a worker is about to join the process group of its generation"
+    STEP_FORWARD = "step.forward", "a worker has the rows of a step, and has computed nothing of it"
+    STEP_REDUCE = "step.reduce", "a worker has its gradients of a step; the workers have not agreed"
+    STEP_OPTIMIZER = "step.optimizer", "all workers agree on a step; this one has changed no weight"
     BUFFER_BEGUN = "buffer.begun", "a worker has marked its older buffer as invalid"
     BUFFER_COPIED = "buffer.copied", "all rows are in the buffer, which is still marked as invalid"
     BUFFER_DONE = "buffer.done", "the buffer is marked as whole; the agent does not know it"
@@ -53,6 +71,7 @@ class Failpoint(Enum):
     OBJECT_PUBLISHED = "object.published", "the file has its name; the directory is not synced"
     OBJECT_PART = "object.part", "one part of a multipart upload is in the store"
     OBJECT_PARTS = "object.parts", "all parts are in the store; the upload is not completed"
+    UPLOAD_BEGUN = "upload.begun", "an agent has hashed a worker's shard, and has sent none of it"
     SHARD_WRITTEN = "shard.written", "a worker's shard file is in the store"
     NODE_RECORDED = "node.recorded", "a node's record is in the store, its notice is not"
     NODE_NOTICED = "node.noticed", "a node's notice is in the store"
@@ -91,12 +110,28 @@ class Failpoint(Enum):
 
 
 class Action(Enum):
-    """What a rule does at its point."""
+    """What a process does at a point."""
 
     KILL = "kill"
     STORE_ERROR = "store_error"
     OS_ERROR = "os_error"
+    RAISE = "raise"
+    EXIT = "exit"
+    SIGNAL = "signal"
     DELAY = "delay"
+    HOLD = "hold"
+    ASK = "ask"
+
+
+@dataclass(frozen=True)
+class Deed:
+    """An action with its value."""
+
+    action: Action
+    number: float = 0
+    """Seconds, the `errno` of an `OSError`, an exit code or the number of a signal; 0 for an action without one."""
+    socket: str = ""
+    """Whom to ask."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +139,26 @@ class Rule:
     """At which hits of a point a process is disturbed, and how."""
 
     point: Failpoint
-    action: Action
+    deed: Deed
     hit: int = 1
     onwards: bool = False
     """Whether it also acts at each later hit."""
-    delay_s: float = 0.0
-    error_code: int = 0
-    """The `errno` of an `OSError`."""
 
     def acts_at(self, hit: int) -> bool:
         """Whether the rule acts when its point is reached for the `hit`-th time."""
         return hit == self.hit or (self.onwards and hit > self.hit)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a process that asks tells of itself."""
+
+    point: str
+    """The label of the point."""
+    hit: int
+    pid: int
+    step: int | None
+    """How many steps of the run are done, where the point knows it."""
 
 
 class _Armed:
@@ -125,23 +169,30 @@ class _Armed:
         self._hits: Counter[Failpoint] = Counter()
         self._lock = threading.Lock()
 
-    def reach(self, point: Failpoint) -> None:
+    def reach(self, point: Failpoint, step: int | None) -> None:
         with self._lock:
             self._hits[point] += 1
             hit = self._hits[point]
         for rule in self._rules:
             if rule.point is point and rule.acts_at(hit):
-                log.warning("failpoint", point=point.label, hit=hit, action=rule.action.value)
-                _act(rule)
+                deed: Deed | None = rule.deed
+                if rule.deed.action is Action.ASK:
+                    deed = _ask(rule.deed.socket, Reached(point.label, hit, os.getpid(), step))
+                if deed is not None:
+                    log.warning("failpoint", point=point.label, hit=hit, action=deed.action.value)
+                    _do(deed, f"failpoint {point.label}")
 
 
 _armed: _Armed | None = None
 
 
-def failpoint(point: Failpoint) -> None:
-    """Act on the rules for this point. Any thread of any process; without rules it does nothing."""
+def failpoint(point: Failpoint, step: int | None = None) -> None:
+    """Act on the rules for this point. Any thread of any process; without rules it does nothing.
+
+    `step`: how many steps of the run are done, if the caller knows it.
+    """
     if _armed is not None:
-        _armed.reach(point)
+        _armed.reach(point, step)
 
 
 def arm(text: str) -> None:
@@ -161,53 +212,93 @@ def parse(text: str) -> tuple[Rule, ...]:
     return tuple(_rule(each.strip()) for each in text.split(",")) if text.strip() else ()
 
 
-_RULE: Final = re.compile(r"([a-z.]+)(?:@([1-9][0-9]{0,8})(\+?))?:([a-z_]+)(?:=([A-Z0-9.]+))?")
+_RULE: Final = re.compile(r"([a-z.]+)(?:@([1-9][0-9]{0,8})(\+?))?:([a-z_]+(?:=[^,\s]+)?)")
 
 
 def _rule(text: str) -> Rule:
     found = _RULE.fullmatch(text)
     if found is None:
         raise ConfigError(f"{VARIABLE}: {text!r}, expected POINT[@HIT[+]]:ACTION[=VALUE]")
-    label, hit, onwards, verb, value = found.groups()
+    label, hit, onwards, deed = found.groups()
     points = {each.label: each for each in Failpoint}
     if label not in points:
         raise ConfigError(f"{VARIABLE}: point {label!r}, expected one of {', '.join(points)}")
+    return Rule(points[label], parse_deed(deed), int(hit or 1), bool(onwards))
+
+
+def parse_deed(text: str) -> Deed:
+    """The deed that `ACTION[=VALUE]` names. Raises `ConfigError`."""
+    verb, given, value = text.partition("=")
     actions = {each.value: each for each in Action}
     if verb not in actions:
         raise ConfigError(f"{VARIABLE}: action {verb!r}, expected one of {', '.join(actions)}")
-    rule = Rule(points[label], actions[verb], int(hit or 1), bool(onwards))
-    match rule.action:
-        case Action.DELAY:
-            return Rule(rule.point, rule.action, rule.hit, rule.onwards, delay_s=_seconds(value))
+    match action := actions[verb]:
+        case Action.DELAY | Action.HOLD:
+            return Deed(
+                action, _number(text, value, f"seconds from 0 to {DELAY_MAX_S:g}", DELAY_MAX_S)
+            )
+        case Action.EXIT:
+            return Deed(action, _number(text, value, "an exit code from 0 to 255", 255))
         case Action.OS_ERROR:
-            code = getattr(errno, value or "", None)
+            code = getattr(errno, value, None)
             if not isinstance(code, int):
-                raise ConfigError(f"{VARIABLE}: os_error={value}, expected a code such as ENOSPC")
-            return Rule(rule.point, rule.action, rule.hit, rule.onwards, error_code=code)
+                raise ConfigError(f"{VARIABLE}: {text}, expected a code such as ENOSPC")
+            return Deed(action, code)
+        case Action.SIGNAL:
+            if value not in signal.Signals.__members__:
+                raise ConfigError(f"{VARIABLE}: {text}, expected a signal such as SIGSEGV")
+            return Deed(action, signal.Signals[value])
+        case Action.ASK:
+            if not value:
+                raise ConfigError(f"{VARIABLE}: {text}, expected the path of a Unix socket")
+            return Deed(action, socket=value)
         case _:
-            if value is not None:
-                raise ConfigError(f"{VARIABLE}: {verb}={value}, expected {verb} alone")
-            return rule
+            if given:
+                raise ConfigError(f"{VARIABLE}: {text}, expected {verb} alone")
+            return Deed(action)
 
 
-def _seconds(value: str | None) -> float:
+def _number(text: str, value: str, expected: str, most: float) -> float:
     try:
-        seconds = float(value or "")
+        number = float(value)
     except ValueError:
-        seconds = -1.0
-    if not 0.0 <= seconds <= DELAY_MAX_S:
-        raise ConfigError(f"{VARIABLE}: delay={value}, expected seconds from 0 to {DELAY_MAX_S:g}")
-    return seconds
+        number = -1.0
+    if not 0.0 <= number <= most:
+        raise ConfigError(f"{VARIABLE}: {text}, expected {expected}")
+    return number
 
 
-def _act(rule: Rule) -> None:
-    where = f"failpoint {rule.point.label}"
-    match rule.action:
+def _ask(path: str, reached: Reached) -> Deed | None:
+    """Tell who listens, and wait for the answer. None: go on, also if nobody listens any more."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        try:
+            asking.connect(path)
+            asking.sendall(json.dumps(asdict(reached)).encode() + b"\n")
+            answer = asking.makefile().readline().strip()
+        except OSError:
+            return None
+    return None if answer in ("", GO) else parse_deed(answer)
+
+
+def _do(deed: Deed, where: str) -> None:
+    match deed.action:
         case Action.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
+        case Action.SIGNAL:
+            os.kill(os.getpid(), int(deed.number))
+        case Action.EXIT:
+            os._exit(int(deed.number))
         case Action.STORE_ERROR:
             raise StoreError(where)
         case Action.OS_ERROR:
-            raise OSError(rule.error_code, f"{os.strerror(rule.error_code)} ({where})")
+            code = int(deed.number)
+            raise OSError(code, f"{os.strerror(code)} ({where})")
+        case Action.RAISE:
+            raise RuntimeError(where)
         case Action.DELAY:
-            time.sleep(rule.delay_s)
+            time.sleep(deed.number)
+        case Action.HOLD:
+            # `PyDLL` keeps the interpreter's lock during the call.
+            ctypes.PyDLL(None).usleep(int(deed.number * 1e6))
+        case Action.ASK:
+            raise ConfigError(f"{VARIABLE}: ask, expected another action as an answer")

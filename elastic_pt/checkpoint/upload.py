@@ -90,6 +90,7 @@ def upload_shard(store: Store, shard: KeptShard) -> UploadedShard:
         file, state, tensors = describe_shard(part, key)
         # Before the upload too: it may take minutes.
         buffer.require_step(shard.step, str(shard.path))
+        failpoint(Failpoint.UPLOAD_BEGUN)
         store.write(key, part)
         failpoint(Failpoint.SHARD_WRITTEN)
         buffer.require_step(shard.step, str(shard.path))

@@ -71,6 +71,7 @@ def run(
     from elastic_pt.workers.scratch import scratch_directory
 
     with scratch_directory(config.checkpoint.staging) as scratch:
+        failpoints.failpoint(failpoints.Failpoint.IMPORTS_BEGUN)
         forking.import_once(
             forking.WARM_MODULES,
             threads=config.train.threads,

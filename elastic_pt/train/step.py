@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic_pt.data.ignored import inputs_and_targets
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.model.loss import IGNORED, LossSums
 from elastic_pt.model.optimizer import local_rows
 from elastic_pt.train.clock import Phase
@@ -113,6 +114,7 @@ def run_step(
     """
     train, clock = state.config.train, state.clock
     step, waited_s = state.steps_done, clock.last_communicate_s
+    failpoint(Failpoint.STEP_FORWARD, step)
     clock.enter(Phase.COMPUTE)
     losses_VL = torch.zeros(
         train.slots, 2 + train.micro_batch, dtype=torch.float64, device=state.device
@@ -126,6 +128,7 @@ def run_step(
             # FSDP2 gathers and reduces in every backward pass, so a worker without a slot runs a tiny one.
             _backward(state, tokens_SBT.new_zeros(1, 2), 0.0)
     gradients = [_gradient(parameter) for parameter in state.model.parameters()]
+    failpoint(Failpoint.STEP_REDUCE, step)
     losses_VL, norm, agreed = _agree_on_step(state, losses_VL, gradients, control, offer())
     tokens = train.global_batch * state.config.data.sequence_length
     row_losses = losses_VL[:, 2:].flatten().cpu().numpy()
@@ -134,6 +137,7 @@ def run_step(
         loss, norm, skipped_in_a_row=state.skipped_in_a_row, skipped_max=train.max_skipped_steps
     )
     rate = learning_rate(step, train)
+    failpoint(Failpoint.STEP_OPTIMIZER, step)
     if verdict.rung is Rung.UPDATE:
         scale = min(1.0, train.clip_norm / (norm + _CLIP_EPSILON)) if train.clip_norm else 1.0
         state.optimizer.step(rate, scale)

@@ -30,6 +30,7 @@ from elastic_pt.data.manifest import TOKEN_BYTES
 from elastic_pt.data.manifest import read_manifest as read_data_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
+from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.address import without_dns
 from elastic_pt.model.parallel import choose_backend, resolve_device
 from elastic_pt.store.open import open_store
@@ -170,6 +171,7 @@ def warn_of_small_cache(config: Config, plan: DataPlan, share: float) -> None:
 
 def join_world(config: Config, assignment: Assignment, device: torch.device) -> DeviceMesh:
     """Connect to the other workers of this generation, over the generation's own store."""
+    failpoint(Failpoint.WORLD_JOINING, assignment.resume_step)
     timeout = datetime.timedelta(seconds=config.elastic.collective_timeout_s)
     world_size = int(os.environ["WORLD_SIZE"])
     with without_dns():

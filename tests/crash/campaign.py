@@ -20,8 +20,10 @@ OF_MEMORY: Final = tuple(
 )
 OF_PARTS: Final = (Failpoint.OBJECT_PART, Failpoint.OBJECT_PARTS, Failpoint.SWEEP_ABANDONED)
 OF_FILES: Final = (Failpoint.OBJECT_PREPARED, Failpoint.OBJECT_PUBLISHED)
-OF_STEPS: Final = (Failpoint.PASS_EVALUATED,)
-"""No fleet of a campaign computes steps."""
+OF_STEPS: Final = tuple(
+    each for each in Failpoint if each.label.split(".")[0] in ("imports", "world", "step", "pass")
+)
+"""No fleet of a campaign starts workers or computes steps."""
 
 
 def points_of(store: str) -> list[Failpoint]:
