@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 from benchmarks.recovery_report import Sample, Summary, summarize, unavailable
 from benchmarks.recovery_run import CHECKPOINT_STEPS, Plan, network_of, plan_of
 from benchmarks.recovery_watch import StepPoint, normal_step_s
-from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.chaos.processes import kill_all, mark_children, marked
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.workers.forking import die_with_parent

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from benchmarks.recovery_watch import EventLogs, StepWatch
 from benchmarks.synthetic import write_random_tokens
-from chaos_tests.processes import kill_all, mark_children, workers_of
+from elastic_pt.chaos.processes import kill_all, mark_children, workers_of
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet

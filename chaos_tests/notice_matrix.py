@@ -174,7 +174,7 @@ def test_a_rebalance_recommendation(start: StartScenario, tmp_path: Path) -> Non
         run.until_step(run.view().checkpoints[0].step + 3, nodes=2)
         for node in noticed.sources:
             run.until(f"{node} is at risk", partial(noticed.event, node, "machine_at_risk"))
-        bodies = [record.body for record in run._log.records()]
+        bodies = [record.body for record in run.records()]
         (asked,) = (each.request for each in bodies if isinstance(each, Control))
         assert asked.by in {f"node {node}" for node in noticed.sources}
         assert asked.why == "aws-rebalance rebalance"

@@ -196,7 +196,7 @@ class Noticed:
         """The steps that each change of members because of these nodes cost, as `log --explain --json` has them."""
         found: list[dict[str, Any]] = [
             json.loads(json.dumps(as_json(each), default=str))
-            for each in explain(self.run._log.records())
+            for each in explain(self.run.records())
         ]
         return [
             each["lost_steps"]

@@ -9,28 +9,24 @@ add up to the node-seconds.
 
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.chaos.processes import kill_all, mark_children, marked
+from elastic_pt.chaos.watched import WatchedRun
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import StoreError
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.membership.decision.status import NodeStatus
-from elastic_pt.membership.links import url_of
-from elastic_pt.membership.peers import STATUS
 from elastic_pt.report.change import Change
 from elastic_pt.report.explanation import explain
 from elastic_pt.report.goodput import Goodput, failure_costs, goodput_of, read_accounts
-from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Commit, Generation, Member, Quarantine
+from elastic_pt.runlog.log import RunView
+from elastic_pt.runlog.records import Commit, Generation, Quarantine, Record
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -39,7 +35,6 @@ CHECKPOINT_STEPS: Final = 6
 GLOBAL_BATCH: Final = 8
 PATIENCE_S: Final = 90.0
 _POLL_S: Final = 0.01
-_STATUS_TIMEOUT_S: Final = 1.0
 _READ_TIMEOUT_S: Final = 5.0
 _BUCKETS_TOLERANCE: Final = 0.005
 
@@ -87,7 +82,7 @@ class Whole:
     quarantines: list[Quarantine]
 
 
-class Scenario:
+class Scenario(WatchedRun):
     """One run with its nodes, observed from outside."""
 
     def __init__(
@@ -98,51 +93,12 @@ class Scenario:
         mark: str,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self.config = config
+        super().__init__(config, directory)
         self.fleet = fleet
-        self.directory = directory
         self.mark = mark
         self.patience_s = patience_s
-        self.store: Store = open_store(config.run.url)
-        self.ask_from: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Entered around each question to an agent: the agents may be on another network than this process."""
         self.goodput: Goodput | None = None
         """What `check_goodput` has found last."""
-        self._log = RunLog(self.store, writer="chaos")
-
-    def view(self) -> RunView:
-        """The run's log up to its end."""
-        return self._log.refresh()
-
-    def generation(self) -> Generation:
-        """The newest generation."""
-        generation = self.view().generation
-        assert generation is not None
-        return generation
-
-    def statuses(self) -> list[NodeStatus]:
-        """The statuses that the members of the newest generation report; members that do not answer are left out."""
-        generation = self.view().generation
-        members = () if generation is None else generation.members
-        return [status for each in members if (status := self._ask(each)) is not None]
-
-    def _ask(self, member: Member) -> NodeStatus | None:
-        token = self.store.read("token").decode()
-        request = urllib.request.Request(
-            url_of(member, "/v1/status"), headers={"Authorization": f"Bearer {token}"}
-        )
-        try:
-            with (
-                self.ask_from(),
-                urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as answer,
-            ):
-                return STATUS.validate_json(answer.read())
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return None
-
-    def step(self) -> int:
-        """The newest step that a member of the newest generation has done."""
-        return max((status.step for status in self.statuses()), default=0)
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait for a condition; fails with the ends of the nodes' logs after `patience_s`."""
@@ -177,7 +133,7 @@ class Scenario:
         """Fail unless each node-second, of every agent that had started, counts in exactly one bucket."""
         # Of its own: the store of the scenario may retry for minutes.
         store = open_store(self.config.run.url, timeout_s=_READ_TIMEOUT_S, patient=False)
-        records = list(self._log.records())
+        records = self.records()
         changes = [each for each in explain(records) if isinstance(each, Change)]
         failures = failure_costs(records, changes, {})
         found = goodput_of(read_accounts(store), records, time.time(), failures)
@@ -187,32 +143,15 @@ class Scenario:
         self.goodput = found
         return found
 
-    def events(self, node: str, name: str) -> list[dict[str, Any]]:
-        """The structured events of one name that a node wrote, in order."""
-        *lines, _ = (self.directory / f"{node}.log").read_text(errors="replace").split("\n")
-        events = [json.loads(line) for line in lines if line.startswith("{")]
-        return [event for event in events if event["event"] == name]
-
-    def decisions(self, node: str) -> list[str]:
-        """The kinds of decisions that a node's membership took, in order."""
-        return [event["kind"] for event in self.events(node, "decision")]
-
-    def log_tails(self) -> str:
-        """The end of each node's log."""
-        return "\n".join(
-            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-12:])
-            for path in sorted(self.directory.glob("*.log"))
-        )
-
     def check_whole(self, reference_digest: str) -> Whole:
         """Fail unless the finished run has the weights of the undisturbed one and read each row once."""
         view = self.view()
         assert view.stop is not None
         assert (view.stop.reason, view.stop.step) == ("completed", self.config.train.steps)
-        check_ledger(self.store, self._log, self.config)
+        check_ledger(self.store, self.records(), self.config)
         assert run_digest(self.store, view) == reference_digest
         self.until("no process is left", lambda: not marked(self.mark))
-        bodies = [record.body for record in self._log.records()]
+        bodies = [record.body for record in self.records()]
         return Whole(
             digest=reference_digest,
             generations=[body for body in bodies if isinstance(body, Generation)],
@@ -225,10 +164,10 @@ def run_digest(store: Store, view: RunView) -> str:
     return digest(store, read_manifest(store, view.checkpoints[0], view.run_id))
 
 
-def check_ledger(store: Store, log: RunLog, config: Config) -> None:
+def check_ledger(store: Store, records: list[Record], config: Config) -> None:
     """Each row of the plan exactly once in the committed history, in order: no gap, no overlap."""
     lineage: list[dict[str, Any]] = []
-    for record in log.records():
+    for record in records:
         body = record.body
         if isinstance(body, Generation):
             resume_step = body.resume_step

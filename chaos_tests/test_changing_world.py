@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import Interrupted, StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, run_digest
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.data.manifest import read_manifest
 from elastic_pt.runlog.identity import IDENTITY_KEY, identity_of
 from elastic_pt.store.open import open_store

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import Scenario
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.runlog.records import Commit
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at
@@ -52,7 +52,7 @@ def outlived(run: Scenario) -> list[int]:
     """The steps of the checkpoints that a later generation committed."""
     return [
         record.body.newest.step
-        for record in run._log.records()
+        for record in run.records()
         if isinstance(record.body, Commit) and record.generation > record.body.newest.generation
     ]
 

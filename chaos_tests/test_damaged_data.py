@@ -115,13 +115,13 @@ def data(blocks_url: str, tmp_path: Path) -> Data:
 
 def ignored_in(run: Scenario) -> list[tuple[IgnoredSpan, ...]]:
     """What each generation leaves out."""
-    bodies = [record.body for record in run._log.records()]
+    bodies = [record.body for record in run.records()]
     return [body.ignored for body in bodies if isinstance(body, Generation)]
 
 
 def causes_in(run: Scenario) -> list[CauseKind]:
     """The causes of all generations."""
-    bodies = [record.body for record in run._log.records()]
+    bodies = [record.body for record in run.records()]
     return [each.kind for body in bodies if isinstance(body, Generation) for each in body.causes]
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.noticed import File
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import Scenario
 from dashboards.layout import ANNOTATIONS
 from dashboards.panels import expanded
+from elastic_pt.chaos.processes import workers_of
 from tests.monitoring.panels import dashboards, filled, queries
 from tests.services.fixtures import StartPrometheus
 from tests.services.processes import free_port

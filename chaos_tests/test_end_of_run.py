@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import PATIENCE_S
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.runlog.log import record_key
 from elastic_pt.runlog.records import Stop
 
@@ -21,7 +21,7 @@ def test_a_later_node_writes_a_missing_stop_record(
     """If the committing node dies between the last COMMIT and STOP, the next node that starts writes STOP."""
     run = start(nodes=1)
     run.finish()
-    (last,) = [record for record in run._log.records() if isinstance(record.body, Stop)]
+    (last,) = [record for record in run.records() if isinstance(record.body, Stop)]
     (tmp_path / "run" / record_key(last.index)).unlink()
     again = start(run_url=run.config.run.url)
     again.fleet.start("latecomer")

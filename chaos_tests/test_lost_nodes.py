@@ -7,8 +7,8 @@ import time
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import descendants_of, marked, workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, STEPS, first_member
+from elastic_pt.chaos.processes import descendants_of, marked, workers_of
 from elastic_pt.membership.decision.progress import step_in_pulse
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.telemetry.goodput import Bucket

@@ -10,8 +10,8 @@ from typing import Final
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import Scenario
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.checkpoint.layout import shard_key
 from elastic_pt.failpoints import VARIABLE
 from tests.monitoring.rules import rules, scaled

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import MakeNetwork, StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario, Whole, make_config
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.fleet.network import Network
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import CORPUS_CHARACTERS, VOCABULARY, StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, first_member
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.data.prepare import prepare
 from elastic_pt.data.sources import standard_library_source
 from elastic_pt.store.open import open_store

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.runlog.records import Generation
 from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S, Scenario
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.cli import run_command_line
 from elastic_pt.data.manifest import read_manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos_tests.processes import kill_all, mark_children, marked
+from elastic_pt.chaos.processes import kill_all, mark_children, marked
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.store.open import open_store
 from elastic_pt.workers.forking import die_with_parent

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.processes import workers_of
 from chaos_tests.scenario import CHECKPOINT_STEPS, PATIENCE_S
+from elastic_pt.chaos.processes import workers_of
 from elastic_pt.report.status import State, open_run, read_status
 from elastic_pt.runlog.records import CauseKind
 from elastic_pt.telemetry.goodput import Bucket
@@ -109,7 +109,7 @@ def test_the_same_failure_everywhere_stops_the_run(start: StartScenario, tmp_pat
     assert stop is not None
     assert "the same failure" in stop.reason
     assert "DataError" in stop.reason
-    assert len([each for each in run._log.records() if each.kind == "GENERATION"]) <= 4
+    assert len([each for each in run.records() if each.kind == "GENERATION"]) <= 4
     keys = [key for key in run.store.keys("events/") if key.endswith(".jsonl")]
     events = [json.loads(line) for key in keys for line in run.store.read(key).splitlines()]
     told = [each for each in events if each["event"] == "worker_failed"]

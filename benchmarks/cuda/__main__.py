@@ -15,7 +15,7 @@ from typing import IO, Final
 
 from benchmarks.cuda.report import Report, machine, print_table, read_results, write_results
 from benchmarks.cuda.sizes import CPU_SLOWER, SIZES
-from chaos_tests.processes import kill_all, mark_children
+from elastic_pt.chaos.processes import kill_all, mark_children
 from elastic_pt.workers.forking import die_with_parent
 
 LIMITS_S: Final = {

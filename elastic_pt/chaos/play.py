@@ -1,0 +1,341 @@
+"""Plays a scenario: starts its nodes, lets its faults strike, and keeps what an oracle needs to judge it.
+
+    processes that ask ─┐
+    timers ─────────────┼─► one loop ─► strike, heal, replace ─► all agents have ended ─► Played
+    agents that end ────┘
+
+The loop is the only thread that disturbs anything. A process that stands at a moment waits until its fault has struck.
+"""
+
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from elastic_pt.chaos.arena import Arena
+from elastic_pt.chaos.kinds import Need, Strike
+from elastic_pt.chaos.scenario import Draw, FaultSpec, Scenario
+from elastic_pt.config import Config
+from elastic_pt.errors import StoreError
+from elastic_pt.failpoints import GO, Failpoint, Reached
+from elastic_pt.runlog.records import Generation
+
+_POLL_S: Final = 0.02
+_LOOK_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Happening:
+    """Something to tell while the run goes on, and in its report."""
+
+    at_s: float
+    """Seconds since the nodes were started."""
+    what: str
+    """`fault`, `healed`, `started`, `ended`, `generation`, `stop`, or `failed`."""
+    text: str
+    node: str = ""
+
+
+@dataclass
+class Struck:
+    """A fault that has struck."""
+
+    number: int
+    spec: FaultSpec
+    nodes: tuple[str, ...]
+    at_s: float
+    """Seconds since the nodes were started."""
+    time_s: float
+    """Unix time."""
+    generation: int
+    """The newest generation then; 0 before the first."""
+    step: int
+    """The newest step whose computation had begun."""
+    healed_s: float | None = None
+    """When it ended, for one that lasts."""
+
+
+@dataclass
+class Played:
+    """A scenario that was played. The nodes have ended, their bucket is still there."""
+
+    scenario: Scenario
+    seed: int
+    config: Config
+    directory: Path
+    struck: list[Struck] = field(default_factory=list)
+    happenings: list[Happening] = field(default_factory=list)
+    missed: list[FaultSpec] = field(default_factory=list)
+    """Faults whose moment never came."""
+    exit_codes: dict[str, int | None] = field(default_factory=dict)
+    """Of the agents that were not killed from outside."""
+    seconds: float = 0.0
+    timed_out: bool = False
+    mark: str = ""
+    """By which the run's processes are found."""
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A process that stands at a point, and waits for an answer."""
+
+    node: str
+    reached: Reached
+    answer: "Future[str]"
+
+
+class Player:
+    """Plays one scenario once."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        config: Config,
+        directory: Path,
+        *,
+        network: bool,
+        tell: Callable[[Happening], None] = lambda happening: None,
+    ) -> None:
+        """`network`: whether the nodes have networks of their own. `tell` hears of all that happens, as it happens."""
+        self.played = Played(scenario, seed, config, directory)
+        self._draw = Draw(seed)
+        self._tell = tell
+        self._asking: queue.Queue[_Asking] = queue.Queue()
+        self._pending = dict(enumerate(scenario.faults, start=1))
+        self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._step = -1
+        self._first_step_s: float | None = None
+        self._generation: Generation | None = None
+        self._replaced: set[str] = set()
+        points = {each.at.point for each in scenario.faults if each.at.point is not None}
+        joins = sum(
+            int(each.parameters["count"]) for each in scenario.faults if each.kind == "join"
+        )
+        self._arena = Arena(
+            config,
+            directory,
+            [f"node-{number}" for number in range(scenario.nodes + joins)],
+            points=sorted({*points, Failpoint.STEP_FORWARD}, key=lambda point: point.label),
+            decide=self._decide,
+            network=network,
+        )
+
+    def play(self) -> Played:
+        """From the start of the nodes to the end of the last one, or to the scenario's longest time."""
+        played, scenario = self.played, self.played.scenario
+        with self._arena as arena:
+            played.mark = arena.mark
+            self._began_s = time.monotonic()
+            for node in arena.nodes[: scenario.nodes]:
+                arena.start(node)
+            look_s = 0.0
+            while not self._over():
+                self._answer_all()
+                self._run_timers()
+                if (now_s := time.monotonic()) - look_s > _LOOK_S:
+                    look_s = now_s
+                    self._look()
+                    self._replace()
+                if self._now_s() > scenario.longest_s:
+                    played.timed_out = True
+                    self._happened("failed", f"not over after {scenario.longest_s:g} s")
+                    break
+            self._look()
+            played.seconds = self._now_s()
+            played.exit_codes = arena.exit_codes()
+            played.missed = list(self._pending.values())
+        return played
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def _happened(self, what: str, text: str, node: str = "") -> None:
+        happening = Happening(self._now_s(), what, text, node)
+        self.played.happenings.append(happening)
+        self._tell(happening)
+
+    def _over(self) -> bool:
+        """Whether nothing runs any more, and nothing will."""
+        if self._arena.running() or self._timers:
+            return False
+        ended = any(each.what == "stop" for each in self.played.happenings)
+        return ended or all(self._due_s(each) is None for each in self._pending.values())
+
+    # Moments
+
+    def _decide(self, node: str, reached: Reached) -> str:
+        """Called in the thread of one process that asks; the loop answers."""
+        if reached.point == Failpoint.STEP_FORWARD.label and reached.step is not None:
+            self._step = max(self._step, reached.step)
+            if self._first_step_s is None:
+                self._first_step_s = time.monotonic()
+        if not any(self._may_be(each, reached) for each in list(self._pending.values())):
+            return GO
+        asking = _Asking(node, reached, Future())
+        self._asking.put(asking)
+        return asking.answer.result()
+
+    def _may_be(self, fault: FaultSpec, reached: Reached) -> bool:
+        at = fault.at
+        if at.point is None or at.point.label != reached.point:
+            return False
+        step = self._step if reached.step is None else reached.step
+        return at.step is None or step >= at.step
+
+    def _answer_all(self) -> None:
+        try:
+            asking = self._asking.get(timeout=_POLL_S)
+        except queue.Empty:
+            return
+        answer = GO
+        try:
+            for number, fault in list(self._pending.items()):
+                if not self._may_be(fault, asking.reached) or not self._is_after(fault):
+                    continue
+                nodes = self._whom(number, fault, asking.node)
+                if asking.node in nodes:
+                    answer = self._strike(number, fault, nodes, asking.reached.pid)
+        finally:
+            asking.answer.set_result(answer)
+
+    def _is_after(self, fault: FaultSpec) -> bool:
+        at = fault.at
+        if at.after is not None and at.after not in {each.number for each in self.played.struck}:
+            return False
+        if at.generation is None:
+            return True
+        self._look()
+        return self._generation is not None and self._generation.number >= at.generation
+
+    def _run_timers(self) -> None:
+        now_s = time.monotonic()
+        for number, fault in list(self._pending.items()):
+            due_s = self._due_s(fault)
+            if due_s is not None and now_s >= due_s and self._is_after(fault):
+                self._strike(number, fault, self._whom(number, fault, ""), 0)
+        due = [each for each in self._timers if each[0] <= now_s]
+        self._timers = [each for each in self._timers if each[0] > now_s]
+        for _, act in due:
+            act()
+
+    def _due_s(self, fault: FaultSpec) -> float | None:
+        """When a fault strikes that a time tells; None if another moment tells it, or its time is not known yet."""
+        if fault.at.seconds is None:
+            return None
+        since_s = self._first_step_s
+        if fault.at.after is not None:
+            struck = [each for each in self.played.struck if each.number == fault.at.after]
+            since_s = self._began_s + struck[0].at_s if struck else None
+        return None if since_s is None else since_s + fault.at.seconds
+
+    def _whom(self, number: int, fault: FaultSpec, here: str) -> tuple[str, ...]:
+        """The nodes that a fault strikes now. `here` stands at its moment; empty if a time told it."""
+        self._look()
+        members = [] if self._generation is None else [m.node for m in self._generation.members]
+        members = [each for each in members if each in self._arena.running()]
+        running = members or self._arena.running()
+        found: list[str] = []
+        for name in fault.nodes:
+            match name:
+                case "any":
+                    found += [here] if here else self._chosen(number, running)
+                case "all":
+                    found += self._arena.running()
+                case "leader":
+                    found += running[:1]
+                case "last":
+                    found += running[-1:]
+                case "follower":
+                    others = running[1:]
+                    found += [here] if here in others else self._chosen(number, others)
+                case "mirror-of-leader":
+                    found += self._mirror_of_leader()
+                case _:
+                    found.append(name)
+        return tuple(dict.fromkeys(found))
+
+    def _chosen(self, number: int, nodes: list[str]) -> list[str]:
+        return [self._draw.for_fault(number).choice(nodes)] if nodes else []
+
+    def _mirror_of_leader(self) -> list[str]:
+        assert self._generation is not None
+        members = self._generation.members
+        return [members[rank].node for rank in self._generation.mirrors_of(0)][:1]
+
+    # Acts
+
+    def _strike(self, number: int, fault: FaultSpec, nodes: tuple[str, ...], pid: int) -> str:
+        """Let a fault strike. Returns what the process at the moment has to do."""
+        del self._pending[number]
+        kind = fault.of
+        struck = Struck(
+            number,
+            fault,
+            nodes,
+            self._now_s(),
+            time.time(),
+            0 if self._generation is None else self._generation.number,
+            self._step,
+        )
+        self.played.struck.append(struck)
+        self._happened("fault", str(fault), "+".join(nodes))
+        strike = Strike(number, nodes, pid, fault.parameters, self._draw.for_fault(number))
+        if kind.strike is not None:
+            kind.strike(self._arena, strike)
+        if kind.heal is not None:
+            assert fault.for_s is not None
+            self._timers.append(
+                (time.monotonic() + fault.for_s, lambda: self._heal(struck, strike))
+            )
+        return (
+            kind.deed.format(**{key: f"{value:g}" for key, value in fault.parameters.items()}) or GO
+        )
+
+    def _heal(self, struck: Struck, strike: Strike) -> None:
+        heal = struck.spec.of.heal
+        assert heal is not None
+        heal(self._arena, strike)
+        struck.healed_s = self._now_s()
+        self._happened("healed", struck.spec.kind, "+".join(struck.nodes))
+
+    def _replace(self) -> None:
+        """Start ended nodes anew, if the scenario has a pool and the run is not over."""
+        after_s = self.played.scenario.replace_after_s
+        if after_s is None or self.played.happenings[-1].what == "stop":
+            return
+        for node in self._arena.gone() - self._replaced:
+            self._replaced.add(node)
+
+            def start(node: str = node) -> None:
+                self._replaced.discard(node)
+                self._happened("started", "a new machine", node)
+                self._arena.start(node)
+
+            self._timers.append((time.monotonic() + after_s, start))
+
+    def _look(self) -> None:
+        """See what the log has that is new."""
+        try:
+            view = self._arena.run.view()
+        except StoreError:
+            return
+        if view.generation is not None and view.generation != self._generation:
+            self._generation = view.generation
+            members = ", ".join(each.node for each in view.generation.members)
+            text = f"generation {view.generation.number}: {members}; {view.generation.reason}"
+            self._happened("generation", text)
+        if view.stop is not None and not any(
+            each.what == "stop" for each in self.played.happenings
+        ):
+            self._happened("stop", f"step {view.stop.step}: {view.stop.reason}")
+
+
+def needs_of(scenario: Scenario) -> frozenset[Need]:
+    """What a machine must have to play a scenario."""
+    needs = [each.of.needs for each in scenario.faults]
+    bucket = [frozenset({Need.BUCKET})] if scenario.store == "bucket" else []
+    return frozenset().union(*needs, *bucket)

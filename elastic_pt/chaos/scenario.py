@@ -1,0 +1,284 @@
+"""A scenario: a small run, the faults that strike it, and what must come of it. Written in TOML; no process here.
+
+    hypothesis = "A run whose leader is killed goes on with two nodes and loses two steps at most."
+    rows = ["F6"]
+    nodes = 3
+
+    [[faults]]
+    kind = "kill_node"
+    node = "leader"
+    at = { step = 20 }
+
+    [expect]
+    lost_steps = 2
+
+docs/chaos.md has each field. `read_scenario` refuses a file with one line that names the field.
+"""
+
+import random
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elastic_pt.chaos.kinds import KINDS, Kind
+from elastic_pt.errors import ConfigError
+from elastic_pt.failpoints import Failpoint
+
+NODES_MAX: Final = 16
+_NODE: Final = r"node-\d{1,2}|leader|last|mirror-of-leader|follower|any|all"
+
+Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
+NodeName = Annotated[str, Field(pattern=f"^(?:{_NODE})$")]
+
+
+class Phase(StrEnum):
+    """What a run does over and over, as far as a fault can strike exactly there."""
+
+    IMPORT = "import"
+    RENDEZVOUS = "rendezvous"
+    RESTORE = "restore"
+    FORWARD = "forward"
+    REDUCE = "reduce"
+    OPTIMIZER = "optimizer"
+    SNAPSHOT = "snapshot"
+    MIRROR = "mirror"
+    UPLOAD = "upload"
+    COMMIT = "commit"
+    RETENTION = "retention"
+    RESIZE = "resize"
+
+    @property
+    def point(self) -> Failpoint:
+        """The point of the code at which a process is in this phase."""
+        return _POINTS[self]
+
+
+_POINTS: Final = {
+    Phase.IMPORT: Failpoint.IMPORTS_BEGUN,
+    Phase.RENDEZVOUS: Failpoint.WORLD_JOINING,
+    Phase.RESTORE: Failpoint.RESTORE_INDEXED,
+    Phase.FORWARD: Failpoint.STEP_FORWARD,
+    Phase.REDUCE: Failpoint.STEP_REDUCE,
+    Phase.OPTIMIZER: Failpoint.STEP_OPTIMIZER,
+    Phase.SNAPSHOT: Failpoint.BUFFER_COPIED,
+    Phase.MIRROR: Failpoint.MIRROR_COPIED,
+    Phase.UPLOAD: Failpoint.UPLOAD_BEGUN,
+    Phase.COMMIT: Failpoint.HISTORY_WRITTEN,
+    Phase.RETENTION: Failpoint.REMOVAL_LISTED,
+    Phase.RESIZE: Failpoint.GENERATION_CHOSEN,
+}
+
+
+class Part(BaseModel):
+    """A table of a scenario: immutable, and without keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Moment(Part):
+    """When a fault strikes: at a step, in a phase, or after a time."""
+
+    step: Annotated[int, Field(ge=0)] | None = None
+    """A worker of the fault's node is about to compute this step; with `phase`: not before it."""
+    phase: Phase | None = None
+    seconds: Annotated[float, Field(ge=0.0)] | None = None
+    """After the first step of the run, or after the strike of the fault `after`."""
+    after: Annotated[int, Field(ge=1)] | None = None
+    """Number of a fault of the scenario, from 1: not before that one has struck."""
+    generation: Annotated[int, Field(ge=1)] | None = None
+    """Not before this generation."""
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if self.seconds is not None and (self.step is not None or self.phase is not None):
+            raise ValueError("seconds beside step or phase, expected either")
+        if self.seconds is None and self.step is None and self.phase is None:
+            raise ValueError("expected a step, a phase or seconds")
+        return self
+
+    @property
+    def point(self) -> Failpoint | None:
+        """The point at which it is known; None if a time tells it."""
+        if self.seconds is not None:
+            return None
+        return Phase.FORWARD.point if self.phase is None else self.phase.point
+
+    def __str__(self) -> str:
+        told = [] if self.phase is None else [f"in {self.phase}"]
+        told += [] if self.step is None else [f"at step {self.step}"]
+        told += [] if self.seconds is None else [f"after {self.seconds:g} s"]
+        told += [] if self.after is None else [f"after fault {self.after}"]
+        told += [] if self.generation is None else [f"from generation {self.generation} on"]
+        return " ".join(told)
+
+
+class FaultSpec(BaseModel):
+    """One fault: what, to whom, when, for how long. Further keys are the parameters of its kind."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str
+    node: NodeName | tuple[NodeName, ...] = "any"
+    """`leader` has rank 0, `last` the highest rank, `follower` is any but the leader, `any` is chosen by the seed, or,
+    in a phase, the first node that comes there."""
+    at: Moment
+    for_s: Seconds | None = None
+    """How long it lasts. Only for kinds that end."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            raise ValueError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if (self.for_s is None) is (kind.heal is not None):
+            expected = "a duration" if kind.heal else "no duration: it does not end"
+            raise ValueError(f"for_s of {self.kind}: {self.for_s}, expected {expected}")
+        for key, value in (self.model_extra or {}).items():
+            if key not in kind.parameters:
+                known = ", ".join(kind.parameters) or "none"
+                raise ValueError(f"{key}, expected a parameter of {self.kind}: {known}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{key} = {value!r}, expected a number from 0 on")
+        if kind.deed and self.at.point is None:
+            raise ValueError(f"at of {self.kind}: {self.at}, expected a step or a phase")
+        return self
+
+    @property
+    def of(self) -> Kind:
+        """Its kind."""
+        return KINDS[self.kind]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Whom it strikes, as written."""
+        return (self.node,) if isinstance(self.node, str) else self.node
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The parameters of its kind: those that are written, else the defaults."""
+        return {**self.of.parameters, **(self.model_extra or {})}
+
+    def __str__(self) -> str:
+        lasts = "" if self.for_s is None else f" for {self.for_s:g} s"
+        written = "".join(f" {key}={value:g}" for key, value in (self.model_extra or {}).items())
+        return f"{self.kind}{written} {'+'.join(self.nodes)} {self.at}{lasts}"
+
+
+class Expectation(Part):
+    """What must come of the run."""
+
+    outcome: Literal["completes", "stops", "pauses"] = "completes"
+    """`stops`: a STOP by failure; `pauses`: it does not go on by itself, as status says."""
+    reason: str = ""
+    """What the STOP or the pause says, a part of it."""
+    recovers_within_s: Seconds = 30.0
+    """From the strike of each fault that ends a generation to the next step that is done."""
+    lost_steps: Annotated[int, Field(ge=0)] = 2
+    """Steps that were reported as done and done again, at most, for each change of the members."""
+    generations: Annotated[int, Field(ge=1)] | None = None
+    """Exactly so many."""
+
+
+class Scenario(Part):
+    """A scenario, as its file says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+    hypothesis: Annotated[str, Field(min_length=1)]
+    rows: tuple[Annotated[str, Field(pattern=r"^[FI]\d{1,2}$")], ...] = ()
+    """Rows of docs/faults.md that it checks."""
+    quick: bool = False
+    """Whether it is one of the set that CI runs."""
+    nodes: Annotated[int, Field(ge=1, le=NODES_MAX)] = 3
+    workers_per_node: Annotated[int, Field(ge=1, le=8)] = 1
+    steps: Annotated[int, Field(ge=1, le=10**6)] = 48
+    store: Literal["bucket", "directory"] = "bucket"
+    """Where the run is: in a bucket on a real S3 server, or in a directory."""
+    replace_after_s: Seconds | None = None
+    """A pool of machines: each node that has ended while the run goes on is started anew after this time."""
+    longest_s: Seconds = 120.0
+    """The run has failed if it takes longer."""
+    config: Mapping[str, Mapping[str, Any]] = {}
+    """Keys of the run's configuration, by section."""
+    faults: tuple[FaultSpec, ...] = ()
+    expect: Expectation = Expectation()
+
+    @model_validator(mode="after")
+    def _refers_to_what_exists(self) -> Self:
+        for number, fault in enumerate(self.faults, start=1):
+            if fault.at.after is not None and not fault.at.after < number:
+                raise ValueError(
+                    f"faults.{number}: after = {fault.at.after}, expected an earlier fault"
+                )
+        return self
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`config` as the command line would say it."""
+        return tuple(
+            f"{section}.{key}={_toml(value)}"
+            for section, table in self.config.items()
+            for key, value in table.items()
+        )
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def read_scenario(text: str, source: str, name: str) -> Scenario:
+    """The scenario in a TOML text. `name` counts if the text has none. Raises `ConfigError` in one line."""
+    try:
+        content = tomllib.loads(text)
+        return Scenario.model_validate({"name": name, **content})
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(each + 1 if isinstance(each, int) else each) for each in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+        raise ConfigError(f"{source}: {path or 'scenario'}{shown}: {message}") from error
+
+
+def load(name_or_file: str) -> Scenario:
+    """A scenario of the package by its name, or one in a file. Raises `ConfigError`."""
+    path = Path(name_or_file)
+    if path.suffix == ".toml":
+        try:
+            return read_scenario(path.read_text(encoding="utf-8"), str(path), path.stem)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}, expected a scenario") from error
+    found = {each.name: each for each in shipped()}
+    if name_or_file not in found:
+        raise ConfigError(
+            f"scenario {name_or_file!r}: expected a file that ends in .toml, or one of {', '.join(found)}"
+        )
+    return found[name_or_file]
+
+
+def shipped() -> Sequence[Scenario]:
+    """The scenarios of the package, by name."""
+    folder = files("elastic_pt.chaos") / "scenarios"
+    texts = sorted((each.name, each.read_text()) for each in folder.iterdir())
+    return [
+        read_scenario(text, name, name.removesuffix(".toml"))
+        for name, text in texts
+        if name.endswith(".toml")
+    ]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The choices that a seed makes for a scenario. The same seed and scenario give the same choices."""
+
+    seed: int
+
+    def for_fault(self, number: int) -> random.Random:
+        """The source of all choices about one fault."""
+        return random.Random(f"{self.seed}/{number}")
