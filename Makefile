@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install services demo test check format lint types imports unit sim scale crash chaos notices clean
+.PHONY: help install services demo test check format lint types imports unit quick sim scale crash chaos soak notices clean
 
 help:  ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -26,7 +26,7 @@ demo: install  ## Train on this machine, kill a node in between, compare with an
 services: install  ## Install the servers that tests run against (moto, Grafana's schema; as root Ceph RGW and Prometheus) and the extras
 	bash tests/services/install.sh
 
-test: install services check unit chaos  ## Everything: checks, unit, property, distributed and chaos tests
+test: install services check unit quick  ## Checks, unit, property and distributed tests, and the quick chaos runs
 
 check: lint types imports  ## Format, lint, types, import contracts
 
@@ -59,8 +59,14 @@ crash: install services  ## Kill at each failpoint under SEEDS=20 seeds, locally
 	$(BIN)/python -m tests.crash --seeds $(or $(SEEDS),20) --store s3
 	$(BIN)/python -m tests.crash --corruptions 10000
 
-chaos: install
+quick: install
+	$(BIN)/pytest chaos_tests -m quick --numprocesses 2 --dist loadgroup --durations 10
+
+chaos: install services  ## Every chaos run: each fault of the matrix, on real networks and a real bucket
 	$(BIN)/pytest chaos_tests --numprocesses 2 --dist loadgroup --durations 10
+
+soak: install  ## Disturb a run for MINUTES=120 and look whether open files, threads and memory stay flat
+	$(BIN)/python -m chaos_tests.soak --minutes $(or $(MINUTES),120)
 
 notices: install  ## Give notices to real agents: all leads, phases and sources (`make test` runs a few)
 	$(BIN)/pytest chaos_tests/notice_matrix.py --numprocesses 2 --durations 10

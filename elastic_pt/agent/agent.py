@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from elastic_pt.agent.at_risk import CheckpointRequests
+from elastic_pt.agent.chaos import ChaosOrders
 from elastic_pt.agent.checkpointing import Checkpointing
 from elastic_pt.agent.counting import count_workers
 from elastic_pt.agent.failures import Failures
@@ -174,6 +175,7 @@ class Agent:
             ).heed,
         )
         self._notices = notices_of(prepared, token, self._leaving, metrics)
+        self._chaos = ChaosOrders(store, member.incarnation) if config.elastic.chaos else None
         self._messages = WorkerMessages(
             run_log,
             self._node,
@@ -204,6 +206,8 @@ class Agent:
         try:
             # First: a node with a notice should not join.
             self._notices.start()
+            if self._chaos is not None:
+                self._chaos.start()
             self._telemetry.start()
             self._channel.listen(self._messages.handle)
             # First: the first decision comes with the start.
@@ -227,6 +231,8 @@ class Agent:
                 signal.signal(number, signal.SIG_DFL)
             # Before the alarm is set: a notice sets it too.
             self._notices.close()
+            if self._chaos is not None:
+                self._chaos.close()
             signal.alarm(_EXIT_TIMEOUT_S)
             self._observation.enter(Bucket.DRAINING)
         return self._node.view.stop

@@ -196,7 +196,7 @@ def _steer(
     reason = _words("--reason", why)
     run = open_run(absolute_url(run_url, "RUN_URL"))
     _require_steerable(run, verb)
-    request = Request(verb, by=_operator(), why=reason, node=node, seconds=seconds)
+    request = Request(verb, by=operator(), why=reason, node=node, seconds=seconds)
     made: list[tuple[RunView, Control]] = []
 
     def make(view: "RunView") -> Control:
@@ -247,7 +247,7 @@ def _require_steerable(run: "Run", verb: "Verb") -> None:
         )
 
 
-def _operator() -> str:
+def operator() -> str:
     """Who gives the command, for people: user@host."""
     try:
         user = getpass.getuser()

@@ -268,6 +268,8 @@ class ElasticSection(Section):
     """Times that the program may fail in the same way at the same step, on two nodes or alone, before the run stops."""
     failures_max: Failures = 20
     """Worker failures in a row, on any nodes, without a new step before the run stops."""
+    chaos: bool = False
+    """Whether `elastic-pt chaos live` may kill this node. Only for runs that may be disturbed."""
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ElasticSection":
