@@ -53,17 +53,19 @@ class Fleet:
         self,
         node: str,
         *,
+        name: str = "",
         address: str = LOOPBACK,
         prefix: Sequence[str] = (),
         settings: Sequence[str] = (),
     ) -> int:
         """Start a node's agent, which its peers find at `address`; returns its process id.
 
+        `name` is the node's name in the run, if it is not `node`: two agents may have the same one by mistake.
         `prefix` goes before the command, for example to enter a namespace (`nsenter ...`); it must become the agent
         under the same process id. `settings` override keys of the configuration (`section.key=value`) for this node.
         """
         command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
-        command += ["--node", node, "--address", address]
+        command += ["--node", name or node, "--address", address]
         command += [word for each in settings for word in ("--set", each)]
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(

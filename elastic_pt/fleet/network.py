@@ -1,4 +1,4 @@
-"""Several nodes on one machine, each in its own network namespace, with links that can be cut. Needs root.
+"""Several nodes on one machine, each in its own network namespace, with links that can be cut and disturbed. Needs root.
 
     [hub: bridge 10.77.0.254, fd77::254] ── veth ── [node-0: eth0 10.77.0.1, fd77::1]
                                          ── veth ── [node-1: eth0 10.77.0.2, fd77::2] ...
@@ -9,26 +9,29 @@ So nothing is left behind, however this process ends, and two such networks on o
 machine's own network is never changed. To look into a namespace: `nsenter --net=/proc/<pid of an agent>/ns/net`.
 """
 
-import ctypes
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
 from elastic_pt.errors import UnexpectedError
+from elastic_pt.fleet.forwarder import Disturbance
+from elastic_pt.fleet.namespace import entered, inside, new_namespace, path_of, run
+from elastic_pt.fleet.wire import Wire
 
-_CLONE_NEWNET: Final = 0x40000000
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
-_OWN_NAMESPACE: Final = "/proc/thread-self/ns/net"
-_COMMANDS: Final = ("ip", "iptables", "ip6tables", "nsenter")
+_COMMANDS: Final = ("ip", "tc", "iptables", "ip6tables", "nsenter")
 _BRIDGE: Final = "hub"
 _HUB_NUMBER: Final = 254
+_HUB_MAC: Final = "02:00:00:00:00:fe"
+"""Of its own: otherwise a bridge takes over the address of one of its ports, and changes it with them."""
+_RESET: Final = ("--protocol", "tcp", "--tcp-flags", "RST", "NONE")
+"""All segments that are not the answer to another such rule."""
+_QUEUE: Final = "200ms"
+_BURST_BYTES_MIN: Final = 8192
 _LINKS_TIMEOUT_S: Final = 10.0
 _LINKS_POLL_S: Final = 0.005
 
@@ -41,7 +44,7 @@ def missing_for_networks() -> str:
     if absent:
         return f"since {', '.join(absent)} are not installed"
     try:
-        os.close(_new_namespace())
+        os.close(new_namespace())
     except OSError as error:
         return f"since this machine allows none: {error.strerror}"
     return ""
@@ -56,13 +59,15 @@ class Network:
         self._versions = sorted(versions)
         self._namespaces: dict[str, int] = {}
         self._down: set[str] = set()
+        self._limited: set[str] = set()
+        self._wires: dict[str, Wire] = {}
         self._hub = -1
 
     def __enter__(self) -> Self:
         try:
-            self._hub = _new_namespace()
+            self._hub = new_namespace()
             self._ip(self._hub, "link", "set", "lo", "up")
-            self._ip(self._hub, "link", "add", _BRIDGE, "type", "bridge")
+            self._ip(self._hub, "link", "add", _BRIDGE, "address", _HUB_MAC, "type", "bridge")
             self._ip(self._hub, "link", "set", _BRIDGE, "up")
             self._give_addresses(self._hub, _BRIDGE, _HUB_NUMBER)
             for node in self.nodes:
@@ -83,6 +88,8 @@ class Network:
 
     def close(self) -> None:
         """Close all namespaces; the kernel removes each, with its links, when no process is in it any more."""
+        while self._wires:
+            self._wires.popitem()[1].close()
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
         if self._hub >= 0:
@@ -91,7 +98,7 @@ class Network:
 
     def address(self, node: str, version: int | None = None) -> str:
         """A node's address of an IP version; by default of the lowest version that the nodes have."""
-        return _address(version or self._versions[0], 1 + self.nodes.index(node))
+        return _address(version or self._versions[0], self._number(node))
 
     def address_of_hub(self) -> str:
         """The hub's address of the lowest IP version that the nodes have."""
@@ -99,18 +106,18 @@ class Network:
 
     def prefix(self, node: str) -> list[str]:
         """Words to put before a command to run it on a node, under the same process id."""
-        return _inside(self._namespaces[node])
+        return inside(self._namespaces[node])
 
     @contextmanager
     def on(self, node: str) -> Iterator[None]:
         """Put the calling thread, and only it, on a node."""
-        with _entered(self._namespaces[node]):
+        with entered(self._namespaces[node]):
             yield
 
     @contextmanager
     def on_hub(self) -> Iterator[None]:
         """Put the calling thread, and only it, on the hub, which reaches every node despite `block`."""
-        with _entered(self._hub):
+        with entered(self._hub):
             yield
 
     def block(self, node: str, *, from_: str) -> None:
@@ -129,6 +136,49 @@ class Network:
         for one in left:
             for other in right:
                 self.partition(one, other)
+
+    def reset(self, one: str, other: str) -> None:
+        """Reset every connection between two nodes, new ones too, at both ends and as soon as a segment is on its way."""
+        for here, there in ((one, other), (other, one)):
+            for version in self._versions:
+                source = ("--source", self.address(there, version))
+                reject = ("--jump", "REJECT", "--reject-with", "tcp-reset")
+                self._tables(here, version, "--append", "INPUT", *source, *_RESET, *reject)
+
+    def limit(self, node: str, bytes_per_s: int) -> None:
+        """Limit what a node sends, and what it receives, to that rate each; it replaces an earlier limit."""
+        burst = max(_BURST_BYTES_MIN, bytes_per_s // 50)
+        bucket = ("tbf", "rate", f"{8 * bytes_per_s}bit", "burst", f"{burst}b", "latency", _QUEUE)
+        for namespace, interface in self._ends(node):
+            self._tc(namespace, "replace", "dev", interface, "root", *bucket)
+        self._limited.add(node)
+
+    def disturb(self, node: str, disturbance: Disturbance, *, seed: int = 0) -> None:
+        """Let a process disturb all frames to and from a node; it replaces an earlier disturbance of this node.
+
+        Frames that are on their way while the process is put in the path are lost. The kernel ends it with this thread.
+        """
+        self._remove_wire(node)
+        port, inner, outer = self._port(node), self._inner(node), f"outer{self._number(node)}"
+        self._ip(self._hub, "link", "add", inner, "type", "veth", "peer", "name", outer)
+        for each in (port, outer):
+            # The hub must not answer for its own address on them.
+            self._ip(self._hub, "link", "set", each, "nomaster", "arp", "off")
+        self._ip(self._hub, "link", "set", outer, "up")
+        self._ip(self._hub, "link", "set", inner, "master", _BRIDGE, "up")
+        self._wires[node] = Wire(inside(self._hub), (port, outer), disturbance, seed)
+        self._await_links()
+
+    def disturbed(self, node: str) -> dict[str, int]:
+        """What `disturb` has done to a node's frames so far: how many were `lost`, `duplicated`, `flipped`, of `frames`."""
+        return self._wires[node].counts()
+
+    def rejected(self, node: str) -> int:
+        """How many packets to a node were dropped (`block`) or answered by a reset (`reset`) so far."""
+        show = ("--list", "INPUT", "--numeric", "--verbose", "--exact")
+        listings = (self._tables(node, version, *show) for version in self._versions)
+        # Two lines of headings; then one line for each rule, which begins with the number of packets.
+        return sum(int(line.split()[0]) for each in listings for line in each.splitlines()[2:])
 
     def link_down(self, node: str) -> None:
         """Take a node's link down: all packets to and from it are lost, and no connection is reset."""
@@ -149,17 +199,30 @@ class Network:
         for node in self.nodes:
             for version in self._versions:
                 self._tables(node, version, "--flush", "INPUT")
+            self._remove_wire(node)
+        for node in sorted(self._limited):
+            for namespace, interface in self._ends(node):
+                self._tc(namespace, "delete", "dev", interface, "root")
+        self._limited.clear()
         for node in sorted(self._down):
             self.link_up(node)
+        self._await_links()
 
     def _add(self, node: str) -> None:
-        namespace = self._namespaces[node] = _new_namespace()
-        wire = ("type", "veth", "peer", "name", "eth0", "netns", _path(namespace))
+        namespace = self._namespaces[node] = new_namespace()
+        wire = ("type", "veth", "peer", "name", "eth0", "netns", path_of(namespace))
         self._ip(self._hub, "link", "add", self._port(node), *wire)
         self._ip(self._hub, "link", "set", self._port(node), "master", _BRIDGE, "up")
         self._ip(namespace, "link", "set", "lo", "up")
         self._ip(namespace, "link", "set", "eth0", "up")
-        self._give_addresses(namespace, "eth0", 1 + self.nodes.index(node))
+        self._give_addresses(namespace, "eth0", self._number(node))
+
+    def _remove_wire(self, node: str) -> None:
+        if node not in self._wires:
+            return
+        self._wires.pop(node).close()
+        self._ip(self._hub, "link", "delete", self._inner(node))
+        self._ip(self._hub, "link", "set", self._port(node), "master", _BRIDGE, "arp", "on")
 
     def _await_links(self) -> None:
         """Return once every link that is up carries packets; the kernel takes a moment for that."""
@@ -171,7 +234,8 @@ class Network:
 
     def _carries(self, node: str) -> bool:
         show = ("-details", "-json", "link", "show", "dev")
-        (port,) = json.loads(self._ip(self._hub, *show, self._port(node)))
+        bridged = self._inner(node) if node in self._wires else self._port(node)
+        (port,) = json.loads(self._ip(self._hub, *show, bridged))
         (inside,) = json.loads(self._ip(self._namespaces[node], *show, "eth0"))
         forwards = port["linkinfo"]["info_slave_data"]["state"] == "forwarding"
         return bool(forwards and inside["operstate"] == "UP")
@@ -183,63 +247,28 @@ class Network:
             address = _address(version, number) + length
             self._ip(namespace, "addr", "add", address, "dev", interface, *now)
 
-    def _port(self, node: str) -> str:
-        return f"port{1 + self.nodes.index(node)}"
+    def _number(self, node: str) -> int:
+        return 1 + self.nodes.index(node)
 
-    def _tables(self, node: str, version: int, *arguments: str) -> None:
+    def _port(self, node: str) -> str:
+        return f"port{self._number(node)}"
+
+    def _inner(self, node: str) -> str:
+        return f"inner{self._number(node)}"
+
+    def _ends(self, node: str) -> tuple[tuple[int, str], tuple[int, str]]:
+        return (self._hub, self._port(node)), (self._namespaces[node], "eth0")
+
+    def _tc(self, namespace: int, verb: str, *arguments: str) -> None:
+        run([*inside(namespace), "tc", "qdisc", verb, *arguments])
+
+    def _tables(self, node: str, version: int, *arguments: str) -> str:
         command = "iptables" if version == 4 else "ip6tables"
-        _run([*self.prefix(node), command, "--wait", *arguments])
+        return run([*self.prefix(node), command, "--wait", *arguments])
 
     def _ip(self, namespace: int, *arguments: str) -> str:
-        return _run([*_inside(namespace), "ip", *arguments])
+        return run([*inside(namespace), "ip", *arguments])
 
 
 def _address(version: int, number: int) -> str:
     return f"10.77.0.{number}" if version == 4 else f"fd77::{number}"
-
-
-def _new_namespace() -> int:
-    """An open file of a new network namespace. In a new thread, because the thread that makes one moves into it."""
-
-    def make() -> int:
-        if _LIBC.unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "cannot make a network namespace")
-        return os.open(_OWN_NAMESPACE, os.O_RDONLY)
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(make).result()
-
-
-@contextmanager
-def _entered(namespace: int) -> Iterator[None]:
-    before = os.open(_OWN_NAMESPACE, os.O_RDONLY)
-    try:
-        _enter(namespace)
-        try:
-            yield
-        finally:
-            _enter(before)
-    finally:
-        os.close(before)
-
-
-def _enter(namespace: int) -> None:
-    if _LIBC.setns(namespace, _CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
-
-
-def _path(namespace: int) -> str:
-    return f"/proc/{os.getpid()}/fd/{namespace}"
-
-
-def _inside(namespace: int) -> list[str]:
-    return ["nsenter", f"--net={_path(namespace)}", "--"]
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UnexpectedError(
-            f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}"
-        )
-    return done.stdout

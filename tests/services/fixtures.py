@@ -9,7 +9,6 @@ A service that is missing skips its tests and says what is left out; where `CI=t
 """
 
 import os
-import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,9 +18,11 @@ from typing import Any, Protocol
 import fsspec
 import pytest
 
+from elastic_pt.chaos.bucket import aws_variables
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_for_ceph
+from elastic_pt.chaos.servers import free_port, listens, start, stop, wait_until
+from elastic_pt.errors import UnexpectedError
 from tests.services import prometheus
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_commands
-from tests.services.processes import free_port, listens, start, stop, wait_until
 from tests.services.prometheus import Alertmanager, Prometheus
 
 SERVICES = Path(__file__).parents[2] / "services"
@@ -79,13 +80,12 @@ def extras_python() -> str:
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
     """A one-node Ceph with an S3 gateway that lives as long as the session."""
-    missing = missing_commands()
-    if missing:
-        left_out(f"tests against a real Ceph RGW, since {', '.join(missing)} are not installed")
+    if missing := missing_for_ceph():
+        left_out(f"tests against a real Ceph RGW, {missing}")
     cluster = Ceph(tmp_path_factory.mktemp("ceph"))
     try:
         cluster.start()
-    except (RuntimeError, TimeoutError, subprocess.TimeoutExpired) as error:
+    except UnexpectedError as error:
         pytest.fail(f"Ceph is installed but did not start: {error}", pytrace=False)
     try:
         yield cluster
@@ -117,14 +117,8 @@ def point_aws_at(endpoint: str, key: str, secret: str, monkeypatch: pytest.Monke
     """Make this process and its children talk S3 to `endpoint`, whatever the user's own settings."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    for name, value in aws_variables(endpoint, key, secret).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ SCHEMA_SOURCE=tests/services/grafana-schema
 CEPH_PACKAGES=(radosgw ceph-mon ceph-osd ceph-common)
 CEPH_COMMANDS=(radosgw radosgw-admin ceph ceph-authtool ceph-mon ceph-osd monmaptool)
 NETWORK_PACKAGES=(iproute2 iptables util-linux)
-NETWORK_COMMANDS=(ip iptables ip6tables nsenter)
+NETWORK_COMMANDS=(ip tc iptables ip6tables nsenter)
 PROMETHEUS_PACKAGES=(prometheus prometheus-alertmanager)
 PROMETHEUS_COMMANDS=(prometheus promtool prometheus-alertmanager amtool)
 

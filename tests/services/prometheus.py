@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from tests.services.processes import free_port, start, stop, wait_until
+from elastic_pt.chaos.servers import free_port, start, stop, wait_until
 
 COMMANDS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool")
 SCRAPE_INTERVAL_S = 0.5

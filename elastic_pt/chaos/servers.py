@@ -1,15 +1,13 @@
-"""Servers that tests start: a free port, waiting until it answers, stopping without leaving orphans."""
+"""Servers of other projects as child processes: a free port, wait until it answers, stop without orphans."""
 
-import ctypes
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
+from elastic_pt.errors import UnexpectedError
+from elastic_pt.workers.forking import die_with_parent
 
 
 def free_port() -> int:
@@ -21,7 +19,7 @@ def free_port() -> int:
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The server as a child that dies with this process, its output in `log`."""
+    """The server as a child, its output in `log`. The kernel kills it when the calling thread ends."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -29,17 +27,17 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
 
 
 def wait_until(what: str, ready: Callable[[], bool], timeout_s: float, log: Path) -> None:
-    """Return once `ready()`; `TimeoutError` with the end of the log after `timeout_s`."""
+    """Return once `ready()`; `UnexpectedError` with the end of the log after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while not ready():
         if time.monotonic() > deadline_s:
             tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-            raise TimeoutError(f"{what} did not answer within {timeout_s:g} s\n{tail}")
+            raise UnexpectedError(f"{what} did not answer within {timeout_s:g} s\n{tail}")
         time.sleep(0.05)
 
 
@@ -60,7 +58,3 @@ def stop(server: subprocess.Popen[bytes], timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

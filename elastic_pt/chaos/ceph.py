@@ -1,8 +1,8 @@
 """A whole Ceph on loopback: one monitor, one OSD, one S3 gateway, with a data directory of its own.
 
-The daemons run in the foreground as children of the test session, so a killed session takes them along.
-The OSD keeps its objects in memory (memstore), which starts fastest and lets nothing survive the session;
-what is under test is the gateway's S3, not the disk.
+The daemons run in the foreground as children of this process; the kernel kills them when it ends. The OSD keeps its
+objects in memory (memstore), which starts fastest. Nothing survives the daemons: what is tested is the gateway's S3,
+not the disk. Nodes in network namespaces reach the gateway through a proxy that listens on their hub.
 """
 
 import json
@@ -12,10 +12,18 @@ import subprocess
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from tests.services.processes import free_port, listens, start, stop, wait_until
+import fsspec
 
-COMMANDS = (
+from elastic_pt.chaos.bucket import Bucket
+from elastic_pt.chaos.servers import free_port, listens, start, stop, wait_until
+from elastic_pt.errors import UnexpectedError
+
+ACCESS_KEY: Final = "ELASTICPTTEST"
+SECRET_KEY: Final = "elastic-pt-test-secret"
+
+_COMMANDS: Final = (
     "radosgw",
     "radosgw-admin",
     "ceph",
@@ -24,13 +32,10 @@ COMMANDS = (
     "ceph-osd",
     "monmaptool",
 )
-ACCESS_KEY = "ELASTICPTTEST"
-SECRET_KEY = "elastic-pt-test-secret"
 
-_COMMAND_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
-
-_CONFIGURATION = """\
+_COMMAND_TIMEOUT_S: Final = 60.0
+_STOP_TIMEOUT_S: Final = 10.0
+_CONFIGURATION: Final = """\
 [global]
 fsid = {fsid}
 mon host = v2:127.0.0.1:{mon_port}
@@ -72,13 +77,14 @@ rgw gc obj min wait = 60
 rgw thread pool size = 64
 rgw multipart min part size = {part_bytes_min}
 """
-_PART_BYTES_MIN = 5 << 20
+_PART_BYTES_MIN: Final = 5 << 20
 """The least size of a part but the last, as in Amazon's S3."""
 
 
-def missing_commands() -> list[str]:
-    """The Ceph programs that are not installed here."""
-    return [command for command in COMMANDS if shutil.which(command) is None]
+def missing_for_ceph() -> str:
+    """Why this machine cannot start a Ceph, as a clause ("since ... are not installed"); empty if it can."""
+    absent = [command for command in _COMMANDS if shutil.which(command) is None]
+    return f"since {', '.join(absent)} are not installed" if absent else ""
 
 
 @dataclass
@@ -97,7 +103,10 @@ class Ceph:
         return f"http://127.0.0.1:{self.gateway_port}"
 
     def start(self) -> None:
-        """From an empty directory to a gateway that answers; stops what it started if that fails."""
+        """From an empty directory to a gateway that answers, in about 15 s. Call it from a thread that outlives the cluster.
+
+        Raises `UnexpectedError` if that fails, and leaves no daemon.
+        """
         try:
             self._start_monitor()
             self._start_osd()
@@ -105,6 +114,21 @@ class Ceph:
         except BaseException:
             self.stop()
             raise
+
+    def create_bucket(self, name: str) -> Bucket:
+        """An empty bucket and a user of its own, who may use no other bucket. Raises `UnexpectedError`."""
+        access_key, secret_key = uuid.uuid4().hex, uuid.uuid4().hex
+        self._create_user(name, access_key, secret_key)
+        bucket = Bucket(name, self.endpoint, access_key, secret_key)
+        owner = fsspec.filesystem(
+            "s3",
+            endpoint_url=self.endpoint,
+            key=access_key,
+            secret=secret_key,
+            skip_instance_cache=True,
+        )
+        owner.mkdir(name)
+        return bucket
 
     def stop(self) -> None:
         """End every daemon, the last one started first."""
@@ -153,29 +177,35 @@ class Ceph:
         self._daemon("ceph-osd", "-f", "-i", number)
 
     def _start_gateway(self) -> None:
-        self._run(
-            *("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"),
-            *(f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}"),
-        )
+        self._create_user("test", ACCESS_KEY, SECRET_KEY)
         self._daemon("radosgw", "-f", "-n", "client.admin")
         log = self.home / "log" / "radosgw.out"
         wait_until("radosgw", lambda: listens(self.gateway_port), 60.0, log)
+
+    def _create_user(self, name: str, access_key: str, secret_key: str) -> None:
+        self._run(
+            *("radosgw-admin", "user", "create", f"--uid={name}", f"--display-name={name}"),
+            *(f"--access-key={access_key}", f"--secret-key={secret_key}"),
+        )
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "CEPH_CONF": str(self.home / "ceph.conf")}
 
     def _run(self, *command: str, text: str = "") -> str:
-        done = subprocess.run(
-            command,
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT_S,
-            env=self._environment(),
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                input=text,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_TIMEOUT_S,
+                env=self._environment(),
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UnexpectedError(str(error)) from error
         if done.returncode:
-            raise RuntimeError(
+            raise UnexpectedError(
                 f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}"
             )
         return done.stdout
