@@ -255,7 +255,7 @@ class Clock:
 @contextmanager
 def parts_of_a_restore(clock: Clock) -> Iterator[None]:
     """Measure the parts of `load_rows`: the functions of the module are replaced for a while."""
-    names = {"_read_into": "read", "_require_crc": "verify", "_copy_rows": "copy"}
+    names = {"_read_into": "read", "_first_wrong": "verify", "_copy_rows": "copy"}
     kept = {name: getattr(restore, name) for name in names}
     for name, part in names.items():
         setattr(restore, name, clock.timed(part, kept[name]))

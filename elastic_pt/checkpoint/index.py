@@ -34,6 +34,8 @@ from elastic_pt.store.port import Store
 
 REQUEST_THREADS: Final = 64
 """Parallel small requests of a reader: sizes and node records."""
+READS: Final = 3
+"""How often bytes with a wrong hash are read before they count as damaged in the store: they may have changed on the way."""
 
 
 class Readable(Protocol):
@@ -170,12 +172,13 @@ def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) ->
 
 
 def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
-    data = read_bytes(store, key, 0, size + 1)
-    if len(data) != size:
-        raise CheckpointError(f"{key}: wrong size; expected the committed {size} bytes")
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{key}: wrong SHA-256; expected the committed {sha256}")
-    return data
+    for _ in range(READS):
+        data = read_bytes(store, key, 0, size + 1)
+        if len(data) != size:
+            raise CheckpointError(f"{key}: wrong size; expected the committed {size} bytes")
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+    raise CheckpointError(f"{key}: wrong SHA-256; expected the committed {sha256}")
 
 
 def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:

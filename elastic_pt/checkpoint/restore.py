@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from elastic_pt.checkpoint.index import Index, Memory, Readable, read_bytes
+from elastic_pt.checkpoint.index import READS, Index, Memory, Readable, read_bytes
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError, StoreError
@@ -137,9 +137,7 @@ def load_rows(
         ]
         while True:
             try:
-                _read_into(source, read, [part for part, _ in parts])
-                for block, (part, _) in zip(read.blocks, parts, strict=True):
-                    _require_crc(read.key, block, part)
+                _read_verified(source, read, [part for part, _ in parts])
                 break
             except BaseException as error:
                 for part, _ in parts:
@@ -182,12 +180,30 @@ def read_tensors(
 
 def read_blocks(store: Readable, read: ReadRange) -> Iterator[tuple[Block, memoryview]]:
     """Fetch one request and yield its blocks. Compares each block with its CRC-32 first."""
-    data = memoryview(read_bytes(store, read.key, read.start, read.end))
-    for block in read.blocks:
-        _require_end(read, block, len(data))
-        part = data[block.start - read.start : block.end - read.start]
-        _require_crc(read.key, block, part)
-        yield block, part
+    data = memoryview(bytearray(read.end - read.start))
+    parts = [data[block.start - read.start : block.end - read.start] for block in read.blocks]
+    _read_verified(store, read, parts)
+    yield from zip(read.blocks, parts, strict=True)
+
+
+def _read_verified(source: Readable | Memory, read: ReadRange, parts: Sequence[memoryview]) -> None:
+    """Fill the memory of each block of a request, and compare it with its CRC-32. Raises `CheckpointError`."""
+    # What comes from a store may have changed on the way. Memory is asked for another copy instead.
+    wrong = ""
+    for _ in range(1 if isinstance(source, Memory) else READS):
+        _read_into(source, read, parts)
+        wrong = _first_wrong(read, parts)
+        if not wrong:
+            return
+    raise CheckpointError(f"{wrong}: wrong CRC-32; expected that of its record")
+
+
+def _first_wrong(read: ReadRange, parts: Sequence[memoryview]) -> str:
+    """Where the first block is that has another CRC-32 than its record; empty if all have that of theirs."""
+    for block, part in zip(read.blocks, parts, strict=True):
+        if zlib_ng.crc32(part) != block.crc32:
+            return _where(read.key, block)
+    return ""
 
 
 def _read_into(source: Readable | Memory, read: ReadRange, parts: Sequence[memoryview]) -> None:
@@ -208,11 +224,6 @@ def _require_end(read: ReadRange, block: Block, count: int) -> None:
         raise CheckpointError(
             f"{_where(read.key, block)}: the file ends before it; expected at least {block.end} bytes"
         )
-
-
-def _require_crc(key: str, block: Block, part: memoryview) -> None:
-    if zlib_ng.crc32(part) != block.crc32:
-        raise CheckpointError(f"{_where(key, block)}: wrong CRC-32; expected that of its record")
 
 
 def _where(key: str, block: Block) -> str:

@@ -3,19 +3,20 @@
 The first request of each process builds the fsspec filesystem; import and `__init__` do not. So a fork
 server may hold a `Store`, and its children start with clean connections. fsspec's caches of instances
 and listings are off. Foreign exceptions become a `Fault` (here and in `s3.py`). Only this module turns
-a `Fault` into one of our errors. A refused request rebuilds the filesystem once, because credentials
-from the environment or from a metadata service may have been renewed.
+a `Fault` into one of our errors. A refused request rebuilds the filesystem once, and no oftener than every few
+seconds, because credentials from the environment or from a metadata service may have been renewed.
 """
 
 import asyncio
 import errno
 import ftplib
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
@@ -25,6 +26,7 @@ from elastic_pt.store.observer import NoObserver, Observer, Result, operation_of
 from elastic_pt.store.retry import Retry, TryAgain
 
 Answer = TypeVar("Answer")
+_RENEW_EVERY_S: Final = 5.0
 
 
 class Fault(Enum):
@@ -158,6 +160,7 @@ class Client:
         self._observer = observer or NoObserver()
         # No lock: a fork could inherit a held one. If two threads both build a filesystem, no harm is done.
         self._built: tuple[int, Any, str] | None = None
+        self._renewed_s = -math.inf
 
     def request(
         self,
@@ -200,12 +203,26 @@ class Client:
             except Exception as error:
                 fault = self._fault_of(error)
                 ended(_RESULTS.get(fault, Result.FAILED))
-                if fault is Fault.DENIED and not renewed:
-                    renewed, self._built = True, None
+                if fault is Fault.DENIED and not renewed and self._renew(filesystem):
+                    renewed = True
                     return attempt(left_s)
                 raise self._ours(fault, what, error) from error
 
         return self._retry.call(f"{what} of {self.url}", attempt)
+
+    def _renew(self, refused: Any) -> bool:
+        """Whether there is, or is to be, a newer filesystem than the one that was refused.
+
+        Loading credentials takes a processor for a good part of a second. If every refused request of every thread did so,
+        an agent would not answer its peers in time.
+        """
+        built, now_s = self._built, self._retry.clock_s()
+        if built is not None and built[1] is not refused:
+            return True
+        if now_s - self._renewed_s < _RENEW_EVERY_S:
+            return False
+        self._renewed_s, self._built = now_s, None
+        return True
 
     def _filesystem(self) -> tuple[Any, str]:
         built = self._built

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastic_pt.checkpoint.index import read_index, read_manifest, read_root
+from elastic_pt.checkpoint.index import READS, read_index, read_manifest, read_root
 from elastic_pt.checkpoint.layout import (
     FullManifest,
     ShardFile,
@@ -508,3 +508,36 @@ def test_notices_are_not_needed_once_the_manifest_exists(store: Store, tmp_path:
         store.delete(notice_key(reference.directory, rank))
     assert verify(store, reference, RUN_ID) == []
     assert newest_usable(store, [reference], RUN_ID).passed_over == ()
+
+
+class FlippingOnTheWay:
+    """A store of which each object's first reads come with a wrong bit."""
+
+    def __init__(self, store: Store, wrong_reads: int) -> None:
+        self._store = store
+        self._left: dict[str, int] = {}
+        self._wrong_reads = wrong_reads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes, of which the last one is wrong until this has been read often enough."""
+        data = bytearray(self._store.read(key, start, end))
+        self._left.setdefault(key, self._wrong_reads)
+        if self._left[key] > 0:
+            self._left[key] -= 1
+            data[-1] ^= 1
+        return bytes(data)
+
+
+def test_what_changed_on_the_way_is_read_again(store: Store, tmp_path: Path) -> None:
+    """F35: a good checkpoint is not given up because of bits that flip between the bucket and a reader."""
+    tensors = full_tensors(SMALL)
+    reference = write_checkpoint(store, tmp_path, tensors, 2)
+    flipping: Any = FlippingOnTheWay(store, READS - 1)
+    found = load_world(flipping, read_manifest(flipping, reference, RUN_ID), 1)
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+    damaged: Any = FlippingOnTheWay(store, READS)
+    with pytest.raises(CheckpointError, match="wrong SHA-256"):
+        read_manifest(damaged, reference, RUN_ID)

@@ -16,6 +16,8 @@ import pytest
 import structlog
 
 from elastic_pt.agent.start import warn_of_unfinished
+from elastic_pt.chaos.s3_faults import Answer, Hang
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.checkpoint.commit import directory_of
 from elastic_pt.checkpoint.layout import checkpoint_directory, shard_key
 from elastic_pt.checkpoint.retention import listed_directories
@@ -28,7 +30,6 @@ from elastic_pt.store.port import KeepsUnfinished, Store, UnfinishedUpload
 from elastic_pt.store.s3 import PART_BYTES
 from tests.checkpoint.committing import WAIT_S, World
 from tests.membership.world import generation
-from tests.services.proxy import Fault, FaultProxy
 
 DENIED = "no permission to list them"
 
@@ -180,7 +181,7 @@ def test_parts_that_a_killed_writer_left_are_swept(bucket: str) -> None:
     key = shard_key(directory, 0)
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         # Two of three parts succeed; the third gets no answer.
-        proxy.fault("PUT", None, None, *[Fault.hang(WAIT_S)] * 9)
+        proxy.strike(Hang(), methods=["PUT"], after=2)
         environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
         command = [sys.executable, "-c", UPLOAD, bucket, key, str(2 * PART_BYTES + 1)]
         writer = subprocess.Popen(command, env=environment)
@@ -306,7 +307,7 @@ def test_unreadable_rules_do_not_stop_a_start(
     """F34: if the rules cannot be read, the agent says so in an event and starts."""
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        proxy.fault("GET", *[Fault.status(status, "Refused")] * 99)
+        proxy.strike(Answer(status, "Refused"), methods=["GET"])
         with structlog.testing.capture_logs() as events:
             warn_of_unfinished(open_store(f"{moto_url}/run", timeout_s=5.0))
     assert [each["event"] for each in events if each["event"] != "store_retry"] == [

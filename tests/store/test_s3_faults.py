@@ -8,12 +8,27 @@ from collections.abc import Iterator
 
 import pytest
 
+from elastic_pt.chaos.s3_faults import (
+    ACCESS_DENIED,
+    CONFLICT,
+    EXPIRED_TOKEN,
+    INTERNAL_ERROR,
+    LOST_ANSWER,
+    SLOW_DOWN,
+    Answer,
+    Cut,
+    Hang,
+    HideNewest,
+    Reset,
+)
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, StoreError
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 from elastic_pt.store.retry import Retry
 from elastic_pt.store.s3 import PART_BYTES, S3Store
-from tests.services.proxy import Fault, FaultProxy
+
+NO_SUCH_UPLOAD = Answer(404, "NoSuchUpload")
 
 
 @pytest.fixture(
@@ -35,7 +50,7 @@ def proxied(
 def test_create_succeeds_when_its_response_was_lost(proxied: tuple[Store, FaultProxy]) -> None:
     """The first attempt makes the second one fail; the bytes show that the object is ours."""
     store, proxy = proxied
-    proxy.fault("PUT", Fault.lost_response())
+    proxy.strike(LOST_ANSWER, methods=["PUT"], times=1)
     store.create("log/0", b"nonce 1")
     assert proxy.requests["PUT"] == 2
     assert store.read("log/0") == b"nonce 1"
@@ -46,7 +61,7 @@ def test_create_succeeds_when_a_500_follows_it(
 ) -> None:
     """An error after the object was created counts as a lost response."""
     store, proxy = proxied
-    proxy.fault("PUT", Fault.answered_late(500, "InternalError"))
+    proxy.strike(Answer(500, "InternalError", carried_out=True), methods=["PUT"], times=1)
     store.create("log/0", b"nonce 1")
     assert store.read("log/0") == b"nonce 1"
 
@@ -57,7 +72,7 @@ def test_create_fails_when_response_and_race_were_lost(
     """Another writer's bytes never count as ours, whatever the responses were."""
     store, proxy = proxied
     store.create("log/0", b"theirs")
-    proxy.fault("PUT", Fault.lost_response())
+    proxy.strike(LOST_ANSWER, methods=["PUT"], times=1)
     with pytest.raises(AlreadyExists):
         store.create("log/0", b"ours")
     assert store.read("log/0") == b"theirs"
@@ -66,29 +81,27 @@ def test_create_fails_when_response_and_race_were_lost(
 def test_conflict_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
     """409 ConditionalRequestConflict means that the race is undecided, not that it is lost."""
     store, proxy = proxied
-    proxy.fault("PUT", *[Fault.status(409, "ConditionalRequestConflict")] * 2)
+    conflict = proxy.strike(CONFLICT, methods=["PUT"], times=2)
     store.create("log/0", b"1")
     assert proxy.requests["PUT"] == 3
+    assert conflict.struck == 2
 
 
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [(503, "SlowDown"), (500, "InternalError")],
-)
+@pytest.mark.parametrize("fault", [SLOW_DOWN, INTERNAL_ERROR], ids=lambda fault: fault.code)
 def test_throttling_and_server_errors_are_retried(
-    proxied: tuple[Store, FaultProxy], status: int, code: str
+    proxied: tuple[Store, FaultProxy], fault: Answer
 ) -> None:
     """Every operation retries after a few refusals, with one request per attempt."""
     store, proxy = proxied
     store.write("x", b"1234")
     before = dict(proxy.requests)
     for method in ("PUT", "GET", "HEAD", "DELETE"):
-        proxy.fault(method, *[Fault.status(status, code)] * 2)
+        proxy.strike(fault, methods=[method], times=2)
     store.write("x", b"12345")
     assert store.read("x") == b"12345"
     assert store.size("x") == 5
     store.delete("x")
-    proxy.fault("GET", Fault.status(status, code))
+    proxy.strike(fault, methods=["GET"], times=1)
     assert store.keys("") == []
     after = proxy.requests
     assert after["PUT"] - before["PUT"] == 3
@@ -96,34 +109,38 @@ def test_throttling_and_server_errors_are_retried(
 
 
 def test_cut_connection_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
-    """A connection reset during a read costs one attempt."""
+    """A connection that is closed or reset during a read costs one attempt."""
     store, proxy = proxied
     store.write("x", b"1234")
-    proxy.fault("GET", Fault.hang(0.0), Fault.lost_response())
+    for fault in (Cut(), LOST_ANSWER, Reset(), Reset(in_answer=True)):
+        proxy.strike(fault, methods=["GET"], times=1)
     assert store.read("x", 1, 3) == b"23"
 
 
 def test_credentials_are_renewed_once(proxied: tuple[Store, FaultProxy]) -> None:
-    """A refusal may mean that the token has just expired: one new session is opened at once, and only one."""
+    """A refusal may mean that the token has just expired: one new session is opened at once, and only one in some seconds."""
     store, proxy = proxied
     store.write("x", b"1")
-    proxy.fault("GET", Fault.status(400, "ExpiredToken"))
+    proxy.strike(EXPIRED_TOKEN, methods=["GET"], times=1)
     assert store.read("x") == b"1"
-    proxy.fault("GET", *[Fault.status(403, "AccessDenied")] * 2)
+    proxy.strike(ACCESS_DENIED, methods=["GET"], times=1)
     with pytest.raises(AccessDenied, match="reading x of s3://"):
         store.read("x")
-    assert proxy.requests["GET"] == 4
+    assert proxy.requests["GET"] == 3
+    assert store.read("x") == b"1"
 
 
 def test_only_the_failed_part_of_an_upload_is_retried(proxied: tuple[Store, FaultProxy]) -> None:
     """After one refused part, the others are not sent again. A lost response to the last request is not a failure."""
     store, proxy = proxied
     data = os.urandom(1000) * (5 * PART_BYTES // 2000)
-    proxy.fault("PUT", Fault.status(503, "SlowDown"), Fault.lost_response())
+    proxy.strike(SLOW_DOWN, methods=["PUT"], times=1)
+    proxy.strike(LOST_ANSWER, methods=["PUT"], times=1)
     store.write("large", data)
     assert proxy.requests["PUT"] == 3 + 2
     assert store.read("large") == data
-    proxy.fault("POST", Fault.status(500, "InternalError"), Fault.lost_response())
+    proxy.strike(INTERNAL_ERROR, methods=["POST"], times=1)
+    proxy.strike(LOST_ANSWER, methods=["POST"], times=1)
     store.write("large", data[::-1])
     assert store.read("large") == data[::-1]
 
@@ -135,8 +152,9 @@ def test_upload_succeeds_when_its_completion_response_was_lost(
     store, proxy = proxied
     data = bytes(5 * PART_BYTES // 2)
     sent = proxy.requests["POST"]
-    gone = Fault.status(404, "NoSuchUpload")
-    proxy.fault("POST", Fault.passed(), Fault.lost_response(), gone)
+    # The first POST begins the upload.
+    proxy.strike(LOST_ANSWER, methods=["POST"], after=1, times=1)
+    proxy.strike(NO_SUCH_UPLOAD, methods=["POST"], after=1, times=1)
     store.write("large", data)
     assert proxy.requests["POST"] - sent == 3
     assert store.size("large") == len(data)
@@ -148,7 +166,7 @@ def test_aborted_upload_is_an_error(
     """An upload that is gone and was not completed is an error, even if an older object exists."""
     store, proxy = proxied
     store.write("large", b"old")
-    proxy.fault("POST", Fault.passed(), Fault.status(404, "NoSuchUpload"))
+    proxy.strike(NO_SUCH_UPLOAD, methods=["POST"], after=1, times=1)
     with pytest.raises(StoreError):
         store.write("large", bytes(5 * PART_BYTES // 2))
     assert store.read("large") == b"old"
@@ -160,7 +178,7 @@ def test_libraries_do_not_retry(proxied: tuple[Store, FaultProxy]) -> None:
     slept_s: list[float] = []
     ours = S3Store(store.url, retry=Retry(20.0, sleep=slept_s.append))
     for code in ("SlowDown", "InternalError"):
-        proxy.fault("PUT", *[Fault.status(503, code)] * 3)
+        proxy.strike(Answer(503, code), methods=["PUT"], times=3)
         ours.write("x", b"1")
     assert len(slept_s) == 6
 
@@ -171,7 +189,7 @@ def test_failed_upload_leaves_the_old_object(
     """A writer that fails during an upload has written nothing, and removes its parts."""
     store, proxy = proxied
     store.write("large", b"old")
-    proxy.fault("PUT", *[Fault.status(403, "AccessDenied")] * 12)
+    proxy.strike(ACCESS_DENIED, methods=["PUT"])
     with pytest.raises(AccessDenied):
         store.write("large", bytes(3 * PART_BYTES))
     assert store.read("large") == b"old"
@@ -185,8 +203,7 @@ def test_request_fails_at_the_deadline_with_its_attempts(
     """A store that refuses or does not answer costs at most the deadline, and the error names it."""
     store, proxy = proxied
     impatient = open_store(store.url, timeout_s=1.0)
-    fault = Fault.hang(30.0) if hanging else Fault.status(503, "SlowDown")
-    proxy.fault("PUT", *[fault] * 1000)
+    proxy.strike(Hang() if hanging else SLOW_DOWN, methods=["PUT"])
     with pytest.raises(
         StoreError,
         match=r"creating log/0 of s3://.*: gave up after \d+ attempts in [12]\.\d s \(store.deadline_s = 1\)",
@@ -198,8 +215,9 @@ def test_stale_listing_affects_no_other_operation(proxied: tuple[Store, FaultPro
     """A created object is found by its key, even if the listing is empty."""
     store, proxy = proxied
     store.create("log/0", b"1")
-    proxy.fault("GET", Fault.answered_with(200, "<ListBucketResult></ListBucketResult>"))
+    listing = proxy.strike(HideNewest(), times=1)
     assert store.keys("log/") == []
+    assert listing.struck == 1
     assert store.size("log/0") == 1
     assert store.read("log/0") == b"1"
     with pytest.raises(AlreadyExists):
