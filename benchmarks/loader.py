@@ -51,7 +51,7 @@ from benchmarks.loader_bench import (
 )
 from benchmarks.s3_server import default_server
 from benchmarks.summary import exit_on_sigterm, machine, print_targets, write_json
-from tests.services.ceph import missing_commands
+from elastic_pt.chaos.ceph import missing_for_ceph
 
 CASES: Final = ("local", "s3_0ms", "s3_30ms", "tb_30ms")
 REMOTE: Final = CASES[1:]
@@ -81,7 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.corpus_gb, options.rounds = 0.02, 1
     if options.server is None:
-        options.server = "moto" if options.quick or missing_commands() else "ceph"
+        options.server = "moto" if options.quick or missing_for_ceph() else "ceph"
     if options.server == "moto" and default_server() != "moto":
         parser.error("there is no S3 server; expected `make services` before")
     return options

@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.loader_process import MICRO_BATCH, Case
 from benchmarks.loader_servers import COUNTER_BYTES, MADE_UP_URL, manifest_of
 from benchmarks.s3_server import bucket
+from elastic_pt.chaos.servers import free_port, listens, start, stop, wait_until
 from elastic_pt.data.shard_writer import ShardWriter
 from elastic_pt.store.open import open_store
-from tests.services.processes import free_port, listens, start, stop, wait_until
 
 PEERS: Final = ("torch", "grain", "mosaic")
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -30,7 +30,7 @@ from elastic_pt.fleet.network import Network, missing_for_networks
 from elastic_pt.workers.forking import die_with_parent
 
 _SCRIPT: Final = Path(__file__).with_name("torchrun_peer.py")
-_START_S: Final = 180.0
+START_S: Final = 180.0
 _POLL_S: Final = 0.01
 _STEPS_BEFORE: Final = 2 * CHECKPOINT_STEPS
 _NETWORK_PORT: Final = 29400
@@ -65,12 +65,20 @@ class TorchrunJob:
     """Agents of one job, with one worker each. A context manager that ends all processes. Main thread.
 
     With a network each agent has its own network namespace, else all use the loopback interface. The first agent
-    hosts the rendezvous.
+    hosts the rendezvous, unless it is `hosted` at `endpoint` by the caller.
     """
 
     def __init__(
-        self, setting: Setting, directory: Path, nodes_max: int, network: Network | None
+        self,
+        setting: Setting,
+        directory: Path,
+        nodes_max: int,
+        network: Network | None,
+        *,
+        hosted: bool = False,
+        arguments: Sequence[str] = (),
     ) -> None:
+        """`arguments` are further arguments of the script."""
         directory.mkdir(parents=True)
         self._setting = setting
         self._directory = directory
@@ -79,7 +87,9 @@ class TorchrunJob:
         self._agents: list[tuple[subprocess.Popen[bytes], str]] = []
         self._read_bytes = 0
         self._lines: list[Line] = []
-        self._endpoint = (
+        self._hosted = hosted
+        self._arguments = arguments
+        self.endpoint = (
             f"127.0.0.1:{_free_port()}"
             if network is None
             else f"{network.address(network.nodes[0])}:{_NETWORK_PORT}"
@@ -92,22 +102,24 @@ class TorchrunJob:
         for index in self.agents:
             self.kill(index)
 
-    def start(self) -> None:
-        """Start one more agent."""
+    def start(self, prefix: Sequence[str] = ()) -> int:
+        """Start one more agent; returns its number. `prefix` goes before the command, and must become the agent."""
         index = len(self._agents)
         address, inside, interface = "127.0.0.1", [], "lo"
         # On one machine torchrun cannot find the host of the rendezvous by its host name.
-        rendezvous = ",".join((*self._setting.rendezvous, f"is_host={int(index == 0)}"))
+        rendezvous = ",".join(
+            (*self._setting.rendezvous, f"is_host={int(index == 0 and not self._hosted)}")
+        )
         if self._network is not None:
             address, interface = self._network.address(self._network.nodes[index]), "eth0"
             inside = self._network.prefix(self._network.nodes[index])
-        command = [*inside, sys.executable, "-m", "torch.distributed.run"]
-        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self._endpoint}", "--rdzv-id=peer"]
+        command = [*inside, *prefix, sys.executable, "-m", "torch.distributed.run"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=peer"]
         command += [f"--nnodes=1:{self._nodes_max}", "--nproc-per-node=1", "--max-restarts=1000"]
         command += [f"--rdzv-conf={rendezvous}", f"--local-addr={address}"]
         command += [*self._setting.arguments, str(_SCRIPT), str(self._directory)]
         command += [f"--timeout={self._setting.collective_timeout_s}"]
-        command += [f"--checkpoint-steps={CHECKPOINT_STEPS}"]
+        command += [f"--checkpoint-steps={CHECKPOINT_STEPS}", *self._arguments]
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
         # torchrun's workers have their own sessions. The mark finds them again.
         with mark_children() as mark, self._log(index).open("wb") as output:
@@ -121,6 +133,7 @@ class TorchrunJob:
                 preexec_fn=die_with_parent,
             )
         self._agents.append((agent, mark))
+        return index
 
     @property
     def agents(self) -> range:
@@ -165,13 +178,13 @@ class TorchrunJob:
             self._lines += [json.loads(line) for line in whole]
         return self._lines
 
-    def until_training(self, nodes: int, steps: int) -> None:
-        """Wait until a world of `nodes` nodes has done `steps` steps. Raises `ElasticPtError` after `_START_S`."""
-        deadline_s = time.monotonic() + _START_S
+    def until_training(self, nodes: int, steps: int, limit_s: float = START_S) -> None:
+        """Wait until a world of `nodes` nodes has done `steps` steps. Raises `ElasticPtError` after `limit_s`."""
+        deadline_s = time.monotonic() + limit_s
         while sum(line["world_size"] == nodes for line in self.lines()) < steps:
             if time.monotonic() > deadline_s:
                 tails = [self._log(index).read_text()[-2000:] for index in range(nodes)]
-                raise ElasticPtError(f"torchrun: expected a start within {_START_S} s\n{tails}")
+                raise ElasticPtError(f"torchrun: expected a start within {limit_s} s\n{tails}")
             time.sleep(_POLL_S)
 
     def _log(self, index: int) -> Path:

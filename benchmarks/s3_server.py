@@ -17,8 +17,9 @@ from typing import Final
 
 import fsspec
 
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_commands
-from tests.services.processes import free_port, listens, start, stop, wait_until
+from elastic_pt.chaos.bucket import aws_variables
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph, missing_for_ceph
+from elastic_pt.chaos.servers import free_port, listens, start, stop, wait_until
 
 SERVERS: Final = ("moto", "ceph", "directory")
 _MOTO: Final = Path(__file__).parents[1] / "services" / "moto-venv" / "bin" / "moto_server"
@@ -36,10 +37,8 @@ def bucket(server: str) -> Iterator[str]:
     """Start a server. Yields the URL of an empty bucket, and sets the standard AWS variables for this process."""
     if server == "moto" and not _MOTO.exists():
         sys.exit("--server moto: not installed; expected `make services` before")
-    if server == "ceph" and (missing := missing_commands()):
-        sys.exit(
-            f"--server ceph: {', '.join(missing)} not installed; expected `make services` before"
-        )
+    if server == "ceph" and (missing := missing_for_ceph()):
+        sys.exit(f"--server ceph: not possible, {missing}; expected `make services` before")
     with ExitStack() as stack:
         home = Path(tempfile.mkdtemp(prefix="bucket-"))
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -68,13 +67,4 @@ def bucket(server: str) -> Iterator[str]:
 def _point_aws_at(endpoint: str, key: str, secret: str) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
+    os.environ.update(aws_variables(endpoint, key, secret))

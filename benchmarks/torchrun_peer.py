@@ -44,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--timeout", type=float, required=True, help="of collectives, in seconds")
     parser.add_argument("--checkpoint-steps", type=int, required=True)
+    parser.add_argument("--sequence-length", type=int, default=LENGTH)
     return parser.parse_args()
 
 
@@ -78,18 +79,18 @@ def save(directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
             shutil.rmtree(old, ignore_errors=True)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, length: int) -> None:
     """One step over the global batch, row by row: rank r of W takes rows r, r + W, ... Communicates."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
+    rows = torch.randint(VOCABULARY, (GLOBAL_BATCH, length + 1), generator=generator)
     for first in range(0, GLOBAL_BATCH, world_size):
         row = min(first + rank, GLOBAL_BATCH - 1)
         tokens = rows[row : row + 1]
         sums = model(tokens[:, :-1], tokens[:, 1:].contiguous())
         # FSDP2 averages over ranks. A rank without a row must still take part, with weight zero.
         weight = world_size if first + rank < GLOBAL_BATCH else 0
-        (sums.total * (weight / (GLOBAL_BATCH * LENGTH))).backward()
+        (sums.total * (weight / (GLOBAL_BATCH * length))).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -140,7 +141,7 @@ def main() -> None:
     }
     with (options.directory / "steps.jsonl").open("a", encoding="utf-8") as lines:
         while True:
-            train_step(model, optimizer, step)
+            train_step(model, optimizer, step, options.sequence_length)
             step += 1
             if dist.get_rank() == 0:
                 line = {

@@ -30,7 +30,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from benchmarks.cuda.report import Report
 from benchmarks.cuda.sizes import CPU_SLOWER, SIZES
 from benchmarks.synthetic import write_random_tokens
-from chaos_tests.scenario import check_ledger, make_config, run_digest, scenario
+from chaos_tests.scenario import make_config, scenario
+from elastic_pt.chaos.directory import check_ledger, run_digest
 from elastic_pt.chaos.processes import workers_of
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation
@@ -159,7 +160,7 @@ def _run_case(case: Case, device: str, size: str, work: Path) -> dict[str, objec
                 os.kill(pid, signal.SIGKILL)
         fleet_run.finish()
         view, log = fleet_run.view(), RunLog(fleet_run.store, writer="benchmark")
-        check_ledger(fleet_run.store, list(log.records()), config)
+        check_ledger(fleet_run.store, list(log.records()), config.train)
         worlds = [
             record.body.world_size
             for record in log.records()
