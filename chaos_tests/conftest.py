@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, make_config, run_digest, scenario
+from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, make_config, scenario
+from elastic_pt.chaos.directory import run_digest
 from elastic_pt.data.prepare import prepare
 from elastic_pt.data.sources import standard_library_source
 from elastic_pt.fleet.network import Network, missing_for_networks

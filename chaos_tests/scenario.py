@@ -2,33 +2,33 @@
 
     start nodes ─► wait until a named step ─► disturb ─► finish ─► check_whole
 
-`check_whole` is the same for all: the digest of the undisturbed run, each row of the plan exactly once in
-the committed history, the end on record, and no process left. At the end of every scenario the buckets of all agents' time
+`check_whole` asks oracles of `elastic_pt.chaos.directory`, the same for all: the digest of the undisturbed run, each row of
+the plan exactly once in the committed history, one lineage. The end is on record, and no process is left. At the end of every scenario the buckets of all agents' time
 add up to the node-seconds.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from elastic_pt.chaos.directory import (
+    check_digest,
+    check_goodput,
+    check_ledger,
+    check_lineage,
+    goodput_now,
+)
 from elastic_pt.chaos.processes import kill_all, mark_children, marked
 from elastic_pt.chaos.watched import WatchedRun
-from elastic_pt.checkpoint.digest import digest
-from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import StoreError
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.report.change import Change
-from elastic_pt.report.explanation import explain
-from elastic_pt.report.goodput import Goodput, failure_costs, goodput_of, read_accounts
-from elastic_pt.runlog.log import RunView
-from elastic_pt.runlog.records import Commit, Generation, Quarantine, Record
+from elastic_pt.report.goodput import Goodput
+from elastic_pt.runlog.records import Generation, Quarantine
 from elastic_pt.store.open import open_store
-from elastic_pt.store.port import Store
 
 STEPS: Final = 48
 CHECKPOINT_STEPS: Final = 6
@@ -36,7 +36,6 @@ GLOBAL_BATCH: Final = 8
 PATIENCE_S: Final = 90.0
 _POLL_S: Final = 0.01
 _READ_TIMEOUT_S: Final = 5.0
-_BUCKETS_TOLERANCE: Final = 0.005
 
 
 def make_config(run_url: str, data_url: str, nodes: int, *overrides: str) -> Config:
@@ -133,55 +132,26 @@ class Scenario(WatchedRun):
         """Fail unless each node-second, of every agent that had started, counts in exactly one bucket."""
         # Of its own: the store of the scenario may retry for minutes.
         store = open_store(self.config.run.url, timeout_s=_READ_TIMEOUT_S, patient=False)
-        records = self.records()
-        changes = [each for each in explain(records) if isinstance(each, Change)]
-        failures = failure_costs(records, changes, {})
-        found = goodput_of(read_accounts(store), records, time.time(), failures)
-        assert found.agents
-        spent_s = sum(found.buckets.values())
-        assert abs(spent_s - found.node_seconds) <= _BUCKETS_TOLERANCE * found.node_seconds, found
-        self.goodput = found
-        return found
+        self.goodput = goodput_now(store, self.records())
+        check_goodput(self.goodput)
+        return self.goodput
 
     def check_whole(self, reference_digest: str) -> Whole:
         """Fail unless the finished run has the weights of the undisturbed one and read each row once."""
         view = self.view()
         assert view.stop is not None
         assert (view.stop.reason, view.stop.step) == ("completed", self.config.train.steps)
-        check_ledger(self.store, self.records(), self.config)
-        assert run_digest(self.store, view) == reference_digest
+        records = self.records()
+        check_lineage(records)
+        check_ledger(self.store, records, self.config.train)
+        check_digest(self.store, view, {self.config.train.steps: reference_digest})
         self.until("no process is left", lambda: not marked(self.mark))
-        bodies = [record.body for record in self.records()]
+        bodies = [record.body for record in records]
         return Whole(
             digest=reference_digest,
             generations=[body for body in bodies if isinstance(body, Generation)],
             quarantines=[body for body in bodies if isinstance(body, Quarantine)],
         )
-
-
-def run_digest(store: Store, view: RunView) -> str:
-    """Digest of the newest committed checkpoint."""
-    return digest(store, read_manifest(store, view.checkpoints[0], view.run_id))
-
-
-def check_ledger(store: Store, records: list[Record], config: Config) -> None:
-    """Each row of the plan exactly once in the committed history, in order: no gap, no overlap."""
-    lineage: list[dict[str, Any]] = []
-    for record in records:
-        body = record.body
-        if isinstance(body, Generation):
-            resume_step = body.resume_step
-            # A checkpoint that was committed and later found unusable: its steps were done again.
-            lineage = [line for line in lineage if line["step"] <= resume_step]
-            # The lines of a state that was in memory are in the next commit, whichever node was lost.
-            assert len(lineage) == resume_step or body.memory is not None
-        elif isinstance(body, Commit):
-            lineage += [json.loads(line) for line in store.read(body.history).splitlines()]
-            assert len(lineage) == body.newest.step
-    assert [line["step"] for line in lineage] == list(range(1, config.train.steps + 1))
-    ends = [0] + [line["rows"][1] for line in lineage]
-    assert [line["rows"][0] for line in lineage] == ends[:-1]
-    assert ends[-1] == config.train.steps * config.train.global_batch
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from chaos_tests.conftest import Interrupted, StartScenario
-from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario, run_digest
+from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
+from elastic_pt.chaos.directory import run_digest
 from elastic_pt.chaos.processes import workers_of
 from elastic_pt.data.manifest import read_manifest
 from elastic_pt.runlog.identity import IDENTITY_KEY, identity_of
@@ -28,23 +29,6 @@ def newest_shard(run: Scenario) -> Path:
     newest = run.view().checkpoints[0]
     directory = Path(run.config.run.url.removeprefix("file://")) / newest.directory
     return sorted(directory.glob("*.safetensors"))[0]
-
-
-def test_new_nodes_resume_after_all_nodes_are_lost(
-    start: StartScenario, interrupted: Interrupted, tmp_path: Path, reference_digest: str
-) -> None:
-    """F19, I5: two new nodes resume the run of three lost ones; at most two checkpoint intervals are repeated."""
-    run = start("elastic.nodes_max=2", run_url=f"file://{copy_of(interrupted, tmp_path)}")
-    committed = run.view().checkpoints[0]
-    # One checkpoint may have been on its way, and steps go on meanwhile.
-    assert interrupted.step - committed.step <= 2 * CHECKPOINT_STEPS
-    for node in ("new-a", "new-b"):
-        run.fleet.start(node)
-    run.finish()
-    whole = run.check_whole(reference_digest)
-    resumed = next(each for each in whole.generations if each.reason == "resumed by new nodes")
-    assert resumed.resume == committed
-    assert {member.node for member in whole.generations[-1].members} == {"new-a", "new-b"}
 
 
 def test_a_node_joins_a_running_run(start: StartScenario, reference_digest: str) -> None:

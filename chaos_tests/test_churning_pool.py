@@ -8,11 +8,12 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import Scenario
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from elastic_pt.chaos.processes import workers_of
+from elastic_pt.chaos.s3_faults import Delay
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.runlog.records import Commit
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at
-from tests.services.proxy import Fault, FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ceph]
 
@@ -37,11 +38,7 @@ def slow(
             run_url=f"{ceph_url}/run",
         )
         assert run.view().length == 0
-        proxy.trouble(
-            lambda method, path: (
-                Fault.slow(UPLOAD_S) if method == "PUT" and "/shard-" in path else None
-            )
-        )
+        proxy.strike(Delay(UPLOAD_S), methods=["PUT"], key="*/shard-*")
         point_aws_at(proxy.endpoint, ACCESS_KEY, SECRET_KEY, monkeypatch)
         for number in range(3):
             run.fleet.start(f"node-{number}")

@@ -13,9 +13,9 @@ from chaos_tests.scenario import (
     PATIENCE_S,
     Scenario,
     make_config,
-    run_digest,
     scenario,
 )
+from elastic_pt.chaos.directory import run_digest
 from elastic_pt.cli import run_command_line
 from elastic_pt.data.lanes import LANES_VERSION, lanes_of
 from elastic_pt.data.manifest import Manifest, read_manifest

@@ -18,9 +18,9 @@ from chaos_tests.scenario import Scenario
 from dashboards.layout import ANNOTATIONS
 from dashboards.panels import expanded
 from elastic_pt.chaos.processes import workers_of
+from elastic_pt.chaos.servers import free_port
 from tests.monitoring.panels import dashboards, filled, queries
 from tests.services.fixtures import StartPrometheus
-from tests.services.processes import free_port
 from tests.services.prometheus import SCRAPE_INTERVAL_S, Prometheus, Series
 
 pytestmark = pytest.mark.chaos

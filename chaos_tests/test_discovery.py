@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from chaos_tests.conftest import MakeNetwork, StartScenario
+from elastic_pt.chaos.servers import start as start_server
+from elastic_pt.chaos.servers import stop, wait_until
 from elastic_pt.fleet.network import Network
 from tests.services.fixtures import left_out
-from tests.services.processes import start as start_server
-from tests.services.processes import stop, wait_until
 
 pytestmark = pytest.mark.chaos
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from chaos_tests.conftest import StartScenario
-from chaos_tests.scenario import CHECKPOINT_STEPS, STEPS, first_member
+from chaos_tests.scenario import CHECKPOINT_STEPS, STEPS
 from elastic_pt.chaos.processes import descendants_of, marked, workers_of
 from elastic_pt.membership.decision.progress import step_in_pulse
 from elastic_pt.membership.pulse import KEY
@@ -33,33 +33,6 @@ def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str
     assert "SIGKILL" in after.reason
 
 
-def test_a_killed_node_shrinks_the_world(start: StartScenario, reference_digest: str) -> None:
-    """F4: the remaining nodes resume from the newest state; the log names the lost one."""
-    run = start(nodes=3)
-    run.until_step(KILL_STEP, nodes=3)
-    victim = run.generation().members[1].node
-    run.fleet.kill(victim)
-    run.finish()
-    newest = run.check_whole(reference_digest).generations[-1]
-    assert newest.reason == f"lost {victim}"
-    assert len(newest.members) == 2
-    assert newest.resume is not None
-
-
-def test_a_killed_leader_node_shrinks_the_world(
-    start: StartScenario, reference_digest: str
-) -> None:
-    """F6: the node that proposes, commits and serves the generation's store can be lost like any other."""
-    run = start(nodes=3)
-    run.until_step(KILL_STEP, nodes=3)
-    victim = first_member(run.generation())
-    run.fleet.kill(victim)
-    run.finish()
-    newest = run.check_whole(reference_digest).generations[-1]
-    assert newest.reason == f"lost {victim}"
-    assert victim not in [member.node for member in newest.members]
-
-
 def test_workers_die_with_their_agent(start: StartScenario, reference_digest: str) -> None:
     """F3: when an agent is killed its workers end within two seconds, even hung ones; the others see the node as lost."""
     run = start(nodes=2)
@@ -75,30 +48,6 @@ def test_workers_die_with_their_agent(start: StartScenario, reference_digest: st
     run.fleet.kill("node-1")
     run.finish()
     assert run.check_whole(reference_digest).generations[-1].reason == "lost node-1"
-
-
-def test_a_killed_node_with_two_workers(start: StartScenario, reference_digest: str) -> None:
-    """A node is lost with all its workers, and the bits depend on neither the nodes nor the workers."""
-    run = start("elastic.workers_per_node=2", nodes=2)
-    run.until_step(KILL_STEP, nodes=2)
-    assert run.generation().world_size == 4
-    assert len(workers_of(run.fleet.pid("node-0"), run.mark)) == 2
-    run.fleet.kill("node-0")
-    run.finish()
-    assert run.check_whole(reference_digest).generations[-1].world_size == 2
-
-
-def test_a_killed_leader_costs_two_steps_at_most(
-    start: StartScenario, reference_digest: str
-) -> None:
-    """I5: with a snapshot of each step, the others resume from memory, long before the next checkpoint."""
-    run = start("checkpoint.snapshot_every_steps=1", "checkpoint.every_steps=1000", nodes=3)
-    run.until_step(KILL_STEP, nodes=3)
-    run.fleet.kill(first_member(run.generation()))
-    run.finish()
-    newest = run.check_whole(reference_digest).generations[-1]
-    assert newest.memory is not None
-    assert newest.memory.step >= newest.frontier_step - 2 >= KILL_STEP - 3
 
 
 def test_steps_of_a_lost_fleet_are_recompute(start: StartScenario, reference_digest: str) -> None:

@@ -1,7 +1,6 @@
 """A real run with faults, scraped by a real Prometheus with the delivered rules, whose durations are scaled."""
 
 import os
-import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +10,16 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import Scenario
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from elastic_pt.chaos.processes import workers_of
+from elastic_pt.chaos.s3_faults import SLOW_DOWN
+from elastic_pt.chaos.s3_proxy import FaultProxy
+from elastic_pt.chaos.servers import free_port
 from elastic_pt.checkpoint.layout import shard_key
 from elastic_pt.failpoints import VARIABLE
 from tests.monitoring.rules import rules, scaled
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import StartPrometheus, point_aws_at
-from tests.services.processes import free_port
 from tests.services.prometheus import Prometheus
-from tests.services.proxy import Fault, FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ceph, pytest.mark.timeout(600)]
 
@@ -52,7 +52,7 @@ def watched(
     prometheus = start_prometheus(
         [f"127.0.0.1:{port}" for port in ports.values()], rule_files=scaled(tmp_path, FACTOR)
     )
-    with FaultProxy(ceph.endpoint) as proxy:
+    with FaultProxy(ceph.endpoint, seed=7) as proxy:
         run = start("elastic.nodes_max=2", f"train.steps={STEPS}", run_url=f"{ceph_url}/run")
         # The test's own connection is made before the address changes.
         assert run.view().length == 0
@@ -93,10 +93,7 @@ def test_each_fault_of_a_real_run_fires_its_alert(
     prometheus.wait_until(f"data of {recorded}", all_have_data, TIMEOUT_S)
     assert ever_fired(prometheus) == set()
 
-    draw = random.Random(7)
-    proxy.trouble(
-        lambda *_: Fault.status(503, "SlowDown") if draw.random() < ERRORS_SHARE else None
-    )
+    proxy.strike(SLOW_DOWN, share=ERRORS_SHARE)
     prometheus.wait_until(
         "StorageErrors", lambda: "StorageErrors" in prometheus.firing(), TIMEOUT_S
     )

@@ -9,11 +9,12 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import CHECKPOINT_STEPS, Scenario
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from elastic_pt.chaos.processes import workers_of
+from elastic_pt.chaos.s3_faults import Delay
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.runlog.records import Generation
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from tests.services.fixtures import point_aws_at
-from tests.services.proxy import FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ceph]
 
@@ -70,13 +71,13 @@ def test_join_and_leave_wait_for_no_upload(
         os.kill(worker, signal.SIGSTOP)
         run.fleet.start("node-1")
         run.until("node-0 wants to drain", lambda: "drain" in run.decisions("node-0"))
-        proxy.hold("shard-")
+        proxy.strike(Delay(), methods=["PUT", "POST"], key="*shard-*")
         os.kill(worker, signal.SIGCONT)
         require_from_memory(resumed(run, nodes=2))
         os.kill(run.fleet.pid("node-0"), signal.SIGTERM)
         require_from_memory(resumed(run, nodes=1))
         run.until("node-0 left", lambda: bool(run.events("node-0", "agent_left")))
-        proxy.release()
+        proxy.mend()
         run.finish()
         run.check_whole(reference_digest)
     tiers = [event["tier"] for event in run.events("node-0", "settled")]
@@ -106,7 +107,7 @@ def test_two_nodes_leave_at_once(
         worker = workers_of(run.fleet.pid(members[0].node), run.mark)[0]
         # Steps are short: the worker stands still until both leaves are known.
         os.kill(worker, signal.SIGSTOP)
-        proxy.hold("shard-")
+        proxy.strike(Delay(), methods=["PUT", "POST"], key="*shard-*")
         for node in leavers:
             os.kill(run.fleet.pid(node), signal.SIGTERM)
         run.until(
@@ -118,9 +119,9 @@ def test_two_nodes_leave_at_once(
             run.until(
                 "all settle", lambda: all(each.phase == "settling" for each in run.statuses())
             )
-            proxy.release()
+            proxy.mend()
         newest = resumed(run, nodes=2)
-        proxy.release()
+        proxy.mend()
         run.finish()
         run.check_whole(reference_digest)
     assert newest.resume_step == newest.frontier_step

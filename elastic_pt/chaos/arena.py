@@ -9,22 +9,41 @@ What a machine cannot do (no root: no networks; no Ceph: no bucket) is known bef
 """
 
 import os
+import resource
+import shutil
 import signal
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack, suppress
+import socket
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import elastic_pt
+from elastic_pt.chaos.bucket import Bucket
+from elastic_pt.chaos.disk import Disk, prefix_for_disk
 from elastic_pt.chaos.hooks import Decide, Hooks
-from elastic_pt.chaos.processes import kill_all, mark_children, marked, workers_of
+from elastic_pt.chaos.leftovers import Places, left_by
+from elastic_pt.chaos.processes import (
+    fork_server_of,
+    kill_all,
+    mark_children,
+    marked,
+    workers_of,
+)
+from elastic_pt.chaos.s3_faults import Rule, S3Fault
+from elastic_pt.chaos.s3_proxy import FaultProxy
+from elastic_pt.chaos.scrape import Scraper
 from elastic_pt.chaos.watched import WatchedRun
 from elastic_pt.config import Config
 from elastic_pt.failpoints import VARIABLE, Failpoint
 from elastic_pt.fleet.local import LOOPBACK, Fleet
 from elastic_pt.fleet.network import Network
+from elastic_pt.store.open import open_store
+from elastic_pt.store.port import Store
 
 NOTICE_FILE: Final = "notice"
+_NAME_CHARACTERS: Final = 12
 
 
 class Arena:
@@ -39,8 +58,15 @@ class Arena:
         points: Collection[Failpoint],
         decide: Decide,
         network: bool,
+        seed: int = 0,
+        disks: bool = False,
+        bucket: Bucket | None = None,
     ) -> None:
-        """`nodes`: all that may ever start. Processes ask `decide` what to do at each of the `points`."""
+        """`nodes`: all that may ever start. Processes ask `decide` what to do at each of the `points`.
+
+        `seed` decides which requests to the bucket are struck. `disks`: whether each node has a small staging disk of its own. `bucket`: where the run is, if it is in one; the nodes
+        reach it through a proxy.
+        """
         self.config = config
         self.directory = directory
         self.nodes = tuple(nodes)
@@ -49,8 +75,17 @@ class Arena:
         self._points = tuple(points)
         self._decide = decide
         self._has_network = network
+        self._seed = seed
         self._stack = ExitStack()
         self._started: set[str] = set()
+        self._has_disks = disks
+        self._bucket = bucket
+        self._proxy: FaultProxy | None = None
+        self._rules: dict[int, Rule] = {}
+        self._disks: dict[str, Disk] = {}
+        self._data_away: dict[str, bytes] = {}
+        self.data: Store = open_store(config.data.url)
+        """The prepared data that this run alone reads."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -60,6 +95,11 @@ class Arena:
             if self._has_network:
                 self.network = stack.enter_context(Network(self.nodes, versions=(4,)))
                 self.run.ask_from = self.network.on_hub
+            if self._bucket is not None:
+                self._proxy = stack.enter_context(self._make_proxy(self._bucket))
+            self._places = Places(self.mark[:_NAME_CHARACTERS])
+            stack.callback(self._places.close)
+            self.counters = stack.enter_context(Scraper(self._watched(), self._on)).counters
             self._fleet = stack.enter_context(Fleet(self.config, self.directory))
             self._stack = stack.pop_all()
         return self
@@ -72,27 +112,53 @@ class Arena:
     ) -> None:
         self._stack.close()
 
+    def _watched(self) -> WatchedRun:
+        """The run, as another thread watches it."""
+        run = WatchedRun(self.config, self.directory)
+        run.ask_from = self.run.ask_from
+        return run
+
+    def _on(self, node: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.network is None else self.network.on(node)
+
     # Nodes
 
-    def start(self, node: str, *settings: str) -> None:
-        """Start a node, or start it anew."""
-        notices = self.directory / f"{node}.{NOTICE_FILE}"
-        notices.unlink(missing_ok=True)
-        entered = () if self.network is None else self.network.prefix(node)
-        address = LOOPBACK if self.network is None else self.network.address(node)
-        rules = self._hooks.rules(node, self._points)
-        self._started.add(node)
+    def start(self, node: str, *settings: str, other_code: bool = False) -> None:
+        """Start a node, or start it anew. `other_code`: its source code has one more comment than that of the others."""
+        self._notices(node).unlink(missing_ok=True)
+        self._disks.pop(node, None)
+        self._launch(node, node, settings, other_code=other_code)
+
+    def unstarted(self, count: int) -> tuple[str, ...]:
+        """The first nodes that have never been started."""
+        return tuple(each for each in self.nodes if each not in self._started)[:count]
+
+    def start_twin(self, node: str) -> None:
+        """Start another agent under a node's name, on the same machine."""
+        twin = f"{node}-twin"
+        self._launch(twin, node, (), other_code=False)
+
+    def _launch(self, key: str, node: str, settings: Sequence[str], *, other_code: bool) -> None:
+        prefix = [] if self.network is None else self.network.prefix(node)
+        places, variables = self._places.settings(key, self.config)
+        if self._has_disks:
+            prefix = [*prefix, *prefix_for_disk(self._places.staging(key))]
+        variables[VARIABLE] = self._hooks.rules(node, self._points)
+        if self._bucket is not None and self._proxy is not None:
+            variables |= self._bucket.environment({}, endpoint=self._proxy.endpoint)
+        if other_code:
+            variables["PYTHONPATH"] = str(changed_code(self.directory / "other-code"))
+        self._started.add(key)
         self._fleet.start(
-            node,
-            address=address,
-            prefix=[*entered, "env", f"{VARIABLE}={rules}"],
-            settings=[f"elastic.notices=file:{notices}", *settings],
+            key,
+            name=node,
+            address=LOOPBACK if self.network is None else self.network.address(node),
+            prefix=[*prefix, "env", *(f"{name}={value}" for name, value in variables.items())],
+            settings=[f"elastic.notices=file:{self._notices(node)}", *places, *settings],
         )
 
-    def start_another(self) -> None:
-        """Start the first node that has never been started."""
-        started = self._started
-        self.start(next(each for each in self.nodes if each not in started))
+    def _notices(self, node: str) -> Path:
+        return self.directory / f"{node}.{NOTICE_FILE}"
 
     def running(self) -> list[str]:
         """Nodes whose agent has not ended."""
@@ -106,6 +172,18 @@ class Arena:
         """Exit code of each node that was started and not killed; None while it runs."""
         return self._fleet.exit_codes()
 
+    def is_agent(self, pid: int) -> bool:
+        """Whether a process is the agent of a node that runs."""
+        return pid in {self._fleet.pid(node) for node in self._fleet.running()}
+
+    def look(self) -> None:
+        """Note what has to be gone at the end. Call it several times a second."""
+        self._places.look()
+
+    def leftovers(self, clean: Collection[str]) -> tuple[str, ...]:
+        """What the run has left on this machine; `clean` are the nodes whose agent has ended by itself."""
+        return left_by(self.mark, self._places, clean)
+
     def kill(self, node: str) -> None:
         """The loss of a machine: SIGKILL to all its processes at once."""
         if node in self._fleet.running():
@@ -118,26 +196,116 @@ class Arena:
                 os.kill(pid, number)
 
     def signal_agent(self, node: str, number: signal.Signals) -> None:
-        """Send a signal to a node's agent alone."""
-        with suppress(ProcessLookupError):
+        """Send a signal to a node's agent alone, if it runs."""
+        if node in self._fleet.running():
             os.kill(self._fleet.pid(node), number)
 
     def signal_node(self, node: str, number: signal.Signals) -> None:
-        """Send a signal to all processes of a node, as a machine that freezes and goes on."""
-        with suppress(ProcessLookupError):
+        """Send a signal to all processes of a node that runs, as a machine that freezes and goes on."""
+        if node in self._fleet.running():
             os.killpg(self._fleet.pid(node), number)
 
     def workers(self, node: str) -> list[int]:
-        """Process ids of a node's workers."""
+        """Process ids of a node's workers; none if it does not run."""
+        if node not in self._fleet.running():
+            return []
         return workers_of(self._fleet.pid(node), self.mark)
+
+    def fork_server(self, node: str) -> int:
+        """Process id of what forks a node's workers; 0 if there is none."""
+        if node not in self._fleet.running():
+            return 0
+        return fork_server_of(self._fleet.pid(node), self.mark)
+
+    def limit_files(self, node: str) -> None:
+        """An agent that runs may open no further file."""
+        if node in self._fleet.running():
+            pid = self._fleet.pid(node)
+            highest = max(int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir())
+            _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, most))
+
+    def lift_limit(self, node: str) -> None:
+        """It may open as many as before the limit."""
+        if node in self._fleet.running():
+            pid = self._fleet.pid(node)
+            _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
 
     def notify(self, node: str, lead_s: float) -> None:
         """A notice of preemption for a node, as its platform would give it."""
-        path = self.directory / f"{node}.{NOTICE_FILE}"
+        path = self._notices(node)
         part = path.with_suffix(".part")
         part.write_text(f"kind: preempt\nlead_s: {lead_s}\n")
         part.rename(path)
 
     def withdraw(self, node: str) -> None:
         """The notice does not count any more."""
-        (self.directory / f"{node}.{NOTICE_FILE}").unlink(missing_ok=True)
+        self._notices(node).unlink(missing_ok=True)
+
+    def disk(self, node: str) -> Disk:
+        """The staging disk of a node that runs, or ran when this was first asked."""
+        if node not in self._disks:
+            self._disks[node] = Disk(self._places.staging(node), self._fleet.pid(node))
+        return self._disks[node]
+
+    # The bucket
+
+    def _make_proxy(self, bucket: Bucket) -> FaultProxy:
+        if self.network is None:
+            return FaultProxy(bucket.endpoint, seed=self._seed)
+        with self.network.on_hub():
+            listener = socket.create_server((self.network.address_of_hub(), 0))
+        return FaultProxy(bucket.endpoint, listener=listener, seed=self._seed)
+
+    def strike_bucket(
+        self, number: int, fault: S3Fault, *, methods: Collection[str], key: str, share: float
+    ) -> None:
+        """From now on let a fault strike requests of the nodes to the bucket. `number` names it for `mend_bucket`."""
+        assert self._proxy is not None
+        self._rules[number] = self._proxy.strike(fault, methods=methods, key=key, share=share)
+
+    def requests_struck(self, number: int) -> int:
+        """How many requests that fault has struck."""
+        return self._rules[number].struck
+
+    def mend_bucket(self, number: int) -> None:
+        """End that fault."""
+        self._rules[number].mend()
+
+    # What is stored
+
+    def change(self, key: str, change: Callable[[bytearray], None]) -> None:
+        """Change an object of the run."""
+        _change(self.run.store, key, change)
+
+    def change_data(self, key: str, change: Callable[[bytearray], None]) -> None:
+        """Change an object of the prepared data."""
+        _change(self.data, key, change)
+
+    def take_data_away(self) -> None:
+        """Delete the prepared data, and remember it."""
+        self._data_away = {key: self.data.read(key) for key in self.data.keys("")}
+        for key in self._data_away:
+            self.data.delete(key)
+
+    def put_data_back(self) -> None:
+        """The data is there again, as it was."""
+        for key, content in self._data_away.items():
+            self.data.write(key, content)
+
+
+def changed_code(directory: Path) -> Path:
+    """A copy of this package with one more comment, made on first use. Returns the directory that it is in."""
+    if not directory.exists():
+        package = Path(elastic_pt.__file__).parent
+        shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns("*.pyc"))
+        with (directory / package.name / "errors.py").open("a") as file:
+            file.write("# Another version.\n")
+    return directory
+
+
+def _change(store: Store, key: str, change: Callable[[bytearray], None]) -> None:
+    content = bytearray(store.read(key))
+    change(content)
+    store.write(key, bytes(content))

@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Final
 
 from elastic_pt.chaos.arena import Arena
+from elastic_pt.chaos.bucket import Bucket
 from elastic_pt.chaos.kinds import Need, Strike
 from elastic_pt.chaos.scenario import Draw, FaultSpec, Scenario
+from elastic_pt.chaos.scrape import Counters
 from elastic_pt.config import Config
 from elastic_pt.errors import StoreError
 from elastic_pt.failpoints import GO, Failpoint, Reached
+from elastic_pt.report.status import judge
 from elastic_pt.runlog.records import Generation
 
 _POLL_S: Final = 0.02
 _LOOK_S: Final = 0.25
+_ENDS: Final = ("agent_failed", "agent_crashed", "agent_left", "agent_stopped")
+"""Events of agents that end by themselves."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,14 @@ class Happening:
     at_s: float
     """Seconds since the nodes were started."""
     what: str
-    """`fault`, `healed`, `started`, `ended`, `generation`, `stop`, or `failed`."""
+    """`fault`, `healed`, `started`, `ended`, `generation`, `stop`, or `failed`; `step` is told and not kept."""
     text: str
     node: str = ""
+    """Whom it concerns; several names are joined by `+`."""
+    members: tuple[str, ...] = ()
+    """Of a `generation`, by rank."""
+    number: int = 0
+    """Of a `generation`, of the `fault` that strikes or has `healed`, or of a `step`: its number."""
 
 
 @dataclass
@@ -53,9 +63,23 @@ class Struck:
     generation: int
     """The newest generation then; 0 before the first."""
     step: int
-    """The newest step whose computation had begun."""
+    """Steps that were done when the newest computation of a step had begun."""
+    members: tuple[str, ...] = ()
+    """Of the newest generation then."""
+    ends_agent: bool = False
+    """Whether the agents of its nodes may end through it."""
     healed_s: float | None = None
     """When it ended, for one that lasts."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A worker was about to compute a step."""
+
+    time_s: float
+    """Unix time."""
+    step: int
+    """Steps that were done."""
 
 
 @dataclass
@@ -70,12 +94,20 @@ class Played:
     happenings: list[Happening] = field(default_factory=list)
     missed: list[FaultSpec] = field(default_factory=list)
     """Faults whose moment never came."""
+    without_effect: list[str] = field(default_factory=list)
+    """Faults that struck and touched nothing, each with what was expected, such as a request that met it."""
     exit_codes: dict[str, int | None] = field(default_factory=dict)
     """Of the agents that were not killed from outside."""
     seconds: float = 0.0
     timed_out: bool = False
-    mark: str = ""
-    """By which the run's processes are found."""
+    progress: list[Progress] = field(default_factory=list)
+    """In order; of workers that begin the same step one after another, the first."""
+    counters: Counters = field(default_factory=Counters)
+    """What the agents' metrics showed last."""
+    leftovers: tuple[str, ...] = ()
+    """What was left on this machine when all agents had ended; empty if they had not."""
+    state: tuple[str, str] = ("", "")
+    """What `elastic-pt status` would say at the end, and why; empty if nobody answers."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,16 @@ class _Asking:
     node: str
     reached: Reached
     answer: "Future[str]"
+
+
+@dataclass(frozen=True)
+class _Lasting:
+    """A deed that every process of a node does each time it comes to a point, until the fault ends."""
+
+    number: int
+    point: Failpoint
+    nodes: tuple[str, ...]
+    deed: str
 
 
 class Player:
@@ -98,37 +140,42 @@ class Player:
         directory: Path,
         *,
         network: bool,
+        bucket: Bucket | None = None,
         tell: Callable[[Happening], None] = lambda happening: None,
     ) -> None:
-        """`network`: whether the nodes have networks of their own. `tell` hears of all that happens, as it happens."""
+        """`network`: whether the nodes have networks of their own. `bucket`: where the run is, if it is in one. `tell` hears of all that happens, as it happens."""
         self.played = Played(scenario, seed, config, directory)
         self._draw = Draw(seed)
         self._tell = tell
         self._asking: queue.Queue[_Asking] = queue.Queue()
         self._pending = dict(enumerate(scenario.faults, start=1))
         self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._lasting: list[_Lasting] = []
+        self._unhealed: dict[int, tuple[float, Struck, Strike]] = {}
+        """By number of the fault: when it is to be healed."""
         self._step = -1
         self._first_step_s: float | None = None
         self._generation: Generation | None = None
         self._replaced: set[str] = set()
+        self._ended: set[str] = set()
         points = {each.at.point for each in scenario.faults if each.at.point is not None}
-        joins = sum(
-            int(each.parameters["count"]) for each in scenario.faults if each.kind == "join"
-        )
         self._arena = Arena(
             config,
             directory,
-            [f"node-{number}" for number in range(scenario.nodes + joins)],
+            [f"node-{number}" for number in range(scenario.nodes + scenario.newcomers)],
             points=sorted({*points, Failpoint.STEP_FORWARD}, key=lambda point: point.label),
             decide=self._decide,
             network=network,
+            bucket=bucket,
+            seed=seed,
+            disks=Need.DISK in needs_of(scenario),
         )
 
     def play(self) -> Played:
         """From the start of the nodes to the end of the last one, or to the scenario's longest time."""
         played, scenario = self.played, self.played.scenario
         with self._arena as arena:
-            played.mark = arena.mark
+            played.counters = arena.counters
             self._began_s = time.monotonic()
             for node in arena.nodes[: scenario.nodes]:
                 arena.start(node)
@@ -139,31 +186,72 @@ class Player:
                 if (now_s := time.monotonic()) - look_s > _LOOK_S:
                     look_s = now_s
                     self._look()
+                    arena.look()
                     self._replace()
                 if self._now_s() > scenario.longest_s:
                     played.timed_out = True
                     self._happened("failed", f"not over after {scenario.longest_s:g} s")
                     break
+            for _, struck, strike in list(self._unhealed.values()):
+                self._heal(struck, strike)
             self._look()
             played.seconds = self._now_s()
             played.exit_codes = arena.exit_codes()
             played.missed = list(self._pending.values())
+            played.state = self._state()
+            if not played.timed_out:
+                played.leftovers = arena.leftovers(self._ended_by_themselves())
         return played
+
+    def _state(self) -> tuple[str, str]:
+        run = self._arena.run
+        try:
+            state, why = judge(run.view(), run.statuses(), 0, self.played.config.elastic.nodes_min)
+        except StoreError as error:
+            return "", str(error)
+        return str(state), why
+
+    def _ended_by_themselves(self) -> list[str]:
+        """Nodes whose agent was ended neither by a signal nor at a point of its code."""
+        told = {
+            node: any(self._arena.run.events(node, name) for name in _ENDS)
+            for node in self.played.exit_codes
+        }
+        return [
+            node
+            for node, code in self.played.exit_codes.items()
+            if code == 0 or (code is not None and code > 0 and told[node])
+        ]
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s
 
-    def _happened(self, what: str, text: str, node: str = "") -> None:
-        happening = Happening(self._now_s(), what, text, node)
+    def _happened(
+        self,
+        what: str,
+        text: str,
+        node: str = "",
+        *,
+        members: tuple[str, ...] = (),
+        number: int = 0,
+    ) -> None:
+        happening = Happening(self._now_s(), what, text, node, members, number)
         self.played.happenings.append(happening)
         self._tell(happening)
 
     def _over(self) -> bool:
         """Whether nothing runs any more, and nothing will."""
-        if self._arena.running() or self._timers:
+        if self._arena.running():
             return False
-        ended = any(each.what == "stop" for each in self.played.happenings)
-        return ended or all(self._due_s(each) is None for each in self._pending.values())
+        if self._stopped:
+            return True
+        return not self._timers and all(
+            self._due_s(each) is None for each in self._pending.values()
+        )
+
+    @property
+    def _stopped(self) -> bool:
+        return any(each.what == "stop" for each in self.played.happenings)
 
     # Moments
 
@@ -171,8 +259,16 @@ class Player:
         """Called in the thread of one process that asks; the loop answers."""
         if reached.point == Failpoint.STEP_FORWARD.label and reached.step is not None:
             self._step = max(self._step, reached.step)
+            progress = self.played.progress
+            if not progress or progress[-1].step != reached.step:
+                progress.append(Progress(time.time(), reached.step))
             if self._first_step_s is None:
                 self._first_step_s = time.monotonic()
+            # In the thread of one process that asks: the others do not wait for it.
+            time.sleep(self.played.scenario.step_s)
+        for each in self._lasting:
+            if each.point.label == reached.point and node in each.nodes:
+                return each.deed
         if not any(self._may_be(each, reached) for each in list(self._pending.values())):
             return GO
         asking = _Asking(node, reached, Future())
@@ -197,7 +293,7 @@ class Player:
                 if not self._may_be(fault, asking.reached) or not self._is_after(fault):
                     continue
                 nodes = self._whom(number, fault, asking.node)
-                if asking.node in nodes:
+                if fault.of.starts_nodes or asking.node in nodes:
                     answer = self._strike(number, fault, nodes, asking.reached.pid)
         finally:
             asking.answer.set_result(answer)
@@ -217,6 +313,9 @@ class Player:
             due_s = self._due_s(fault)
             if due_s is not None and now_s >= due_s and self._is_after(fault):
                 self._strike(number, fault, self._whom(number, fault, ""), 0)
+        for due_s, struck, strike in list(self._unhealed.values()):
+            if due_s <= now_s:
+                self._heal(struck, strike)
         due = [each for each in self._timers if each[0] <= now_s]
         self._timers = [each for each in self._timers if each[0] > now_s]
         for _, act in due:
@@ -234,6 +333,8 @@ class Player:
 
     def _whom(self, number: int, fault: FaultSpec, here: str) -> tuple[str, ...]:
         """The nodes that a fault strikes now. `here` stands at its moment; empty if a time told it."""
+        if fault.of.starts_nodes:
+            return self._arena.unstarted(fault.starts)
         self._look()
         members = [] if self._generation is None else [m.node for m in self._generation.members]
         members = [each for each in members if each in self._arena.running()]
@@ -280,32 +381,39 @@ class Player:
             time.time(),
             0 if self._generation is None else self._generation.number,
             self._step,
+            members=()
+            if self._generation is None
+            else tuple(each.node for each in self._generation.members),
+            ends_agent=kind.ends_node or (bool(kind.deed) and self._arena.is_agent(pid)),
         )
         self.played.struck.append(struck)
-        self._happened("fault", str(fault), "+".join(nodes))
+        self._happened("fault", str(fault), "+".join(nodes), number=number)
         strike = Strike(number, nodes, pid, fault.parameters, self._draw.for_fault(number))
         if kind.strike is not None:
             kind.strike(self._arena, strike)
-        if kind.heal is not None:
-            assert fault.for_s is not None
-            self._timers.append(
-                (time.monotonic() + fault.for_s, lambda: self._heal(struck, strike))
-            )
-        return (
-            kind.deed.format(**{key: f"{value:g}" for key, value in fault.parameters.items()}) or GO
-        )
+        deed = kind.deed.format(**{key: f"{value:g}" for key, value in fault.parameters.items()})
+        if kind.repeats and fault.at.point is not None:
+            self._lasting.append(_Lasting(number, fault.at.point, nodes, deed))
+        if fault.for_s is not None:
+            self._unhealed[number] = (time.monotonic() + fault.for_s, struck, strike)
+        return deed or GO
 
     def _heal(self, struck: Struck, strike: Strike) -> None:
+        del self._unhealed[struck.number]
+        met = struck.spec.of.met
+        if met is not None and not met(self._arena, strike):
+            self.played.without_effect.append(f"{struck.spec}: expected traffic that meets it")
         heal = struck.spec.of.heal
-        assert heal is not None
-        heal(self._arena, strike)
+        if heal is not None:
+            heal(self._arena, strike)
+        self._lasting = [each for each in self._lasting if each.number != struck.number]
         struck.healed_s = self._now_s()
-        self._happened("healed", struck.spec.kind, "+".join(struck.nodes))
+        self._happened("healed", struck.spec.kind, "+".join(struck.nodes), number=struck.number)
 
     def _replace(self) -> None:
         """Start ended nodes anew, if the scenario has a pool and the run is not over."""
         after_s = self.played.scenario.replace_after_s
-        if after_s is None or self.played.happenings[-1].what == "stop":
+        if after_s is None or self._stopped:
             return
         for node in self._arena.gone() - self._replaced:
             self._replaced.add(node)
@@ -318,19 +426,27 @@ class Player:
             self._timers.append((time.monotonic() + after_s, start))
 
     def _look(self) -> None:
-        """See what the log has that is new."""
+        """See which agents have ended, and what the log has that is new."""
+        self._tell(Happening(self._now_s(), "step", "", number=max(0, self._step)))
+        gone = self._arena.gone()
+        for node in sorted(gone - self._ended):
+            code = self._arena.exit_codes().get(node)
+            text = "killed" if code is None or code < 0 else f"exit code {code}"
+            self._happened("ended", text, node)
+        self._ended = gone
         try:
             view = self._arena.run.view()
         except StoreError:
             return
         if view.generation is not None and view.generation != self._generation:
             self._generation = view.generation
-            members = ", ".join(each.node for each in view.generation.members)
-            text = f"generation {view.generation.number}: {members}; {view.generation.reason}"
-            self._happened("generation", text)
-        if view.stop is not None and not any(
-            each.what == "stop" for each in self.played.happenings
-        ):
+            members, number = (
+                tuple(each.node for each in view.generation.members),
+                view.generation.number,
+            )
+            text = f"generation {number}: {', '.join(members)}; {view.generation.reason}"
+            self._happened("generation", text, members=members, number=number)
+        if view.stop is not None and not self._stopped:
             self._happened("stop", f"step {view.stop.step}: {view.stop.reason}")
 
 

@@ -53,6 +53,12 @@ def workers_of(agent: int, value: str) -> list[int]:
     return sorted(pid for pid, parent in parents.items() if parent in children)
 
 
+def fork_server_of(agent: int, value: str) -> int:
+    """The process that forks an agent's workers: the child that has children itself; 0 if there is none."""
+    parents = marked(value)
+    return next((pid for pid, up in parents.items() if up == agent and pid in parents.values()), 0)
+
+
 def descendants_of(agent: int, value: str) -> set[int]:
     """All processes below an agent."""
     parents = marked(value)

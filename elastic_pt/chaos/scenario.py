@@ -19,11 +19,13 @@ import random
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
+import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elastic_pt.chaos.kinds import KINDS, Kind
@@ -78,7 +80,7 @@ _POINTS: Final = {
 class Part(BaseModel):
     """A table of a scenario: immutable, and without keys that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Moment(Part):
@@ -87,8 +89,9 @@ class Moment(Part):
     step: Annotated[int, Field(ge=0)] | None = None
     """A worker of the fault's node is about to compute this step; with `phase`: not before it."""
     phase: Phase | None = None
+    """A process of the fault's node comes to this phase."""
     seconds: Annotated[float, Field(ge=0.0)] | None = None
-    """After the first step of the run, or after the strike of the fault `after`."""
+    """So many seconds after the first step of the run, or after the strike of the fault `after`. Not beside `step` or `phase`."""
     after: Annotated[int, Field(ge=1)] | None = None
     """Number of a fault of the scenario, from 1: not before that one has struck."""
     generation: Annotated[int, Field(ge=1)] | None = None
@@ -121,23 +124,26 @@ class Moment(Part):
 class FaultSpec(BaseModel):
     """One fault: what, to whom, when, for how long. Further keys are the parameters of its kind."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     kind: str
+    """What happens: one of the kinds of faults."""
     node: NodeName | tuple[NodeName, ...] = "any"
-    """`leader` has rank 0, `last` the highest rank, `follower` is any but the leader, `any` is chosen by the seed, or,
-    in a phase, the first node that comes there."""
+    """Whom it strikes, or a list of them: `node-0` and so on; `leader` has rank 0, `last` the highest rank, `follower` is any but
+    the leader, `mirror-of-leader` keeps a copy of the leader's state, `all` is every node that runs, `any` is chosen by the
+    seed, or, at a step or in a phase, the first node that comes there."""
     at: Moment
+    """When it strikes: a table."""
     for_s: Seconds | None = None
-    """How long it lasts. Only for kinds that end."""
+    """How many seconds it lasts. Required for kinds that last, and only for them."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         kind = KINDS.get(self.kind)
         if kind is None:
             raise ValueError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if (self.for_s is None) is (kind.heal is not None):
-            expected = "a duration" if kind.heal else "no duration: it does not end"
+        if (self.for_s is None) is kind.lasts:
+            expected = "a duration" if kind.lasts else "no duration: it does not end"
             raise ValueError(f"for_s of {self.kind}: {self.for_s}, expected {expected}")
         for key, value in (self.model_extra or {}).items():
             if key not in kind.parameters:
@@ -164,6 +170,11 @@ class FaultSpec(BaseModel):
         """The parameters of its kind: those that are written, else the defaults."""
         return {**self.of.parameters, **(self.model_extra or {})}
 
+    @property
+    def starts(self) -> int:
+        """How many nodes it starts."""
+        return int(self.parameters["count"]) if self.of.starts_nodes else 0
+
     def __str__(self) -> str:
         lasts = "" if self.for_s is None else f" for {self.for_s:g} s"
         written = "".join(f" {key}={value:g}" for key, value in (self.model_extra or {}).items())
@@ -178,7 +189,7 @@ class Expectation(Part):
     reason: str = ""
     """What the STOP or the pause says, a part of it."""
     recovers_within_s: Seconds = 30.0
-    """From the strike of each fault that ends a generation to the next step that is done."""
+    """Seconds at most from the strike of each fault that ends a generation to the next step that is done."""
     lost_steps: Annotated[int, Field(ge=0)] = 2
     """Steps that were reported as done and done again, at most, for each change of the members."""
     generations: Annotated[int, Field(ge=1)] | None = None
@@ -189,24 +200,33 @@ class Scenario(Part):
     """A scenario, as its file says."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+    """Small letters, digits and hyphens. The file's name without `.toml` counts if there is none."""
     hypothesis: Annotated[str, Field(min_length=1)]
+    """A sentence: what you believe will happen."""
     rows: tuple[Annotated[str, Field(pattern=r"^[FI]\d{1,2}$")], ...] = ()
     """Rows of docs/faults.md that it checks."""
     quick: bool = False
     """Whether it is one of the set that CI runs."""
     nodes: Annotated[int, Field(ge=1, le=NODES_MAX)] = 3
+    """Nodes that start: `node-0` and so on. Training begins when all are there."""
     workers_per_node: Annotated[int, Field(ge=1, le=8)] = 1
+    """Workers of each node. All nodes together may have 8."""
     steps: Annotated[int, Field(ge=1, le=10**6)] = 48
+    """Steps of the run. A checkpoint is committed every 6 steps."""
+    step_s: Annotated[float, Field(ge=0.0, le=60.0)] = 0.1
+    """Each step takes so many seconds at least: its workers wait before they begin it."""
     store: Literal["bucket", "directory"] = "bucket"
     """Where the run is: in a bucket on a real S3 server, or in a directory."""
     replace_after_s: Seconds | None = None
-    """A pool of machines: each node that has ended while the run goes on is started anew after this time."""
+    """A pool of machines: each node that has ended while the run goes on is started anew after so many seconds."""
     longest_s: Seconds = 120.0
-    """The run has failed if it takes longer."""
+    """The run has failed if it takes more seconds."""
     config: Mapping[str, Mapping[str, Any]] = {}
-    """Keys of the run's configuration, by section."""
+    """Keys of the run's configuration, by section, as in `config.elastic = { nodes_min = 2 }`."""
     faults: tuple[FaultSpec, ...] = ()
+    """The faults, each a table `[[faults]]`. They are counted from 1."""
     expect: Expectation = Expectation()
+    """What must come of the run."""
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> Self:
@@ -216,6 +236,16 @@ class Scenario(Part):
                     f"faults.{number}: after = {fault.at.after}, expected an earlier fault"
                 )
         return self
+
+    @property
+    def newcomers(self) -> int:
+        """How many nodes its faults start."""
+        return sum(each.starts for each in self.faults)
+
+    @property
+    def joining(self) -> int:
+        """How many of them may take part."""
+        return sum(each.starts for each in self.faults if not each.of.ends_node)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -246,6 +276,12 @@ def read_scenario(text: str, source: str, name: str) -> Scenario:
         raise ConfigError(f"{source}: {path or 'scenario'}{shown}: {message}") from error
 
 
+def as_toml(scenario: Scenario) -> str:
+    """The text from which `read_scenario` makes the same scenario."""
+    content = scenario.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    return tomlkit.dumps(content)
+
+
 def load(name_or_file: str) -> Scenario:
     """A scenario of the package by its name, or one in a file. Raises `ConfigError`."""
     path = Path(name_or_file)
@@ -256,8 +292,10 @@ def load(name_or_file: str) -> Scenario:
             raise ConfigError(f"{path}: {error.strerror}, expected a scenario") from error
     found = {each.name: each for each in shipped()}
     if name_or_file not in found:
+        near = get_close_matches(name_or_file, found)
         raise ConfigError(
-            f"scenario {name_or_file!r}: expected a file that ends in .toml, or one of {', '.join(found)}"
+            f"scenario {name_or_file!r}: expected a file that ends in .toml, or a name that "
+            f"`elastic-pt chaos list` shows{', such as ' + ', '.join(near) if near else ''}"
         )
     return found[name_or_file]
 

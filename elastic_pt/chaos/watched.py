@@ -12,8 +12,9 @@ from elastic_pt.config import Config
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.membership.links import url_of
 from elastic_pt.membership.peers import STATUS
+from elastic_pt.runlog.control import ask
 from elastic_pt.runlog.log import RunLog, RunView
-from elastic_pt.runlog.records import Generation, Member, Record
+from elastic_pt.runlog.records import Generation, Member, Record, Request, Verb
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 
@@ -35,6 +36,11 @@ class WatchedRun:
     def view(self) -> RunView:
         """The run's log up to its end."""
         return self._log.refresh()
+
+    def request(self, verb: Verb, node: str = "") -> None:
+        """Record what an operator asks of the run, as `elastic-pt pause` and its like do."""
+        wanted = Request(verb, by="chaos", node=node)
+        self._log.append(lambda view: ask(view, wanted), generation=self.view().generation_number)
 
     def records(self) -> list[Record]:
         """All records of the log."""

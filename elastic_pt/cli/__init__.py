@@ -16,6 +16,8 @@
     drain  stop
     config  storage-check               checks before a run                         cli.setup
     dashboards push  dashboards export  Grafana dashboards                          cli.dashboards
+    chaos list  run  campaign  replay   faults strike runs on this machine          cli.chaos
+    chaos live                          … and a run on a cluster                    cli.chaos_live
 
 Commands import what they need when they are called: importing torch takes two seconds, and `--help` and
 `status` do not need it. Workers import this module too, because multiprocessing imports the parent's main
@@ -39,6 +41,8 @@ import typer
 from typer.exceptions import TyperException
 
 from elastic_pt.cli import (
+    chaos,
+    chaos_live,
     control,
     convert,
     dashboards,
@@ -114,18 +118,32 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 for _name, _command in _COMMANDS.items():
     app.command(_name, help=_text(_command), epilog=_examples(_command))(_command)
 
-_dashboards = typer.Typer(rich_markup_mode="rich")
-_OF_DASHBOARDS: Final[dict[str, Callable[..., None]]] = {
-    "push": dashboards.push_dashboards,
-    "export": dashboards.export_dashboards,
-}
-for _name, _command in _OF_DASHBOARDS.items():
-    _dashboards.command(_name, help=_text(_command), epilog=_examples(_command))(_command)
-app.add_typer(
-    _dashboards,
-    name="dashboards",
-    help=_text(dashboards.dashboards),
-    epilog=_examples(dashboards.dashboards),
+
+def _add_group(
+    name: str, group: Callable[..., None], commands: dict[str, Callable[..., Any]]
+) -> None:
+    """A command with commands of its own."""
+    typed = typer.Typer(rich_markup_mode="rich")
+    for each, command in commands.items():
+        typed.command(each, help=_text(command), epilog=_examples(command))(command)
+    app.add_typer(typed, name=name, help=_text(group), epilog=_examples(group))
+
+
+_add_group(
+    "dashboards",
+    dashboards.dashboards,
+    {"push": dashboards.push_dashboards, "export": dashboards.export_dashboards},
+)
+_add_group(
+    "chaos",
+    chaos.chaos,
+    {
+        "list": chaos.list_scenarios,
+        "run": chaos.run,
+        "campaign": chaos.campaign,
+        "replay": chaos.replay,
+        "live": chaos_live.live,
+    },
 )
 
 

@@ -14,6 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from elastic_pt.agent.checkpointing import Checkpointing, Lost, choose_resume
+from elastic_pt.chaos.s3_faults import ACCESS_DENIED, EXPIRED_TOKEN, Cut, Hang, S3Fault
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.index import read_manifest
@@ -37,7 +39,6 @@ from tests.checkpoint.world import (
 )
 from tests.membership.bucket import WatchedStore
 from tests.membership.world import generation, member
-from tests.services.proxy import Fault, FaultProxy
 from tests.train.world import config_for
 
 WAIT_S = 90.0
@@ -350,18 +351,13 @@ def test_the_mirror_of_a_lost_node_uploads_its_part(tmp_path: Path) -> None:
     mirror.close(WAIT_S)
 
 
-def on_shards(fault: Fault) -> Callable[[str, str], Fault | None]:
-    """Files are not taken, and no refusal either; the log and the rest work."""
-    return lambda method, path: (
-        fault if method == "PUT" and ("/shard-" in path or "/notice-" in path) else None
-    )
-
-
-TROUBLES: dict[str, Callable[[str, str], Fault | None]] = {
-    "outage": lambda *_: Fault(forward=False, answer=None),
-    "no permission": on_shards(Fault.status(403, "AccessDenied")),
-    "expired credentials": on_shards(Fault.status(400, "ExpiredToken")),
-    "no answer": on_shards(Fault.hang(WAIT_S)),
+FILES = ("*/shard-*", "*/notice-*")
+"""Files are not taken, and no refusal either; the log and the rest work."""
+TROUBLES: dict[str, tuple[S3Fault, tuple[str, ...]]] = {
+    "outage": (Cut(), ("*",)),
+    "no permission": (ACCESS_DENIED, FILES),
+    "expired credentials": (EXPIRED_TOKEN, FILES),
+    "no answer": (Hang(), FILES),
 }
 
 
@@ -399,8 +395,9 @@ def test_commits_resume_after_each_trouble_of_the_bucket(
             for rank in range(4):
                 stage(nodes[rank // 2], tmp_path, rank, step)
 
-        for number, trouble in enumerate(TROUBLES.values(), start=1):
-            proxy.trouble(trouble)
+        for number, (fault, keys) in enumerate(TROUBLES.values(), start=1):
+            for key in keys:
+                proxy.strike(fault, methods=() if key == "*" else ["PUT"], key=key)
             save(10 * number)
             with heard:
                 both = {(0, 10 * number), (1, 10 * number)}

@@ -14,22 +14,14 @@ from typing import Final
 
 import fsspec
 
+from elastic_pt.chaos.bucket import aws_variables
+from elastic_pt.chaos.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 from elastic_pt.failpoints import Failpoint
 from tests.crash import corruption, memory
 from tests.crash.campaign import OF_MEMORY, BucketCrashes, points_of
 from tests.crash.processes import Child, silence
-from tests.services.ceph import ACCESS_KEY, SECRET_KEY, Ceph
 
 MEMORY: Final = Path("/dev/shm")
-S3_SETTINGS: Final = {
-    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-    "AWS_REGION": "us-east-1",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_CONFIG_FILE": os.devnull,
-    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-}
 
 
 @contextmanager
@@ -38,7 +30,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     server = Ceph(folder / "ceph", part_bytes_min=1)
     server.start()
     try:
-        os.environ.update(S3_SETTINGS, AWS_ENDPOINT_URL=server.endpoint)
+        os.environ.update(aws_variables(server.endpoint, ACCESS_KEY, SECRET_KEY))
         make_bucket("crash")
         yield "s3://crash"
     finally:

@@ -15,6 +15,7 @@ import torch
 from typer.main import get_command
 
 from elastic_pt import errors
+from elastic_pt.chaos.document import filled
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.cli import app
 from elastic_pt.config import parse_config
@@ -171,6 +172,13 @@ def test_table_of_failpoints_is_the_enumeration() -> None:
     rows = ["| point | moment |", "| --- | --- |"]
     rows += [f"| `{each.label}` | {each.moment} |" for each in Failpoint]
     assert table_between(ROOT / "docs" / "failpoints.md", "failpoints") == rows
+
+
+def test_tables_on_chaos_are_those_of_the_code() -> None:
+    """Each field, kind, phase and oracle is on the page: `python -m elastic_pt.chaos.document docs/chaos.md` writes them."""
+    page = (ROOT / "docs" / "chaos.md").read_text()
+    assert page == filled(page)
+    assert page.count(": begin -->") == 8
 
 
 def test_table_of_exit_codes_is_the_error_tree() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from elastic_pt.chaos.scenario import shipped
+
 ROOT = Path(__file__).parents[2]
 FAULTS = 52
 INVARIANTS = 10
@@ -40,7 +42,18 @@ def test_every_fault_and_invariant_has_its_row() -> None:
     assert list(rows()) == wanted
     for number, cells in rows().items():
         assert len(cells) == (3 if number.startswith("F") else 2), number
-        assert "::" in cells[-1] or cells[-1].startswith("not yet"), number
+        assert re.search(r"::|scenario:", cells[-1]) or cells[-1].startswith("not yet"), number
+        if number.startswith("F"):
+            assert "`scenario:" in cells[-1] or "No scenario: " in cells[-1], number
+
+
+def test_the_table_names_the_scenarios_of_each_row_and_no_others() -> None:
+    """A row names exactly the scenarios that say that they check it."""
+    for number, cells in rows().items():
+        if number.startswith("I"):  # invariants hold in every scenario
+            continue
+        named = set(re.findall(r"`scenario:([a-z0-9-]+)`", cells[-1]))
+        assert named == {each.name for each in shipped() if number in each.rows}, number
 
 
 @pytest.mark.parametrize(("number", "cells"), rows().items())

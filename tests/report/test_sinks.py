@@ -16,6 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_server import WandbServer, wandb_server
 
+from elastic_pt.chaos.s3_faults import ACCESS_DENIED
+from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.checkpoint.history import Line, write_history
 from elastic_pt.cli import run_command_line
 from elastic_pt.errors import ConfigError, LogDamaged
@@ -38,7 +40,6 @@ from elastic_pt.runlog.records import (
 )
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
-from tests.services.proxy import Fault, FaultProxy
 
 STEPS = 12
 WANDB_TIMEOUT_S = 120.0
@@ -433,9 +434,8 @@ def test_follow_ends_with_the_run_and_survives_a_failing_bucket(
     run.commit(1, 2)
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        refused = Fault.status(403, "AccessDenied")
         acts: list[Callable[[], object]] = [
-            lambda: proxy.trouble(lambda method, path: refused),
+            lambda: proxy.strike(ACCESS_DENIED),
             lambda: run.commit(3, 4),
             proxy.mend,
             lambda: run.add(Stop(COMPLETED, 4)),

@@ -232,8 +232,8 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def _shape(style: str, x: float, y: float) -> str:
-    """A cross for what was lost or failed, a triangle in front of the bar for who joined, a bar for who left."""
-    if style in ("lost", "failed"):
+    """A cross for what was lost, failed or struck by a fault, a triangle in front of the bar for who joined, a bar for who left."""
+    if style in ("lost", "failed", "struck"):
         return f"M{x - 4:.1f} {y - 4}l8 8m0 -8l-8 8"
     if style == "joined":
         return f"M{x - 7:.1f} {y - 5}l7 5l-7 5Z"

@@ -1,8 +1,8 @@
-"""The page as HTML: the model and its drawings in the template. Pure, except that the template is a file of the package."""
+"""The page as HTML: the model and its drawings in the template. Pure, except that template and style are files of the package."""
 
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -14,16 +14,24 @@ from elastic_pt.report.page.parts import Figure
 WIDE: Final = Size(960, 300)
 NARROW: Final = Size(360, 230)
 _TEMPLATE: Final = "template.html"
+_STYLE: Final = "style.css"
 
 
 def render(page: Page) -> str:
     """The whole page. Every text is escaped by the template or by the drawings."""
+    source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    return fill(source, page=page, draw=_draw)
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page by a template, which also gets `style`, the style of all pages, and `version`."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    template = environment.from_string(source)
-    return template.render(page=page, draw=_draw, version=version("elastic-pt"))
+    style = Markup(files(__package__).joinpath(_STYLE).read_text(encoding="utf-8"))
+    return environment.from_string(template).render(
+        **values, style=style, version=version("elastic-pt")
+    )
 
 
 def _draw(figure: Figure, size_name: str) -> Markup:

@@ -1,0 +1,113 @@
+"""What a kind of faults is: what it does to a run, what it needs, and how the run must tell of it.
+
+strike(arena, strike)   the fault, in the thread of the run, while the process that reached the moment stands still
+deed                    or: what that process itself does (`failpoints`), exactly there
+heal(arena, strike)     undoes it, for faults that last (`for_s`)
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from elastic_pt.runlog.records import CauseKind
+
+if TYPE_CHECKING:
+    from elastic_pt.chaos.arena import Arena
+
+
+class Need(StrEnum):
+    """What a fault needs of the machine."""
+
+    NETWORK = "network"
+    """Each node on a network of its own, which takes root on Linux."""
+    BUCKET = "bucket"
+    """An S3 server behind a proxy."""
+    DISK = "disk"
+    """Each node on a small disk of its own, which takes root on Linux."""
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One fault as it strikes."""
+
+    number: int
+    """Of the fault in its scenario, from 1."""
+    nodes: tuple[str, ...]
+    """Whom it strikes."""
+    pid: int
+    """The process that stands at the moment; 0 if a time told it."""
+    parameters: Mapping[str, float]
+    choices: random.Random
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How a run tells of a fault: of each that is not empty, any one is enough. All empty: nothing has to tell."""
+
+    causes: frozenset[CauseKind] = frozenset()
+    """A GENERATION has such a cause, which names a struck node."""
+    events: frozenset[str] = frozenset()
+    """An agent of a struck node has written such an event."""
+    metrics: frozenset[str] = frozenset()
+    """Such a sample (`elastic_pt_notices_total`, `elastic_pt_worker_failures_total{cause="signal"}`) of a struck node is
+    above 0. What `causes` name is looked for in `elastic_pt_changes_total` anyway."""
+    names_node: bool = True
+    """Whether cause, event and sample are those of a struck node; if not, of any."""
+
+
+Action = Callable[["Arena", Strike], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of faults."""
+
+    name: str
+    meaning: str
+    strike: Action | None = None
+    deed: str = ""
+    """What the process at the moment does itself, as in `ELASTIC_PT_FAILPOINTS`; `{name}` is a parameter."""
+    repeats: bool = False
+    """Whether every process of a struck node does the deed each time it comes to the point, until the fault ends."""
+    heal: Action | None = None
+    needs: frozenset[Need] = frozenset()
+    evidence: Evidence = Evidence()
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Names and defaults."""
+    met: Callable[["Arena", Strike], int] | None = None
+    """How many requests or packets it has struck so far; with none it had no effect."""
+    ends_node: bool = False
+    """Whether the agents of the struck nodes may end through it."""
+    starts_nodes: bool = False
+    """Whether it starts `count` nodes that were never started before: they are the struck ones."""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it ends by itself, after `for_s`."""
+        return self.repeats or self.heal is not None
+
+
+LOST: Final = Evidence(causes=frozenset({CauseKind.LOST}))
+LEFT: Final = Evidence(causes=frozenset({CauseKind.LEFT}))
+_FAILURES: Final = "elastic_pt_worker_failures_total"
+
+
+def failed(cause: str) -> Evidence:
+    """A worker of the struck node has ended, by its agent for this cause."""
+    return Evidence(
+        causes=frozenset({CauseKind.FAILED}),
+        events=frozenset({"worker_failed"}),
+        metrics=frozenset({f'{_FAILURES}{{cause="{cause}"}}'}),
+    )
+
+
+def each(act: Callable[["Arena", str], None]) -> Action:
+    """The same for each struck node."""
+
+    def strike(arena: "Arena", strike: Strike) -> None:
+        for node in strike.nodes:
+            act(arena, node)
+
+    return strike

@@ -1,0 +1,108 @@
+"""Faults of a node's link that let it work on, badly: delay, loss, little bandwidth, resets, flipped and doubled frames."""
+
+from typing import TYPE_CHECKING, Final
+
+from elastic_pt.chaos.kinds.kind import Kind, Need, Strike
+from elastic_pt.fleet.forwarder import Disturbance
+
+if TYPE_CHECKING:
+    from elastic_pt.chaos.arena import Arena
+
+_NETWORK: Final = frozenset({Need.NETWORK})
+
+
+def _disturb(arena: "Arena", strike: Strike) -> None:
+    assert arena.network is not None
+    seed = strike.choices.randrange(2**32)
+    for node in strike.nodes:
+        arena.network.disturb(node, Disturbance(**strike.parameters), seed=seed)
+
+
+def _limit(arena: "Arena", strike: Strike) -> None:
+    assert arena.network is not None
+    for node in strike.nodes:
+        arena.network.limit(node, int(strike.parameters["bytes_per_s"]))
+
+
+def _reset(arena: "Arena", strike: Strike) -> None:
+    network = arena.network
+    assert network is not None
+    for node in strike.nodes:
+        for other in network.nodes:
+            if other != node:
+                network.reset(node, other)
+
+
+def _frames(arena: "Arena", strike: Strike) -> int:
+    """How many frames were lost, doubled or changed; of a delay all frames."""
+    assert arena.network is not None
+    what = {"delay_s": "frames", "jitter_s": "frames"}
+    names = {what.get(name, name) for name in strike.parameters}
+    counts = [arena.network.disturbed(node) for node in strike.nodes]
+    return sum(each[name] for each in counts for name in names)
+
+
+def _rejected(arena: "Arena", strike: Strike) -> int:
+    assert arena.network is not None
+    return sum(arena.network.rejected(node) for node in strike.nodes)
+
+
+def _heal(arena: "Arena", _: Strike) -> None:
+    assert arena.network is not None
+    arena.network.heal()
+
+
+OF_WIRE: Final = (
+    Kind(
+        "slow_link",
+        "all frames to and from a node come `delay_s` later, and up to `jitter_s` more",
+        strike=_disturb,
+        heal=_heal,
+        met=_frames,
+        needs=_NETWORK,
+        parameters={"delay_s": 0.05, "jitter_s": 0.0},
+    ),
+    Kind(
+        "lossy_link",
+        "a share `lost` of the frames to and from a node is lost",
+        strike=_disturb,
+        heal=_heal,
+        met=_frames,
+        needs=_NETWORK,
+        parameters={"lost": 0.02},
+    ),
+    Kind(
+        "duplicated_packets",
+        "a share `duplicated` of the frames to and from a node comes twice",
+        strike=_disturb,
+        heal=_heal,
+        met=_frames,
+        needs=_NETWORK,
+        parameters={"duplicated": 0.2},
+    ),
+    Kind(
+        "corrupt_packets",
+        "in a share `flipped` of the frames to and from a node one bit is wrong, and the checksum is right",
+        strike=_disturb,
+        heal=_heal,
+        met=_frames,
+        needs=_NETWORK,
+        parameters={"flipped": 0.01},
+    ),
+    Kind(
+        "narrow_link",
+        "bytes to and from a node pass at `bytes_per_s`",
+        strike=_limit,
+        heal=_heal,
+        needs=_NETWORK,
+        parameters={"bytes_per_s": 300_000},
+    ),
+    Kind(
+        "reset_connections",
+        "all connections between the struck node and the other nodes are reset, new ones too",
+        strike=_reset,
+        heal=_heal,
+        met=_rejected,
+        needs=_NETWORK,
+    ),
+)
