@@ -50,6 +50,7 @@ _LEFT_OUT: Final = {
     "record_altered": "it ends the run, as it must",
     "record_deleted": "it ends the run, as it must",
     "data_damaged": "the run leaves the damaged tokens out, so its weights are others",
+    "corrupt_packets": "nothing detects a wrong gradient yet (F11)",
     "new_fleet": "the pool starts new nodes anyway",
     "same_name": "the pool would start whom the run refuses again and again",
     "other_config": "the pool would start whom the run refuses again and again",
