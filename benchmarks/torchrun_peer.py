@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from elastic_pt import failpoints
 from elastic_pt.config import ModelSection
 from elastic_pt.model.initialize import fill_
 from elastic_pt.model.transformer import build_on_meta
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, required=True, help="of collectives, in seconds")
     parser.add_argument("--checkpoint-steps", type=int, required=True)
     parser.add_argument("--sequence-length", type=int, default=LENGTH)
+    parser.add_argument("--steps", type=int, default=0, help="then end; 0: never")
     return parser.parse_args()
 
 
@@ -100,7 +102,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, le
 
 
 def main() -> None:
-    """Train until this process is ended."""
+    """Train until the last step, or until this process is ended."""
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     began_s, entered_s = process_start_s(), time.time()
     # A killed torchrun does not end its workers. The benchmark must end them.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -140,7 +143,9 @@ def main() -> None:
         "restore_s": restored_s - joined_s,
     }
     with (options.directory / "steps.jsonl").open("a", encoding="utf-8") as lines:
-        while True:
+        while not options.steps or step < options.steps:
+            # Where a chaos run may strike.
+            failpoints.failpoint(failpoints.Failpoint.STEP_FORWARD, step)
             train_step(model, optimizer, step, options.sequence_length)
             step += 1
             if dist.get_rank() == 0:

@@ -64,8 +64,8 @@ class Arena:
     ) -> None:
         """`nodes`: all that may ever start. Processes ask `decide` what to do at each of the `points`.
 
-        `seed` decides which requests to the bucket are struck. `disks`: whether each node has a small staging disk of its own. `bucket`: where the run is, if it is in one; the nodes
-        reach it through a proxy.
+        `seed` decides which requests to the bucket are struck. `disks`: whether each node has a small staging disk of its
+        own. `bucket`: where the run is, if it is in one; the nodes reach it through a proxy.
         """
         self.config = config
         self.directory = directory

@@ -153,6 +153,8 @@ def run_digest(store: Store, view: RunView) -> str:
 def check_digest(store: Store, view: RunView, references: Mapping[int, str]) -> str:
     """The newest committed state has the bits of the undisturbed run at its step; a completed run's is its last."""
     if not view.checkpoints:
+        if view.stop is not None and view.stop.step == 0:
+            return "no checkpoint is committed, as the run ended before its first step"
         raise Objection("no checkpoint is committed")
     step = view.checkpoints[0].step
     if (last := completed_step(view)) is not None and step != last:

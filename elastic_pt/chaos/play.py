@@ -141,9 +141,12 @@ class Player:
         *,
         network: bool,
         bucket: Bucket | None = None,
+        arena: type[Arena] = Arena,
         tell: Callable[[Happening], None] = lambda happening: None,
     ) -> None:
-        """`network`: whether the nodes have networks of their own. `bucket`: where the run is, if it is in one. `tell` hears of all that happens, as it happens."""
+        """`network`: whether the nodes have networks of their own. `bucket`: where the run is, if it is in one. `arena`:
+        how nodes are started. `tell` hears of all that happens, as it happens.
+        """
         self.played = Played(scenario, seed, config, directory)
         self._draw = Draw(seed)
         self._tell = tell
@@ -159,7 +162,7 @@ class Player:
         self._replaced: set[str] = set()
         self._ended: set[str] = set()
         points = {each.at.point for each in scenario.faults if each.at.point is not None}
-        self._arena = Arena(
+        self._arena = arena(
             config,
             directory,
             [f"node-{number}" for number in range(scenario.nodes + scenario.newcomers)],

@@ -67,6 +67,10 @@ class Fleet:
         command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
         command += ["--node", name or node, "--address", address]
         command += [word for each in settings for word in ("--set", each)]
+        return self.launch(node, command)
+
+    def launch(self, node: str, command: Sequence[str]) -> int:
+        """Start a node with another command than that of our agent; returns its process id."""
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(
                 command,
