@@ -467,6 +467,20 @@ def test_of_two_members_without_a_link_the_later_one_waits() -> None:
     assert told == Wait("a leads: c parked: no link to b", broken=True)
 
 
+def test_a_member_that_others_cannot_reach_is_parked_only_after_it_has_answered() -> None:
+    """Another member may notice first that c is gone. Whether c is lost or parked is known once it was asked."""
+    world, b = generation("a", "b", "c"), peer(status("b", unreachable=lives("c"), broken=1))
+    since = {"broken_since_s": NOW_S - 0.2}
+    before = {"b": b, "c": peer(status("c"), silent_s=0.3)}
+    asks = decision(status("a"), before, of=world, **since)
+    expected = "asking whether c can continue; c parked: no link to b"
+    assert asks == Wait(expected, broken=True, asking=True)
+    gone = decision(status("a"), before | {"c": refusing(status("c"))}, of=world, **since)
+    assert causes(gone) == [(CauseKind.LOST, "c")]
+    answers = decision(status("a"), before | {"c": peer(status("c"))}, of=world, **since)
+    assert causes(answers) == [(CauseKind.PARKED, "c")]
+
+
 def test_cause_of_a_parked_member_names_its_missing_links() -> None:
     """Of several broken links, each parked member's cause names its own."""
     world = generation(*"abcde")

@@ -13,7 +13,8 @@ A generation is broken when a member is gone, cannot be reached by another one, 
 is over, in good order, when all its members have spent it. Three rules prevent that two halves of a split network
 replace each other's generations:
 
-    ask again     a generation starts only with nodes that have answered since the failure was detected
+    ask again     a generation starts only with nodes that have answered since the failure was detected. So must a
+                  node that is parked because others cannot reach it: if it is gone, it is lost, not parked
     larger side   a side with fewer than half of the members (or half of them, without the first one) waits
                   while the log or the pulse changes, and for `takeover_s` after that
     park          of two members that cannot reach each other, one waits, even if it can reach all others
@@ -238,7 +239,10 @@ def _decide_next_world(
     # longer timeout. The factor 2 leaves every other period to the other side of a split.
     if position == len(wanted) or quiet_s < (2 * position + others_first) * takeover_s:
         return Wait(f"{wanted[0].node} leads: {reason}", broken=True)
-    unconfirmed = [member.node for member in wanted if not _answered(view, member, since_s)]
+    # Another member may have noticed the end of a parked node before this one did. Its answer shows that it lives.
+    here = set(parked) - set(view.me.unreachable)
+    asked = [*wanted, *(each for each in found.alive if each.incarnation in here)]
+    unconfirmed = [member.node for member in asked if not _answered(view, member, since_s)]
     if found.broken and unconfirmed:
         return Wait(
             f"asking whether {', '.join(unconfirmed)} can continue; {reason}",
