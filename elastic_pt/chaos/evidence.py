@@ -21,11 +21,10 @@ from typing import Any, Final
 
 from elastic_pt.agent.counting import label_of
 from elastic_pt.chaos.directory import Objection
-from elastic_pt.chaos.kinds import Evidence
 from elastic_pt.chaos.play import Played, Struck
 from elastic_pt.chaos.scenario import Phase
 from elastic_pt.chaos.watched import WatchedRun
-from elastic_pt.runlog.records import Cause, CauseKind, Generation, Record
+from elastic_pt.runlog.records import CauseKind, Generation, Record
 from elastic_pt.workers.failure import FailureCause
 
 _END_S: Final = 3.0
@@ -135,17 +134,12 @@ def _is_cause(generations: Sequence[Record], struck: Struck) -> bool:
         if after.number <= struck.generation:
             continue
         if after.follows_the_loss_of_all(before) or any(
-            (cause.kind in evidence.causes or _noticed_by_another(cause, evidence))
+            cause.kind in evidence.causes
             and (cause.node in struck.nodes or not evidence.names_node)
             for cause in after.causes
         ):
             return True
     return False
-
-
-def _noticed_by_another(cause: Cause, evidence: Evidence) -> bool:
-    """Whether a lost node is told as one without a link: another member noticed it before the proposer did."""
-    return cause.kind is CauseKind.PARKED and CauseKind.LOST in evidence.causes
 
 
 def _wrong_counters(
