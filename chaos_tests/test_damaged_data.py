@@ -153,7 +153,13 @@ def test_damage_stops_the_run_and_is_named(start: StartScenario, data: Data) -> 
 
 
 @pytest.mark.parametrize(
-    "world", ["one worker", "two workers", "two nodes", "two nodes, one killed"]
+    "world",
+    [
+        "one worker",
+        "two workers",
+        "two nodes",
+        pytest.param("two nodes, one killed", marks=pytest.mark.quick),
+    ],
 )
 def test_damage_is_left_out_at_every_world_size(
     start: StartScenario,

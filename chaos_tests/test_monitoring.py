@@ -77,6 +77,7 @@ def flip_a_bit(run: Scenario) -> None:
     run.store.create(key, bytes(data))
 
 
+@pytest.mark.quick
 def test_each_fault_of_a_real_run_fires_its_alert(
     watched: Watched,
 ) -> None:
