@@ -175,7 +175,7 @@ MEMORY_MUTATIONS: Final = (
         training,
         "may_checkpoint",
         lambda world, complete, *, last: True,
-        136,
+        269,
     ),
     Mutation(
         "copy acknowledged too early",
@@ -247,7 +247,7 @@ MEMORY_MUTATIONS: Final = (
         resume,
         "_is_of",
         lambda generation, held: True,
-        26,
+        30,
     ),
     Mutation(
         "planned change does not wait",

@@ -163,7 +163,7 @@ MUTATIONS: Final = (
         RunLog,
         "append",
         _append_behind_commits,
-        159,
+        192,
     ),
     Mutation(
         "wall clock",
