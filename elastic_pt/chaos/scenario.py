@@ -290,6 +290,10 @@ def load(name_or_file: str) -> Scenario:
             return read_scenario(path.read_text(encoding="utf-8"), str(path), path.stem)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}, expected a scenario") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: byte {error.start} is not UTF-8, expected a scenario"
+            ) from error
     found = {each.name: each for each in shipped()}
     if name_or_file not in found:
         near = get_close_matches(name_or_file, found)

@@ -1,5 +1,7 @@
 """Scenario files: what is wrong in one is told in one line that names the field and the value."""
 
+from pathlib import Path
+
 import pytest
 
 from elastic_pt.chaos.scenario import load, read_scenario
