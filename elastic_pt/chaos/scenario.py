@@ -35,6 +35,8 @@ from elastic_pt.failpoints import Failpoint
 NODES_MAX: Final = 16
 _NODE: Final = r"node-\d{1,2}|leader|last|mirror-of-leader|follower|any|all"
 
+_OWN_PLACES: Final = (("run", "url"), ("data", "url"))
+
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 NodeName = Annotated[str, Field(pattern=f"^(?:{_NODE})$")]
 
@@ -230,10 +232,27 @@ class Scenario(Part):
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> Self:
+        known = {f"node-{number}" for number in range(self.nodes + self.newcomers)}
         for number, fault in enumerate(self.faults, start=1):
+            for node in fault.nodes:
+                if node.startswith("node-") and node not in known:
+                    raise ValueError(
+                        f"faults.{number}: node = {node!r}, expected one up to node-{len(known) - 1}"
+                    )
             if fault.at.after is not None and not fault.at.after < number:
                 raise ValueError(
                     f"faults.{number}: after = {fault.at.after}, expected an earlier fault"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_its_place(self) -> Self:
+        """Faults delete and damage what is stored at these URLs: it must be the run's own copy."""
+        for section, key in _OWN_PLACES:
+            if key in self.config.get(section, {}):
+                value = self.config[section][key]
+                raise ValueError(
+                    f"config.{section}.{key} = {value!r}, expected none: each run has a place of its own"
                 )
         return self
 

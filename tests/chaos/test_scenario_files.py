@@ -23,8 +23,11 @@ MISTAKES = {
     "faults = 3": ("faults = 3", "tuple"),
     "nodes = ": ("Invalid value",),
     "expect = { lost = 1 }": ("expect.lost = 1", "Extra inputs"),
+    'config.run = { url = "s3://mine/run" }': ("config.run.url = 's3://mine/run'", "expected none"),
+    'config.data = { url = "s3://mine/data" }': ("config.data.url", "expected none"),
 }
 FAULTS = {
+    'kind = "kill_node"\nnode = "node-3"\nat = { seconds = 1 }': ("faults.1", "'node-3'", "node-2"),
     'kind = "kill_nodes"\nat = { step = 1 }': ("faults.1", "'kill_nodes'", "expected one of"),
     'kind = "kill_node"\nat = { step = 1 }\nfor_s = 3': ("faults.1", "for_s", "no duration"),
     'kind = "agent_stops"\nat = { step = 1 }': ("faults.1", "for_s", "expected a duration"),
@@ -73,3 +76,11 @@ def test_a_name_that_is_no_scenario_is_answered_with_those_that_are() -> None:
         load("killed-lader")
     with pytest.raises(ConfigError, match=r"nothing.toml: No such file"):
         load("nothing.toml")
+
+
+def test_a_file_that_is_no_text_is_answered_in_one_line(tmp_path: Path) -> None:
+    """A wrong file is a mistake of the user, not a traceback."""
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
+        load(str(path))
