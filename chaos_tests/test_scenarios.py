@@ -47,6 +47,13 @@ def test_scenario(scenario: Scenario, workbench: Workbench, network: bool, tmp_p
         left_out(f"a scenario in a bucket, {missing}")
     if needs & {Need.NETWORK, Need.DISK} and not network:
         left_out(f"a scenario on networks or disks of its own, {missing_for_networks()}")
-    result = run_scenario(workbench, scenario, SEED, tmp_path / "out", network=network)
+    result = run_scenario(
+        workbench,
+        scenario,
+        SEED,
+        tmp_path / "out",
+        network=network,
+        replay=f"elastic-pt chaos run {scenario.name} --seed {SEED}",
+    )
     failed = [f"{each.oracle}: {each.told}" for each in result.verdicts if not each.passed]
     assert result.passed, "\n".join([scenario.hypothesis, *failed, f"replay: {result.replay}"])
