@@ -84,6 +84,7 @@ class Arena:
         self._rules: dict[int, Rule] = {}
         self._disks: dict[str, Disk] = {}
         self._data_away: dict[str, bytes] = {}
+        self._network_faults: dict[int, Callable[[Network], None]] = {}
         self.data: Store = open_store(config.data.url)
         """The prepared data that this run alone reads."""
 
@@ -248,6 +249,22 @@ class Arena:
         if node not in self._disks:
             self._disks[node] = Disk(self._places.staging(node), self._fleet.pid(node))
         return self._disks[node]
+
+    # The network
+
+    def disturb_network(self, number: int, do: Callable[[Network], None]) -> None:
+        """Let a fault strike the network between the nodes. `number` names it for `heal_network`."""
+        assert self.network is not None
+        do(self.network)
+        self._network_faults[number] = do
+
+    def heal_network(self, number: int) -> None:
+        """End that fault; those that still last are there again within milliseconds."""
+        assert self.network is not None
+        del self._network_faults[number]
+        self.network.heal()
+        for do in self._network_faults.values():
+            do(self.network)
 
     # The bucket
 

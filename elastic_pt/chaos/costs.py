@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from elastic_pt.chaos.play import Played, Struck
 from elastic_pt.chaos.result import Cost
 from elastic_pt.runlog.records import Generation, Record, Stop
+
+_NOT_REPORTED: Final = 1
 
 
 def costs_of(played: Played, records: Sequence[Record]) -> tuple[Cost, ...]:
@@ -21,17 +24,20 @@ def _cost_of(played: Played, records: Sequence[Record], struck: Struck) -> Cost:
     assert isinstance(body, Generation)
     trained_at_s = _trained_at_s(played, records, ended)
     recovery_s = None if trained_at_s is None else trained_at_s - struck.time_s
-    return Cost(struck.number, recovery_s, lost_steps_of(body, struck))
+    return Cost(struck.number, recovery_s, lost_steps_of(played, ended))
 
 
-def lost_steps_of(generation: Generation, struck: Struck | None) -> int:
-    """Steps that were done before a generation and are done again.
+def lost_steps_of(played: Played, record: Record) -> int:
+    """Steps that were done before a GENERATION and are done again: as it says, or, if more, as workers were seen.
 
-    If no member was left that knew, then by what workers had begun when the fault struck.
+    A worker that begins a step has done the one before, which the members may not have known when it was lost.
     """
-    if generation.reached_step is None and struck is not None:
-        return max(0, struck.step - generation.resume_step)
-    return generation.lost_steps
+    generation = record.body
+    assert isinstance(generation, Generation)
+    seen = [each.step for each in played.progress if each.time_s <= _at_s(record)]
+    done = max(seen, default=0) - _NOT_REPORTED
+    said = 0 if generation.reached_step is None else generation.lost_steps
+    return max(0, said, done - generation.resume_step)
 
 
 def _ended_by(records: Sequence[Record], struck: Struck) -> Record | None:

@@ -2,7 +2,9 @@
 
 Nobody tells of what nobody could see. So a fault needs no evidence
 
-- if no struck node was a member of the generation that it struck (it was still starting, or had gone before),
+- if no struck node was a member of the generation that it struck (it was still starting, or had gone before);
+  newcomers are struck as they start: none of them had taken part for the time of a join when the run ended, or another
+  fault struck them too,
 - if it was healed before `elastic.heartbeat_timeout_s` had passed,
 - if it passes and leaves no majority of the members: then either side may take the other one for lost,
 - if it struck in the last step, or in the last seconds (`_END_S`) of the run and training did not depend on it,
@@ -40,7 +42,7 @@ def check_evidence(played: Played, run: WatchedRun, records: Sequence[Record]) -
     silent = [
         f"fault {struck.number} ({struck.spec.kind} {'+'.join(struck.nodes)}): {what}"
         for struck in played.struck
-        if not _goes_unseen(played, struck)
+        if not _goes_unseen(played, run, struck)
         for what in _missing(played, run, generations, struck)
     ]
     if silent:
@@ -48,16 +50,18 @@ def check_evidence(played: Played, run: WatchedRun, records: Sequence[Record]) -
     wrong = list(_wrong_counters(played, run, generations))
     if wrong:
         raise Objection("; ".join(wrong))
-    unseen = sum(_goes_unseen(played, each) for each in played.struck)
+    unseen = sum(_goes_unseen(played, run, each) for each in played.struck)
     return f"{len(played.struck) - unseen} faults told" + (
         f", {unseen} that nobody could see" if unseen else ""
     )
 
 
-def _goes_unseen(played: Played, struck: Struck) -> bool:
+def _goes_unseen(played: Played, run: WatchedRun, struck: Struck) -> bool:
     evidence = struck.spec.of.evidence
     if not evidence.names_node:
         return False
+    if struck.spec.of.starts_nodes:
+        return not _could_join(played, run, struck)
     return (
         not set(struck.nodes) & set(struck.members)
         or (struck.spec.for_s or math.inf) <= played.config.elastic.heartbeat_timeout_s
@@ -68,6 +72,16 @@ def _goes_unseen(played: Played, struck: Struck) -> bool:
         or (bool(struck.spec.of.deed) and struck.ends_agent)
         or any(_ended_before(each, struck) for each in played.struck)
     )
+
+
+def _could_join(played: Played, run: WatchedRun, struck: Struck) -> bool:
+    """Whether a newcomer, whom no other fault struck, was there long enough to be taken in."""
+    others = (each for each in played.struck if each.number != struck.number)
+    alone = set(struck.nodes).difference(*(each.nodes for each in others))
+    end_s = struck.time_s - struck.at_s + played.seconds
+    needed_s = played.config.elastic.join_window_s + _END_S
+    started = (event for node in alone for event in run.events(node, "agent_started"))
+    return any(end_s - written_at_s(event) > needed_s for event in started)
 
 
 def _breaks(struck: Struck) -> bool:

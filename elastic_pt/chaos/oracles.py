@@ -152,7 +152,7 @@ def _bounds(case: Case) -> str:
         if each.recovery_s is not None and each.recovery_s > expect.recovers_within_s
     ]
     lost = {
-        f"generation {each.body.number}": lost_steps_of(each.body, None)
+        f"generation {each.body.number}": lost_steps_of(case.played, each)
         for each in case.records
         if isinstance(each.body, Generation)
     } | {

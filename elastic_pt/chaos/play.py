@@ -17,7 +17,7 @@ from typing import Final
 
 from elastic_pt.chaos.arena import Arena
 from elastic_pt.chaos.bucket import Bucket
-from elastic_pt.chaos.kinds import Need, Strike
+from elastic_pt.chaos.kinds import Need, NothingToStrike, Strike
 from elastic_pt.chaos.scenario import Draw, FaultSpec, Scenario
 from elastic_pt.chaos.scrape import Counters
 from elastic_pt.config import Config
@@ -315,7 +315,11 @@ class Player:
         for number, fault in list(self._pending.items()):
             due_s = self._due_s(fault)
             if due_s is not None and now_s >= due_s and self._is_after(fault):
-                self._strike(number, fault, self._whom(number, fault, ""), 0)
+                nodes = self._whom(number, fault, "")
+                # A pool starts a node anew: the fault waits for it.
+                pool = self.played.scenario.replace_after_s is not None and not self._stopped
+                if not (pool and self._strikes_nobody(fault, nodes)):
+                    self._strike(number, fault, nodes, 0)
         for due_s, struck, strike in list(self._unhealed.values()):
             if due_s <= now_s:
                 self._heal(struck, strike)
@@ -366,7 +370,8 @@ class Player:
         return [self._draw.for_fault(number).choice(nodes)] if nodes else []
 
     def _mirror_of_leader(self) -> list[str]:
-        assert self._generation is not None
+        if self._generation is None:
+            return []
         members = self._generation.members
         return [members[rank].node for rank in self._generation.mirrors_of(0)][:1]
 
@@ -392,14 +397,26 @@ class Player:
         self.played.struck.append(struck)
         self._happened("fault", str(fault), "+".join(nodes), number=number)
         strike = Strike(number, nodes, pid, fault.parameters, self._draw.for_fault(number))
-        if kind.strike is not None:
-            kind.strike(self._arena, strike)
+        try:
+            if self._strikes_nobody(fault, nodes):
+                raise NothingToStrike("none of its nodes runs")
+            if kind.strike is not None:
+                kind.strike(self._arena, strike)
+        except NothingToStrike as error:
+            self.played.without_effect.append(f"{fault}: {error}")
+            return GO
         deed = kind.deed.format(**{key: f"{value:g}" for key, value in fault.parameters.items()})
         if kind.repeats and fault.at.point is not None:
             self._lasting.append(_Lasting(number, fault.at.point, nodes, deed))
         if fault.for_s is not None:
             self._unhealed[number] = (time.monotonic() + fault.for_s, struck, strike)
         return deed or GO
+
+    def _strikes_nobody(self, fault: FaultSpec, nodes: tuple[str, ...]) -> bool:
+        """Whether it is a fault of nodes that run, and none of its own runs."""
+        kind = fault.of
+        running = set(self._arena.running())
+        return kind.on_nodes and not kind.starts_nodes and not running & set(nodes)
 
     def _heal(self, struck: Struck, strike: Strike) -> None:
         del self._unhealed[struck.number]

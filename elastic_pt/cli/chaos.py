@@ -8,6 +8,7 @@ campaign, replay SEED       random scenarios, each drawn from one number
 import contextlib
 import datetime
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from elastic_pt.cli.chaos_screen import ChaosScreen
 from elastic_pt.cli.demo_screen import command_line, shown
 from elastic_pt.cli.options import AsJson, AsJsonList, print_json
-from elastic_pt.errors import ConfigError
+from elastic_pt.errors import ConfigError, ElasticPtError
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.machine import Machine
@@ -274,6 +275,8 @@ class _Batch:
         self._results: list[tuple[Result, str]] = []
         """Each with the place of its report."""
         self.omitted: list[tuple[Scenario, str]] = []
+        self.broken: list[str] = []
+        """Runs that could not be played to their end, each as the command that plays it again."""
         self.screen = ChaosScreen(Console(highlight=False, stderr=quiet))
         self._out = out
         self._stack = contextlib.ExitStack()
@@ -287,6 +290,7 @@ class _Batch:
         if self._results:
             said = f"{len(self._results)} runs, {len(failed)} failed"
             said += f", {len(self.omitted)} left out" if self.omitted else ""
+            said += f", {len(self.broken)} broken" if self.broken else ""
             self.screen.say(f"{said}; report: {shown(self._out / 'index.html')}")
         for each in failed:
             self.screen.say(f"failed: {each.replay}", "bold red")
@@ -295,7 +299,8 @@ class _Batch:
     @property
     def exit_code(self) -> int:
         """0 if runs were played and all passed, else 1."""
-        return 0 if self._results and all(each.passed for each, _ in self._results) else _FAILED
+        passed = self._results and all(each.passed for each, _ in self._results)
+        return 0 if passed and not self.broken else _FAILED
 
     def left_out(self, scenario: "Scenario", why: str, *, aloud: bool = True) -> None:
         """A scenario is not played."""
@@ -317,15 +322,26 @@ class _Batch:
         for each in tasks:
             self.screen.begin(each.scenario, each.seed)
             place = self._out / f"{each.scenario.name}-{each.seed}"
-            result = run_scenario(
-                workbench,
-                each.scenario,
-                each.seed,
-                place,
-                network=self.machine.networks,
-                replay=command_line(["chaos", *each.again]),
-                tell=self.screen.tell,
-            )
+            again = command_line(["chaos", *each.again])
+            try:
+                result = run_scenario(
+                    workbench,
+                    each.scenario,
+                    each.seed,
+                    place,
+                    network=self.machine.networks,
+                    replay=again,
+                    tell=self.screen.tell,
+                )
+            except ElasticPtError:
+                raise
+            except Exception:
+                # One run that cannot be played must not hide the others.
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "error.txt").write_text(traceback.format_exc())
+                self.broken.append(again)
+                self.screen.say(f"BROKEN  {again}: see {place / 'error.txt'}", "red")
+                continue
             write_report(result, place / "report.html")
             self._results.append((result, f"{place.name}/report.html"))
             self.screen.end(result)
@@ -341,6 +357,7 @@ class _Batch:
         return {
             "passed": self.exit_code == 0,
             "runs": [each.as_json() for each, _ in self._results],
+            "broken": self.broken,
             "left_out": [{"name": each.name, "why": why} for each, why in self.omitted],
             "report": str(self._out / "index.html"),
         }

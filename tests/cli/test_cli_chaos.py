@@ -75,6 +75,30 @@ def test_a_failed_run_ends_with_1_and_its_replay_command(
     assert (tmp_path / "o" / "mine-7" / "report.html").exists()
 
 
+def test_a_run_that_breaks_hides_no_other(
+    played: Callable[[bool], list[tuple[str, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told with its command and its traceback; the others are played, and the command fails."""
+    seen = played(True)
+    play = run_module.run_scenario
+
+    def breaks_once(workbench: Any, scenario: Any, *rest: Any, **more: Any) -> Any:
+        if scenario.name == "first":
+            raise IndexError("list index out of range")
+        return play(workbench, scenario, *rest, **more)
+
+    monkeypatch.setattr(run_module, "run_scenario", breaks_once)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.toml").write_text(MINE)
+    both = (tmp_path / "first.toml", tmp_path / "second.toml")
+    result = elastic_pt("chaos", "run", *both, "--out", tmp_path / "o", "--json")
+    assert result.exit_code == 1
+    assert [name for name, _ in seen] == ["second"]
+    (broken,) = result.json["broken"]
+    assert broken.endswith(f"chaos run {both[0]} --seed 1")
+    assert "IndexError" in (tmp_path / "o" / "first-1" / "error.txt").read_text()
+
+
 def test_what_cannot_be_played_is_left_out_and_never_passed(
     played: Callable[[bool], list[tuple[str, int]]],
     tmp_path: Path,
@@ -88,7 +112,7 @@ def test_what_cannot_be_played_is_left_out_and_never_passed(
     both = (tmp_path / "mine.toml", tmp_path / "other.toml")
     result = elastic_pt("chaos", "run", *both, "--out", tmp_path / "o", "--json")
     assert result.exit_code == 0
-    assert set(result.json) == {"passed", "runs", "left_out", "report"}
+    assert set(result.json) == {"passed", "runs", "broken", "left_out", "report"}
     assert result.json["left_out"] == [{"name": "other", "why": "no bucket"}]
     assert [name for name, _ in seen] == ["mine"]
     alone = elastic_pt("chaos", "run", both[1], "--out", tmp_path / "p")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from elastic_pt.chaos.arena import Arena
 
 
+class NothingToStrike(Exception):
+    """A fault meets nothing that it could strike: no checkpoint yet, no other node. The text says what is missing."""
+
+
 class Need(StrEnum):
     """What a fault needs of the machine."""
 
@@ -80,6 +84,8 @@ class Kind:
     """How many requests or packets it has struck so far; with none it had no effect."""
     ends_node: bool = False
     """Whether the agents of the struck nodes may end through it."""
+    on_nodes: bool = True
+    """Whether it strikes nodes that run; if not, the bucket, what is stored, or the run as a whole."""
     starts_nodes: bool = False
     """Whether it starts `count` nodes that were never started before: they are the struck ones."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.chaos.kinds.kind import Action, Evidence, Kind, Strike
+from elastic_pt.chaos.kinds.kind import Action, Evidence, Kind, NothingToStrike, Strike
 from elastic_pt.checkpoint.layout import manifest_key
 from elastic_pt.runlog.log import record_key
 from elastic_pt.runlog.records import CauseKind
@@ -17,7 +17,15 @@ _EVERY_BYTES: Final = 4096
 
 def _newest(arena: "Arena") -> str:
     """The directory of the newest checkpoint that is committed."""
-    return arena.run.view().checkpoints[0].directory
+    return _newest_ones(arena, 1)[0]
+
+
+def _newest_ones(arena: "Arena", count: int) -> list[str]:
+    """The directories of so many committed checkpoints, newest first."""
+    found = [each.directory for each in arena.run.view().checkpoints[:count]]
+    if len(found) < count:
+        raise NothingToStrike(f"{len(found)} checkpoints are committed, expected {count}")
+    return found
 
 
 def _shards(arena: "Arena", directory: str) -> list[str]:
@@ -28,8 +36,8 @@ def _change_shards(change: Callable[[bytearray], None]) -> Action:
     """Change one shard of each of the newest checkpoints."""
 
     def act(arena: "Arena", strike: Strike) -> None:
-        for each in arena.run.view().checkpoints[: int(strike.parameters["checkpoints"])]:
-            arena.change(strike.choices.choice(_shards(arena, each.directory)), change)
+        for each in _newest_ones(arena, int(strike.parameters["checkpoints"])):
+            arena.change(strike.choices.choice(_shards(arena, each)), change)
 
     return act
 
@@ -48,7 +56,8 @@ def _flip_everywhere(data: bytearray) -> None:
 
 
 def _delete_shard(arena: "Arena", strike: Strike) -> None:
-    arena.run.store.delete(strike.choices.choice(_shards(arena, _newest(arena))))
+    shards = _shards(arena, _newest(arena))
+    arena.run.store.delete(strike.choices.choice(shards))
 
 
 def _damage_manifest(arena: "Arena", _: Strike) -> None:
@@ -57,7 +66,10 @@ def _damage_manifest(arena: "Arena", _: Strike) -> None:
 
 def _swap_shards(arena: "Arena", _: Strike) -> None:
     store = arena.run.store
-    first, second = _shards(arena, _newest(arena))[:2]
+    shards = _shards(arena, _newest(arena))
+    if len(shards) < 2:
+        raise NothingToStrike("the newest checkpoint has one shard, expected two")
+    first, second = shards[:2]
     before = store.read(first)
     store.write(first, store.read(second))
     store.write(second, before)
@@ -65,7 +77,7 @@ def _swap_shards(arena: "Arena", _: Strike) -> None:
 
 def _replay_checkpoint(arena: "Arena", _: Strike) -> None:
     """The newest checkpoint gets all files of the one before, under its own names."""
-    newest, older = (each.directory for each in arena.run.view().checkpoints[:2])
+    newest, older = _newest_ones(arena, 2)
     store = arena.run.store
     for key in store.keys(f"{older}/"):
         store.write(newest + key.removeprefix(older), store.read(key))

@@ -3,30 +3,28 @@
 from typing import TYPE_CHECKING, Final
 
 from elastic_pt.chaos.kinds.kind import Kind, Need, Strike
+from elastic_pt.chaos.kinds.network import heal_network, on_network
 from elastic_pt.fleet.forwarder import Disturbance
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.arena import Arena
+    from elastic_pt.fleet.network import Network
 
 _NETWORK: Final = frozenset({Need.NETWORK})
 
 
-def _disturb(arena: "Arena", strike: Strike) -> None:
-    assert arena.network is not None
+def _disturb(network: "Network", strike: Strike) -> None:
     seed = strike.choices.randrange(2**32)
     for node in strike.nodes:
-        arena.network.disturb(node, Disturbance(**strike.parameters), seed=seed)
+        network.disturb(node, Disturbance(**strike.parameters), seed=seed)
 
 
-def _limit(arena: "Arena", strike: Strike) -> None:
-    assert arena.network is not None
+def _limit(network: "Network", strike: Strike) -> None:
     for node in strike.nodes:
-        arena.network.limit(node, int(strike.parameters["bytes_per_s"]))
+        network.limit(node, int(strike.parameters["bytes_per_s"]))
 
 
-def _reset(arena: "Arena", strike: Strike) -> None:
-    network = arena.network
-    assert network is not None
+def _reset(network: "Network", strike: Strike) -> None:
     for node in strike.nodes:
         for other in network.nodes:
             if other != node:
@@ -47,17 +45,12 @@ def _rejected(arena: "Arena", strike: Strike) -> int:
     return sum(arena.network.rejected(node) for node in strike.nodes)
 
 
-def _heal(arena: "Arena", _: Strike) -> None:
-    assert arena.network is not None
-    arena.network.heal()
-
-
 OF_WIRE: Final = (
     Kind(
         "slow_link",
         "all frames to and from a node come `delay_s` later, and up to `jitter_s` more",
-        strike=_disturb,
-        heal=_heal,
+        strike=on_network(_disturb),
+        heal=heal_network,
         met=_frames,
         needs=_NETWORK,
         parameters={"delay_s": 0.05, "jitter_s": 0.0},
@@ -65,8 +58,8 @@ OF_WIRE: Final = (
     Kind(
         "lossy_link",
         "a share `lost` of the frames to and from a node is lost",
-        strike=_disturb,
-        heal=_heal,
+        strike=on_network(_disturb),
+        heal=heal_network,
         met=_frames,
         needs=_NETWORK,
         parameters={"lost": 0.02},
@@ -74,8 +67,8 @@ OF_WIRE: Final = (
     Kind(
         "duplicated_packets",
         "a share `duplicated` of the frames to and from a node comes twice",
-        strike=_disturb,
-        heal=_heal,
+        strike=on_network(_disturb),
+        heal=heal_network,
         met=_frames,
         needs=_NETWORK,
         parameters={"duplicated": 0.2},
@@ -83,8 +76,8 @@ OF_WIRE: Final = (
     Kind(
         "corrupt_packets",
         "in a share `flipped` of the frames to and from a node one bit is wrong, and the checksum is right",
-        strike=_disturb,
-        heal=_heal,
+        strike=on_network(_disturb),
+        heal=heal_network,
         met=_frames,
         needs=_NETWORK,
         parameters={"flipped": 0.01},
@@ -92,16 +85,16 @@ OF_WIRE: Final = (
     Kind(
         "narrow_link",
         "bytes to and from a node pass at `bytes_per_s`",
-        strike=_limit,
-        heal=_heal,
+        strike=on_network(_limit),
+        heal=heal_network,
         needs=_NETWORK,
         parameters={"bytes_per_s": 300_000},
     ),
     Kind(
         "reset_connections",
         "all connections between the struck node and the other nodes are reset, new ones too",
-        strike=_reset,
-        heal=_heal,
+        strike=on_network(_reset),
+        heal=heal_network,
         met=_rejected,
         needs=_NETWORK,
     ),
