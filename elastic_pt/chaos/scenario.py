@@ -35,7 +35,13 @@ from elastic_pt.failpoints import Failpoint
 NODES_MAX: Final = 16
 _NODE: Final = r"node-\d{1,2}|leader|last|mirror-of-leader|follower|any|all"
 
-_OWN_PLACES: Final = (("run", "url"), ("data", "url"))
+_NOT_IN_CONFIG: Final = {
+    "run.url": "none: each run has a place of its own",
+    "data.url": "none: each run has its own copy of the data",
+    "train.steps": "the scenario's own key steps",
+    "elastic.workers_per_node": "the scenario's own key workers_per_node",
+}
+"""Keys of the run that a scenario may not set in `config`, and what is expected instead."""
 
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 NodeName = Annotated[str, Field(pattern=f"^(?:{_NODE})$")]
@@ -234,6 +240,10 @@ class Scenario(Part):
     def _refers_to_what_exists(self) -> Self:
         known = {f"node-{number}" for number in range(self.nodes + self.newcomers)}
         for number, fault in enumerate(self.faults, start=1):
+            if fault.at.step is not None and fault.at.step >= self.steps:
+                raise ValueError(
+                    f"faults.{number}: step = {fault.at.step}, expected less than steps = {self.steps}"
+                )
             for node in fault.nodes:
                 if node.startswith("node-") and node not in known:
                     raise ValueError(
@@ -247,13 +257,12 @@ class Scenario(Part):
 
     @model_validator(mode="after")
     def _keeps_its_place(self) -> Self:
-        """Faults delete and damage what is stored at these URLs: it must be the run's own copy."""
-        for section, key in _OWN_PLACES:
+        """Faults delete and damage what is stored at the URLs: it must be the run's own copy."""
+        for name, expected in _NOT_IN_CONFIG.items():
+            section, key = name.split(".")
             if key in self.config.get(section, {}):
                 value = self.config[section][key]
-                raise ValueError(
-                    f"config.{section}.{key} = {value!r}, expected none: each run has a place of its own"
-                )
+                raise ValueError(f"config.{name} = {value!r}, expected {expected}")
         return self
 
     @property

@@ -25,6 +25,8 @@ MISTAKES = {
     "expect = { lost = 1 }": ("expect.lost = 1", "Extra inputs"),
     'config.run = { url = "s3://mine/run" }': ("config.run.url = 's3://mine/run'", "expected none"),
     'config.data = { url = "s3://mine/data" }': ("config.data.url", "expected none"),
+    "config.train = { steps = 5 }": ("config.train.steps = 5", "own key steps"),
+    "steps = 8": ("step = 20", "expected less than steps = 8"),
 }
 FAULTS = {
     'kind = "kill_node"\nnode = "node-3"\nat = { seconds = 1 }': ("faults.1", "'node-3'", "node-2"),
