@@ -157,6 +157,9 @@ class NodeProcesses(LocalElasticAgent):
             )
             for worker in worker_group.workers
         ]
+        for each in self._watched:
+            # If torch finds the failure first, it sends this signal too.
+            each.process.terminate = each.process.kill
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
@@ -286,6 +287,23 @@ def test_a_stopped_sibling_does_not_delay_the_end(tmp_path: Path) -> None:
     assert failure.cause is FailureCause.EXCEPTION
     assert failure.rank == 1
     assert node.seconds[0] < 2.0
+
+
+def test_a_failure_that_torch_finds_first_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that ends between the look of this agent and that of torch: the stopped one is killed at once, too."""
+    look = NodeProcesses._hung_workers
+
+    def look_slowly(self: NodeProcesses) -> Any:
+        found = look(self)
+        threading.Event().wait(0.7)
+        return found
+
+    monkeypatch.setattr(NodeProcesses, "_hung_workers", look_slowly)
+    node = Node(tmp_path, ["stop", "raise"], ["complete", "complete"])
+    assert node.run().rank == 1
+    assert node.seconds[0] < 5.0
 
 
 def test_of_several_failures_the_root_cause_is_reported(tmp_path: Path) -> None:
