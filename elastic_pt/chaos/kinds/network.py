@@ -1,7 +1,7 @@
 """Faults of the network between nodes."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from elastic_pt.chaos.kinds.kind import LOST, Action, Kind, Need, NothingToStrike, Strike
 
@@ -30,6 +30,20 @@ def heal_network(arena: "Arena", strike: Strike) -> None:
     arena.heal_network(strike.number)
 
 
+def network_kind(
+    name: str, meaning: str, act: Callable[["Network", Strike], None], **more: Any
+) -> Kind:
+    """A fault that does this to the network for a while; `more` as of `Kind`."""
+    return Kind(
+        name,
+        meaning,
+        strike=on_network(act),
+        heal=heal_network,
+        needs=frozenset({Need.NETWORK}),
+        **more,
+    )
+
+
 def _link_down(network: "Network", strike: Strike) -> None:
     for node in strike.nodes:
         network.link_down(node)
@@ -56,33 +70,25 @@ def _halves(network: "Network", _: Strike) -> None:
 
 
 OF_NETWORK: Final = (
-    Kind(
+    network_kind(
         "link_down",
         "a node's link is down: no packet passes, and no connection is reset",
-        strike=on_network(_link_down),
-        heal=heal_network,
-        needs=frozenset({Need.NETWORK}),
+        _link_down,
         evidence=LOST,
     ),
-    Kind(
+    network_kind(
         "partition",
         "the struck nodes and all others cannot reach each other; all reach the bucket",
-        strike=on_network(_partition),
-        heal=heal_network,
-        needs=frozenset({Need.NETWORK}),
+        _partition,
     ),
-    Kind(
+    network_kind(
         "halves",
         "the first half of the nodes and the other half cannot reach each other; all reach the bucket",
-        strike=on_network(_halves),
-        heal=heal_network,
-        needs=frozenset({Need.NETWORK}),
+        _halves,
     ),
-    Kind(
+    network_kind(
         "one_way",
         "packets of one other node do not arrive at the struck node",
-        strike=on_network(_one_way),
-        heal=heal_network,
-        needs=frozenset({Need.NETWORK}),
+        _one_way,
     ),
 )

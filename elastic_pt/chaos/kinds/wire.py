@@ -2,15 +2,13 @@
 
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.chaos.kinds.kind import Kind, Need, Strike
-from elastic_pt.chaos.kinds.network import heal_network, on_network
+from elastic_pt.chaos.kinds.kind import Strike
+from elastic_pt.chaos.kinds.network import network_kind
 from elastic_pt.fleet.forwarder import Disturbance
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.arena import Arena
     from elastic_pt.fleet.network import Network
-
-_NETWORK: Final = frozenset({Need.NETWORK})
 
 
 def _disturb(network: "Network", strike: Strike) -> None:
@@ -46,56 +44,44 @@ def _rejected(arena: "Arena", strike: Strike) -> int:
 
 
 OF_WIRE: Final = (
-    Kind(
+    network_kind(
         "slow_link",
         "all frames to and from a node come `delay_s` later, and up to `jitter_s` more",
-        strike=on_network(_disturb),
-        heal=heal_network,
+        _disturb,
         met=_frames,
-        needs=_NETWORK,
         parameters={"delay_s": 0.05, "jitter_s": 0.0},
     ),
-    Kind(
+    network_kind(
         "lossy_link",
         "a share `lost` of the frames to and from a node is lost",
-        strike=on_network(_disturb),
-        heal=heal_network,
+        _disturb,
         met=_frames,
-        needs=_NETWORK,
         parameters={"lost": 0.02},
     ),
-    Kind(
+    network_kind(
         "duplicated_packets",
         "a share `duplicated` of the frames to and from a node comes twice",
-        strike=on_network(_disturb),
-        heal=heal_network,
+        _disturb,
         met=_frames,
-        needs=_NETWORK,
         parameters={"duplicated": 0.2},
     ),
-    Kind(
+    network_kind(
         "corrupt_packets",
         "in a share `flipped` of the frames to and from a node one bit is wrong, and the checksum is right",
-        strike=on_network(_disturb),
-        heal=heal_network,
+        _disturb,
         met=_frames,
-        needs=_NETWORK,
         parameters={"flipped": 0.01},
     ),
-    Kind(
+    network_kind(
         "narrow_link",
         "bytes to and from a node pass at `bytes_per_s`",
-        strike=on_network(_limit),
-        heal=heal_network,
-        needs=_NETWORK,
+        _limit,
         parameters={"bytes_per_s": 300_000},
     ),
-    Kind(
+    network_kind(
         "reset_connections",
         "all connections between the struck node and the other nodes are reset, new ones too",
-        strike=on_network(_reset),
-        heal=heal_network,
+        _reset,
         met=_rejected,
-        needs=_NETWORK,
     ),
 )
