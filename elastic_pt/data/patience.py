@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, TypeVar
 
-from elastic_pt.data.manifest import REMEDY
+from elastic_pt.data.manifest import MANIFEST_KEY, REMEDY, Manifest
 from elastic_pt.errors import NotFound, StoreError
+from elastic_pt.store.port import Store
 from elastic_pt.store.retry import Retry, TryAgain
 
 Result = TypeVar("Result")
@@ -51,3 +52,13 @@ class Patience:
         """End what is waited for, at its next attempt."""
         if not self.closed.done():
             self.closed.set_result(None)
+
+
+def await_manifest(store: Store, timeout_s: float) -> Manifest:
+    """The manifest of prepared data that was there before: while it is missing, it is waited for.
+
+    Raises `StoreError` after `timeout_s`, and `DataError` for one that cannot be used.
+    """
+    name = f"{store.url}/{MANIFEST_KEY}"
+    content = Patience(timeout_s).read(name, lambda: store.read(MANIFEST_KEY))
+    return Manifest.from_json(content, origin=name)

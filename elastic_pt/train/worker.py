@@ -27,7 +27,7 @@ from elastic_pt.data.cache import ShardCache, cache_directory
 from elastic_pt.data.lanes import lanes_of
 from elastic_pt.data.loader import SlotLoader
 from elastic_pt.data.manifest import TOKEN_BYTES
-from elastic_pt.data.manifest import read_manifest as read_data_manifest
+from elastic_pt.data.patience import await_manifest
 from elastic_pt.data.plan import DataPlan
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.failpoints import Failpoint, failpoint
@@ -83,7 +83,9 @@ def main(config_text: str, scratch_path: str, environment: dict[str, str]) -> st
     make_deterministic(config.train, device)
     mesh = join_world(config, assignment, device)
     data_store = open_store(config.data.url, timeout_s=config.store.deadline_s)
-    manifest = read_data_manifest(data_store)
+    progress.enter(WorkerPhase.DATA, resume_step)
+    manifest = await_manifest(data_store, config.store.deadline_s)
+    progress.enter(WorkerPhase.START, resume_step)
     state = TrainState(config, manifest.vocab_size, mesh, device)
     checkpoints = Checkpoints(config, manifest, assignment, agent, progress.enter)
     agent.send("activity", activity="restore")

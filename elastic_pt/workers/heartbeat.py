@@ -53,7 +53,7 @@ class WorkerPhase(IntEnum):
     """From its first line until the process group and an empty state exist."""
     RESTORE = 1
     DATA = 2
-    """Waiting for the step's batch."""
+    """Waiting for the step's batch, or as it starts for the data's manifest."""
     COMPUTE = 3
     """Inside `run_step`, including waits for the other workers in it."""
     STAGE = 4

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prepared_data import Prepared, cache_at, in_memory, stream_of
 
-from elastic_pt.data.manifest import blocks_key
-from elastic_pt.data.patience import Patience
+from elastic_pt.data.manifest import MANIFEST_KEY, blocks_key
+from elastic_pt.data.patience import Patience, await_manifest
 from elastic_pt.data.shards import TokenReader
 from elastic_pt.errors import DataError, NotFound, StoreError
 from elastic_pt.store.port import Store
@@ -50,6 +50,19 @@ def reader_of(
 def missing(data: bytes) -> bytes:
     """Trouble: the object is not there."""
     raise NotFound("missing")
+
+
+def test_the_manifest_is_waited_for(prepared: Prepared) -> None:
+    """Data that is away while a worker starts is read when it is back, and named if it does not come back."""
+    store = in_memory(prepared, "comes-back")
+    content = store.read(MANIFEST_KEY)
+    store.delete(MANIFEST_KEY)
+    with pytest.raises(StoreError, match=r"manifest\.json: missing"):
+        await_manifest(store, 0.0)
+    back = threading.Timer(0.2, store.write, (MANIFEST_KEY, content))
+    back.start()
+    assert await_manifest(store, WAIT_S) == prepared.manifest
+    back.join()
 
 
 @pytest.mark.parametrize("kind", ["index", "block"])
