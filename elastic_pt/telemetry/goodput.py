@@ -4,8 +4,9 @@
                begins   newcomer                            ├─► detect, recompute ────► agree …   the generation broke
                                                             └─► checkpoint_stall ─► draining      the end of the run
 
-The time of a step is unknown until its report comes: then it is divided. The time of a step that was broken off is
-unknown until the next generation says when the cause was noticed. Everything else counts at once.
+The time of a step is unknown until its report comes: then it is divided. How long it waited for a slower worker is
+unknown until the report of the next step. The time of a step that was broken off is unknown until the next generation
+says when the cause was noticed. Everything else counts at once.
 """
 
 from collections.abc import Mapping
@@ -63,13 +64,17 @@ class NodeLedger:
         self._seconds = dict.fromkeys(Bucket, 0.0)
         self._since_s = began_s
         self._training = False
+        self._last_s = 0.0
+        """What is left of the last step, as `_last_kind`: its wait for a slower worker is not known yet."""
+        self._last_kind = Bucket.PRODUCTIVE
         self._broken_off_s = 0.0
         self._frontier_step = 0
 
     def enter(self, bucket: Bucket, now_s: float) -> None:
         """Time counts in this bucket from now on; if steps were done, from the last step on."""
         if self._training:
-            self._training, self.bucket = False, bucket
+            self._end_steps()
+            self.bucket = bucket
         self._count(now_s)
         self.bucket = bucket
 
@@ -81,7 +86,10 @@ class NodeLedger:
             self.bucket = self._kind_of(after_step + 1)
 
     def step_done(self, step: int, waits_s: Mapping[Bucket, float], now_s: float) -> Bucket:
-        """A step has ended; returns its bucket. The time since the last event is divided: the waits, and the step itself."""
+        """A step has ended; returns its bucket. The time since the last event is divided: the waits, and the step itself.
+
+        The wait for a slower worker is that of the step before.
+        """
         kind = self._kind_of(step)
         self._frontier_step = max(self._frontier_step, step)
         self.steps += 1
@@ -91,17 +99,19 @@ class NodeLedger:
         rest_s = max(0.0, now_s - self._since_s)
         self._since_s += rest_s
         for bucket, seconds in waits_s.items():
-            counted_s = min(max(0.0, seconds), rest_s)
-            self._seconds[bucket] += counted_s
-            rest_s -= counted_s
-        self._seconds[kind] += rest_s
+            if bucket is Bucket.STRAGGLER_WAIT:
+                self._last_s -= self._count_wait(bucket, seconds, self._last_s)
+            else:
+                rest_s -= self._count_wait(bucket, seconds, rest_s)
+        self._count_last()
+        self._last_kind, self._last_s = kind, rest_s
         self.bucket = self._kind_of(step + 1)
         return kind
 
     def broke(self, noticed_s: float) -> None:
         """The generation is broken, noticed at this moment: the nodes agree on the next one from then on."""
         if self._training:
-            self._training = False
+            self._end_steps()
             self._broken_off_s += max(0.0, noticed_s - self._since_s)
             self._since_s = max(self._since_s, noticed_s)
         self._count(noticed_s)
@@ -128,12 +138,26 @@ class NodeLedger:
         """All seconds up to now. What is not certain yet counts as the step that is being done, or was broken off."""
         seconds = self.counted(now_s)
         seconds[Bucket.RECOMPUTE] += self._broken_off_s
+        seconds[self._last_kind] += self._last_s
         if self._training:
             seconds[self.bucket] += max(0.0, now_s - self._since_s)
         return seconds
 
     def _kind_of(self, step: int) -> Bucket:
         return Bucket.PRODUCTIVE if step > self._frontier_step else Bucket.RECOMPUTE
+
+    def _end_steps(self) -> None:
+        self._training = False
+        self._count_last()
+
+    def _count_last(self) -> None:
+        self._seconds[self._last_kind] += self._last_s
+        self._last_s = 0.0
+
+    def _count_wait(self, bucket: Bucket, seconds: float, most_s: float) -> float:
+        counted_s = min(max(0.0, seconds), most_s)
+        self._seconds[bucket] += counted_s
+        return counted_s
 
     def _count(self, now_s: float) -> None:
         passed_s = max(0.0, now_s - self._since_s)

@@ -118,11 +118,9 @@ def test_a_broken_generation_is_accounted_from_step_to_step() -> None:
     later(1.0)
     observation.activity("train")
     later(4.0)
-    observation.step_done(
-        step(
-            1, data_wait_s=0.5, checkpoint_stall_s=0.25, straggler_wait_s=0.125, evaluation_s=0.125
-        )
-    )
+    observation.step_done(step(1, data_wait_s=0.5, checkpoint_stall_s=0.25, evaluation_s=0.125))
+    later(1.0)
+    observation.step_done(step(2, straggler_wait_s=0.125))
     later(3.0)
     observation.broke(clock.now_s - 1.0)
     observation.waits()
@@ -134,7 +132,7 @@ def test_a_broken_generation_is_accounted_from_step_to_step() -> None:
     known_s = later(5.0)
     later(0.5)
     lost = Cause(CauseKind.LOST, "b", detect_s=1.5)
-    observation.starts(generation(2, lost, frontier=1), known_s)
+    observation.starts(generation(2, lost, frontier=2), known_s)
     observation.idle(Idle.SPARE)  # A turn of the membership that comes too late.
     later(1.5)
     observation.activity("train")
@@ -143,7 +141,7 @@ def test_a_broken_generation_is_accounted_from_step_to_step() -> None:
     assert spent_since(observation, before) == {
         Bucket.START: 2.0 + 2.0,
         Bucket.RESTORE: 1.0,
-        Bucket.PRODUCTIVE: 3.0,
+        Bucket.PRODUCTIVE: 3.0 + 1.0,
         Bucket.DATA_WAIT: 0.5,
         Bucket.CHECKPOINT_STALL: 0.25,
         Bucket.STRAGGLER_WAIT: 0.125,

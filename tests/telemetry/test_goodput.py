@@ -95,6 +95,21 @@ def test_step_is_divided_into_its_waits_and_the_rest() -> None:
     }
 
 
+def test_a_wait_for_a_slower_worker_is_taken_from_the_step_that_waited() -> None:
+    """The first step of a generation may wait long for a worker that starts late, and the next one is short."""
+    ledger = NodeLedger(0.0)
+    ledger.formed(frontier_step=1, detect_s=0.0)
+    ledger.train(0, 2.0)
+    ledger.step_done(1, {}, 14.0)
+    ledger.step_done(2, {Bucket.STRAGGLER_WAIT: 10.0}, 15.0)
+    assert spent(ledger, 15.0) == {
+        Bucket.START: 2.0,
+        Bucket.STRAGGLER_WAIT: 10.0,
+        Bucket.RECOMPUTE: 2.0,
+        Bucket.PRODUCTIVE: 1.0,
+    }
+
+
 def test_steps_up_to_the_frontier_count_as_recompute() -> None:
     """A step counts as productive on no node if any node had done it before, also on a newcomer."""
     ledger = NodeLedger(0.0)
@@ -145,9 +160,10 @@ def test_late_report_of_stopped_workers_moves_no_time() -> None:
 
 
 def test_pause_moves_the_ledger_while_nothing_happens() -> None:
-    """A waiting node's time is certain at once; a step's time only with its report."""
+    """A waiting node's time is certain at once; a step's time only with the report of the next one."""
     ledger = trained()
-    assert ledger.counted(9.0)[Bucket.PRODUCTIVE] == 2.0
+    assert ledger.counted(9.0)[Bucket.PRODUCTIVE] == 1.0
     ledger.broke(9.0)
+    assert ledger.counted(9.0)[Bucket.PRODUCTIVE] == 2.0
     ledger.enter(Bucket.PAUSED_BELOW_MINIMUM, 10.0)
     assert ledger.counted(70.0)[Bucket.PAUSED_BELOW_MINIMUM] == 60.0
