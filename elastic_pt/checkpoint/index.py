@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
+import structlog
+
 from elastic_pt.checkpoint.layout import (
     FullManifest,
     RowRange,
@@ -36,6 +38,8 @@ REQUEST_THREADS: Final = 64
 """Parallel small requests of a reader: sizes and node records."""
 READS: Final = 3
 """How often bytes with a wrong hash are read before they count as damaged in the store: they may have changed on the way."""
+
+log = structlog.get_logger("elastic_pt.checkpoint.index")
 
 
 class Readable(Protocol):
@@ -178,7 +182,13 @@ def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
             raise CheckpointError(f"{key}: wrong size; expected the committed {size} bytes")
         if hashlib.sha256(data).hexdigest() == sha256:
             return data
+        warn_of_wrong_bytes(f"{key}: wrong SHA-256")
     raise CheckpointError(f"{key}: wrong SHA-256; expected the committed {sha256}")
+
+
+def warn_of_wrong_bytes(wrong: str) -> None:
+    """Tell people that bytes of a checkpoint have changed, in the store or on the way; `wrong` says which."""
+    log.warning("checkpoint_bytes_wrong", cause=wrong)
 
 
 def read_bytes(store: Readable, key: str, start: int, end: int) -> bytes:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from elastic_pt.checkpoint.index import READS, Index, Memory, Readable, read_bytes
+from elastic_pt.checkpoint.index import (
+    READS,
+    Index,
+    Memory,
+    Readable,
+    read_bytes,
+    warn_of_wrong_bytes,
+)
 from elastic_pt.checkpoint.layout import RowRange, TensorEntry, TensorSlice
 from elastic_pt.checkpoint.shard_file import TORCH_DTYPES, block_bounds
 from elastic_pt.errors import CheckpointError, StoreError
@@ -195,6 +202,8 @@ def _read_verified(source: Readable | Memory, read: ReadRange, parts: Sequence[m
         wrong = _first_wrong(read, parts)
         if not wrong:
             return
+        if not isinstance(source, Memory):
+            warn_of_wrong_bytes(f"{wrong}: wrong CRC-32")
     raise CheckpointError(f"{wrong}: wrong CRC-32; expected that of its record")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from elastic_pt.checkpoint.index import READS, read_index, read_manifest, read_root
 from elastic_pt.checkpoint.layout import (
@@ -532,11 +533,13 @@ class FlippingOnTheWay:
 
 
 def test_what_changed_on_the_way_is_read_again(store: Store, tmp_path: Path) -> None:
-    """F35: a good checkpoint is not given up because of bits that flip between the bucket and a reader."""
+    """F35: a good checkpoint is not given up because of bits that flip between the bucket and a reader; people are told."""
     tensors = full_tensors(SMALL)
     reference = write_checkpoint(store, tmp_path, tensors, 2)
     flipping: Any = FlippingOnTheWay(store, READS - 1)
-    found = load_world(flipping, read_manifest(flipping, reference, RUN_ID), 1)
+    with capture_logs() as told:
+        found = load_world(flipping, read_manifest(flipping, reference, RUN_ID), 1)
+    assert {each["event"] for each in told} == {"checkpoint_bytes_wrong"}
     assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
     damaged: Any = FlippingOnTheWay(store, READS)
     with pytest.raises(CheckpointError, match="wrong SHA-256"):
