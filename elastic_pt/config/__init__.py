@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from elastic_pt.config.mistakes import mistakes_in
 from elastic_pt.config.sections import (
     CheckpointSection,
     DataSection,
@@ -144,7 +145,7 @@ def parse_config(text: str, *, source: str, overrides: Iterable[str] = ()) -> Co
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from error
+        raise ConfigError(f"{source}: {mistakes_in(error, Config)}") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -163,48 +164,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         table[key] = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         table[key] = value.strip()
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """All mistakes in one line: field, value, what is expected."""
-    parts = []
-    for mistake in error.errors():
-        field = ".".join(str(part) for part in mistake["loc"]) or source
-        value = mistake["input"]
-        if mistake["type"] == "extra_forbidden":
-            parts.append(
-                f"{field} = {value!r}: unknown key; expected {_known_keys(mistake['loc'])}"
-            )
-        elif mistake["type"] == "missing":
-            parts.append(f"{field}: missing; {_wanted(mistake['loc'])}")
-        elif mistake["type"] == "value_error":
-            # A rule over several keys names them itself.
-            leaf = f"{field} = {value!r}: " if len(mistake["loc"]) > 1 else ""
-            parts.append(f"{leaf}{mistake['ctx']['error']}")
-        else:
-            parts.append(f"{field} = {value!r}: {_expectation(mistake['msg'])}")
-    return f"{source}: " + "; ".join(parts)
-
-
-def _expectation(message: str) -> str:
-    """A message of pydantic in the wording of this project."""
-    if message.startswith("Input should be "):
-        return f"expected {message.removeprefix('Input should be ')}"
-    return f"{message[0].lower()}{message[1:]}"
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    fields = Config.model_fields
-    if len(location) > 1 and str(location[0]) in fields:
-        fields = section_type(fields[str(location[0])].annotation).model_fields
-    return "one of " + ", ".join(fields)
-
-
-def _wanted(location: tuple[int | str, ...]) -> str:
-    field = Config.model_fields[str(location[0])]
-    section = section_type(field.annotation)
-    if len(location) == 1:
-        required = [key for key, leaf in section.model_fields.items() if leaf.is_required()]
-        return f"expected a [{location[0]}] table with {', '.join(required)}"
-    sentence = section.model_fields[str(location[1])].description or "A value"
-    return f"expected {sentence[0].lower()}{sentence[1:].rstrip('.')}"

@@ -84,7 +84,7 @@ def test_config_output_is_a_valid_config(trained: Trained, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("train.stepz=1", ["train.stepz", "unknown key"]),
+        ("train.stepz=1", ["train.stepz = 1", "unknown key; expected steps"]),
         ("train.steps=none", ["train.steps", "none"]),
         ("steps=1", ["steps=1", "section.key=value"]),
         ("model.heads=3", ["model.width", "model.heads"]),
