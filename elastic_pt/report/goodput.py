@@ -171,7 +171,7 @@ def _losses(records: Sequence[Record]) -> Iterator[tuple[str, Loss]]:
         body = record.body
         if not isinstance(body, Generation):
             continue
-        declared_at_s = record.written_at.timestamp()
+        declared_at_s = record.written_at_s
         for cause in body.causes:
             if cause.kind is CauseKind.LOST and cause.node in members:
                 heard_at_s = declared_at_s - body.agree_s - cause.detect_s

@@ -105,7 +105,7 @@ def _times_s(records: Sequence[Record]) -> list[float]:
     """When each record was written, since the first one. None is earlier than the one before."""
     found: list[float] = []
     for record in records:
-        time_s = record.written_at.timestamp()
+        time_s = record.written_at_s
         found.append(max(time_s, found[-1] if found else time_s))
     return [time_s - found[0] for time_s in found]
 

@@ -437,6 +437,11 @@ class Record:
         return datetime.datetime.fromisoformat(self.time)
 
     @property
+    def written_at_s(self) -> float:
+        """`written_at` as Unix time."""
+        return self.written_at.timestamp()
+
+    @property
     def schema(self) -> int:
         """The schema of the stored form."""
         body = self.body

@@ -85,7 +85,7 @@ class Timeline:
 
     def add(self, record: Record) -> None:
         """The next record of the log."""
-        at_s = record.written_at.timestamp()
+        at_s = record.written_at_s
         if self.records == 0:
             self.started_at_s = at_s
         self.records += 1
