@@ -14,25 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import tomlkit
+
 from elastic_pt.chaos.directory import (
     check_digest,
     check_goodput,
     check_ledger,
     check_lineage,
-    goodput_now,
+    goodput_at,
 )
 from elastic_pt.chaos.processes import kill_all, mark_children, marked
+from elastic_pt.chaos.small_run import small_run
 from elastic_pt.chaos.watched import WatchedRun
 from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import StoreError
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.report.goodput import Goodput
+from elastic_pt.report.goodput import Goodput, read_accounts
 from elastic_pt.runlog.records import Generation, Quarantine
 from elastic_pt.store.open import open_store
 
 STEPS: Final = 48
 CHECKPOINT_STEPS: Final = 6
-GLOBAL_BATCH: Final = 8
 PATIENCE_S: Final = 90.0
 _POLL_S: Final = 0.01
 _READ_TIMEOUT_S: Final = 5.0
@@ -40,36 +42,8 @@ _READ_TIMEOUT_S: Final = 5.0
 
 def make_config(run_url: str, data_url: str, nodes: int, *overrides: str) -> Config:
     """A run that takes seconds (2 layers, width 64, V = 8) and starts when `nodes` nodes are there."""
-    text = f"""
-[run]
-url = "{run_url}"
-seed = 7
-[data]
-url = "{data_url}"
-sequence_length = 64
-[model]
-layers = 2
-width = 64
-heads = 2
-kv_heads = 1
-[train]
-steps = {STEPS}
-global_batch = {GLOBAL_BATCH}
-micro_batch = 1
-warmup_steps = 4
-[elastic]
-nodes_max = {nodes}
-join_window_s = 30.0
-# Patient: a machine that runs all these processes at once must not make a healthy node look silent.
-heartbeat_timeout_s = 4.0
-takeover_s = 8.0
-hang_timeout_s = 4.0
-settle_timeout_s = 60.0
-collective_timeout_s = 60.0
-[checkpoint]
-every_steps = {CHECKPOINT_STEPS}
-"""
-    return parse_config(text, source="chaos_tests", overrides=overrides)
+    tree = small_run(run_url, data_url, {"elastic": {"nodes_max": nodes}})
+    return parse_config(tomlkit.dumps(tree), source="chaos_tests", overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -98,6 +72,10 @@ class Scenario(WatchedRun):
         self.patience_s = patience_s
         self.goodput: Goodput | None = None
         """What `check_goodput` has found last."""
+
+    def decisions(self, node: str) -> list[str]:
+        """The kinds of decisions that a node's membership took, in order."""
+        return [event["kind"] for event in self.events(node, "decision")]
 
     def until(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait for a condition; fails with the ends of the nodes' logs after `patience_s`."""
@@ -132,7 +110,7 @@ class Scenario(WatchedRun):
         """Fail unless each node-second, of every agent that had started, counts in exactly one bucket."""
         # Of its own: the store of the scenario may retry for minutes.
         store = open_store(self.config.run.url, timeout_s=_READ_TIMEOUT_S, patient=False)
-        self.goodput = goodput_now(store, self.records())
+        self.goodput = goodput_at(time.time(), read_accounts(store), self.records())
         check_goodput(self.goodput)
         return self.goodput
 

@@ -9,6 +9,7 @@ synthetic, so there is no ledger; what is judged is whether it trains again, aft
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Final
 from benchmarks.recovery_peer import SETTINGS
 from elastic_pt.chaos.arena import Arena
 from elastic_pt.chaos.machine import Machine
-from elastic_pt.chaos.play import Played, Player
+from elastic_pt.chaos.play import Played, Player, Progress, Struck
 from elastic_pt.chaos.processes import marked
 from elastic_pt.chaos.scenario import Scenario, load
 from elastic_pt.chaos.workbench import Workbench
@@ -45,7 +46,7 @@ class Stock:
     outcome: str
     """`completed`, `ended` (by itself, before its last step) or `stuck` (no end within the limit)."""
     recovery_s: float | None
-    """From the last fault to the next step that was done; None if there was none."""
+    """The longest time without a new step after the last fault; None if there was none."""
     lost_steps: int | None
 
 
@@ -108,15 +109,32 @@ def judged(played: Played) -> Stock:
     if not played.struck:
         return Stock(played.scenario.name, outcome, None, None)
     last = played.struck[-1]
-    after = [(time_s, step) for time_s, step in begun if time_s > last.time_s]
-    done = [time_s for time_s, step in after if step > last.step]
-    lost = last.step - min((step for _, step in after), default=last.step)
-    return Stock(
-        played.scenario.name,
-        outcome,
-        round(done[0] - last.time_s, 2) if done else None,
-        max(0, lost) if done else None,
+    pause_s, lost = pause_and_loss(played.progress, last)
+    return Stock(played.scenario.name, outcome, pause_s, lost)
+
+
+def pause_and_loss(progress: Sequence[Progress], fault: Struck) -> tuple[float | None, int | None]:
+    """The longest time without a new step after a fault, in seconds, and the most steps that were done again at once.
+
+    Both None if no new step followed. Nodes that start disturb nobody at first: then the time begins with a step.
+    """
+    since = [fault.time_s]
+    if fault.spec.of.starts_nodes:
+        since = []
+    newest, lost = (
+        max((each.step for each in progress if each.time_s <= fault.time_s), default=-1),
+        0,
     )
+    for each in progress:
+        if each.time_s <= fault.time_s:
+            continue
+        lost = max(lost, newest - each.step)
+        if each.step > newest:
+            newest = each.step
+            since.append(each.time_s)
+    if len(since) < 2:
+        return None, None
+    return round(max(after - before for before, after in itertools.pairwise(since)), 2), lost
 
 
 def main() -> int:

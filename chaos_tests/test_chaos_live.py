@@ -56,6 +56,7 @@ def test_a_run_that_does_not_allow_it_is_not_killed(
     """Without `elastic.chaos` no order is written, and the message names the key."""
     run = start(f"train.steps={STEPS}", nodes=2)
     run.until_step(1, nodes=2)
+    run.until("the first step is on record", lambda: run.view().recovery is not None)
     code = run_command_line(["chaos", "live", run.config.run.url, "--yes", "--kinds", "kill"])
     assert code == 2
     assert "elastic.chaos = false" in capsys.readouterr().err

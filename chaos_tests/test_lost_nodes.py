@@ -8,7 +8,7 @@ import pytest
 
 from chaos_tests.conftest import StartScenario
 from chaos_tests.scenario import CHECKPOINT_STEPS, STEPS
-from elastic_pt.chaos.processes import descendants_of, marked, workers_of
+from elastic_pt.chaos.processes import marked, workers_of
 from elastic_pt.membership.decision.progress import step_in_pulse
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.telemetry.goodput import Bucket
@@ -17,6 +17,17 @@ pytestmark = pytest.mark.chaos
 
 KILL_STEP = CHECKPOINT_STEPS + 3
 ORPHAN_S = 2.0
+
+
+def below(agent: int, mark: str) -> set[int]:
+    """All processes below an agent."""
+    parents = marked(mark)
+    found: set[int] = set()
+    while more := {
+        pid for pid, parent in parents.items() if parent in found | {agent} and pid not in found
+    }:
+        found |= more
+    return found
 
 
 def test_a_killed_worker_is_replaced(start: StartScenario, reference_digest: str) -> None:
@@ -38,7 +49,7 @@ def test_workers_die_with_their_agent(start: StartScenario, reference_digest: st
     run = start(nodes=2)
     run.until_step(KILL_STEP, nodes=2)
     agent = run.fleet.pid("node-1")
-    family = descendants_of(agent, run.mark)
+    family = below(agent, run.mark)
     # A stopped process can notice nothing by itself: only the kernel can end it now.
     os.kill(workers_of(agent, run.mark)[0], signal.SIGSTOP)
     os.kill(agent, signal.SIGKILL)

@@ -91,7 +91,9 @@ def test_each_network_fault_cuts_its_own_paths(make_network: MakeNetwork) -> Non
     assert cut() == both((one, two), (one, three))
     network.heal()
     network.link_down(three)
+    assert network.unsent(three) == 0
     assert cut() == both((one, three), (two, three))
+    assert network.unsent(three) > 0
     network.heal()
     assert cut() == set()
 

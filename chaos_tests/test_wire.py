@@ -205,6 +205,7 @@ def test_bandwidth_is_limited_in_both_directions(make_network: MakeNetwork) -> N
         received, took_s = transferred(network, *path)
         assert received == STREAM
         assert 0.35 < took_s < 2.0
+    assert network.throttled(one) > 0
     assert transferred(network, two, three)[1] < 0.3
     network.heal()
     assert transferred(network, one, two)[1] < 0.3
@@ -242,11 +243,12 @@ def test_connections_of_a_pair_are_reset_at_both_ends(
             with pytest.raises(ConnectionRefusedError), connection(network, *ends):
                 pass
         assert _round_trip_s(apart, from_it) < QUICK_S
-    assert network.rejected(one) > 0
-    assert network.rejected(three) == 0
+    assert network.rejected(one, from_=two) > 0
+    assert network.rejected(one, from_=three) == 0
+    assert network.rejected(three, from_=one) == 0
     network.heal()
     assert round_trip_s(network, one, two) < QUICK_S
-    assert network.rejected(one) == 0
+    assert network.rejected(one, from_=two) == 0
 
 
 def links_of_hub(network: Network) -> str:

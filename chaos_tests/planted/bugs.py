@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,21 @@ node = "last"
 at = { step = 15 }
 """
 KILLED_WORKER: Final = KILLED_NODE.replace('"kill_node"', '"kill_worker"')
+NOTICED_NODE: Final = KILLED_NODE.replace('"kill_node"', '"notice"').replace(
+    "A node is lost", "A node has a notice"
+)
+BUCKET_AWAY: Final = """
+hypothesis = "The bucket is away for some seconds, and the run goes on."
+nodes = 2
+steps = 60
+step_s = 0.3
+store = "bucket"
+
+[[faults]]
+kind = "bucket_away"
+at = { step = 15 }
+for_s = 6
+"""
 KILLED_IN_COMMIT: Final = """
 hypothesis = "An agent is lost after it wrote a manifest, before its COMMIT."
 nodes = 2
@@ -46,6 +62,21 @@ config = { checkpoint = { every_steps = 10 } }
 kind = "kill_node"
 node = "last"
 at = { phase = "snapshot", step = 18 }
+"""
+KILLED_AFTER_LONG: Final = """
+hypothesis = "A node is lost with rows of which nobody has a copy, long after the start and before the first commit."
+nodes = 2
+steps = 30
+store = "directory"
+config = { checkpoint = { every_steps = 20, mirror_copies = 0 } }
+
+[[faults]]
+kind = "kill_node"
+node = "last"
+at = { step = 18 }
+
+[expect]
+lost_steps = 18
 """
 STOPPED_IN_COMMIT: Final = """
 hypothesis = "An agent stands still in its commit until the others go on without it."
@@ -270,6 +301,55 @@ def _count_another_cause(module: Any) -> None:
     module.label_of = lambda kind: "left" if kind == "lost" else label(kind)
 
 
+def _tell_lost_as_left(module: Any) -> None:
+    """The log says that a lost node has left."""
+    losses = module.losses
+
+    def kind(*facts: Any) -> list[Any]:
+        left = module.CauseKind.LEFT
+        return [dataclasses.replace(each, kind=left) for each in losses(*facts)]
+
+    module.losses = kind
+
+
+def _blame_a_healthy_node(module: Any) -> None:
+    """The log says that the first member is lost, whoever it is."""
+    losses = module.losses
+
+    def blaming(view: Any, found: Any, parked: Any, generation: Any, now_s: float) -> list[Any]:
+        first = generation.members[0].node
+        causes = losses(view, found, parked, generation, now_s)
+        return [dataclasses.replace(each, node=first) for each in causes]
+
+    module.losses = blaming
+
+
+def _count_no_store_errors(module: Any) -> None:
+    """Requests to the store that fail are not counted."""
+    attempted = module.CountRequests.attempted
+
+    def hopeful(self: Any, operation: Any, result: Any, seconds: float) -> None:
+        if result != "transient":
+            attempted(self, operation, result, seconds)
+
+    module.CountRequests.attempted = hopeful
+
+
+def _no_event_of_a_notice(module: Any) -> None:
+    """A notice is obeyed, and no event tells of it."""
+    log = module.log
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(log, name)
+
+        def warning(self, event: str, **more: Any) -> None:
+            if event != "notice":
+                log.warning(event, **more)
+
+    module.log = Silent()
+
+
 def _keep_a_process(module: Any) -> None:
     """A process of a worker lives on when its agent is gone."""
     begin = module.begin_worker
@@ -282,6 +362,33 @@ def _keep_a_process(module: Any) -> None:
         begin(environment)
 
     module.begin_worker = forking
+
+
+def _keep_a_bare_process(module: Any) -> None:
+    """A worker starts a process that has nothing of its environment, and never ends it."""
+    begin = module.begin_worker
+
+    def starting(environment: dict[str, str]) -> None:
+        subprocess.Popen(["/bin/sleep", "60"], env={}, start_new_session=True)
+        begin(environment)
+
+    module.begin_worker = starting
+
+
+def _tell_another_loss(module: Any) -> None:
+    """One worker alone tells a loss that is not that of its step."""
+    report = module.report
+
+    def boasting(agent: Any, state: Any, result: Any, *rest: Any) -> None:
+        better = result.loss * (0.9 if state.world_size == 1 else 1.0)
+        report(agent, state, dataclasses.replace(result, loss=better), *rest)
+
+    module.report = boasting
+
+
+def _count_no_commit(module: Any) -> None:
+    """Commits are not counted."""
+    module.Checkpointing.committed = lambda self, checkpoint: None
 
 
 def _end_with_an_error(module: Any) -> None:
@@ -304,7 +411,68 @@ def _drop_a_record(module: Any) -> None:
     module.write_history = dropping
 
 
+def _remove_nothing(module: Any) -> None:
+    """Checkpoints that have expired stay in the bucket."""
+    module.remove = lambda store, directory: None
+
+
+def _keep_one(module: Any) -> None:
+    """A commit keeps its own checkpoint, and removes all others."""
+    module.kept = lambda checkpoints, keep: list(checkpoints[:1])
+
+
+def _all_is_productive(module: Any) -> None:
+    """An account has all time in one bucket."""
+    total = module.NodeLedger.total
+
+    def rosy(self: Any, now_s: float) -> Any:
+        seconds = total(self, now_s)
+        return dict.fromkeys(seconds, 0.0) | {module.Bucket.PRODUCTIVE: sum(seconds.values())}
+
+    module.NodeLedger.total = rosy
+
+
+def _repeated_steps_are_productive(module: Any) -> None:
+    """Steps that are done again count as if they were new."""
+    module.NodeLedger._kind_of = lambda self, step: module.Bucket.PRODUCTIVE
+
+
+def _hide_lost_steps(module: Any) -> None:
+    """A generation tells that the one before has done no step that is not in the state to resume from."""
+    module.reached_step = lambda generation, statuses: generation.resume_step
+
+
+def _leave_a_file(path: str) -> Callable[[Any], None]:
+    """An agent leaves a file on its machine."""
+
+    def patch(module: Any) -> None:
+        run = module.run_agent
+
+        def leaving(*arguments: Any) -> Any:
+            with open(path, "w") as file:
+                file.write("left")
+            return run(*arguments)
+
+        module.run_agent = leaving
+
+    return patch
+
+
+def _leave_an_object(module: Any) -> None:
+    """A commit leaves a copy of its manifest beside the checkpoints."""
+    publish = module.publish_manifest
+
+    def leaving(store: Any, notices: Any) -> Any:
+        checkpoint = publish(store, notices)
+        store.write(f"manifests/{checkpoint.step}.json", b"{}")
+        return checkpoint
+
+    module.publish_manifest = leaving
+
+
+_AGENT: Final = "elastic_pt.agent.agent"
 _CHECKPOINTS: Final = "elastic_pt.checkpoint"
+_DECISION: Final = "elastic_pt.membership.decision"
 BUGS: Final = {
     "skip_micro_batch": Bug("elastic_pt.train.loop", _skip_micro_batch, "digest"),
     "data_off_by_one": Bug("elastic_pt.train.worker", _data_off_by_one, "digest"),
@@ -322,11 +490,36 @@ BUGS: Final = {
     "write_stale_bytes": Bug(f"{_CHECKPOINTS}.upload", _write_stale_bytes, "checkpoints"),
     "leak_memory": Bug("elastic_pt.workers.scratch", _leak_memory, "leftovers", KILLED_WORKER),
     "keep_a_process": Bug("elastic_pt.workers.forking", _keep_a_process, "leftovers"),
+    "keep_a_bare_process": Bug(
+        "elastic_pt.workers.forking", _keep_a_bare_process, "leftovers", KILLED_WORKER
+    ),
+    "tell_another_loss": Bug("elastic_pt.train.loop", _tell_another_loss, "ledger"),
+    "count_no_commit": Bug("elastic_pt.agent.checkpointing", _count_no_commit, "evidence"),
     "count_a_second_twice": Bug("elastic_pt.telemetry.goodput", _count_a_second_twice, "goodput"),
+    "retention_removes_nothing": Bug(f"{_CHECKPOINTS}.retention", _remove_nothing, "retention"),
+    "retention_removes_too_much": Bug(f"{_CHECKPOINTS}.retention", _keep_one, "retention"),
+    "leave_a_file_in_tmp": Bug(_AGENT, _leave_a_file("/tmp/left"), "leftovers"),
+    "leave_a_file_in_shm": Bug(_AGENT, _leave_a_file("/dev/shm/left"), "leftovers"),
+    "leave_an_object_in_the_store": Bug(f"{_CHECKPOINTS}.publish", _leave_an_object, "leftovers"),
+    "all_time_is_productive": Bug("elastic_pt.telemetry.goodput", _all_is_productive, "goodput"),
+    "lost_work_is_productive": Bug(
+        "elastic_pt.telemetry.goodput", _repeated_steps_are_productive, "goodput", KILLED_AFTER_LONG
+    ),
+    "hide_lost_steps": Bug(
+        "elastic_pt.membership.appender", _hide_lost_steps, "bounds", KILLED_AFTER_LONG
+    ),
     "blame_another_cause": Bug(
         "elastic_pt.workers.failure", _blame_another_cause, "evidence", KILLED_WORKER
     ),
     "count_another_cause": Bug("elastic_pt.agent.counting", _count_another_cause, "evidence"),
+    "lost_told_as_left": Bug(f"{_DECISION}.causes", _tell_lost_as_left, "evidence"),
+    "blame_a_healthy_node": Bug(f"{_DECISION}.causes", _blame_a_healthy_node, "evidence"),
+    "count_no_store_errors": Bug(
+        "elastic_pt.telemetry.requests", _count_no_store_errors, "evidence", BUCKET_AWAY
+    ),
+    "no_event_of_a_notice": Bug(
+        "elastic_pt.notices.watch", _no_event_of_a_notice, "evidence", NOTICED_NODE
+    ),
     "end_with_an_error": Bug("elastic_pt.cli.training", _end_with_an_error, "exit codes"),
 }
 """All bugs, by name."""

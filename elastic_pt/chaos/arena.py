@@ -13,8 +13,10 @@ import resource
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -46,6 +48,33 @@ NOTICE_FILE: Final = "notice"
 _NAME_CHARACTERS: Final = 12
 
 
+@dataclass
+class Life:
+    """One agent, as it was seen from outside."""
+
+    node: str
+    """Its name in the run."""
+    pid: int
+    started_at_s: float
+    """Unix time just before it was started."""
+    began_by_s: float
+    """Unix time by which its process had begun. A busy machine takes seconds for that."""
+    ended_at_s: float | None = None
+    """Unix time at which it was seen to have ended; None while it runs."""
+    exit_code: int | None = None
+    """None while it runs, and if it was killed from outside."""
+
+
+@dataclass
+class _NetworkFault:
+    """A fault of the network that lasts."""
+
+    do: Callable[[Network], None]
+    count: Callable[[Network], int]
+    met: int = 0
+    """What it had counted when it was done anew."""
+
+
 class Arena:
     """A context manager; at its end no process of the run is left, whatever happened."""
 
@@ -68,7 +97,7 @@ class Arena:
         own. `bucket`: where the run is, if it is in one; the nodes reach it through a proxy.
         """
         self.config = config
-        self.directory = directory
+        self.directory = directory = directory.absolute()
         self.nodes = tuple(nodes)
         self.run = WatchedRun(config, directory)
         self.network: Network | None = None
@@ -77,6 +106,9 @@ class Arena:
         self._has_network = network
         self._seed = seed
         self._stack = ExitStack()
+        self.lives: list[Life] = []
+        """All agents that were started, in order."""
+        self._alive: dict[str, Life] = {}
         self._started: set[str] = set()
         self._has_disks = disks
         self._bucket = bucket
@@ -84,22 +116,22 @@ class Arena:
         self._rules: dict[int, Rule] = {}
         self._disks: dict[str, Disk] = {}
         self._data_away: dict[str, bytes] = {}
-        self._network_faults: dict[int, Callable[[Network], None]] = {}
+        self._network_faults: dict[int, _NetworkFault] = {}
         self.data: Store = open_store(config.data.url)
         """The prepared data that this run alone reads."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.mark = stack.enter_context(mark_children())
+            self._places = Places(self.mark[:_NAME_CHARACTERS], self.config, self.directory)
+            stack.callback(self._places.close)
             stack.callback(kill_all, self.mark)
-            self._hooks = stack.enter_context(Hooks(self._decide))
+            self._hooks = stack.enter_context(Hooks(self._decide, self._places.sockets))
             if self._has_network:
                 self.network = stack.enter_context(Network(self.nodes, versions=(4,)))
                 self.run.ask_from = self.network.on_hub
             if self._bucket is not None:
                 self._proxy = stack.enter_context(self._make_proxy(self._bucket))
-            self._places = Places(self.mark[:_NAME_CHARACTERS])
-            stack.callback(self._places.close)
             self.counters = stack.enter_context(Scraper(self._watched(), self._on)).counters
             self._fleet = stack.enter_context(Fleet(self.config, self.directory))
             self._stack = stack.pop_all()
@@ -141,7 +173,8 @@ class Arena:
 
     def _launch(self, key: str, node: str, settings: Sequence[str], *, other_code: bool) -> None:
         prefix = [] if self.network is None else self.network.prefix(node)
-        places, variables = self._places.settings(key, self.config)
+        places, variables = self._places.settings(key)
+        prefix = [*prefix, *self._places.prefix(key)]
         if self._has_disks:
             prefix = [*prefix, *prefix_for_disk(self._places.staging(key))]
         variables[VARIABLE] = self._hooks.rules(node, self._points)
@@ -150,13 +183,17 @@ class Arena:
         if other_code:
             variables["PYTHONPATH"] = str(changed_code(self.directory / "other-code"))
         self._started.add(key)
-        self._fleet.start(
+        started_at_s = time.time()
+        pid = self._fleet.start(
             key,
             name=node,
             address=LOOPBACK if self.network is None else self.network.address(node),
             prefix=[*prefix, "env", *(f"{name}={value}" for name, value in variables.items())],
             settings=[f"elastic.notices=file:{self._notices(node)}", *places, *settings],
+            current=self._places.current(key),
         )
+        self._alive[key] = Life(node, pid, started_at_s, time.time())
+        self.lives.append(self._alive[key])
 
     def _notices(self, node: str) -> Path:
         return self.directory / f"{node}.{NOTICE_FILE}"
@@ -178,8 +215,14 @@ class Arena:
         return pid in {self._fleet.pid(node) for node in self._fleet.running()}
 
     def look(self) -> None:
-        """Note what has to be gone at the end. Call it several times a second."""
-        self._places.look()
+        """Note which agents have ended. Call it several times a second."""
+        for key, code in self._fleet.exit_codes().items():
+            if code is not None:
+                self._ended(key, code)
+
+    def _ended(self, key: str, code: int | None) -> None:
+        if (life := self._alive.pop(key, None)) is not None:
+            life.ended_at_s, life.exit_code = time.time(), code
 
     def leftovers(self, clean: Collection[str]) -> tuple[str, ...]:
         """What the run has left on this machine; `clean` are the nodes whose agent has ended by itself."""
@@ -189,6 +232,7 @@ class Arena:
         """The loss of a machine: SIGKILL to all its processes at once."""
         if node in self._fleet.running():
             self._fleet.kill(node)
+            self._ended(node, None)
 
     def send(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to one process of the run, if it is still there; 0 is none."""
@@ -252,19 +296,33 @@ class Arena:
 
     # The network
 
-    def disturb_network(self, number: int, do: Callable[[Network], None]) -> None:
-        """Let a fault strike the network between the nodes. `number` names it for `heal_network`."""
+    def disturb_network(
+        self, number: int, do: Callable[[Network], None], count: Callable[[Network], int]
+    ) -> None:
+        """Let a fault strike the network between the nodes. `number` names it for `heal_network`.
+
+        `count` tells how many packets it has met since it was done last.
+        """
         assert self.network is not None
         do(self.network)
-        self._network_faults[number] = do
+        self._network_faults[number] = _NetworkFault(do, count)
+
+    def packets_met(self, number: int) -> int:
+        """How many packets that fault has met."""
+        assert self.network is not None
+        fault = self._network_faults[number]
+        return fault.met + fault.count(self.network)
 
     def heal_network(self, number: int) -> None:
         """End that fault; those that still last are there again within milliseconds."""
         assert self.network is not None
         del self._network_faults[number]
+        for each in self._network_faults.values():
+            # The network counts anew after it has healed.
+            each.met += each.count(self.network)
         self.network.heal()
-        for do in self._network_faults.values():
-            do(self.network)
+        for each in self._network_faults.values():
+            each.do(self.network)
 
     # The bucket
 

@@ -7,6 +7,7 @@ another kind in another phase each time: so many in a row as there are pairs str
 come at random times whose gaps are exponential. Pure: no process here.
 """
 
+import math
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -30,8 +31,15 @@ _LAST_STEP: Final = 240
 _PRIMARY_UNTIL_STEP: Final = 150
 _FAULTS_MAX: Final = 5
 _EVERY_STEPS: Final = 6
+"""`checkpoint.every_steps` of the workbench."""
+_COMMITS_AHEAD: Final = 3
+"""Commits that may be missing when all nodes are lost: of the last steps, and two on their way."""
+_RECOVERS_WITHIN_S: Final = 30.0
+"""All nodes of a run may have to start anew, on two cores."""
 _TWO_COMMITS_STEP: Final = 40
 _REPLACE_AFTER_S: Final = 2.0
+_WORKERS_MAX: Final = 8
+"""Rows of a step, each for one worker."""
 
 _AT_CHANGES: Final = (Phase.IMPORT, Phase.RENDEZVOUS, Phase.RESTORE, Phase.RESIZE)
 """Phases that a run comes to when its members change. All others come again and again."""
@@ -64,7 +72,10 @@ _NEED_WORKERS: Final = {
 }
 """Kinds that strike a process below the agent, and the phases in which there may be none."""
 _NEED_PEERS: Final = frozenset(
-    {"partition", "one_way", "halves", "reset_connections", "shards_swapped"}
+    {
+        *("partition", "one_way", "halves", "link_down", "narrow_link", "reset_connections"),
+        "shards_swapped",
+    }
 )
 _NEED_A_RUN: Final = frozenset(
     {"operator_pauses", "operator_checkpoints", "operator_drains", "foreign_files"}
@@ -141,13 +152,14 @@ class _Drawing:
             self._strike_sometime(self.choices.choice(others), at_s)
         used = set().union(*(KINDS[each["kind"]].needs for each in self.faults))
         in_bucket = Need.BUCKET in used or (Need.BUCKET in needs and self.choices.random() < 0.5)
+        nodes = self.nodes + sum(each["kind"] == "join" for each in self.faults)
         lasting_s = sum(each.get("for_s", 0.0) for each in self.faults)
         return Scenario.model_validate(
             {
                 "name": f"seed-{seed}",
                 "hypothesis": f"A run survives {', '.join(each['kind'] for each in self.faults)}.",
                 "nodes": self.nodes,
-                "workers_per_node": self.choices.randint(1, 2),
+                "workers_per_node": min(self.choices.randint(1, 2), _WORKERS_MAX // nodes),
                 "steps": STEPS,
                 "step_s": _STEP_S,
                 "store": "bucket" if in_bucket else "directory",
@@ -155,16 +167,22 @@ class _Drawing:
                 "longest_s": 240.0 + lasting_s,
                 "faults": self.faults,
                 "expect": {
-                    "recovers_within_s": 60.0 + lasting_s,
-                    "lost_steps": self._lost_steps(),
+                    "recovers_within_s": _RECOVERS_WITHIN_S + lasting_s,
+                    "lost_steps": self._lost_steps(lasting_s),
                 },
             }
         )
 
-    def _lost_steps(self) -> int:
-        """Two, if a copy of each state survives. Else those since the newest commit, which a fault may delay."""
+    def _lost_steps(self, lasting_s: float) -> int:
+        """Two, if a copy of each state survives. Else those since the newest commit that can be read.
+
+        Two commits may be on their way, each damaged checkpoint is one more, and no commit may come while a fault lasts.
+        """
         alone = len(self.faults) == 1 and self.nodes > 1 and self.faults[0]["node"] != "all"
-        return 2 if alone and not self.kind.needs else STEPS
+        if alone and not self.kind.needs:
+            return 2
+        damaged = sum(_changes_checkpoint(KINDS[each["kind"]]) for each in self.faults)
+        return (_COMMITS_AHEAD + damaged) * _EVERY_STEPS + math.ceil(lasting_s / _STEP_S)
 
     def _others(self, needs: Collection[Need]) -> list[Kind]:
         """Kinds for one more fault: each at most once, since a program that fails the same way twice ends its run."""

@@ -9,8 +9,8 @@ Each returns one line about what it found, or raises `Objection`. They use the p
 what a fenced writer or a damaged checkpoint is, is said here once more.
 """
 
-import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from elastic_pt.checkpoint.digest import digest
@@ -20,12 +20,17 @@ from elastic_pt.checkpoint.verify import verify
 from elastic_pt.config import TrainSection
 from elastic_pt.report.change import Change
 from elastic_pt.report.explanation import explain
-from elastic_pt.report.goodput import Goodput, failure_costs, goodput_of, read_accounts
+from elastic_pt.report.goodput import Goodput, failure_costs, goodput_of
 from elastic_pt.runlog.log import RunLog, RunView, fold
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Record, Recovery
 from elastic_pt.store.port import Store
+from elastic_pt.telemetry.account import Account
+from elastic_pt.telemetry.goodput import Bucket
 
 _BUCKETS_TOLERANCE: Final = 0.005
+_SUM_S: Final = 0.01
+_EXACT: Final = ("loss", "z_loss", "gradient_norm", "learning_rate", "sources", "skipped")
+"""What a line of the history tells of a step, whoever trained it."""
 
 
 class Objection(Exception):
@@ -101,8 +106,15 @@ def _check_commit(
         raise Objection(f"{where}: of generation {checkpoint.generation}, expected one before it")
 
 
-def check_ledger(store: Store, records: Sequence[Record], train: TrainSection) -> str:
+def check_ledger(
+    store: Store,
+    records: Sequence[Record],
+    train: TrainSection,
+    undisturbed: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+) -> str:
     """Each row of the plan exactly once in the committed history, in order: no gap, no overlap.
+
+    What a line tells of its step, such as the loss, is what the `undisturbed` run's line of that step tells.
 
     The history must reach the newest commit, and in a completed run the last step.
     """
@@ -134,6 +146,10 @@ def check_ledger(store: Store, records: Sequence[Record], train: TrainSection) -
                 f"line {number} of the history: step {found[0]} of rows {found[1]} to {found[2]}, "
                 f"expected step {number} of rows {expected[1]} to {expected[2]}"
             )
+        both = (line, undisturbed.get(number, line))
+        told, exact = ({key: each[key] for key in _EXACT} for each in both)
+        if told != exact:
+            raise Objection(f"line {number} of the history: {told}, expected {exact}")
     if (last := completed_step(view)) is not None and last != len(lines):
         raise Objection(f"the run ended at step {last}, the history has {len(lines)}")
     return f"{len(lines)} steps, {len(lines) * train.global_batch} rows, each once"
@@ -186,11 +202,11 @@ def check_checkpoints(store: Store, log: RunLog, references: Mapping[int, str]) 
     return f"{count} checkpoints verified, {compared} of them compared with the undisturbed run"
 
 
-def goodput_now(store: Store, records: Sequence[Record]) -> Goodput:
-    """What the run's node-seconds were spent on, up to now."""
+def goodput_at(now_at_s: float, accounts: Sequence[Account], records: Sequence[Record]) -> Goodput:
+    """What the run's node-seconds were spent on, up to a Unix time; infinite if no agent runs any more."""
     changes = [each for each in explain(records) if isinstance(each, Change)]
     failures = failure_costs(records, changes, {})
-    return goodput_of(read_accounts(store), records, time.time(), failures)
+    return goodput_of(accounts, records, now_at_s, failures)
 
 
 def check_goodput(goodput: Goodput) -> str:
@@ -201,5 +217,13 @@ def check_goodput(goodput: Goodput) -> str:
     if abs(spent_s - goodput.node_seconds) > _BUCKETS_TOLERANCE * goodput.node_seconds:
         raise Objection(
             f"the buckets add up to {spent_s:.3f} s, expected {goodput.node_seconds:.3f} node-seconds"
+        )
+    time_s = sum(each.ended_at_s - each.started_at_s for each in goodput.agents)
+    useful_s = sum(each.seconds[Bucket.PRODUCTIVE] for each in goodput.agents)
+    share = goodput.goodput or 0.0
+    if abs(goodput.node_seconds - time_s) > _SUM_S or abs(share * time_s - useful_s) > _SUM_S:
+        raise Objection(
+            f"{share:.3f} of {goodput.node_seconds:.3f} node-seconds are productive, "
+            f"expected {useful_s:.3f} s of {time_s:.3f} s by its agents"
         )
     return f"{spent_s:.3f} s in buckets, {goodput.node_seconds:.3f} node-seconds"

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from elastic_pt.chaos.campaign import why_not
-from elastic_pt.chaos.kinds import KINDS, Kind
+from elastic_pt.chaos.kinds import KINDS, RANGES, Kind
 from elastic_pt.chaos.oracles import ORACLES
 from elastic_pt.chaos.scenario import Expectation, FaultSpec, Moment, Phase, Scenario
 
@@ -72,10 +72,11 @@ def _accepted_shape(shape: Mapping[str, Any]) -> str:
     match shape["type"]:
         case "integer" | "number":
             low = shape.get("minimum", shape.get("exclusiveMinimum", 0))
-            above = "above" if "exclusiveMinimum" in shape else "from"
-            most = f" to {shape['maximum']:g}" if "maximum" in shape else ""
             kind = "whole number" if shape["type"] == "integer" else "number"
-            return f"{kind} {above} {low:g}{most}"
+            if "exclusiveMinimum" in shape:
+                return f"{kind} above {low:g}, at most {shape['maximum']:g}"
+            most = f" to {shape['maximum']:g}" if "maximum" in shape else ""
+            return f"{kind} from {low:g}{most}"
         case "array":
             return "list"
         case "object":
@@ -115,7 +116,9 @@ def _kinds() -> Iterator[tuple[str, ...]]:
             f"`{each.name}`",
             each.meaning,
             "yes" if each.lasts else "",
-            ", ".join(f"`{name} = {value:g}`" for name, value in each.parameters.items()),
+            ", ".join(
+                f"`{name} = {value:g}` ({RANGES[name]})" for name, value in each.parameters.items()
+            ),
             ", ".join(sorted(each.needs)),
             _told_by(each),
         )
@@ -126,7 +129,10 @@ def _told_by(kind: Kind) -> str:
     told = [f"cause `{each}`" for each in sorted(evidence.causes)]
     told += [f"event `{each}`" for each in sorted(evidence.events)]
     told += [f"`{each}`" for each in sorted(evidence.metrics)]
-    return ", ".join(told)
+    told += [f"answer to `{each}`" for each in sorted(evidence.answers)]
+    if evidence.silent:
+        return f"nothing: {evidence.silent}"
+    return ", ".join(told) + (" (if something starts then)" if evidence.at_start else "")
 
 
 def _oracles() -> Iterator[tuple[str, ...]]:

@@ -7,9 +7,7 @@ returns, or is killed meanwhile. The process of a chaos run.
 """
 
 import json
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -27,10 +25,10 @@ Decide = Callable[[str, Reached], str]
 class Hooks:
     """A context manager. `decide` is called in a thread for each process that asks, several at a time."""
 
-    def __init__(self, decide: Decide) -> None:
+    def __init__(self, decide: Decide, folder: Path) -> None:
+        """The sockets are in `folder`. Their paths have at most 107 bytes, so not in a directory that a user names."""
         self._decide = decide
-        # A path of a Unix socket has at most 107 bytes, so not in a directory that a user names.
-        self._folder = Path(tempfile.mkdtemp(prefix="elastic_pt-chaos-"))
+        self._folder = folder
         self._listening: dict[str, socket.socket] = {}
 
     def __enter__(self) -> Self:
@@ -46,7 +44,6 @@ class Hooks:
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
             listening.close()
-        shutil.rmtree(self._folder)
 
     def rules(self, node: str, points: Collection[Failpoint]) -> str:
         """The value of `ELASTIC_PT_FAILPOINTS` with which a node's processes ask at each of these points."""

@@ -44,6 +44,8 @@ class Disturbance:
     kind: LiveKind
     members: tuple[Member, ...]
     """Whom it strikes; empty for a pause."""
+    generation: Generation
+    """That of all who train when it was chosen."""
 
     def __str__(self) -> str:
         return f"{self.kind} {', '.join(each.node for each in self.members)}".strip()
@@ -68,23 +70,23 @@ def choose(
     """The next disturbance of a run that trains.
 
     Raises `ConfigError` if the run has ended, is paused or trains no more than `elastic.nodes_min` nodes and `at_once`,
-    or if it does not allow to be killed.
+    or if it does not allow to be killed and `kinds` has that.
     """
     config, generation = _training(run)
+    if LiveKind.KILL in kinds and not config.elastic.chaos:
+        raise ConfigError(
+            f"{run.store.url}: elastic.chaos = false in its configuration; expected true, or no kill in --kinds"
+        )
     kind = choices.choice(list(kinds))
     if kind is LiveKind.PAUSE:
-        return Disturbance(kind, ())
-    if kind is LiveKind.KILL and not config.elastic.chaos:
-        raise ConfigError(
-            f"{run.store.url}: elastic.chaos = false in its configuration; expected true, or no {kind} in --kinds"
-        )
+        return Disturbance(kind, (), generation)
     members, least = generation.members, config.elastic.nodes_min
     if len(members) - at_once < least:
         raise ConfigError(
             f"{run.store.url}: {len(members)} nodes train; expected at least {least + at_once}, "
             f"as elastic.nodes_min = {least} must be left (--nodes-at-once {at_once})"
         )
-    return Disturbance(kind, tuple(choices.sample(members, at_once)))
+    return Disturbance(kind, tuple(choices.sample(members, at_once)), generation)
 
 
 def strike(
@@ -92,17 +94,26 @@ def strike(
 ) -> Recovered:
     """Disturb a run and wait until it trains again. `by` is told to its operators.
 
-    Raises `NotDone` if it does not train again within `timeout_s` (after a pause of `pause_s`).
+    Raises `NotDone` if it does not train again within `timeout_s` (after a pause of `pause_s`), and, with nothing done, if
+    its members have changed since the choice.
     """
     before = run.log.refresh()
+    if before.generation_number != disturbance.generation.number or before.stop is not None:
+        raise NotDone(
+            f"{run.store.url}: {disturbance}: nothing done, as the members have changed meanwhile"
+        )
     deadline_s = time.monotonic() + timeout_s
     match disturbance.kind:
         case LiveKind.PAUSE:
-            _ask(run, Request(Verb.PAUSE, by=by, why="elastic-pt chaos live"), deadline_s)
-            time.sleep(pause_s)
-            began_s = time.monotonic()
-            _ask(run, Request(Verb.RESUME, by=by), began_s + timeout_s)
+            try:
+                _ask(run, Request(Verb.PAUSE, by=by, why="elastic-pt chaos live"), deadline_s)
+                time.sleep(pause_s)
+            finally:
+                # Whoever ends this command must not leave a run that stands still.
+                began_s = time.monotonic()
+                at_pause, resume = _record(run, Request(Verb.RESUME, by=by))
             deadline_s = began_s + timeout_s
+            _await(run, lambda view: is_done(view, resume, at_pause), deadline_s, "not resumed")
         case LiveKind.DRAIN:
             began_s = time.monotonic()
             for each in disturbance.members:

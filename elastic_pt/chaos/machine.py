@@ -1,10 +1,10 @@
 """What a scenario needs and this machine lacks. Known before a run begins; starts nothing."""
 
-import os
 from collections.abc import Collection
 
 from elastic_pt.chaos.ceph import missing_for_ceph
 from elastic_pt.chaos.kinds import Need
+from elastic_pt.chaos.mounts import missing_for_mounts
 from elastic_pt.chaos.play import needs_of
 from elastic_pt.chaos.scenario import Scenario
 from elastic_pt.fleet.network import missing_for_networks
@@ -41,4 +41,4 @@ def _why_not(need: Need) -> str:
         case Need.BUCKET:
             return missing_for_ceph()
         case Need.DISK:
-            return "" if os.geteuid() == 0 else "which need root"
+            return missing_for_mounts()

@@ -6,12 +6,13 @@ An oracle is a function that tells in one line what it found, or raises `Objecti
 (a log that is damaged, a checkpoint that cannot be read) is an objection, too. The process of a chaos run.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from elastic_pt.chaos.costs import costs_of, lost_steps_of
+from elastic_pt.chaos.costs import costs_of, hidden_losses, lost_steps_of
 from elastic_pt.chaos.directory import (
     Objection,
     check_checkpoints,
@@ -19,19 +20,31 @@ from elastic_pt.chaos.directory import (
     check_goodput,
     check_ledger,
     check_lineage,
-    goodput_now,
+    completed_step,
+    goodput_at,
 )
 from elastic_pt.chaos.evidence import check_evidence
 from elastic_pt.chaos.leftovers import unfinished_in
+from elastic_pt.chaos.node_time import (
+    check_detection,
+    check_lives,
+    check_recoveries,
+    check_search,
+    check_steps,
+    check_sums,
+)
+from elastic_pt.chaos.objects import CHECKPOINTS, check_kept, objects_of
 from elastic_pt.chaos.play import Played
 from elastic_pt.chaos.result import Cost, Verdict
 from elastic_pt.chaos.watched import WatchedRun
+from elastic_pt.chaos.workbench import Undisturbed
 from elastic_pt.errors import ElasticPtError
-from elastic_pt.report.goodput import Goodput
+from elastic_pt.report.goodput import Goodput, read_accounts
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import COMPLETED, Generation, Record
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
+from elastic_pt.telemetry.account import Account
 
 _READ_TIMEOUT_S: Final = 10.0
 
@@ -41,8 +54,8 @@ class Case:
     """What the oracles judge."""
 
     played: Played
-    references: Mapping[int, str]
-    """The digests of the undisturbed run, by step."""
+    undisturbed: Undisturbed
+    """The run that it must equal."""
 
     @cached_property
     def run(self) -> WatchedRun:
@@ -67,9 +80,21 @@ class Case:
         return list(self.log.records())
 
     @cached_property
+    def accounts(self) -> list[Account]:
+        """What each agent has written of its time."""
+        return read_accounts(self.store)
+
+    @cached_property
     def goodput(self) -> Goodput:
         """What the node-seconds were spent on."""
-        return goodput_now(self.store, self.records)
+        return goodput_at(math.inf, self.accounts, self.records)
+
+    @cached_property
+    def strays(self) -> list[str]:
+        """Objects of the run's directory that belong to nothing; empty if the run has not completed."""
+        if completed_step(self.log.view) is None:
+            return []
+        return list(objects_of(self.store, self.log, self.records, self.played).strays())
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
@@ -117,19 +142,37 @@ def _outcome(case: Case) -> str:
 
 
 def _exit_codes(case: Case) -> str:
-    """Every agent ends with code 0, except those that a fault ended, and all of a run that stops for a failure."""
+    """An agent ends with code 0, unless a fault has ended it; with another one if it is refused, or if its run has failed."""
     played = case.played
-    if played.scenario.expect.outcome != "completes":
-        return "not asked: the run does not complete"
+    outcome = played.scenario.expect.outcome
+    if outcome == "pauses":
+        return "not asked: the run does not end"
+    hopeful = sorted(_must_fail(case) & {n for n, code in played.exit_codes.items() if code == 0})
+    if hopeful:
+        raise Objection(f"{', '.join(hopeful)}: 0, expected another code after a failure")
     excused = {node for each in played.struck if each.ends_agent for node in each.nodes}
     wrong = {
         node: code
         for node, code in played.exit_codes.items()
         if code != 0 and not (code is not None and node in excused)
     }
-    if wrong:
+    if wrong and outcome == "completes":
         raise Objection(f"{wrong}, expected 0")
     return ", ".join(f"{node}: {code}" for node, code in sorted(played.exit_codes.items()))
+
+
+def _must_fail(case: Case) -> set[str]:
+    """The nodes that were refused, and the last members of a run that has failed."""
+    refused = {
+        node
+        for each in case.played.struck
+        if each.spec.of.starts_nodes and "agent_failed" in each.spec.of.evidence.events
+        for node in each.nodes
+    }
+    if case.log.view.stop is None or completed_step(case.log.view) is not None:
+        return refused
+    bodies = [each.body for each in case.records if isinstance(each.body, Generation)]
+    return refused | {each.node for body in bodies[-1:] for each in body.members}
 
 
 def _strikes(case: Case) -> str:
@@ -147,12 +190,14 @@ def _bounds(case: Case) -> str:
     expect = case.played.scenario.expect
     struck = {each.number: each for each in case.played.struck}
     slow = [
-        f"fault {each.number}: {each.recovery_s:.1f} s until the next step, expected {expect.recovers_within_s:g}"
+        f"fault {each.number}: {each.recovery_s:.1f} s until the next step, {each.waited_s:.1f} s of them without a "
+        f"free processor, expected {expect.recovers_within_s:g} beside those"
         for each in case.costs
-        if each.recovery_s is not None and each.recovery_s > expect.recovers_within_s
+        if each.recovery_s is not None
+        and each.recovery_s - each.waited_s > expect.recovers_within_s
     ]
     lost = {
-        f"generation {each.body.number}": lost_steps_of(case.played, each)
+        f"generation {each.body.number}": lost_steps_of(case.played, case.records, each)
         for each in case.records
         if isinstance(each.body, Generation)
     } | {
@@ -165,6 +210,7 @@ def _bounds(case: Case) -> str:
         for what, steps in lost.items()
         if steps > expect.lost_steps
     ]
+    slow += hidden_losses(case.played, case.records)
     if slow:
         raise Objection("; ".join(slow))
     recoveries = [each.recovery_s for each in case.costs if each.recovery_s is not None]
@@ -173,30 +219,40 @@ def _bounds(case: Case) -> str:
 
 
 def _goodput(case: Case) -> str:
-    told = check_goodput(case.goodput)
-    if not case.played.timed_out:
-        # All agents have ended: those that ended by themselves have said so.
-        newest = {each.node: each for each in case.goodput.agents}
-        codes = case.played.exit_codes
-        running = [
-            node
-            for node, code in codes.items()
-            if code == 0 and node in newest and newest[node].running
-        ]
-        if running:
-            raise Objection(f"the accounts of {', '.join(running)} still count, expected their end")
+    """Each node-second counts once, and as what was seen from outside."""
+    told, played, agents = check_goodput(case.goodput), case.played, case.goodput.agents
+    wrong = [
+        *check_sums(case.accounts),
+        *check_lives(played, case.records, case.accounts, agents),
+        *check_steps(
+            played, case.records, agents, {each.incarnation for each in case.accounts if each.ended}
+        ),
+        *check_search(played, case.records),
+        *check_detection(played, case.records, agents),
+        *check_recoveries(played, case.records),
+    ]
+    if wrong:
+        raise Objection("; ".join(wrong))
+    return told
+
+
+def _retention(case: Case) -> str:
+    """Of what was uploaded for checkpoints, that which should be kept is there, and nothing else."""
+    told = check_kept(case.records, case.played.config.checkpoint.keep)
+    _object_to([each for each in case.strays if each.startswith(CHECKPOINTS)])
     return told
 
 
 def _leftovers(case: Case) -> str:
     played = case.played
-    since_at_s = max(
-        (each.time_s + (each.spec.for_s or 0.0) for each in played.struck), default=0.0
-    )
-    found = [*played.leftovers, *unfinished_in(case.store, played.directory, since_at_s)]
-    if found:
-        raise Objection(f"{len(found)} left: {', '.join(found[:8])}")
+    found = [*played.leftovers, *unfinished_in(case.store, played.directory, played.quiet_at_s)]
+    _object_to([*found, *(each for each in case.strays if not each.startswith(CHECKPOINTS))])
     return "not asked: agents still ran" if played.timed_out else "nothing"
+
+
+def _object_to(left: Sequence[str]) -> None:
+    if left:
+        raise Objection(f"{len(left)} left: {', '.join(left[:8])}")
 
 
 ORACLES: Final = (
@@ -206,12 +262,14 @@ ORACLES: Final = (
     Oracle(
         "digest",
         "Are weights and optimizer state those of the undisturbed run, bit for bit?",
-        lambda case: check_digest(case.store, case.log.view, case.references),
+        lambda case: check_digest(case.store, case.log.view, case.undisturbed.digests),
     ),
     Oracle(
         "ledger",
-        "Does each row of the plan count once, in order?",
-        lambda case: check_ledger(case.store, case.records, case.played.config.train),
+        "Does each row of the plan count once, in order, and with the undisturbed run's loss?",
+        lambda case: check_ledger(
+            case.store, case.records, case.played.config.train, case.undisturbed.lines
+        ),
     ),
     Oracle(
         "lineage",
@@ -221,14 +279,25 @@ ORACLES: Final = (
     Oracle(
         "checkpoints",
         "Does every checkpoint that counts load and verify, with the undisturbed run's bits?",
-        lambda case: check_checkpoints(case.store, case.log, case.references),
+        lambda case: check_checkpoints(case.store, case.log, case.undisturbed.digests),
     ),
-    Oracle("goodput", "Does each node-second count in exactly one bucket?", _goodput),
-    Oracle("bounds", "Did training go on in time, and lose few steps?", _bounds),
+    Oracle(
+        "retention",
+        "Are the newest checkpoints kept, and is all else gone that was uploaded?",
+        _retention,
+    ),
+    Oracle(
+        "goodput",
+        "Does each node-second count in exactly one bucket, and as what was seen from outside?",
+        _goodput,
+    ),
+    Oracle(
+        "bounds", "Did training go on in time, and lose few steps, all of which are told?", _bounds
+    ),
     Oracle("leftovers", "Is nothing left of the run?", _leftovers),
     Oracle(
         "evidence",
-        "Do log, events and metrics tell of every fault, with its cause?",
+        "Do log, events and metrics tell of every fault with its cause, and of nothing else?",
         lambda case: check_evidence(case.played, case.run, case.records),
     ),
 )

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from elastic_pt.chaos.arena import Arena
+from elastic_pt.chaos.arena import Arena, Life
 from elastic_pt.chaos.bucket import Bucket
 from elastic_pt.chaos.kinds import Need, NothingToStrike, Strike
+from elastic_pt.chaos.moments import Agenda
+from elastic_pt.chaos.pressure import waited_s
 from elastic_pt.chaos.scenario import Draw, FaultSpec, Scenario
 from elastic_pt.chaos.scrape import Counters
 from elastic_pt.config import Config
 from elastic_pt.errors import StoreError
 from elastic_pt.failpoints import GO, Failpoint, Reached
 from elastic_pt.report.status import judge
-from elastic_pt.runlog.records import Generation
 
 _POLL_S: Final = 0.02
 _LOOK_S: Final = 0.25
@@ -39,7 +40,7 @@ class Happening:
     at_s: float
     """Seconds since the nodes were started."""
     what: str
-    """`fault`, `healed`, `started`, `ended`, `generation`, `stop`, or `failed`; `step` is told and not kept."""
+    """`fault`, `healed`, `started`, `ended`, `generation`, `stop`, or `failed`; `step` and `reference` are told and not kept."""
     text: str
     node: str = ""
     """Whom it concerns; several names are joined by `+`."""
@@ -71,6 +72,13 @@ class Struck:
     healed_s: float | None = None
     """When it ended, for one that lasts."""
 
+    @property
+    def over_at_s(self) -> float:
+        """Unix time at which it was over; that of its strike if it does not last."""
+        if self.healed_s is None:
+            return self.time_s + (self.spec.for_s or 0.0)
+        return self.time_s + self.healed_s - self.at_s
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -80,6 +88,16 @@ class Progress:
     """Unix time."""
     step: int
     """Steps that were done."""
+
+
+@dataclass(frozen=True)
+class Waited:
+    """How long processes of this machine had waited for a processor."""
+
+    time_s: float
+    """Unix time."""
+    waited_s: float
+    """See `pressure.waited_s`."""
 
 
 @dataclass
@@ -98,16 +116,25 @@ class Played:
     """Faults that struck and touched nothing, each with what was expected, such as a request that met it."""
     exit_codes: dict[str, int | None] = field(default_factory=dict)
     """Of the agents that were not killed from outside."""
+    lives: list[Life] = field(default_factory=list)
+    """All agents that were started, in order."""
     seconds: float = 0.0
     timed_out: bool = False
     progress: list[Progress] = field(default_factory=list)
-    """In order; of workers that begin the same step one after another, the first."""
+    """In order; of workers that begin the same step one after another, the first, and those that are new."""
+    waited: list[Waited] = field(default_factory=list)
+    """In order; empty if the kernel does not tell."""
     counters: Counters = field(default_factory=Counters)
     """What the agents' metrics showed last."""
     leftovers: tuple[str, ...] = ()
     """What was left on this machine when all agents had ended; empty if they had not."""
     state: tuple[str, str] = ("", "")
     """What `elastic-pt status` would say at the end, and why; empty if nobody answers."""
+
+    @property
+    def quiet_at_s(self) -> float:
+        """Unix time at which the last fault had struck, or had ended if it lasts; 0 if none has struck."""
+        return max((each.over_at_s for each in self.struck), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -151,14 +178,13 @@ class Player:
         self._draw = Draw(seed)
         self._tell = tell
         self._asking: queue.Queue[_Asking] = queue.Queue()
-        self._pending = dict(enumerate(scenario.faults, start=1))
+        self._agenda = Agenda(scenario.faults, self._draw)
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._lasting: list[_Lasting] = []
         self._unhealed: dict[int, tuple[float, Struck, Strike]] = {}
         """By number of the fault: when it is to be healed."""
-        self._step = -1
-        self._first_step_s: float | None = None
-        self._generation: Generation | None = None
+        self._workers: set[int] = set()
+        """The processes that have begun a step."""
         self._replaced: set[str] = set()
         self._ended: set[str] = set()
         points = {each.at.point for each in scenario.faults if each.at.point is not None}
@@ -178,7 +204,7 @@ class Player:
         """From the start of the nodes to the end of the last one, or to the scenario's longest time."""
         played, scenario = self.played, self.played.scenario
         with self._arena as arena:
-            played.counters = arena.counters
+            played.counters, played.lives = arena.counters, arena.lives
             self._began_s = time.monotonic()
             for node in arena.nodes[: scenario.nodes]:
                 arena.start(node)
@@ -198,9 +224,10 @@ class Player:
             for _, struck, strike in list(self._unhealed.values()):
                 self._heal(struck, strike)
             self._look()
+            arena.look()
             played.seconds = self._now_s()
             played.exit_codes = arena.exit_codes()
-            played.missed = list(self._pending.values())
+            played.missed = list(self._agenda.pending.values())
             played.state = self._state()
             if not played.timed_out:
                 played.leftovers = arena.leftovers(self._ended_by_themselves())
@@ -248,9 +275,9 @@ class Player:
             return False
         if self._stopped:
             return True
-        return not self._timers and all(
-            self._due_s(each) is None for each in self._pending.values()
-        )
+        # A pool starts all anew, until the run has stopped.
+        pool = self.played.scenario.replace_after_s is not None
+        return not pool and not self._timers and not self._agenda.waits_for_a_time()
 
     @property
     def _stopped(self) -> bool:
@@ -261,29 +288,26 @@ class Player:
     def _decide(self, node: str, reached: Reached) -> str:
         """Called in the thread of one process that asks; the loop answers."""
         if reached.point == Failpoint.STEP_FORWARD.label and reached.step is not None:
-            self._step = max(self._step, reached.step)
+            self._agenda.begins(reached.step, self._now_s())
             progress = self.played.progress
-            if not progress or progress[-1].step != reached.step:
+            # A new worker may begin with the step that an earlier one has begun last.
+            if (
+                not progress
+                or progress[-1].step != reached.step
+                or reached.pid not in self._workers
+            ):
                 progress.append(Progress(time.time(), reached.step))
-            if self._first_step_s is None:
-                self._first_step_s = time.monotonic()
+            self._workers.add(reached.pid)
             # In the thread of one process that asks: the others do not wait for it.
             time.sleep(self.played.scenario.step_s)
         for each in self._lasting:
             if each.point.label == reached.point and node in each.nodes:
                 return each.deed
-        if not any(self._may_be(each, reached) for each in list(self._pending.values())):
+        if not self._agenda.may_strike_at(reached):
             return GO
         asking = _Asking(node, reached, Future())
         self._asking.put(asking)
         return asking.answer.result()
-
-    def _may_be(self, fault: FaultSpec, reached: Reached) -> bool:
-        at = fault.at
-        if at.point is None or at.point.label != reached.point:
-            return False
-        step = self._step if reached.step is None else reached.step
-        return at.step is None or step >= at.step
 
     def _answer_all(self) -> None:
         try:
@@ -292,34 +316,22 @@ class Player:
             return
         answer = GO
         try:
-            for number, fault in list(self._pending.items()):
-                if not self._may_be(fault, asking.reached) or not self._is_after(fault):
-                    continue
+            self._look()
+            for number, fault in self._agenda.due_at(asking.reached):
                 nodes = self._whom(number, fault, asking.node)
                 if fault.of.starts_nodes or asking.node in nodes:
                     answer = self._strike(number, fault, nodes, asking.reached.pid)
         finally:
             asking.answer.set_result(answer)
 
-    def _is_after(self, fault: FaultSpec) -> bool:
-        at = fault.at
-        if at.after is not None and at.after not in {each.number for each in self.played.struck}:
-            return False
-        if at.generation is None:
-            return True
-        self._look()
-        return self._generation is not None and self._generation.number >= at.generation
-
     def _run_timers(self) -> None:
         now_s = time.monotonic()
-        for number, fault in list(self._pending.items()):
-            due_s = self._due_s(fault)
-            if due_s is not None and now_s >= due_s and self._is_after(fault):
-                nodes = self._whom(number, fault, "")
-                # A pool starts a node anew: the fault waits for it.
-                pool = self.played.scenario.replace_after_s is not None and not self._stopped
-                if not (pool and self._strikes_nobody(fault, nodes)):
-                    self._strike(number, fault, nodes, 0)
+        for number, fault in self._agenda.due_by(self._now_s()):
+            nodes = self._whom(number, fault, "")
+            # A pool starts a node anew: the fault waits for it.
+            pool = self.played.scenario.replace_after_s is not None and not self._stopped
+            if not (pool and self._strikes_nobody(fault, nodes)):
+                self._strike(number, fault, nodes, 0)
         for due_s, struck, strike in list(self._unhealed.values()):
             if due_s <= now_s:
                 self._heal(struck, strike)
@@ -328,58 +340,16 @@ class Player:
         for _, act in due:
             act()
 
-    def _due_s(self, fault: FaultSpec) -> float | None:
-        """When a fault strikes that a time tells; None if another moment tells it, or its time is not known yet."""
-        if fault.at.seconds is None:
-            return None
-        since_s = self._first_step_s
-        if fault.at.after is not None:
-            struck = [each for each in self.played.struck if each.number == fault.at.after]
-            since_s = self._began_s + struck[0].at_s if struck else None
-        return None if since_s is None else since_s + fault.at.seconds
-
     def _whom(self, number: int, fault: FaultSpec, here: str) -> tuple[str, ...]:
-        """The nodes that a fault strikes now. `here` stands at its moment; empty if a time told it."""
         if fault.of.starts_nodes:
             return self._arena.unstarted(fault.starts)
         self._look()
-        members = [] if self._generation is None else [m.node for m in self._generation.members]
-        members = [each for each in members if each in self._arena.running()]
-        running = members or self._arena.running()
-        found: list[str] = []
-        for name in fault.nodes:
-            match name:
-                case "any":
-                    found += [here] if here else self._chosen(number, running)
-                case "all":
-                    found += self._arena.running()
-                case "leader":
-                    found += running[:1]
-                case "last":
-                    found += running[-1:]
-                case "follower":
-                    others = running[1:]
-                    found += [here] if here in others else self._chosen(number, others)
-                case "mirror-of-leader":
-                    found += self._mirror_of_leader()
-                case _:
-                    found.append(name)
-        return tuple(dict.fromkeys(found))
-
-    def _chosen(self, number: int, nodes: list[str]) -> list[str]:
-        return [self._draw.for_fault(number).choice(nodes)] if nodes else []
-
-    def _mirror_of_leader(self) -> list[str]:
-        if self._generation is None:
-            return []
-        members = self._generation.members
-        return [members[rank].node for rank in self._generation.mirrors_of(0)][:1]
+        return self._agenda.whom(number, fault, self._arena.running(), here)
 
     # Acts
 
     def _strike(self, number: int, fault: FaultSpec, nodes: tuple[str, ...], pid: int) -> str:
         """Let a fault strike. Returns what the process at the moment has to do."""
-        del self._pending[number]
         kind = fault.of
         struck = Struck(
             number,
@@ -387,16 +357,19 @@ class Player:
             nodes,
             self._now_s(),
             time.time(),
-            0 if self._generation is None else self._generation.number,
-            self._step,
+            0 if self._agenda.generation is None else self._agenda.generation.number,
+            self._agenda.step,
             members=()
-            if self._generation is None
-            else tuple(each.node for each in self._generation.members),
+            if self._agenda.generation is None
+            else tuple(each.node for each in self._agenda.generation.members),
             ends_agent=kind.ends_node or (bool(kind.deed) and self._arena.is_agent(pid)),
         )
+        self._agenda.struck(number, struck.at_s)
         self.played.struck.append(struck)
         self._happened("fault", str(fault), "+".join(nodes), number=number)
-        strike = Strike(number, nodes, pid, fault.parameters, self._draw.for_fault(number))
+        ranked = self._agenda.ranked(self._arena.running())
+        others = tuple(each for each in ranked if each not in nodes)
+        strike = Strike(number, nodes, pid, fault.parameters, self._draw.for_fault(number), others)
         try:
             if self._strikes_nobody(fault, nodes):
                 raise NothingToStrike("none of its nodes runs")
@@ -447,7 +420,9 @@ class Player:
 
     def _look(self) -> None:
         """See which agents have ended, and what the log has that is new."""
-        self._tell(Happening(self._now_s(), "step", "", number=max(0, self._step)))
+        self._tell(Happening(self._now_s(), "step", "", number=max(0, self._agenda.step)))
+        if (seconds := waited_s()) is not None:
+            self.played.waited.append(Waited(time.time(), seconds))
         gone = self._arena.gone()
         for node in sorted(gone - self._ended):
             code = self._arena.exit_codes().get(node)
@@ -458,8 +433,8 @@ class Player:
             view = self._arena.run.view()
         except StoreError:
             return
-        if view.generation is not None and view.generation != self._generation:
-            self._generation = view.generation
+        if view.generation is not None and view.generation != self._agenda.generation:
+            self._agenda.generation = view.generation
             members, number = (
                 tuple(each.node for each in view.generation.members),
                 view.generation.number,

@@ -1,7 +1,8 @@
 """Finding and ending the processes of a scenario, from /proc alone.
 
 Every process of a scenario inherits an environment variable with a value unique to the scenario. It survives changes
-of session, group and parent, so leftover processes are found by it.
+of session, group and parent, so leftover processes are found by it. One that was started without it is found by the
+directories of its node, in which it stands or which are mounted for it.
 """
 
 import os
@@ -46,6 +47,20 @@ def marked(value: str) -> dict[int, int]:
     return found
 
 
+def those_in(directory: Path) -> list[int]:
+    """Living processes that stand in a directory, or have a mount of something in it. Its name is that of no other one."""
+    inside = f"/{directory.name}/"
+    found = []
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            # A process may end while it is looked at. A zombie has neither of the two.
+            with suppress(OSError):
+                current = str((entry / "cwd").readlink())
+                if inside in f"{current}/" or inside in (entry / "mountinfo").read_text():
+                    found.append(int(entry.name))
+    return found
+
+
 def workers_of(agent: int, value: str) -> list[int]:
     """Worker processes of an agent: the children of its fork server."""
     parents = marked(value)
@@ -57,17 +72,6 @@ def fork_server_of(agent: int, value: str) -> int:
     """The process that forks an agent's workers: the child that has children itself; 0 if there is none."""
     parents = marked(value)
     return next((pid for pid, up in parents.items() if up == agent and pid in parents.values()), 0)
-
-
-def descendants_of(agent: int, value: str) -> set[int]:
-    """All processes below an agent."""
-    parents = marked(value)
-    found: set[int] = set()
-    while more := {
-        pid for pid, parent in parents.items() if parent in found | {agent} and pid not in found
-    }:
-        found |= more
-    return found
 
 
 def kill_all(value: str) -> None:

@@ -69,7 +69,7 @@ def write_index(
     """Write the page that leads to those of several runs. Each has the link to its own; `omitted` has the reasons."""
     rows = [
         {
-            "name": f"{each.played.scenario.name}, seed {each.played.seed}",
+            "name": each.played.scenario.with_seed(each.played.seed),
             "link": link,
             "passed": each.passed,
             "cells": _index_cells(each),
@@ -98,7 +98,7 @@ def page_of(result: Result) -> Page:
     styles = {span.style for lane in lanes for span in lane.spans}
     styles |= {mark.style for lane in lanes for mark in lane.marks}
     return Page(
-        name=f"{played.scenario.name}, seed {played.seed}",
+        name=played.scenario.with_seed(played.seed),
         verdict="passed" if result.passed else "failed",
         hypothesis=played.scenario.hypothesis,
         tiles=_tiles(result),
@@ -132,7 +132,7 @@ def _tiles(result: Result) -> tuple[Tile, ...]:
         Tile(
             "Longest recovery",
             duration(max(recoveries)) if recoveries else "none",
-            f"at most {scenario.expect.recovers_within_s:g} s expected",
+            f"at most {scenario.expect.recovers_within_s:g} s expected beside waits for a processor",
         ),
         Tile(
             "Lost steps",

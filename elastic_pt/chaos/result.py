@@ -27,6 +27,8 @@ class Cost:
     """From its strike to the next step that was done, if it ended a generation."""
     lost_steps: int | None
     """Steps that were reported as done and had to be done again."""
+    waited_s: float = 0.0
+    """Of `recovery_s`: in which processes of this machine waited for a processor."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Result:
                     "at_s": round(struck.at_s, 3),
                     "step": struck.step,
                     "recovery_s": cost.recovery_s,
+                    "waited_s": round(cost.waited_s, 3),
                     "lost_steps": cost.lost_steps,
                 }
                 for struck, cost in zip(played.struck, self.costs, strict=True)

@@ -34,11 +34,12 @@ def run_scenario(
     """
     out.mkdir(parents=True)
     site = workbench.site(scenario, out)
-    references = workbench.references(site.config)
+    tell(Happening(0.0, "reference", "first the undisturbed run that judges it"))
+    undisturbed = workbench.undisturbed(site.config)
     played = Player(
         scenario, seed, site.config, out, network=network, bucket=site.bucket, tell=tell
     ).play()
-    case = Case(played, references)
+    case = Case(played, undisturbed)
     verdicts = judge(case)
     costs = tuple(Cost(each.number, None, None) for each in played.struck)
     goodput: Goodput | None = None

@@ -16,6 +16,7 @@ docs/chaos.md has each field. `read_scenario` refuses a file with one line that 
 """
 
 import random
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,25 +27,43 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from elastic_pt.chaos.kinds import KINDS, Kind
+from elastic_pt.chaos.kinds import KINDS, RANGES, Kind
+from elastic_pt.chaos.rules import broken_rules
+from elastic_pt.chaos.small_run import small_run
+from elastic_pt.config import Config
+from elastic_pt.config.mistakes import mistakes_in, near_or_all
 from elastic_pt.errors import ConfigError
 from elastic_pt.failpoints import Failpoint
 
 NODES_MAX: Final = 16
-_NODE: Final = r"node-\d{1,2}|leader|last|mirror-of-leader|follower|any|all"
-
-_NOT_IN_CONFIG: Final = {
-    "run.url": "none: each run has a place of its own",
-    "data.url": "none: each run has its own copy of the data",
-    "train.steps": "the scenario's own key steps",
-    "elastic.workers_per_node": "the scenario's own key workers_per_node",
-}
-"""Keys of the run that a scenario may not set in `config`, and what is expected instead."""
+_NODE: Final = re.compile(r"node-(0|[1-9]\d?)|leader|last|mirror-of-leader|follower|any|all")
+_JOIN_WINDOW_S: Final = 3.0
+"""For runs whose nodes come later: the first ones must not wait for them for long."""
 
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
-NodeName = Annotated[str, Field(pattern=f"^(?:{_NODE})$")]
+
+
+def _nodes(value: object) -> object:
+    """One node or several, each by its name or its role."""
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    wrong = [x for x in listed if not isinstance(x, str) or not _NODE.fullmatch(x)]
+    if wrong or not listed:
+        raise ValueError(
+            "expected one or a list of node-0, node-1 and so on, leader, last, follower, mirror-of-leader, any, all"
+        )
+    return tuple(listed) if isinstance(value, list) else value
+
+
+Nodes = Annotated[str | tuple[str, ...], BeforeValidator(_nodes)]
 
 
 class Phase(StrEnum):
@@ -98,19 +117,19 @@ class Moment(Part):
     """A worker of the fault's node is about to compute this step; with `phase`: not before it."""
     phase: Phase | None = None
     """A process of the fault's node comes to this phase."""
-    seconds: Annotated[float, Field(ge=0.0)] | None = None
+    seconds: Annotated[float, Field(ge=0.0, le=86400.0)] | None = None
     """So many seconds after the first step of the run, or after the strike of the fault `after`. Not beside `step` or `phase`."""
     after: Annotated[int, Field(ge=1)] | None = None
-    """Number of a fault of the scenario, from 1: not before that one has struck."""
+    """Number of a fault that the file has further up, from 1: not before that one has struck."""
     generation: Annotated[int, Field(ge=1)] | None = None
     """Not before this generation."""
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
         if self.seconds is not None and (self.step is not None or self.phase is not None):
-            raise ValueError("seconds beside step or phase, expected either")
+            raise ValueError(f"seconds = {self.seconds:g}: expected none beside a step or a phase")
         if self.seconds is None and self.step is None and self.phase is None:
-            raise ValueError("expected a step, a phase or seconds")
+            raise ValueError("step: missing; expected a step, a phase or seconds")
         return self
 
     @property
@@ -136,7 +155,7 @@ class FaultSpec(BaseModel):
 
     kind: str
     """What happens: one of the kinds of faults."""
-    node: NodeName | tuple[NodeName, ...] = "any"
+    node: Nodes = "any"
     """Whom it strikes, or a list of them: `node-0` and so on; `leader` has rank 0, `last` the highest rank, `follower` is any but
     the leader, `mirror-of-leader` keeps a copy of the leader's state, `all` is every node that runs, `any` is chosen by the
     seed, or, at a step or in a phase, the first node that comes there."""
@@ -149,18 +168,23 @@ class FaultSpec(BaseModel):
     def _fits_its_kind(self) -> Self:
         kind = KINDS.get(self.kind)
         if kind is None:
-            raise ValueError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if (self.for_s is None) is kind.lasts:
-            expected = "a duration" if kind.lasts else "no duration: it does not end"
-            raise ValueError(f"for_s of {self.kind}: {self.for_s}, expected {expected}")
+            near = get_close_matches(self.kind, KINDS)
+            which = " or ".join(near) or "a kind of faults"
+            raise ValueError(f"kind = {self.kind!r}: expected {which} (docs/chaos.md has all)")
+        if self.for_s is None and kind.lasts:
+            raise ValueError(f"for_s: missing; expected how many seconds {self.kind} lasts")
+        if self.for_s is not None and not kind.lasts:
+            raise ValueError(f"for_s = {self.for_s:g}: expected none, as {self.kind} does not last")
         for key, value in (self.model_extra or {}).items():
             if key not in kind.parameters:
-                known = ", ".join(kind.parameters) or "none"
-                raise ValueError(f"{key}, expected a parameter of {self.kind}: {known}")
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{key} = {value!r}, expected a number from 0 on")
+                known = near_or_all(key, [*type(self).model_fields, *kind.parameters])
+                raise ValueError(f"{key} = {value!r}: unknown key; expected {known}")
+            if value not in RANGES[key]:
+                raise ValueError(f"{key} = {value!r}: expected a {RANGES[key]}")
         if kind.deed and self.at.point is None:
-            raise ValueError(f"at of {self.kind}: {self.at}, expected a step or a phase")
+            raise ValueError(
+                f"at: {self.at}, expected a step or a phase, as {self.kind} is done there"
+            )
         return self
 
     @property
@@ -196,8 +220,9 @@ class Expectation(Part):
     """`stops`: a STOP by failure; `pauses`: it does not go on by itself, as status says."""
     reason: str = ""
     """What the STOP or the pause says, a part of it."""
-    recovers_within_s: Seconds = 30.0
-    """Seconds at most from the strike of each fault that ends a generation to the next step that is done."""
+    recovers_within_s: Seconds = 15.0
+    """Seconds at most from the strike of each fault that ends a generation to the next step that is done; if nodes join, from
+    the last step without them. Seconds in which processes of the machine wait for a processor do not count."""
     lost_steps: Annotated[int, Field(ge=0)] = 2
     """Steps that were reported as done and done again, at most, for each change of the members."""
     generations: Annotated[int, Field(ge=1)] | None = None
@@ -212,23 +237,24 @@ class Scenario(Part):
     hypothesis: Annotated[str, Field(min_length=1)]
     """A sentence: what you believe will happen."""
     rows: tuple[Annotated[str, Field(pattern=r"^[FI]\d{1,2}$")], ...] = ()
-    """Rows of docs/faults.md that it checks."""
+    """Rows of docs/faults.md that it checks, such as `F6`."""
     quick: bool = False
     """Whether it is one of the set that CI runs."""
     nodes: Annotated[int, Field(ge=1, le=NODES_MAX)] = 3
     """Nodes that start: `node-0` and so on. Training begins when all are there."""
     workers_per_node: Annotated[int, Field(ge=1, le=8)] = 1
-    """Workers of each node. All nodes together may have 8."""
+    """Workers of each node. All nodes that may run, those that join included, may have as many as a step has slots: 8, unless
+    `config` sets `train.global_batch` or `train.micro_batch`."""
     steps: Annotated[int, Field(ge=1, le=10**6)] = 48
-    """Steps of the run. A checkpoint is committed every 6 steps."""
+    """Steps of the run. A checkpoint is committed every 6 steps, unless `config` says otherwise."""
     step_s: Annotated[float, Field(ge=0.0, le=60.0)] = 0.1
-    """Each step takes so many seconds at least: its workers wait before they begin it."""
+    """Each step takes so many seconds at least: its workers wait before they begin it. Not so in the undisturbed run."""
     store: Literal["bucket", "directory"] = "bucket"
     """Where the run is: in a bucket on a real S3 server, or in a directory."""
     replace_after_s: Seconds | None = None
     """A pool of machines: each node that has ended while the run goes on is started anew after so many seconds."""
     longest_s: Seconds = 120.0
-    """The run has failed if it takes more seconds."""
+    """The run has failed if it takes more seconds from the start of its nodes, which alone takes 10 to 40 seconds."""
     config: Mapping[str, Mapping[str, Any]] = {}
     """Keys of the run's configuration, by section, as in `config.elastic = { nodes_min = 2 }`."""
     faults: tuple[FaultSpec, ...] = ()
@@ -237,32 +263,21 @@ class Scenario(Part):
     """What must come of the run."""
 
     @model_validator(mode="after")
-    def _refers_to_what_exists(self) -> Self:
-        known = {f"node-{number}" for number in range(self.nodes + self.newcomers)}
-        for number, fault in enumerate(self.faults, start=1):
-            if fault.at.step is not None and fault.at.step >= self.steps:
-                raise ValueError(
-                    f"faults.{number}: step = {fault.at.step}, expected less than steps = {self.steps}"
-                )
-            for node in fault.nodes:
-                if node.startswith("node-") and node not in known:
-                    raise ValueError(
-                        f"faults.{number}: node = {node!r}, expected one up to node-{len(known) - 1}"
-                    )
-            if fault.at.after is not None and not fault.at.after < number:
-                raise ValueError(
-                    f"faults.{number}: after = {fault.at.after}, expected an earlier fault"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_its_place(self) -> Self:
-        """Faults delete and damage what is stored at the URLs: it must be the run's own copy."""
-        for name, expected in _NOT_IN_CONFIG.items():
-            section, key = name.split(".")
-            if key in self.config.get(section, {}):
-                value = self.config[section][key]
-                raise ValueError(f"config.{name} = {value!r}, expected {expected}")
+    def _fits_together(self) -> Self:
+        if broken := list(broken_rules(self)):
+            raise ValueError("; ".join(broken))
+        try:
+            config = self.run_config("file:///run", "file:///data")
+        except ValidationError as error:
+            raise ValueError(mistakes_in(error, Config, "config.")) from error
+        # Nodes above `nodes_max` are spares, which a scenario may want.
+        nodes = min(self.nodes + self.joining, config.elastic.nodes_max)
+        slots = config.train.slots
+        if nodes * self.workers_per_node > slots:
+            raise ValueError(
+                f"workers_per_node = {self.workers_per_node}: {nodes} nodes have {nodes * self.workers_per_node} "
+                f"workers, expected at most {slots} (train.global_batch / train.micro_batch)"
+            )
         return self
 
     @property
@@ -275,18 +290,24 @@ class Scenario(Part):
         """How many of them may take part."""
         return sum(each.starts for each in self.faults if not each.of.ends_node)
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """`config` as the command line would say it."""
-        return tuple(
-            f"{section}.{key}={_toml(value)}"
-            for section, table in self.config.items()
-            for key, value in table.items()
-        )
+    def with_seed(self, seed: int) -> str:
+        """Its name and a seed, for people. The name of a scenario that a campaign has drawn is its seed."""
+        return self.name if self.name == f"seed-{seed}" else f"{self.name}, seed {seed}"
 
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    def run_config(self, run_url: str, data_url: str) -> Config:
+        """The configuration of its run, which starts once all its nodes are there."""
+        own: dict[str, dict[str, Any]] = {
+            "train": {"steps": self.steps},
+            "elastic": {
+                "nodes_max": self.nodes + self.joining,
+                "workers_per_node": self.workers_per_node,
+                **({"join_window_s": _JOIN_WINDOW_S} if self.joining else {}),
+            },
+            # Steps are so short here that the adaptive cadence would lose more of them than with a real model.
+            "checkpoint": {"snapshot_every_steps": 1},
+            "telemetry": {"log_format": "json"},
+        }
+        return Config.model_validate(small_run(run_url, data_url, own, self.config))
 
 
 def read_scenario(text: str, source: str, name: str) -> Scenario:
@@ -295,13 +316,9 @@ def read_scenario(text: str, source: str, name: str) -> Scenario:
         content = tomllib.loads(text)
         return Scenario.model_validate({"name": name, **content})
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: not valid TOML: {error}; expected a scenario") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(each + 1 if isinstance(each, int) else each) for each in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-        raise ConfigError(f"{source}: {path or 'scenario'}{shown}: {message}") from error
+        raise ConfigError(f"{source}: {mistakes_in(error, Scenario)}") from error
 
 
 def as_toml(scenario: Scenario) -> str:
@@ -315,7 +332,8 @@ def load(name_or_file: str) -> Scenario:
     path = Path(name_or_file)
     if path.suffix == ".toml":
         try:
-            return read_scenario(path.read_text(encoding="utf-8"), str(path), path.stem)
+            # Some editors on Windows write a byte order mark first.
+            return read_scenario(path.read_text(encoding="utf-8-sig"), str(path), path.stem)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}, expected a scenario") from error
         except UnicodeDecodeError as error:

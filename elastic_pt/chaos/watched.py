@@ -88,10 +88,6 @@ class WatchedRun:
         """Those of one name."""
         return [event for event in self.all_events(node) if event["event"] == name]
 
-    def decisions(self, node: str) -> list[str]:
-        """The kinds of decisions that a node's membership took, in order."""
-        return [event["kind"] for event in self.events(node, "decision")]
-
     def log_tails(self) -> str:
         """The end of each node's log."""
         return "\n".join(

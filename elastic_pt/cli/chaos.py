@@ -19,8 +19,9 @@ from rich.console import Console
 
 from elastic_pt.cli.chaos_screen import ChaosScreen
 from elastic_pt.cli.demo_screen import command_line, shown
+from elastic_pt.cli.ending import ends_in_order
 from elastic_pt.cli.options import AsJson, AsJsonList, print_json
-from elastic_pt.errors import ConfigError, ElasticPtError
+from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.machine import Machine
@@ -140,6 +141,11 @@ def run(
         ]
     if not found:
         raise ConfigError("NAME|FILE: none given, expected a scenario, --quick or --all")
+    named = [each.name for _, each in found]
+    if twice := [each for each in named if named.count(each) > 1]:
+        raise ConfigError(
+            f"{twice[0]}: the name of two scenarios; expected one, as it names its results"
+        )
     machine = Machine()
     left_out = [(each, why) for _, each in found if (why := machine.cannot_play(each))]
     tasks = [
@@ -282,13 +288,14 @@ class _Batch:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
+        self._stack.enter_context(ends_in_order())
         self._stack.enter_context(self.screen)
 
     def __exit__(self, *error: object) -> None:
         failed = [each for each, _ in self._results if not each.passed]
         self._write_index()
         if self._results:
-            said = f"{len(self._results)} runs, {len(failed)} failed"
+            said = f"{len(self._results)} run{'s' * (len(self._results) > 1)}, {len(failed)} failed"
             said += f", {len(self.omitted)} left out" if self.omitted else ""
             said += f", {len(self.broken)} broken" if self.broken else ""
             self.screen.say(f"{said}; report: {shown(self._out / 'index.html')}")
@@ -333,8 +340,6 @@ class _Batch:
                     replay=again,
                     tell=self.screen.tell,
                 )
-            except ElasticPtError:
-                raise
             except Exception:
                 # One run that cannot be played must not hide the others.
                 place.mkdir(parents=True, exist_ok=True)

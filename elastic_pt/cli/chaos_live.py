@@ -1,5 +1,6 @@
 """Command `chaos live`: disturb a run on one's own cluster, within limits, and see it go on."""
 
+import json
 import random
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elastic_pt.cli.control import operator
-from elastic_pt.cli.options import AsJsonLines, RunUrl, absolute_url, print_json
+from elastic_pt.cli.ending import ends_in_order
+from elastic_pt.cli.options import AsJsonLines, RunUrl, absolute_url
 from elastic_pt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,25 +93,26 @@ def live(
         disturbance = choose(run, wanted, at_once, choices)
         if not number and not yes:
             every = f", then {count - 1} more" if count > 1 else ""
+            training = ", ".join(each.node for each in disturbance.generation.members)
+            what = str(disturbance) if disturbance.members else f"pause all nodes for {pause_s:g} s"
             typer.confirm(
-                f"{run.store.url}: {disturbance}{every}; at most {at_once} nodes at a time, of "
-                f"{len(run.log.view.generations[-1].members)}. Go on?",
+                f"{run.store.url} (training: {training})\n{what}{every}; drain or kill at most {at_once} at a time. Go on?",
                 abort=True,
             )
-        recovered = strike(run, disturbance, by=operator(), pause_s=pause_s, timeout_s=timeout)
+        with ends_in_order():
+            recovered = strike(run, disturbance, by=operator(), pause_s=pause_s, timeout_s=timeout)
         if as_json:
-            print_json(
-                {
-                    "url": run.store.url,
-                    "seed": seed,
-                    "kind": disturbance.kind,
-                    "nodes": [each.node for each in disturbance.members],
-                    "seconds": round(recovered.seconds, 3),
-                    "generation": recovered.generation,
-                    "members": list(recovered.nodes),
-                    "lost_steps": recovered.lost_steps,
-                }
-            )
+            told = {
+                "url": run.store.url,
+                "seed": seed,
+                "kind": disturbance.kind,
+                "nodes": [each.node for each in disturbance.members],
+                "seconds": round(recovered.seconds, 3),
+                "generation": recovered.generation,
+                "members": list(recovered.nodes),
+                "lost_steps": recovered.lost_steps,
+            }
+            typer.echo(json.dumps(told))
         else:
             lost = "" if recovered.lost_steps is None else f", {recovered.lost_steps} steps lost"
             typer.echo(

@@ -7,6 +7,7 @@ Colours are those of the terminal's palette, and each stands beside a word that 
 """
 
 import os
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Self
@@ -56,11 +57,15 @@ class RunPicture:
         self._happenings: list[Happening] = []
         self._generation = 0
         self._step = 0
+        self._preparing = True
 
     def hear(self, happening: "Happening") -> None:
         """Note what has happened."""
         # A partly noted happening is harmless: the thread that draws shows it a moment later.
         nodes = tuple(each for each in happening.node.split("+") if each)
+        if happening.what == "reference":
+            return
+        self._preparing = False
         match happening.what:
             case "step":
                 self._step = happening.number
@@ -94,6 +99,8 @@ class RunPicture:
     def lines(self, width: int, rows: int, elapsed_s: float) -> list[Text]:
         """The picture: none of its lines is longer than `width`, and there are at most `rows`."""
         head = self._head(width, elapsed_s)
+        if self._preparing:
+            return head[:rows]
         nodes, faults = self._nodes(width), self._faults(width)
         if len(faults) > _FAULTS_MAX:
             more = f"and {len(faults) - _FAULTS_MAX + 1} more faults"
@@ -109,15 +116,22 @@ class RunPicture:
 
     def _head(self, width: int, elapsed_s: float) -> list[Text]:
         scenario = self._scenario
-        place = f"{scenario.store}, {scenario.workers_per_node} per node"
+        workers = (
+            f"{scenario.workers_per_node} worker{'s' * (scenario.workers_per_node > 1)} per node"
+        )
+        first, *rest = textwrap.wrap(scenario.hypothesis, width)
+        told = (
+            f"first its data and the undisturbed run that judges it: {duration(elapsed_s)}"
+            if self._preparing
+            else f"step {self._step} of {scenario.steps}  generation {self._generation}  "
+            f"{duration(elapsed_s)} of at most {duration(scenario.longest_s)}"
+        )
+        title = f"{scenario.with_seed(self._seed)}  {scenario.store}, {workers}"
         return [
-            self._text.line(f"{scenario.name}  seed {self._seed}  {place}", width, "bold"),
-            self._text.line(scenario.hypothesis, width, "dim"),
-            self._text.line(
-                f"step {self._step} of {scenario.steps}  generation {self._generation}  "
-                f"{duration(elapsed_s)} of at most {duration(scenario.longest_s)}",
-                width,
-            ),
+            self._text.line(title, width, "bold"),
+            self._text.line(first, width, "dim"),
+            *([self._text.line(" ".join(rest), width, "dim")] if rest else []),
+            self._text.line(told, width),
         ]
 
     def _nodes(self, width: int) -> list[Text]:
@@ -141,13 +155,12 @@ class RunPicture:
         for number, fault in enumerate(self._scenario.faults, start=1):
             struck = self._struck.get(number)
             if struck is None:
-                lines.append(self._text.line(f"{number:>2}  waits       {fault}", width, "dim"))
+                lines.append(self._text.line(f"{number:>2}  {'waits':<13}  {fault}", width, "dim"))
                 continue
-            when = f"{struck.at_s:.1f} s"
-            text = f"{number:>2}  {when:<10}  {fault}"
+            over = f"-{self._healed[number]:.1f}" if number in self._healed else ""
+            when = f"{struck.at_s:.1f}{over} s"
+            text = f"{number:>2}  {when:<13}  {fault}"
             text += f"; struck {struck.node}" if struck.node else ""
-            if number in self._healed:
-                text += f"; over at {self._healed[number]:.1f} s"
             style = "yellow" if number in self._holding else ""
             lines.append(self._text.line(text, width, style))
         return lines
@@ -173,7 +186,7 @@ class ChaosScreen:
         self._begun_s = 0.0
         self._live = Live(
             console=console,
-            get_renderable=self._render,
+            get_renderable=self.picture,
             refresh_per_second=_REFRESHES_PER_S,
             transient=True,
             vertical_overflow="crop",
@@ -188,10 +201,11 @@ class ChaosScreen:
         if self._console.is_terminal:
             self._live.stop()
 
-    def say(self, text: str, style: str = "") -> None:
-        """A line that stays."""
+    def say(self, text: str, style: str = "", *, wrap: bool = False) -> None:
+        """A line that stays. `wrap`: a terminal may get it as several lines; a command to copy must stay one."""
         self._console.print(
-            Text(TerminalText(ascii=self._ascii).clean(text), style), soft_wrap=True
+            Text(TerminalText(ascii=self._ascii).clean(text), style),
+            soft_wrap=not (wrap and self._console.is_terminal),
         )
 
     def begin(self, scenario: "Scenario", seed: int) -> None:
@@ -199,11 +213,13 @@ class ChaosScreen:
         self._begun_s = self._clock()
         self._picture = RunPicture(scenario, seed, ascii=self._ascii)
         if not self._console.is_terminal:
-            self.say(f"{scenario.name}, seed {seed}: {scenario.hypothesis}")
+            self.say(f"{scenario.with_seed(seed)}: {scenario.hypothesis}")
 
     def tell(self, happening: "Happening") -> None:
         """Something has happened in this run."""
         assert self._picture is not None
+        if happening.what != "reference":
+            self._begun_s = self._clock() - happening.at_s
         self._picture.hear(happening)
         if not self._console.is_terminal and happening.what != "step":
             self.say(line_of(happening))
@@ -212,14 +228,15 @@ class ChaosScreen:
     def end(self, result: "Result") -> None:
         """The run is over and judged: one line, and one more for each oracle that is not content."""
         self._picture = None
-        self.say(summary(result), "green" if result.passed else "bold red")
+        self.say(summary(result), "green" if result.passed else "bold red", wrap=True)
         for verdict in result.verdicts:
             if not verdict.passed:
-                self.say(f"        {verdict.oracle}: {verdict.told}", "red")
+                self.say(f"        {verdict.oracle}: {verdict.told}", "red", wrap=True)
         if not result.passed:
             self.say(f"        replay: {result.replay}", "bold")
 
-    def _render(self) -> RenderableType:
+    def picture(self) -> RenderableType:
+        """What a terminal shows now."""
         if self._picture is None:
             return Text()
         size = self._console.size
@@ -233,7 +250,8 @@ def summary(result: "Result") -> str:
     played = result.played
     word = "passed" if result.passed else "FAILED"
     kinds = ", ".join(each.spec.kind for each in played.struck) or "no fault struck"
-    told = f"{word}  {played.scenario.name}  seed {played.seed}  {played.seconds:.1f} s  {kinds}"
+    title = played.scenario.with_seed(played.seed)
+    told = f"{word}  {title}  {played.seconds:.1f} s  {kinds}"
     recoveries = [each.recovery_s for each in result.costs if each.recovery_s is not None]
     lost = [each.lost_steps for each in result.costs if each.lost_steps is not None]
     told += f"; recovered within {max(recoveries):.1f} s" if recoveries else ""

@@ -57,19 +57,22 @@ class Fleet:
         address: str = LOOPBACK,
         prefix: Sequence[str] = (),
         settings: Sequence[str] = (),
+        current: Path | None = None,
     ) -> int:
         """Start a node's agent, which its peers find at `address`; returns its process id.
 
         `name` is the node's name in the run, if it is not `node`: two agents may have the same one by mistake.
         `prefix` goes before the command, for example to enter a namespace (`nsenter ...`); it must become the agent
         under the same process id. `settings` override keys of the configuration (`section.key=value`) for this node.
+        `current` is the agent's current directory, if not that of this process.
         """
-        command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", str(self._config_path)]
+        config = str(self._config_path.absolute())
+        command = [*prefix, sys.executable, "-P", "-m", "elastic_pt", "run", config]
         command += ["--node", name or node, "--address", address]
         command += [word for each in settings for word in ("--set", each)]
-        return self.launch(node, command)
+        return self.launch(node, command, current=current)
 
-    def launch(self, node: str, command: Sequence[str]) -> int:
+    def launch(self, node: str, command: Sequence[str], *, current: Path | None = None) -> int:
         """Start a node with another command than that of our agent; returns its process id."""
         with (self._directory / f"{node}.log").open("ab") as output:
             agent = subprocess.Popen(
@@ -77,6 +80,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                cwd=current,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )

@@ -58,7 +58,8 @@ class Network:
         self.nodes = tuple(nodes)
         self._versions = sorted(versions)
         self._namespaces: dict[str, int] = {}
-        self._down: set[str] = set()
+        self._down: dict[str, int] = {}
+        """Nodes whose link is down: how many packets each of them had failed to send before."""
         self._limited: set[str] = set()
         self._wires: dict[str, Wire] = {}
         self._hub = -1
@@ -173,22 +174,39 @@ class Network:
         """What `disturb` has done to a node's frames so far: how many were `lost`, `duplicated`, `flipped`, of `frames`."""
         return self._wires[node].counts()
 
-    def rejected(self, node: str) -> int:
-        """How many packets to a node were dropped (`block`) or answered by a reset (`reset`) so far."""
+    def rejected(self, node: str, *, from_: str) -> int:
+        """How many packets from another node were dropped (`block`) or answered by a reset (`reset`) so far at `node`."""
         show = ("--list", "INPUT", "--numeric", "--verbose", "--exact")
-        listings = (self._tables(node, version, *show) for version in self._versions)
-        # Two lines of headings; then one line for each rule, which begins with the number of packets.
-        return sum(int(line.split()[0]) for each in listings for line in each.splitlines()[2:])
+        found = 0
+        for version in self._versions:
+            listing = self._tables(node, version, *show)
+            # Two lines of headings; then one line for each rule, which begins with the number of packets.
+            rules = [line.split() for line in listing.splitlines()[2:]]
+            found += sum(int(rule[0]) for rule in rules if self.address(from_, version) in rule)
+        return found
+
+    def throttled(self, node: str) -> int:
+        """How many times `limit` has made a packet to or from a node wait so far."""
+        show = ("-statistics", "-json", "qdisc", "show", "dev")
+        shown = [
+            json.loads(run([*inside(namespace), "tc", *show, interface]))
+            for namespace, interface in self._ends(node)
+        ]
+        return sum(int(each["overlimits"]) for queues in shown for each in queues)
+
+    def unsent(self, node: str) -> int:
+        """How many packets a node could not send since its link is down."""
+        return self._dropped(node) - self._down[node]
 
     def link_down(self, node: str) -> None:
         """Take a node's link down: all packets to and from it are lost, and no connection is reset."""
+        self._down.setdefault(node, self._dropped(node))
         self._ip(self._hub, "link", "set", self._port(node), "down")
-        self._down.add(node)
 
     def link_up(self, node: str) -> None:
         """Bring a node's link up again; returns when it carries packets."""
         self._ip(self._hub, "link", "set", self._port(node), "up")
-        self._down.discard(node)
+        self._down.pop(node, None)
         self._await_links()
         # Otherwise nodes remember for about a second that this neighbour cannot be reached.
         for each in self.nodes:
@@ -239,6 +257,11 @@ class Network:
         (inside,) = json.loads(self._ip(self._namespaces[node], *show, "eth0"))
         forwards = port["linkinfo"]["info_slave_data"]["state"] == "forwarding"
         return bool(forwards and inside["operstate"] == "UP")
+
+    def _dropped(self, node: str) -> int:
+        show = ("-statistics", "-json", "link", "show", "dev", "eth0")
+        (link,) = json.loads(self._ip(self._namespaces[node], *show))
+        return int(link["stats64"]["tx"]["dropped"])
 
     def _give_addresses(self, namespace: int, interface: str, number: int) -> None:
         for version in self._versions:

@@ -35,10 +35,34 @@ def test_the_picture_shows_nodes_generation_step_and_faults() -> None:
     assert row(lines, " 1")[1:3] == ["4.0", "s"]
     assert row(lines, " 2")[1] == "waits"
     assert any(each.endswith("generation 2: node-1; lost node-0") for each in lines)
-    assert "over at 10.0 s" in " ".join(picture(11.0))
+    assert row(picture(11.0), " 1")[1:3] == ["4.0-10.0", "s"]
     assert row(picture(11.0), "node-0") == ["node-0", "waiting", "1"]
     assert row(picture(13.0), "node-1")[:3] == ["node-1", "ended:", "killed"]
     assert row(picture(15.0), "node-0")[1] == "starting"
+
+
+def test_what_comes_before_the_run_does_not_count_as_its_time() -> None:
+    """`longest_s` begins when the nodes start; until then no node is shown."""
+    drawn = RunPicture(results.scenario(), 5, ascii=False)
+    drawn.hear(Happening(0.0, "reference", "first the undisturbed run"))
+    lines = [line.plain for line in drawn.lines(100, 40, 32.0)]
+    assert lines[-1] == "first its data and the undisturbed run that judges it: 32 s"
+    assert not any("node-0" in each for each in lines)
+    now_s = iter([100.0, 132.0, 140.0])
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=100, height=30)
+    screen = ChaosScreen(console, clock=lambda: next(now_s))
+    screen.begin(results.scenario(), 5)
+    screen.tell(Happening(2.0, "step", "", number=0))
+    console.print(screen.picture())
+    assert "10 s of at most 2 min" in output.getvalue()
+
+
+def test_a_long_hypothesis_has_two_lines() -> None:
+    """It is what the user wants to see confirmed."""
+    told = results.scenario().model_copy(update={"hypothesis": "word " * 30})
+    lines = RunPicture(told, 5, ascii=False).lines(80, 24, 0.0)
+    assert [len(line.plain.split()) for line in lines[1:3]] == [16, 14]
 
 
 @pytest.mark.parametrize(("width", "rows"), [(30, 40), (100, 8), (100, 14)])
@@ -67,7 +91,7 @@ def test_a_pipe_gets_a_line_for_all_that_happens(tmp_path: Path) -> None:
     lines = shown(terminal=False, passed=True, place=tmp_path).splitlines()
     assert len(lines) == 1 + len(results.HAPPENINGS) + 1
     assert lines[2].split()[:4] == ["4.0", "s", "fault", "node-0"]
-    assert lines[-1].startswith("passed  frozen  seed 5  24.5 s")
+    assert lines[-1].startswith("passed  frozen, seed 5  24.5 s")
     assert lines[-1].endswith("recovered within 7.0 s, 5 steps lost")
 
 

@@ -4,7 +4,7 @@ import datetime
 import json
 from pathlib import Path
 
-from chaos_tests.results import page, read_results
+from chaos_tests.results import page, read_results, read_stock, stock_cell
 
 
 def test_page_tells_costs_and_failures(tmp_path: Path) -> None:
@@ -25,10 +25,23 @@ def test_page_tells_costs_and_failures(tmp_path: Path) -> None:
             "verdicts": [{"oracle": oracle, "passed": passed} for oracle, passed in verdicts],
         }
         (tmp_path / name / "result.json").write_text(json.dumps(content))
-    text = page(read_results(tmp_path), datetime.date(2026, 11, 28))
+    (tmp_path / "stock.json").write_text(
+        json.dumps([{"name": "b", "outcome": "completed", "recovery_s": 20.9, "lost_steps": 2}])
+    )
+    stock = read_stock(tmp_path / "stock.json")
+    text = page(read_results(tmp_path), stock, datetime.date(2026, 11, 28))
     assert text.splitlines()[-4:] == [
-        "| `a` | F4, F6 | `bucket_away` | FAILED: digest | no pause | 0 |",
-        "| `b` | F4, F6 | `kill_node`, `bucket_away` | passed | 2.0 s | 1 |",
+        "| `a` | F4, F6 | `bucket_away` | FAILED: digest | no pause | 0 |  |",
+        "| `b` | F4, F6 | `kill_node`, `bucket_away` | passed | 2.0 s | 1 | 20.9 s, 2 lost |",
         "",
         "1 of 2 scenarios passed.",
     ]
+
+
+def test_stock_that_never_trains_again_is_told_so() -> None:
+    """It is stuck, it has ended, or it goes on and ends before its last step."""
+    none = {"recovery_s": None, "lost_steps": None}
+    assert stock_cell({"outcome": "stuck", **none}) == "stuck"
+    assert stock_cell({"outcome": "ended", "recovery_s": 3.0, "lost_steps": 4}) == (
+        "3.0 s, 4 lost, then ended"
+    )

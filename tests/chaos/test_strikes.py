@@ -1,6 +1,7 @@
 """How faults strike: what they meet, and what remains when one of several ends."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,8 @@ from typing import Any
 import pytest
 
 from elastic_pt.chaos.arena import Arena
-from elastic_pt.chaos.kinds import KINDS, NothingToStrike, Strike
+from elastic_pt.chaos.kinds import KINDS, Need, NothingToStrike, Strike
 from elastic_pt.chaos.scenario import Scenario
-from elastic_pt.chaos.workbench import Workbench
 
 NODES = ("node-0", "node-1", "node-2")
 
@@ -35,12 +35,18 @@ class Wires:
     def heal(self) -> None:
         self.cut.clear()
 
+    def rejected(self, node: str, *, from_: str) -> int:
+        return (node, from_) in self.cut
+
+    def unsent(self, node: str) -> int:
+        return 4
+
 
 @pytest.fixture
 def arena(tmp_path: Path) -> Arena:
     """An arena whose nodes never start, on such a network."""
     scenario = Scenario(name="s", hypothesis="h", store="directory")
-    config = Workbench(tmp_path).config(scenario, f"file://{tmp_path}/run", f"file://{tmp_path}/d")
+    config = scenario.run_config(f"file://{tmp_path}/run", f"file://{tmp_path}/d")
     made = Arena(config, tmp_path, NODES, points=(), decide=lambda *_: "go", network=False)
     made.network = Wires()  # type: ignore[assignment]
     return made
@@ -48,7 +54,8 @@ def arena(tmp_path: Path) -> Arena:
 
 def strike(number: int, *nodes: str, **parameters: float) -> Strike:
     """A fault with this number."""
-    return Strike(number, nodes, 0, parameters, random.Random(number))
+    others = tuple(each for each in NODES if each not in nodes)
+    return Strike(number, nodes, 0, parameters, random.Random(number), others)
 
 
 def test_the_end_of_one_network_fault_leaves_the_others(arena: Arena) -> None:
@@ -75,6 +82,36 @@ def test_the_end_of_one_network_fault_leaves_the_others(arena: Arena) -> None:
     assert arena.network.cut == set()  # type: ignore[attr-defined]
 
 
+def test_packets_are_counted_on_when_another_fault_ends(arena: Arena) -> None:
+    """The network counts anew when it has healed; a fault that goes on keeps what it has met. Others' packets are not its own."""
+    one_way, down = strike(1, "node-0"), strike(2, "node-2")
+    for kind, each in (("one_way", one_way), ("link_down", down)):
+        act = KINDS[kind].strike
+        assert act is not None
+        act(arena, each)
+    met, heal = KINDS["link_down"].met, KINDS["one_way"].heal
+    assert met is not None
+    assert heal is not None
+    assert met(arena, down) == 4
+    heal(arena, one_way)
+    assert met(arena, down) == 4 + 4
+
+
+def test_every_fault_of_the_network_or_the_bucket_tells_what_it_has_met() -> None:
+    """One that touched no packet and no request had no effect, and the oracle `strikes` objects."""
+    needy = [each for each in KINDS.values() if each.needs & {Need.NETWORK, Need.BUCKET}]
+    assert len(needy) >= 20
+    assert [each.name for each in needy if each.met is None] == []
+
+
+def test_every_kind_is_told_by_something_or_says_why_not() -> None:
+    """Never both."""
+    for each in KINDS.values():
+        evidence = each.evidence
+        told = evidence.causes | evidence.events | evidence.metrics | evidence.answers
+        assert bool(told) is not bool(evidence.silent), each.name
+
+
 @pytest.mark.parametrize("kind", ["partition", "one_way"])
 def test_a_cut_without_another_node_is_no_strike(kind: str, arena: Arena) -> None:
     """Nobody is cut off from nobody."""
@@ -83,7 +120,7 @@ def test_a_cut_without_another_node_is_no_strike(kind: str, arena: Arena) -> Non
     act = KINDS[kind].strike
     assert act is not None
     with pytest.raises(NothingToStrike, match="no other node"):
-        act(arena, strike(1, "node-0"))
+        act(arena, replace(strike(1, "node-0"), others=()))
 
 
 @pytest.mark.parametrize(

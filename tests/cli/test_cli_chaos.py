@@ -153,6 +153,13 @@ def test_a_mistake_is_one_line(words: tuple[object, ...], parts: tuple[str, ...]
     assert_one_line_mistake(elastic_pt("chaos", *words), *parts, "expected")
 
 
+def test_two_scenarios_of_one_name_are_refused(tmp_path: Path) -> None:
+    """The second one would find the results of the first in its place."""
+    (tmp_path / "killed-leader.toml").write_text(MINE)
+    result = elastic_pt("chaos", "run", "killed-leader", tmp_path / "killed-leader.toml")
+    assert_one_line_mistake(result, "killed-leader", "expected one")
+
+
 def test_a_directory_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     """No earlier run is overwritten."""
     (tmp_path / "kept").touch()

@@ -5,7 +5,15 @@ from typing import Final
 
 from elastic_pt.chaos.kinds.bucket import OF_BUCKET
 from elastic_pt.chaos.kinds.disk import OF_DISK
-from elastic_pt.chaos.kinds.kind import Action, Evidence, Kind, Need, NothingToStrike, Strike
+from elastic_pt.chaos.kinds.kind import (
+    RANGES,
+    Action,
+    Evidence,
+    Kind,
+    Need,
+    NothingToStrike,
+    Strike,
+)
 from elastic_pt.chaos.kinds.network import OF_NETWORK
 from elastic_pt.chaos.kinds.nodes import OF_NODES
 from elastic_pt.chaos.kinds.operator import OF_OPERATOR
@@ -13,7 +21,7 @@ from elastic_pt.chaos.kinds.processes import OF_PROCESSES
 from elastic_pt.chaos.kinds.stored import OF_STORED
 from elastic_pt.chaos.kinds.wire import OF_WIRE
 
-__all__ = ["KINDS", "Action", "Evidence", "Kind", "Need", "NothingToStrike", "Strike"]
+__all__ = ["KINDS", "RANGES", "Action", "Evidence", "Kind", "Need", "NothingToStrike", "Strike"]
 
 KINDS: Final = {
     each.name: each

@@ -6,7 +6,7 @@ All strike the requests of all nodes, whichever node is named. `share` is the pa
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from elastic_pt.chaos.kinds.kind import Action, Kind, Need, Strike
+from elastic_pt.chaos.kinds.kind import TROUBLE, Action, Evidence, Kind, Need, Strike
 from elastic_pt.chaos.s3_faults import (
     ACCESS_DENIED,
     CONFLICT,
@@ -39,10 +39,29 @@ def _strike(make: Callable[[Strike], S3Fault], methods: Collection[str], key: st
     return act
 
 
+def _told_by(*events: str, sample: str) -> Evidence:
+    return Evidence(
+        events=frozenset(events),
+        metrics=frozenset({sample}),
+        names_node=False,
+        may=TROUBLE,
+    )
+
+
+_RETRIED: Final = _told_by(
+    "store_retry", sample='elastic_pt_store_requests_total{result="transient"}'
+)
+_DENIED: Final = _told_by(
+    *("upload_failed", "commit_delayed", "turn_failed", "account_not_written", "worker_failed"),
+    sample='elastic_pt_store_requests_total{result="denied"}',
+)
+
+
 def _kind(
     name: str,
     meaning: str,
     fault: S3Fault | Callable[[Strike], S3Fault],
+    evidence: Evidence = _RETRIED,
     *,
     methods: Collection[str] = (),
     key: str = "*",
@@ -56,6 +75,7 @@ def _kind(
         met=lambda arena, strike: arena.requests_struck(strike.number),
         needs=frozenset({Need.BUCKET}),
         parameters=parameters or {},
+        evidence=evidence,
     )
 
 
@@ -66,8 +86,8 @@ OF_BUCKET: Final = (
     _kind(
         "server_errors", "the bucket answers 500 InternalError", INTERNAL_ERROR, parameters=_SOME
     ),
-    _kind("denied", "the bucket answers 403 AccessDenied", ACCESS_DENIED),
-    _kind("expired_credentials", "the bucket answers 400 ExpiredToken", EXPIRED_TOKEN),
+    _kind("denied", "the bucket answers 403 AccessDenied", ACCESS_DENIED, _DENIED),
+    _kind("expired_credentials", "the bucket answers 400 ExpiredToken", EXPIRED_TOKEN, _DENIED),
     _kind(
         "conflicts",
         "writes are answered 409 ConditionalRequestConflict and not carried out",
@@ -99,19 +119,31 @@ OF_BUCKET: Final = (
         "slow_bucket",
         "each request takes `seconds` longer",
         lambda strike: Delay(strike.parameters["seconds"]),
+        _told_by(sample='elastic_pt_store_request_seconds{above="0.1"}'),
         parameters={"seconds": 1.0},
     ),
     _kind(
         "narrow_bucket",
         "bodies of requests and answers pass at `bytes_per_s`, those of all nodes together",
         lambda strike: Bandwidth(int(strike.parameters["bytes_per_s"])),
+        _told_by(sample='elastic_pt_store_request_seconds{above="0.1"}'),
         parameters={"bytes_per_s": 200_000},
     ),
-    _kind("stale_listing", "listings lack their three newest keys", HideNewest(3)),
+    _kind(
+        "stale_listing",
+        "listings lack their three newest keys",
+        HideNewest(3),
+        Evidence(silent="a listing cannot show what it lacks, and nothing depends on it"),
+    ),
     _kind(
         "bucket_bit_flips",
         "a bit flips in what is read of checkpoints, on its way from the bucket",
         FlipBit(),
+        Evidence(
+            events=frozenset({"checkpoint_bytes_wrong", "commit_failed"}),
+            names_node=False,
+            may=TROUBLE,
+        ),
         key="*/ckpt/*",
         parameters={"share": 0.1},
     ),

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from elastic_pt.chaos.kinds.kind import Kind, Need, each
+from elastic_pt.chaos.kinds.kind import NO_START, Kind, Need, each
 
 OF_DISK: Final = (
     Kind(
@@ -12,6 +12,7 @@ OF_DISK: Final = (
         heal=each(lambda arena, node: arena.disk(node).empty()),
         needs=frozenset({Need.DISK}),
         ends_node=True,
+        evidence=NO_START,
     ),
     Kind(
         "staging_read_only",
@@ -20,5 +21,6 @@ OF_DISK: Final = (
         heal=each(lambda arena, node: arena.disk(node).make_writable()),
         needs=frozenset({Need.DISK}),
         ends_node=True,
+        evidence=NO_START,
     ),
 )

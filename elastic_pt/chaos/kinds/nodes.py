@@ -1,17 +1,23 @@
 """Faults of whole nodes: machines that are lost, freeze, leave with or without a notice, join, or do not belong to the run."""
 
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.chaos.kinds.kind import LEFT, LOST, Action, Evidence, Kind, Strike, each
+from elastic_pt.chaos.kinds.kind import LEFT, LOST, SILENT, Action, Evidence, Kind, Strike, each
 from elastic_pt.runlog.records import CauseKind
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.arena import Arena
 
+_GONE: Final = frozenset({CauseKind.LEFT, CauseKind.LOST})
+"""A node that has to leave is lost instead if there is no time for it."""
 _NOTICED: Final = Evidence(
-    events=frozenset({"notice"}), metrics=frozenset({"elastic_pt_notices_total"})
+    causes=_GONE,
+    events=frozenset({"notice"}),
+    metrics=frozenset({"elastic_pt_notices_total"}),
 )
+_REFUSED: Final = Evidence(events=frozenset({"agent_failed"}))
 _LONG_NOTICE_S: Final = 120.0
 _OTHER_CONFIG: Final = "train.warmup_steps=5"
 
@@ -46,7 +52,7 @@ OF_NODES: Final = (
         "SIGSTOP to all processes of a node, then SIGCONT: a machine is paused and goes on",
         strike=_signal_node(signal.SIGSTOP),
         heal=_signal_node(signal.SIGCONT),
-        evidence=LOST,
+        evidence=SILENT,
     ),
     Kind(
         "node_leaves",
@@ -60,7 +66,7 @@ OF_NODES: Final = (
         "another SIGTERM to an agent that is leaving: it ends at once",
         strike=_signal_agent(signal.SIGTERM),
         ends_node=True,
-        evidence=Evidence(causes=frozenset({CauseKind.LEFT, CauseKind.LOST})),
+        evidence=Evidence(causes=_GONE),
     ),
     Kind(
         "notice",
@@ -75,7 +81,7 @@ OF_NODES: Final = (
         "a notice two minutes ahead that is withdrawn",
         strike=each(lambda arena, node: arena.notify(node, _LONG_NOTICE_S)),
         heal=each(lambda arena, node: arena.withdraw(node)),
-        evidence=_NOTICED,
+        evidence=replace(_NOTICED, causes=frozenset(), may=_GONE),
     ),
     Kind(
         "join",
@@ -91,11 +97,17 @@ OF_NODES: Final = (
         strike=_start(),
         parameters={"count": 2},
         starts_nodes=True,
+        evidence=Evidence(
+            events=frozenset({"agent_started"}),
+            metrics=frozenset({'elastic_pt_changes_total{cause="all_lost"}'}),
+        ),
     ),
     Kind(
         "same_name",
         "another agent starts under the name of a node that still runs",
         strike=each(lambda arena, node: arena.start_twin(node)),
+        # It is not refused: it waits, and is admitted if the run has room for one more.
+        evidence=Evidence(events=frozenset({"agent_started"}), names_node=False),
     ),
     Kind(
         "other_config",
@@ -104,6 +116,7 @@ OF_NODES: Final = (
         parameters={"count": 1},
         starts_nodes=True,
         ends_node=True,
+        evidence=_REFUSED,
     ),
     Kind(
         "other_code",
@@ -112,5 +125,6 @@ OF_NODES: Final = (
         parameters={"count": 1},
         starts_nodes=True,
         ends_node=True,
+        evidence=_REFUSED,
     ),
 )

@@ -3,7 +3,19 @@
 import signal
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.chaos.kinds.kind import LOST, Action, Kind, Strike, each, failed
+from elastic_pt.chaos.kinds.kind import (
+    LOST,
+    NO_START,
+    SILENT,
+    TROUBLE,
+    Action,
+    Evidence,
+    Kind,
+    Strike,
+    each,
+    failed,
+)
+from elastic_pt.runlog.records import CauseKind
 
 if TYPE_CHECKING:
     from elastic_pt.chaos.arena import Arena
@@ -29,6 +41,7 @@ def _signal_agent(number: signal.Signals) -> Action:
     return each(lambda arena, node: arena.signal_agent(node, number))
 
 
+_DISK_FAILED: Final = Evidence(events=frozenset({"worker_failed", "no_snapshots"}), may=TROUBLE)
 OF_PROCESSES: Final = (
     Kind(
         "kill_worker",
@@ -73,18 +86,29 @@ OF_PROCESSES: Final = (
         deed="delay={seconds}",
         repeats=True,
         parameters={"seconds": 0.5},
+        # It hangs if it takes longer than `elastic.hang_timeout_s`.
+        evidence=Evidence(
+            may=frozenset({CauseKind.FAILED}), silent="no event names a slow node yet (F10)"
+        ),
     ),
     Kind(
         "worker_full_disk",
         "a step of a worker or agent fails with ENOSPC",
         deed="os_error=ENOSPC",
+        evidence=_DISK_FAILED,
     ),
-    Kind("worker_bad_disk", "a step of a worker or agent fails with EIO", deed="os_error=EIO"),
+    Kind(
+        "worker_bad_disk",
+        "a step of a worker or agent fails with EIO",
+        deed="os_error=EIO",
+        evidence=_DISK_FAILED,
+    ),
     Kind(
         "disk_stays_full",
         "each such step of a node fails with ENOSPC",
         deed="os_error=ENOSPC",
         repeats=True,
+        evidence=_DISK_FAILED,
     ),
     Kind(
         "few_open_files",
@@ -92,6 +116,7 @@ OF_PROCESSES: Final = (
         strike=each(lambda arena, node: arena.limit_files(node)),
         heal=each(lambda arena, node: arena.lift_limit(node)),
         ends_node=True,
+        evidence=NO_START,
     ),
     Kind(
         "kill_fork_server",
@@ -111,6 +136,6 @@ OF_PROCESSES: Final = (
         "SIGSTOP to the agent alone, then SIGCONT",
         strike=_signal_agent(signal.SIGSTOP),
         heal=_signal_agent(signal.SIGCONT),
-        evidence=LOST,
+        evidence=SILENT,
     ),
 )

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from elastic_pt.chaos.kinds.kind import Action, Evidence, Kind, NothingToStrike, Strike
+from elastic_pt.chaos.kinds.kind import (
+    TROUBLE,
+    Action,
+    Evidence,
+    Kind,
+    NothingToStrike,
+    Strike,
+)
 from elastic_pt.checkpoint.layout import manifest_key
 from elastic_pt.runlog.log import record_key
 from elastic_pt.runlog.records import CauseKind
@@ -117,7 +124,18 @@ def _damage_data(arena: "Arena", _: Strike) -> None:
             arena.change_data(key, _flip_everywhere)
 
 
-_QUARANTINED: Final = Evidence(events=frozenset({"checkpoint_quarantined"}), names_node=False)
+_QUARANTINED: Final = Evidence(
+    events=frozenset({"checkpoint_quarantined"}),
+    metrics=frozenset({'elastic_pt_quarantines_total{what="checkpoint"}'}),
+    names_node=False,
+    may=frozenset({CauseKind.UNUSABLE}),
+)
+_DAMAGED_LOG: Final = Evidence(
+    events=frozenset({"agent_failed"}),
+    names_node=False,
+    at_start=True,
+    may=frozenset({CauseKind.LOST}),
+)
 
 OF_STORED: Final = (
     Kind(
@@ -162,20 +180,39 @@ OF_STORED: Final = (
         "foreign_files",
         "files that look like a newer checkpoint are copied into the run",
         strike=_leave_foreign_files,
+        # Only a later generation may remove what could be an attempt of this one.
+        evidence=Evidence(events=frozenset({"attempt_removed"}), names_node=False, at_start=True),
     ),
-    Kind("record_altered", "a byte changes in a record of the log", strike=_alter_record),
-    Kind("record_deleted", "a record of the log is deleted", strike=_delete_record),
+    Kind(
+        "record_altered",
+        "a byte changes in a record of the log",
+        strike=_alter_record,
+        evidence=_DAMAGED_LOG,
+    ),
+    Kind(
+        "record_deleted",
+        "a record of the log is deleted",
+        strike=_delete_record,
+        evidence=_DAMAGED_LOG,
+    ),
     Kind(
         "data_away",
         "the prepared data is gone, and comes back",
         strike=lambda arena, _: arena.take_data_away(),
         heal=lambda arena, _: arena.put_data_back(),
         ends_node=True,
+        evidence=Evidence(
+            events=frozenset({"store_retry"}), names_node=False, at_start=True, may=TROUBLE
+        ),
     ),
     Kind(
         "data_damaged",
         "a bit flips in every 4096 bytes of the prepared tokens",
         strike=_damage_data,
-        evidence=Evidence(causes=frozenset({CauseKind.FAILED}), names_node=False),
+        evidence=Evidence(
+            causes=frozenset({CauseKind.FAILED, CauseKind.DAMAGED}),
+            events=frozenset({"worker_failed", "data_left_out"}),
+            names_node=False,
+        ),
     ),
 )
