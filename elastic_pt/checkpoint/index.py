@@ -176,18 +176,19 @@ def _read_nodes(store: Store, root: RootManifest, nodes: Sequence[NodeShare]) ->
 
 
 def _read_exactly(store: Store, key: str, size: int, sha256: str) -> bytes:
-    for _ in range(READS):
+    for attempt in range(READS):
         data = read_bytes(store, key, 0, size + 1)
         if len(data) != size:
             raise CheckpointError(f"{key}: wrong size; expected the committed {size} bytes")
         if hashlib.sha256(data).hexdigest() == sha256:
+            if attempt:
+                warn_of_wrong_bytes(f"{key}: wrong SHA-256")
             return data
-        warn_of_wrong_bytes(f"{key}: wrong SHA-256")
     raise CheckpointError(f"{key}: wrong SHA-256; expected the committed {sha256}")
 
 
 def warn_of_wrong_bytes(wrong: str) -> None:
-    """Tell people that bytes of a checkpoint have changed, in the store or on the way; `wrong` says which."""
+    """Tell people that bytes of a checkpoint had changed on the way, as a further read had the right ones; `wrong` says which."""
     log.warning("checkpoint_bytes_wrong", cause=wrong)
 
 

@@ -196,14 +196,14 @@ def read_blocks(store: Readable, read: ReadRange) -> Iterator[tuple[Block, memor
 def _read_verified(source: Readable | Memory, read: ReadRange, parts: Sequence[memoryview]) -> None:
     """Fill the memory of each block of a request, and compare it with its CRC-32. Raises `CheckpointError`."""
     # What comes from a store may have changed on the way. Memory is asked for another copy instead.
-    wrong = ""
+    wrong = before = ""
     for _ in range(1 if isinstance(source, Memory) else READS):
         _read_into(source, read, parts)
-        wrong = _first_wrong(read, parts)
+        before, wrong = wrong, _first_wrong(read, parts)
         if not wrong:
+            if before:
+                warn_of_wrong_bytes(f"{before}: wrong CRC-32")
             return
-        if not isinstance(source, Memory):
-            warn_of_wrong_bytes(f"{wrong}: wrong CRC-32")
     raise CheckpointError(f"{wrong}: wrong CRC-32; expected that of its record")
 
 
