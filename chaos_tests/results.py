@@ -2,7 +2,7 @@
 
 elastic-pt chaos run --all --out DIR
 python -m chaos_tests.stock --json STOCK
-python -m chaos_tests.results DIR STOCK > docs/chaos-results.md
+python -m chaos_tests.results DIR STOCK ["A remark about the machine."] > docs/chaos-results.md
 """
 
 import datetime
@@ -26,6 +26,7 @@ Each scenario of `elastic-pt chaos list`, as it was played last: {date}, {machin
 that ended a generation to the next step that was done, the longest of the scenario, with the import of newcomers where all nodes were
 lost; "lost" are steps that were done and done again. "passed" means that all oracles of [chaos.md](chaos.md#oracles) were content, first
 of all that the weights are those of the undisturbed run, bit for bit. [faults.md](faults.md) says what each row must lead to.
+{remark}
 
 "Stock" is torchrun with FSDP2 and torch.distributed.checkpoint in the same scenario, by the same harness: its rendezvous on node-0, timeouts tuned
 to seconds, a checkpoint every 6 steps, in a directory instead of a bucket. "stuck": not over after {limit_s:g} s. It is asked only
@@ -79,8 +80,10 @@ def row(result: Result, stock: Result | None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(results: Sequence[Result], stock: Mapping[str, Result], date: datetime.date) -> str:
-    """The whole page."""
+def page(
+    results: Sequence[Result], stock: Mapping[str, Result], date: datetime.date, remark: str = ""
+) -> str:
+    """The whole page; `remark` is about the machine."""
     machine = (
         f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, no GPU"
@@ -88,13 +91,12 @@ def page(results: Sequence[Result], stock: Mapping[str, Result], date: datetime.
     passed = sum(bool(each["passed"]) for each in results)
     table = "\n".join(row(each, stock.get(each["name"])) for each in results)
     return (
-        _HEAD.format(date=date.isoformat(), machine=machine, limit_s=LONGEST_S)
+        _HEAD.format(date=date.isoformat(), machine=machine, limit_s=LONGEST_S, remark=remark)
         + f"{table}\n\n{passed} of {len(results)} scenarios passed.\n"
     )
 
 
 if __name__ == "__main__":
-    print(
-        page(read_results(Path(sys.argv[1])), read_stock(Path(sys.argv[2])), datetime.date.today()),
-        end="",
-    )
+    folder, stock_file, *remarks = sys.argv[1:]
+    results, stock = read_results(Path(folder)), read_stock(Path(stock_file))
+    print(page(results, stock, datetime.date.today(), " ".join(remarks)), end="")

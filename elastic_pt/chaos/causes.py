@@ -78,6 +78,8 @@ class _Explanations:
                 return cause.node in self._failed | {
                     each.node for each in after.causes if each.kind is CauseKind.FAILED
                 }
+            case CauseKind.FAILED if _read_from_the_lost(cause, before, after):
+                return True
             case CauseKind.FAILED:
                 self._failed.add(cause.node)
         return any(
@@ -115,6 +117,15 @@ class _Explanations:
             and cause.node in self._failed
             and bool(ended)
         )
+
+
+def _read_from_the_lost(cause: Cause, before: Generation, after: Generation) -> bool:
+    """Whether a worker failed as it read from the memory of a node that is told as lost beside it."""
+    lost = {each.node for each in after.causes if each.kind is CauseKind.LOST}
+    return any(
+        each.node in lost and f"http://{each.address}:{each.port}/" in cause.detail
+        for each in before.members
+    )
 
 
 def _missing(facts: Facts, before: Generation, record: Record, after: Generation) -> Iterator[str]:

@@ -7,7 +7,7 @@ A cause of another fault that struck the same node in the same generation tells 
 is lost. A sample is asked of an agent that answered a scrape afterwards. Only reads; any process.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from elastic_pt.agent.counting import label_of
@@ -19,6 +19,7 @@ from elastic_pt.chaos.facts import (
     stops_agent,
     written_at_s,
 )
+from elastic_pt.chaos.kinds import Evidence
 from elastic_pt.chaos.play import Played, Struck
 from elastic_pt.chaos.unseen import answer_goes_unseen, cause_goes_unseen, events_go_unseen
 from elastic_pt.chaos.watched import WatchedRun
@@ -173,7 +174,9 @@ def _told_by_events(facts: Facts, struck: Struck) -> Iterator[str]:
     nodes = struck.nodes if evidence.names_node else facts.nodes
     told = {
         node: [
-            each for each in facts.events(node, evidence.events) if written_at_s(each) >= since_s
+            each
+            for each in facts.events(node, evidence.events)
+            if written_at_s(each) >= since_s and _has_its_kind(each, evidence)
         ]
         for node in nodes
     }
@@ -182,6 +185,16 @@ def _told_by_events(facts: Facts, struck: Struck) -> Iterator[str]:
         yield "" if any(told.values()) else missing
     if evidence.metrics:
         yield from _told_by_metrics(facts, struck, told)
+
+
+def _has_its_kind(event: Mapping[str, Any], evidence: Evidence) -> bool:
+    """Whether the failure of a worker is told as what its counter has to show, where that is said."""
+    shown = [each for each in evidence.metrics if each.startswith(_FAILURES)]
+    return (
+        event["event"] != _WORKER_FAILED
+        or not shown
+        or any(f'"{event["kind"]}"' in each for each in shown)
+    )
 
 
 def _told_by_metrics(

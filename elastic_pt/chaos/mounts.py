@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+import elastic_pt
+
 _SHARED: Final = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 
 
@@ -48,6 +50,8 @@ def below(shared: Path, kept: Collection[Path]) -> list[Path]:
 def of_the_program() -> list[Path]:
     """Where the program is that runs, with all that it imports."""
     places = [sys.prefix, sys.base_prefix, *sys.path, *os.environ.get("PYTHONPATH", "").split(":")]
+    # An editable installation is on no path: a finder knows where it is.
+    places.append(str(Path(elastic_pt.__file__).parents[1]))
     return [Path(each) for each in places if each and Path(each).is_dir()]
 
 

@@ -211,16 +211,16 @@ class MadeRun:
         self,
         at_s: float,
         *members: str,
-        causes: Sequence[tuple[CauseKind, str]] = (),
+        causes: Sequence[tuple[CauseKind, str] | tuple[CauseKind, str, str]] = (),
         agree_s: float = 0.0,
         lost: int = 0,
     ) -> None:
-        """A GENERATION that loses so many steps. A member such as `node-1/2` is the second agent of node-1."""
+        """A GENERATION that loses so many steps. Causes have kind, node and detail. A member such as `node-1/2` is the second agent of node-1."""
         made = [each.partition("/") for each in members]
         body = generation(
             self.records[-1].generation + 1 if self.records else 1,
             *(member(node, pid=int(again or 1)) for node, _, again in made),
-            causes=tuple(Cause(kind, node) for kind, node in causes),
+            causes=tuple(Cause(*each) for each in causes),
             agree_s=agree_s,
             reached=lost,
         )

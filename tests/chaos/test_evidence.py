@@ -676,3 +676,27 @@ def test_a_quarantine_follows_a_damage(kind: str, told: bool, run: MadeRun) -> N
     expected = "record 2 quarantines ckpt/6, which no fault explains"
     assert (expected in objection(run)) is told
     assert "record 3" not in objection(run)
+
+
+def test_a_killed_worker_that_is_told_as_one_that_exited_is_an_objection(run: MadeRun) -> None:
+    """The event says how it ended, also if no metrics were read afterwards."""
+    run.strike(20.0, "kill_worker", "node-1")
+    run.event(20.1, "node-1", "worker_failed", "warning", kind="exit")
+    run.generation(21.0, *NODES, causes=[(FAILED, "node-1")])
+    run.stop()
+    assert "no event worker_failed of it" in objection(run)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_worker_may_fail_as_it_reads_from_a_node_that_is_lost(told: bool, run: MadeRun) -> None:
+    """Its node is not to blame: the loss beside it explains the failure, and only that loss does."""
+    run.strike(20.0, "kill_node", "node-1")
+    detail = (
+        f"worker 0 raised StoreError: http://127.0.0.1:{1 if told else 2}/v1/snapshots/1: reset"
+    )
+    run.generation(21.0, "node-0", "node-2", causes=[(LOST, "node-1"), (FAILED, "node-2", detail)])
+    run.stop()
+    if told:
+        run.judged()
+    else:
+        assert "has the cause failed of node-2, which no fault explains" in objection(run)

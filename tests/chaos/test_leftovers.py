@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import elastic_pt
 from elastic_pt.chaos.leftovers import Places, left_by, unfinished_in
-from elastic_pt.chaos.mounts import below, hidden, missing_for_mounts, prefix_for_mounts
+from elastic_pt.chaos.mounts import (
+    below,
+    hidden,
+    missing_for_mounts,
+    of_the_program,
+    prefix_for_mounts,
+)
 from elastic_pt.config import parse_config
 from elastic_pt.store.local import UNFINISHED, LocalStore
 
@@ -137,3 +144,10 @@ def test_without_root_a_node_has_its_own_temporary_directory(
         assert places.held_by("node-0") == ["temporary/left"]
     finally:
         places.close()
+
+
+def test_an_editable_installation_stays_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on no path of the interpreter, and may be below `/tmp`."""
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert Path(elastic_pt.__file__).parents[1] in of_the_program()
