@@ -84,7 +84,6 @@ class Appender:
             causes=proposal.causes,
             frontier_step=max(frontier_step(before.generation, reached), resume_step),
             reached_step=reached,
-            agree_s=0.0 if noticed_s is None else self._clock_s() - noticed_s,
             below_minimum_s=0.0 if noticed_s is None else self._memory.below_minimum_s,
             platform=self._resources.platform,
             fenced_url=self._resources.fenced_url or before.fenced_url,
@@ -106,7 +105,9 @@ class Appender:
                 raise FencedError(
                     f"a newer checkpoint was committed than the one that generation {number} would start from"
                 )
-            return generation
+            # Not before: a read of the log may have waited for the bucket.
+            agree_s = 0.0 if noticed_s is None else self._clock_s() - noticed_s
+            return replace(generation, agree_s=agree_s)
 
         try:
             self.stores = {number: store}

@@ -1,6 +1,7 @@
 """One node's part in forming generations, with a real log and lobby in a directory."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
@@ -11,6 +12,7 @@ from elastic_pt.membership.lobby import LOBBY
 from elastic_pt.membership.peers import Message
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import (
+    Body,
     CauseKind,
     Checkpoint,
     Commit,
@@ -69,6 +71,27 @@ def test_loss_is_recorded_with_cause_and_times(fleet: Fleet) -> None:
     assert generation.reason == "lost a"
     assert generation.frontier_step == 41
     assert generation.agree_s == pytest.approx(TICK_S), "one more round of questions"
+
+
+def test_the_time_to_agree_has_the_wait_for_a_bucket_that_is_away(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the record, whose time is that of its last attempt: the lost node did not live meanwhile."""
+    fleet.form("a", "b", "c")
+    fleet.pass_time(1.0)
+    fleet.dead.add("a")
+    append = RunLog.append
+
+    def slow(self: RunLog, make: Callable[[RunView], Body], *, generation: int) -> RunView:
+        fleet.now_s += 8.0
+        return append(self, make, generation=generation)
+
+    monkeypatch.setattr(RunLog, "append", slow)
+    fleet.pass_time(1.0)
+    generation = fleet.log.generation
+    assert generation is not None
+    assert names(generation) == ["b", "c"]
+    assert generation.agree_s >= 8.0
 
 
 def test_wait_for_enough_nodes_is_recorded(fleet: Fleet) -> None:
