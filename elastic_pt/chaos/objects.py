@@ -110,7 +110,7 @@ class Objects:
         return given_up and self._was_disturbed(attempt)
 
     def _was_disturbed(self, attempt: DirectoryName) -> bool:
-        """Whether its step was done, for the first time by its generation, before the last fault had ended."""
+        """Whether its step was done, for the first time by its generation, while a fault could make its writers give it up."""
         began_at_s = min(
             (
                 each.written_at_s
@@ -124,7 +124,16 @@ class Objects:
             for each in self.played.progress
             if each.time_s >= began_at_s and each.step >= attempt.step
         )
-        return next(done, math.inf) <= self.played.quiet_at_s
+        return next(done, math.inf) <= self._given_up_until_s
+
+    @cached_property
+    def _given_up_until_s(self) -> float:
+        """Until when an attempt may be given up: writers that a fault has kept waiting come back with the next commit."""
+        quiet_at_s = self.played.quiet_at_s
+        if all(each.spec.for_s is None for each in self.played.struck):
+            return quiet_at_s
+        commits = (each.written_at_s for each in self.records if isinstance(each.body, Commit))
+        return min((each for each in commits if each > quiet_at_s), default=quiet_at_s)
 
     @cached_property
     def _committed(self) -> set[str]:

@@ -89,6 +89,11 @@ def test_what_belongs_to_nothing_is_told(key: str) -> None:
     [
         # The newest generation gives up an attempt that a fault has struck.
         (f"{checkpoint(10, 2).directory}/shard-00000.safetensors", struck(16.0)),
+        # Its writers waited for the bucket, and come back with the next commit.
+        (
+            f"{checkpoint(16, 2).directory}/shard-00000.safetensors",
+            struck(15.5, fault("bucket_away", for_s=1.0)),
+        ),
         # A fault was there until the last sweep, or after the last commit.
         (files(SIX)[0], struck(10.0, fault("bucket_away", for_s=6.0))),
         (files(SIX)[0], struck(20.0)),
