@@ -210,7 +210,7 @@ class Player:
                 arena.start(node)
             look_s = 0.0
             while not self._over():
-                self._answer_all()
+                self._answer_one()
                 self._run_timers()
                 if (now_s := time.monotonic()) - look_s > _LOOK_S:
                     look_s = now_s
@@ -309,7 +309,7 @@ class Player:
         self._asking.put(asking)
         return asking.answer.result()
 
-    def _answer_all(self) -> None:
+    def _answer_one(self) -> None:
         try:
             asking = self._asking.get(timeout=_POLL_S)
         except queue.Empty:
@@ -327,6 +327,7 @@ class Player:
     def _run_timers(self) -> None:
         now_s = time.monotonic()
         for number, fault in self._agenda.due_by(self._now_s()):
+            self._look()
             nodes = self._whom(number, fault, "")
             # A pool starts a node anew: the fault waits for it.
             pool = self.played.scenario.replace_after_s is not None and not self._stopped
@@ -343,7 +344,6 @@ class Player:
     def _whom(self, number: int, fault: FaultSpec, here: str) -> tuple[str, ...]:
         if fault.of.starts_nodes:
             return self._arena.unstarted(fault.starts)
-        self._look()
         return self._agenda.whom(number, fault, self._arena.running(), here)
 
     # Acts
