@@ -161,7 +161,9 @@ def events_go_unseen(facts: Facts, struck: Struck) -> bool:
         return True
     if _ends_worker(struck) and cause_goes_unseen(facts, struck):
         return True
-    if facts.end_s - struck.time_s < _END_S:
+    # An agent writes why a worker ended before others act on it.
+    is_acted_on = _ends_worker(struck) and bool(list(facts.later(struck)))
+    if facts.end_s - struck.time_s < _END_S and not is_acted_on:
         return True
     if kind.on_nodes and kind.heal is not None and struck.over_at_s - struck.time_s < _READ_S:
         return True

@@ -285,6 +285,21 @@ def test_a_worker_that_dies_in_the_last_seconds_is_seen(run: MadeRun) -> None:
     assert "no later generation has the cause failed" in objection(run)
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("signal", True), ("exit", False)])
+def test_why_a_worker_died_is_asked_also_in_the_last_seconds(
+    kind: str, passes: bool, run: MadeRun
+) -> None:
+    """The agent told its peers, so it had the time to write why."""
+    run.strike(48.0, "kill_worker", "node-1", step=40)
+    run.event(48.1, "node-1", "worker_failed", "warning", kind=kind)
+    run.generation(48.3, *NODES, causes=[(FAILED, "node-1")])
+    run.stop()
+    if passes:
+        assert run.judged() == "1 faults told"
+    else:
+        assert "no event worker_failed of it" in objection(run)
+
+
 # ---- workers -----------------------------------------------------------------------------------------
 
 
