@@ -24,13 +24,15 @@ def values(name: str) -> list[str]:
 def test_two_stages_from_a_base_that_can_be_chosen() -> None:
     """What builds is left behind, and the base image is an argument."""
     assert INSTRUCTIONS[0] == ("ARG", "PYTHON_IMAGE=python:3.12-slim-bookworm")
-    assert values("FROM") == ["${PYTHON_IMAGE} AS build", "${PYTHON_IMAGE}"]
+    assert values("FROM") == ["${PYTHON_IMAGE} AS base", "base AS build", "base"]
     last_stage = INSTRUCTIONS[
         max(i for i, (name, _) in enumerate(INSTRUCTIONS) if name == "FROM") :
     ]
     assert [rest for name, rest in last_stage if name == "COPY"] == [
-        "--from=build /opt/venv /opt/venv"
+        "--from=build /opt/venv /opt/venv",
+        "--from=build /usr/share/elastic-pt /usr/share/elastic-pt",
     ]
+    assert not [name for name, _ in last_stage if name in ("RUN", "ADD")]
 
 
 def test_runs_as_a_numbered_user_that_is_not_root() -> None:
@@ -55,11 +57,20 @@ def test_output_is_unbuffered_and_home_is_writable() -> None:
 
 
 def test_labels_follow_the_image_specification() -> None:
-    """Title, licence, version and revision are OCI labels; the version is that of the package."""
+    """Title, licence, version, revision, source and time are OCI labels; the version is that of the package."""
     labels = " ".join(values("LABEL"))
-    for name in ("title", "description", "licenses", "version", "revision"):
+    names = ("title", "description", "licenses", "version", "revision", "created", "source")
+    for name in names:
         assert f"org.opencontainers.image.{name}=" in labels
     assert f"VERSION={__version__}" in values("ARG")
+
+
+def test_names_no_index_and_needs_no_particular_builder() -> None:
+    """Where packages come from is an argument, and every instruction is one that Docker's first builder knows too."""
+    assert {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "TORCH", "EXTRAS="} <= set(values("ARG"))
+    assert "://" not in "\n".join(rest for _, rest in INSTRUCTIONS)
+    assert not [rest for rest in values("RUN") if rest.startswith("--")]
+    assert not values("HEALTHCHECK")
 
 
 def test_context_holds_what_is_copied_and_nothing_else() -> None:
