@@ -26,6 +26,7 @@ from elastic_pt.membership.links import Links
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import Message
 from elastic_pt.membership.resources import Resources
+from elastic_pt.runlog.access import Access, issue, new_authority
 from elastic_pt.runlog.log import RunLog, record_key
 from elastic_pt.runlog.records import Generation, Member, Record
 from elastic_pt.store.open import open_store
@@ -85,7 +86,8 @@ def world(nodes: int) -> Iterator[tuple[str, tuple[Member, ...]]]:
 async def message_s(directory: str, members: tuple[Member, ...]) -> float:
     """Processor seconds of one message, sender and receiver together."""
     here, there = (participant_of(member, directory) for member in members[:2])
-    links = [Links(each, "token", lambda: None) for each in (here, there)]
+    access = Access("token", issue(new_authority(), "benchmark", "benchmark"))
+    links = [Links(each, access, lambda: None) for each in (here, there)]
     try:
         ports = [await each.serve("127.0.0.1") for each in links]
         there_member = dataclasses.replace(members[1], port=ports[1])

@@ -4,8 +4,6 @@ GoodputRun.start ─► goodput_node.py ─► agent     GoodputRun.tell lets a 
 log ─► members ─► GET /v1/status ─► Progress     the newest step that the run has ever done, and when
 """
 
-import http.client
-import json
 import sys
 import tempfile
 import threading
@@ -19,24 +17,24 @@ from typing import Final, Self
 from benchmarks.goodput_node import WARM
 from benchmarks.processor_shares import ProcessorShares
 from benchmarks.recovery_run import make_config
-from benchmarks.recovery_watch import EventLogs, StepPoint
+from benchmarks.recovery_watch import EventLogs, StepPoint, agent_of, step_of
 from elastic_pt.chaos.processes import kill_all, mark_children
 from elastic_pt.checkpoint.digest import digest
 from elastic_pt.checkpoint.index import read_manifest
+from elastic_pt.checkpoint.peer import Peer
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
-from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.report.goodput import Goodput, goodput_of, read_accounts
+from elastic_pt.report.status import open_run
 from elastic_pt.runlog.control import ask
 from elastic_pt.runlog.log import RunLog
-from elastic_pt.runlog.records import Member, Record, Request, Verb
+from elastic_pt.runlog.records import Record, Request, Verb
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 from elastic_pt.workers.forking import SERVER_MODULES, WARM_MODULES
 
 END_S: Final = 120.0
 _POLL_S: Final = 0.02
-_ANSWER_TIMEOUT_S: Final = 0.5
 _MEMORY: Final = "/dev/shm"
 SEQUENCE_LENGTH: Final = 512
 _SETTINGS: Final = (
@@ -81,33 +79,25 @@ class Progress:
         self._thread.join()
 
     def _run(self) -> None:
-        asked: Member | None = None
         turn = 0
-        connection = http.client.HTTPConnection("")
+        agent: Peer | None = None
         while not self._stop.wait(_POLL_S):
-            if asked is None:
+            if agent is None:
                 generation = self._log.refresh().generation
                 if generation is None:
                     continue
                 # Another one each time: the one that was asked last did not answer.
                 asked = generation.members[turn % len(generation.members)]
                 turn += 1
-                connection.close()
-                connection = http.client.HTTPConnection(
-                    asked.address, asked.port, timeout=_ANSWER_TIMEOUT_S
-                )
-            token = self._store.read(TOKEN_KEY).decode()
-            try:
-                connection.request(
-                    "GET", "/v1/status", headers={"Authorization": f"Bearer {token}"}
-                )
-                step = int(json.loads(connection.getresponse().read())["step"])
-            except (OSError, http.client.HTTPException):
-                asked = None
-                continue
-            if step > self.newest.step:
+                agent = agent_of(asked, open_run(self._store.url).access())
+            step = step_of(agent)
+            if step is None:
+                agent.close()
+                agent = None
+            elif step > self.newest.step:
                 self.newest = StepPoint(time.time(), step)
-        connection.close()
+        if agent is not None:
+            agent.close()
 
 
 class GoodputRun:

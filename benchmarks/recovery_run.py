@@ -16,7 +16,7 @@ from elastic_pt.config import Config, parse_config
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.fleet.local import Fleet
 from elastic_pt.fleet.network import Network
-from elastic_pt.membership.links import TOKEN_KEY
+from elastic_pt.report.status import open_run
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation, Member
 from elastic_pt.store.open import open_store
@@ -191,7 +191,7 @@ class OurRun:
     def watch(self, member: Member, interval_s: float) -> StepWatch:
         """An observer of one member's steps."""
         within = nullcontext if self._network is None else self._network.on_hub
-        return StepWatch(member, self._store.read(TOKEN_KEY).decode(), within, interval_s)
+        return StepWatch(member, open_run(self._store.url).access(), within, interval_s)
 
     def worker(self, member: Member) -> int:
         """Process id of a member's only worker."""

@@ -7,7 +7,6 @@ All processes are on one machine, so events and benchmark use the same clock.
 """
 
 import datetime
-import http.client
 import itertools
 import json
 import statistics
@@ -20,10 +19,14 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from benchmarks.recovery_report import PHASES
+from elastic_pt.checkpoint.peer import Peer, PeerAddress
+from elastic_pt.errors import StoreError
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.records import Member
 
 _POLL_S: Final = 0.01
 _ANSWER_TIMEOUT_S: Final = 1.0
+_ANSWER_BYTES_MAX: Final = 1 << 20
 _INDIFFERENT: Final = ("training", "waiting for all members to stop")
 """Reasons of decisions without a change."""
 
@@ -190,14 +193,14 @@ class StepWatch:
     def __init__(
         self,
         member: Member,
-        token: str,
+        access: Access,
         within: Callable[[], AbstractContextManager[None]],
         interval_s: float = _POLL_S,
     ) -> None:
         self.points: list[StepPoint] = []
         self.node = member.node
         self._member = member
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._access = access
         self._within = within
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -234,19 +237,26 @@ class StepWatch:
             self._ask()
 
     def _ask(self) -> None:
-        connection = http.client.HTTPConnection(
-            self._member.address, self._member.port, timeout=_ANSWER_TIMEOUT_S
-        )
+        agent = agent_of(self._member, self._access)
         while not self._stop.wait(self._interval_s):
-            try:
-                connection.request("GET", "/v1/status", headers=self._headers)
-                step = int(json.loads(connection.getresponse().read())["step"])
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                continue
-            if step != self.step:
+            step = step_of(agent)
+            if step is not None and step != self.step:
                 self.points.append(StepPoint(time.time(), step))
-        connection.close()
+        agent.close()
+
+
+def agent_of(member: Member, access: Access) -> Peer:
+    """A client of a member's agent, for `step_of`."""
+    return Peer(PeerAddress(member.address, member.port), access, _ANSWER_TIMEOUT_S)
+
+
+def step_of(agent: Peer) -> int | None:
+    """The step that an agent reports; None if it does not answer."""
+    try:
+        answer = agent.get("/v1/status", _ANSWER_BYTES_MAX)
+    except StoreError:
+        return None
+    return None if answer is None else int(json.loads(answer)["step"])
 
 
 def normal_step_s(points: Sequence[StepPoint], before_s: float) -> float:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,11 +22,11 @@ from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.memory import Place, Places
 from elastic_pt.checkpoint.snapshot import PAYLOAD_OFFSET, Buffer, Snapshot
 from elastic_pt.membership.node import Formed
+from elastic_pt.runlog.access import Access, issue, new_authority
 from elastic_pt.runlog.records import Generation, Member
 
 ADDRESS: Final = "127.0.0.1"
 _INCARNATION: Final = "holder"
-_TOKEN: Final = "token"
 _TIMEOUT_S: Final = 30.0
 _ANSWER_S: Final = 120.0
 _END_S: Final = 10.0
@@ -37,23 +38,31 @@ class Holder:
     def __init__(self, scratch: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_hold, args=(theirs, scratch), daemon=True)
+        encrypted = Access("token", issue(new_authority(), "benchmark", "benchmark"))
+        self._access = {"peer": encrypted, "peer_plain": Access("token")}
+        arguments = (theirs, scratch, self._access)
+        self._process = context.Process(target=_hold, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        self.peer_port, self.plain_port = cast(tuple[int, int], self._answer())
+        answer = cast(tuple[dict[str, int], int], self._answer())
+        self.peer_ports, self.plain_port = answer
 
     def hold(self, buffer: Buffer, step: int) -> None:
         """Hold the state of this step in a buffer file. Returns when its CRCs are known."""
         self._pipe.send((buffer, step))
         self._answer()
 
-    def places(self, snapshot: Snapshot, path: Path | None) -> Places:
-        """Where a worker reads the state: in its own node's file, if a path is given, else from the holder."""
-        if path is not None:
-            place = Place(_INCARNATION, str(path), snapshot.to_bytes().decode())
-        else:
-            place = Place(_INCARNATION, host=ADDRESS, port=self.peer_port)
-        return Places(snapshot.generation, snapshot.step, ((place,),), _TOKEN, _TIMEOUT_S)
+    def places(self, snapshot: Snapshot, path: Path) -> dict[str, Places]:
+        """Where a worker reads the state, by tier: in its own node's file at `path`, and from the holder."""
+        own = Place(_INCARNATION, str(path), snapshot.to_bytes().decode())
+        found = {"memory": (own, self._access["peer"])}
+        for tier, access in self._access.items():
+            place = Place(_INCARNATION, host=ADDRESS, port=self.peer_ports[tier])
+            found[tier] = place, access
+        return {
+            tier: Places(snapshot.generation, snapshot.step, ((place,),), access, _TIMEOUT_S)
+            for tier, (place, access) in found.items()
+        }
 
     def read_plain(self, target: memoryview) -> None:
         """Fill the memory with the state's bytes, over a plain socket."""
@@ -79,13 +88,13 @@ class Holder:
         return self._pipe.recv()
 
 
-def _hold(pipe: Connection, scratch: Path) -> None:
+def _hold(pipe: Connection, scratch: Path, accesses: Mapping[str, Access]) -> None:
     """The holder's process."""
     complete = threading.Event()
     snapshots = Snapshots(
         scratch,
         _INCARNATION,
-        _TOKEN,
+        accesses["peer"],
         timeout_s=_TIMEOUT_S,
         history=StepHistory(),
         on_complete=lambda *_: complete.set(),
@@ -95,7 +104,8 @@ def _hold(pipe: Connection, scratch: Path) -> None:
     served: list[Path] = []
     listener = socket.create_server((ADDRESS, 0))
     threading.Thread(target=_send_plain, args=(listener, served), daemon=True).start()
-    pipe.send((_serve(snapshots), listener.getsockname()[1]))
+    ports = {tier: _serve(snapshots, access) for tier, access in accesses.items()}
+    pipe.send((ports, listener.getsockname()[1]))
     while (order := pipe.recv()) is not None:
         buffer, step = order
         member = Member("holder", _INCARNATION, ADDRESS, 1, 0, 1)
@@ -126,7 +136,7 @@ def _message(buffer: Buffer, step: int) -> dict[str, Any]:
     }
 
 
-def _serve(snapshots: Snapshots) -> int:
+def _serve(snapshots: Snapshots, access: Access) -> int:
     """Answer the requests of peers in a thread. Returns the port."""
     ready, ports = threading.Event(), []
 
@@ -136,7 +146,7 @@ def _serve(snapshots: Snapshots) -> int:
             application.router.add_get(path, answer)
         runner = web.AppRunner(application)
         await runner.setup()
-        await web.TCPSite(runner, ADDRESS, 0).start()
+        await web.TCPSite(runner, ADDRESS, 0, ssl_context=access.server_context()).start()
         ports.append(int(runner.addresses[0][1]))
         ready.set()
         await asyncio.Event().wait()

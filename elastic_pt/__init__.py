@@ -1,3 +1,3 @@
 """Elastic pre-training on machines that get taken away."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -21,10 +21,21 @@ An error's message is one line for a person. The command line prints it without 
 """
 
 
+def one_line(text: str) -> str:
+    """`text` without line ends, and without characters that steer a terminal or that no file can hold.
+
+    For whatever others have written and a person reads: each such character becomes a space.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
 class ElasticPtError(Exception):
     """Base of every error that this project raises on purpose."""
 
     exit_code = 8
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(ElasticPtError):

@@ -8,10 +8,10 @@ from typing import Any
 import annotated_types
 import pytest
 
-from elastic_pt.agent.start import require_device, require_staging_space
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.checkpoint.layout import TrainingState
 from elastic_pt.config import Config, parse_config, section_type
+from elastic_pt.doctor.requirements import require_device, require_staging_space
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.train.schedule import learning_rate
 

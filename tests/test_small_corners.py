@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from elastic_pt.agent.start import require_cache, require_held_out
 from elastic_pt.config import parse_config
 from elastic_pt.data.manifest import Manifest, Shard, Source
+from elastic_pt.doctor.requirements import require_cache, require_held_out
 from elastic_pt.errors import ConfigError, DataError
 from elastic_pt.membership import asking
 from elastic_pt.membership.node import Node

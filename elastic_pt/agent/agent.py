@@ -46,7 +46,6 @@ from elastic_pt.errors import FencedError
 from elastic_pt.membership.address import avoid_getfqdn
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Limits, NodeStatus
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, new_node
 from elastic_pt.membership.rendezvous import LogRendezvous
 from elastic_pt.notices.signals import LEAVE_SIGNALS
@@ -109,7 +108,7 @@ class Agent:
     ) -> None:
         """Build each part from the parts before it. Only the metrics server runs before `run`."""
         config, store, run_log = prepared.config, prepared.store, prepared.log
-        member, token = prepared.member, run_token(store)
+        member, access = prepared.member, prepared.access
         self._config = config
         self._order_version = prepared.order_version
         self._scratch = scratch
@@ -118,17 +117,17 @@ class Agent:
         tempfile.tempdir = str(scratch)
         self._telemetry = telemetry
         self._observation, metrics = telemetry.observation, telemetry.metrics
-        metrics_url = telemetry.begin(prepared, token)
+        metrics_url = telemetry.begin(prepared, access)
         self._channel = AgentSide(scratch / SOCKET_NAME)
         history = StepHistory()
         timeout_s = config.elastic.heartbeat_timeout_s
         self._complete_history = partial(
-            complete_history, history, token=token, timeout_s=timeout_s
+            complete_history, history, access=access, timeout_s=timeout_s
         )
         self._snapshots = Snapshots(
             scratch,
             member.incarnation,
-            token,
+            access,
             mirror_bytes_per_s=config.checkpoint.mirror_bytes_per_s,
             timeout_s=timeout_s,
             history=history,
@@ -147,7 +146,7 @@ class Agent:
                 lambda seconds: self._leaving.drained(seconds),
                 self._observation,
             ),
-            token,
+            access,
         )
         self._checkpointing = Checkpointing(
             config,
@@ -162,7 +161,7 @@ class Agent:
         )
         self._progress = progress = Progress()
         self._failures = Failures(self._node, self._observation, progress, config.elastic)
-        telemetry.follow(self._node, token, self._checkpointing.pending, lambda: progress.step)
+        telemetry.follow(self._node, access, self._checkpointing.pending, lambda: progress.step)
         estimates = self._observation.estimates
         self._leaving = Leaving(
             self._node,
@@ -174,7 +173,7 @@ class Agent:
                 run_log, member.node, lambda: (self._progress.step, estimates.times.step_s)
             ).heed,
         )
-        self._notices = notices_of(prepared, token, self._leaving, metrics)
+        self._notices = notices_of(prepared, access, self._leaving, metrics)
         self._chaos = ChaosOrders(store, member.incarnation) if config.elastic.chaos else None
         self._messages = WorkerMessages(
             run_log,

@@ -13,10 +13,11 @@ from typing import Final
 
 import structlog
 
-from elastic_pt.errors import StoreError
+from elastic_pt.errors import StoreError, one_line
 from elastic_pt.store.port import Store
 
 _INTERVAL_S: Final = 1.0
+_TEXT_BYTES_MAX: Final = 1000
 _KILLED: Final = 128 + signal.SIGKILL
 
 log = structlog.get_logger("elastic_pt.agent.chaos")
@@ -46,7 +47,9 @@ class ChaosOrders:
     def _obey(self) -> None:
         while not self._closed.wait(_INTERVAL_S):
             try:
-                by = self._store.read(self._key).decode(errors="replace")
+                by = one_line(
+                    self._store.read(self._key, 0, _TEXT_BYTES_MAX).decode(errors="replace")
+                )
             except StoreError:
                 # There is none, or it is read later.
                 continue

@@ -30,7 +30,7 @@ from elastic_pt.checkpoint.snapshot import Buffer, Snapshot
 from elastic_pt.checkpoint.upload import KeptShard
 from elastic_pt.checkpoint.verify import quick_check
 from elastic_pt.config import Config
-from elastic_pt.errors import CheckpointError, ElasticPtError, FencedError, StoreError
+from elastic_pt.errors import AccessDenied, CheckpointError, ElasticPtError, FencedError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
@@ -143,6 +143,8 @@ class Checkpointing:
         """The newest checkpoint that the committer expects."""
         self._newest: tuple[Checkpoint, ...] = ()
         """The newest checkpoint that this node has seen committed."""
+        self._tidy_denied = False
+        """Whether the store has refused a delete."""
         self._uploads = Uploads(
             store,
             on_uploaded=self._uploaded,
@@ -160,6 +162,7 @@ class Checkpointing:
                 keep_every_steps=config.checkpoint.keep_every_steps,
                 last_step=config.train.steps,
                 timeout_s=config.elastic.settle_timeout_s,
+                tidy=config.checkpoint.tidy,
             ),
             self,
         )
@@ -357,7 +360,15 @@ class Checkpointing:
     def untidy(self, failure: Exception) -> None:
         """Old checkpoints could not be removed."""
         self._metrics.checkpoint_tidy_failures.inc()
-        log.warning("tidy_failed", cause=str(failure))
+        if not isinstance(failure, AccessDenied):
+            log.warning("tidy_failed", cause=str(failure))
+        elif not self._tidy_denied:
+            # Once: without the right to delete, every commit would say so.
+            self._tidy_denied = True
+            log.warning(
+                "tidy_denied",
+                cause=f"{failure}; expected the right to delete, or checkpoint.tidy = false and `elastic-pt tidy`",
+            )
 
     def _lose(self, state: State, why: str, *, own: bool) -> None:
         """The checkpoint of a generation and step cannot be committed: wake the threads that wait for it."""

@@ -11,7 +11,6 @@ first, and not overwritten while the neighbour keeps it: if the neighbour is los
 checkpoint. If there is no room for a copy, the mirror reports that, and the neighbour continues without it.
 """
 
-import json
 import mmap
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import structlog
+from pydantic_core import from_json
 
 from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import Peer, snapshot_path
@@ -167,7 +167,7 @@ class Mirror:
         )
         if answer is None:
             return None
-        found = json.loads(answer)
+        found = from_json(answer)
         kept = frozenset(int(step) for step in found["kept"])
         return _Next(int(found["step"]), kept, int(found["complete"]))
 

@@ -18,6 +18,7 @@ from elastic_pt.membership.resources import InMemoryStates, Resources
 from elastic_pt.membership.tcp_store import bind_store
 from elastic_pt.notices.detect import chosen, read_machine, sources
 from elastic_pt.notices.watch import Watch
+from elastic_pt.runlog.access import Access
 from elastic_pt.store.open import open_store
 from elastic_pt.telemetry.catalogue import Metrics
 from elastic_pt.telemetry.requests import CountRequests
@@ -62,11 +63,13 @@ def resources_of(
     )
 
 
-def notices_of(prepared: Prepared, token: str, leaving: Leaving, metrics: Metrics) -> Watch:
-    """The watch of this machine's notices, which does not run yet. `token` is the run's."""
+def notices_of(prepared: Prepared, access: Access, leaving: Leaving, metrics: Metrics) -> Watch:
+    """The watch of this machine's notices, which does not run yet."""
     elastic = prepared.config.elastic
     return Watch(
-        sources(chosen(elastic.notices, read_machine()), prepared.member.node, token.encode()),
+        sources(
+            chosen(elastic.notices, read_machine()), prepared.member.node, access.token.encode()
+        ),
         leaving.heed,
         metrics,
         usual_lead_s=elastic.leave_timeout_s,

@@ -9,12 +9,13 @@ from elastic_pt.checkpoint.history import HISTORY_BYTES_MAX, StepHistory
 from elastic_pt.checkpoint.peer import STEPS_PATH, Peer, PeerAddress
 from elastic_pt.errors import ElasticPtError
 from elastic_pt.membership.node import Formed
+from elastic_pt.runlog.access import Access
 
 log = structlog.get_logger("elastic_pt.agent.restoring")
 
 
 def complete_history(
-    history: StepHistory, formed: Formed, committed_step: int, token: str, timeout_s: float
+    history: StepHistory, formed: Formed, committed_step: int, access: Access, timeout_s: float
 ) -> None:
     """Have the lines of all steps from the last commit to the state in memory: this node may have to write them.
 
@@ -27,7 +28,7 @@ def complete_history(
     for index in sorted(set(memory.sources) - {formed.node_rank}):
         address = PeerAddress(members[index].address, members[index].port)
         try:
-            text = Peer(address, token, timeout_s).get(STEPS_PATH, HISTORY_BYTES_MAX)
+            text = Peer(address, access, timeout_s).get(STEPS_PATH, HISTORY_BYTES_MAX)
             if text is not None and history.adopt(text, first, memory.step):
                 return
         except (ElasticPtError, ValueError, KeyError, TypeError) as error:

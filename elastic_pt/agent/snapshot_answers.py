@@ -1,10 +1,11 @@
 """Answers what peers ask about the states in this node's memory, on the membership's event loop; see `checkpoint.peer`.
 
 routes ─► SnapshotAnswers ─► Shared (`agent.snapshots`): which step is next, where a copy lies
-               └─► the buffer's file ─► the kernel sends byte ranges of it
+               └─► the buffer's file ─► byte ranges of it, block by block
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from elastic_pt.runlog.state import State
 _SEND_S: Final = 10.0
 _SEND_BYTES_PER_S: Final = 1 << 20
 """The slowest reader that is served to its end."""
+_BLOCK_BYTES: Final = 256 << 10
 _SENDS_MAX: Final = 16
 """Most ranges that are sent at the same time."""
 _QUEUE_MAX: Final = 64
@@ -179,7 +181,11 @@ class SnapshotAnswers:
 async def _send_file(
     request: web.Request, file: BinaryIO, start: int, end: int
 ) -> web.StreamResponse:
-    """Send bytes `[start, end)` of an open buffer's shard file. The kernel copies them, not this process."""
+    """Send bytes `[start, end)` of an open buffer's shard file.
+
+    Not with `loop.sendfile`: under TLS it takes ten times the processor time, and without TLS it is no faster. The file is
+    in memory, so reading a block delays other answers by less than 0.1 ms.
+    """
     response = web.StreamResponse(status=206)
     response.content_length = max(0, end - start)
     await response.prepare(request)
@@ -188,12 +194,14 @@ async def _send_file(
         return response
     # A reader that stalls must not keep the file's memory for long.
     async with asyncio.timeout(_SEND_S + (end - start) / _SEND_BYTES_PER_S):
-        sent = await asyncio.get_running_loop().sendfile(
-            transport, file, PAYLOAD_OFFSET + start, end - start
-        )
-    if sent < end - start:
-        # The file has become shorter. Without this the reader would wait for the rest.
-        transport.abort()
-    elif not transport.is_closing():
-        await response.write_eof()
+        while start < end:
+            size = min(_BLOCK_BYTES, end - start)
+            block = os.pread(file.fileno(), size, PAYLOAD_OFFSET + start)
+            if not block:
+                # The file has become shorter. Without this the reader would wait for the rest.
+                transport.abort()
+                return response
+            await response.write(block)
+            start += len(block)
+    await response.write_eof()
     return response

@@ -41,6 +41,7 @@ from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.status import Held, Unusable
 from elastic_pt.membership.node import Formed
 from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.records import Generation
 from elastic_pt.runlog.state import State
 from elastic_pt.workers.channel import Message
@@ -59,7 +60,7 @@ class Snapshots:
         self,
         scratch: Path,
         incarnation: str,
-        token: str,
+        access: Access,
         *,
         mirror_bytes_per_s: int = 0,
         timeout_s: float,
@@ -78,7 +79,7 @@ class Snapshots:
         """
         self._scratch = scratch
         self._incarnation = incarnation
-        self._token = token
+        self._access = access
         self._timeout_s = timeout_s
         self._pace = Pace(mirror_bytes_per_s)
         self._on_complete = on_complete
@@ -132,7 +133,7 @@ class Snapshots:
                         self._scratch,
                         self._incarnation,
                         Neighbour(generation.number, member, generation.worker_ranks()[index]),
-                        Peer(address, self._token, self._timeout_s),
+                        Peer(address, self._access, self._timeout_s),
                         self._pace,
                         self,
                     )
@@ -157,7 +158,7 @@ class Snapshots:
                 path = str(copy.buffer.path(self._scratch))
                 places.insert(0, Place(self._incarnation, path, copy.record.decode()))
             shards.append(tuple(places))
-        return Places(*state, tuple(shards), self._token, self._timeout_s)
+        return Places(*state, tuple(shards), self._access, self._timeout_s)
 
     def written(self, message: Message) -> None:
         """A worker of this node has written a buffer."""

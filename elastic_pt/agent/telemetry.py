@@ -23,6 +23,7 @@ from elastic_pt.agent.observation import Observation
 from elastic_pt.agent.start import Prepared
 from elastic_pt.config import Config
 from elastic_pt.membership.node import Node
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Generation
 from elastic_pt.store.open import open_store
@@ -30,6 +31,7 @@ from elastic_pt.store.port import Store
 from elastic_pt.telemetry.account import WRITE_TIMEOUT_S, Account, AccountWriter
 from elastic_pt.telemetry.exporter import MetricsServer
 from elastic_pt.telemetry.gpu import GpuWatch
+from elastic_pt.telemetry.protection import Protection
 from elastic_pt.telemetry.requests import CountRequests
 
 
@@ -66,10 +68,11 @@ class Telemetry:
 
     # ---- while the agent takes part ----------------------------------------------------------------
 
-    def begin(self, prepared: Prepared, token: str) -> str:
+    def begin(self, prepared: Prepared, access: Access) -> str:
         """The checks are passed; returns the URL of this node's metrics. Raises `ConfigError` if its port is in use."""
-        self.events.hide(token)
-        self._accounts.hide(token)
+        for secret in access.secrets:
+            self.events.hide(secret)
+            self._accounts.hide(secret)
         self.observation.identify(incarnation=prepared.member.incarnation)
         prepared.log.listen(CountRecords(self.metrics))
         telemetry = self._config.telemetry
@@ -78,14 +81,15 @@ class Telemetry:
             telemetry.metrics_address,
             telemetry.metrics_port,
             prepared.member.address,
+            Protection(telemetry),
         )
         return self._server.url
 
     def follow(
-        self, node: Node, token: str, pending: Callable[[], int], step: Callable[[], int]
+        self, node: Node, access: Access, pending: Callable[[], int], step: Callable[[], int]
     ) -> None:
         """Read from these parts at a scrape and for an event. `pending()` counts checkpoints, `step()` is the newest."""
-        self._server.start(node.discovery(token).targets)
+        self._server.start(node.discovery(access).targets)
         self.metrics.before_scrape(ReadAtScrape(self.metrics, node, pending))
         count_lost_events(self.metrics, self.events)
         self.events.context.changing = lambda: {

@@ -123,7 +123,7 @@ def _read_from_the_lost(cause: Cause, before: Generation, after: Generation) -> 
     """Whether a worker failed as it read from the memory of a node that is told as lost beside it."""
     lost = {each.node for each in after.causes if each.kind is CauseKind.LOST}
     return any(
-        each.node in lost and f"http://{each.address}:{each.port}/" in cause.detail
+        each.node in lost and f"://{each.address}:{each.port}/" in cause.detail
         for each in before.members
     )
 

@@ -118,7 +118,7 @@ class Ceph:
     def create_bucket(self, name: str) -> Bucket:
         """An empty bucket and a user of its own, who may use no other bucket. Raises `UnexpectedError`."""
         access_key, secret_key = uuid.uuid4().hex, uuid.uuid4().hex
-        self._create_user(name, access_key, secret_key)
+        self.create_user(name, access_key, secret_key)
         bucket = Bucket(name, self.endpoint, access_key, secret_key)
         owner = fsspec.filesystem(
             "s3",
@@ -129,6 +129,18 @@ class Ceph:
         )
         owner.mkdir(name)
         return bucket
+
+    def create_user(self, name: str, access_key: str, secret_key: str, *, caps: str = "") -> None:
+        """A user without a bucket. `caps` are rights to administer, such as `user-policy=*`. Raises `UnexpectedError`."""
+        self.administer(
+            *("user", "create", f"--uid={name}", f"--display-name={name}"),
+            *(f"--access-key={access_key}", f"--secret-key={secret_key}"),
+            *([f"--caps={caps}"] if caps else []),
+        )
+
+    def administer(self, *arguments: str) -> None:
+        """Run `radosgw-admin`. Raises `UnexpectedError` if it fails."""
+        self._run("radosgw-admin", *arguments)
 
     def stop(self) -> None:
         """End every daemon, the last one started first."""
@@ -177,16 +189,10 @@ class Ceph:
         self._daemon("ceph-osd", "-f", "-i", number)
 
     def _start_gateway(self) -> None:
-        self._create_user("test", ACCESS_KEY, SECRET_KEY)
+        self.create_user("test", ACCESS_KEY, SECRET_KEY)
         self._daemon("radosgw", "-f", "-n", "client.admin")
         log = self.home / "log" / "radosgw.out"
         wait_until("radosgw", lambda: listens(self.gateway_port), 60.0, log)
-
-    def _create_user(self, name: str, access_key: str, secret_key: str) -> None:
-        self._run(
-            *("radosgw-admin", "user", "create", f"--uid={name}", f"--display-name={name}"),
-            *(f"--access-key={access_key}", f"--secret-key={secret_key}"),
-        )
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "CEPH_CONF": str(self.home / "ceph.conf")}

@@ -27,7 +27,10 @@ from elastic_pt.store.port import Store
 CHECKPOINTS: Final = "ckpt/"
 """All checkpoints, also those that were not committed, are below this key."""
 _KEPT_MIN: Final = 2
-_SINGLE: Final = ("config.toml", "identity.json", "token", "pulse.json")
+_SINGLE: Final = (
+    *("config.toml", "identity.json", "pulse.json"),
+    *("secret/token", "secret/authority.pem"),
+)
 _EVENTS: Final = r"events/(?P<node>[^/]+)-[0-9a-f]{8}/(?:\d{8}\.jsonl|account\.json)"
 _CHECKPOINT_FILE: Final = r"(?:shard-\d{5}\.safetensors|(?:node|notice)-\d{5}\.json|manifest\.json)"
 _HISTORY: Final = (

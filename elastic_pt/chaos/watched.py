@@ -1,17 +1,15 @@
 """A run seen from outside: its log, what its agents answer, and the events that they wrote. Any process."""
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 from elastic_pt.config import Config
+from elastic_pt.membership.asking import ask_status
 from elastic_pt.membership.decision.status import NodeStatus
-from elastic_pt.membership.links import url_of
-from elastic_pt.membership.peers import STATUS
+from elastic_pt.runlog.access import Access, read_access
 from elastic_pt.runlog.control import ask
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Generation, Member, Record, Request, Verb
@@ -32,6 +30,7 @@ class WatchedRun:
         self.ask_from: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each question to an agent: the agents may be on another network than this process."""
         self._log = RunLog(self.store, writer="chaos")
+        self._access: Access | None = None
 
     def view(self) -> RunView:
         """The run's log up to its end."""
@@ -59,18 +58,10 @@ class WatchedRun:
         return [status for each in members if (status := self._ask(each)) is not None]
 
     def _ask(self, member: Member) -> NodeStatus | None:
-        token = self.store.read("token").decode()
-        request = urllib.request.Request(
-            url_of(member, "/v1/status"), headers={"Authorization": f"Bearer {token}"}
-        )
-        try:
-            with (
-                self.ask_from(),
-                urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as answer,
-            ):
-                return STATUS.validate_json(answer.read())
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return None
+        if self._access is None:
+            self._access = read_access(self.store, "chaos", tls=self.config.elastic.tls)
+        with self.ask_from():
+            return ask_status([member], self._access, _STATUS_TIMEOUT_S).get(member.incarnation)
 
     def step(self) -> int:
         """The newest step that a member of the newest generation has done."""

@@ -5,8 +5,8 @@
 Every node that saves a checkpoint expects it. `in_flight` decides which of them commits, from the log alone, and whether
 the checkpoint may still be committed. So the upload of a checkpoint may take longer than its generation lives: when the
 members change, another node takes over. The COMMIT is fenced with the newest generation, and it never follows one of a
-later step. The node reads a few KB per node and nothing per worker. Another thread deletes, after the workers were
-released. Nothing waits for a delete. A failed delete is retried after a later commit.
+later step. The node reads a few KB per node and nothing per worker. Another thread deletes, once the workers are released,
+and retries a failed delete after a later commit.
 """
 
 import json
@@ -55,6 +55,8 @@ class CommitRules:
     last_step: int
     timeout_s: float
     """How long a node's notice may be missing."""
+    tidy: bool = True
+    """`checkpoint.tidy`."""
 
 
 class CommitListener(Protocol):
@@ -226,7 +228,7 @@ class Committer:
         self._listener.ended(due.generation, due.step, failure)
         if expired is not None:
             failpoint(Failpoint.COMMIT_RELEASED)
-            self._tidier.tidy(expired)
+            self._tidy(expired)
         # At last: `close` waits for it.
         with self._changed:
             # `expect` may have dropped it meanwhile.
@@ -249,7 +251,7 @@ class Committer:
                 log.info("stop", reason=COMPLETED, step=last_step)
                 if view.checkpoints[0].generation != generation.number:
                     # Its committer was perhaps killed before it removed what had expired.
-                    self._tidier.tidy(_Expired(view, set(), last=True))
+                    self._tidy(_Expired(view, set(), last=True))
             except FencedError as error:
                 log.info("stop_fenced", reason=str(error))
             except StoreError as error:
@@ -301,6 +303,10 @@ class Committer:
         self._history.forget(due.step)
         self._listener.committed(checkpoint)
         return _Expired(after, gone, last=due.step >= self._rules.last_step)
+
+    def _tidy(self, expired: "_Expired") -> None:
+        if self._rules.tidy:
+            self._tidier.tidy(expired)
 
     def _over(self, view: RunView, due: _Due) -> str:
         why = in_flight.over(view, due.generation.number, due.step)

@@ -9,14 +9,60 @@ import json
 import threading
 from collections import deque
 from collections.abc import Sequence
-from itertools import count
-from typing import Any, Final, NamedTuple
+from itertools import count, pairwise
+from typing import Annotated, Any, Final, NamedTuple, NotRequired, cast
 
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from elastic_pt.errors import CheckpointError, one_line
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
 
 PART_BYTES_MAX: Final = 8 << 20
 HISTORY_BYTES_MAX: Final = 64 << 20
+_Number = Annotated[int, Field(ge=0, le=1 << 53)]
+_Value = Annotated[FiniteFloat, Field(ge=-1e300, le=1e300)]
+_Text = Annotated[str, AfterValidator(one_line)]
+_Sources = dict[_Text, Annotated[list[_Number | _Value | None], Field(min_length=2, max_length=2)]]
+
+
+class _Step(TypedDict):
+    """What readers use of a line. They ignore all else."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    step: _Number
+    generation: NotRequired[_Number]
+    rank: NotRequired[_Number]
+    world_size: NotRequired[_Number]
+    loss: NotRequired[_Value | None]
+    z_loss: NotRequired[_Value | None]
+    gradient_norm: NotRequired[_Value | None]
+    learning_rate: NotRequired[_Value | None]
+    rows: NotRequired[Annotated[list[_Number], Field(min_length=2, max_length=2)]]
+    tokens: NotRequired[_Number]
+    seconds: NotRequired[_Value]
+    data_wait_s: NotRequired[_Value]
+    data_wait_cause: NotRequired[_Text]
+    phases: NotRequired[dict[_Text, _Value]]
+    checkpoint_stall_s: NotRequired[_Value]
+    straggler_wait_s: NotRequired[_Value]
+    sources: NotRequired[_Sources]
+    skipped: NotRequired[_Text]
+    held_out_loss: NotRequired[_Value | None]
+    held_out_sources: NotRequired[_Sources]
+    evaluation_s: NotRequired[_Value]
+
+
+class _More(TypedDict):
+    """The last line of a full part."""
+
+    next: str
+
+
+_STEP: Final = TypeAdapter(_Step)
+_LINE: Final = TypeAdapter(_Step | _More)
 
 
 class Line(NamedTuple):
@@ -77,8 +123,10 @@ class StepHistory:
         lines = [
             Line(step, each + b"\n")
             for each in text.splitlines()
-            if first <= (step := int(json.loads(each)["step"])) <= last
+            if first <= (step := _STEP.validate_json(each)["step"]) <= last
         ]
+        if any(one.step >= other.step for one, other in pairwise(lines)):
+            raise ValueError("the steps do not grow")
         if not lines or (lines[0].step, lines[-1].step) != (first, last):
             return False
         with self._lock:
@@ -113,15 +161,29 @@ def write_history(
 
 
 def read_history(store: Store, key: str) -> list[dict[str, Any]]:
-    """All parts of a history, as `write_history` wrote it. Raises `NotFound` if it is missing."""
+    """All parts of a history, as `write_history` wrote it. Raises `NotFound` if it is missing, else `CheckpointError`."""
     entries: list[dict[str, Any]] = []
     for index in count():
-        entries += [json.loads(line) for line in store.read(_part_key(key, index)).splitlines()]
+        part = _part_key(key, index)
+        for number, line in enumerate(store.read(part).splitlines(), start=1):
+            entries.append(step_line(line, f"{store.url}/{part}: line {number}"))
         # Compute the key of the next part from the first key. Do not trust the key in the line.
         if not entries or "next" not in entries[-1]:
             break
         entries.pop()
     return entries
+
+
+def step_line(line: bytes, origin: str) -> dict[str, Any]:
+    """A line of a history: a step, or the name of the next part. Raises `CheckpointError` that begins with `origin`."""
+    try:
+        return cast(dict[str, Any], _LINE.validate_json(line))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][1:])) or "it"
+        raise CheckpointError(
+            f"{origin}: {where:.80}: {first['msg']}; expected a step as an agent wrote it"
+        ) from None
 
 
 def _part_key(key: str, index: int) -> str:

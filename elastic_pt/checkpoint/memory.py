@@ -18,6 +18,7 @@ from elastic_pt.checkpoint.layout import TensorEntry, TensorSlice
 from elastic_pt.checkpoint.peer import Peer, PeerAddress, snapshot_path
 from elastic_pt.checkpoint.snapshot import BufferContent, Snapshot, open_buffer
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.runlog.access import Access
 from elastic_pt.store.parallel import in_order
 
 
@@ -44,7 +45,7 @@ class Places:
     step: int
     shards: tuple[tuple[Place, ...], ...]
     """For each worker of that generation, by rank: its copies, in the order in which to read them."""
-    token: str
+    access: Access
     timeout_s: float
 
 
@@ -165,7 +166,7 @@ class MemoryState:
         address = PeerAddress(place.host, place.port)
         with self._lock:
             if address not in self._peers:
-                self._peers[address] = Peer(address, self._places.token, self._places.timeout_s)
+                self._peers[address] = Peer(address, self._places.access, self._places.timeout_s)
             return self._peers[address]
 
 

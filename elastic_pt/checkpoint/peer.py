@@ -6,13 +6,14 @@
     GET /v1/snapshots/next?generation=&after=&copied=&mirror=   long poll: the newest step of the peer's own workers,
                                                            and the steps that they keep for the bucket
 
-All requests need the run's token. `agent.snapshot_answers` answers them: a range has at most `RANGE_BYTES_MAX` bytes, and
+All requests need the run's access (`runlog.access`). `agent.snapshot_answers` answers them: a range has at most `RANGE_BYTES_MAX` bytes, and
 a busy agent answers 503. A reader tries again then, at random moments. Every request has a timeout and a limit for the
 size of the answer. A reader compares the bytes with the CRCs of the record, because a worker may overwrite a buffer at any
 moment.
 """
 
 import http.client
+import io
 import random
 import socket
 import threading
@@ -20,11 +21,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.snapshot import Snapshot
 from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.runlog.access import Access
 
 STEPS_PATH: Final = "/v1/steps"
 RANGE_BYTES_MAX: Final = 32 << 20
@@ -33,6 +36,11 @@ _BUSY: Final = (429, 503)
 _BUSY_S: Final = 60.0
 """Maximum time for which a busy agent is asked again."""
 _AGAIN_S: Final = 0.2
+_BYTES_PER_S_MIN: Final = 1 << 20
+"""An answer that comes more slowly is given up: a peer that sends a byte now and then would never time out."""
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 def snapshot_path(generation: int, step: int, rank: int) -> str:
@@ -48,12 +56,47 @@ class PeerAddress:
     port: int
 
 
+class _Bounded(io.RawIOBase):
+    """What a socket receives, if it comes fast enough. The socket's own timeout counts for each piece alone."""
+
+    def __init__(self, connection: socket.socket, until_s: float) -> None:
+        """Each byte moves the end `until_s` by `1 / _BYTES_PER_S_MIN` seconds."""
+        # The second file of the socket: it stays open until both are closed.
+        self._raw: socket.SocketIO = connection.makefile("rb", buffering=0)
+        self._until_s = until_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int | None:
+        if time.monotonic() > self._until_s:
+            raise TimeoutError("the answer comes too slowly")
+        count = self._raw.readinto(buffer)
+        self._until_s += (count or 0) / _BYTES_PER_S_MIN
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that must be complete in time."""
+
+    def __init__(self, connection: socket.socket, until_s: float, method: str) -> None:
+        super().__init__(connection, method=method)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Bounded(connection, until_s))
+
+
 class Peer:
     """A client of one agent. Thread-safe: each thread has its own connection."""
 
-    def __init__(self, address: PeerAddress, token: str, timeout_s: float) -> None:
+    def __init__(self, address: PeerAddress, access: Access, timeout_s: float) -> None:
         self._address = address
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._headers = access.headers
+        self._url = access.url(address.host, address.port)
+        self._tls = access.client_context()
         self._timeout_s = timeout_s
         self._own = threading.local()
         self._lock = threading.Lock()
@@ -70,7 +113,7 @@ class Peer:
                         connection.sock.shutdown(socket.SHUT_RDWR)
 
     def __str__(self) -> str:
-        return f"http://{self._address.host}:{self._address.port}"
+        return self._url
 
     def record(self, path: str) -> Snapshot:
         """The record of the buffer at `path`. Raises the errors of `read_into`."""
@@ -113,10 +156,11 @@ class Peer:
     def _read_range(self, path: str, start: int, targets: Sequence[memoryview]) -> int:
         """Fill the targets with one request. Returns their bytes."""
         size = sum(len(target) for target in targets)
-        response = self._ask(path, {"Range": f"bytes={start}-{start + size - 1}"}, None)
+        wanted = {"Range": f"bytes={start}-{start + size - 1}"}
+        response = self._ask(path, wanted, None)
         try:
             if response.status == 404:
-                response.read()
+                self._drop()
                 raise CheckpointError(f"{self}{path}: the peer does not hold it any more")
             total = 0
             for target in targets:
@@ -158,7 +202,10 @@ class Peer:
             try:
                 if connection is None or connection.sock is None:
                     connection = self._connect()
-                connection.sock.settimeout(timeout_s or self._timeout_s)
+                limit_s = timeout_s or self._timeout_s
+                connection.sock.settimeout(limit_s)
+                until_s = time.monotonic() + limit_s
+                connection.response_class = partial(_Answer, until_s=until_s)  # type: ignore[assignment]
                 connection.request("GET", path, headers=self._headers | headers)
                 response: http.client.HTTPResponse = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
@@ -170,8 +217,11 @@ class Peer:
         raise AssertionError("unreachable")
 
     def _connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(
-            self._address.host, self._address.port, timeout=self._timeout_s
+        host, port = self._address.host, self._address.port
+        connection = (
+            http.client.HTTPConnection(host, port, timeout=self._timeout_s)
+            if self._tls is None
+            else http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
         )
         self._own.connection = connection
         with self._lock:

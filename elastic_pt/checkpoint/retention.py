@@ -7,13 +7,15 @@ later one is committed. So an agent that has read an old log deletes less, never
 
 A permanent checkpoint (`is_permanent`) is in neither group. Later COMMITs no longer name it, but its files stay:
 `RunLog.permanent` finds it. Two more groups are removed when they are old enough: attempts of the current generation
-before a later commit (`overtaken`), and parts of unfinished uploads (`abandoned`).
+before a later commit (`overtaken`), and parts of unfinished uploads (`abandoned`). After the end of a completed run
+nothing can be committed any more: all that is not kept may go (`unnamed`).
 
 `remove` deletes the manifest first, so that nothing takes a partly removed checkpoint for a complete one.
 """
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from elastic_pt.checkpoint.layout import (
@@ -107,6 +109,17 @@ def overtaken(
     return found
 
 
+def unnamed(directories: Sequence[str], kept: Collection[str]) -> list[str]:
+    """All checkpoint directories that are not kept: those to delete once the run is complete."""
+    found = []
+    for directory in directories:
+        with suppress(CheckpointError):
+            parse_directory(directory)
+            if directory not in kept:
+                found.append(directory)
+    return found
+
+
 def abandoned(
     uploads: Sequence[UnfinishedUpload], current_generation: int, newest_committed_step: int
 ) -> list[UnfinishedUpload]:
@@ -134,10 +147,10 @@ def listed_directories(store: Store) -> list[str]:
     return sorted({key.rpartition("/")[0] for key in store.keys("ckpt/")})
 
 
-def remove(store: Store, directory: str) -> None:
-    """Delete a checkpoint directory: the manifest, then every file in the manifest or in a listing. Agent process.
+def remove(store: Store, directory: str) -> int:
+    """Delete a checkpoint directory: the manifest, then every file in the manifest or in a listing.
 
-    May be repeated, also after a crash in the middle. Raises `CheckpointError` if this is not a checkpoint directory,
+    Returns the number of files that were known. Agent process, and that of `elastic-pt tidy`. May be repeated, also after a crash in the middle. Raises `CheckpointError` if this is not a checkpoint directory,
     and `StoreError` if the store fails.
     """
     parse_directory(directory)
@@ -156,3 +169,4 @@ def remove(store: Store, directory: str) -> None:
     with ThreadPoolExecutor(_DELETE_THREADS) as pool:
         for _ in pool.map(store.delete, sorted(keys - {manifest_key(directory)})):
             failpoint(Failpoint.REMOVAL_FILE)
+    return len(keys)

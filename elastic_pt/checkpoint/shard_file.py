@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
+from pydantic_core import from_json
 from zlib_ng import zlib_ng
 
 from elastic_pt.checkpoint.layout import (
@@ -41,6 +42,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _HEADER_SCHEMA = "3"
 _TENSORS = TypeAdapter(tuple[Tensor, ...])
 _HEADER_BYTES_MAX = 100_000_000
+_SHARD_BYTES_MAX = 1 << 44
 _STATE_BYTES_MAX = 512
 """Limit for the JSON text of a training state, quoted as a JSON string."""
 _DATA_ALIGNMENT = 64
@@ -219,8 +221,8 @@ def _header_bytes(first: bytes | memoryview, path: str) -> int:
 
 def _decoded(text: bytes, path: str) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header = from_json(text)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: its safetensors header is not JSON; expected a JSON object"
         ) from error
@@ -242,12 +244,14 @@ def _parse_header(
             )
         state = TrainingState.from_json(metadata["state"])
         tensors = _TENSORS.validate_json(metadata["tensors"])
-        whole = json.loads(metadata["rows"])
+        whole = from_json(metadata["rows"])
         slices = []
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first_row, *shape = whole[name]
             rows = entry["shape"][0]
             start, end = entry["data_offsets"]
+            if not (0 <= start < end <= _SHARD_BYTES_MAX and 0 < rows <= end - start):
+                raise ValueError("more than a file can hold")
             row_bytes = (end - start) // rows
             block_rows = rows_per_block(row_bytes, rows)
             crcs = (0,) * -(-rows // block_rows)
@@ -271,6 +275,7 @@ def _parse_header(
         TypeError,
         ValueError,
         IndexError,
+        OverflowError,
         ZeroDivisionError,
         AttributeError,
     ) as error:

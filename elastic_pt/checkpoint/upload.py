@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from elastic_pt.checkpoint.job_thread import JobThread
 from elastic_pt.checkpoint.layout import (
@@ -40,9 +41,11 @@ from elastic_pt.checkpoint.nodes import (
 from elastic_pt.checkpoint.record import DOCUMENT_BYTES_MAX
 from elastic_pt.checkpoint.shard_file import describe_shard
 from elastic_pt.checkpoint.snapshot import open_buffer, shard_part
-from elastic_pt.errors import CheckpointError, StoreError
+from elastic_pt.errors import AccessDenied, CheckpointError, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.port import Store
+
+_READ_BYTES: Final = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,12 @@ def upload_shard(store: Store, shard: KeptShard) -> UploadedShard:
         # Before the upload too: it may take minutes.
         buffer.require_step(shard.step, str(shard.path))
         failpoint(Failpoint.UPLOAD_BEGUN)
-        store.write(key, part)
+        try:
+            store.write(key, part)
+        except AccessDenied:
+            # Google counts an overwrite as a delete. An earlier attempt, or another node, may have written these bytes.
+            if not _holds(store, file):
+                raise
         failpoint(Failpoint.SHARD_WRITTEN)
         buffer.require_step(shard.step, str(shard.path))
     if state.step != shard.step:
@@ -100,6 +108,16 @@ def upload_shard(store: Store, shard: KeptShard) -> UploadedShard:
     if size != file.size:
         raise CheckpointError(f"{key}: {size} bytes in the store, expected {file.size}")
     return UploadedShard(shard, file, state, tensors)
+
+
+def _holds(store: Store, file: ShardFile) -> bool:
+    """Whether the store has a shard file with this content. Reads all of it if the size is right."""
+    if store.size(file.key) != file.size:
+        return False
+    found = hashlib.sha256()
+    for start in range(0, file.size, _READ_BYTES):
+        found.update(store.read(file.key, start, start + _READ_BYTES))
+    return found.hexdigest() == file.sha256
 
 
 def publish_node(store: Store, shards: Sequence[UploadedShard]) -> NodeNotice:

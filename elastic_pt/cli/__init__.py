@@ -12,9 +12,11 @@
     report                              one HTML page about it                      cli.report
     digest  generate  eval  export      use its checkpoints                         cli.weights
     reopen                              continue a failed run                       cli.control
+    tidy                                remove what it needs no more                cli.tidy
     checkpoint  pause  resume           steer a run through its log                 cli.control
     drain  stop
     config  storage-check               checks before a run                         cli.setup
+    doctor                              … and of everything that a person would     cli.doctor
     dashboards push  dashboards export  Grafana dashboards                          cli.dashboards
     chaos list  run  campaign  replay   faults strike runs on this machine          cli.chaos
     chaos live                          … and a run on a cluster                    cli.chaos_live
@@ -47,12 +49,14 @@ from elastic_pt.cli import (
     convert,
     dashboards,
     data,
+    doctor,
     goodput,
     prepare,
     reading,
     report,
     setup,
     targets,
+    tidy,
     training,
     watch,
     weights,
@@ -112,8 +116,10 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "drain": control.drain,
     "stop": control.stop,
     "reopen": control.reopen,
+    "tidy": tidy.tidy,
     "config": setup.config,
     "storage-check": setup.storage_check,
+    "doctor": doctor.doctor,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, help=_text(_command), epilog=_examples(_command))(_command)

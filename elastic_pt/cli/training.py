@@ -44,14 +44,26 @@ def run(
             show_default=False,
         ),
     ] = None,
+    left_code: Annotated[
+        int,
+        typer.Option(
+            "--left-code",
+            metavar="CODE",
+            min=0,
+            max=255,
+            help="Exit code of a node that has left in good order before the run has ended. "
+            "Not 0 where 0 means that nothing is left to do, as in a Kubernetes Job.",
+        ),
+    ] = 0,
     overrides: Overrides = None,
 ) -> None:
     """Run this node's agent: start the run or join it, and train until it ends.
 
     Start it on every node. A RUN_URL is enough to join a run; --set then changes
     only what may differ between nodes. The exit code is 0 when the run is
-    complete. SIGTERM or Ctrl-C make this node leave; the exit code is then 0
-    once its last state is safe: other nodes hold it, or it is committed.
+    complete. SIGTERM or Ctrl-C make this node leave; the exit code is then that
+    of --left-code once its last state is safe: other nodes hold it, or it is
+    committed.
 
     Examples:
     elastic-pt run run.toml
@@ -66,7 +78,8 @@ def run(
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     config = _configuration(source, overrides or [])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _leave_at_once)
+        # Before the node takes part there is nothing to finish.
+        signal.signal(number, lambda *_: sys.exit(left_code))
     from elastic_pt.workers import forking
     from elastic_pt.workers.scratch import scratch_directory
 
@@ -93,13 +106,9 @@ def run(
             worker.main,
             platform,
         )
-    if stop is not None:
-        _tell_end(stop.reason, stop.step)
-
-
-def _leave_at_once(*_: object) -> None:
-    """Signal handler before the node takes part: there is nothing to finish, so exit."""
-    raise SystemExit(0)
+    if stop is None:
+        raise typer.Exit(left_code)
+    _tell_end(stop.reason, stop.step)
 
 
 def _configuration(source: str, overrides: list[str]) -> Config:

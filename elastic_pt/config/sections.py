@@ -256,6 +256,8 @@ class ElasticSection(Section):
     """This node's zone, such as us-east-1a: nodes that may be lost together. Empty: unknown, which is a zone of its own."""
     port: Port = 0
     """Port on which this node's agent answers its peers; 0 takes a free one. Other ports are always free ones."""
+    tls: bool = True
+    """Whether agents encrypt what they send each other and prove that they belong to the run; the same on all nodes of a run."""
     retries_without_progress: Count = 3
     """Failures of this node's own workers without a new step before the node leaves the run."""
     flaps_max: Count = 3
@@ -308,6 +310,8 @@ class CheckpointSection(Section):
     """Number of newest commits that are kept; at least two are always kept."""
     keep_every_steps: CountOrZero = 0
     """Keep the first commit at or after each multiple of this many steps permanently; 0 keeps none."""
+    tidy: bool = True
+    """Whether agents delete old checkpoints and parts of uploads; false leaves all of `ckpt/` to `elastic-pt tidy`."""
     staging: str = "/dev/shm"
     """Local directory, best in memory, where states are kept: those of this node's workers, and copies of other nodes'."""
 
@@ -339,6 +343,12 @@ class TelemetrySection(Section):
     """Address on which the agent serves /metrics and /sd; 0.0.0.0 or :: for all of this machine."""
     metrics_port: Port = 0
     """Port of /metrics; 0 takes a free one, which `status` shows."""
+    metrics_token_file: str = ""
+    """Local file with a token that each request for /metrics and /sd must carry (Authorization: Bearer); empty: none."""
+    metrics_certificate_file: str = ""
+    """Local PEM file with a certificate chain: /metrics and /sd are served over TLS; empty: plain HTTP."""
+    metrics_key_file: str = ""
+    """Local PEM file with its private key; empty: the key is in `metrics_certificate_file`."""
     peak_flops: Annotated[float, Field(ge=0.0, le=1e18)] = 0.0
     """FLOP/s of one device for model FLOPs utilization; 0: of a known GPU by its name, else no utilization is shown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

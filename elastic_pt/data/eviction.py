@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from elastic_pt.data.blocks import Extent, Place
 
@@ -59,7 +60,10 @@ def _read_place(data: bytes) -> Place | None:
     text, _, checksum = data.rpartition(b"\n")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    return Place(**json.loads(text))
+    try:
+        return Place(**from_json(text))
+    except (ValueError, TypeError):
+        return None
 
 
 def extent_name(first: int, end: int) -> str:

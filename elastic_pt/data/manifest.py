@@ -30,6 +30,7 @@ from itertools import zip_longest
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from elastic_pt.errors import DataError, NotFound
 from elastic_pt.store.port import Store, checked_key
@@ -159,7 +160,7 @@ class Manifest:
     def from_json(cls, data: bytes, *, origin: str = MANIFEST_KEY) -> "Manifest":
         """Parse the output of `to_json`. Raises `DataError` for anything else; `origin` is its name there."""
         try:
-            tree = json.loads(data)
+            tree = from_json(data)
         except ValueError as error:
             raise DataError(f"{origin}: not JSON; {REMEDY}") from error
         schema = tree.get("schema") if isinstance(tree, dict) else None

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import structlog
 
+from elastic_pt import __version__
 from elastic_pt.errors import FencedError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.membership.decision.admission import slots_per_member
@@ -87,6 +88,7 @@ class Appender:
             below_minimum_s=0.0 if noticed_s is None else self._memory.below_minimum_s,
             platform=self._resources.platform,
             fenced_url=self._resources.fenced_url or before.fenced_url,
+            release=__version__,
             memory=memory,
             mirrors=self._resources.choose_mirrors([each.zone for each in proposal.members]),
             why_not_memory=why_not_memory(*facts) if memory is None else "",

@@ -16,6 +16,7 @@ from elastic_pt.membership.asking import ask_endpoints
 from elastic_pt.membership.decision.status import LEADERS, MESH_NODES_MAX
 from elastic_pt.membership.endpoints import Endpoint, as_targets, reachable
 from elastic_pt.membership.participant import Participant
+from elastic_pt.runlog.access import Access
 
 _ANSWER_TIMEOUT_S: Final = 1.0
 _KEEP_S: Final = 3.0
@@ -25,9 +26,11 @@ _KEEP_S: Final = 3.0
 class Discovery:
     """Finds the endpoints. At most one thread asks other agents at a time; the others wait for its result."""
 
-    def __init__(self, participant: Participant, token: str, clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self, participant: Participant, access: Access, clock_s: Callable[[], float]
+    ) -> None:
         self._participant = participant
-        self._token = token
+        self._access = access
         self._clock_s = clock_s
         self._lock = threading.Lock()
         self._found: frozenset[Endpoint] | None = None
@@ -63,7 +66,7 @@ class Discovery:
         asked = [each for each in self._participant.contacts.targets if each.incarnation in up][
             :LEADERS
         ]
-        answers = ask_endpoints(asked, self._token, _ANSWER_TIMEOUT_S)
+        answers = ask_endpoints(asked, self._access, _ANSWER_TIMEOUT_S)
         # A node that hears nobody knows only itself, and that is the answer.
         if asked and not answers:
             return None

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from elastic_pt.membership.decision.status import NodeStatus, Peer, is_lost
 
 NODE_LABEL: Final = "__meta_elastic_pt_node"
+_ENCRYPTED: Final = {"__scheme__": "https"}
 """The node's name, for relabelling. Prometheus drops labels that begin with `__` after it."""
 
 
@@ -70,7 +71,7 @@ def reachable(
     asks_here = is_here(asker)
     found = {
         each
-        for each in endpoints
+        for each in filter(_is_its_own, endpoints)
         if not _is_loopback(urlsplit(each.metrics_url).hostname or "")
         or (asks_here and is_here(each.address))
     }
@@ -83,9 +84,37 @@ def as_targets(endpoints: Iterable[Endpoint]) -> list[Mapping[str, Any]]:
     No labels `run` and `node`: the metrics themselves have them.
     """
     return [
-        {"targets": [urlsplit(each.metrics_url).netloc], "labels": {NODE_LABEL: each.node}}
-        for each in endpoints
+        {
+            "targets": [url.netloc],
+            # Plain HTTP is the default of a scrape configuration, which may say otherwise.
+            "labels": {NODE_LABEL: each.node} | ({} if url.scheme == "http" else _ENCRYPTED),
+        }
+        for each in filter(_is_its_own, endpoints)
+        for url in [urlsplit(each.metrics_url)]
     ]
+
+
+def _is_its_own(endpoint: Endpoint) -> bool:
+    """Whether this may be where the node serves metrics. A node must not make Prometheus ask just any server.
+
+    It is an IP address with a port: the node's own, loopback, or another private one, for `telemetry.metrics_address`. A name,
+    a public address and a link-local one, at which clouds have their metadata, are nobody's.
+    """
+    try:
+        url = urlsplit(endpoint.metrics_url)
+        host, port = plain_address(url.hostname or ""), url.port
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    private = address.is_private and not (
+        address.is_link_local or address.is_unspecified or address.is_multicast
+    )
+    return (
+        url.scheme in ("http", "https")
+        and (url.path, url.query, url.fragment, url.username) == ("/metrics", "", "", None)
+        and bool(port)
+        and (host == plain_address(endpoint.address) or private)
+    )
 
 
 def plain_address(address: str) -> str:

@@ -5,17 +5,14 @@
     GET /v1/endpoints   where this node, and those that it hears, serve metrics; see `membership.discovery`
     GET ...             what `Resources.states` answers: rows that this node holds in memory
 
-All need the run's token (`Authorization: Bearer`), which is in the run directory: every node that can read the
-bucket may take part. An open connection shows at once that the peer's process has ended: the kernel closes it, and
-the next attempt to connect is refused. A second refusal counts. If the peer's machine or network is gone, only its
-silence shows that.
+All need the run's certificate and its token (`runlog.access`). An open connection shows at once that the peer's process
+has ended: the kernel closes it, and the next attempt to connect is refused. A second refusal counts. If the peer's machine
+or network is gone, only its silence shows that.
 """
 
 import asyncio
 import errno
 import hmac
-import os
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -26,38 +23,22 @@ import structlog
 from aiohttp import web
 from pydantic import ValidationError
 
-from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
 from elastic_pt.membership.endpoints import ENDPOINTS
+from elastic_pt.membership.listener import Listener
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Answer
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.records import Member
-from elastic_pt.store.port import Store
 
-TOKEN_KEY: Final = "token"
-"""The key of the secret that this run's agents share."""
 _MESSAGE_BYTES_MAX: Final = 256 * 1024
 _REFUSALS_UNTIL_GONE: Final = 2
 _AGAIN_S: Final = 0.02
 _CLOSING_S: Final = 0.1
+_KEPT_S: Final = 60.0
+"""A connection of a peer without a request for so long is closed; its next request opens another one."""
 
 log = structlog.get_logger("elastic_pt.links")
-
-
-def run_token(store: Store) -> str:
-    """The secret that this run's agents share. The first agent creates it."""
-    try:
-        return store.read(TOKEN_KEY).decode()
-    except NotFound:
-        with suppress(AlreadyExists):
-            store.create(TOKEN_KEY, secrets.token_hex(32).encode())
-        return store.read(TOKEN_KEY).decode()
-
-
-def url_of(member: Member, path: str) -> str:
-    """URL of a path on a node's agent."""
-    host = f"[{member.address}]" if ":" in member.address else member.address
-    return f"http://{host}:{member.port}{path}"
 
 
 class _AnotherIncarnation(Exception):
@@ -100,14 +81,17 @@ class _Link:
 class Links:
     """All connections of one agent. Agent process; lives on the event loop of the membership thread."""
 
-    def __init__(self, participant: Participant, token: str, on_news: Callable[[], None]) -> None:
+    def __init__(
+        self, participant: Participant, access: Access, on_news: Callable[[], None]
+    ) -> None:
         self._participant = participant
-        self._token = token
+        self._access = access
         self._on_news = on_news
         self._open: set[_Link] = set()
         self._dials: dict[str, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
 
     async def serve(self, address: str, port: int = 0) -> int:
         """Answer peers on `port` of `address` (0 takes a free one); returns the port. Raises `ConfigError` if it is in use."""
@@ -121,21 +105,23 @@ class Links:
         )
         for path, answer in self._participant.states.routes.items():
             application.router.add_get(path, partial(self._answer, answer), allow_head=False)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, address, port).start()
-        except OSError as error:
-            if port == 0:
-                raise
-            raise ConfigError(
-                f"elastic.port = {port}: {os.strerror(error.errno or 0)} at {address}; expected a free port or 0"
-            ) from error
-        self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self._token}"},
-            connector=aiohttp.TCPConnector(limit=0),
+        self._runner = web.AppRunner(
+            application,
+            access_log=None,
+            shutdown_timeout=_CLOSING_S,
+            keepalive_timeout=_KEPT_S,
+            auto_decompress=False,
         )
-        return int(self._runner.addresses[0][1])
+        await self._runner.setup()
+        assert self._runner.server is not None
+        self._listener = Listener(self._runner.server, self._access.server_context())
+        port = self._listener.listen(address, port)
+        self._session = aiohttp.ClientSession(
+            headers=self._access.headers,
+            connector=aiohttp.TCPConnector(limit=0, ssl=self._access.client_context() or True),
+            auto_decompress=False,
+        )
+        return port
 
     def aim(self, targets: Sequence[Member]) -> None:
         """Keep a connection to each of these nodes, and to no other."""
@@ -158,6 +144,8 @@ class Links:
         await asyncio.gather(*self._dials.values(), return_exceptions=True)
         if self._session is not None:
             await self._session.close()
+        if self._listener is not None:
+            await self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -166,7 +154,11 @@ class Links:
     def _authorized(self, request: web.Request) -> bool:
         # The bytes as they were sent: they need not be UTF-8.
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        return hmac.compare_digest(given, f"Bearer {self._token}".encode())
+        if not hmac.compare_digest(given, self._access.headers["Authorization"].encode()):
+            return False
+        assert self._listener is not None
+        self._listener.admit(request)
+        return True
 
     async def _status(self, request: web.Request) -> web.Response:
         if not self._authorized(request):
@@ -196,10 +188,15 @@ class Links:
         pump: asyncio.Task[None] | None = None
         try:
             async for received in socket:
-                message = _message_in(received)
+                message = message_in(received)
                 if message is None:
                     break
-                link.incarnation = message.status.member.incarnation
+                sender = message.status.member.incarnation
+                if link.incarnation not in ("", sender):
+                    # A node speaks for itself only, so what it says stays with its own connection.
+                    log.warning("link_changed_sender", peer=link.incarnation, claims=sender)
+                    break
+                link.incarnation = sender
                 if pump is None:
                     self._open.add(link)
                     pump = asyncio.create_task(link.pump(self._make, None))
@@ -248,7 +245,7 @@ class Links:
         # Not `asyncio.wait_for`: before Python 3.12 it may lose the cancellation that ends this task.
         async with asyncio.timeout(silence_s):
             socket = await self._session.ws_connect(
-                url_of(member, "/v1/link"),
+                self._access.url(member.address, member.port) + "/v1/link",
                 max_msg_size=_MESSAGE_BYTES_MAX,
                 timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
                 compress=0,
@@ -264,7 +261,7 @@ class Links:
                 # A connection may stay stuck long after the network works again, so it gets a timeout.
                 async with asyncio.timeout(silence_s):
                     received = await socket.receive()
-                message = _message_in(received)
+                message = message_in(received)
                 if message is None:
                     return worked
                 if message.status.member.incarnation != member.incarnation:
@@ -292,7 +289,7 @@ class Links:
             self._on_news()
 
 
-def _message_in(received: aiohttp.WSMessage) -> Message | None:
+def message_in(received: aiohttp.WSMessage) -> Message | None:
     """The message in a frame; None if the connection has ended or the frame is no message."""
     if received.type is not aiohttp.WSMsgType.TEXT:
         return None

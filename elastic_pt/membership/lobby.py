@@ -12,9 +12,11 @@ import urllib.parse
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple
+from itertools import islice
 from typing import Final
 
 import structlog
+from pydantic import TypeAdapter
 
 from elastic_pt.errors import StoreError
 from elastic_pt.runlog.records import Member
@@ -27,6 +29,9 @@ _INTERVAL_S: Final = 0.5
 _SEPARATOR: Final = "!"
 """S3 keys may contain it unquoted, and `quote` never produces it."""
 
+_CARDS_MAX: Final = 8192
+_MEMBER: Final = TypeAdapter(Member)
+
 log = structlog.get_logger("elastic_pt.lobby")
 
 
@@ -38,15 +43,16 @@ def card_key(member: Member) -> str:
 
 
 def members_in(keys: Iterable[str]) -> list[Member]:
-    """The members of these cards, by their keys; other keys are skipped."""
+    """The members of these cards, by their keys; other keys are skipped, and those beyond `_CARDS_MAX`."""
     found = []
-    for key in keys:
+    for key in islice(keys, _CARDS_MAX):
         with suppress(ValueError):
             node, incarnation, address, port, pid, workers, *zone = (
                 urllib.parse.unquote(each) for each in key.removeprefix(LOBBY).split(_SEPARATOR)
             )
-            numbers = int(port), int(pid), int(workers)
-            found.append(Member(node, incarnation, address, *numbers, *zone))
+            values = (node, incarnation, address, port, pid, workers, *zone)
+            names = Member.__dataclass_fields__
+            found.append(_MEMBER.validate_python(dict(zip(names, values, strict=False))))
     return found
 
 

@@ -26,6 +26,7 @@ from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import connect_store
 from elastic_pt.membership.thread import Driver, MembershipThread
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.ignored import DamagedSpan
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import Cause, CauseKind, Generation, Member, Stop
@@ -51,10 +52,10 @@ def new_member(name: str, address: str, workers: int, zone: str = "") -> Member:
     return Member(name, secrets.token_hex(8), address, 0, os.getpid(), workers, zone)
 
 
-def new_node(first: NodeStatus, limits: Limits, resources: Resources, token: str) -> "Node":
-    """A node of the run whose agents share `token`. It does nothing before `Node.start`."""
+def new_node(first: NodeStatus, limits: Limits, resources: Resources, access: Access) -> "Node":
+    """A node of the run whose agents share this access. It does nothing before `Node.start`."""
     participant = Participant(first, limits, resources)
-    return Node(participant, MembershipThread(participant, token, limits.elastic))
+    return Node(participant, MembershipThread(participant, access, limits.elastic))
 
 
 class Node:
@@ -161,9 +162,9 @@ class Node:
         """Whether all nodes that copy this one's state are known to leave, or are gone."""
         return self._participant.known.mirrors_leave()
 
-    def discovery(self, token: str) -> Discovery:
+    def discovery(self, access: Access) -> Discovery:
         """Finds the metrics endpoints of all nodes that are up."""
-        return Discovery(self._participant, token, time.monotonic)
+        return Discovery(self._participant, access, time.monotonic)
 
     def others_can_go_on(self) -> bool:
         """Whether enough other nodes are alive and fit to continue the run without this one."""

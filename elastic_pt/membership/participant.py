@@ -126,13 +126,23 @@ class Participant:
         if message.status.member.incarnation == self.member.incarnation:
             # This node is connected to itself: an earlier incarnation had the same address and port.
             return False
-        if message.refusal:
+        refused = bool(message.refusal) and self._may_refuse(message.status.member)
+        if refused:
             self.refusal = ConfigError(
-                f"{message.status.member.node} refuses this node: {message.refusal}"
+                f"{message.status.member.node} refuses this node: {message.refusal}; "
+                "expected the same on all nodes (docs/upgrading.md)"
             )
         news = self.table.received(message)
         asking = isinstance(self.decision, Wait) and self.decision.asking
-        return news or asking or bool(message.refusal)
+        return news or asking or refused
+
+    def _may_refuse(self, sender: Member) -> bool:
+        """Whether that node may refuse this one, as far as this one has read the log: see `admission.refusal`."""
+        generation = self.log.view.generation
+        if generation is None:
+            return True
+        outside = generation.rank_of(self.member.incarnation) is None
+        return outside and generation.rank_of(sender.incarnation) is not None
 
     def wants_answers(self) -> bool:
         """Whether to ask all peers now, because the generation was found broken or over. True once per generation."""

@@ -16,6 +16,7 @@ from typing import Annotated, Final
 from pydantic import Field, TypeAdapter
 
 from elastic_pt.membership.decision.status import NodeStatus, Peer, is_news
+from elastic_pt.runlog.records import Number, Text
 
 _PEERS_MAX: Final = 4096
 _UNANSWERED_MAX: Final = 256
@@ -25,14 +26,14 @@ _UNANSWERED_MAX: Final = 256
 class Message:
     """One message from one agent to another."""
 
-    count: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1, le=1 << 53)]
     """The sender's number of this message; larger than that of every earlier one."""
-    seen: Annotated[int, Field(ge=0)]
+    seen: Number
     """The newest number that the sender has received from this receiver; 0 if none."""
     asks: bool
     """Whether the receiver should answer at once."""
     status: NodeStatus
-    refusal: Annotated[str, Field(max_length=1000)] = ""
+    refusal: Annotated[Text, Field(max_length=1000)] = ""
     """Why the sender's generation refuses the receiver permanently; empty if the receiver may join."""
 
 

@@ -6,6 +6,7 @@ whether the object changes, with its own clock. The pulse is a hint, like the lo
 too early, and the log decides in any case.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -22,7 +23,10 @@ from elastic_pt.runlog.records import Generation, Record
 from elastic_pt.store.port import Store
 
 KEY: Final = "pulse.json"
+PULSE_BYTES_MAX: Final = 4096
+"""Far more than it has. Anyone who can write to the bucket can write it."""
 _PULSES_PER_TAKEOVER: Final = 4
+_LOOK_AGAIN_S: Final = 0.2
 _LOOK_S: Final = 1.0
 """Seconds, at most, between two looks of the first member at the end of the log: an operator may have asked for something."""
 
@@ -45,7 +49,7 @@ class Pulse:
     def feel(self) -> bytes:
         """The pulse's bytes, which change while a generation trains; empty before the first pulse."""
         try:
-            return self.store.read(KEY)
+            return self.store.read(KEY, 0, PULSE_BYTES_MAX)
         except NotFound:
             return b""
 
@@ -56,6 +60,17 @@ class Pulse:
             return Record.from_bytes(self.store.read(key), key=key)
         except (NotFound, LogDamaged):
             return None
+
+
+def beats(store: Store, watch_s: float) -> bool:
+    """Whether the pulse changes within `watch_s`, so that the newest generation trains. Blocks; any process."""
+    pulse, until_s = Pulse(store, incarnation=""), time.monotonic() + watch_s
+    before = pulse.feel()
+    while before and time.monotonic() < until_s:
+        time.sleep(_LOOK_AGAIN_S)
+        if pulse.feel() != before:
+            return True
+    return False
 
 
 class PulseWatch:

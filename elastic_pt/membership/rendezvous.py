@@ -8,6 +8,7 @@ With stock torchrun the log has generations only. The script decides what to tra
 """
 
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError
 from elastic_pt.membership.address import local_address
 from elastic_pt.membership.decision.status import Limits, NodeStatus
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Node, new_member, new_node
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
+from elastic_pt.runlog.access import join_access
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Stop
 from elastic_pt.store.open import open_store
@@ -144,7 +145,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     url = parameters.endpoint
     if not url:
         raise ConfigError("--rdzv-endpoint: missing; expected the URL of a run directory")
-    address = parameters.local_addr or local_address()
+    address = _address_of(parameters.local_addr) if parameters.local_addr else local_address()
     store = open_store(url if "://" in url else f"file://{url}")
     name = parameters.get("node") or f"{address}-{secrets.token_hex(3)}"
 
@@ -152,12 +153,13 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
         # Stock workers cannot be drained. They are ended at any step so that new nodes can join.
         node.spend(node.view.generation_number, node.failure(reason, kind=CauseKind.GAVE_UP))
 
+    limits = Limits(_elastic_section(parameters), slots=None)
     node = new_node(
         NodeStatus.first(
             new_member(name, address, workers=1),
             fingerprint={"torchrun --rdzv-id": parameters.run_id, "torch": torch.__version__},
         ),
-        Limits(_elastic_section(parameters), slots=None),
+        limits,
         Resources(
             log=RunLog(store, writer=name),
             hints=store,
@@ -166,10 +168,20 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
             choose_resume=lambda _: None,
             on_drain=make_room,
         ),
-        run_token(store),
+        join_access(store, name, tls=limits.elastic.tls),
     )
     node.start()
     return TorchrunRendezvous(node, run_id=parameters.run_id)
+
+
+def _address_of(name: str) -> str:
+    """The IP address of `--local-addr`, which may be a host name: records have addresses only."""
+    try:
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(
+            f"--local-addr {name}: {error.strerror}; expected an IP address or a host name of this machine"
+        ) from error
 
 
 def _elastic_section(parameters: RendezvousParameters) -> ElasticSection:

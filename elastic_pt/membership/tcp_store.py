@@ -1,9 +1,12 @@
 """The TCPStore of one generation: its proposer binds it before the GENERATION is appended, the others connect.
 
-Runs in the agent process, without DNS look-ups.
+It speaks plain text and asks nobody who they are, so it listens at the node's own address only: torch itself would listen
+at all. Runs in the agent process, without DNS look-ups.
 """
 
 import datetime
+import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -15,14 +18,27 @@ from elastic_pt.membership.address import without_dns
 from elastic_pt.runlog.records import Generation
 
 TIMEOUT: Final = datetime.timedelta(seconds=20)
+_BACKLOG: Final = 1024
+"""Workers of one generation connect at the same time."""
 
 
 def bind_store(address: str) -> TCPStore:
     """A new store that listens on a free port of `address`. Raises `StoreError` if it cannot."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        with without_dns():
-            return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-    except (DistNetworkError, DistStoreError) as error:
+        with socket.create_server((address, 0), family=family, backlog=_BACKLOG) as bound:
+            port = int(bound.getsockname()[1])
+            with without_dns():
+                # The store takes over its own copy of the descriptor, and closes it.
+                return TCPStore(
+                    address,
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=TIMEOUT,
+                    master_listen_fd=os.dup(bound.fileno()),
+                )
+    except (DistNetworkError, DistStoreError, OSError) as error:
         raise StoreError(f"cannot listen at {address}: {str(error).splitlines()[0]}") from error
 
 

@@ -19,6 +19,7 @@ from elastic_pt.errors import LogDamaged, StoreError
 from elastic_pt.membership.decision.status import is_news
 from elastic_pt.membership.links import Links
 from elastic_pt.membership.participant import Participant
+from elastic_pt.runlog.access import Access
 
 _LEAVE_TIMEOUT_S: Final = 10.0
 _LEAVE_CHECK_S: Final = 0.1
@@ -47,9 +48,9 @@ class Driver(Protocol):
 class MembershipThread:
     """The driver of a real agent. Agent process; other threads call the methods."""
 
-    def __init__(self, participant: Participant, token: str, elastic: ElasticSection) -> None:
+    def __init__(self, participant: Participant, access: Access, elastic: ElasticSection) -> None:
         self._participant = participant
-        self._token = token
+        self._access = access
         self._interval_s = elastic.heartbeat_interval_s
         self._port = elastic.port
         self.changed = threading.Condition()
@@ -103,7 +104,7 @@ class MembershipThread:
     async def _serve(self) -> None:
         participant = self._participant
         news = asyncio.Event()
-        links = Links(participant, self._token, news.set)
+        links = Links(participant, self._access, news.set)
         port = await links.serve(participant.member.address, self._port)
         participant.begin(replace(participant.member, port=port))
         self._loop, self._news, self._links = asyncio.get_running_loop(), news, links

@@ -2,7 +2,7 @@
 
     SIGTERM   Kubernetes: the pod is deleted, drained or preempted. `preStop` runs first, and shares the grace of
               `terminationGracePeriodSeconds` (on GKE Spot 15 s, even if the pod requests more). No preStop is needed here.
-              Slurm: preempted or cancelled; SIGKILL follows after GraceTime. systemd: the service stops.
+              Slurm: preempted or cancelled; SIGKILL follows after KillWait. systemd: the service stops.
     SIGUSR1   Slurm's `--signal=USR1@60`: the time limit is about 60 seconds away. With `B:` only the batch script
               gets it, and must forward it.
     SIGINT    a user at a terminal.

@@ -4,8 +4,8 @@
     X-Elastic-PT-Timestamp: 1764248000         Unix time in whole seconds, at most five minutes off
     X-Elastic-PT-Signature: 9f86d0...          HMAC-SHA256, in hex, over TIMESTAMP "." BODY
 
-The key is the run's token (the object `token` in the run directory), so anyone with read access to the bucket can
-send a notice. The key is never sent. A signature is accepted once, and `node` must name this node. So a recorded
+The key is the run's token (the object `secret/token` in the run directory), so anyone who may read it can send a
+notice. The key is never sent. A signature is accepted once, and `node` must name this node. So a recorded
 request cannot be replayed, here or at another node.
 
     200 accepted   400 malformed   401 not signed, wrongly signed, too old, or used before   404 for another node

@@ -5,13 +5,12 @@ from a committed checkpoint, and its platform counts from that step on. A later 
 earlier checkpoint cancels that change: the steps are done again, on its own platform.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 from elastic_pt.errors import NotFound
-from elastic_pt.runlog.identity import IDENTITY_KEY, differing_names, platform_in
+from elastic_pt.runlog.identity import differing_names, platform_in, read_identity
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Generation, Kind, Record, Reopen
 from elastic_pt.store.port import Store
@@ -47,7 +46,7 @@ def read_platform_changes(
     if not reopened:
         return []
     try:
-        first = platform_in(json.loads(store.read(IDENTITY_KEY)))
+        first = platform_in(read_identity(store))
     except NotFound:
         first = {}
     records = chain(reopened, log.chain(head, Kind.GENERATION))

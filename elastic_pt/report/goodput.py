@@ -20,13 +20,19 @@ from typing import Final
 import structlog
 
 from elastic_pt.checkpoint.history import read_history
-from elastic_pt.errors import NotFound, StoreError
+from elastic_pt.errors import CheckpointError, NotFound, StoreError
 from elastic_pt.report.change import Change
 from elastic_pt.report.explanation import explain
 from elastic_pt.report.status import Run
 from elastic_pt.runlog.records import CauseKind, Commit, Generation, Record
 from elastic_pt.store.port import Store
-from elastic_pt.telemetry.account import ACCOUNT, WRITE_TIMEOUT_S, Account, interval_s
+from elastic_pt.telemetry.account import (
+    ACCOUNT,
+    ACCOUNT_BYTES_MAX,
+    WRITE_TIMEOUT_S,
+    Account,
+    interval_s,
+)
 from elastic_pt.telemetry.goodput import Bucket
 
 PHASES: Final = ("detect", "agree", "paused_below_minimum", "start", "restore", "recompute")
@@ -128,7 +134,7 @@ def read_accounts(store: Store, ended: dict[str, Account] | None = None) -> list
 
 def _read_account(store: Store, key: str) -> Account | None:
     try:
-        return Account.from_bytes(store.read(key))
+        return Account.from_bytes(store.read(key, 0, ACCOUNT_BYTES_MAX))
     except NotFound:
         return None
     except ValueError as error:
@@ -289,7 +295,7 @@ def _step_seconds(
             found |= {line["step"]: float(line["seconds"]) for line in read_history(store, key)}
         except NotFound:
             pass
-        except (ValueError, KeyError, TypeError, StoreError) as error:
+        except (KeyError, CheckpointError, StoreError) as error:
             log.warning("history_unreadable", key=key, cause=str(error))
     if found:
         found[0] = sum(found.values()) / len(found)

@@ -14,7 +14,6 @@ its own reads them, and only the look at a run that has ended waits for it.
 """
 
 import datetime
-import json
 import statistics
 import threading
 import time
@@ -25,11 +24,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from elastic_pt.checkpoint.history import PART_BYTES_MAX
+from elastic_pt.checkpoint.history import PART_BYTES_MAX, step_line
 from elastic_pt.config import Config
 from elastic_pt.errors import NotFound
 from elastic_pt.membership.decision.status import NodePhase
 from elastic_pt.membership.pulse import KEY as PULSE
+from elastic_pt.membership.pulse import PULSE_BYTES_MAX
 from elastic_pt.report.change import Change
 from elastic_pt.report.events import Event, KeptOut, events_of, kept_out
 from elastic_pt.report.explanation import explain
@@ -289,7 +289,7 @@ def read_records(log: RunLog, indexes: Sequence[int]) -> list[Record]:
 def read_pulse(store: Store) -> bytes:
     """The pulse, which changes while a generation trains; empty before the first one."""
     with suppress(NotFound):
-        return store.read(PULSE)
+        return store.read(PULSE, 0, PULSE_BYTES_MAX)
     return b""
 
 
@@ -297,7 +297,8 @@ def newest_lines(store: Store, key: str) -> list[dict[str, Any]]:
     """The lines of a history's first part, which is all of it unless the commit was days after the one before."""
     with suppress(NotFound):
         text = store.read(key, 0, 2 * PART_BYTES_MAX)
-        lines = [json.loads(line) for line in text.splitlines()]
+        origin = f"{store.url}/{key}"
+        lines = [step_line(line, origin) for line in text.splitlines()]
         return [line for line in lines if "next" not in line]
     return []
 

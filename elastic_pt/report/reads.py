@@ -10,7 +10,6 @@ the one after which n steps are done.
 Only reads, and imports no torch. Runs in the command line's process.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from elastic_pt.data.stored import StoredTokens
 from elastic_pt.data.tokenizer import library_errors, load_tokenizer
 from elastic_pt.errors import ConfigError, NoRun
 from elastic_pt.report.status import STORE_TIMEOUT_S, Run, open_run, read_status
-from elastic_pt.runlog.identity import IDENTITY_KEY, order_version
+from elastic_pt.runlog.identity import order_version, read_identity
 from elastic_pt.runlog.ignored import IgnoredSpan
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
@@ -130,12 +129,12 @@ def _reads_of_run(run: Run, overrides: list[str], data_url: str | None) -> Reads
         raise ConfigError(
             f"{url}: has no config.toml, so its plan is unknown; expected a run of `elastic-pt run`"
         )
-    identity = json.loads(run.store.read(IDENTITY_KEY))
+    identity = read_identity(run.store)
     data = open_store(data_url or run.config.data.url, timeout_s=STORE_TIMEOUT_S, patient=False)
     manifest = read_manifest(data)
-    if manifest.fingerprint != identity[_FINGERPRINT]:
+    if manifest.fingerprint != identity.get(_FINGERPRINT):
         raise ConfigError(
-            f"{data.url}: fingerprint {manifest.fingerprint}: the run at {url} reads {identity[_FINGERPRINT]}; "
+            f"{data.url}: fingerprint {manifest.fingerprint}: the run at {url} reads {identity.get(_FINGERPRINT)}; "
             "expected the data that it was started with"
         )
     generation = run.log.refresh().generation

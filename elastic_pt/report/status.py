@@ -25,14 +25,14 @@ from enum import StrEnum
 from typing import Any, Final
 
 from elastic_pt.config import Config
-from elastic_pt.errors import NoRun, NotFound
+from elastic_pt.errors import AccessDenied, NoRun, NotFound
 from elastic_pt.membership.asking import ask_status
 from elastic_pt.membership.decision.at_risk import AtRisk, at_risk
 from elastic_pt.membership.decision.decide import park
 from elastic_pt.membership.decision.status import NodePhase, NodeStatus
-from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.report.tiers import Tier, tiers
+from elastic_pt.runlog.access import Access, read_access
 from elastic_pt.runlog.identity import CONFIG_KEY, read_run_config
 from elastic_pt.runlog.log import RunLog, RunView, record_key
 from elastic_pt.runlog.records import (
@@ -135,6 +135,11 @@ class Run:
     log: RunLog
     config: Config | None
     """None for a run of stock torchrun, which has only a log."""
+
+    def access(self) -> Access:
+        """To its agents. Raises `NotFound` if it never had one, and `AccessDenied` if this process may not read its secret."""
+        tls = self.config is None or self.config.elastic.tls
+        return read_access(self.store, "operator", tls=tls)
 
 
 def open_run(url: str, timeout_s: float = STORE_TIMEOUT_S) -> Run:
@@ -322,10 +327,10 @@ def _ask(run: Run, members: Iterable[Member]) -> dict[str, NodeStatus]:
     if not asked:
         return {}
     try:
-        token = run.store.read(TOKEN_KEY).decode()
-    except NotFound:
+        access = run.access()
+    except (NotFound, AccessDenied):
         return {}
-    return ask_status(asked, token, ANSWER_TIMEOUT_S)
+    return ask_status(asked, access, ANSWER_TIMEOUT_S)
 
 
 def _progress(view: RunView, answers: dict[str, NodeStatus]) -> tuple[int, float | None]:

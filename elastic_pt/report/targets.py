@@ -10,7 +10,6 @@ from elastic_pt.membership.address import own_addresses
 from elastic_pt.membership.asking import ask_endpoints, ask_status
 from elastic_pt.membership.decision.status import LEADERS
 from elastic_pt.membership.endpoints import Endpoint, endpoints_of, reachable
-from elastic_pt.membership.links import TOKEN_KEY
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.report.status import ANSWER_TIMEOUT_S, Run
 
@@ -26,14 +25,14 @@ def read_endpoints(run: Run) -> list[Endpoint]:
     # Members first, in rank order: the first ones know all nodes.
     asked = {each.incarnation: each for each in members} | known
     try:
-        token = run.store.read(TOKEN_KEY).decode()
+        access = run.access()
     except NotFound:
         if generation is None:
             return []
         # The run has had agents. Its directory is not there now, which says nothing about them.
         raise
-    answers = ask_status(asked.values(), token, ANSWER_TIMEOUT_S)
+    answers = ask_status(asked.values(), access, ANSWER_TIMEOUT_S)
     first = [member for incarnation, member in asked.items() if incarnation in answers][:LEADERS]
-    told = ask_endpoints(first, token, ANSWER_TIMEOUT_S)
+    told = ask_endpoints(first, access, ANSWER_TIMEOUT_S)
     found = [*endpoints_of(answers.values()), *(each for some in told.values() for each in some)]
     return reachable(found, "127.0.0.1", own_addresses())

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
+
 import elastic_pt
 from elastic_pt.config import INTRODUCED, Config, TelemetrySection, parse_config
 from elastic_pt.data.lanes import LANES_VERSION
@@ -36,6 +38,9 @@ _OF_THE_MACHINE: Final = {"price_per_hour", "peak_flops"}
 _ORDER: Final = "data.order"
 _PROBE: Final = "probe"
 _ENVIRONMENT: Final = "environment"
+_CODE_DIGITS: Final = 16
+_Plain = str | int | float | bool | list[Any] | dict[str, Any] | None
+_IDENTITY: Final[TypeAdapter[dict[str, Any]]] = TypeAdapter(dict[str, _Plain])
 
 
 def identity_of(config: Config, data: Manifest, platform: Mapping[str, str]) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
     identity = identity_of(config, data, {})
     return {
         **deciding,
-        "code": code_sha256(),
+        "code": code(),
         "train.compute_dtype": config.train.compute_dtype,
         **{
             f"evaluation.{key}": str(value) for key, value in config.evaluation.model_dump().items()
@@ -71,13 +76,13 @@ def fingerprint(config: Config, data: Manifest, platform: Mapping[str, str]) -> 
     }
 
 
-def code_sha256() -> str:
-    """SHA-256 over every source file of this package, by path."""
+def code() -> str:
+    """The version of this package, and the beginning of the SHA-256 over all its source files, by path."""
     package = Path(elastic_pt.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return f"elastic_pt {elastic_pt.__version__}, sources {digest.hexdigest()[:_CODE_DIGITS]}"
 
 
 def agree_on_identity(
@@ -100,7 +105,7 @@ def agree_on_identity(
     # Creating an object with the bytes that are already there succeeds, so the create does not tell who was first.
     with suppress(AlreadyExists):
         store.create(IDENTITY_KEY, encoded)
-    theirs = json.loads(store.read(IDENTITY_KEY))
+    theirs = read_identity(store)
     order = order_version(store.url, theirs)
     for name in sorted(filter(_is_setting, (mine.keys() | theirs.keys()) - {_ORDER})):
         here, there = (each.get(name, INTRODUCED.get(name)) for each in (mine, theirs))
@@ -115,13 +120,35 @@ def agree_on_identity(
         telemetry = TelemetrySection(**config.telemetry.model_dump(include=_OF_THE_MACHINE))
         shared = config.model_copy(update={"telemetry": telemetry})
         store.create(CONFIG_KEY, shared.to_toml(comments=True).encode())
+    _require_same_links(store, config)
     return order
+
+
+def _require_same_links(store: Store, config: Config) -> None:
+    """Nodes with and without TLS never meet, so the run's `config.toml` decides for all."""
+    there = read_run_config(store, []).elastic.tls
+    if config.elastic.tls != there:
+        raise ConfigError(
+            f"elastic.tls = {str(config.elastic.tls).lower()}: the run at {store.url} has {str(there).lower()}; expected the "
+            f"same value (to change it: edit {CONFIG_KEY} there while no node runs)"
+        )
+
+
+def read_identity(store: Store) -> dict[str, Any]:
+    """The values that decide the bits, as the first node wrote them. Raises `NotFound`, and `ConfigError` for anything else."""
+    origin = f"{store.url}/{IDENTITY_KEY}"
+    try:
+        return _IDENTITY.validate_json(store.read(IDENTITY_KEY))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{origin}: {error.errors()[0]['msg']}; expected the values that the run's first node wrote"
+        ) from None
 
 
 def order_version(url: str, identity: Mapping[str, Any]) -> int:
     """The version of the data order in the `identity.json` of the run at `url`; the first version wrote none."""
     order = identity.get(_ORDER, ORDER_VERSION)
-    if order not in (ORDER_VERSION, LANES_VERSION):
+    if not isinstance(order, int) or order not in (ORDER_VERSION, LANES_VERSION):
         raise ConfigError(
             f"{_ORDER} = {order!r}: recorded by the run at {url}; expected {ORDER_VERSION} or {LANES_VERSION}, "
             "or a node with a newer elastic_pt"
@@ -195,6 +222,8 @@ def read_run_config(store: Store, overrides: list[str]) -> Config:
     """The configuration that a run was started with."""
     try:
         text = store.read(CONFIG_KEY).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{store.url}/{CONFIG_KEY}: not UTF-8; expected TOML") from None
     except NotFound:
         raise ConfigError(
             f"{store.url}: no run there ({CONFIG_KEY} is missing); expected a run directory, or a configuration file to start one"

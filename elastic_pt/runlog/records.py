@@ -17,18 +17,22 @@ of the record before, and the index of the newest record of each kind) around a 
 import dataclasses
 import datetime
 import hashlib
+import ipaddress
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Self
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter
+from pydantic_core import from_json
 
-from elastic_pt.errors import LogDamaged
+from elastic_pt import __version__
+from elastic_pt.errors import LogDamaged, one_line
 from elastic_pt.runlog.ignored import DamagedSpan, IgnoredSpan
+from elastic_pt.store.port import checked_key
 
 SCHEMA: Final = 1
 NEWER_SCHEMA: Final = 2
@@ -41,6 +45,36 @@ ORIGIN: Final = "0" * 64
 """The `previous` of the first record, which has no record before it."""
 COMPLETED: Final = "completed"
 """The reason of the STOP after the last step; any other one is a failure."""
+
+
+def _ip_address(text: str) -> str:
+    ipaddress.ip_address(text)
+    return text
+
+
+def _utc(text: str) -> str:
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("expected a time with its zone")
+    return text
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected text without control characters")
+    return text
+
+
+# What a record and a message of another node may hold. They are read as data, whoever wrote them.
+Number = Annotated[int, Field(ge=0, le=1 << 53)]
+Seconds = Annotated[FiniteFloat, Field(ge=-1e12, le=1e12)]
+Text = Annotated[str, AfterValidator(one_line)]
+"""For people. It is shown, so a reader takes out what would steer a terminal or begin a line of its own."""
+NodeName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_printable)]
+Incarnation = Annotated[str, Field(pattern=r"^[^/?#&=%\\\s]{1,300}$"), AfterValidator(_printable)]
+"""It is a part of keys and of paths of requests."""
+Address = Annotated[str, Field(max_length=64), AfterValidator(_ip_address)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Key = Annotated[str, AfterValidator(checked_key)]
 
 
 class Kind(StrEnum):
@@ -73,16 +107,16 @@ class Verb(StrEnum):
 class Member:
     """One node of a generation, as it described itself."""
 
-    node: str
-    incarnation: str
+    node: NodeName
+    incarnation: Incarnation
     """Random name of this process of the node's agent; a restarted agent is another member."""
-    address: str
-    port: int
+    address: Address
+    port: Port
     """Where its agent answers peers."""
-    pid: int
+    pid: Number
     """Process id of its agent."""
-    workers: int
-    zone: str = ""
+    workers: Annotated[int, Field(ge=1, le=99_999)]
+    zone: Text = ""
     """`elastic.zone` of the node; empty if unknown, and in older records."""
 
 
@@ -90,12 +124,12 @@ class Member:
 class Checkpoint:
     """One committed checkpoint: its directory, and the size and SHA-256 that its manifest must have."""
 
-    step: int
-    generation: int
-    directory: str
-    manifest_size: int
+    step: Number
+    generation: Number
+    directory: Key
+    manifest_size: Number
     manifest_sha256: str
-    loss: float | None
+    loss: FiniteFloat | None
     permanent: bool = False
     """Whether it is never removed (`checkpoint.keep_every_steps`); False in older records."""
 
@@ -133,14 +167,14 @@ class Cause:
     """One reason for a new generation."""
 
     kind: CauseKind
-    node: str
-    detail: str = ""
+    node: NodeName
+    detail: Text = ""
     """How it was noticed, why the worker ended, or which notice made the node leave, in one line."""
-    step: int = 0
+    step: Number = 0
     """The step in which the worker failed; 0 if unknown."""
-    signature: str = ""
+    signature: Text = ""
     """Equal for the same Python exception at the same place of the code; empty for other causes."""
-    detect_s: float = 0.0
+    detect_s: Seconds = 0.0
     """Seconds from the last sign of life to the moment the cause was noticed."""
     surroundings: bool = False
     """Whether a worker failed through its surroundings (space, I/O, store, memory, device, network, a signal), which
@@ -170,12 +204,12 @@ class Cause:
 class InMemory:
     """The state of a step that the members of a new generation hold together in memory."""
 
-    generation: int
+    generation: Number
     """Whose workers wrote it."""
-    step: int
-    sources: tuple[int, ...]
+    step: Number
+    sources: tuple[Number, ...]
     """For each of those workers, by rank: the member of the new generation that holds its rows."""
-    others: tuple[tuple[int, ...], ...] = ()
+    others: tuple[tuple[Number, ...], ...] = ()
     """For each of those workers, by rank: further members that hold its rows. Empty in older records."""
 
     def holders(self, rank: int) -> tuple[int, ...]:
@@ -187,44 +221,46 @@ class InMemory:
 class Generation:
     """Who trains. Ranks follow the order of `members`; the workers of one member have consecutive ranks."""
 
-    number: int
+    number: Number
     members: tuple[Member, ...]
-    slots: tuple[int, ...]
+    slots: tuple[Number, ...]
     """Slots per member and step; empty for a run of stock torchrun."""
-    store_address: str
-    store_port: int
+    store_address: Address
+    store_port: Port
     """The TCPStore made for this generation only. It listens before the record is written."""
     resume: Checkpoint | None
     """The newest usable checkpoint. Training resumes from it unless there is `memory`; None is the start of the run."""
-    reason: str
+    reason: Text
     causes: tuple[Cause, ...] = ()
     """The reason, for programs."""
-    frontier_step: int = 0
+    frontier_step: Number = 0
     """The newest step that any generation had done before. Steps up to it are done again."""
-    agree_s: float = 0.0
+    agree_s: Seconds = 0.0
     """Seconds from when the proposer noticed the cause to this record."""
-    platform: Mapping[str, str] = field(default_factory=dict)
+    platform: Mapping[str, Text] = field(default_factory=dict)
     """The members' platform: values that decide the bits, by name. Empty in older records."""
-    fenced_url: str = ""
+    fenced_url: Text = ""
     """The URL of the run directory under which an agent of this run tested the store's create-once with success. Empty if
     no agent has, and in older records."""
     memory: InMemory | None = None
     """The state from which training resumes, if the members hold one that is as new as `resume` or newer."""
-    mirrors: tuple[tuple[int, ...], ...] = ()
+    mirrors: tuple[tuple[Number, ...], ...] = ()
     """For each member, by rank: the members that copy its state into their memory. Empty in older records."""
 
-    why_not_memory: str = ""
+    why_not_memory: Text = ""
     """Why the members hold no state for `memory`. Empty if they do, in the first generation, and in older records."""
-    reached_step: int | None = None
+    reached_step: Number | None = None
     """The newest step that the generation before had done. None if unknown, and in older records: there `frontier_step` is
     that step, and 0 if no member was left."""
-    below_minimum_s: float = 0.0
+    below_minimum_s: Seconds = 0.0
     """Part of `agree_s`: the proposer saw fewer nodes than `elastic.nodes_min`. 0 in older records."""
-    restarts: int = 0
+    restarts: Number = 0
     """Generations that nobody planned, up to this one, since a step was last done that had not been done before, or a
     checkpoint committed. 0 in older records."""
     ignored: tuple[IgnoredSpan, ...] = ()
     """The tokens that its workers leave out. Empty in older records."""
+    release: str = ""
+    """The version of elastic_pt of its members. Empty in older records."""
 
     @property
     def lost_steps(self) -> int:
@@ -292,9 +328,9 @@ class Commit:
     """A checkpoint counts from here on. `checkpoints` names all that are kept, newest (this one) first."""
 
     checkpoints: tuple[Checkpoint, ...]
-    history: str
+    history: Key
     """Key of the JSON lines about each step since the commit before."""
-    permanent_before: int | None = field(default=None, kw_only=True)
+    permanent_before: Number | None = field(default=None, kw_only=True)
     """Index of the newest COMMIT before this one whose own checkpoint is permanent; None if there is none. So
     permanent checkpoints form a chain and need not be in `checkpoints`."""
     request: int = field(default=-1, kw_only=True)
@@ -310,16 +346,16 @@ class Commit:
 class Recovery:
     """The generation has done its first step. Seconds are the slowest member's, each on its own clock."""
 
-    number: int
-    start_s: float
+    number: Number
+    start_s: Seconds
     """From the record until the new workers are connected to their agents."""
-    group_s: float
+    group_s: Seconds
     """Process group, model and mesh."""
-    restore_s: float
+    restore_s: Seconds
     """Weights and optimizer state read, or initialised."""
-    step_s: float
+    step_s: Seconds
     """Data and the first step."""
-    total_s: float
+    total_s: Seconds
     """From noticing the cause to the end of the first step, on the clock of the node that proposed."""
 
 
@@ -330,29 +366,29 @@ class Quarantine:
     Every node counts the seconds from the moment it reads the record, so no wall clock matters.
     """
 
-    directory: str
+    directory: Text
     """The checkpoint; empty for a node."""
-    why: str
-    node: str = ""
-    seconds: float = 0.0
+    why: Text
+    node: Text = ""
+    seconds: Seconds = 0.0
 
 
 @dataclass(frozen=True)
 class Stop:
     """The run has ended."""
 
-    reason: str
-    step: int
+    reason: Text
+    step: Number
 
 
 @dataclass(frozen=True)
 class Reopen:
     """An operator lifted a STOP other than completion, or accepted another platform (`elastic-pt reopen`)."""
 
-    why: str
+    why: Text
     platform: bool
     """Whether the next generation may run on another platform."""
-    step: int
+    step: Number
     """Steps done in the newest checkpoint. Up to it the bits are those of one platform."""
 
 
@@ -361,12 +397,12 @@ class Request:
     """What an operator asks of a run."""
 
     verb: Verb
-    by: str
+    by: Text
     """Who asked: user@host, for people."""
-    why: str = ""
-    node: str = ""
+    why: Text = ""
+    node: Text = ""
     """The node to drain; empty for other verbs."""
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     """How long that node may take; 0 leaves it to its configuration. It counts from when it reads the record."""
     index: int = -1
     """Of the CONTROL record that made the request; -1 before it is made."""
@@ -391,7 +427,7 @@ class Control:
     request: Request
     standing: tuple[Request, ...]
     """All requests that hold from here on, oldest first. So the newest CONTROL tells everything."""
-    step: int
+    step: Number
     """Of the newest checkpoint."""
 
 
@@ -477,32 +513,71 @@ class Record:
     def from_bytes(cls, data: bytes, *, key: str) -> "Record":
         """Read a stored record. Raises `LogDamaged` with `key` if it is not one."""
         try:
-            document = json.loads(data)
+            document = from_json(data)
             if document["schema"] not in (SCHEMA, NEWER_SCHEMA, IGNORING_SCHEMA):
                 raise LogDamaged(
-                    f"{key}: schema {document['schema']!r}; expected {SCHEMA}, {NEWER_SCHEMA} or {IGNORING_SCHEMA}, "
-                    "which this version reads"
+                    f"{key}: schema {document['schema']!r:.80}; expected {SCHEMA}, {NEWER_SCHEMA} or {IGNORING_SCHEMA}, "
+                    f"which elastic_pt {__version__} reads: use the version that wrote it, or a later one"
                 )
+            # Not strict: the envelope is checked as it is, the body with what its kind allows.
+            envelope = _ENVELOPE.validate_python(
+                {name: document[name] for name in _Envelope.__dataclass_fields__}
+            )
             return Record(
-                index=document["index"],
-                generation=document["generation"],
-                writer=document["writer"],
-                nonce=document["nonce"],
-                time=document["time"],
-                previous=document["previous"],
-                latest={Kind(kind): index for kind, index in document["latest"].items()},
+                **vars(envelope),
                 body=_body_from(Kind(document["kind"]), document["body"]),
                 sha256=hashlib.sha256(data).hexdigest(),
             )
         except (ValueError, KeyError, TypeError) as error:
             why = " ".join(repr(error).split())
             raise LogDamaged(
-                f"{key}: not a record of a run's log: {why}; expected an unchanged record"
+                f"{key}: not a record of a run's log: {why:.300}; expected an unchanged record"
             ) from error
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    """The fields of a record beside its body."""
+
+    index: Number
+    generation: Number
+    writer: Text
+    nonce: Text
+    time: Annotated[str, AfterValidator(_utc)]
+    previous: Text
+    latest: dict[Kind, Number]
+
+    def __post_init__(self) -> None:
+        # Readers follow these pointers, so they must not lead around in a circle.
+        if any(each > self.index for each in self.latest.values()):
+            raise ValueError(f"latest = {self.latest}: expected no index beyond {self.index}")
+
+
+_ENVELOPE: Final = TypeAdapter(_Envelope)
 
 
 def _body_from(kind: Kind, body: dict[str, Any]) -> Body:
     found: Body = _BODIES[kind].validate_python(body)
     if isinstance(found, Commit) and not found.checkpoints:
         raise ValueError("a COMMIT without a checkpoint")
+    if isinstance(found, Generation):
+        _require_whole(found)
     return found
+
+
+def _require_whole(generation: Generation) -> None:
+    """Raise `ValueError` unless each member, and each reference to one, is there."""
+    count, memory = len(generation.members), generation.memory
+    lists = {"slots": generation.slots, "mirrors": generation.mirrors}
+    ranks = [rank for mirrors in generation.mirrors for rank in mirrors]
+    if memory is not None:
+        ranks += [*memory.sources, *(rank for holders in memory.others for rank in holders)]
+        if memory.others and len(memory.others) != len(memory.sources):
+            raise ValueError("memory.others: expected as many as memory.sources")
+    if not count or len(generation.incarnations) != count:
+        raise ValueError("members: expected at least one, and each incarnation once")
+    for name, values in lists.items():
+        if values and len(values) != count:
+            raise ValueError(f"{name}: {len(values)}; expected one for each of {count} members")
+    if any(rank >= count for rank in ranks):
+        raise ValueError(f"a member beyond the last of {count}; expected ranks of members")

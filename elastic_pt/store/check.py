@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,11 +53,13 @@ def check_store(
     *,
     racers: int = 8,
     rounds: int = 20,
+    deletes: bool = True,
     open_client: Callable[[str], Store] = open_store,
 ) -> StoreReport:
     """Test every operation below a fresh key, race `create`, and delete the test objects.
 
-    `racers` threads over `CLIENTS` separate clients create one key, `rounds` times. Raises
+    `racers` threads over `CLIENTS` separate clients create one key, `rounds` times. Without `deletes`, for a user who
+    may not delete, that operation is not tested and the test objects remain. Raises
     `AccessDenied`, `ConfigError` for a wrong URL and `StoreError` for an unreachable store: after
     these, it is not known whether the store is fenced.
     """
@@ -64,11 +67,11 @@ def check_store(
         raise ValueError(
             f"racers = {racers}, rounds = {rounds}: expected at least 2 racers and 1 round"
         )
-    folder = f"storage-check-{uuid.uuid4().hex}/"
+    folder = scratch_folder()
     lines: list[str] = []
     try:
         _check_create(store, folder, lines)
-        _check_bytes(store, folder, lines)
+        _check_bytes(store, folder, lines, deletes=deletes)
         clients = [store, *(open_client(store.url) for _ in range(min(CLIENTS, racers) - 1))]
         results = [_race(clients, f"{folder}race-{n}", racers) for n in range(rounds)]
         lines.append(_tally(results, racers, len(clients)))
@@ -76,16 +79,24 @@ def check_store(
     except (_Failed, NoAtomicCreate) as failure:
         verdict, reason = "unfenced", str(failure)
     # Not in a finally: with an unreachable store, the cleanup would only wait for a second timeout.
-    _clean(store, folder, rounds)
+    if deletes:
+        _clean(store, folder, rounds)
     return StoreReport(verdict, reason, (*lines, f"{verdict}: {reason}"))
 
 
-def is_fenced(store: Store, *, open_client: Callable[[str], Store] = open_store) -> StoreReport:
+def scratch_folder() -> str:
+    """A fresh folder for objects of a check, below the URL of the store."""
+    return f"storage-check-{uuid.uuid4().hex}/"
+
+
+def is_fenced(
+    store: Store, *, deletes: bool = True, open_client: Callable[[str], Store] = open_store
+) -> StoreReport:
     """The cheap check of an agent before a run of several nodes: three races of four writers."""
-    return check_store(store, racers=4, rounds=3, open_client=open_client)
+    return check_store(store, racers=4, rounds=3, deletes=deletes, open_client=open_client)
 
 
-def _check_bytes(store: Store, folder: str, lines: list[str]) -> None:
+def _check_bytes(store: Store, folder: str, lines: list[str], *, deletes: bool) -> None:
     key, data = f"{folder}bytes", bytes(range(256)) * 16
     store.write(key, b"old")
     store.write(key, data)
@@ -94,16 +105,19 @@ def _check_bytes(store: Store, folder: str, lines: list[str]) -> None:
     _expect("read beyond the end", store.read(key, len(data) - 5, len(data) + 5), data[-5:])
     _expect("size", store.size(key), len(data))
     listed = key in store.keys(folder)
+    if deletes:
+        _check_delete(store, key)
+    lines.append(f"write, read, ranges, size{', delete' * deletes}: correct")
+    lines.append(f"listing: {'up to date' if listed else 'stale (allowed: nothing depends on it)'}")
+
+
+def _check_delete(store: Store, key: str) -> None:
     store.delete(key)
     store.delete(key)
     _expect("size after delete", store.size(key), None)
-    try:
+    with suppress(NotFound):
         store.read(key)
-    except NotFound:
-        lines.append("write, read, ranges, size, delete: correct")
-    else:
         raise _Failed("a deleted object can still be read")
-    lines.append(f"listing: {'up to date' if listed else 'stale (allowed: nothing depends on it)'}")
 
 
 def _check_create(store: Store, folder: str, lines: list[str]) -> None:

@@ -14,10 +14,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from elastic_pt.errors import AlreadyExists, NotFound
+from elastic_pt.errors import AccessDenied, AlreadyExists, NotFound
 from elastic_pt.store.client import BeyondEnd, Client
 from elastic_pt.store.observer import Observer
 from elastic_pt.store.port import (
+    WHOLE_LIMIT_BYTES,
     FilePart,
     NoAtomicCreate,
     Source,
@@ -26,6 +27,7 @@ from elastic_pt.store.port import (
     checked_range,
     checked_record,
     checked_source,
+    checked_whole,
     holds,
 )
 from elastic_pt.store.retry import Retry
@@ -57,13 +59,19 @@ class FsspecStore:
         if start == end:
             return b""
 
+        # One byte more than allowed shows that there is more.
+        until = start + WHOLE_LIMIT_BYTES + 1 if end is None else end
+
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> bytes:
-            return bytes(filesystem.cat_file(f"{root}/{key}", start=start, end=end, **timeout))
+            return bytes(filesystem.cat_file(f"{root}/{key}", start=start, end=until, **timeout))
 
         try:
-            return self._client.request(f"reading {key}", send, bounded=end is not None)
+            found = self._client.request(f"reading {key}", send, bounded=end is not None)
         except BeyondEnd:
             return b""
+        if end is None:
+            checked_whole(f"reading {key} of {self.url}", len(found))
+        return found
 
     def create(self, key: str, data: bytes) -> None:
         """See `Store.create`."""
@@ -83,6 +91,12 @@ class FsspecStore:
         except AlreadyExists:
             if not holds(self, key, data):
                 raise
+        except AccessDenied as error:
+            # Google counts an overwrite as a delete, and may refuse it before it looks at the condition.
+            if self.size(key) is None:
+                raise
+            if not holds(self, key, data):
+                raise AlreadyExists(str(error)) from error
 
     def write(self, key: str, source: Source) -> None:
         """See `Store.write`; as atomic as the protocol's own upload of a whole object."""

@@ -3,11 +3,16 @@
 Unfinished files are in one hidden folder below the root, so a killed writer leaves nothing under any key.
 The first write or create of each `LocalStore` removes unfinished files that are older than an hour.
 Deleting a key also removes the directories that become empty, because object stores have none.
+Only the owner can read what lies below `secret/`; all other files have the modes that the process gives to new ones.
+
+Reading follows symbolic links, to regular files only. Nothing is written, created or deleted through a link that leads
+outside of the root.
 """
 
 import contextlib
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +22,9 @@ from elastic_pt.errors import AccessDenied, AlreadyExists, ConfigError, NotFound
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.observer import NoObserver, Observer, Result, operation_of
 from elastic_pt.store.port import (
+    PRIVATE,
     NoAtomicCreate,
+    NotAKey,
     Source,
     as_part,
     checked_key,
@@ -25,6 +32,7 @@ from elastic_pt.store.port import (
     checked_range,
     checked_record,
     checked_source,
+    checked_whole,
     holds,
 )
 
@@ -58,9 +66,20 @@ class LocalStore:
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """See `Store.read`."""
         checked_range(start, end)
-        with self._errors(f"reading {key}"), self._path(key).open("rb") as file:
-            file.seek(start)
-            found = file.read() if end is None else file.read(end - start)
+        path = self._path(key)
+        with self._errors(f"reading {key}"):
+            # Not blocking: opening a pipe would wait for a writer.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                about = os.fstat(descriptor)
+                if not stat.S_ISREG(about.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "not a regular file")
+                size = max(0, about.st_size - start)
+                if end is None:
+                    checked_whole(f"reading {key} of {self._url}", size)
+                file.seek(start)
+                # Not more than there is: Python allocates all that is asked for.
+                found = file.read(size if end is None else min(size, end - start))
             self._observer.read(len(found))
             return found
 
@@ -104,6 +123,7 @@ class LocalStore:
         """See `Store.delete`."""
         path = self._path(key)
         with self._errors(f"deleting {key}"):
+            self._require_inside(path)
             path.unlink(missing_ok=True)
         for parent in path.relative_to(self._root).parents:
             if parent == Path("."):
@@ -116,14 +136,24 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         checked_key(key)
         if key.split("/")[0] == UNFINISHED:
-            raise ValueError(f"not a key: {key!r} is in the folder of unfinished files")
+            raise NotAKey(f"not a key: {key!r} is in the folder of unfinished files")
         return self._root / key
+
+    def _require_inside(self, path: Path) -> None:
+        """Raise `StoreError` if a symbolic link on the way to `path` leads outside of the root."""
+        root, parent = os.path.realpath(self._root), os.path.realpath(path.parent)
+        if os.path.commonpath((root, parent)) != root:
+            raise StoreError(
+                f"{path}: is in {parent}, because of a symbolic link; expected a directory below {self._root}"
+            )
 
     def _publish(
         self, what: str, key: str, source: Source, publish: Callable[[Path, Path], None]
     ) -> None:
         path = self._path(key)
-        with self._errors(what), self._finished(source) as finished:
+        mode = 0o600 if key.startswith(PRIVATE) else 0o666
+        self._require_inside(path)
+        with self._errors(what), self._finished(source, mode) as finished:
             for left in reversed(range(_PUBLISH_ATTEMPTS)):
                 try:
                     new = [
@@ -152,7 +182,7 @@ class LocalStore:
             ) from error
 
     @contextlib.contextmanager
-    def _finished(self, source: Source) -> Iterator[Path]:
+    def _finished(self, source: Source, mode: int) -> Iterator[Path]:
         """Yield a synced file with the content of `source`; remove it afterwards unless it was renamed."""
         making = self._root / UNFINISHED
         making.mkdir(parents=True, exist_ok=True)
@@ -161,7 +191,8 @@ class LocalStore:
             _remove_abandoned(making, time.time())
         path = making / uuid.uuid4().hex
         try:
-            with path.open("xb") as file:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            with open(descriptor, "wb") as file:
                 if isinstance(source, bytes):
                     file.write(source)
                 else:

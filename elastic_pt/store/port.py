@@ -1,9 +1,9 @@
 """The port between the project and object storage: six methods.
 
 `open_store(url)` (in `store/open.py`) returns a `Store` for any fsspec URL. Keys are relative to that
-URL, use `/`, never start with `/` and never contain `..`. Any other key raises `ValueError`, because keys
-come from this project and never from a user. Only `create` decides between writers, so only `create` must
-be atomic. All other bytes are verified after reading.
+URL, use `/`, never start with `/` and never contain `..`. Any other key raises `NotAKey`: objects name further
+objects, and whoever can write one of them must not reach anything outside. Only `create` decides between writers, so
+only `create` must be atomic. All other bytes are verified after reading.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from elastic_pt.errors import ConfigError, NotFound
+from elastic_pt.errors import ConfigError, NotFound, StoreError
 
 CREATE_LIMIT_BYTES = 64 * 2**20
+WHOLE_LIMIT_BYTES = 256 * 2**20
+"""Most bytes of an object that is read without a range. Every such object is smaller: the largest are histories and manifests
+(64 MiB), and block indexes (32 bytes for each block of a shard). Shards are read by ranges."""
+KEY_LIMIT_BYTES = 1024
+"""As of S3."""
+PRIVATE = "secret/"
+"""Keys below it are for the nodes of a run alone. A policy of the bucket says so; a directory has modes for it."""
 _READ_BYTES = 2**20
+
+
+class NotAKey(StoreError, ValueError):
+    """The text cannot name an object below the store's URL."""
+
+
+class TooLarge(StoreError):
+    """The object has more than `WHOLE_LIMIT_BYTES`, so it is none of those that are read whole."""
 
 
 class NoAtomicCreate(ConfigError):
@@ -62,9 +77,10 @@ class Store(Protocol):
         """The URL of the store, without a trailing slash."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `[start, end)` of the object, or all of it.
+        """Bytes `[start, end)` of the object, or all of it from `start` on.
 
-        Raises `NotFound`, `AccessDenied`, or `StoreError` once the deadline has passed.
+        Raises `NotFound`, `AccessDenied`, or `StoreError` once the deadline has passed. Without `end`, raises `TooLarge`
+        instead of reading more than `WHOLE_LIMIT_BYTES` into memory.
         For a range beyond the end of the object, returns the bytes that exist.
         """
 
@@ -121,11 +137,52 @@ class KeepsUnfinished(Protocol):
         """Whether a rule of the bucket ends unfinished uploads of all keys that start with `prefix` after some days."""
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """Where a client's credentials come from, without their values."""
+
+    origin: str
+    """Such as `env`, `shared-credentials-file`, `iam-role`; empty if there are none."""
+    renewed: bool
+    """Whether the client gets new ones before they expire, or they never expire."""
+    expires: str = ""
+    """When they end, if the client knows."""
+
+
+@runtime_checkable
+class Examinable(Protocol):
+    """A store whose bucket and client can be examined. Not part of `Store`: only S3 is, and only checks ask it."""
+
+    @property
+    def clock_ahead_s(self) -> float | None:
+        """How far this machine's clock was ahead of the server's at the newest answer; None before the first one.
+
+        Servers tell whole seconds, so it is exact to a second.
+        """
+
+    def credentials(self) -> Credentials:
+        """The credentials in use."""
+
+    def keeps_all_versions(self, prefix: str) -> bool:
+        """Whether the bucket keeps old versions of keys that start with `prefix`, and no rule ever removes them."""
+
+    def write_in_parts(self, key: str, source: Source) -> None:
+        """`Store.write`, also for a small object as an upload in parts."""
+
+    def begin_upload(self, key: str) -> UnfinishedUpload:
+        """Start an upload that has no part yet."""
+
+
 def checked_key(key: str) -> str:
-    """Return the key if it can name an object below the store's URL; else raise `ValueError`."""
-    parts = key.split("/")
-    if "\0" in key or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"not a key: {key!r}; expected a relative path such as log/1.json")
+    """Return the key if it can name an object below the store's URL; else raise `NotAKey`."""
+    if (
+        any(part in ("", ".", "..") for part in key.split("/"))
+        or "\\" in key
+        or not key.isprintable()
+        or len(key.encode()) > KEY_LIMIT_BYTES
+    ):
+        shown = repr(key) if len(key) <= 80 else f"{key[:77]!r}..."
+        raise NotAKey(f"not a key: {shown}; expected a relative path such as log/1.json")
     return key
 
 
@@ -142,6 +199,12 @@ def checked_range(start: int, end: int | None) -> None:
     """Raise `ValueError` unless `[start, end)` is a range of bytes."""
     if start < 0 or (end is not None and end < start):
         raise ValueError(f"not a range of bytes: [{start}, {end}); expected 0 <= start <= end")
+
+
+def checked_whole(what: str, size: int) -> None:
+    """Raise `TooLarge` if an object of this size may not be read without a range."""
+    if size > WHOLE_LIMIT_BYTES:
+        raise TooLarge(f"{what}: more than {WHOLE_LIMIT_BYTES} bytes; expected an object of fewer")
 
 
 def checked_record(data: bytes) -> bytes:

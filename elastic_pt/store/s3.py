@@ -14,6 +14,7 @@ botocore do not retry; `store/retry.py` does.
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
+from botocore.credentials import RefreshableCredentials
 from fsspec.asyn import sync
 
 from elastic_pt.errors import AlreadyExists, ConfigError, NotFound
@@ -30,6 +32,7 @@ from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.store.client import BeyondEnd, Client, Fault, fault_of, fault_of_status
 from elastic_pt.store.observer import Observer
 from elastic_pt.store.port import (
+    Credentials,
     Source,
     UnfinishedUpload,
     as_part,
@@ -38,6 +41,7 @@ from elastic_pt.store.port import (
     checked_range,
     checked_record,
     checked_source,
+    checked_whole,
     holds,
 )
 from elastic_pt.store.retry import Retry
@@ -185,11 +189,14 @@ def _response(error: BaseException | None) -> dict[str, Any] | None:
     return None
 
 
-async def _body(filesystem: Any, wanted: dict[str, str]) -> bytes:
+async def _body(filesystem: Any, wanted: dict[str, str], whole: str) -> bytes:
+    """The bytes of an object. `whole` is what the error says for a large one, or empty if any size is wanted."""
     # Not s3fs's cat_file: it requests the size first, may mix two versions of a large object, and parses
     # a "?versionId=" in a key.
     response = await filesystem._call_s3("get_object", **wanted)
     try:
+        if whole:
+            checked_whole(whole, int(response.get("ContentLength", 0)))
         return bytes(await response["Body"].read())
     finally:
         response["Body"].close()
@@ -217,6 +224,7 @@ class S3Store:
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._bucket = bucket
         self._root = f"{root}/" if root else ""
+        self._clock_ahead_s: float | None = None
         read_timeout_s = min(60.0, retry.timeout_s / 2)
         self._client = Client(
             url,
@@ -250,9 +258,10 @@ class S3Store:
             wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         if start == end:
             return b""
+        whole = f"reading {key} of {self.url}" if end is None else ""
 
         def send(filesystem: Any, root: str, timeout: dict[str, float]) -> bytes:
-            return bytes(sync(filesystem.loop, _body, filesystem, wanted, **timeout))
+            return bytes(sync(filesystem.loop, _body, filesystem, wanted, whole, **timeout))
 
         try:
             return self._client.request(f"reading {key}", send, bounded=end is not None)
@@ -272,7 +281,7 @@ class S3Store:
         """See `Store.write`: one PUT, or a multipart upload above two parts."""
         size = checked_source(source)
         if size > 2 * PART_BYTES:
-            self._write_parts(key, source, size)
+            self.write_in_parts(key, source)
         else:
             body = _bytes_at(source, 0, size)
             self._call(f"writing {key}", "put_object", key, Body=body)
@@ -337,27 +346,11 @@ class S3Store:
 
     def expires_unfinished(self, prefix: str) -> bool:
         """See `KeepsUnfinished.expires_unfinished`. Needs GetLifecycleConfiguration on the bucket."""
-        what, root = "reading the lifecycle rules", self._root + checked_prefix(prefix)
-        try:
-            found = self._request(what, "get_bucket_lifecycle_configuration", Bucket=self._bucket)
-        except NotFound:
-            # The bucket has no rules at all.
-            return False
-        return any(_ends_uploads(rule, root) for rule in found.get("Rules", []))
+        return any(_ends_uploads(rule) for rule in self._rules(prefix))
 
-    def _name(self, key: str) -> str:
-        return self._root + checked_key(key)
-
-    def _call(self, what: str, method: str, key: str, **arguments: Any) -> dict[str, Any]:
-        return self._request(what, method, Bucket=self._bucket, Key=self._name(key), **arguments)
-
-    def _request(self, what: str, method: str, **arguments: Any) -> dict[str, Any]:
-        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> dict[str, Any]:
-            return dict(filesystem.call_s3(method, **arguments, **timeout))
-
-        return self._client.request(what, send, sends=len(arguments.get("Body", b"")))
-
-    def _write_parts(self, key: str, source: Source, size: int) -> None:
+    def write_in_parts(self, key: str, source: Source) -> None:
+        """See `Examinable.write_in_parts`."""
+        size = checked_source(source)
         nonce = uuid.uuid4().hex
         what = f"writing {key}"
         part_bytes = max(PART_BYTES, -(-size // PARTS_LIMIT))
@@ -382,6 +375,70 @@ class S3Store:
             self._abort(key, upload)
             raise
 
+    def begin_upload(self, key: str) -> UnfinishedUpload:
+        """See `Examinable.begin_upload`."""
+        begun = self._call(f"writing {key}", "create_multipart_upload", key)
+        return UnfinishedUpload(key, begun["UploadId"], 0.0)
+
+    @property
+    def clock_ahead_s(self) -> float | None:
+        """See `Examinable.clock_ahead_s`."""
+        return self._clock_ahead_s
+
+    def credentials(self) -> Credentials:
+        """See `Examinable.credentials`."""
+
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> Credentials:
+            found: Credentials = sync(filesystem.loop, _credentials, filesystem, **timeout)
+            return found
+
+        return self._client.request("finding the credentials", send)
+
+    def keeps_all_versions(self, prefix: str) -> bool:
+        """See `Examinable.keeps_all_versions`. Needs GetBucketVersioning, and GetLifecycleConfiguration if they are kept."""
+        found = self._request(
+            "reading the versioning", "get_bucket_versioning", Bucket=self._bucket
+        )
+        if found.get("Status") != "Enabled":
+            return False
+        return not any("NoncurrentVersionExpiration" in rule for rule in self._rules(prefix))
+
+    def _rules(self, prefix: str) -> list[Mapping[str, Any]]:
+        """The lifecycle rules in force for all keys that start with `prefix`."""
+        what, root = "reading the lifecycle rules", self._root + checked_prefix(prefix)
+        try:
+            found = self._request(what, "get_bucket_lifecycle_configuration", Bucket=self._bucket)
+        except NotFound:
+            # The bucket has no rules at all.
+            return []
+        return [rule for rule in found.get("Rules", []) if _is_for(rule, root)]
+
+    def _name(self, key: str) -> str:
+        return self._root + checked_key(key)
+
+    def _call(self, what: str, method: str, key: str, **arguments: Any) -> dict[str, Any]:
+        return self._request(what, method, Bucket=self._bucket, Key=self._name(key), **arguments)
+
+    def _request(self, what: str, method: str, **arguments: Any) -> dict[str, Any]:
+        def send(filesystem: Any, root: str, timeout: dict[str, float]) -> dict[str, Any]:
+            try:
+                answer = dict(filesystem.call_s3(method, **arguments, **timeout))
+            except Exception as error:
+                self._note_time(_response(error) or {})
+                raise
+            self._note_time(answer)
+            return answer
+
+        return self._client.request(what, send, sends=len(arguments.get("Body", b"")))
+
+    def _note_time(self, answer: Mapping[str, Any]) -> None:
+        told = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        if told:
+            with contextlib.suppress(ValueError):
+                # The server's second has begun up to a second ago.
+                server_s = parsedate_to_datetime(told).timestamp() + 0.5
+                self._clock_ahead_s = time.time() - server_s
+
     def _complete(self, key: str, upload: str, parts: list[dict[str, Any]], nonce: str) -> None:
         complete = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
         try:
@@ -401,11 +458,28 @@ class S3Store:
             )
 
 
-def _ends_uploads(rule: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a lifecycle rule ends unfinished uploads of all keys that start with `prefix`."""
+async def _credentials(filesystem: Any) -> Credentials:
+    await filesystem.set_session()
+    found = await filesystem.session.get_credentials()
+    if found is None:
+        return Credentials("", renewed=False)
+    # Those of the environment are read again, too, but the environment of a process does not change.
+    if isinstance(found, RefreshableCredentials) and found.method != "env":
+        return Credentials(found.method, renewed=True)
+    temporary = bool((await found.get_frozen_credentials()).token)
+    expires = os.environ.get("AWS_CREDENTIAL_EXPIRATION", "") if found.method == "env" else ""
+    return Credentials(found.method, renewed=not temporary, expires=expires)
+
+
+def _is_for(rule: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a lifecycle rule is in force for all keys that start with `prefix`."""
     below = rule.get("Filter", {}).get("Prefix", rule.get("Prefix", ""))
-    ends = rule.get("AbortIncompleteMultipartUpload", {}).get("DaysAfterInitiation")
-    return rule.get("Status") == "Enabled" and bool(ends) and prefix.startswith(below)
+    return rule.get("Status") == "Enabled" and prefix.startswith(below)
+
+
+def _ends_uploads(rule: Mapping[str, Any]) -> bool:
+    """Whether a lifecycle rule ends unfinished uploads."""
+    return bool(rule.get("AbortIncompleteMultipartUpload", {}).get("DaysAfterInitiation"))
 
 
 def _in_threads(send: Callable[[int], Result], numbers: range) -> list[Result]:

@@ -8,7 +8,6 @@ waits for the bucket.
 """
 
 import json
-import math
 import os
 import threading
 import time
@@ -19,7 +18,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import structlog
+from pydantic_core import from_json
 
+from elastic_pt.errors import one_line
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.goodput import Bucket
 from elastic_pt.telemetry.redaction import Redactor, secrets_in
@@ -33,6 +34,9 @@ WRITE_TIMEOUT_S: Final = 5.0
 _AGE_SHARE: Final = 0.01
 _INTERVAL_MIN_S: Final = 1.0
 _INTERVAL_MAX_S: Final = 10.0
+_NUMBER_MAX: Final = 1e12
+ACCOUNT_BYTES_MAX: Final = 1 << 20
+"""Far more than an account has."""
 _NAMES: Final = frozenset(map(str, Bucket))
 _KINDS: Final[dict[str, type]] = {
     **dict.fromkeys(("node", "incarnation", "run_id", "reason"), str),
@@ -78,20 +82,23 @@ class Account:
     def from_bytes(cls, data: bytes) -> "Account":
         """Read the stored form; what a later version has added is left out. Raises `ValueError`."""
         try:
-            stored: dict[str, Any] = json.loads(data)
+            stored: dict[str, Any] = from_json(data)
             if stored["schema"] != SCHEMA:
-                raise ValueError(f"schema = {stored['schema']!r}: expected {SCHEMA}")
+                raise ValueError(f"schema = {stored['schema']!r:.80}: expected {SCHEMA}")
             known = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
             known["bucket"] = bucket_called(known["bucket"])
             known["seconds"] = seconds_of(known["seconds"])
             for name, kind in _KINDS.items():
                 if not isinstance(known.get(name, kind()), float | int if kind is float else kind):
-                    raise ValueError(f"{name} = {known[name]!r}: expected {kind.__name__}")
+                    raise ValueError(f"{name} = {known[name]!r:.80}: expected {kind.__name__}")
+                if kind is str and name in known:
+                    known[name] = one_line(known[name])
             account = cls(**known)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not an account: {error!r}") from error
-        numbers = (account.started_at, account.written_at, account.price_per_hour)
-        if not all(map(math.isfinite, [*numbers, *account.seconds.values()])):
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"not an account: {error!r:.200}") from error
+        times = (account.started_at, account.written_at)
+        numbers = (*times, account.price_per_hour, account.steps, *account.seconds.values())
+        if not all(-_NUMBER_MAX < each < _NUMBER_MAX for each in numbers):
             raise ValueError("not an account: a number is not finite")
         return account
 

@@ -132,7 +132,7 @@ class _StandardError:
     """Prints lines. If nobody reads them any more, or the disk behind them is full, they are lost and the run goes on."""
 
     def __init__(self, *_: Any) -> None:
-        self._print = structlog.PrintLogger(sys.stderr)
+        self._print = structlog.WriteLogger(sys.stderr)
 
     def msg(self, message: str) -> None:
         with suppress(OSError, ValueError):

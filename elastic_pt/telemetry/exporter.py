@@ -4,13 +4,14 @@
     GET /sd        the nodes that are up, as targets of Prometheus' HTTP service discovery; 503 while they cannot be
                    found out (Prometheus then keeps the targets that it has)
 
-Both only read, and neither has a secret. A slow asker never delays training: each connection has a thread of its own,
+Both only read, and neither has a secret; `protection` may want a token, and may encrypt. A slow asker never delays training: each connection has a thread of its own,
 a connection that stands still is closed, and at `_CONNECTIONS_MAX` open ones the oldest is closed for the newest.
 """
 
 import errno
 import json
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.registry import Collector
 
 from elastic_pt.errors import ConfigError
+from elastic_pt.telemetry.protection import Protection
 
 Discover = Callable[[str], Sequence[Mapping[str, Any]] | None]
 """From the asker's address to the targets that it can reach; None while they cannot be found out."""
@@ -42,24 +44,33 @@ _CLOSE_CHECK_S: Final = 0.1
 class MetricsServer:
     """The server. Bound when it is created, so that its URL is known; it answers from `start` on."""
 
-    def __init__(self, registry: Collector, address: str, port: int, node_address: str) -> None:
+    def __init__(
+        self,
+        registry: Collector,
+        address: str,
+        port: int,
+        node_address: str,
+        protection: Protection,
+    ) -> None:
         """Bind `address:port`; port 0 takes a free one. Raises `ConfigError`.
 
         The URL of a server on all addresses (0.0.0.0, ::) names `node_address`, where others can reach it.
         """
         self._metrics: _Application = make_wsgi_app(registry)
         self._discover: Discover = lambda _: None
+        self._protection = protection
         self._thread: threading.Thread | None = None
         try:
             family, bound = _family_of(address, port)
             kind = _BoundedServer6 if family is socket.AF_INET6 else _BoundedServer
-            self._server: WSGIServer = make_server(bound, port, self._guarded, kind, _Handler)
+            self._server: _BoundedServer = make_server(bound, port, self._guarded, kind, _Handler)
         except (OSError, ValueError) as error:
             raise _mistake(address, port, error) from error
+        self._server.context = protection.context
         own = str(self._server.server_address[0])
         reachable = node_address if own in ("0.0.0.0", "::") else own
         host = f"[{reachable}]" if ":" in reachable else reachable
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
+        self.url = f"{protection.scheme}://{host}:{self._server.server_port}/metrics"
 
     def start(self, discover: Discover) -> None:
         """Answer from now on, in a thread of its own."""
@@ -87,6 +98,10 @@ class MetricsServer:
 
     def _answer(self, environ: _Environment, start_response: _StartResponse) -> Iterable[bytes]:
         """Both paths. HEAD is answered like GET, without the body."""
+        if not self._protection.allows(environ.get("HTTP_AUTHORIZATION", "")):
+            text = "expected Authorization: Bearer with the token of telemetry.metrics_token_file\n"
+            headers = {"WWW-Authenticate": "Bearer"}
+            return _respond(start_response, "401 Unauthorized", text, **headers)
         if environ["REQUEST_METHOD"] == "HEAD":
             return self._without_body(environ, start_response)
         match environ.get("PATH_INFO", ""):
@@ -153,6 +168,18 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
         super().__init__(*arguments, **options)
         self._free = threading.BoundedSemaphore(_CONNECTIONS_MAX)
         self._open: deque[socket.socket] = deque()
+        self.context: Callable[[], ssl.SSLContext | None] = lambda: None
+        """For a new connection; None for plain HTTP."""
+
+    def get_request(self) -> tuple[Any, Any]:
+        """A new connection. The handshake is for the thread of the connection."""
+        connection, address = super().get_request()
+        context = self.context()
+        if context is not None:
+            connection = context.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def server_bind(self) -> None:
         """As the library does, without the look-up of this machine's name, which may wait for a DNS server."""
@@ -176,7 +203,13 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer one connection and give its place back."""
         try:
+            if isinstance(request, ssl.SSLSocket):
+                request.settimeout(_STANDSTILL_TIMEOUT_S)
+                request.do_handshake()
             super().process_request_thread(request, client_address)
+        except OSError:
+            # The handshake failed; nothing else gets here.
+            self.shutdown_request(request)
         finally:
             with suppress(ValueError):
                 self._open.remove(request)

@@ -35,6 +35,21 @@ _REASONS: Final = {
 log = structlog.get_logger("elastic_pt.telemetry.gpu")
 
 
+def slowed_by(handle: Any, nvml: Any = pynvml) -> dict[str, bool]:
+    """Each reason for lower clocks, and whether it acts now. Raises `NVMLError`."""
+    mask = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    return {reason: bool(mask & bit) for reason, bit in _REASONS.items()}
+
+
+def uncorrected_errors(handle: Any, nvml: Any = pynvml) -> int:
+    """Uncorrected memory errors since the driver was loaded. Raises `NVMLError`, also for a GPU without ECC."""
+    return int(
+        nvml.nvmlDeviceGetTotalEccErrors(
+            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        )
+    )
+
+
 class GpuWatch:
     """Sets the gpu metrics every `INTERVAL_S` seconds, in its own thread."""
 
@@ -139,18 +154,14 @@ class GpuWatch:
         with suppress(nvml.NVMLError):
             self._count_uncorrected(gpu, handle)
         try:
-            mask = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-            for reason, bit in _REASONS.items():
-                metrics.gpu_throttled.labels(gpu, reason).set(bool(mask & bit))
+            for reason, acts in slowed_by(handle, nvml).items():
+                metrics.gpu_throttled.labels(gpu, reason).set(acts)
         except nvml.NVMLError:
             metrics.gpu_throttled.remove_by_labels({"gpu": gpu})
 
     def _count_uncorrected(self, gpu: str, handle: Any) -> None:
         """NVML counts since the driver was loaded, and starts again with it."""
-        nvml = self._nvml
-        total = nvml.nvmlDeviceGetTotalEccErrors(
-            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-        )
+        total = uncorrected_errors(handle, self._nvml)
         before = self._uncorrected.get(gpu, total)
         self._uncorrected[gpu] = total
         self._metrics.gpu_ecc_uncorrected.labels(gpu).inc(

@@ -87,6 +87,11 @@ def platform_of_workers(config_text: str, vocabulary: int) -> dict[str, str]:
     return names | {"probe": probe(config, vocabulary, device)}
 
 
+def platform_of_machine(train: TrainSection) -> dict[str, str]:
+    """The platform of this node without the probe, for comparison; empty if the run promises no bits."""
+    return names_of(train, resolve_device(train)) if train.numerics == "exact" else {}
+
+
 def names_of(train: TrainSection, device: torch.device) -> dict[str, str]:
     """All names, without the probe."""
     cuda = device.type == "cuda"

@@ -49,7 +49,7 @@ class Assignment:
     @property
     def secrets(self) -> list[str]:
         """What no event may show."""
-        return [] if self.memory is None else [self.memory.token]
+        return [] if self.memory is None else self.memory.access.secrets
 
     @property
     def resume_step(self) -> int:

@@ -76,6 +76,11 @@ def sweep(base: Path, prefix: str) -> None:
                 os.close(lock)
 
 
+def scratches(base: Path) -> list[Path]:
+    """All scratch directories below `base`, whoever holds them."""
+    return sorted(base.glob(f"{_PREFIX}*"))
+
+
 def semaphore_prefix(scratch: Path) -> str:
     """The prefix of semaphores that a sweep removes together with this directory."""
     return f"/{scratch.name}"

@@ -20,14 +20,22 @@ WAIT_S = 60.0
 CONFIG = '[run]\nurl = "{0}/run"\n[data]\nurl = "{0}/data"\n[checkpoint]\nstaging = "{0}"\n'
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "options", "code"),
+    [
+        (signal.SIGTERM, (), 0),
+        (signal.SIGINT, (), 0),
+        (signal.SIGUSR1, (), 0),
+        (signal.SIGTERM, ("--left-code", "143"), 143),
+    ],
+)
 def test_a_node_asked_to_leave_during_imports_ends_at_once(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, options: tuple[str, ...], code: int
 ) -> None:
-    """F18: a node that does not take part yet has nothing to finish, so it ends at once, with exit code 0."""
+    """F18: a node that does not take part yet has nothing to finish, so it ends at once, with the code of a leave."""
     (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path))
     agent = subprocess.Popen(
-        [sys.executable, "-m", "elastic_pt", "run", str(tmp_path / "run.toml")],
+        [sys.executable, "-m", "elastic_pt", "run", str(tmp_path / "run.toml"), *options],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -38,7 +46,7 @@ def test_a_node_asked_to_leave_during_imports_ends_at_once(
             time.sleep(0.005)
         agent.send_signal(number)
         _, err = agent.communicate(timeout=WAIT_S)
-        assert (agent.returncode, err) == (0, "")
+        assert (agent.returncode, err) == (code, "")
         assert not list(tmp_path.glob("elastic_pt-*"))
     finally:
         agent.kill()

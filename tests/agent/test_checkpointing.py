@@ -21,7 +21,7 @@ from elastic_pt.checkpoint.history import StepHistory
 from elastic_pt.checkpoint.index import read_manifest
 from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.upload import KeptShard, refuse_node
-from elastic_pt.errors import CheckpointError
+from elastic_pt.errors import AccessDenied, CheckpointError, StoreError
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.node import Formed, Node
 from elastic_pt.runlog.log import RunLog
@@ -412,3 +412,13 @@ def test_commits_resume_after_each_trouble_of_the_bucket(
             node.close(WAIT_S)
     manifest = read_manifest(direct, log.view.checkpoints[0], RUN_ID)
     assert digest(direct, manifest) == expected_digest(full_tensors())
+
+
+def test_a_store_that_refuses_to_delete_is_told_once(tmp_path: Path) -> None:
+    """Each commit tries to delete what expired. Without the right to, the run goes on, and one event tells the remedy."""
+    checkpointing = member_of(tmp_path, 0)
+    with capture_logs() as events:
+        for failure in (AccessDenied("no"), StoreError("slow"), AccessDenied("no")):
+            checkpointing.untidy(failure)
+    assert [each["event"] for each in events] == ["tidy_denied", "tidy_failed"]
+    assert "checkpoint.tidy = false" in events[0]["cause"]

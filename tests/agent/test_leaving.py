@@ -18,6 +18,7 @@ from elastic_pt.membership.resources import Resources
 from elastic_pt.notices.notice import CheckpointNow, Leave, Notice, NoticeKind, Stay
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.store.open import open_store
+from tests.access import TLS
 
 LEAVE_TIMEOUT_S = 25.0
 
@@ -49,7 +50,7 @@ def node(tmp_path: Path) -> Node:
             choose_resume=lambda _: None,
             on_drain=lambda _: None,
         ),
-        "token",
+        TLS,
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elastic_pt.agent.pace import Pace
 from elastic_pt.checkpoint.peer import RANGE_BYTES_MAX, Peer, PeerAddress
 from elastic_pt.errors import StoreError
+from tests.access import PLAIN
 
 
 @given(
@@ -68,7 +69,7 @@ def busy() -> Iterator[Peer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Busy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _Busy.asked = 0
-    yield Peer(PeerAddress("127.0.0.1", server.server_port), "token", 5.0)
+    yield Peer(PeerAddress("127.0.0.1", server.server_port), PLAIN, 5.0)
     server.shutdown()
     server.server_close()
 

@@ -42,10 +42,10 @@ from elastic_pt.membership.decision.status import Held, NodeStatus
 from elastic_pt.membership.node import Formed
 from elastic_pt.runlog.records import Generation, InMemory, Member
 from elastic_pt.runlog.state import State
+from tests.access import TLS
 from tests.checkpoint.world import full_tensors, local_rows, training_state
 
 DEADLINE_S = 60.0
-TOKEN = "token"
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def served(snapshots: Snapshots) -> Iterator[int]:
             application.router.add_get(path, answer)
         runner = web.AppRunner(application, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=TLS.server_context()).start()
         ports.append(int(runner.addresses[0][1]))
         ready.set()
         return runner
@@ -104,7 +104,7 @@ class Node:
         self.snapshots = Snapshots(
             directory,
             f"node-{rank}",
-            TOKEN,
+            TLS,
             mirror_bytes_per_s=mirror_bytes_per_s,
             timeout_s=5.0,
             history=self.history,
@@ -497,10 +497,10 @@ def test_stopped_mirror_frees_its_memory(pair: list[Node]) -> None:
 def test_range_that_is_too_large_is_refused(pair: list[Node]) -> None:
     """A single request never keeps the server busy for long; `Peer` splits a longer read into several ranges."""
     hold_step_5(pair)
-    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    url = TLS.url("127.0.0.1", pair[0].port) + snapshot_path(1, 5, 0)
     request = urllib.request.Request(url, headers={"Range": f"bytes=0-{RANGE_BYTES_MAX}"})
     with pytest.raises(urllib.error.HTTPError, match="416"):
-        urllib.request.urlopen(request, timeout=DEADLINE_S)
+        urllib.request.urlopen(request, timeout=DEADLINE_S, context=TLS.client_context())
 
 
 def test_mirror_leaves_room_for_a_buffer_of_this_node(
@@ -536,12 +536,14 @@ def test_reader_beyond_the_servers_limits_succeeds_later(
         return await send(*arguments)
 
     monkeypatch.setattr(pair[0].snapshots._answers, "_send", stalled)
-    url = f"http://127.0.0.1:{pair[0].port}{snapshot_path(1, 5, 0)}"
+    url = TLS.url("127.0.0.1", pair[0].port) + snapshot_path(1, 5, 0)
     request = urllib.request.Request(url, headers={"Range": "bytes=0-9"})
 
     def read() -> int:
         try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            with urllib.request.urlopen(
+                request, timeout=DEADLINE_S, context=TLS.client_context()
+            ) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -560,7 +562,7 @@ def test_mirror_without_room_says_so(pair: list[Node]) -> None:
     hold_step_5(pair)
     pair[0].begin(generation(pair, 2, InMemory(1, 5, (0, 1), ((1,), (0,)))))
     pair[0].write(2, 6)
-    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TLS, 5.0)
     assert pair[0].skips == 0
     asked = peer.get("/v1/snapshots/next?generation=2&after=0&copied=1&mirror=node-1", 100)
     assert asked == b'{"step": 6, "kept": [], "complete": 0}'
@@ -584,7 +586,7 @@ def test_reader_of_a_file_that_has_become_shorter_is_told_at_once(pair: list[Nod
     path = next(pair[0].directory.glob("snapshot-g1-rank-0-0"))
     with path.open("r+b") as file:
         file.truncate(PAYLOAD_OFFSET + 10)
-    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 30.0)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TLS, 30.0)
     began_s = time.monotonic()
     with pytest.raises(StoreError):
         peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(100)))
@@ -620,12 +622,12 @@ def test_state_of_another_lineage_is_dropped(pair: list[Node]) -> None:
 
 def test_peer_that_holds_a_state_no_more_says_so(pair: list[Node]) -> None:
     """A missing state is an error that names the peer. A lost peer is another error, of the surroundings."""
-    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TLS, 5.0)
     with pytest.raises(CheckpointError, match=f"{pair[0].port}.*does not hold it"):
         peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(10)))
     with pytest.raises(CheckpointError, match="does not hold it"):
         peer.record(snapshot_path(1, 5, 0))
-    gone = Peer(PeerAddress("127.0.0.1", 1), TOKEN, 5.0)
+    gone = Peer(PeerAddress("127.0.0.1", 1), TLS, 5.0)
     with pytest.raises(StoreError, match="refused"):
         gone.read_into(snapshot_path(1, 5, 0), 0, memoryview(bytearray(10)))
 
@@ -706,24 +708,24 @@ def test_node_that_joined_later_gets_the_lines_of_earlier_steps(pair: list[Node]
         old.add({"step": step, "loss": 0.5 * step})
     following = generation(pair, 2, InMemory(1, 6, (0, 0)))
     formed = cast(Formed, SimpleNamespace(generation=following, node_rank=1))
-    complete_history(new, formed, 2, TOKEN, 5.0)
+    complete_history(new, formed, 2, TLS, 5.0)
     assert [line.step for line in new.through(100)] == [3, 4, 5, 6]
     assert new.through(3) == old.through(3)[2:]
     # A node that was a member, then not, then again one, has a gap.
     new.forget(100)
     for step in (3, 6):
         new.add({"step": step, "loss": 1.0})
-    complete_history(new, formed, 2, TOKEN, 5.0)
+    complete_history(new, formed, 2, TLS, 5.0)
     assert [line.step for line in new.through(100)] == [3, 4, 5, 6]
     # No peer has the line of step 2, so the history will have a hole. Training goes on.
     with capture_logs() as events:
-        complete_history(new, formed, -1, TOKEN, 5.0)
+        complete_history(new, formed, -1, TLS, 5.0)
     assert [(each["event"], each.get("first_step")) for each in events] == [
         ("history_incomplete", 0)
     ]
     # Nothing is asked where nothing is missing.
     before = new.text()
-    complete_history(new, formed, 2, TOKEN, 5.0)
+    complete_history(new, formed, 2, TLS, 5.0)
     assert new.text() == before
 
 
@@ -735,7 +737,7 @@ def test_request_beyond_the_state_is_cut(pair: list[Node]) -> None:
     for node in pair:
         node.write(1, 5)
     pair[0].await_complete(1, 5)
-    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TOKEN, 5.0)
+    peer = Peer(PeerAddress("127.0.0.1", pair[0].port), TLS, 5.0)
     size = pair[0].buffers.size
     content = bytearray(size)
     peer.read_into(snapshot_path(1, 5, 0), 0, memoryview(content))

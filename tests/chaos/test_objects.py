@@ -40,7 +40,8 @@ def files(kept: Checkpoint) -> list[str]:
 
 
 EXPECTED = [
-    *("config.toml", "identity.json", "token", "pulse.json"),
+    *("config.toml", "identity.json", "pulse.json"),
+    *("secret/token", "secret/authority.pem"),
     *(f"log/{index:020d}.json" for index in range(len(LOG))),
     *("events/node-0-0123abcd/00000000.jsonl", "events/node-1-0123abcd/account.json"),
     *("history/0000000012-g2-abcd-3.jsonl", "history/0000000018-g2-abcd-4.1.jsonl"),

@@ -40,6 +40,7 @@ class World:
         keep_every_steps: int = 0,
         store: Store | None = None,
         generation_number: int = 1,
+        tidy: bool = True,
     ) -> None:
         self.folder = folder
         self.store = DisturbedStore(store or open_store(f"file://{folder / 'run'}"))
@@ -59,7 +60,7 @@ class World:
             self.log,
             StepHistory(),
             self.generation.members[0].incarnation,
-            CommitRules(keep, keep_every_steps, last_step=100, timeout_s=WAIT_S),
+            CommitRules(keep, keep_every_steps, last_step=100, timeout_s=WAIT_S, tidy=tidy),
             self,
         )
 

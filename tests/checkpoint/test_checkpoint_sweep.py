@@ -13,15 +13,14 @@ from typing import Any
 
 import fsspec
 import pytest
-import structlog
 
-from elastic_pt.agent.start import warn_of_unfinished
 from elastic_pt.chaos.s3_faults import Answer, Hang
 from elastic_pt.chaos.s3_proxy import FaultProxy
 from elastic_pt.checkpoint.commit import directory_of
 from elastic_pt.checkpoint.layout import checkpoint_directory, shard_key
 from elastic_pt.checkpoint.retention import listed_directories
 from elastic_pt.checkpoint.sweep import OVERTAKEN_AGE_S, SWEEP_INTERVAL_S, Sweeper
+from elastic_pt.doctor.bucket import rules_and_clock
 from elastic_pt.errors import AccessDenied
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint, Commit
@@ -294,23 +293,25 @@ def test_a_start_warns_without_a_rule_for_unfinished_uploads(
             Bucket=bucket.removeprefix("s3://").partition("/")[0],
             LifecycleConfiguration={"Rules": [RULE | changes]},
         )
-    with structlog.testing.capture_logs() as events:
-        warn_of_unfinished(open_store(bucket))
-    assert [each["event"] for each in events] == ([] if expires else ["no_lifecycle_rule"])
+    assert [(each.name, each.ok) for each in rules_and_clock(open_store(bucket))] == [
+        ("lifecycle_rule", expires),
+        ("clock", True),
+    ]
 
 
 @pytest.mark.moto
-@pytest.mark.parametrize("status", [403, 501], ids=["not permitted", "not known to the server"])
+@pytest.mark.parametrize(
+    ("status", "warned"),
+    [(403, ["cannot be read: access denied"]), (501, [])],
+    ids=["not permitted", "not known to the server"],
+)
 def test_unreadable_rules_do_not_stop_a_start(
-    moto_url: str, monkeypatch: pytest.MonkeyPatch, status: int
+    moto_url: str, monkeypatch: pytest.MonkeyPatch, status: int, warned: list[str]
 ) -> None:
-    """F34: if the rules cannot be read, the agent says so in an event and starts."""
+    """F34: if the rules may not be read, the agent says so and starts; it does not if the server knows no rules."""
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.strike(Answer(status, "Refused"), methods=["GET"])
-        with structlog.testing.capture_logs() as events:
-            warn_of_unfinished(open_store(f"{moto_url}/run", timeout_s=5.0))
-    assert [each["event"] for each in events if each["event"] != "store_retry"] == [
-        "lifecycle_not_read"
-    ]
+        store = open_store(f"{moto_url}/run", timeout_s=5.0)
+        assert [each.found for each in rules_and_clock(store) if not each.ok] == warned
     assert proxy.requests["GET"] >= 1

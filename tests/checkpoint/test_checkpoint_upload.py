@@ -35,7 +35,7 @@ from elastic_pt.checkpoint.upload import (
     upload_shard,
 )
 from elastic_pt.checkpoint.verify import newest_usable, verify
-from elastic_pt.errors import AlreadyExists, CheckpointError, StoreError
+from elastic_pt.errors import AccessDenied, AlreadyExists, CheckpointError, StoreError
 from elastic_pt.runlog.records import Checkpoint
 from elastic_pt.store.port import FilePart, Source, Store
 from tests.checkpoint.world import (
@@ -437,3 +437,26 @@ def test_a_shard_without_room_becomes_a_refusal(tmp_path: Path) -> None:
     assert (refusal.first_rank, refusal.why) == (0, "no room")
     with pytest.raises(ShareMissing, match="could not upload it: no room"):
         collected(store, DIRECTORY, 3, 3)
+
+
+def test_a_refused_overwrite_of_the_same_shard_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an overwrite takes the right to delete, a second attempt accepts the bytes of the first, and no others."""
+
+    class Refusing(FailingStore):
+        def write(self, key: str, source: Source) -> None:
+            if self.size(key) is not None:
+                raise AccessDenied("no right to overwrite")
+            super().write(key, source)
+
+    monkeypatch.setattr(upload, "_READ_BYTES", 100)
+    shard = stage(tmp_path, full_tensors(SMALL), 1, DIRECTORY, training_state(50))[0]
+    store = memory_store()
+    first = upload_shard(Refusing(store), shard)
+    assert upload_shard(Refusing(store), shard) == first
+    data = store.read(first.file.key)
+    for wrong in (data[:-1] + b"!", data + b"!"):
+        store.write(first.file.key, wrong)
+        with pytest.raises(AccessDenied):
+            upload_shard(Refusing(store), shard)

@@ -28,7 +28,7 @@ def run(prepared: Trained, tmp_path: Path) -> Path:
 
 def command(source: Path, node: str) -> list[str]:
     """The command that starts a node."""
-    options = ["--node", node, "--address", "127.0.0.1"]
+    options = ["--node", node, "--address", "127.0.0.1", "--left-code", "143"]
     return [sys.executable, "-m", "elastic_pt", "run", str(source), *options]
 
 
@@ -91,16 +91,16 @@ def test_another_platform_is_accepted_only_without_live_agents(
             elastic_pt(*reopen), "--platform: old still take part in", "stopped"
         )
         # A machine that cannot reach the agents sees the pulse in the bucket.
-        token = (url / "token").rename(run.parent / "token")
+        token = (url / "secret" / "token").rename(run.parent / "token")
         assert_one_line_mistake(elastic_pt(*reopen), "agents that this machine does not reach")
-        token.rename(url / "token")
+        token.rename(url / "secret" / "token")
     assert "environment = " in refused(url, **OTHER)
     assert elastic_pt(*reopen).exit_code == 0
     with agent(run, "new", **OTHER) as new:
         until_committed(url, 2)
         assert "environment = ''" in refused(run)
         new.send_signal(signal.SIGTERM)
-        assert new.wait(WAIT_S) == 0
+        assert new.wait(WAIT_S) == 143
     # The first node agrees with identity.json, and no agent is alive, but the log has the new platform.
     assert "environment = ''" in refused(run)
     digest, exactness = elastic_pt("digest", url).out.splitlines()

@@ -17,10 +17,10 @@ from command_line import Trained, assert_one_line_mistake, elastic_pt
 from elastic_pt.config import ElasticSection
 from elastic_pt.membership.decision.status import Limits, NodeStatus
 from elastic_pt.membership.endpoints import NODE_LABEL
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Node, new_member, new_node
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
+from elastic_pt.runlog.access import join_access
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.store.open import open_store
 
@@ -52,7 +52,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                     choose_resume=lambda _: None,
                     on_drain=lambda _: None,
                 ),
-                run_token(store),
+                join_access(store, "test", tls=True),
             )
             node.start()
             stack.callback(node.leave)
@@ -102,7 +102,7 @@ def test_the_file_follows_the_nodes(start: Start, tmp_path: Path) -> None:
         assert places(json.loads(file.read_text())) == {"a": "10.0.0.1:9400", "b": "10.0.0.2:9400"}
         assert file.stat().st_mode & 0o777 == 0o644, "Prometheus is another user"
         # The bucket fails: the list stays, and so does the command.
-        token = tmp_path / "run" / "token"
+        token = tmp_path / "run" / "secret" / "token"
         token.rename(tmp_path / "run" / "away")
         token.mkdir()
         assert b"targets_not_told" in following.stderr.readline()  # type: ignore[union-attr]

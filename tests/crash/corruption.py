@@ -31,7 +31,8 @@ from elastic_pt.checkpoint.snapshot import (
 )
 from elastic_pt.errors import CheckpointError, StoreError
 from elastic_pt.store.open import open_store
-from tests.agent.test_snapshots import TOKEN, Node, generation, served
+from tests.access import TLS
+from tests.agent.test_snapshots import Node, generation, served
 from tests.checkpoint.world import (
     RUN_ID,
     full_tensors,
@@ -217,7 +218,7 @@ def _mapped(folder: Path, truth: Mapping[str, torch.Tensor]) -> Target:
             )
         except (OSError, UnicodeDecodeError) as error:  # the record is text in the product
             raise CheckpointError(str(error)) from error
-        _read_memory(Places(1, STEP, shards, TOKEN, 5.0), into)
+        _read_memory(Places(1, STEP, shards, TLS, 5.0), into)
 
     return Target("mapped buffer and record", [each for pair in files for each in pair], read)
 
@@ -241,7 +242,7 @@ def _of_peers(folder: Path, truth: Mapping[str, torch.Tensor]) -> Iterator[Targe
         shards = tuple(
             (Place(rank, host="127.0.0.1", port=node.port),) for rank, node in enumerate(nodes)
         )
-        places = Places(1, STEP, shards, TOKEN, _PEER_TIMEOUT_S)
+        places = Places(1, STEP, shards, TLS, _PEER_TIMEOUT_S)
         own = [
             path
             for node in nodes

@@ -19,11 +19,12 @@ from elastic_pt.membership.endpoints import (
     nodes_up,
     reachable,
 )
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Node, new_member, new_node
 from elastic_pt.membership.resources import Resources
 from elastic_pt.membership.tcp_store import bind_store
+from elastic_pt.runlog.access import Access, join_access
 from elastic_pt.runlog.log import RunLog
+from tests.access import TLS
 from tests.membership.bucket import WatchedStore
 from tests.membership.fleet import Fleet
 from tests.membership.world import NOW_S, changed, waiting
@@ -131,7 +132,7 @@ def start(bucket: WatchedStore) -> Iterator[Callable[[str], Node]]:
                     choose_resume=lambda _: None,
                     on_drain=lambda _: None,
                 ),
-                run_token(bucket),
+                join_access(bucket, "test", tls=True),
             )
             node.start()
             stack.callback(node.leave)
@@ -148,11 +149,11 @@ def eventually(find: Callable[[], set[str] | None], expected: set[str] | None) -
         time.sleep(0.02)
 
 
-def names_from(node: Node, token: str) -> Callable[[], set[str] | None]:
+def names_from(node: Node, access: Access) -> Callable[[], set[str] | None]:
     """The names that this node's discovery lists, asked anew each time."""
 
     def find() -> set[str] | None:
-        told = Discovery(node._participant, token, time.monotonic).targets("127.0.0.1")
+        told = Discovery(node._participant, access, time.monotonic).targets("127.0.0.1")
         return None if told is None else {each["labels"][NODE_LABEL] for each in told}
 
     return find
@@ -164,15 +165,15 @@ def test_every_agent_of_a_large_fleet_lists_all_nodes(
     """A member that knows only the leaders, and a node that waits, list all members and all that wait."""
     for module in (contacts, discovery):
         monkeypatch.setattr(module, "MESH_NODES_MAX", 2)
-    token = run_token(bucket)
+    access = join_access(bucket, "test", tls=True)
     nodes = {f"n{number}": start(f"n{number}") for number in range(5)}
     eventually(lambda: names_of_generation(nodes["n0"]), set(nodes))
     nodes |= {name: start(name) for name in ("n5", "n6")}
     for node in nodes.values():
-        eventually(names_from(node, token), set(nodes))
+        eventually(names_from(node, access), set(nodes))
     nodes.pop("n4").leave()
     for node in nodes.values():
-        eventually(names_from(node, token), set(nodes))
+        eventually(names_from(node, access), set(nodes))
 
 
 def names_of_generation(node: Node) -> set[str]:
@@ -191,7 +192,7 @@ def test_targets_are_unknown_while_no_leader_answers(
     fleet.pass_time(4.0)
     fleet.run()
     # Nothing listens at the addresses of these nodes.
-    assert Discovery(fleet.nodes["d"], "token", fleet.clock_s).targets("127.0.0.1") is None
+    assert Discovery(fleet.nodes["d"], TLS, fleet.clock_s).targets("127.0.0.1") is None
 
 
 def test_answers_of_others_are_kept_for_a_moment(
@@ -200,13 +201,13 @@ def test_answers_of_others_are_kept_for_a_moment(
     """An asker that asks without pause makes this agent ask others once in a few seconds, not each time."""
     asked: list[float] = []
 
-    def ask(members: object, token: str, timeout_s: float) -> dict[str, list[Endpoint]]:
+    def ask(members: object, access: Access, timeout_s: float) -> dict[str, list[Endpoint]]:
         asked.append(fleet.now_s)
         return {"x": [endpoint("10.77.0.9", "10.77.0.9:9400", "x")]}
 
     monkeypatch.setattr(discovery, "ask_endpoints", ask)
     fleet.start("a", metrics_url="http://10.0.0.1:9400/metrics")
-    found = Discovery(fleet.nodes["a"], "token", fleet.clock_s)
+    found = Discovery(fleet.nodes["a"], TLS, fleet.clock_s)
     for _ in range(50):
         assert {each.node for each in found.endpoints() or ()} == {"a", "x"}
         fleet.now_s += 0.1

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,19 +19,20 @@ from aiohttp import web
 
 from elastic_pt.config import ElasticSection
 from elastic_pt.membership.decision.status import Limits, NodePhase, NodeStatus, Peer
-from elastic_pt.membership.links import TOKEN_KEY, Links, run_token, url_of
+from elastic_pt.membership.links import Links
 from elastic_pt.membership.participant import Participant
 from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Answer, NothingInMemory, Resources
+from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import Member
 from elastic_pt.store.open import open_store
+from tests.access import TLS
 from tests.membership.world import changed, waiting
 
 DEADLINE_S = 20.0
 AT_ONCE_S = 0.5
 """Far below the interval of `RARELY`: an event within this time did not wait for the interval."""
-TOKEN = "secret"
 RARELY = Limits(
     ElasticSection(
         nodes_max=8, heartbeat_interval_s=15.0, heartbeat_timeout_s=60.0, takeover_s=120.0
@@ -85,7 +85,12 @@ class Secrets(NothingInMemory):
 
 @asynccontextmanager
 async def agent(
-    name: str, directory: Path, *, limits: Limits = RARELY, address: str = "127.0.0.1"
+    name: str,
+    directory: Path,
+    *,
+    limits: Limits = RARELY,
+    address: str = "127.0.0.1",
+    access: Access = TLS,
 ) -> AsyncIterator[Agent]:
     """Serve one node's connections."""
     store = open_store(f"file://{directory}")
@@ -104,7 +109,7 @@ async def agent(
         ),
     )
     news = asyncio.Event()
-    links = Links(participant, TOKEN, news.set)
+    links = Links(participant, access, news.set)
     port = await links.serve(address)
     participant.me.say(member=dataclasses.replace(member, port=port))
     try:
@@ -146,15 +151,26 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
+def session(headers: dict[str, str]) -> aiohttp.ClientSession:
+    """Requests with the run's certificate and these headers."""
+    connector = aiohttp.TCPConnector(ssl=TLS.client_context() or True)
+    return aiohttp.ClientSession(headers=headers, connector=connector)
+
+
+def url_of(member: Member, path: str) -> str:
+    """URL of a path of an agent."""
+    return TLS.url(member.address, member.port) + path
+
+
 # ---- the token ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TOKEN}])
+@pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), {"Authorization": TLS.token}])
 def test_requests_without_the_token_get_401(tmp_path: Path, headers: dict[str, str]) -> None:
     """The status page, the endpoints, the link and the rows in memory answer 401 to a request without the run's token."""
 
     async def scenario() -> None:
-        async with agent("a", tmp_path) as a, aiohttp.ClientSession(headers=headers) as stranger:
+        async with agent("a", tmp_path) as a, session(headers) as stranger:
             for path in ("/v1/status", "/v1/endpoints", "/v1/link", "/v1/rows"):
                 async with stranger.get(url_of(a.member, path)) as answer:
                     assert answer.status == 401
@@ -175,7 +191,9 @@ def test_a_token_that_is_not_utf_8_gets_401(tmp_path: Path, path: str) -> None:
 
     async def scenario() -> None:
         async with agent("a", tmp_path) as a:
-            reader, writer = await asyncio.open_connection(a.member.address, a.member.port)
+            reader, writer = await asyncio.open_connection(
+                a.member.address, a.member.port, ssl=TLS.client_context()
+            )
             head = f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer ".encode()
             writer.write(head + b"\xff\xfe\r\n\r\n")
             status = await reader.readline()
@@ -191,7 +209,7 @@ def test_status_page_with_the_token(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with (
             agent("a", tmp_path) as a,
-            aiohttp.ClientSession(headers=bearer(TOKEN)) as operator,
+            session(TLS.headers) as operator,
         ):
             a.participant.me.say(step=7)
             async with operator.get(url_of(a.member, "/v1/status")) as answer:
@@ -229,8 +247,8 @@ def test_garbage_closes_only_its_link(tmp_path: Path, frame: str | bytes) -> Non
             a = await stack.enter_async_context(agent("a", tmp_path))
             b = await stack.enter_async_context(agent("b", tmp_path))
             await connected(b, a)
-            session = await stack.enter_async_context(aiohttp.ClientSession(headers=bearer(TOKEN)))
-            link = await session.ws_connect(url_of(a.member, "/v1/link"))
+            node = await stack.enter_async_context(session(TLS.headers))
+            link = await node.ws_connect(url_of(a.member, "/v1/link"))
             if isinstance(frame, bytes):
                 await link.send_bytes(frame)
             else:
@@ -268,7 +286,7 @@ def test_peer_that_answers_garbage_is_not_heard(tmp_path: Path) -> None:
         application.add_routes([aiohttp.web.get("/v1/link", answer_rubbish)])
         runner = aiohttp.web.AppRunner(application)
         await runner.setup()
-        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0, ssl_context=TLS.server_context()).start()
         try:
             async with agent("a", tmp_path, limits=OFTEN) as a:
                 liar = Member("z", "z1", "127.0.0.1", runner.addresses[0][1], 1, 1)
@@ -461,7 +479,7 @@ def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path)
             await b.links.close()
             await until(lambda: a.knows(b.member).refused, "a refusal", within_s=AT_ONCE_S)
             assert time.monotonic() - hung_up_s < AT_ONCE_S + 0.2
-            again = Links(b.participant, TOKEN, b.news.set)
+            again = Links(b.participant, TLS, b.news.set)
             again_port = await again.serve("127.0.0.1")
             moved = dataclasses.replace(b.member, port=again_port)
             a.asks()
@@ -472,11 +490,13 @@ def test_a_peer_that_closes_its_server_is_gone_and_may_come_back(tmp_path: Path)
     run(scenario())
 
 
-def serve_for_ever(directory: str) -> None:
+def serve_for_ever(directory: str, identity: str) -> None:
     """Another process that answers as node b, until the test ends it."""
 
     async def serve() -> None:
-        async with agent("b", Path(directory), limits=OFTEN) as b:
+        async with agent(
+            "b", Path(directory), limits=OFTEN, access=Access(TLS.token, identity)
+        ) as b:
             print(json.dumps(dataclasses.asdict(b.member)), flush=True)
             await asyncio.Event().wait()
 
@@ -486,9 +506,9 @@ def serve_for_ever(directory: str) -> None:
 @pytest.fixture
 def process(tmp_path: Path) -> Any:
     """Node b in a separate process, and its port."""
-    code = "import sys; from tests.membership.test_links import serve_for_ever; serve_for_ever(sys.argv[1])"
+    code = "import sys; from tests.membership.test_links import serve_for_ever; serve_for_ever(*sys.argv[1:])"
     started = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path), TLS.identity],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -579,29 +599,6 @@ def test_stuck_connection_is_replaced(
             assert not a.knows(b).refused
 
     run(scenario())
-
-
-# ---- the token ---------------------------------------------------------------------------------------
-
-
-def test_agents_that_start_together_share_one_token(tmp_path: Path) -> None:
-    """Agents that start at the same time all use the same secret, and it is long."""
-    found: list[str] = []
-    start = threading.Barrier(8)
-
-    def come() -> None:
-        store = open_store(f"file://{tmp_path}")
-        start.wait()
-        found.append(run_token(store))
-
-    threads = [threading.Thread(target=come) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    assert set(found) == {(tmp_path / TOKEN_KEY).read_text()}
-    assert len(found[0]) >= 32
 
 
 def test_status_page_has_every_field() -> None:

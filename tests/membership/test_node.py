@@ -19,11 +19,11 @@ from elastic_pt.config import ElasticSection
 from elastic_pt.errors import ConfigError, NodeFailure
 from elastic_pt.membership.decision.settled import Settled
 from elastic_pt.membership.decision.status import Held, Limits, NodeStatus, StartTimes
-from elastic_pt.membership.links import run_token
 from elastic_pt.membership.node import Formed, Left, Node, new_member, new_node
 from elastic_pt.membership.pulse import KEY
 from elastic_pt.membership.resources import InMemoryStates, NothingInMemory, Resources
 from elastic_pt.membership.tcp_store import bind_store
+from elastic_pt.runlog.access import join_access
 from elastic_pt.runlog.log import RunLog
 from elastic_pt.runlog.records import CauseKind, Checkpoint, Commit, InMemory, Recovery, Stop
 from tests.membership.bucket import WatchedStore
@@ -72,7 +72,7 @@ def make_node(bucket: WatchedStore) -> Iterator[Callable[..., Node]]:
                     on_drain=on_drain,
                     states=states or NothingInMemory(),
                 ),
-                run_token(bucket),
+                join_access(bucket, "test", tls=True),
             )
             node.start()
             stack.callback(node.leave)
@@ -338,7 +338,7 @@ def test_a_node_that_differs_is_refused_with_the_field(make_node: Callable[..., 
     stranger = make_node("b", fingerprint=FINGERPRINT | {"torch": "2.14"})
     with pytest.raises(
         ConfigError,
-        match=r"^a refuses this node: torch = '2\.14', where the run has '2\.13'$",
+        match=r"^a refuses this node: torch = '2\.14', where the run has '2\.13'; expected the same on all nodes",
     ):
         stranger.await_generation()
     assert asked == []

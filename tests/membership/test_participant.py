@@ -295,7 +295,8 @@ def test_a_node_that_differs_is_refused_by_the_members(fleet: Fleet) -> None:
     fleet.pass_time(3 * TICK_S)
     assert isinstance(fleet.nodes["c"].refusal, ConfigError)
     assert str(fleet.nodes["c"].refusal).endswith(
-        "refuses this node: torch = '2.14', where the run has '2.13'"
+        "refuses this node: torch = '2.14', where the run has '2.13'; "
+        "expected the same on all nodes (docs/upgrading.md)"
     )
     assert all(fleet.nodes[name].refusal is None for name in "abd")
 
@@ -326,7 +327,7 @@ def test_only_members_refuse_after_the_first_generation(fleet: Fleet) -> None:
     assert m.message_to("b1", asks=False).refusal == ""
     m.received(Message(99, 0, True, waiting("m2", fingerprint={"code": "2"})))
     world = dataclasses.replace(
-        fleet.log.generations[-1], number=2, members=(member("m"), member("m2"))
+        fleet.log.generations[-1], number=2, members=(member("m"), member("m2")), slots=(4, 4)
     )
     RunLog(fleet.bucket, writer="m").append(lambda _: world, generation=1)
     assert m.message_to("m21", asks=False).refusal != ""

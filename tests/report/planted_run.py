@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ class PlantedRun:
     ) -> None:
         """A GENERATION and its RECOVERY."""
         self.number += 1
-        members = tuple(Member(each, f"{each}{life}", "10.0.0.1", 1, 1, workers) for each in nodes)
+        members = tuple(
+            Member(each, re.sub(r"[^\w.-]", "-", f"{each}{life}"), "10.0.0.1", 1, 1, workers)
+            for each in nodes
+        )
         resume = self._kept[0] if self._kept else None
         reason = "; ".join(map(str, causes)) or "the start"
         slots = tuple(4 for _ in members)

@@ -146,6 +146,17 @@ def test_settings_that_do_not_affect_the_bits_may_differ(store: Store) -> None:
     assert fingerprint(other, DATA, PLATFORM) == fingerprint(config(), DATA, PLATFORM)
 
 
+def test_nodes_with_other_links_are_refused(store: Store) -> None:
+    """Nodes with and without TLS would never meet. A run of a version without the key has the default."""
+    agree_on_identity(store, config("elastic.tls=false"), DATA, PLATFORM)
+    agree_on_identity(store, config("elastic.tls=false"), DATA, PLATFORM)
+    with pytest.raises(ConfigError, match=r"elastic\.tls = true: the run at .* has false"):
+        agree_on_identity(store, config(), DATA, PLATFORM)
+    recorded = store.read(CONFIG_KEY).decode()
+    store.write(CONFIG_KEY, recorded.replace("tls = false\n", "").encode())
+    agree_on_identity(store, config(), DATA, PLATFORM)
+
+
 def test_native_runs_do_not_compare_the_platform(store: Store) -> None:
     """Without exact numerics there are no bits to keep, so torch and processor may differ."""
     native = config("train.numerics='native'")

@@ -60,7 +60,8 @@ def test_only_a_generation_that_leaves_tokens_out_has_the_newest_schema() -> Non
     plain = generation("a")
     body = dataclasses.replace(plain, ignored=(IgnoredSpan(span(0, 64), 8),))
     records = [
-        Record(0, 1, "a", "n", "now", ORIGIN, {Kind.GENERATION: 0}, each) for each in (plain, body)
+        Record(0, 1, "a", "n", "2026-01-01T00:00:00+00:00", ORIGIN, {Kind.GENERATION: 0}, each)
+        for each in (plain, body)
     ]
     assert [json.loads(each.to_bytes())["schema"] for each in records] == [1, 3]
     for each in records:

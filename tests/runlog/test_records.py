@@ -69,7 +69,9 @@ BODIES: list[Body] = [
 
 def stored(body: Body) -> bytes:
     """A record as it is stored in the bucket."""
-    return Record(7, 4, "a", "n", "now", ORIGIN, {Kind.GENERATION: 6}, body).to_bytes()
+    return Record(
+        7, 4, "a", "n", "2026-01-01T00:00:00.000+00:00", ORIGIN, {Kind.GENERATION: 6}, body
+    ).to_bytes()
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
@@ -122,7 +124,9 @@ def test_only_a_log_with_a_request_has_the_newer_schema() -> None:
     plain = [each for each in BODIES[:-1] if each != PERMANENT]
     assert {json.loads(stored(each))["schema"] for each in plain} == {1}
     assert json.loads(stored(control))["schema"] == 2
-    later = Record(8, 4, "a", "n", "now", ORIGIN, {Kind.CONTROL: 7}, BODIES[5])
+    later = Record(
+        8, 4, "a", "n", "2026-01-01T00:00:00.000+00:00", ORIGIN, {Kind.CONTROL: 7}, BODIES[5]
+    )
     assert Record.from_bytes(later.to_bytes(), key="log/8").schema == 2
     other = stored(control).replace(b'"schema": 2', b'"schema": 4')
     with pytest.raises(LogDamaged, match="log/7: schema 4; expected 1, 2 or 3"):

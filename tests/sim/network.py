@@ -9,6 +9,7 @@ What happens when one end goes away depends on how:
     its process stands still                 bytes wait at the door; new ones are accepted, and not answered
 """
 
+import ipaddress
 import random
 from collections import deque
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Machine:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.address = f"10.0.0.{name}"
+        self.address = str(ipaddress.IPv6Address((0xFD << 120) | int.from_bytes(name.encode())))
         self.up = True
         self.listeners: dict[int, Any] = {}
         """The listeners, by port: anything with `accept(connection)` and `process`."""
@@ -175,7 +176,7 @@ class Network:
 
     def machine_at(self, address: str) -> Machine | None:
         """The machine with an address."""
-        return self.machines.get(address.removeprefix("10.0.0."))
+        return next((each for each in self.machines.values() if each.address == address), None)
 
     def is_cut(self, source: Machine, target: Machine) -> bool:
         """Whether packets from one machine do not get to the other one."""

@@ -144,3 +144,14 @@ def test_lost_race_leaves_no_file(store: LocalStore, tmp_path: Path) -> None:
     with pytest.raises(AlreadyExists):
         store.create("x", b"2")
     assert not list((tmp_path / "run" / UNFINISHED).iterdir())
+
+
+def test_what_is_below_secret_is_for_its_owner_alone(store: LocalStore, tmp_path: Path) -> None:
+    """Created or written, whatever the umask allows; other files have the modes of new ones."""
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode & 0o777
+    for folder, mode in (("secret", 0o600), ("log", usual)):
+        store.create(f"{folder}/created", b"1")
+        store.write(f"{folder}/written", b"2")
+        for path in (tmp_path / "run" / folder).iterdir():
+            assert path.stat().st_mode & 0o777 == mode & usual, path

@@ -321,3 +321,25 @@ def test_a_closed_standard_error_ends_nothing(monkeypatch: pytest.MonkeyPatch) -
         structlog.reset_defaults()
         with contextlib.suppress(OSError):
             full.close()
+
+
+class Unbuffered(io.StringIO):
+    """Notes each write, as the system call that it is where Python does not buffer (PYTHONUNBUFFERED)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+def test_an_event_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent and its workers share a standard error: a line and its end in two writes would mix with those of others."""
+    stream = Unbuffered()
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_events(EventContext("file:///run", "node"), EventOutput(log_format="json"))
+    structlog.get_logger("test").info("hello")
+    (written,) = stream.writes
+    assert written.endswith("}\n")

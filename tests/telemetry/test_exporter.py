@@ -13,12 +13,15 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from structlog.testing import capture_logs
 
+from elastic_pt.config import TelemetrySection
 from elastic_pt.errors import ConfigError
 from elastic_pt.telemetry import exporter
 from elastic_pt.telemetry.exporter import MetricsServer
+from elastic_pt.telemetry.protection import Protection
 
 TARGETS = [{"targets": ["10.0.0.7:9400"], "labels": {}}]
 DEADLINE_S = 10.0
+NONE = Protection(TelemetrySection())
 
 Serve = Callable[..., MetricsServer]
 
@@ -32,10 +35,12 @@ def serve() -> Iterator[Serve]:
             address: str = "127.0.0.1",
             discover: Callable[[str], Sequence[Mapping[str, Any]] | None] = lambda _: TARGETS,
             node_address: str = "10.0.0.7",
+            **telemetry: str,
         ) -> MetricsServer:
             registry = CollectorRegistry()
             Counter("elastic_pt_steps", "Steps.", registry=registry).inc(3)
-            server = MetricsServer(registry, address, 0, node_address)
+            protection = Protection(TelemetrySection(**telemetry))  # type: ignore[arg-type]
+            server = MetricsServer(registry, address, 0, node_address, protection)
             stack.callback(server.close)
             server.start(discover)
             return server
@@ -209,18 +214,18 @@ def test_a_port_in_use_is_named(serve: Serve) -> None:
     """F23: the error names the key, the port and what would be right."""
     taken = port_of(serve())
     with pytest.raises(ConfigError, match=rf"telemetry.metrics_port = {taken}: .*expected a free"):
-        MetricsServer(CollectorRegistry(), "127.0.0.1", taken, "127.0.0.1")
+        MetricsServer(CollectorRegistry(), "127.0.0.1", taken, "127.0.0.1", NONE)
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "no such name."])
 def test_an_address_of_another_machine_is_named(address: str) -> None:
     """The error names the key and the address."""
     with pytest.raises(ConfigError, match=f"telemetry.metrics_address = '{address}': .*expected"):
-        MetricsServer(CollectorRegistry(), address, 0, "127.0.0.1")
+        MetricsServer(CollectorRegistry(), address, 0, "127.0.0.1", NONE)
 
 
 def test_a_server_that_never_started_can_be_closed() -> None:
     """An agent that fails between binding and starting closes the port at once."""
-    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0, "127.0.0.1")
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0, "127.0.0.1", NONE)
     server.close()
-    MetricsServer(CollectorRegistry(), "127.0.0.1", port_of(server), "127.0.0.1").close()
+    MetricsServer(CollectorRegistry(), "127.0.0.1", port_of(server), "127.0.0.1", NONE).close()

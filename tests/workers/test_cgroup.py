@@ -113,3 +113,22 @@ def test_an_oom_kill_is_counted_and_another_kill_is_not(
             assert oom_kills.happened() is happens
         finally:
             child.kill()
+
+
+def test_limit_of_a_group_around_this_one_is_found(small_memory_group: Path) -> None:
+    """A process has the least limit of its own group and of those around it, such as that of its container."""
+    code = (
+        "from elastic_pt.workers.cgroup import read_limit; input(); "
+        "print(read_limit('memory', 'memory.max', 'memory.limit_in_bytes'))"
+    )
+    inner = small_memory_group / "inner"
+    inner.mkdir()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            (inner / "cgroup.procs").write_text(str(child.pid))
+            out, _ = child.communicate(b"\n", timeout=60)
+    finally:
+        inner.rmdir()
+    assert int(out) == LIMIT_BYTES

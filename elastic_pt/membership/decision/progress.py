@@ -10,9 +10,14 @@ A GENERATION records `reached_step` and `frontier_step`. Ledgers, counters, cost
 
 import json
 from collections.abc import Mapping
+from typing import Final
+
+from pydantic_core import from_json
 
 from elastic_pt.membership.decision.status import NodeStatus
 from elastic_pt.runlog.records import Generation
+
+_STEP_MAX: Final = 1 << 53
 
 
 def reached_step(generation: Generation, statuses: Mapping[str, NodeStatus]) -> int | None:
@@ -46,8 +51,9 @@ def pulse_bytes(generation: int, incarnation: str, count: int, step: int) -> byt
 def step_in_pulse(pulse: bytes | None, generation: int) -> int | None:
     """The step that this generation had reached by its pulse; None if the pulse does not tell."""
     try:
-        number, _, _, step = json.loads(pulse or b"")
+        number, _, _, step = from_json(pulse or b"")
     except (ValueError, TypeError):
         # There is none, an earlier version wrote it, or it is damaged: it is a hint only.
         return None
-    return step if number == generation and isinstance(step, int) else None
+    usable = isinstance(step, int) and 0 <= step <= _STEP_MAX
+    return step if number == generation and usable else None

@@ -134,11 +134,15 @@ def _copies(
 
 
 def _is_of(generation: Generation, held: Held) -> bool:
-    """Whether this state belongs to the lineage of the newest generation."""
+    """Whether this state belongs to the lineage of the newest generation, and has the workers that wrote it."""
     if held.generation == generation.number:
-        return True
+        return held.world_size == generation.world_size
     before = generation.memory
-    return before is not None and (held.generation, held.step) == (before.generation, before.step)
+    return (
+        before is not None
+        and (held.generation, held.step) == (before.generation, before.step)
+        and held.world_size == len(before.sources)
+    )
 
 
 def _fits(held: Held) -> bool:

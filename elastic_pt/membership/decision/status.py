@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import Field, FiniteFloat
 
 from elastic_pt.config import ElasticSection
-from elastic_pt.runlog.records import Cause, Member
+from elastic_pt.runlog.records import Cause, Incarnation, Member, Number, Seconds, Text
 
 MESH_NODES_MAX: Final = 32
 """Up to this many members, every member asks every other one. If there are more, members ask the leaders."""
@@ -15,6 +17,13 @@ LEADERS: Final = 2
 _FULL_PACE_NODES: Final = 512
 _INTERVALS_OF_SILENCE: Final = 3.5
 """The proof of life of a healthy member is up to two intervals old. The rest is a margin for late messages."""
+
+
+_Ranks = Annotated[int, Field(ge=0, le=99_999)]
+_NAMES_MAX: Final = 256
+_PEERS_MAX: Final = 4096
+_HELD_MAX: Final = 1024
+"""Most entries of lists in a status of another node, far above what any node says."""
 
 
 class NodePhase(StrEnum):
@@ -46,24 +55,24 @@ class Idle(StrEnum):
 class StartTimes:
     """The times of this node's workers up to the first step of `generation`, on the agent's clock."""
 
-    generation: int
-    start_s: float
-    group_s: float
-    restore_s: float
-    step_s: float
+    generation: Number
+    start_s: Seconds
+    group_s: Seconds
+    restore_s: Seconds
+    step_s: Seconds
 
 
 @dataclass(frozen=True)
 class Held:
     """Rows of one step that a node holds in memory: those of some workers of a generation."""
 
-    generation: int
-    step: int
-    first_rank: int
-    end_rank: int
-    world_size: int
+    generation: Number
+    step: Number
+    first_rank: _Ranks
+    end_rank: _Ranks
+    world_size: _Ranks
     """Workers of that generation: the state is whole once all their rows are held somewhere."""
-    age_s: float = 0.0
+    age_s: Seconds = 0.0
     """Seconds since these rows were complete here."""
 
 
@@ -71,11 +80,11 @@ class Held:
 class Unusable:
     """One copy of a worker's rows in memory that could not be read: none may be resumed from."""
 
-    generation: int
-    step: int
-    rank: int
+    generation: Number
+    step: Number
+    rank: Annotated[int, Field(ge=-1, le=99_999)]
     """-1: the rows of all workers do not fit together, so no copy of the state counts."""
-    holder: str
+    holder: Text
     """The incarnation of the node that holds the copy; empty with rank -1."""
 
 
@@ -85,35 +94,35 @@ class NodeStatus:
 
     member: Member
     phase: NodePhase
-    generation: int
+    generation: Number
     """The newest generation it knows."""
-    log_length: int
+    log_length: Number
     """Number of log records that it has read. A peer that has read fewer reads the rest."""
-    spent: int
+    spent: Number
     """The newest generation of which it has started and ended its workers; 0 if none."""
     failure: Cause | None
     """Why those workers ended; None after a planned stop."""
-    fingerprint: Mapping[str, str]
+    fingerprint: Annotated[Mapping[Text, Text], Field(max_length=_NAMES_MAX)]
     """Values that must be equal on all nodes, by name. Nodes that differ in one never train together."""
-    unreachable: tuple[str, ...] = ()
+    unreachable: Annotated[tuple[Incarnation, ...], Field(max_length=_PEERS_MAX)] = ()
     """Incarnations that should answer this node but do not."""
-    broken: int = 0
+    broken: Number = 0
     """The newest generation that it found broken itself."""
     leaving: bool = False
     """It has been asked to leave the run in good order."""
-    leave_reason: str = ""
+    leave_reason: Text = ""
     """Why it leaves, such as the notice of its platform; empty if nothing more is known."""
-    resting: str = ""
+    resting: Text = ""
     """Why it does not take part for some seconds: its own workers failed repeatedly."""
-    step: int = 0
-    loss: float | None = None
-    step_age_s: float | None = None
+    step: Number = 0
+    loss: FiniteFloat | None = None
+    step_age_s: Seconds | None = None
     """Seconds since its workers reported `step`; None before their first report."""
     start_times: StartTimes | None = None
-    metrics_url: str = ""
-    held: tuple[Held, ...] = ()
+    metrics_url: Text = ""
+    held: Annotated[tuple[Held, ...], Field(max_length=_HELD_MAX)] = ()
     """What it can give to a new generation, its own workers' rows first."""
-    unusable: tuple[Unusable, ...] = ()
+    unusable: Annotated[tuple[Unusable, ...], Field(max_length=_HELD_MAX)] = ()
     """Copies that its workers could not read."""
 
     @classmethod

@@ -5,7 +5,6 @@ history/ ─► Steps                      a few commits in memory at a time
 accounts, agents, manifests, data      as `goodput`, `status` and `checkpoints` read them
 """
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 from elastic_pt.config import Config
 from elastic_pt.data.manifest import read_manifest
-from elastic_pt.errors import ElasticPtError, NotFound
+from elastic_pt.errors import ConfigError, ElasticPtError, NotFound
 from elastic_pt.report.change import Change, End
 from elastic_pt.report.checkpoints import CheckpointReport, checkpoint_bytes, read_checkpoints
 from elastic_pt.report.explanation import explain
@@ -23,7 +22,7 @@ from elastic_pt.report.history import read_steps
 from elastic_pt.report.page.steps import Steps
 from elastic_pt.report.page.timeline import Timeline
 from elastic_pt.report.status import STORE_TIMEOUT_S, Run, RunStatus, State, read_status
-from elastic_pt.runlog.identity import CONFIG_KEY, IDENTITY_KEY
+from elastic_pt.runlog.identity import CONFIG_KEY, read_identity
 from elastic_pt.store.open import open_store
 from elastic_pt.store.port import Store
 from elastic_pt.telemetry.redaction import Redactor, secrets_in, without_credentials
@@ -130,7 +129,6 @@ def _settings(store: Store) -> str:
 
 
 def _identity(store: Store) -> dict[str, Any]:
-    with suppress(NotFound, ValueError):
-        found = json.loads(store.read(IDENTITY_KEY))
-        return found if isinstance(found, dict) else {}
+    with suppress(NotFound, ConfigError):
+        return read_identity(store)
     return {}
