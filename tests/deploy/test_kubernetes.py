@@ -1,9 +1,7 @@
 """The Kubernetes manifests say what the agent needs, with the fewest rights, in options that exist."""
 
-import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from elastic_pt.cli import app
 from elastic_pt.config import parse_config
 from elastic_pt.errors import CheckpointError, ConfigError, RunFailed
 
-FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kubernetes" / "base"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 MANIFESTS: dict[str, dict[str, Any]] = {
     document["kind"]: document
@@ -29,6 +28,7 @@ JOB = MANIFESTS["Job"]["spec"]
 POD = JOB["template"]["spec"]
 (AGENT,) = POD["containers"]
 LABELS = JOB["template"]["metadata"]["labels"]
+NAMESPACE = yaml.safe_load((FOLDER.parent / "namespace" / "namespace.yaml").read_text())
 FIELDS = {entry["name"]: entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in AGENT["env"]}
 
 
@@ -42,12 +42,13 @@ def test_every_manifest_is_listed_and_there() -> None:
     """`kubectl apply -k` applies all files of the folder, each of one kind."""
     files = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
     assert files == set(KUSTOMIZATION["resources"])
-    assert MANIFESTS.keys() == {"Namespace", "ServiceAccount", "Service", "NetworkPolicy", "Job"}
+    assert MANIFESTS.keys() == {"ServiceAccount", "Service", "NetworkPolicy", "Job"}
+    assert KUSTOMIZATION["namespace"] == NAMESPACE["metadata"]["name"]
 
 
 def test_pod_meets_the_restricted_standard() -> None:
     """The namespace enforces `restricted`, and the pod meets it: not root, no escalation, no capabilities."""
-    labels = MANIFESTS["Namespace"]["metadata"]["labels"]
+    labels = NAMESPACE["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     context, own = POD["securityContext"], AGENT["securityContext"]
     assert context["runAsNonRoot"] is True
@@ -112,46 +113,13 @@ def test_a_replaced_pod_is_the_same_node() -> None:
         "metadata.annotations['batch.kubernetes.io/job-completion-index']",
     ]
     assert JOB["completionMode"] == "Indexed"
-    # Kubernetes puts values in for $(NAME) only, in commands too; what is left is the shell's.
-    assert not any("$(" in word for word in AGENT["command"])
 
 
-def run_pod(folder: Path, agent: str) -> subprocess.Popen[str]:
-    """The container's command without its init, with a stand-in for the agent."""
-    program = folder / "elastic-pt"
-    program.write_text(f"#!/bin/sh\n{agent}\n")
-    program.chmod(0o755)
-    init, end_of_options, *command = AGENT["command"]
-    dockerfile = (FOLDER.parents[1] / "Dockerfile").read_text()
-    assert f'ENTRYPOINT ["{init}", "{end_of_options}", "elastic-pt"]' in dockerfile
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    return subprocess.Popen(
-        [*command, "run", "a b"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.parametrize("code", [0, 2, 3, 6, 7])
-def test_the_end_of_the_agent_is_the_end_of_the_pod(tmp_path: Path, code: int) -> None:
-    """The agent gets the arguments as they are, and its exit code is the container's."""
-    pod = run_pod(tmp_path, f'echo "$1,$2,$#"; exit {code}')
-    assert pod.communicate(timeout=30)[0] == "run,a b,2\n"
-    assert pod.returncode == code
-
-
-@pytest.mark.parametrize(("agent", "pod_ends_with"), [(0, 143), (3, 3), (143, 143)])
-def test_a_pod_that_had_to_leave_has_not_completed_its_index(
-    tmp_path: Path, agent: int, pod_ends_with: int
-) -> None:
-    """SIGTERM reaches the agent, which is waited for; the Job must not take its good end for the end of the run."""
-    pod = run_pod(
-        tmp_path,
-        f"trap 'echo left; exit {agent}' TERM; echo up; while :; do sleep 0.05; done",
-    )
-    assert pod.stdout is not None
-    assert pod.stdout.readline() == "up\n"
-    pod.send_signal(signal.SIGTERM)
-    assert pod.communicate(timeout=30)[0] == "left\n"
-    assert pod.returncode == pod_ends_with
+def test_the_agent_is_the_container_and_no_shell_is_between() -> None:
+    """The image's own entry point is used: an init that hands signals to the agent."""
+    assert "command" not in AGENT
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["/usr/bin/tini", "--", "elastic-pt"]' in dockerfile
 
 
 def test_config_and_overrides_are_accepted() -> None:
@@ -175,9 +143,14 @@ def test_a_lost_node_is_replaced_and_a_mistake_is_not() -> None:
     assert JOB["completionMode"] == "Indexed"
     assert JOB["completions"] == JOB["parallelism"]
     assert POD["restartPolicy"] == "Never"
-    disruption, mistake = JOB["podFailurePolicy"]["rules"]
+    disruption, left, mistake = JOB["podFailurePolicy"]["rules"]
     assert disruption["action"] == "Ignore"
     assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert left["action"] == "Ignore"
+    (code,) = options("--left-code")
+    # The alarm ends an agent that could not leave in time.
+    assert left["onExitCodes"]["values"] == [128 + signal.SIGALRM, int(code)]
+    assert int(code) == 128 + signal.SIGTERM
     assert mistake["action"] == "FailIndex"
     final = [ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code]
     assert mistake["onExitCodes"]["operator"] == "In"

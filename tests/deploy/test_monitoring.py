@@ -16,7 +16,8 @@ FOLDER = ROOT / "deploy" / "monitoring"
 PROMETHEUS = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-JOB = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "job.yaml").read_text())
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+JOB = yaml.safe_load((KUBERNETES / "base" / "job.yaml").read_text())
 
 
 @pytest.fixture
@@ -138,10 +139,8 @@ def test_intervals_agree() -> None:
 
 def test_the_pod_monitor_finds_the_pods_of_the_job() -> None:
     """Namespace, labels and the port's name are those of deploy/kubernetes; the instance is the pod."""
-    monitor = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())
-    kustomization = yaml.safe_load(
-        (ROOT / "deploy" / "kubernetes" / "kustomization.yaml").read_text()
-    )
+    monitor = yaml.safe_load((KUBERNETES / "components/podmonitor/podmonitor.yaml").read_text())
+    kustomization = yaml.safe_load((KUBERNETES / "base" / "kustomization.yaml").read_text())
     assert monitor["metadata"]["namespace"] == kustomization["namespace"]
     template = JOB["spec"]["template"]
     wanted = monitor["spec"]["selector"]["matchLabels"].items()

@@ -1,4 +1,4 @@
-"""The batch script, run by bash with stand-ins for the commands it calls."""
+"""The batch script, run by bash with stand-ins for the commands it calls. `chaos_tests/test_slurm.py` runs it on a Slurm."""
 
 import inspect
 import os
@@ -12,7 +12,8 @@ import pytest
 from elastic_pt import errors
 from elastic_pt.errors import CheckpointError, ConfigError, ElasticPtError, RunFailed
 
-FINAL = (0, ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code)
+LEFT = (0, *(128 + each for each in (signal.SIGINT, signal.SIGALRM, signal.SIGTERM)))
+FINAL = (*LEFT, ConfigError.exit_code, CheckpointError.exit_code, RunFailed.exit_code)
 KNOWN = {
     each.exit_code
     for _, each in inspect.getmembers(errors, inspect.isclass)
@@ -20,7 +21,8 @@ KNOWN = {
 }
 PASSING = sorted({*KNOWN, 128 + signal.SIGKILL, 99} - {*FINAL})
 SCRIPT = Path(__file__).parents[2] / "deploy" / "slurm" / "elastic_pt.sbatch"
-AGENT = """trap 'echo agent stopped; exit 143' TERM
+AGENT = """trap 'echo agent told by TERM' TERM
+trap 'echo agent stopped; exit 0' USR1
 echo agent "$@"
 lives=$(cat "$0.lives" 2>/dev/null || echo 0)
 echo $((lives + 1)) > "$0.lives"
@@ -129,18 +131,77 @@ def test_what_may_go_better_is_started_again_after_a_growing_pause(start: Start,
     assert script.returncode == 0
 
 
-def test_before_the_time_limit_the_job_is_queued_again(start: Start) -> None:
-    """USR1 stops the agent first and then requeues this task."""
-    assert lines_after(start("run.toml"), signal.SIGUSR1) == (
-        ["agent stopped", "scontrol requeue 77"],
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_agent_leaves_and_this_task_alone_is_queued_again(
+    start: Start, sent: signal.Signals
+) -> None:
+    """The agent gets no second SIGTERM beside Slurm's own. SLURM_JOB_ID may name the whole array, so it is not used."""
+    assert lines_after(start("run.toml"), sent) == (
+        ["agent stopped", "scontrol requeue incomplete 75_2"],
         0,
     )
 
 
-def test_after_preemption_or_scancel_slurm_decides(start: Start) -> None:
-    """TERM stops the agent and requeues nothing: the script waits for what Slurm does with the job."""
-    lines, _ = lines_after(start("run.toml"), signal.SIGTERM)
-    assert lines == ["agent stopped", "sleep infinity"]
+def test_a_job_without_an_array_is_queued_again_by_its_id(start: Start) -> None:
+    """`sbatch --array` is not the only way to submit the script."""
+    script = start("run.toml", SLURM_ARRAY_JOB_ID="", SLURM_ARRAY_TASK_ID="")
+    lines, _ = lines_after(script, signal.SIGUSR1)
+    assert lines[-1] == "scontrol requeue incomplete 77"
+
+
+def test_requeueing_is_tried_until_slurm_answers(start: Start, tmp_path: Path) -> None:
+    """While slurmctld does not answer, the job waits: a script that ended now would count as completed."""
+    (tmp_path / "scontrol").write_text(
+        '#!/usr/bin/env bash\necho scontrol "$@"\nrm "$0.down" 2>/dev/null && exit 1\nexit 0\n'
+    )
+    (tmp_path / "scontrol.down").touch()
+    lines, code = lines_after(start("run.toml"), signal.SIGUSR1)
+    tried = "scontrol requeue incomplete 75_2"
+    assert (lines, code) == (["agent stopped", tried, "sleep 5", tried], 0)
+
+
+def test_limits_of_a_login_node_are_raised(start: Start, tmp_path: Path) -> None:
+    """Slurm passes on the soft limit of open files of the shell that called sbatch; the agent gets the hard one."""
+    (tmp_path / "elastic-pt").write_text("#!/usr/bin/env bash\nulimit -S -n\nulimit -H -n\n")
+    script = start("run.toml")
+    soft, hard = script.communicate(timeout=30)[0].split()
+    assert soft == hard
+
+
+@pytest.mark.parametrize(
+    ("four", "six", "expected"),
+    [
+        ("10.1.2.3/16 brd 10.1.255.255 scope global ib0", "fd00::7/64", "10.1.2.3"),
+        ("", "fd00::7/64 scope global", "fd00::7"),
+    ],
+)
+def test_the_address_is_that_of_the_interface(
+    start: Start, tmp_path: Path, four: str, six: str, expected: str
+) -> None:
+    """The IPv4 address of ELASTIC_PT_INTERFACE, or where it has none the global IPv6 address."""
+    answer = f'case "$*" in *-4*) [ -z "{four}" ] || echo "2: ib0 inet {four}" ;; *) echo "2: ib0 inet6 {six}" ;; esac\n'
+    (tmp_path / "ip").write_text(f"#!/usr/bin/env bash\n{answer}")
+    script = start("run.toml", ends_with="0", ELASTIC_PT_INTERFACE="ib0")
+    assert script.communicate(timeout=30)[0].split()[-2:] == ["--address", expected]
+
+
+def test_an_interface_without_an_address_is_refused(start: Start, tmp_path: Path) -> None:
+    """The message names the variable and the interface, with the exit code of a user's mistake."""
+    (tmp_path / "ip").write_text("#!/usr/bin/env bash\nexit 1\n")
+    script = start("run.toml", ELASTIC_PT_INTERFACE="ib7")
+    out, error = script.communicate(timeout=30)
+    assert (out, script.returncode) == ("", 2)
+    assert error.startswith("ELASTIC_PT_INTERFACE=ib7: no address on ")
+
+
+def test_a_missing_program_is_refused(start: Start, tmp_path: Path) -> None:
+    """As with `--export=NONE`: the script says what sbatch has to pass on, and does not try for ever."""
+    (tmp_path / "elastic-pt").unlink()
+    script = start("run.toml", PATH=f"{tmp_path}:/usr/bin:/bin")
+    _, error = script.communicate(timeout=30)
+    assert script.returncode == 2
+    assert error.startswith(f"PATH={tmp_path}:/usr/bin:/bin on ")
+    assert error.endswith("(--export=ALL)\n")
 
 
 def test_a_run_must_be_named(start: Start) -> None:

@@ -27,6 +27,7 @@ from tests.services.prometheus import Alertmanager, Prometheus
 
 SERVICES = Path(__file__).parents[2] / "services"
 MOTO_SERVER = SERVICES / "moto-venv" / "bin" / "moto_server"
+CLOUDS_PYTHON = SERVICES / "clouds-venv" / "bin" / "python"
 EXTRAS_PYTHON = SERVICES / "extras-venv" / "bin" / "python"
 
 
@@ -75,6 +76,14 @@ def extras_python() -> str:
     if not EXTRAS_PYTHON.exists():
         left_out("tests of the extras grafana and wandb")
     return str(EXTRAS_PYTHON)
+
+
+@pytest.fixture(scope="session")
+def clouds_python() -> str:
+    """The Python of the environment that has SkyPilot and the readers of cloud policies."""
+    if not CLOUDS_PYTHON.exists():
+        left_out("tests of SkyPilot's own parser, and of the policies for Google and Azure")
+    return str(CLOUDS_PYTHON)
 
 
 @pytest.fixture(scope="session")
