@@ -102,7 +102,7 @@ def pid_of(node: str) -> int:
 def member(node: str, *, pid: int = 0) -> Member:
     """Its incarnation is the node's name and the process."""
     pid = pid or pid_of(node)
-    return Member(node, f"{node}/{pid}", "127.0.0.1", 1, pid, 1)
+    return Member(node, f"{node}.{pid}", "127.0.0.1", 1, pid, 1)
 
 
 def checkpoint(step: int, generation: int = 1) -> Checkpoint:
