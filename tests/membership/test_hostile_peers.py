@@ -219,49 +219,45 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(each)
 
 
-@pytest.fixture(scope="module")
-def received() -> dict[str, int]:
-    """How many messages there were, and how many passed the parser."""
-    return {"all": 0, "read": 0}
-
-
-@settings(
-    max_examples=ROUNDS,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
-@given(sent=st.lists(_SENT, min_size=MESSAGES, max_size=MESSAGES))
-def test_no_message_ends_an_agent(sent: list[Any], received: dict[str, int]) -> None:
+def test_no_message_ends_an_agent() -> None:
     """10,000 messages of a node of the run, changed in all places, raise nothing, store no endless data, forge no line."""
-    fleet = Fleet(WatchedStore(open_store(f"memory://hostile-{received['all']}")))
-    fleet.form("a", "b")
-    victim = fleet.nodes["a"]
-    with structlog.testing.capture_logs() as events:
-        for number, each in enumerate(sent):
-            received["all"] += 1
-            message = message_in(frame(*each))
-            if message is not None:
-                received["read"] += 1
-                victim.received(message)
-                victim.message_to(message.status.member.incarnation, asks=False)
-            if number % TURN_EVERY == 0:
-                fleet.now_s += 0.2
-                victim.turn()
-                victim.known.endpoints()
-                victim.known.staying()
-                victim.known.others_can_go_on()
-                victim.node_states()
-    assert victim.refusal is None, "a member is refused by nobody"
-    assert len(victim.table.peers) <= 8
-    assert all(each.isprintable() for event in events for each in strings(event))
-    assert all(each.isprintable() for record in fleet.records() for each in strings(vars(record)))
+    received = {"all": 0, "read": 0}
 
+    @settings(
+        max_examples=ROUNDS,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(sent=st.lists(_SENT, min_size=MESSAGES, max_size=MESSAGES))
+    def attack(sent: list[Any]) -> None:
+        fleet = Fleet(WatchedStore(open_store(f"memory://hostile-{received['all']}")))
+        fleet.form("a", "b")
+        victim = fleet.nodes["a"]
+        with structlog.testing.capture_logs() as events:
+            for number, each in enumerate(sent):
+                received["all"] += 1
+                message = message_in(frame(*each))
+                if message is not None:
+                    received["read"] += 1
+                    victim.received(message)
+                    victim.message_to(message.status.member.incarnation, asks=False)
+                if number % TURN_EVERY == 0:
+                    fleet.now_s += 0.2
+                    victim.turn()
+                    victim.known.endpoints()
+                    victim.known.staying()
+                    victim.known.others_can_go_on()
+                    victim.node_states()
+        assert victim.refusal is None, "a member is refused by nobody"
+        assert len(victim.table.peers) <= 8
+        assert all(each.isprintable() for event in events for each in strings(event))
+        assert all(
+            each.isprintable() for record in fleet.records() for each in strings(vars(record))
+        )
 
-def test_the_fuzzed_messages_are_not_all_refused(received: dict[str, int]) -> None:
-    """Enough of them pass the parser to reach what is behind it."""
-    if not received["all"]:
-        pytest.skip("runs after the test above")
+    attack()
+    # Enough of them pass the parser to reach what is behind it.
     assert received["all"] >= MESSAGES * ROUNDS
     assert received["read"] > received["all"] / 10
