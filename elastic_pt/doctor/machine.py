@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from elastic_pt import __version__
 from elastic_pt.checkpoint.footprint import footprint
 from elastic_pt.config import Config
 from elastic_pt.data.cache import cache_directory
@@ -122,7 +122,7 @@ def local_checks(path: Path, needs: Needs | None) -> Iterator[Check]:
 
 def versions() -> Check:
     """Versions of this program, torch and Python."""
-    ours, python, found = version("elastic-pt"), platform.python_version(), torch.__version__
+    ours, python, found = __version__, platform.python_version(), torch.__version__
     return judged(
         "versions",
         tuple(int(part) for part in found.split(".")[:2]) >= TORCH_MIN,

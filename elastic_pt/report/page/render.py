@@ -1,12 +1,12 @@
 """The page as HTML: the model and its drawings in the template. Pure, except that template and style are files of the package."""
 
-from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from elastic_pt import __version__
 from elastic_pt.report.page.drawing import Size, draw_chart, draw_lanes
 from elastic_pt.report.page.model import Page
 from elastic_pt.report.page.parts import Figure
@@ -29,9 +29,7 @@ def fill(template: str, **values: Any) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup(files(__package__).joinpath(_STYLE).read_text(encoding="utf-8"))
-    return environment.from_string(template).render(
-        **values, style=style, version=version("elastic-pt")
-    )
+    return environment.from_string(template).render(**values, style=style, version=__version__)
 
 
 def _draw(figure: Figure, size_name: str) -> Markup:
