@@ -12,7 +12,7 @@ import pytest
 from elastic_pt.checkpoint.history import read_history
 from elastic_pt.checkpoint.nodes import NodeNotice, NodeRecord, RootManifest
 from elastic_pt.data.manifest import MANIFEST_KEY, Page, page_shards, read_manifest
-from elastic_pt.errors import ElasticPtError
+from elastic_pt.errors import ElasticPtError, StoreError
 from elastic_pt.membership.decision.progress import step_in_pulse
 from elastic_pt.membership.lobby import LOBBY, members_in
 from elastic_pt.membership.pulse import KEY as PULSE
@@ -304,6 +304,43 @@ def test_no_link_leads_a_writer_outside(tmp_path: Path, outside: Path) -> None:
     # A link in the place of an object is replaced.
     store.write("pulse.json", b"x")
     assert not (tmp_path / "run" / "pulse.json").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["outside", "log", "file", "nowhere"])
+def test_the_folder_of_unfinished_files_is_a_directory_itself(
+    tmp_path: Path, outside: Path, place: str
+) -> None:
+    """What is old in it is removed, so a link in its place would have files removed elsewhere."""
+    store = open_store(f"file://{tmp_path / 'run'}")
+    store.write("log/a", b"1")
+    folder = tmp_path / "run" / ".elastic-pt-unfinished"
+    folder.rmdir()
+    old = [outside / "canary", tmp_path / "run" / "log" / "a"]
+    for each in old:
+        os.utime(each, (0, 0))
+    if place == "file":
+        folder.write_bytes(b"")
+    else:
+        targets = {"outside": outside, "log": tmp_path / "run" / "log", "nowhere": tmp_path / "x"}
+        folder.symlink_to(targets[place])
+    fresh = open_store(store.url)
+    for use in (lambda: fresh.write("b", b"1"), lambda: fresh.create("c", b"1")):
+        with pytest.raises(StoreError, match=r"unfinished: is a symbolic link or a file; expected"):
+            use()
+    assert all(each.exists() for each in old)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "0" * 31, "G" * 32])
+def test_only_unfinished_files_are_removed(tmp_path: Path, name: str) -> None:
+    """A file of another name stays, however old it is."""
+    store = open_store(f"file://{tmp_path / 'run'}")
+    store.write("a", b"1")
+    folder = tmp_path / "run" / ".elastic-pt-unfinished"
+    for each in (name, "0" * 32):
+        (folder / each).write_bytes(b"")
+        os.utime(folder / each, (0, 0))
+    open_store(store.url).write("b", b"1")
+    assert [each.name for each in folder.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/tty", "pipe", "/"])

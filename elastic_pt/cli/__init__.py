@@ -35,13 +35,13 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from typing import Annotated, Any, Final
 
 import structlog
 import typer
 from typer.exceptions import TyperException
 
+from elastic_pt import __version__
 from elastic_pt.cli import (
     chaos,
     chaos_live,
@@ -155,7 +155,7 @@ _add_group(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"elastic-pt {version('elastic-pt')}")
+        typer.echo(f"elastic-pt {__version__}")
         raise typer.Exit
 
 

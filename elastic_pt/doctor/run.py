@@ -3,14 +3,13 @@
 Command line's process.
 """
 
-import json
 from collections.abc import Mapping
 
 from elastic_pt.config import INTRODUCED, Config
 from elastic_pt.data.manifest import Manifest
 from elastic_pt.doctor.check import Check, judged
-from elastic_pt.errors import NotFound
-from elastic_pt.runlog.identity import IDENTITY_KEY, differing_names, identity_of, platform_in
+from elastic_pt.errors import ConfigError, NotFound
+from elastic_pt.runlog.identity import differing_names, identity_of, platform_in, read_identity
 from elastic_pt.runlog.log import RunView
 from elastic_pt.runlog.records import COMPLETED
 from elastic_pt.store.port import Store
@@ -42,10 +41,13 @@ def identity(
 
     The probe of the platform is left out: the agent computes it at its start.
     """
+    expected = "the values that the run was started with"
     try:
-        theirs = json.loads(store.read(IDENTITY_KEY))
+        theirs = read_identity(store)
     except NotFound:
         return None
+    except ConfigError as error:
+        return Check("identity", False, str(error), expected, "restore the object from a copy")
     mine = identity_of(config, data, platform)
     names = {name for name in mine.keys() | theirs.keys() if "." in name and name != _ORDER}
     differs = [
@@ -65,7 +67,7 @@ def identity(
         "identity",
         not differs,
         "; ".join(differs) or "the same configuration, data and platform as the run",
-        "the values that the run was started with",
+        expected,
         "start this node with the run's URL and the same environment; for another run choose another run.url; "
         "for another platform: elastic-pt reopen RUN_URL --platform --why TEXT",
     )

@@ -30,6 +30,7 @@ from elastic_pt.membership.peers import MESSAGE, STATUS, Message
 from elastic_pt.membership.resources import Answer
 from elastic_pt.runlog.access import Access
 from elastic_pt.runlog.records import Member
+from elastic_pt.telemetry.http_log import http_logger
 
 _MESSAGE_BYTES_MAX: Final = 256 * 1024
 _REFUSALS_UNTIL_GONE: Final = 2
@@ -108,6 +109,7 @@ class Links:
         self._runner = web.AppRunner(
             application,
             access_log=None,
+            logger=http_logger(),
             shutdown_timeout=_CLOSING_S,
             keepalive_timeout=_KEPT_S,
             auto_decompress=False,

@@ -24,6 +24,7 @@ from aiohttp import web
 from elastic_pt.notices.http import json_object
 from elastic_pt.notices.message import Message, id_of, parse_message
 from elastic_pt.notices.notice import Announcement, SourceError
+from elastic_pt.telemetry.http_log import http_logger
 
 PATH: Final = "/v1/notices"
 TIMESTAMP: Final = "X-Elastic-PT-Timestamp"
@@ -87,7 +88,9 @@ class Webhook:
     async def _listen(self) -> None:
         application = web.Application(client_max_size=_BODY_BYTES_MAX)
         application.add_routes([web.post(PATH, self._take)])
-        runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_S)
+        runner = web.AppRunner(
+            application, access_log=None, logger=http_logger(), shutdown_timeout=_CLOSING_S
+        )
         await runner.setup()
         try:
             await web.TCPSite(runner, self._address, self._port).start()

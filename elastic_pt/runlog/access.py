@@ -6,9 +6,9 @@
     authority ─► issue ─► Access: the token, and a certificate of this process ─► `server_context`, `client_context`
 
 The first agent of a run creates both objects. They have a prefix of their own, so that a policy of the bucket can keep
-them from those who only read checkpoints (docs/deployment/buckets.md). Each process that reads the authority issues a
-certificate to itself, and accepts no peer without one: TLS 1.3, both ways. Who may read `secret/` is a node of the run;
-nothing else tells nodes apart. Certificates never expire, because clocks of spot machines may be wrong; a run ends first.
+them from readers of checkpoints (docs/deployment/buckets.md). Each process that reads the authority issues a
+certificate to itself, and accepts no peer without one: TLS 1.3, both ways. A process that can read `secret/` counts as a node of the
+run; nothing else tells nodes apart. Certificates never expire, because clocks of spot machines may be wrong; a run ends first.
 """
 
 import datetime

@@ -12,6 +12,7 @@ outside of the root.
 import contextlib
 import errno
 import os
+import re
 import stat
 import time
 import uuid
@@ -38,6 +39,7 @@ from elastic_pt.store.port import (
 
 UNFINISHED = ".elastic-pt-unfinished"
 ABANDONED_AFTER_S = 3600.0
+_UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
 
 # Errors of `link` on FAT and on most buckets that are mounted through FUSE.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -151,7 +153,7 @@ class LocalStore:
         self, what: str, key: str, source: Source, publish: Callable[[Path, Path], None]
     ) -> None:
         path = self._path(key)
-        mode = 0o600 if key.startswith(PRIVATE) else 0o666
+        mode, folder_mode = (0o600, 0o700) if key.startswith(PRIVATE) else (0o666, 0o777)
         self._require_inside(path)
         with self._errors(what), self._finished(source, mode) as finished:
             for left in reversed(range(_PUBLISH_ATTEMPTS)):
@@ -159,7 +161,7 @@ class LocalStore:
                     new = [
                         each for each in (path.parent, *path.parent.parents) if not each.exists()
                     ]
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.parent.mkdir(folder_mode, parents=True, exist_ok=True)
                     publish(finished, path)
                     failpoint(Failpoint.OBJECT_PUBLISHED)
                     # A new directory is durable only after an fsync of its parent.
@@ -184,8 +186,7 @@ class LocalStore:
     @contextlib.contextmanager
     def _finished(self, source: Source, mode: int) -> Iterator[Path]:
         """Yield a synced file with the content of `source`; remove it afterwards unless it was renamed."""
-        making = self._root / UNFINISHED
-        making.mkdir(parents=True, exist_ok=True)
+        making = self._making()
         if not self._swept:
             self._swept = True
             _remove_abandoned(making, time.time())
@@ -204,6 +205,17 @@ class LocalStore:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+    def _making(self) -> Path:
+        """The folder of unfinished files: a directory itself, because what is old in it is removed."""
+        making = self._root / UNFINISHED
+        with contextlib.suppress(FileExistsError):
+            making.mkdir(parents=True, exist_ok=True)
+        if making.is_symlink() or not making.is_dir():
+            raise StoreError(
+                f"{making}: is a symbolic link or a file; expected a directory: remove it, and it is made again"
+            )
+        return making
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -230,7 +242,10 @@ class LocalStore:
 def _remove_abandoned(making: Path, now_s: float) -> None:
     for path in making.iterdir():
         with contextlib.suppress(OSError):
-            if now_s - path.stat().st_mtime > ABANDONED_AFTER_S:
+            if (
+                _UNFINISHED_NAME.fullmatch(path.name)
+                and now_s - path.lstat().st_mtime > ABANDONED_AFTER_S
+            ):
                 path.unlink()
 
 

@@ -2,9 +2,9 @@
 
     elastic_pt.config             ─► values.schema.json of the chart, the part about `config`
     deploy/monitoring/*rules.yml  ─► the chart's rules, and the PrometheusRule of the kustomize component
+    dashboards/*.json             ─► the chart's dashboards, each in one line
 
-A chart and a kustomization read no file outside their folders, so these are copies. A test compares them. The chart's
-dashboards are links, which helm follows.
+A chart and a kustomization read no file outside their folders, so these are copies. A test compares them.
 """
 
 import json
@@ -46,7 +46,15 @@ def files() -> dict[Path, str]:
         SCHEMA: schema(json.loads(SCHEMA.read_text())),
         CHART / "files" / "rules.yaml": written + as_yaml(rules),
         RULE: written + as_yaml(rule),
+    } | {
+        CHART / "files" / "dashboards" / path.name: one_line(path)
+        for path in sorted((ROOT / "dashboards").glob("*.json"))
     }
+
+
+def one_line(path: Path) -> str:
+    """The JSON of a file without spaces."""
+    return json.dumps(json.loads(path.read_text()), separators=(",", ":")) + "\n"
 
 
 def rule_files() -> list[Path]:

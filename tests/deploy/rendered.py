@@ -37,10 +37,14 @@ _NoRepeatedKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def objects(text: str) -> Objects:
-    """The objects in a text of several YAML documents."""
+    """The objects in a text of several YAML documents. JSON in them is without spaces: only its meaning counts."""
     found = [each for each in yaml.load_all(text, _NoRepeatedKeys) if each]
     named = {(each["kind"], each["metadata"]["name"]): each for each in found}
     assert len(named) == len(found)
+    for each in found:
+        for name, content in each.get("data", {}).items():
+            if name.endswith(".json"):
+                each["data"][name] = json.dumps(json.loads(content))
     return named
 
 

@@ -15,6 +15,11 @@ import yaml
 from elastic_pt import __version__
 
 ROOT = Path(__file__).parents[2]
+REPEATING = (
+    "deploy/cloud-init/user-data.yaml",
+    "docs/deployment/kubernetes.md",
+    "docs/releasing.md",
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,13 @@ def test_one_version_everywhere() -> None:
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "elastic_pt.__version__"}
     assert f"ARG VERSION={__version__}\n" in (ROOT / "Dockerfile").read_text()
     for chart in ROOT.glob("deploy/helm/*/Chart.yaml"):
-        assert str(yaml.safe_load(chart.read_text())["appVersion"]) == __version__, chart
+        told = yaml.safe_load(chart.read_text())
+        assert (told["appVersion"], told["version"]) == (__version__, __version__), chart
+    base = yaml.safe_load((ROOT / "deploy/kubernetes/base/kustomization.yaml").read_text())
+    assert [image["newTag"] for image in base["images"]] == [__version__]
+    for page in REPEATING:
+        told = set(re.findall(r"elastic[-_]pt[-:](\d+\.\d+\.\d+)", (ROOT / page).read_text()))
+        assert told == {__version__}, page
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[([^]]+)\](?: - (\d{4}-\d{2}-\d{2}))?$", changelog, re.MULTILINE)
     assert headings[0] == ("Unreleased", "")

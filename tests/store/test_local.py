@@ -44,12 +44,13 @@ def test_old_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     """The next writer removes unfinished files older than an hour, and only those."""
     making = tmp_path / UNFINISHED
     making.mkdir()
-    (making / "old").write_bytes(b"1")
-    (making / "young").write_bytes(b"1")
+    old, young = "0" * 32, "1" * 32
+    (making / old).write_bytes(b"1")
+    (making / young).write_bytes(b"1")
     long_ago_s = time.time() - local.ABANDONED_AFTER_S - 1
-    os.utime(making / "old", (long_ago_s, long_ago_s))
+    os.utime(making / old, (long_ago_s, long_ago_s))
     LocalStore(f"file://{tmp_path}").write("x", b"1")
-    assert [path.name for path in making.iterdir()] == ["young"]
+    assert [path.name for path in making.iterdir()] == [young]
 
 
 def test_delete_leaves_no_empty_directories(store: LocalStore, tmp_path: Path) -> None:
