@@ -114,6 +114,17 @@ def test_values_of_another_run_are_found(trained: Trained) -> None:
     assert "train.learning_rate = 0.5, the run has 0.002" in check["found"]
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[]", b"[" * 100_000, b"{"])
+def test_a_damaged_identity_is_a_finding(content: bytes, trained: Trained, tmp_path: Path) -> None:
+    """One check names the object; the others are made."""
+    store = open_store(f"file://{shutil.copytree(trained.run, tmp_path / 'run')}")
+    config = read_run_config(store, [f"run.url={store.url}"])
+    store.write(IDENTITY_KEY, content)
+    checks = {each.name: each for each in examine(Question(store, config, begun=True))}
+    assert [name for name, each in checks.items() if not each.ok] == ["identity"]
+    assert f"{store.url}/{IDENTITY_KEY}: " in checks["identity"].found
+
+
 class Failing:
     """A store that stops answering when the run's identity is read."""
 
