@@ -25,7 +25,7 @@ from elastic_pt.checkpoint.layout import checkpoint_directory
 from elastic_pt.checkpoint.nodes import notice_key
 from elastic_pt.checkpoint.publish import Collector, ShareMissing, publish_manifest
 from elastic_pt.checkpoint.sweep import Sweeper
-from elastic_pt.errors import AlreadyExists, FencedError, LogDamaged, StoreError
+from elastic_pt.errors import AlreadyExists, CheckpointError, FencedError, LogDamaged, StoreError
 from elastic_pt.failpoints import Failpoint, failpoint
 from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import COMPLETED, Checkpoint, Commit, Generation, Stop
@@ -391,9 +391,13 @@ class Tidier:
     def _remove(self, view: RunView) -> None:
         kept = {each.directory for each in view.checkpoints}
         for directory in sorted(self._expired - kept):
-            retention.remove(self._store, directory)
+            try:
+                retention.remove(self._store, directory)
+                log.info("checkpoint_removed", directory=directory)
+            except CheckpointError as error:
+                # A COMMIT of somebody else named it. It is no checkpoint, so nothing of it is ever removed.
+                self._on_failure(error)
             self._expired.discard(directory)
-            log.info("checkpoint_removed", directory=directory)
 
 
 def _history_key(directory: str, record: int) -> str:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_pt.checkpoint.commit import Tidier, _Expired
 from elastic_pt.checkpoint.layout import (
     checkpoint_directory,
     manifest_key,
@@ -25,7 +26,9 @@ from elastic_pt.checkpoint.retention import (
 )
 from elastic_pt.checkpoint.verify import newest_usable, verify
 from elastic_pt.errors import CheckpointError
+from elastic_pt.runlog.log import RunLog, RunView
 from elastic_pt.runlog.records import Checkpoint
+from elastic_pt.store.open import open_store
 from elastic_pt.store.port import UnfinishedUpload
 from tests.checkpoint.world import RUN_ID, full_tensors, memory_store, write_checkpoint
 
@@ -237,3 +240,18 @@ def test_remove_is_limited_to_checkpoint_directories(tmp_path: Path) -> None:
     remove(store, torn)
     assert listed_directories(store) == [kept.directory]
     assert verify(store, kept, RUN_ID) == []
+
+
+def test_a_directory_that_is_no_checkpoint_stops_no_removal(tmp_path: Path) -> None:
+    """A COMMIT of a hostile writer may name the log: nothing of it is removed, and what has expired is."""
+    store = open_store(f"file://{tmp_path}")
+    expired = "ckpt/0000000001-g1-0123456789abcdef"
+    store.write(f"{expired}/manifest.json", b"{}")
+    store.write("log/00000000000000000000.json", b"{}")
+    failures: list[Exception] = []
+    tidier = Tidier(store, RunLog(store, writer="a"), on_failure=failures.append)
+    tidier.tidy(_Expired(RunView(), {"aaa", expired, "log"}, last=False))
+    tidier.close(10.0)
+    assert store.keys("ckpt/") == []
+    assert store.keys("log/") == ["log/00000000000000000000.json"]
+    assert sum(isinstance(each, CheckpointError) for each in failures) == 2
