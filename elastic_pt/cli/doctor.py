@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from elastic_pt.cli.options import (
+    Address,
     AsJsonList,
     Overrides,
     absolute_url,
@@ -52,15 +53,7 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="ADDR",
-            help="Address at which peers reach this node. Default: that of the default route.",
-            show_default=False,
-        ),
-    ] = None,
+    address: Address = None,
     overrides: Overrides = None,
     as_json: AsJsonList = False,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from elastic_pt import failpoints
-from elastic_pt.cli.options import ConfigOrRunUrl, Overrides, absolute_url, is_config_file
+from elastic_pt.cli.options import Address, ConfigOrRunUrl, Overrides, absolute_url, is_config_file
 from elastic_pt.config import Config, ElasticSection, load_config, parse_config
 from elastic_pt.errors import ConfigError, RunFailed
 
@@ -35,15 +35,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="ADDR",
-            help="Address at which peers reach this node. Default: that of the default route.",
-            show_default=False,
-        ),
-    ] = None,
+    address: Address = None,
     left_code: Annotated[
         int,
         typer.Option(

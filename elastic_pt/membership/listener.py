@@ -28,7 +28,7 @@ _BACKLOG: Final = 128
 _STRANGER_S: Final = 10.0
 """A connection without an authorized request by then is closed."""
 _STRANGERS_MAX: Final = 256
-"""A TLS handshake that has begun takes 0.3 MB."""
+"""Few, because a TLS handshake that has begun holds buffers of some hundred kilobytes."""
 _SHARE_OF_FILES: Final = 4
 """Strangers have at most one of so many of the files that this process may open."""
 _SWEEP_S: Final = 0.5
