@@ -62,7 +62,7 @@ class Docker:
 
 
 def start_daemon(directory: Path) -> tuple[Docker, subprocess.Popen[bytes]]:
-    """A daemon whose socket is in `directory`. The caller ends it with SIGTERM."""
+    """A daemon whose socket is in `directory`. The caller ends it with `stop_daemon`."""
     HOME.mkdir(parents=True, exist_ok=True)
     docker = Docker(directory / "docker.sock")
     log = (directory / "dockerd.log").open("wb")
@@ -77,6 +77,14 @@ def start_daemon(directory: Path) -> tuple[Docker, subprocess.Popen[bytes]]:
         time.sleep(0.1)
     daemon.kill()
     raise AssertionError(f"dockerd did not start:\n{(directory / 'dockerd.log').read_text()}")
+
+
+def stop_daemon(directory: Path, daemon: subprocess.Popen[bytes]) -> None:
+    """End a daemon of `start_daemon`, and undo the mounts that it leaves behind."""
+    daemon.terminate()
+    daemon.wait(60)
+    for mounted in (directory / "exec" / "netns" / "default", HOME / "docker"):
+        subprocess.run(["umount", "--lazy", mounted], check=False, stderr=subprocess.DEVNULL)
 
 
 def make_base(docker: Docker) -> str:

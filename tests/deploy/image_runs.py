@@ -42,7 +42,8 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
     """A daemon with the image in it."""
     if missing := containers.missing():
         left_out(f"the image, since {', '.join(missing)} is missing")
-    client, daemon = containers.start_daemon(tmp_path_factory.mktemp("docker"))
+    directory = tmp_path_factory.mktemp("docker")
+    client, daemon = containers.start_daemon(directory)
     try:
         containers.build(client, containers.make_base(client))
         # A session that was killed leaves them.
@@ -55,8 +56,7 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
         for container in client("ps", "--all", "--quiet", check=False).split():
             client("rm", "--force", container, check=False)
         client("network", "rm", NETWORK, check=False)
-        daemon.terminate()
-        daemon.wait(60)
+        containers.stop_daemon(directory, daemon)
 
 
 @pytest.fixture
